@@ -1,0 +1,104 @@
+"""Variational autoencoders as Pyro programs, with the inference in plain sight.
+
+Names are imported on first use, so that the command line answers before torch is loaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyro_vae.data import load as load_data
+    from pyro_vae.data import one_hot as one_hot
+    from pyro_vae.errors import UsageError as UsageError
+    from pyro_vae.evaluation import evaluate as evaluate
+    from pyro_vae.evaluation import log_likelihood as log_likelihood
+    from pyro_vae.factors import Factor as Factor
+    from pyro_vae.factors import Family as Family
+    from pyro_vae.inference import decode as decode
+    from pyro_vae.inference import encode as encode
+    from pyro_vae.inference import interpolate as interpolate
+    from pyro_vae.inference import reconstruct as reconstruct
+    from pyro_vae.inference import sample as sample
+    from pyro_vae.inference import traverse as traverse
+    from pyro_vae.likelihoods import Bernoulli as Bernoulli
+    from pyro_vae.likelihoods import Categorical as Categorical
+    from pyro_vae.likelihoods import ContinuousBernoulli as ContinuousBernoulli
+    from pyro_vae.likelihoods import DiscretizedLogistic as DiscretizedLogistic
+    from pyro_vae.likelihoods import Gaussian as Gaussian
+    from pyro_vae.models.vae import VAE as VAE
+    from pyro_vae.networks import MLP as MLP
+    from pyro_vae.networks import ConvDecoder as ConvDecoder
+    from pyro_vae.networks import ConvEncoder as ConvEncoder
+    from pyro_vae.objectives import FreeBitsELBO as FreeBitsELBO
+    from pyro_vae.objectives import ImportanceWeightedELBO as ImportanceWeightedELBO
+    from pyro_vae.objectives import KLWeight as KLWeight
+    from pyro_vae.posteriors import DiagonalNormal as DiagonalNormal
+    from pyro_vae.preflight import check as check
+    from pyro_vae.priors import StandardNormal as StandardNormal
+    from pyro_vae.report import write_report as write_report
+    from pyro_vae.runs import load as load
+    from pyro_vae.runs import save as save
+    from pyro_vae.schedules import Cosine as Cosine
+    from pyro_vae.schedules import Cyclical as Cyclical
+    from pyro_vae.schedules import Linear as Linear
+    from pyro_vae.training import fit as fit
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    # the pair and its parts
+    "VAE": "models.vae",
+    "Factor": "factors",
+    "Family": "factors",
+    "MLP": "networks",
+    "ConvEncoder": "networks",
+    "ConvDecoder": "networks",
+    "StandardNormal": "priors",
+    "DiagonalNormal": "posteriors",
+    "Bernoulli": "likelihoods",
+    "ContinuousBernoulli": "likelihoods",
+    "Gaussian": "likelihoods",
+    "Categorical": "likelihoods",
+    "DiscretizedLogistic": "likelihoods",
+    # training
+    "fit": "training",
+    "check": "preflight",
+    "KLWeight": "objectives",
+    "ImportanceWeightedELBO": "objectives",
+    "FreeBitsELBO": "objectives",
+    "Linear": "schedules",
+    "Cyclical": "schedules",
+    "Cosine": "schedules",
+    # use and evaluation
+    "sample": "inference",
+    "encode": "inference",
+    "decode": "inference",
+    "reconstruct": "inference",
+    "interpolate": "inference",
+    "traverse": "inference",
+    "evaluate": "evaluation",
+    "log_likelihood": "evaluation",
+    "write_report": "report",
+    # data and runs
+    "load_data": "data",
+    "one_hot": "data",
+    "save": "runs",
+    "load": "runs",
+    "UsageError": "errors",
+}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_data":
+        return import_module("pyro_vae.data").load
+    if name in _WHERE:
+        value = getattr(import_module(f"pyro_vae.{_WHERE[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'pyro_vae' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

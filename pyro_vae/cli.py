@@ -1,0 +1,530 @@
+"""The command line: the same words as the Python functions, on run folders.
+
+Options come from the typed configuration in `pyro_vae.config`. Nothing heavy is imported until a
+command runs.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Dict as ConfigDict
+
+from pyro_vae import config as configuration
+from pyro_vae.config import Input, Model, Objective, Settings
+from pyro_vae.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pyro_vae.data import Data, Split
+
+Flat = Parameter(name="*")
+MANY = Parameter(consume_multiple=True)
+
+app = App(
+    name="pyro-vae",
+    help="Variational autoencoders as Pyro programs: train, evaluate, use.",
+    default_parameter=MANY,
+    result_action="return_value",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; an error of use is one line on standard error and status 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        words, app.config = _config_file(words)
+        app(words, exit_on_error=False, print_error=False)
+    except UsageError as error:
+        _fail(str(error))
+    except CycloptsError as error:
+        _fail(_one_line(str(error)))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        print(f"pyro-vae: {error or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command
+def train(
+    data: str,
+    *,
+    out: Path | None = None,
+    model: Annotated[Model, Flat] = Model(),  # noqa: B008
+    objective: Annotated[Objective, Flat] = Objective(),  # noqa: B008
+    source: Annotated[Input, Flat] = Input(),  # noqa: B008
+    settings: Annotated[Settings, Flat] = Settings(),  # noqa: B008
+    num_eval_samples: int = 500,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: bool = True,
+) -> None:
+    """Fit a pair to data, evaluate it on the test part, and write a run folder with a report.
+
+    Parameters
+    ----------
+    data
+        A name (digits, mnist, fashion-mnist, kmnist, emnist, omniglot, cifar10, svhn) or the path
+        of a .npy or .npz file.
+    out
+        The run folder; runs/DATA by default.
+    num_eval_samples
+        Importance samples for log p(x) of each test datum.
+    resume
+        Go on from the checkpoint in the run folder.
+    overwrite
+        Replace a run that is in the run folder.
+    report
+        Write report.html.
+    config
+        A JSON file of options, or a run's config.json; options given here override it.
+    """
+    from pyro_vae.data import load
+    from pyro_vae.training import fit
+
+    run = out or Path("runs") / Path(data).stem
+    loaded = load(data, source.data_dir)
+    seeded_pair = _seeded_pair(model, loaded, settings.seed)
+    given = (
+        {"data": data, "num_classes": loaded.num_classes}
+        | _plain(model)
+        | _plain(objective)
+        | _plain(source)
+        | _plain(settings)
+    )
+    fit(
+        seeded_pair,
+        loaded.train.x,
+        *_context(model.condition, loaded, loaded.train),
+        validation=(
+            loaded.validation.x,
+            *_context(model.condition, loaded, loaded.validation),
+        ),
+        objective=configuration.make_objective(objective),
+        beta=configuration.make_beta(objective),
+        learning_rate_schedule=configuration.make_learning_rate_schedule(
+            objective, settings.epochs
+        ),
+        binarize=source.binarize,
+        out=run,
+        resume=resume,
+        overwrite=overwrite,
+        config={"train": given},
+        **asdict(settings),
+    )
+    _evaluate(run, seeded_pair, loaded, given, num_eval_samples)
+    if report:
+        _report(run, seeded_pair, loaded, given)
+        print(f"{'report':<20}{run / 'report.html'}")
+
+
+@app.command
+def evaluate(
+    run: Path,
+    *,
+    data: str | None = None,
+    data_dir: Path | None = None,
+    model: str | None = None,
+    num_samples: int = 500,
+) -> None:
+    """Measure a run on the test part of its data: ELBO, log p(x), KL, active units, a probe.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    data
+        Other data than those of training.
+    data_dir
+        Folder of torchvision's files.
+    model
+        module:Class, for a pair of your own.
+    num_samples
+        Importance samples for log p(x) of each datum.
+    """
+    pair, loaded, given = _open(run, data, data_dir, model)
+    _evaluate(run, pair, loaded, given, num_samples)
+
+
+@app.command
+def sample(
+    run: Path,
+    *,
+    num: int = 64,
+    label: int | None = None,
+    means: bool = False,
+    seed: int = 0,
+    model: str | None = None,
+) -> None:
+    """Draw data from the model, into samples.npy and figures/samples.png.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    num
+        How many.
+    label
+        Of this class, for a conditional pair; of each class in turn by default.
+    means
+        Means of the data given their latents, instead of draws.
+    seed
+        Of the draws.
+    model
+        module:Class, for a pair of your own.
+    """
+    import torch
+
+    from pyro_vae import inference
+    from pyro_vae.data import one_hot
+
+    pair, given = _pair(run, model)
+    context: tuple[Tensor, ...] = ()
+    if given.get("condition") == "label":
+        classes = given["num_classes"]
+        if label is not None and not 0 <= label < classes:
+            raise UsageError(f"label is 0 to {classes - 1}, {label} came")
+        labels = torch.arange(num) % classes if label is None else torch.full((num,), label)
+        context = (one_hot(labels, classes),)
+    elif label is not None:
+        raise UsageError(f"{run} is not conditional on a label: train with --condition label")
+    images = inference.sample(pair, num, context, means=means, seed=seed)
+    _write(run, "samples", images, [("", part) for part in images[:100].split(10)])
+
+
+@app.command
+def reconstruct(run: Path, *, num: int = 12, seed: int = 0, model: str | None = None) -> None:
+    """Encode and decode test data, into reconstructions.npy and figures/reconstructions.png.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    num
+        How many test data.
+    seed
+        Of the draws, where grey data are binarised.
+    model
+        module:Class, for a pair of your own.
+    """
+    from pyro_vae import inference, plots
+
+    pair, loaded, given = _open(run, model=model)
+    x, context = _test(loaded, given, num)
+    images = inference.reconstruct(pair, x, *context, binarize=_binarize(given), seed=seed)
+    rows = [("data", plots.intensity(x)[:16]), ("reconstruction", images[:16])]
+    _write(run, "reconstructions", images, rows)
+
+
+@app.command
+def encode(run: Path, *, part: str = "test", model: str | None = None) -> None:
+    """Encode data, into codes.npz: posterior means and scales of each latent site, and labels.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    part
+        train, validation or test.
+    model
+        module:Class, for a pair of your own.
+    """
+    import io
+
+    import numpy as np
+
+    from pyro_vae import inference, runs
+
+    pair, loaded, given = _open(run, model=model)
+    if part not in ("train", "validation", "test"):
+        raise UsageError(f"part is train, validation or test, '{part}' came")
+    split: Split = getattr(loaded, part)
+    context = _context(given.get("condition", "none"), loaded, split)
+    arrays = {}
+    for what in ("mean", "scale"):
+        codes = inference.encode(
+            pair,
+            split.x,
+            *context,
+            what=what,
+            binarize=_binarize(given),  # type: ignore[arg-type]
+        )
+        arrays |= {f"{name}_{what}": code.cpu().numpy() for name, code in codes.items()}
+    if split.labels is not None:
+        arrays["labels"] = split.labels.numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    with runs.atomic(run / "codes.npz") as file:
+        file.write(buffer.getvalue())
+    print(run / "codes.npz")
+
+
+@app.command
+def interpolate(
+    run: Path, *, num: int = 6, steps: int = 9, seed: int = 0, model: str | None = None
+) -> None:
+    """Decode lines between codes of test data: interpolations.npy, figures/interpolations.png.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    num
+        How many lines.
+    steps
+        Points on each.
+    seed
+        Of the draws, where grey data are binarised.
+    model
+        module:Class, for a pair of your own.
+    """
+    from pyro_vae import inference
+
+    pair, loaded, given = _open(run, model=model)
+    x, context = _test(loaded, given, 2 * num)
+    half = len(x) // 2
+    lines = inference.interpolate(
+        pair,
+        x[:half],
+        x[half : 2 * half],
+        *(part[:half] for part in context),
+        steps=steps,
+        binarize=_binarize(given),
+        seed=seed,
+    )
+    _write(run, "interpolations", lines, [("", line) for line in lines])
+
+
+@app.command
+def traverse(
+    run: Path, *, index: int = 0, span: float = 3.0, steps: int = 11, model: str | None = None
+) -> None:
+    """Move one latent unit at a time: traversals.npy, figures/traversals.png.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    index
+        Which test datum to start from.
+    span
+        Each unit goes from minus this to this.
+    steps
+        Values of each unit.
+    model
+        module:Class, for a pair of your own.
+    """
+    import torch
+
+    from pyro_vae import inference
+
+    pair, loaded, given = _open(run, model=model)
+    if not 0 <= index < len(loaded.test.x):
+        raise UsageError(f"index is 0 to {len(loaded.test.x) - 1}, {index} came")
+    x, context = _test(loaded, given, len(loaded.test.x))
+    lines = inference.traverse(
+        pair,
+        x[index : index + 1],
+        *(part[index : index + 1] for part in context),
+        values=torch.linspace(-span, span, steps).tolist(),
+        binarize=_binarize(given),
+    )
+    _write(run, "traversals", lines, [(f"unit {i}", line) for i, line in enumerate(lines)])
+
+
+@app.command
+def report(run: Path, *, model: str | None = None) -> None:
+    """Write report.html anew, with its figures inside it.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    model
+        module:Class, for a pair of your own.
+    """
+    pair, loaded, given = _open(run, model=model)
+    _report(run, pair, loaded, given)
+    print(run / "report.html")
+
+
+@app.command
+def check(
+    model: str,
+    *,
+    data: str = "digits",
+    data_dir: Path | None = None,
+    options: Annotated[Model, Parameter(name="*", parse=False)] = Model(),  # noqa: B008
+) -> None:
+    """Run a pair of your own once on data, and explain in words what would go wrong.
+
+    Parameters
+    ----------
+    model
+        module:Class.
+    data
+        The data it is for.
+    data_dir
+        Folder of torchvision's files.
+    """
+    from dataclasses import replace
+
+    from pyro_vae.data import Preparation, load, source
+    from pyro_vae.pairs import placement
+    from pyro_vae.preflight import check as run_check
+
+    loaded = load(data, data_dir)
+    if ":" not in model:
+        raise UsageError(f"a pair is named module:Class, '{model}' came")
+    pair = configuration.make_pair(replace(options, model=model), loaded)
+    prepare = Preparation(*placement(pair))
+    batch = next(iter(source(loaded.train.x).batches(16)))
+    found = run_check(pair, prepare(batch))
+    if found.errors:
+        raise UsageError("; ".join(found.errors))
+    print(found)
+
+
+def _seeded_pair(model: Model, data: "Data", seed: int) -> "nn.Module":
+    from pyro_vae.rng import seeded
+
+    with seeded(seed):
+        return configuration.make_pair(model, data)
+
+
+def _evaluate(
+    run: Path, pair: "nn.Module", data: "Data", given: dict[str, Any], num_samples: int
+) -> None:
+    from pyro_vae import runs
+    from pyro_vae.evaluation import evaluate as measure
+
+    condition = given.get("condition", "none")
+    result = measure(
+        pair,
+        data.test.x,
+        *_context(condition, data, data.test),
+        labels=data.test.labels,
+        train=(data.train.x, *_context(condition, data, data.train)),
+        train_labels=data.train.labels,
+        num_samples=num_samples,
+        binarize=_binarize(given),
+        progress=True,
+    )
+    runs.write_json(run / runs.METRICS, result.as_dict())
+    print(result)
+
+
+def _report(run: Path, pair: "nn.Module", data: "Data", given: dict[str, Any]) -> None:
+    from pyro_vae.report import write_report
+
+    x, context = _test(data, given, 2000)
+    labels = None if data.test.labels is None else data.test.labels[:2000]
+    write_report(run, pair, x, *context, labels=labels)
+
+
+def _pair(run: Path, model: str | None) -> tuple["nn.Module", dict[str, Any]]:
+    from pyro_vae import runs
+
+    kind = configuration.user_class(model) if model else None
+    pair = runs.load(run, kind)
+    return pair, runs.read_config(run).get("train", {})
+
+
+def _open(
+    run: Path, data: str | None = None, data_dir: Path | None = None, model: str | None = None
+) -> tuple["nn.Module", "Data", dict[str, Any]]:
+    """The pair of a run, its data, and the options it was trained with."""
+    from pyro_vae.data import load
+
+    pair, given = _pair(run, model)
+    name = data or given.get("data")
+    if name is None:
+        raise UsageError(f"{run} does not record its data: name them with --data")
+    folder = data_dir or given.get("data_dir")
+    return pair, load(name, folder), given
+
+
+def _test(data: "Data", given: dict[str, Any], n: int) -> tuple["Tensor", list["Tensor"]]:
+    context = _context(given.get("condition", "none"), data, data.test)
+    return data.test.x[:n], [part[:n] for part in context]
+
+
+def _context(condition: str, data: "Data", split: "Split") -> list["Tensor"]:
+    from pyro_vae.data import one_hot
+
+    if condition != "label":
+        return []
+    if split.labels is None:
+        raise UsageError(f"--condition label needs labels, {data.name} has none")
+    return [one_hot(split.labels, data.num_classes)]
+
+
+def _binarize(given: dict[str, Any]) -> str:
+    return given.get("binarize", "dynamic")
+
+
+def _write(run: Path, name: str, array: "Tensor", rows: list[tuple[str, "Tensor"]]) -> None:
+    """An array as NAME.npy and its picture as figures/NAME.png, their paths printed."""
+    import io
+
+    import numpy as np
+
+    from pyro_vae import plots, runs
+
+    buffer = io.BytesIO()
+    np.save(buffer, array.cpu().numpy())
+    with runs.atomic(run / f"{name}.npy") as file:
+        file.write(buffer.getvalue())
+    with runs.atomic(run / runs.FIGURES / f"{name}.png") as file:
+        file.write(plots.png(plots.grid(rows, name)))
+    print(run / f"{name}.npy")
+    print(run / runs.FIGURES / f"{name}.png")
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    assert is_dataclass(settings)
+    return {
+        field.name: str(value) if isinstance(value, Path) else value
+        for field in fields(settings)
+        if (value := getattr(settings, field.name)) is not None
+    }
+
+
+def _config_file(words: list[str]) -> tuple[list[str], Any]:
+    """Take ``--config FILE`` out of the words; its options stand where the words give none."""
+    if "--config" not in words:
+        return words, None
+    at = words.index("--config")
+    if at + 1 >= len(words):
+        raise UsageError("--config takes a JSON file, none came")
+    path = Path(words[at + 1])
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is no JSON ({error})") from error
+    options = content.get("train", content)
+    known = [field.name for kind in (Model, Objective, Input, Settings) for field in fields(kind)]
+    for name in options:
+        if name not in (*known, "data", "num_classes"):
+            raise UsageError(f"{path}: there is no option '{name}'; {nearest(name, known)}")
+    kept = {k.replace("_", "-"): v for k, v in options.items() if k != "num_classes"}
+    return words[:at] + words[at + 2 :], ConfigDict(kept, use_commands_as_keys=False)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
+
+
+def _fail(message: str) -> None:
+    print(f"pyro-vae: {_one_line(message)}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,341 @@
+"""The typed configuration: what Python takes as keywords and the command line as options.
+
+This file imports nothing heavy, so that ``pyro-vae --help`` answers at once. It is the one place
+where names become parts (`make_pair`, `make_objective`, `make_beta`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pyro_vae.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from pyro.infer import ELBO
+    from torch import nn
+
+    from pyro_vae.data import Data
+    from pyro_vae.schedules import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How training is run: the keywords of `pyro_vae.fit`.
+
+    Parameters
+    ----------
+    epochs
+        Passes over the training data.
+    batch_size
+        Rows of a minibatch.
+    learning_rate
+        Step size of the optimiser.
+    clip_norm
+        Greatest global norm of the gradient; none by default.
+    patience
+        Stop after so many epochs without a better validation bound; never by default.
+    seed
+        Seeds every random draw of training.
+    device
+        "auto" is the GPU where there is one, else the CPU.
+    precision
+        "bfloat16" runs networks under autocast; parameters and densities stay in float32.
+    checkpoint_seconds
+        Least time between two checkpoints, which are written at the end of an epoch.
+    tensorboard
+        Write the history for TensorBoard too.
+    """
+
+    epochs: int = 100
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    clip_norm: float | None = None
+    patience: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_seconds: float = 30.0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be positive, {getattr(self, name)} came")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UsageError(f"clip_norm must be positive, {self.clip_norm} came")
+        if self.patience is not None and self.patience < 1:
+            raise UsageError(f"patience must be 1 or more, {self.patience} came")
+        if self.precision not in ("float32", "bfloat16"):
+            raise UsageError(f"precision is float32 or bfloat16, '{self.precision}' came")
+
+    @classmethod
+    def of(cls, keywords: dict[str, Any]) -> Settings:
+        """Settings from keywords, an unknown one answered with the nearest known.
+
+        >>> Settings.of({"epoch": 3})
+        Traceback (most recent call last):
+        ...
+        pyro_vae.errors.UsageError: fit has no option 'epoch'; did you mean 'epochs'?
+        """
+        known = [field.name for field in fields(cls)]
+        for name in keywords:
+            if name not in known:
+                raise UsageError(f"fit has no option '{name}'; {nearest(name, known)}")
+        return cls(**keywords)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which pair is built, and of which parts.
+
+    Parameters
+    ----------
+    model
+        "vae", or module:Class for a pair of your own; its constructor gets those of data_shape,
+        latent_dim, hidden and context_shapes that it takes.
+    network
+        Multilayer perceptrons, or convolutions for images.
+    latent_dim
+        Dimension of the latent vector.
+    hidden
+        Widths of the encoder's hidden layers, from the data inwards; the decoder reverses them.
+    channels
+        Channels of the encoder's convolutions, for --network conv.
+    activation
+        Nonlinearity of the hidden layers.
+    likelihood
+        Family of p(x | z).
+    scale
+        Standard deviation of a Gaussian likelihood: predicted by the network, learned as one
+        parameter, or a number.
+    posterior
+        Family of q(z | x).
+    prior
+        Prior of z.
+    condition
+        "label" gives the labels to encoder and decoder: a conditional VAE.
+    """
+
+    model: str = "vae"
+    network: Literal["mlp", "conv"] = "mlp"
+    latent_dim: int = 20
+    hidden: tuple[int, ...] = (128, 64)
+    channels: tuple[int, ...] = (32, 64)
+    activation: Literal["relu", "leaky-relu", "elu", "silu", "softplus", "tanh"] = "relu"
+    likelihood: Literal[
+        "bernoulli", "continuous-bernoulli", "gaussian", "categorical", "discretized-logistic"
+    ] = "bernoulli"
+    scale: str = "predicted"
+    posterior: Literal["diagonal-normal"] = "diagonal-normal"
+    prior: Literal["standard-normal"] = "standard-normal"
+    condition: Literal["none", "label"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.latent_dim < 1 or any(width < 1 for width in (*self.hidden, *self.channels)):
+            raise UsageError("latent_dim, hidden and channels must be positive whole numbers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What training maximises.
+
+    Parameters
+    ----------
+    objective
+        The ELBO; the same with its KL in closed form; the importance-weighted bound; or free bits.
+    num_samples
+        Samples for each datum: particles of the ELBO, weights of the importance-weighted bound.
+    free_bits
+        Floor of the KL of each latent unit, in nats, for --objective free-bits.
+    beta
+        Weight on the KL; 1 is the ELBO.
+    warm_up
+        How the weight on the KL rises to beta: at once, linearly, or again in each cycle.
+    warm_up_epochs
+        Length of the linear rise, or of one cycle.
+    learning_rate_schedule
+        Course of the learning rate over all epochs.
+    """
+
+    objective: Literal["elbo", "analytic", "importance-weighted", "free-bits"] = "elbo"
+    num_samples: int = 1
+    free_bits: float = 0.1
+    beta: float = 1.0
+    warm_up: Literal["none", "linear", "cyclical"] = "none"
+    warm_up_epochs: float = 10.0
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise UsageError(f"num_samples must be 1 or more, {self.num_samples} came")
+        if self.beta < 0 or self.free_bits < 0:
+            raise UsageError("beta and free_bits must not be negative")
+        if not self.warm_up_epochs > 0:
+            raise UsageError(f"warm_up_epochs must be positive, {self.warm_up_epochs} came")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """Where data come from and how they are shown to the pair.
+
+    Parameters
+    ----------
+    data_dir
+        Folder of torchvision's files; else the environment variable PYRO_VAE_DATA.
+    binarize
+        Grey intensities under a Bernoulli likelihood: drawn at each visit, drawn once, or passed
+        as they are, which is no likelihood.
+    """
+
+    data_dir: Path | None = None
+    binarize: Literal["dynamic", "fixed", "none"] = "dynamic"
+
+
+def make_pair(config: Model, data: Data) -> nn.Module:
+    """The pair that a configuration asks for, on data of this shape."""
+    context = ((data.num_classes,),) if config.condition == "label" else ()
+    if context and data.train.labels is None:
+        raise UsageError(f"--condition label needs labels, {data.name} has none")
+    if ":" in config.model:
+        given = {
+            "data_shape": data.shape,
+            "latent_dim": config.latent_dim,
+            "hidden": config.hidden,
+            "context_shapes": context,
+        }
+        return make_user_pair(config.model, given)
+    if config.model != "vae":
+        raise UsageError(
+            f"no model is called '{config.model}'; {nearest(config.model, ['vae'])} "
+            "(or give module:Class)"
+        )
+    from pyro_vae.models.vae import VAE
+
+    common: dict[str, Any] = {
+        "data_shape": data.shape,
+        "latent_dim": config.latent_dim,
+        "hidden": config.hidden,
+        "likelihood": make_likelihood(config),
+        "context_shapes": context,
+        "activation": make_activation(config.activation),
+    }
+    if config.network == "conv":
+        return VAE.conv(channels=config.channels, **common)
+    return VAE.mlp(**common)
+
+
+def make_user_pair(path: str, given: dict[str, Any]) -> nn.Module:
+    """An instance of ``module:Class``, made with those of the given arguments that it takes."""
+    kind = user_class(path)
+    signature = inspect.signature(kind.__init__)
+    taken = {name: value for name, value in given.items() if name in signature.parameters}
+    missing = [
+        name
+        for name, parameter in list(signature.parameters.items())[1:]
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and name not in taken
+    ]
+    if missing:
+        raise UsageError(
+            f"{path} takes '{missing[0]}', which the command line cannot give; it gives "
+            f"{', '.join(given)}"
+        )
+    return kind(**taken)
+
+
+def user_class(path: str) -> type[nn.Module]:
+    """The class that ``module:Class`` names; modules in the current folder are found too."""
+    module_name, _, name = path.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(f"module '{module_name}' cannot be imported: {error}") from error
+    if not hasattr(module, name):
+        classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
+        raise UsageError(f"module '{module_name}' has no class '{name}'; {nearest(name, classes)}")
+    return getattr(module, name)
+
+
+def make_likelihood(config: Model) -> Any:
+    """The likelihood family of a configuration."""
+    from pyro_vae import likelihoods
+
+    if config.likelihood == "gaussian":
+        if config.scale in ("predicted", "learned"):
+            return likelihoods.Gaussian(learned=config.scale == "learned")
+        try:
+            return likelihoods.Gaussian(scale=float(config.scale))
+        except ValueError:
+            raise UsageError(
+                f"scale is 'predicted', 'learned' or a number, '{config.scale}' came"
+            ) from None
+    kinds: dict[str, Callable[[], Any]] = {
+        "bernoulli": likelihoods.Bernoulli,
+        "continuous-bernoulli": likelihoods.ContinuousBernoulli,
+        "categorical": likelihoods.Categorical,
+        "discretized-logistic": likelihoods.DiscretizedLogistic,
+    }
+    return kinds[config.likelihood]()
+
+
+def make_activation(name: str) -> type[nn.Module]:
+    """The torch module of an activation's name."""
+    from torch import nn
+
+    return {
+        "relu": nn.ReLU,
+        "leaky-relu": nn.LeakyReLU,
+        "elu": nn.ELU,
+        "silu": nn.SiLU,
+        "softplus": nn.Softplus,
+        "tanh": nn.Tanh,
+    }[name]
+
+
+def make_objective(config: Objective) -> ELBO:
+    """The Pyro ELBO of a configuration."""
+    from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+
+    from pyro_vae.objectives import FreeBitsELBO, ImportanceWeightedELBO
+
+    if config.objective == "importance-weighted":
+        return ImportanceWeightedELBO(config.num_samples)
+    if config.objective == "free-bits":
+        return FreeBitsELBO(config.free_bits)
+    kind = TraceMeanField_ELBO if config.objective == "analytic" else Trace_ELBO
+    return kind(
+        num_particles=config.num_samples,
+        vectorize_particles=config.num_samples > 1,
+        max_plate_nesting=1,
+    )
+
+
+def make_beta(config: Objective) -> float | Schedule:
+    """The weight on the KL, as a number or as a schedule."""
+    from pyro_vae.schedules import Cyclical, Linear
+
+    if config.warm_up == "linear":
+        return Linear(config.warm_up_epochs, end=config.beta)
+    if config.warm_up == "cyclical":
+        return Cyclical(config.warm_up_epochs, end=config.beta)
+    return config.beta
+
+
+def make_learning_rate_schedule(config: Objective, epochs: int) -> Schedule | None:
+    """The factor on the learning rate by epoch, or None where it is constant."""
+    from pyro_vae.schedules import Cosine, Linear
+
+    if config.learning_rate_schedule == "constant":
+        return None
+    if config.learning_rate_schedule == "linear":
+        return Linear(epochs, start=1.0, end=0.0)
+    return Cosine(epochs)

@@ -1,0 +1,413 @@
+"""Data: from a name, a file or a tensor to prepared minibatches.
+
+Data are held as they came (uint8 stays uint8); each minibatch is prepared on its way to the pair.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.utils.data import DataLoader, Dataset
+
+from pyro_vae.errors import UsageError, nearest
+from pyro_vae.pairs import Batch, data_site, placement, trace_guide, trace_model, using
+from pyro_vae.rng import seeded
+
+Rows: TypeAlias = "Tensor | np.ndarray | Dataset | DataLoader"
+
+BINARIZE = ("dynamic", "fixed", "none")
+
+
+class Split(NamedTuple):
+    """One part of a data set: ``x`` of shape (n, *data_shape), integer ``labels`` (n,) or None."""
+
+    x: Tensor
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set in three parts that share no row."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one datum."""
+        return tuple(self.train.x.shape[1:])
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the greatest label, 0 without labels."""
+        labels = [split.labels for split in (self.train, self.validation, self.test)]
+        return max((int(part.max()) + 1 for part in labels if part is not None), default=0)
+
+
+def load(data: str | Path, data_dir: str | Path | None = None) -> Data:
+    """A data set by name, or from a ``.npy`` or ``.npz`` file, split into three parts.
+
+    Arguments:
+        data: ``digits`` (embedded), a torchvision name (``mnist``, ``fashion-mnist``, ``kmnist``,
+            ``emnist``, ``omniglot``, ``cifar10``, ``svhn``), or a path. A ``.npz`` holds ``x`` and
+            maybe ``y``, or ``x_train``, ``x_test``, maybe ``x_validation``, and ``y_`` likewise.
+        data_dir: where torchvision's files are; else the environment variable ``PYRO_VAE_DATA``,
+            else ``~/.cache/pyro_vae``.
+
+    A data set that comes with a test set keeps it, and a sixth of its training set, drawn with a
+    fixed seed, becomes the validation set; other data are split 70 : 10 : 20 with a fixed seed.
+
+    >>> load("digits").train.x.shape
+    torch.Size([1257, 1, 8, 8])
+    """
+    path = Path(data)
+    if path.suffix in (".npy", ".npz") or path.is_file():
+        return _load_file(path)
+    name = str(data)
+    if name == "digits":
+        return _digits()
+    if name in _TORCHVISION:
+        root = data_dir or os.environ.get("PYRO_VAE_DATA") or Path.home() / ".cache" / "pyro_vae"
+        return _torchvision(name, Path(root).expanduser())
+    raise UsageError(
+        f"'{name}' is no data set and no file; {nearest(name, NAMES)} "
+        "(or give the path of a .npy or .npz file)"
+    )
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Integer labels (n,) as float rows (n, num_classes), to be a pair's context.
+
+    >>> one_hot(torch.tensor([2, 0]), 3)
+    tensor([[0., 0., 1.], [1., 0., 0.]])
+    """
+    return nn.functional.one_hot(labels.long(), num_classes).float()
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to each minibatch on its way to the pair.
+
+    uint8 intensities become floats in [0, 1]; then, where ``binarize``, each pixel is drawn as
+    Bernoulli(intensity), anew at each visit (Salakhutdinov & Murray, 2008). Floating context takes
+    the pair's type.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    binarize: bool = False
+
+    def __call__(self, batch: Sequence[Tensor]) -> Batch:
+        x, *context = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        x = x.to(self.dtype) / 255 if x.dtype == torch.uint8 else x.to(self.dtype)
+        if self.binarize:
+            x = torch.bernoulli(x)
+        return (x, *(c.to(self.dtype) if c.is_floating_point() else c for c in context))
+
+
+class Arrays:
+    """Rows held in memory, cut into minibatches without a loader."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tuple(tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def batches(self, batch_size: int, shuffle: bool = False) -> Iterator[Batch]:
+        """Minibatches as they came; shuffled by torch's global generator."""
+        device = self.tensors[0].device
+        order = torch.randperm(len(self)).to(device) if shuffle else None
+        for start in range(0, len(self), batch_size):
+            rows = slice(start, start + batch_size)
+            index = rows if order is None else order[rows]
+            yield tuple(tensor[index] for tensor in self.tensors)
+
+    def to(self, device: torch.device) -> "Arrays":
+        """The same rows on another device."""
+        return Arrays([tensor.to(device) for tensor in self.tensors])
+
+    def binarized(self, seed: int = 0) -> "Arrays":
+        """The data drawn once as Bernoulli(intensity) with a seed, and held as booleans."""
+        x, *context = self.tensors
+        with seeded(seed):
+            drawn = [
+                torch.bernoulli(part.float() / (255 if x.dtype == torch.uint8 else 1)).bool()
+                for part in x.split(4096)
+            ]
+        return Arrays([torch.cat(drawn), *context])
+
+
+class Stream:
+    """A torch ``Dataset`` or ``DataLoader`` as a source of minibatches."""
+
+    def __init__(self, rows: Dataset | DataLoader, width: int | None) -> None:
+        self.rows, self.width = rows, width
+
+    def __len__(self) -> int:
+        rows: Any = self.rows.dataset if isinstance(self.rows, DataLoader) else self.rows
+        return len(rows)
+
+    def batches(self, batch_size: int, shuffle: bool = False) -> Iterator[Batch]:
+        """Minibatches; a ``DataLoader`` keeps its own batch size and order."""
+        loader = self.rows
+        if not isinstance(loader, DataLoader):
+            loader = DataLoader(loader, batch_size=batch_size, shuffle=shuffle)
+        for batch in loader:
+            batch = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
+            for item in batch[: self.width]:
+                if not isinstance(item, Tensor):
+                    raise UsageError(
+                        f"the data set must give tensors, it gave {type(item).__name__}"
+                    )
+            yield batch[: self.width]
+
+
+Source: TypeAlias = "Arrays | Stream"
+
+
+def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) -> Source:
+    """Rows and their context as a source of minibatches, checked where they are in memory.
+
+    Raises `UsageError` for data that are empty, of unequal lengths, not finite, or no numbers.
+    """
+    if isinstance(x, (Dataset, DataLoader)) and not isinstance(x, Tensor):
+        width = len(pair.template(1)) if hasattr(pair, "template") else None  # type: ignore
+        return Stream(x, width)
+    tensors = [
+        _tensor(value, "x" if i == 0 else f"context {i}") for i, value in enumerate((x, *context))
+    ]
+    for i, tensor in enumerate(tensors):
+        if len(tensor) != len(tensors[0]):
+            raise UsageError(
+                f"context {i} has {len(tensor)} rows, x has {len(tensors[0])}: as many are expected"
+            )
+    return Arrays(tensors)
+
+
+def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Preparation:
+    """How these rows are prepared for this pair, found by running it on a few of them.
+
+    Where the pair observes the data under a distribution on {0, 1}, intensities in between are
+    drawn (``dynamic``), or pass as they are only when asked for by ``none``.
+
+    Raises `UsageError` for values outside the support of the data's distribution.
+    """
+    if binarize not in BINARIZE:
+        raise UsageError(f"binarize is '{binarize}'; {nearest(binarize, BINARIZE)}")
+    plain = Preparation(*placement(pair))
+    batch = plain(next(iter(rows.batches(min(16, len(rows))))))
+    with using(pair, seed=0):
+        site = data_site(trace_model(pair, batch, trace_guide(pair, batch)))
+    value = site["value"]
+    if value.numel() != batch[0].numel() or not torch.equal(value.flatten(), batch[0].flatten()):
+        return plain  # the pair makes its own observation of x
+    support = site["fn"].support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support.event_dim > 0 or not isinstance(rows, Arrays):
+        return plain
+    grey = False
+    for part in rows.batches(4096):
+        x = plain(part)[0]
+        inside = support.check(x)
+        if support is constraints.boolean and not bool(inside.all()):
+            grey, inside = True, (x >= 0) & (x <= 1)
+        if not bool(inside.all()):
+            raise UsageError(_outside(x[~inside][0].item(), rows.tensors[0], site))
+    return Preparation(plain.device, plain.dtype, binarize=grey and binarize != "none")
+
+
+def held_out(rows: Source, prepare: Preparation) -> tuple[Source, Preparation]:
+    """Rows for evaluation: binarised once with a fixed seed instead of at each visit."""
+    if prepare.binarize and isinstance(rows, Arrays):
+        return rows.binarized(), Preparation(prepare.device, prepare.dtype)
+    return rows, prepare
+
+
+def _outside(value: float, x: Tensor, site: dict[str, Any]) -> str:
+    low, high = x.min().item(), x.max().item()
+    whole = bool((x == x.round()).all()) if x.is_floating_point() else True
+    if x.dtype == torch.uint8 or (low >= 0 and high <= 1):
+        fit = "ContinuousBernoulli or Gaussian would fit values in [0, 1]"
+    elif whole and low >= 0 and high <= 255:
+        fit = "whole numbers up to 255 look like 8-bit pixels: pass them as uint8"
+    else:
+        fit = "Gaussian would fit real values"
+    name = type(getattr(site["fn"], "base_dist", site["fn"])).__name__
+    return (
+        f"x holds {value:g}, outside the support of the {name} likelihood of site "
+        f"'{site['name']}' (data range {low:g} to {high:g}); {fit}"
+    )
+
+
+def _tensor(value: Any, name: str) -> Tensor:
+    try:
+        if isinstance(value, np.ndarray) and not value.dtype.isnative:
+            value = value.astype(value.dtype.newbyteorder("="))
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = getattr(value, "dtype", type(value).__name__)
+        raise UsageError(f"{name} must be an array of numbers, one of {kind} came") from error
+    if tensor.dim() == 0 or len(tensor) == 0 or tensor.numel() == 0:
+        raise UsageError(f"{name} is empty: an array of shape {tuple(tensor.shape)} came")
+    if tensor.is_complex():
+        raise UsageError(f"{name} must be real, an array of {tensor.dtype} came")
+    if tensor.is_floating_point():
+        for start, part in zip(range(0, len(tensor), 4096), tensor.split(4096), strict=True):
+            bad = ~torch.isfinite(part)
+            if bool(bad.any()):
+                row = start + int(bad.flatten(1).any(1).nonzero()[0]) if part.dim() > 1 else start
+                raise UsageError(
+                    f"{name} holds values that are not finite (NaN or infinite), first in row {row}"
+                )
+    return tensor
+
+
+def _digits() -> Data:
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    return _three_ways("digits", torch.from_numpy(images), torch.from_numpy(bunch.target))
+
+
+def _mnist_like(kind: str, **options: Any) -> Callable[[Path, bool, bool], Split]:
+    def get(root: Path, train: bool, download: bool) -> Split:
+        from torchvision import datasets
+
+        data = getattr(datasets, kind)(str(root), train=train, download=download, **options)
+        x = torch.as_tensor(data.data)
+        x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
+        return Split(x, torch.as_tensor(data.targets))
+
+    return get
+
+
+def _svhn(root: Path, train: bool, download: bool) -> Split:
+    from torchvision import datasets
+
+    data = datasets.SVHN(str(root), split="train" if train else "test", download=download)
+    return Split(torch.as_tensor(data.data), torch.as_tensor(data.labels).long())
+
+
+def _omniglot(root: Path, train: bool, download: bool) -> Split:
+    from torchvision import datasets
+
+    data = datasets.Omniglot(str(root), background=train, download=download)
+    pairs = [(255 - np.asarray(image.convert("L").resize((28, 28))), y) for image, y in data]
+    images, labels = zip(*pairs, strict=True)
+    return Split(torch.from_numpy(np.stack(images))[:, None], torch.tensor(labels))
+
+
+_TORCHVISION: dict[str, tuple[Callable[[Path, bool, bool], Split], str]] = {
+    "mnist": (_mnist_like("MNIST"), "MNIST/raw/train-images-idx3-ubyte and the like"),
+    "fashion-mnist": (
+        _mnist_like("FashionMNIST"),
+        "FashionMNIST/raw/train-images-idx3-ubyte and the like",
+    ),
+    "kmnist": (_mnist_like("KMNIST"), "KMNIST/raw/train-images-idx3-ubyte and the like"),
+    "emnist": (
+        _mnist_like("EMNIST", split="balanced"),
+        "EMNIST/raw/emnist-balanced-train-images-idx3-ubyte and the like",
+    ),
+    "omniglot": (_omniglot, "omniglot-py/images_background and images_evaluation"),
+    "cifar10": (_mnist_like("CIFAR10"), "cifar-10-batches-py/data_batch_1 and the like"),
+    "svhn": (_svhn, "train_32x32.mat and test_32x32.mat"),
+}
+
+NAMES = ("digits", *_TORCHVISION)
+
+
+def _torchvision(name: str, root: Path) -> Data:
+    get, files = _TORCHVISION[name]
+    try:
+        train, test = get(root, True, False), get(root, False, False)
+    except (RuntimeError, OSError):
+        try:
+            train, test = get(root, True, True), get(root, False, True)
+        except (RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise UsageError(
+                f"'{name}' is not in {root} and cannot be downloaded ({reason}); place "
+                f"{files} there, or use the embedded 'digits'"
+            ) from error
+    part, validation = _shuffled(train, (5, 1))
+    return Data(name, part, validation, test)
+
+
+def _load_file(path: Path) -> Data:
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    if path.suffix not in (".npy", ".npz"):
+        raise UsageError(f"{path}: a .npy or .npz file is expected")
+    try:
+        loaded: Any = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UsageError(
+            f"{path} is no {path.suffix} file of plain arrays ({' '.join(str(error).split())[:90]})"
+        ) from error
+    if isinstance(loaded, np.ndarray):
+        return _three_ways(path.stem, _images(loaded, path), None)
+    arrays = {key: loaded[key] for key in loaded.files}
+    if "x" in arrays:
+        return _three_ways(path.stem, _images(arrays["x"], path), _labels(arrays.get("y")))
+    if "x_train" not in arrays or "x_test" not in arrays:
+        raise UsageError(
+            f"{path}: arrays 'x' (and 'y'), or 'x_train' and 'x_test', are expected; it holds "
+            f"{', '.join(arrays) or 'none'}"
+        )
+    splits = {
+        key: Split(_images(arrays[f"x_{key}"], path), _labels(arrays.get(f"y_{key}")))
+        for key in ("train", "validation", "test")
+        if f"x_{key}" in arrays
+    }
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = _shuffled(splits["train"], (5, 1))
+    return Data(path.stem, **splits)
+
+
+def _images(array: np.ndarray, path: Path) -> Tensor:
+    """Rows (n, d) as they are; images with their channels first, one channel added if need be."""
+    x = _tensor(array, str(path))
+    if x.dim() == 2:
+        return x
+    if x.dim() == 3:
+        return x[:, None]
+    if x.dim() == 4 and x.shape[1] in (1, 3, 4):
+        return x
+    if x.dim() == 4 and x.shape[3] in (1, 3, 4):
+        return x.permute(0, 3, 1, 2).contiguous()
+    raise UsageError(
+        f"{path}: rows (n, d), grey images (n, height, width) or images (n, channels, height, "
+        f"width) are expected, an array of shape {tuple(x.shape)} came"
+    )
+
+
+def _labels(array: np.ndarray | None) -> Tensor | None:
+    return None if array is None else torch.as_tensor(array).long().reshape(-1)
+
+
+def _three_ways(name: str, x: Tensor, labels: Tensor | None) -> Data:
+    if len(x) < 10:
+        raise UsageError(f"{name} has {len(x)} rows: 10 or more are expected, to split in three")
+    return Data(name, *_shuffled(Split(x, labels), (7, 1, 2)))
+
+
+def _shuffled(split: Split, shares: Sequence[int]) -> list[Split]:
+    """Cut a split by shares, after a permutation with a fixed seed."""
+    n = len(split.x)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    edges = [n * sum(shares[:i]) // sum(shares) for i in range(len(shares) + 1)]
+    return [
+        Split(split.x[rows], None if split.labels is None else split.labels[rows])
+        for rows in (order[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True))
+    ]

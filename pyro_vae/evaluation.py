@@ -1,0 +1,374 @@
+"""How good a fitted pair is: the ELBO and its parts, log p(x), active units, a probe of the codes."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import log, prod
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor, nn
+
+from pyro_vae.data import Preparation, Rows, Source, held_out, preparation, source
+from pyro_vae.errors import UsageError
+from pyro_vae.objectives import Parts, recorded
+from pyro_vae.pairs import (
+    Batch,
+    Pair,
+    data_site,
+    is_local,
+    latents,
+    log_prob,
+    mean,
+    observed,
+    site_kl,
+    trace_guide,
+    trace_model,
+    using,
+)
+from pyro_vae.progress import bar
+
+ACTIVE = 0.01
+"""A unit is active where its posterior mean varies over the data by more (Burda et al., 2016)."""
+
+CELLS = 2**23
+"""Numbers in the greatest tensor that `log_likelihood` may make at once."""
+
+
+class Bound(NamedTuple):
+    """An objective's bound and the ELBO with its parts, in nats per example."""
+
+    bound: float
+    """The objective with the KL at full weight: the ELBO itself for ``Trace_ELBO``."""
+    elbo: float
+    reconstruction: float
+    kl: dict[str, float]
+    """KL of each latent site."""
+
+
+class LogLikelihood(NamedTuple):
+    """An importance-sampled estimate of log p(x); nats per example."""
+
+    value: float
+    """Mean over the data of the estimates: in expectation a lower bound of log p(x)."""
+    standard_error: float
+    """Monte Carlo standard error of ``value``, for these data; 0 where the guide is exact."""
+    num_samples: int
+    """Importance samples for each datum."""
+    per_datum: Tensor
+    """The estimate for each datum, of shape (n,)."""
+    standard_errors: Tensor
+    """The Monte Carlo standard error of each, by the delta method, of shape (n,)."""
+    effective_sample_size: Tensor
+    """(sum w)^2 / sum w^2 of each datum's weights, of shape (n,)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured on held-out data; bounds and KL in nats per example."""
+
+    num_examples: int
+    elbo: float
+    reconstruction: float
+    kl: float
+    kl_by_site: dict[str, float]
+    kl_by_unit: dict[str, list[float]]
+    """Mean KL of each unit of a latent site, where the site splits into units."""
+    active_units: dict[str, int]
+    """Units whose posterior mean has a variance over 0.01 across the data, for each latent site."""
+    log_likelihood: float
+    log_likelihood_standard_error: float
+    """Monte Carlo standard error of ``log_likelihood``, not that of the choice of test data."""
+    num_samples: int
+    bits_per_dim: float | None
+    """-log_likelihood / (dimensions * log 2), where the data are discrete."""
+    probe_accuracy: float | None
+    """Accuracy on the held-out data of a linear classifier of the codes, where there are labels."""
+
+    @property
+    def nll(self) -> float:
+        """The negative log-likelihood."""
+        return -self.log_likelihood
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, as metrics.json holds them."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        active = ", ".join(
+            f"{count} of {len(self.kl_by_unit.get(site, [])) or '?'}"
+            + (f" ({site})" if len(self.active_units) > 1 else "")
+            for site, count in self.active_units.items()
+        )
+        lines = [
+            ("examples", f"{self.num_examples}"),
+            ("ELBO", f"{self.elbo:.3f} nats per example"),
+            (
+                "log p(x)",
+                f"{self.log_likelihood:.3f} ± {self.log_likelihood_standard_error:.3f}, "
+                f"{self.num_samples} samples",
+            ),
+            ("reconstruction", f"{self.reconstruction:.3f}"),
+            ("KL", f"{self.kl:.3f}"),
+            ("active units", active or "none"),
+        ]
+        if self.bits_per_dim is not None:
+            lines.append(("bits per dimension", f"{self.bits_per_dim:.4f}"))
+        if self.probe_accuracy is not None:
+            lines.append(("linear probe", f"{100 * self.probe_accuracy:.1f} % right"))
+        return "\n".join(f"{name:<20}{value}" for name, value in lines)
+
+
+def evaluate(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    labels: Tensor | None = None,
+    train: Sequence[Any] | None = None,
+    train_labels: Tensor | None = None,
+    num_samples: int = 500,
+    binarize: str = "dynamic",
+    batch_size: int = 500,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    r"""Measure a fitted pair on held-out data.
+
+    Arguments:
+        pair: any pair.
+        x, context: held-out data, as `pyro_vae.fit` takes them; grey intensities under a Bernoulli
+            are drawn once, with a fixed seed.
+        labels: integer classes of x, for the linear probe.
+        train, train_labels: training data, as a tuple of x and context, and their labels: the
+            probe is fitted on these alone.
+        num_samples: importance samples for log p(x), for each datum.
+        seed: of all draws. Parameters, generators and the parameter store stay as they were.
+
+    >>> import torch, pyro_vae as pv
+    >>> result = pv.evaluate(pv.VAE.mlp((4,), latent_dim=2), torch.ones(8, 4), num_samples=10)
+    >>> result.num_examples, result.elbo <= result.log_likelihood + 1
+    (8, True)
+    """
+    rows, prepare = _held(pair, x, context, binarize)
+    parts = bound(pair, rows, prepare, Trace_ELBO(), batch_size, seed)
+    likelihood = log_likelihood(
+        pair, x, *context, num_samples=num_samples, binarize=binarize, seed=seed, progress=progress
+    )
+    units, codes, discrete, dims = _units(pair, rows, prepare, batch_size, seed)
+    accuracy = None
+    if labels is not None and train is not None and train_labels is not None:
+        known = _units(pair, *_held(pair, train[0], train[1:], binarize), batch_size, seed)[1]
+        accuracy = _probe(_flat(known), train_labels, _flat(codes), labels)
+    return Evaluation(
+        num_examples=len(likelihood.per_datum),
+        elbo=parts.elbo,
+        reconstruction=parts.reconstruction,
+        kl=sum(parts.kl.values()),
+        kl_by_site=parts.kl,
+        kl_by_unit={name: kl.tolist() for name, kl in units.items()},
+        active_units={
+            name: int((code.var(0) > ACTIVE).sum())
+            for name, code in codes.items()
+            if code.is_floating_point()
+        },
+        log_likelihood=likelihood.value,
+        log_likelihood_standard_error=likelihood.standard_error,
+        num_samples=num_samples,
+        bits_per_dim=-likelihood.value / (dims * log(2)) if discrete else None,
+        probe_accuracy=accuracy,
+    )
+
+
+def bound(
+    pair: nn.Module,
+    rows: Source,
+    prepare: Preparation,
+    objective: ELBO,
+    batch_size: int = 500,
+    seed: int = 0,
+) -> Bound:
+    """An objective with the KL at full weight, and the ELBO, over prepared rows; no learning."""
+    total, count, parts = 0.0, 0, Parts()
+    measured = recorded(objective, parts)
+    with using(pair, seed):
+        for batch in rows.batches(batch_size):
+            prepared = prepare(batch)
+            total += measured.loss(cast(Pair, pair).model, cast(Pair, pair).guide, *prepared)  # type: ignore[attr-defined]
+            count += len(prepared[0])
+    reconstruction, kl = parts.per_example(count)
+    return Bound(-total / count, reconstruction - sum(kl.values()), reconstruction, kl)
+
+
+def log_likelihood(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    num_samples: int = 500,
+    binarize: str = "dynamic",
+    seed: int = 0,
+    progress: bool = False,
+) -> LogLikelihood:
+    r"""Estimate log p(x) by importance sampling, with the guide as proposal.
+
+    :math:`\log \hat p(x) = \log \tfrac1K \sum_k p(x, z_k)/q(z_k|x),\ z_k \sim q(z|x)`, whose
+    expectation is below :math:`\log p(x)` and reaches it as K grows. Standard errors are those of
+    the delta method, :math:`\mathrm{sd}(w)/(\bar w \sqrt K)`.
+
+    Arguments:
+        num_samples: K for each datum, any number: memory does not grow with it.
+
+    Raises `UsageError` for a pair with sites outside the data plate, for which log p(x) of a
+    datum is not defined by these weights. Burda, Grosse & Salakhutdinov, 2016.
+
+    >>> import torch, pyro_vae as pv
+    >>> pv.log_likelihood(pv.VAE.mlp((4,)), torch.ones(8, 4), num_samples=100).per_datum.shape
+    torch.Size([8])
+    """
+    if num_samples < 1:
+        raise UsageError(f"num_samples must be 1 or more, {num_samples} came")
+    rows, prepare = _held(pair, x, context, binarize)
+    values: list[tuple[Tensor, Tensor, Tensor]] = []
+    with using(pair, seed):
+        first = prepare(next(iter(rows.batches(2))))
+        nesting, vectorized, widest = _structure(pair, first)
+        batch_size = max(1, min(500, CELLS // widest))
+        with bar(progress, -(-len(rows) // batch_size), "log p(x)") as shown:
+            for batch in rows.batches(batch_size):
+                prepared = prepare(batch)
+                values.append(_weigh(pair, prepared, num_samples, widest, nesting, vectorized))
+                shown.update()
+    per_datum, errors, ess = (torch.cat(column) for column in zip(*values, strict=True))
+    return LogLikelihood(
+        per_datum.mean().item(),
+        (errors.square().sum().sqrt() / len(errors)).item(),
+        num_samples,
+        per_datum,
+        errors,
+        ess,
+    )
+
+
+def log_weights(pair: nn.Module, batch: Batch, num_samples: int, nesting: int = 1) -> Tensor:
+    """log p(x, z) - log q(z | x) for draws of the guide, of shape (num_samples, batch)."""
+    plate = pyro.plate("importance_samples", num_samples, dim=-1 - nesting)
+    typed = cast(Pair, pair)
+    with plate:
+        guide = poutine.trace(typed.guide).get_trace(*batch)
+    with plate:
+        model = poutine.trace(poutine.replay(typed.model, trace=guide)).get_trace(*batch)
+    return _local_total(model, nesting) - _local_total(guide, nesting)
+
+
+def _local_total(trace: poutine.Trace, nesting: int) -> Tensor:
+    total: Any = 0.0
+    for name, site in (latents(trace) | observed(trace)).items():
+        term = log_prob(site)
+        if term.dim() != nesting + 1:
+            raise ValueError(f"site '{name}' does not take a plate of samples")
+        # Plates between the samples and the data belong to each datum.
+        total = total + (term.flatten(1, -2).sum(1) if nesting > 1 else term)
+    return total
+
+
+def _structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
+    """How many plates a pair nests, whether it takes a plate of samples, its widest site."""
+    guide = trace_guide(pair, batch)
+    model = trace_model(pair, batch, guide)
+    sites = [*latents(guide).values(), *observed(model).values()]
+    nesting = max(
+        (-f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized), default=1
+    )
+    widest = max(prod(site["fn"].event_shape) for site in sites)
+    for name, site in (latents(guide) | observed(model)).items():
+        if not is_local(site):
+            raise UsageError(
+                f"site '{name}' is outside the data plate: log p(x) of a datum is not defined by "
+                "importance weights of it"
+            )
+    try:
+        vectorized = log_weights(pair, batch, 3, nesting).shape == (3, len(batch[0]))
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        vectorized = False
+    return nesting, vectorized, widest
+
+
+def _weigh(
+    pair: nn.Module, batch: Batch, num_samples: int, widest: int, nesting: int, vectorized: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Estimate, standard error and effective sample size of each datum, by chunks of samples."""
+    n = len(batch[0])
+    first = torch.full((n,), -torch.inf, dtype=torch.float64)
+    second = first.clone()
+    chunk = max(1, CELLS // (widest * n)) if vectorized else 1
+    for start in range(0, num_samples, chunk):
+        size = min(chunk, num_samples - start)
+        if vectorized:
+            weights = log_weights(pair, batch, size, nesting)
+        else:
+            guide = trace_guide(pair, batch)
+            weights = (_total(trace_model(pair, batch, guide), n) - _total(guide, n))[None]
+        weights = weights.double().cpu()
+        first = torch.logaddexp(first, weights.logsumexp(0))
+        second = torch.logaddexp(second, (2 * weights).logsumexp(0))
+    ratio = torch.exp(second - 2 * first)  # sum w^2 / (sum w)^2, at least 1/K
+    errors = (ratio - 1 / num_samples).clamp(min=0).sqrt()
+    return first - log(num_samples), errors, 1 / ratio
+
+
+def _total(trace: poutine.Trace, n: int) -> Tensor:
+    sites = (latents(trace) | observed(trace)).values()
+    return sum((log_prob(site).reshape(-1, n).sum(0) for site in sites), torch.zeros(()))
+
+
+def _held(
+    pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str
+) -> tuple[Source, Preparation]:
+    rows = source(x, context, pair)
+    return held_out(rows, preparation(pair, rows, binarize))
+
+
+def _units(
+    pair: nn.Module, rows: Source, prepare: Preparation, batch_size: int, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], bool, int]:
+    """KL by unit, codes by site, whether the data are discrete, and their dimension."""
+    kl: dict[str, Tensor] = {}
+    codes: dict[str, list[Tensor]] = {}
+    count, discrete, dims = 0, False, 1
+    with using(pair, seed):
+        for batch in rows.batches(batch_size):
+            prepared = prepare(batch)
+            guide = trace_guide(pair, prepared)
+            model = trace_model(pair, prepared, guide)
+            n = len(prepared[0])
+            for name, site in latents(guide).items():
+                each = site_kl(model.nodes[name], site)
+                if each.dim() > 1 and each.shape[0] == n:
+                    kl[name] = kl.get(name, 0) + each.flatten(1).sum(0).cpu()
+                if is_local(site):
+                    codes.setdefault(name, []).append(mean(site["fn"]).reshape(n, -1).cpu())
+            data = data_site(model)
+            discrete, dims = data["fn"].support.is_discrete, prod(data["fn"].event_shape)
+            count += n
+    return (
+        {name: total / count for name, total in kl.items()},
+        {name: torch.cat(parts) for name, parts in codes.items()},
+        discrete,
+        dims,
+    )
+
+
+def _flat(codes: dict[str, Tensor]) -> Tensor:
+    return torch.cat([code.float() for code in codes.values()], 1)
+
+
+def _probe(codes: Tensor, labels: Tensor, test_codes: Tensor, test_labels: Tensor) -> float:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    probe.fit(codes.numpy(), np.asarray(labels))
+    return float(probe.score(test_codes.numpy(), np.asarray(test_labels)))

@@ -1,0 +1,292 @@
+"""Use of a fitted pair: sample, encode, decode, reconstruct, interpolate, traverse.
+
+Each works from the traces of ``model`` and ``guide``, for any pair.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_vae.data import Rows, held_out, preparation, source
+from pyro_vae.errors import UsageError
+from pyro_vae.pairs import (
+    Batch,
+    Means,
+    Pair,
+    data_site,
+    is_local,
+    latents,
+    mean,
+    template,
+    trace_guide,
+    using,
+)
+
+CHUNK = 1000
+"""Rows that go through a pair at once."""
+
+
+def sample(
+    pair: nn.Module,
+    n: int,
+    context: Sequence[Any] = (),
+    *,
+    means: bool = False,
+    site: str | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """Draw n data from the model: latents from their priors, then data given them.
+
+    Arguments:
+        pair: a pair with ``template(n)``.
+        n: how many.
+        context: context tensors of n rows, or of one row for all, for a conditional pair.
+        means: give the mean of each datum given its latents instead of a draw.
+        site: which observed site; the first by default.
+        seed: of the draws; torch's own generator goes on from where it is without one.
+
+    Returns a tensor of shape (n, *data_shape).
+
+    >>> import pyro_vae as pv
+    >>> sample(pv.VAE.mlp((1, 8, 8)), 3, seed=0).unique()
+    tensor([0., 1.])
+    """
+    if n < 1:
+        raise UsageError(f"n must be 1 or more, {n} came")
+    batch = template(pair, n, context)
+    with using(pair, seed):
+        parts = [_generate(pair, part, {}, means, site) for part in _chunks(batch)]
+    return torch.cat(parts)
+
+
+def encode(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    what: Literal["mean", "scale", "draw"] = "mean",
+    binarize: str = "dynamic",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """The guide's means, scales (standard deviations) or draws of each latent site in the plate.
+
+    Where one latent depends on another, means are those given the means of the others.
+
+    Returns a dictionary from the name of a site to a tensor of shape (n, *event_shape).
+
+    >>> import torch, pyro_vae as pv
+    >>> encode(pv.VAE.mlp((4,), latent_dim=3), torch.ones(5, 4))["z"].shape
+    torch.Size([5, 3])
+    """
+    if what not in ("mean", "scale", "draw"):
+        raise UsageError(f"what is 'mean', 'scale' or 'draw', '{what}' came")
+    found: dict[str, list[Tensor]] = {}
+    with using(pair, seed):
+        for batch in _prepared(pair, x, context, binarize):
+            if what == "draw":
+                trace = trace_guide(pair, batch)
+            else:
+                with Means():
+                    trace = trace_guide(pair, batch)
+            for name, site in latents(trace).items():
+                if is_local(site):
+                    value = _scale(site["fn"]) if what == "scale" else site["value"]
+                    found.setdefault(name, []).append(value)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def decode(
+    pair: nn.Module,
+    values: Mapping[str, Tensor],
+    context: Sequence[Any] = (),
+    *,
+    means: bool = True,
+    site: str | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """The data that the model gives for these latents, as means or as draws.
+
+    Arguments:
+        values: a tensor (n, *event_shape) for each latent site; sites left out are drawn.
+        context: context tensors of n rows, or of one row for all.
+
+    Returns a tensor of shape (n, *data_shape).
+
+    >>> import torch, pyro_vae as pv
+    >>> decode(pv.VAE.mlp((1, 8, 8), latent_dim=3), {"z": torch.zeros(5, 3)}).shape
+    torch.Size([5, 1, 8, 8])
+    """
+    n = len(next(iter(values.values())))
+    batch = template(pair, n, context)
+    with using(pair, seed):
+        return _generate(pair, batch, values, means, site)
+
+
+def reconstruct(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    means: bool = True,
+    site: str | None = None,
+    binarize: str = "dynamic",
+    seed: int = 0,
+) -> Tensor:
+    """Encode data and decode them again: by means throughout, or by draws throughout.
+
+    Returns a tensor of shape (n, *data_shape).
+
+    >>> import torch, pyro_vae as pv
+    >>> reconstruct(pv.VAE.mlp((1, 8, 8)), torch.ones(5, 1, 8, 8)).shape
+    torch.Size([5, 1, 8, 8])
+    """
+    parts = []
+    with using(pair, seed):
+        for batch in _prepared(pair, x, context, binarize):
+            parts.append(_generate(pair, batch, _latent_values(pair, batch, means), means, site))
+    return torch.cat(parts)
+
+
+def interpolate(
+    pair: nn.Module,
+    start: Tensor,
+    end: Tensor,
+    *context: Any,
+    steps: int = 9,
+    site: str | None = None,
+    binarize: str = "dynamic",
+    seed: int = 0,
+) -> Tensor:
+    """Decode points on the straight lines between the codes of two sets of data.
+
+    Arguments:
+        start, end: data of n rows each.
+        context: of ``start``, kept along the line.
+        steps: points on each line, both ends counted.
+
+    Latents that are not real numbers stay those of the nearer end. Returns a tensor of shape
+    (n, steps, *data_shape).
+
+    >>> import torch, pyro_vae as pv
+    >>> interpolate(pv.VAE.mlp((4,)), torch.ones(2, 4), torch.zeros(2, 4), steps=5).shape
+    torch.Size([2, 5, 4])
+    """
+    if len(start) != len(end):
+        raise UsageError(f"start has {len(start)} rows, end {len(end)}: as many are expected")
+    if steps < 2:
+        raise UsageError(f"steps must be 2 or more, {steps} came")
+    with using(pair, seed):
+        (batch,) = _prepared(pair, start, context, binarize, at_once=True)
+        (other,) = _prepared(pair, end, context, binarize, at_once=True)
+        first, last = (_latent_values(pair, part, True) for part in (batch, other))
+        frames = []
+        for t in torch.linspace(0, 1, steps).tolist():
+            values = {
+                name: torch.lerp(a, last[name], t)
+                if a.is_floating_point()
+                else (a if t < 0.5 else last[name])
+                for name, a in first.items()
+            }
+            frames.append(_generate(pair, batch, values, True, site))
+    return torch.stack(frames, 1)
+
+
+def traverse(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    values: Sequence[float] = (-3, -2, -1, 0, 1, 2, 3),
+    latent: str | None = None,
+    units: Sequence[int] | None = None,
+    site: str | None = None,
+    binarize: str = "dynamic",
+    seed: int = 0,
+) -> Tensor:
+    """Decode the code of one datum with one latent unit at a time set to each of some values.
+
+    Arguments:
+        x, context: one row.
+        values: what the unit is set to.
+        latent: which latent site; the first by default.
+        units: which units of it; all by default.
+
+    Returns a tensor of shape (units, values, *data_shape).
+
+    >>> import torch, pyro_vae as pv
+    >>> traverse(pv.VAE.mlp((4,), latent_dim=3), torch.ones(1, 4)).shape
+    torch.Size([3, 7, 4])
+    """
+    with using(pair, seed):
+        (batch,) = _prepared(pair, x, context, binarize, at_once=True)
+        if len(batch[0]) != 1:
+            raise UsageError(f"traverse starts from one datum, {len(batch[0])} came")
+        codes = _latent_values(pair, batch, True)
+        chosen = latent or next(iter(codes))
+        if chosen not in codes:
+            raise UsageError(f"no latent site is called '{chosen}': {', '.join(codes)} are")
+        width = codes[chosen].numel()
+        units = range(width) if units is None else units
+        if any(not 0 <= unit < width for unit in units):
+            raise UsageError(f"site '{chosen}' has units 0 to {width - 1}, {list(units)} came")
+        n = len(units) * len(values)
+        moved = codes[chosen].reshape(1, -1).repeat(n, 1)
+        moved[torch.arange(n), torch.tensor(units).repeat_interleave(len(values))] = (
+            torch.tensor(values, dtype=moved.dtype).repeat(len(units)).to(moved.device)
+        )
+        wide = {name: code.expand(n, *code.shape[1:]) for name, code in codes.items()}
+        wide[chosen] = moved.reshape(n, *codes[chosen].shape[1:])
+        repeated = tuple(tensor.expand(n, *tensor.shape[1:]) for tensor in batch)
+        images = _generate(pair, repeated, wide, True, site)
+    return images.reshape(len(units), len(values), *images.shape[1:])
+
+
+def _generate(
+    pair: nn.Module, batch: Batch, values: Mapping[str, Tensor], means: bool, site: str | None
+) -> Tensor:
+    """The data site of the unconditioned model, with latents given or drawn."""
+    program: Any = poutine.uncondition(cast(Pair, pair).model)
+    if values:
+        program = poutine.condition(program, data=dict(values))
+    trace = poutine.trace(program).get_trace(*batch)
+    missing = [name for name in values if name not in trace.nodes]
+    if missing:
+        raise UsageError(f"the model has no site '{missing[0]}'")
+    found = data_site(_marked(trace, values), site)
+    return mean(found["fn"]) if means else found["value"]
+
+
+def _marked(trace: poutine.Trace, values: Mapping[str, Tensor]) -> poutine.Trace:
+    """Latents that were given count as latents, not as data."""
+    for name in values:
+        trace.nodes[name]["is_observed"] = False
+    return trace
+
+
+def _latent_values(pair: nn.Module, batch: Batch, means: bool) -> dict[str, Tensor]:
+    if means:
+        with Means():
+            trace = trace_guide(pair, batch)
+    else:
+        trace = trace_guide(pair, batch)
+    return {name: site["value"] for name, site in latents(trace).items()}
+
+
+def _prepared(
+    pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str, at_once: bool = False
+) -> Iterator[Batch]:
+    rows = source(x, context, pair)
+    rows, prepare = held_out(rows, preparation(pair, rows, binarize))
+    for batch in rows.batches(len(rows) if at_once else CHUNK):
+        yield prepare(batch)
+
+
+def _chunks(batch: Batch) -> Iterator[Batch]:
+    return zip(*(tensor.split(CHUNK) for tensor in batch), strict=True)
+
+
+def _scale(fn: Any) -> Tensor:
+    try:
+        return fn.stddev
+    except NotImplementedError:
+        return fn.sample((100,)).std(0)

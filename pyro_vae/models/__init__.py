@@ -1,0 +1,1 @@
+"""Models: a class for each graphical model; variants of one are arguments."""

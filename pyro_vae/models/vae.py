@@ -1,0 +1,136 @@
+"""The variational autoencoder, conditional where there is context."""
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vae.errors import UsageError
+from pyro_vae.factors import Factor, Family
+from pyro_vae.likelihoods import Bernoulli
+from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, Shape
+from pyro_vae.posteriors import DiagonalNormal
+from pyro_vae.priors import StandardNormal
+
+
+class VAE(PyroModule):
+    r"""A latent vector for each datum: :math:`z_i \sim p(z|c_i),\ x_i \sim p(x|z_i, c_i)`.
+
+    The guide is amortised, :math:`q(z_i|x_i, c_i)`. Without context :math:`c` this is the VAE of
+    Kingma & Welling, 2014 (https://arxiv.org/abs/1312.6114); with it, the conditional VAE of Sohn,
+    Lee & Yan, 2015.
+
+    Arguments:
+        encoder: a factor that returns q(z | x, context).
+        decoder: a factor that returns p(x | z, context).
+        prior: a module that returns p(z | context).
+        context_shapes: the shape of one row of each context tensor.
+
+    >>> import torch, pyro_vae as pv
+    >>> vae = pv.VAE.mlp((1, 28, 28), latent_dim=20, hidden=(400,))
+    >>> pv.sample(vae, 3).shape
+    torch.Size([3, 1, 28, 28])
+    """
+
+    def __init__(
+        self,
+        encoder: Factor,
+        decoder: Factor,
+        prior: nn.Module,
+        context_shapes: Sequence[Shape] = (),
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.prior = encoder, decoder, prior
+        self.context_shapes = tuple(map(tuple, context_shapes))
+
+    def model(self, x: Tensor, *context: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", self.prior(*context))
+            pyro.sample("x", self.decoder(z, *context), obs=x)
+
+    def guide(self, x: Tensor, *context: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", self.encoder(x, *context))
+
+    def template(self, n: int) -> tuple[Tensor, ...]:
+        """A batch of n rows of the right shapes; its values mean nothing."""
+        return tuple(torch.zeros(n, *shape) for shape in (self.decoder.shape, *self.context_shapes))
+
+    @classmethod
+    def mlp(
+        cls,
+        data_shape: Shape,
+        latent_dim: int = 20,
+        hidden: Sequence[int] = (128, 64),
+        likelihood: Family | type[Family] = Bernoulli,
+        posterior: Family | type[Family] = DiagonalNormal,
+        context_shapes: Sequence[Shape] = (),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> "VAE":
+        """A VAE of two multilayer perceptrons, the decoder's layers the encoder's in reverse.
+
+        Arguments:
+            data_shape: the shape of one datum.
+            latent_dim: the dimension of z.
+            hidden: the widths of the encoder's hidden layers, from the data inwards.
+            likelihood, posterior: families, or their classes.
+            context_shapes: the shape of one row of each context tensor; none for a plain VAE.
+            activation: makes the nonlinearity.
+        """
+        likelihood, posterior = _made(likelihood), _made(posterior)
+        data_shape, context = tuple(data_shape), [tuple(shape) for shape in context_shapes]
+        encoder = MLP([data_shape, *context], hidden, posterior.outputs((latent_dim,)), activation)
+        decoder = MLP(
+            [latent_dim, *context], tuple(hidden)[::-1], likelihood.outputs(data_shape), activation
+        )
+        return cls(
+            Factor(encoder, posterior, (latent_dim,)),
+            Factor(decoder, likelihood, data_shape),
+            StandardNormal(latent_dim),
+            context,
+        )
+
+    @classmethod
+    def conv(
+        cls,
+        data_shape: Shape,
+        latent_dim: int = 20,
+        channels: Sequence[int] = (32, 64),
+        hidden: Sequence[int] = (128,),
+        likelihood: Family | type[Family] = Bernoulli,
+        posterior: Family | type[Family] = DiagonalNormal,
+        context_shapes: Sequence[Shape] = (),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> "VAE":
+        """A VAE for images of shape (channels, height, width), with convolutions of stride 2.
+
+        Arguments as those of `VAE.mlp`; ``channels`` are those of the encoder's convolutions, from
+        the data inwards, ``hidden`` the widths of the layers between them and the latents.
+        """
+        likelihood, posterior = _made(likelihood), _made(posterior)
+        data_shape, context = tuple(data_shape), [tuple(shape) for shape in context_shapes]
+        if len(data_shape) != 3:
+            raise UsageError(
+                f"a convolutional VAE needs data of shape (channels, height, width), "
+                f"{data_shape} came"
+            )
+        image = (likelihood.outputs(data_shape) // prod(data_shape[1:]), *data_shape[1:])
+        encoder = ConvEncoder(
+            [data_shape, *context], channels, hidden, posterior.outputs((latent_dim,)), activation
+        )
+        decoder = ConvDecoder(
+            [latent_dim, *context], tuple(hidden)[::-1], tuple(channels)[::-1], image, activation
+        )
+        return cls(
+            Factor(encoder, posterior, (latent_dim,)),
+            Factor(decoder, likelihood, data_shape),
+            StandardNormal(latent_dim),
+            context,
+        )
+
+
+def _made(family: Family | type[Family]) -> Family:
+    return family() if isinstance(family, type) else family

@@ -1,0 +1,175 @@
+"""Networks: plain torch modules that map inputs and context to a flat vector of outputs."""
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+
+class MLP(nn.Module):
+    r"""A multilayer perceptron over the concatenation of all its inputs.
+
+    :math:`f(a, b, \dots) = W_L\,\sigma(\cdots\sigma(W_1 [a; b; \dots] + c_1)\cdots) + c_L`
+
+    Arguments:
+        inputs: the width of the one input, or a list with the shape (or width) of each input.
+        hidden: the width of each hidden layer; none gives a linear map.
+        outputs: the width of the output.
+        activation: makes the nonlinearity after each hidden layer.
+
+    Inputs have shape ``(..., *shape)``; their leading dimensions are broadcast against each
+    other, so that context of shape ``(batch, 10)`` meets latents of shape
+    ``(samples, batch, 20)``. The output has shape ``(..., outputs)``.
+
+    >>> import torch
+    >>> network = MLP([(1, 28, 28), 10], (400,), 40)
+    >>> network(torch.zeros(5, 1, 28, 28), torch.zeros(5, 10)).shape
+    torch.Size([5, 40])
+    """
+
+    def __init__(
+        self,
+        inputs: int | Sequence[int | Shape],
+        hidden: Sequence[int],
+        outputs: int,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        self.inputs, self.hidden, self.outputs = inputs, tuple(hidden), outputs
+        self.activation = activation
+        self.shapes = _shapes(inputs)
+        widths = [sum(map(prod, self.shapes)), *hidden]
+        layers: list[nn.Module] = []
+        for before, after in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(before, after), activation()]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.layers(join(inputs, self.shapes))
+
+
+class ConvEncoder(nn.Module):
+    """Convolutions of stride 2 over an image of any size, then an MLP that also sees the context.
+
+    Arguments:
+        inputs: the shape of the image ``(channels, height, width)``, then that of each context.
+        channels: the output channels of each convolution; each halves height and width.
+        hidden: the hidden widths of the MLP after the convolutions.
+        outputs: the width of the output.
+        activation: makes the nonlinearity.
+
+    >>> import torch
+    >>> ConvEncoder([(3, 17, 30)], (8, 16), (32,), 12)(torch.zeros(2, 3, 17, 30)).shape
+    torch.Size([2, 12])
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[int | Shape],
+        channels: Sequence[int],
+        hidden: Sequence[int],
+        outputs: int,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        self.inputs, self.channels, self.hidden = list(inputs), tuple(channels), tuple(hidden)
+        self.outputs, self.activation = outputs, activation
+        self.image, *context = _shapes(inputs)
+        sizes = _sizes(self.image, len(channels))
+        layers: list[nn.Module] = []
+        for before, after in zip((self.image[0], *channels), channels, strict=False):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), activation()]
+        self.layers = nn.Sequential(*layers)
+        self.head = MLP([(channels[-1], *sizes[-1]), *context], hidden, outputs, activation)
+
+    def forward(self, image: Tensor, *context: Tensor) -> Tensor:
+        leading = image.shape[: image.dim() - 3]
+        features = self.layers(image.reshape(-1, *self.image))
+        return self.head(features.reshape(*leading, *features.shape[1:]), *context)
+
+
+class ConvDecoder(nn.Module):
+    """The mirror image of `ConvEncoder`: an MLP, then transposed convolutions of stride 2.
+
+    Arguments:
+        inputs: the width of the latents, or a list with the shapes of latents and context.
+        hidden: the hidden widths of the MLP before the convolutions.
+        channels: the input channels of each transposed convolution; each doubles the size.
+        image: the shape ``(channels, height, width)`` of the output before it is flattened.
+        activation: makes the nonlinearity.
+
+    >>> import torch
+    >>> ConvDecoder(5, (32,), (16, 8), (3, 17, 30))(torch.zeros(7, 2, 5)).shape
+    torch.Size([7, 2, 1530])
+    """
+
+    def __init__(
+        self,
+        inputs: int | Sequence[int | Shape],
+        hidden: Sequence[int],
+        channels: Sequence[int],
+        image: Shape,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        self.inputs, self.hidden, self.channels = inputs, tuple(hidden), tuple(channels)
+        self.image, self.activation = tuple(image), activation
+        sizes = _sizes(self.image, len(channels))[::-1]
+        self.small = (channels[0], *sizes[0])
+        self.head = MLP(inputs, hidden, prod(self.small), activation)
+        layers: list[nn.Module] = []
+        for before, after, (height, width) in zip(
+            channels, (*channels[1:], image[0]), sizes[1:], strict=True
+        ):
+            even = (1 - height % 2, 1 - width % 2)
+            layers += [
+                activation(),
+                nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=even),
+            ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        features = self.head(*inputs)
+        image = self.layers(features.reshape(-1, *self.small))
+        return image.reshape(*features.shape[:-1], -1)
+
+
+def join(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
+    """Flatten each input by its shape, broadcast the leading dimensions, and concatenate."""
+    if len(inputs) != len(shapes):
+        raise ValueError(f"the network takes {len(shapes)} inputs, {len(inputs)} came")
+    leading = [tensor.shape[: tensor.dim() - len(shape)] for tensor, shape in _zip(inputs, shapes)]
+    for tensor, shape in _zip(inputs, shapes):
+        if tuple(tensor.shape[tensor.dim() - len(shape) :]) != shape:
+            raise ValueError(
+                f"the network takes an input of shape (..., {', '.join(map(str, shape))}), "
+                f"one of shape {tuple(tensor.shape)} came"
+            )
+    common = torch.broadcast_shapes(*leading)
+    flat = [
+        tensor.reshape(*front, prod(shape)).expand(*common, prod(shape))
+        for tensor, front, shape in zip(inputs, leading, shapes, strict=True)
+    ]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
+
+
+def _zip(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> zip:
+    return zip(inputs, shapes, strict=True)
+
+
+def _shapes(inputs: int | Sequence[int | Shape]) -> list[Shape]:
+    if isinstance(inputs, int):
+        inputs = [inputs]
+    return [(item,) if isinstance(item, int) else tuple(item) for item in inputs]
+
+
+def _sizes(image: Shape, halvings: int) -> list[tuple[int, int]]:
+    """Height and width before the first and after each convolution of stride 2."""
+    _, height, width = image
+    sizes = [(height, width)]
+    for _ in range(halvings):
+        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+    return sizes

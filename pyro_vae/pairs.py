@@ -1,0 +1,256 @@
+"""The pair: how any nn.Module with ``model`` and ``guide`` is run, without asking what it is.
+
+A pair's parameters may be plain attributes, ``PyroParam``s, or declared while it runs, by
+``pyro.module`` and ``pyro.param``. Everything here runs a pair inside a parameter store of its own
+(`scope`), so that two pairs never meet by name and the user's own store stays as it was.
+Parameters that only ``pyro.param`` knows are adopted by the pair as ordinary ``nn.Parameter``s: from
+then on ``pair.parameters()`` and ``pair.state_dict()`` hold everything that is learnt.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol, TypeAlias, cast
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from pyro_vae.errors import UsageError
+from pyro_vae.rng import seeded
+
+Batch: TypeAlias = tuple[Tensor, ...]
+Site: TypeAlias = dict[str, Any]
+
+
+class Pair(Protocol):
+    """An ``nn.Module`` with a generative model and an amortised guide, both Pyro programs.
+
+    ``batch`` is a tuple of tensors whose dimension 0 is the minibatch: the data ``x``, then
+    context. Local sites sit in one ``pyro.plate("data", len(x), dim=-1)``. Every unobserved site
+    of the model is a site of the guide. A pair that can be sampled without data also has
+    ``template(n)``, which returns a batch of n rows whose values mean nothing.
+    """
+
+    def model(self, *batch: Tensor) -> Any: ...
+    def guide(self, *batch: Tensor) -> Any: ...
+
+
+class _Adopted(nn.Module):
+    """Parameters declared by ``pyro.param`` alone, in unconstrained form, with their constraints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constraints: dict[str, Any] = {}
+        self.batch: list[tuple[list[int], str]] = []
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        params = {name: self.get_parameter(_key(name)) for name in self.constraints}
+        return {"params": params, "constraints": dict(self.constraints)}
+
+
+_ADOPTED = "pyro_param"
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")
+
+
+@contextmanager
+def scope(pair: nn.Module) -> Iterator[None]:
+    """Run inside a parameter store that belongs to this pair alone."""
+    adopted = getattr(pair, _ADOPTED, None)
+    state = adopted.state() if isinstance(adopted, _Adopted) else None
+    with pyro.get_param_store().scope(cast(Any, state)):
+        yield
+
+
+def adopt(pair: nn.Module, batch: Sequence[Tensor]) -> None:
+    """Make every parameter of the current store, which only the store knows, one of the pair.
+
+    The row shapes of the batch are kept, for `adopted_batch`.
+    """
+    store = pyro.get_param_store()
+    state, known = store.get_state(), {id(p) for p in pair.parameters()}
+    for name, value in state["params"].items():
+        if id(value) in known:
+            continue
+        if not hasattr(pair, _ADOPTED):
+            pair.add_module(_ADOPTED, _Adopted())
+        adopted, parameter = getattr(pair, _ADOPTED), nn.Parameter(value.detach())
+        adopted.register_parameter(_key(name), parameter)
+        adopted.constraints[name] = state["constraints"][name]
+        adopted.batch = [(list(t.shape[1:]), str(t.dtype).removeprefix("torch.")) for t in batch]
+        store.set_state({"params": {name: parameter}, "constraints": {}})
+
+
+def adopted_batch(pair: nn.Module) -> list[tuple[list[int], str]]:
+    """Row shapes and types of a batch on which running the pair declares what it has adopted."""
+    adopted = getattr(pair, _ADOPTED, None)
+    return adopted.batch if isinstance(adopted, _Adopted) else []
+
+
+def registered(pair: nn.Module, program: Callable[..., Any]) -> Callable[..., Any]:
+    """The program, with every trainable parameter of the pair made a param site of its trace.
+
+    Stock ``SVI`` steps only parameters that it sees as sites; a plain attribute is none.
+    """
+
+    def run(*batch: Tensor) -> Any:
+        for name, parameter in pair.named_parameters():
+            if parameter.requires_grad:
+                pyro.param(f"pair$$${name}", parameter)
+        return program(*batch)
+
+    return run
+
+
+@contextmanager
+def using(pair: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Use a pair without training it: its own scope, evaluation mode, no gradients, maybe a seed."""
+    training = [module for module in pair.modules() if module.training]
+    pair.eval()
+    try:
+        with scope(pair), torch.no_grad(), nullcontext() if seed is None else seeded(seed):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def trace_guide(pair: nn.Module, batch: Sequence[Tensor]) -> Trace:
+    """The trace of the guide on a batch, without its subsampling sites."""
+    trace = poutine.trace(cast(Pair, pair).guide).get_trace(*batch)
+    return prune_subsample_sites(trace)
+
+
+def trace_model(pair: nn.Module, batch: Sequence[Tensor], guide: Trace) -> Trace:
+    """The trace of the model on a batch, replayed against a trace of the guide."""
+    trace = poutine.trace(poutine.replay(cast(Pair, pair).model, trace=guide)).get_trace(*batch)
+    return prune_subsample_sites(trace)
+
+
+def latents(trace: Trace) -> dict[str, Site]:
+    """The unobserved sample sites of a trace, by name."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"]
+    }
+
+
+def observed(trace: Trace) -> dict[str, Site]:
+    """The observed sample sites of a trace, by name; those of an unconditioned model too."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and (site["is_observed"] or site["infer"].get("was_observed", False))
+    }
+
+
+def data_site(trace: Trace, name: str | None = None) -> Site:
+    """The observed site of this name, or the first one."""
+    sites = observed(trace)
+    if name is None and sites:
+        return next(iter(sites.values()))
+    if name not in sites:
+        raise UsageError(
+            f"the model has no observed site '{name}'; its observed sites are: "
+            f"{', '.join(sites) or 'none'}"
+        )
+    return sites[cast(str, name)]
+
+
+def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
+    """A batch of n rows from the pair's template, with this context in place of the template's."""
+    if not hasattr(pair, "template"):
+        raise UsageError(
+            f"{type(pair).__name__} has no method template(n), which returns a batch of n rows "
+            "of the right shapes; sampling without data needs it"
+        )
+    device, dtype = placement(pair)
+    batch = tuple(
+        tensor.to(device, dtype if tensor.is_floating_point() else None)
+        for tensor in cast(Any, pair).template(n)
+    )
+    if not context and len(batch) == 1:
+        return batch
+    if len(context) != len(batch) - 1:
+        raise UsageError(
+            f"{type(pair).__name__} takes {len(batch) - 1} context tensors, {len(context)} came"
+        )
+    placed = []
+    for given, like in zip(context, batch[1:], strict=True):
+        given = torch.as_tensor(given).to(like.device, like.dtype)
+        if given.shape[-like.dim() + 1 :] != like.shape[1:] or given.dim() > like.dim():
+            raise UsageError(
+                f"context rows of shape {tuple(like.shape[1:])} are expected, a tensor of shape "
+                f"{tuple(given.shape)} came"
+            )
+        placed.append(given.expand(like.shape))
+    return (batch[0], *placed)
+
+
+def placement(pair: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a pair's parameters are, and their floating-point type."""
+    for tensor in (*pair.parameters(), *pair.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.get_default_dtype()
+
+
+def is_local(site: Site) -> bool:
+    """Whether a site sits in the data plate, at dimension -1."""
+    return any(frame.vectorized and frame.dim == -1 for frame in site["cond_indep_stack"])
+
+
+def log_prob(site: Site) -> Tensor:
+    """The log density of a site, masked but not scaled: KL weights and subsampling left out."""
+    return scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+
+
+def site_kl(model_site: Site, guide_site: Site) -> Tensor:
+    r"""KL of one latent site, in nats: of shape (batch, *units) where it splits over units.
+
+    :math:`\mathrm{KL}(q \| p)` in closed form where torch knows it, else the estimate
+    :math:`\log q(z) - \log p(z)` at the draw in the trace. Where both distributions have
+    independent coordinates the last dimensions are those of the event, else there are none.
+    """
+    p, q, z = model_site["fn"], guide_site["fn"], guide_site["value"]
+    if _is_independent(p) and _is_independent(q):
+        p, q = p.base_dist, q.base_dist
+    try:
+        return kl_divergence(q, p)
+    except NotImplementedError:
+        return q.log_prob(z) - p.log_prob(z)
+
+
+def _is_independent(fn: Any) -> bool:
+    return (
+        isinstance(fn, torch.distributions.Independent)
+        and fn.reinterpreted_batch_ndims == fn.event_dim
+    )
+
+
+def mean(fn: Any, num_samples: int = 100) -> Tensor:
+    """The mean of a distribution, by draws where it has no closed form."""
+    try:
+        return fn.mean
+    except NotImplementedError:
+        return fn.sample((num_samples,)).to(torch.get_default_dtype()).mean(0)
+
+
+class Means(poutine.messenger.Messenger):
+    """Every unobserved site takes the mean of its distribution instead of a draw."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and msg["value"] is None and not msg["done"]:
+            if poutine.util.site_is_subsample(msg):
+                return
+            msg["value"] = mean(msg["fn"])
+            msg["done"] = True

@@ -1,0 +1,210 @@
+"""Figures: each function returns a matplotlib ``Figure`` and touches no global state."""
+
+import io
+from collections.abc import Mapping, Sequence
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.inference import encode, interpolate, reconstruct, sample, traverse
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#1f6f8b", "#d1603d", "#8a8a8a"
+
+
+def is_picture(x: Tensor) -> bool:
+    """Whether data of this shape (n, channels, height, width) can be shown as pictures."""
+    return x.dim() == 4 and x.shape[1] in (1, 3)
+
+
+def grid(rows: Sequence[tuple[str, Tensor]], title: str) -> "Figure":
+    """Rows of pictures, each with a label to its left; of curves where data are no pictures."""
+    columns = max(len(images) for _, images in rows)
+    figure = _figure(0.75 * columns + 1.4, 0.75 * len(rows) + 0.45)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (label, images) in zip(axes, rows, strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, image in zip(line, images, strict=False):
+            _show(axis, image)
+        line[0].text(
+            -0.15, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=8
+        )
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
+    """ELBO, reconstruction, KL and gradient norm by epoch, from the columns of history.csv."""
+    figure = _figure(9, 5.2)
+    panels = [
+        ("elbo", "ELBO", "nats per example"),
+        ("reconstruction", "reconstruction", "nats per example"),
+        ("kl", "KL", "nats per example"),
+        ("gradient_norm", "gradient norm", "mean over the epoch"),
+    ]
+    for axis, (column, title, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for name, label, color in (
+            (column, "train", BLUE),
+            (f"validation_{column}", "validation", ORANGE),
+        ):
+            if name in history:
+                values = np.asarray(history[name], float)
+                axis.plot(history["epoch"], values, color=color, label=label, linewidth=1.3)
+                if column != "gradient_norm":
+                    # The first steps would squeeze the rest of the curve flat.
+                    low, high = axis.get_ylim() if name != column else (np.inf, -np.inf)
+                    settled = values[len(values) // 20 :]
+                    axis.set_ylim(min(low, *_padded(settled)), max(high, *_padded(settled)))
+                else:
+                    axis.set_yscale("log")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("epoch", fontsize=8)
+        axis.set_ylabel(unit, fontsize=8)
+        axis.tick_params(labelsize=7)
+        if axis.get_legend_handles_labels()[1] and column != "gradient_norm":
+            axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def kl_by_unit(kl: Mapping[str, Sequence[float]]) -> "Figure":
+    """The mean KL of each unit of each latent site, from the greatest down."""
+    figure = _figure(7, 2.6 * len(kl))
+    for axis, (site, values) in zip(
+        figure.subplots(len(kl), 1, squeeze=False)[:, 0], kl.items(), strict=True
+    ):
+        order = np.argsort(values)[::-1]
+        axis.bar(range(len(order)), np.asarray(values)[order], color=BLUE)
+        axis.set_xticks(range(len(order)), [str(unit) for unit in order], fontsize=7)
+        axis.set_xlabel(f"unit of {site}", fontsize=8)
+        axis.set_ylabel("KL, nats per example", fontsize=8)
+        axis.tick_params(labelsize=7)
+    figure.suptitle("KL by unit: a unit near zero is not used", fontsize=10)
+    return figure
+
+
+def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
+    """Codes (n, d) in the plane of their first two principal components, coloured by label."""
+    from sklearn.decomposition import PCA
+
+    figure = _figure(5.6, 4.8)
+    axis = figure.subplots()
+    points = codes.flatten(1).double().numpy()
+    words = [f"{site}[0]", f"{site}[1]"]
+    if points.shape[1] == 1:
+        points = np.column_stack([points, np.zeros(len(points))])
+        words[1] = ""
+    elif points.shape[1] > 2:
+        pca = PCA(2).fit(points)
+        points = pca.transform(points)
+        words = [
+            f"principal component {i + 1} ({100 * share:.0f} % of variance)"
+            for i, share in enumerate(pca.explained_variance_ratio_)
+        ]
+    shown = axis.scatter(
+        *points[:, :2].T,
+        c=GREY if labels is None else labels.numpy(),
+        cmap=None if labels is None else "tab10" if int(labels.max()) < 10 else "viridis",
+        s=7,
+        linewidths=0,
+    )
+    if labels is not None and int(labels.max()) < 10:
+        handles, names = shown.legend_elements()
+        axis.legend(
+            handles, names, fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
+    axis.set_xlabel(words[0], fontsize=8)
+    axis.set_ylabel(words[1], fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.set_title(f"posterior means of {site}", fontsize=10)
+    return figure
+
+
+def reconstructions(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = ()) -> "Figure":
+    """Data, and their reconstructions beneath."""
+    again = reconstruct(pair, x, *context)
+    return grid([("data", intensity(x)), ("reconstruction", again)], "reconstructions")
+
+
+def samples(pair: nn.Module, context: Sequence[Tensor] = (), seed: int = 0) -> "Figure":
+    """Means of data drawn from the model; with context, a row for each of its rows."""
+    if context:
+        rows = [
+            (
+                f"context {i}",
+                sample(pair, 10, [part[i : i + 1] for part in context], means=True, seed=seed),
+            )
+            for i in range(len(context[0]))
+        ]
+        return grid(rows, "samples (means), by context")
+    images = sample(pair, 48, means=True, seed=seed)
+    rows = [("", part) for part in images.split(12)]
+    return grid(rows, "samples (means)")
+
+
+def traversals(
+    pair: nn.Module, x: Tensor, context: Sequence[Tensor], units: Sequence[int], latent: str
+) -> "Figure":
+    """One datum's code with one unit at a time moved from -3 to 3."""
+    values = np.linspace(-3, 3, 11).tolist()
+    images = traverse(pair, x, *context, values=values, units=units, latent=latent)
+    rows = [(f"{latent}[{unit}]", line) for unit, line in zip(units, images, strict=True)]
+    return grid(rows, "traversals: one unit at a time from -3 to 3")
+
+
+def interpolations(
+    pair: nn.Module, start: Tensor, end: Tensor, context: Sequence[Tensor] = ()
+) -> "Figure":
+    """Straight lines between the codes of pairs of data, with the data at both ends."""
+    lines = interpolate(pair, start, end, *context, steps=9)
+    rows = [
+        ("", torch.cat([intensity(a)[None].to(line), line, intensity(b)[None].to(line)]))
+        for a, line, b in zip(start, lines, end, strict=True)
+    ]
+    return grid(rows, "interpolations between the data at both ends")
+
+
+def codes(pair: nn.Module, x: Tensor, context: Sequence[Tensor]) -> tuple[str, Tensor]:
+    """The name and the codes of the first latent site."""
+    return next(iter(encode(pair, x, *context).items()))
+
+
+def png(figure: "Figure") -> bytes:
+    """A figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def intensity(x: Tensor) -> Tensor:
+    """8-bit pixels as floats in [0, 1]; other data as they are."""
+    return x / 255 if x.dtype == torch.uint8 else x
+
+
+def _padded(values: np.ndarray) -> tuple[float, float]:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return 0.0, 1.0
+    margin = 0.05 * (values.max() - values.min()) or 0.1
+    return float(values.min() - margin), float(values.max() + margin)
+
+
+def _show(axis: Any, image: Tensor) -> None:
+    array = image.detach().cpu().float().numpy()
+    if array.ndim == 3 and array.shape[0] == 1:
+        axis.imshow(array[0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    elif array.ndim == 3 and array.shape[0] == 3:
+        axis.imshow(array.transpose(1, 2, 0).clip(0, 1), interpolation="nearest")
+    else:
+        axis.plot(array.reshape(-1), color=BLUE, linewidth=0.8)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, ceil(10 * height) / 10), dpi=130, layout="constrained")

@@ -1,0 +1,270 @@
+"""Pre-flight: run a pair once on a batch and say in words what would go wrong."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.poutine import Trace
+from torch import Tensor, nn
+
+from pyro_vae.errors import UsageError
+from pyro_vae.pairs import adopt, latents, log_prob, observed, scope
+from pyro_vae.pairs import trace_guide as run_guide
+from pyro_vae.pairs import trace_model as run_model
+from pyro_vae.rng import seeded
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found: ``errors`` would make inference fail or lie, ``notes`` may be intended."""
+
+    errors: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"error: {line}" for line in self.errors] + [
+            f"note: {line}" for line in self.notes
+        ]
+        return "\n".join(lines or ["the pair is sound"])
+
+
+def check(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = None) -> Report:
+    """Run a pair once on a batch, and report each fault with its remedy in words.
+
+    Checked are: that model and guide run; that every latent site of the model is in the guide, and
+    none of the guide's is missing from the model; that shapes of sites, plate and events agree;
+    that every parameter the loss depends on is one of the pair's; and that ``objective``, if
+    given, is valid for the pair.
+
+    Arguments:
+        pair: any ``nn.Module`` with ``model`` and ``guide``.
+        batch: the tensors that model and guide take, prepared, of two rows at least.
+
+    Nothing is trained; parameters, random generators and the parameter store stay as they were.
+
+    >>> import torch, pyro_vae as pv
+    >>> print(check(pv.VAE.mlp((4,)), (torch.ones(2, 4),)))
+    the pair is sound
+    """
+    name = type(pair).__name__
+    if not isinstance(pair, nn.Module):
+        return Report((f"a pair is an nn.Module with model and guide, {name} is none",))
+    for method in ("model", "guide"):
+        if not callable(getattr(pair, method, None)):
+            return Report((f"{name} has no method '{method}(*batch)'",))
+    training = pair.training
+    pair.eval()
+    try:
+        with (
+            scope(pair),
+            seeded(0),
+            pyro.validation_enabled(False),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            try:
+                guide = _run("guide", lambda: run_guide(pair, batch), batch)
+                model = _run("model", lambda: run_model(pair, batch, guide), batch)
+            except UsageError as error:
+                return Report((str(error),))
+            adopt(pair, batch)
+            errors = [*_sites(model, guide), *_shapes(model, guide, batch)]
+            notes: list[str] = []
+            if not errors:
+                errors, notes = _parameters(pair, model, guide)
+                errors += _objective(objective, model, guide)
+    finally:
+        pair.train(training)
+    return Report(tuple(errors), tuple(notes))
+
+
+def require(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = None) -> Report:
+    """`check`, raising `UsageError` with the first error."""
+    report = check(pair, batch, objective)
+    if report.errors:
+        raise UsageError(report.errors[0])
+    return report
+
+
+def _run(what: str, run: Callable[[], Trace], batch: Sequence[Tensor]) -> Trace:
+    try:
+        return run()
+    except UsageError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in batch)
+        first = str(error).strip().splitlines()
+        raise UsageError(
+            f"the {what} fails on a batch of shapes {shapes}: {type(error).__name__}: "
+            f"{first[0] if first else ''}"
+        ) from error
+
+
+def _sites(model: Trace, guide: Trace) -> list[str]:
+    errors = []
+    if not observed(model):
+        errors.append("the model observes nothing: give one pyro.sample the data, as obs=x")
+    for name, site in guide.nodes.items():
+        if site["type"] == "sample" and site["is_observed"]:
+            errors.append(
+                f"the guide observes site '{name}': a guide samples latents only, drop obs="
+            )
+    for name, site in latents(model).items():
+        if name not in guide.nodes and site["infer"].get("enumerate") is None:
+            errors.append(
+                f"latent site '{name}' of the model is missing from the guide: add "
+                f'pyro.sample("{name}", ...) to the guide'
+            )
+    for name, site in latents(guide).items():
+        if name not in model.nodes and not site["infer"].get("is_auxiliary"):
+            errors.append(
+                f"site '{name}' of the guide is missing from the model: add it to the model, or "
+                "take it out of the guide"
+            )
+        elif name in model.nodes and model.nodes[name]["is_observed"]:
+            errors.append(f"site '{name}' is sampled by the guide and observed by the model")
+    return errors
+
+
+def _shapes(model: Trace, guide: Trace, batch: Sequence[Tensor]) -> list[str]:
+    n, errors = len(batch[0]), []
+    for where, trace in (("model", model), ("guide", guide)):
+        sites = observed(trace) | latents(trace)
+        for name, site in sites.items():
+            fn, frames = site["fn"], [f for f in site["cond_indep_stack"] if f.vectorized]
+            data = [frame for frame in frames if frame.dim == -1]
+            nested = max((-frame.dim for frame in frames), default=0)
+            if len(fn.batch_shape) > nested:
+                extra = len(fn.batch_shape) - nested
+                if not frames and len(fn.batch_shape) == 1 and fn.batch_shape[0] == n:
+                    errors.append(
+                        f"site '{name}' of the {where} is outside the data plate: put it under "
+                        'with pyro.plate("data", len(x), dim=-1)'
+                    )
+                else:
+                    errors.append(
+                        f"site '{name}' of the {where} has batch shape {tuple(fn.batch_shape)} "
+                        f"where the plates account for {nested} dimension(s): declare the "
+                        f"{extra} on the right as an event by .to_event({extra})"
+                    )
+            elif data and data[0].size != n and site["is_observed"] and not _subsampled(trace):
+                errors.append(
+                    f"the data plate has size {data[0].size}, the batch {n} rows: "
+                    'use pyro.plate("data", len(x), dim=-1)'
+                )
+    if errors:
+        return errors
+    for name, site in latents(guide).items():
+        p, q = model.nodes[name]["fn"], site["fn"]
+        if p.event_shape != q.event_shape:
+            errors.append(
+                f"site '{name}' has event shape {tuple(p.event_shape)} in the model and "
+                f"{tuple(q.event_shape)} in the guide: they must be one"
+            )
+    for name, site in observed(model).items():
+        shape = torch.broadcast_shapes(site["fn"].batch_shape + site["fn"].event_shape)
+        if not _matches(site["value"].shape, shape):
+            errors.append(
+                f"the value observed at site '{name}' has shape {tuple(site['value'].shape)}, its "
+                f"distribution is over {tuple(shape)}: they must agree"
+            )
+    return errors
+
+
+def _matches(value: torch.Size, shape: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(value, shape) == value
+    except RuntimeError:
+        return False
+
+
+def _subsampled(trace: Trace) -> bool:
+    return any(
+        frame.full_size is not None and frame.full_size != frame.size
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+    )
+
+
+def _parameters(pair: nn.Module, model: Trace, guide: Trace) -> tuple[list[str], list[str]]:
+    loss: Any = 0.0
+    for name, site in (observed(model) | latents(model)).items():
+        loss = loss + log_prob(site).sum()
+        if name in guide.nodes:
+            loss = loss - log_prob(guide.nodes[name]).sum()
+    reached = _leaves(loss) if isinstance(loss, Tensor) else []
+    known = {id(parameter): name for name, parameter in pair.named_parameters()}
+    foreign = [leaf for leaf in reached if id(leaf) not in known]
+    errors = [
+        f"the loss depends on a parameter of shape {tuple(leaf.shape)} that is not one of "
+        "pair.parameters(): keep networks as attributes (lists of them as nn.ModuleList), not in "
+        "a plain list, dict or global"
+        for leaf in foreign[:1]
+    ]
+    touched = {id(leaf) for leaf in reached}
+    idle = [
+        name
+        for name, parameter in pair.named_parameters()
+        if parameter.requires_grad and id(parameter) not in touched
+    ]
+    notes = [
+        f"parameter '{name}' has no effect on the loss and will not be trained" for name in idle
+    ]
+    if not reached and not errors:
+        errors.append("the loss depends on no parameter: there is nothing to train")
+    return errors, notes
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The leaf tensors that a loss would send gradients to."""
+    found: dict[int, Tensor] = {}
+    stack, seen = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found[id(leaf)] = leaf
+        stack += [function for function, _ in node.next_functions]
+    return list(found.values())
+
+
+def _objective(objective: ELBO | None, model: Trace, guide: Trace) -> list[str]:
+    if not isinstance(objective, TraceMeanField_ELBO):
+        return []
+    order = [name for name in model.nodes if name in latents(guide)]
+    if order != list(latents(guide)):
+        return [
+            f"the closed-form KL is valid only where guide and model sample in one order; the guide "
+            f"samples {', '.join(latents(guide))}, the model {', '.join(order)}: use Trace_ELBO"
+        ]
+    return []
+
+
+def explain_nonfinite(pair: nn.Module, batch: Sequence[Tensor]) -> str | None:
+    """The first site whose parameters, value or log density are not finite on this batch."""
+    with scope(pair), torch.no_grad(), pyro.validation_enabled(False):
+        found: list[str] = []
+
+        class Watch(poutine.messenger.Messenger):
+            def _pyro_post_sample(self, msg: Any) -> None:
+                if poutine.util.site_is_subsample(msg) or found:
+                    return
+                density = msg["fn"].log_prob(msg["value"])
+                if not bool(torch.isfinite(density).all()):
+                    found.append(msg["name"])
+
+        try:
+            with Watch():
+                run_model(pair, batch, run_guide(pair, batch))
+        except Exception:
+            return found[0] if found else None
+        return found[0] if found else None

@@ -1,0 +1,153 @@
+"""`write_report`: the figures of a run, and one HTML file that shows them and opens anywhere."""
+
+import base64
+import csv
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae import plots, runs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222; background: #fff }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse } td { padding: .15rem 1.2rem .15rem 0; vertical-align: top }
+td + td { font-variant-numeric: tabular-nums } img { max-width: 100% } pre { white-space: pre-wrap }
+p { color: #555 }
+"""
+
+_WORDS = {
+    "curves": "The ELBO is the true bound, also where training weighed the KL otherwise.",
+    "reconstructions": "Test data above, the means of their reconstructions beneath.",
+    "samples": "Latents drawn from the prior, and the mean of the data given them.",
+    "traversals": "One test datum's code, with one latent unit at a time set to values from -3 to "
+    "3; the units with the greatest KL first.",
+    "interpolations": "Straight lines between the codes of two test data.",
+    "latent": "The posterior means of the test data.",
+    "kl": "What each unit tells about the data. A unit whose KL is near zero has collapsed.",
+}
+
+
+def write_report(
+    run: str | Path,
+    pair: nn.Module,
+    x: Tensor,
+    *context: Tensor,
+    labels: Tensor | None = None,
+    seed: int = 0,
+) -> Path:
+    """Draw a run's figures from held-out data, and write report.html with them inside it.
+
+    Arguments:
+        run: a run folder; its config.json, history.csv and metrics.json are shown where they are.
+        pair: the pair of the run.
+        x, context: held-out data.
+        labels: integer classes of x, for colours.
+
+    Returns the path of report.html. Figures are also written as figures/NAME.png.
+    """
+    run = Path(run)
+    metrics = runs.read_json(run / runs.METRICS) if (run / runs.METRICS).exists() else {}
+    config = runs.read_config(run)
+    figures = {
+        name: plots.png(figure)
+        for name, figure in _figures(run, pair, x, context, labels, metrics, seed)
+    }
+    for name, png in figures.items():
+        with runs.atomic(run / runs.FIGURES / f"{name}.png") as file:
+            file.write(png)
+    page = _page(run.resolve().name, config, metrics, figures)
+    with runs.atomic(run / runs.REPORT) as file:
+        file.write(page.encode())
+    return run / runs.REPORT
+
+
+def _figures(
+    run: Path,
+    pair: nn.Module,
+    x: Tensor,
+    context: Sequence[Tensor],
+    labels: Tensor | None,
+    metrics: dict[str, Any],
+    seed: int,
+) -> list[tuple[str, "Figure"]]:
+    made = []
+    history = _history(run / runs.HISTORY)
+    if history and history["epoch"]:
+        made.append(("curves", plots.curves(history)))
+    few = [part[:12] for part in context]
+    made.append(("reconstructions", plots.reconstructions(pair, x[:12], few)))
+    if hasattr(pair, "template"):
+        shown = _contexts(context, labels)
+        made.append(("samples", plots.samples(pair, shown, seed)))
+    site, codes = plots.codes(pair, x, context)
+    kl = metrics.get("kl_by_unit") or {}
+    if codes.is_floating_point():
+        order = torch.tensor(kl.get(site) or codes.flatten(1).var(0).tolist()).argsort(
+            descending=True
+        )
+        one = [part[:1] for part in context]
+        made.append(("traversals", plots.traversals(pair, x[:1], one, order[:8].tolist(), site)))
+        half = [part[:4] for part in context]
+        made.append(("interpolations", plots.interpolations(pair, x[:4], x[4:8], half)))
+        made.append(("latent", plots.latent_plane(codes.cpu(), labels, site)))
+    if kl:
+        made.append(("kl", plots.kl_by_unit(kl)))
+    return made
+
+
+def _contexts(context: Sequence[Tensor], labels: Tensor | None) -> list[Tensor]:
+    """A row of context for each label, or a few rows of it."""
+    if not context:
+        return []
+    if labels is None:
+        return [part[:6] for part in context]
+    rows = [int((labels == label).nonzero()[0]) for label in labels.unique()[:10]]
+    return [part[rows] for part in context]
+
+
+def _history(path: Path) -> dict[str, list[float]]:
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}
+
+
+def _page(
+    title: str, config: dict[str, Any], metrics: dict[str, Any], figures: dict[str, bytes]
+) -> str:
+    numbers = "".join(
+        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{_number(value)}</td></tr>"
+        for name, value in metrics.items()
+        if not isinstance(value, dict) and value is not None
+    )
+    for name, value in (metrics.get("active_units") or {}).items():
+        numbers += f"<tr><td>active units of {html.escape(name)}</td><td>{value}</td></tr>"
+    pictures = "".join(
+        f"<h2>{name}</h2><p>{_WORDS[name]}</p>"
+        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        for name, png in figures.items()
+    )
+    settings = html.escape(json.dumps(config, indent=2))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
+        f"</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"<p>Bounds, likelihoods and KL in nats per example, on test data.</p>"
+        f"<table>{numbers}</table>{pictures}"
+        f"<h2>configuration</h2><details><summary>config.json</summary><pre>{settings}</pre>"
+        f"</details></body></html>\n"
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))

@@ -1,0 +1,68 @@
+"""Schedules: functions of the epoch, for the KL weight and for the learning rate.
+
+A schedule is any callable from the epoch, a float that grows within the epoch too, to a number.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import cos, pi
+from typing import TypeAlias
+
+Schedule: TypeAlias = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From ``start`` to ``end`` in a straight line over so many epochs, then ``end``.
+
+    As a KL weight: the warm-up of Bowman et al., 2016 (https://arxiv.org/abs/1511.06349).
+
+    >>> [Linear(epochs=10)(epoch) for epoch in (0, 5, 20)]
+    [0.0, 0.5, 1.0]
+    """
+
+    epochs: float
+    start: float = 0.0
+    end: float = 1.0
+
+    def __call__(self, epoch: float) -> float:
+        return self.start + (self.end - self.start) * min(epoch / self.epochs, 1.0)
+
+
+@dataclass(frozen=True)
+class Cyclical:
+    """Every ``period`` epochs anew: a line from ``start`` to ``end``, then ``end``.
+
+    ``rise`` is the fraction of each period that the line takes.
+    Fu et al., Cyclical annealing schedule, 2019 (https://arxiv.org/abs/1903.10145).
+
+    >>> [Cyclical(period=10)(epoch) for epoch in (0, 2.5, 5, 9, 10)]
+    [0.0, 0.5, 1.0, 1.0, 0.0]
+    """
+
+    period: float
+    rise: float = 0.5
+    start: float = 0.0
+    end: float = 1.0
+
+    def __call__(self, epoch: float) -> float:
+        return Linear(self.rise * self.period, self.start, self.end)(epoch % self.period)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """From ``start`` to ``end`` along half a cosine over so many epochs, then ``end``.
+
+    As a learning rate: Loshchilov & Hutter, SGDR, 2017 (https://arxiv.org/abs/1608.03983).
+
+    >>> [round(Cosine(epochs=10)(epoch), 3) for epoch in (0, 5, 20)]
+    [1.0, 0.5, 0.0]
+    """
+
+    epochs: float
+    start: float = 1.0
+    end: float = 0.0
+
+    def __call__(self, epoch: float) -> float:
+        fraction = min(epoch / self.epochs, 1.0)
+        return self.end + (self.start - self.end) * (1 + cos(pi * fraction)) / 2

@@ -1,0 +1,522 @@
+"""`fit`: stochastic variational inference on any pair, by an explicit ``pyro.infer.SVI``."""
+
+import itertools
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from pyro.infer import ELBO, SVI, Trace_ELBO
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyro_vae import rng, runs
+from pyro_vae.config import Settings
+from pyro_vae.data import Arrays, Preparation, Rows, Source, held_out, preparation, source
+from pyro_vae.errors import UsageError
+from pyro_vae.evaluation import Bound, bound
+from pyro_vae.objectives import KLWeight, Parts, recorded
+from pyro_vae.optim import Optimizer
+from pyro_vae.pairs import Batch, Pair, placement, registered, scope
+from pyro_vae.preflight import explain_nonfinite, require
+from pyro_vae.progress import bar
+from pyro_vae.rng import seeded
+from pyro_vae.schedules import Schedule
+
+
+class Epoch(NamedTuple):
+    """One row of a history; bounds and their parts in nats per example."""
+
+    epoch: int
+    objective: float
+    """What was maximised, with the KL weight of the time: no bound while that is below 1."""
+    elbo: float
+    """The ELBO itself, whatever the objective, averaged over the epoch's minibatches."""
+    reconstruction: float
+    kl: dict[str, float]
+    """KL of each latent site."""
+    validation: Bound | None
+    """On the validation data after the epoch; None without them."""
+    beta: float
+    learning_rate: float
+    gradient_norm: float
+    """Mean over the epoch's steps of the gradient's global norm, before clipping."""
+    seconds: float
+
+    def row(self) -> dict[str, Any]:
+        """The epoch as one flat row of history.csv."""
+        flat = {
+            "epoch": self.epoch,
+            "objective": self.objective,
+            "elbo": self.elbo,
+            "reconstruction": self.reconstruction,
+            "kl": sum(self.kl.values()),
+            **{f"kl_{name}": value for name, value in self.kl.items()},
+        }
+        if self.validation is not None:
+            flat |= {
+                "validation_bound": self.validation.bound,
+                "validation_elbo": self.validation.elbo,
+                "validation_reconstruction": self.validation.reconstruction,
+                "validation_kl": sum(self.validation.kl.values()),
+            }
+        return flat | {
+            "beta": self.beta,
+            "learning_rate": self.learning_rate,
+            "gradient_norm": self.gradient_norm,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class History:
+    """What `fit` returns: its epochs, and which of them the pair's parameters are from."""
+
+    epochs: tuple[Epoch, ...]
+    best_epoch: int
+    """The epoch of the greatest validation bound; the last one without validation data."""
+    stopped_early: bool
+
+    def __getitem__(self, column: str) -> list[float]:
+        """A column of history.csv as a list: ``history["validation_elbo"]``."""
+        return [epoch.row()[column] for epoch in self.epochs]
+
+    def __len__(self) -> int:
+        return len(self.epochs)
+
+
+class NonFiniteError(UsageError):
+    """Training met a loss or a gradient that is not finite; the message names the site."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C or SIGTERM; the message says how to go on."""
+
+
+def fit(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    validation: Any = None,
+    objective: ELBO | None = None,
+    beta: float | Schedule = 1.0,
+    learning_rate_schedule: Schedule | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    binarize: str = "dynamic",
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> History:
+    r"""Fit a pair by stochastic variational inference, and leave the best parameters in it.
+
+    Each step is ``svi.step(*batch)`` of ``SVI(pair.model, pair.guide, optimizer, objective)``,
+    which maximises :math:`E_q[\log p(x|z)] - \beta\,\mathrm{KL}(q \| p)` over minibatches.
+
+    Arguments:
+        pair: any ``nn.Module`` with ``model`` and ``guide``; see `pyro_vae.check`.
+        x: the data, a tensor or array with a row for each datum, held as it came (uint8 stays
+            uint8); or a torch ``Dataset`` or ``DataLoader`` that gives x, or x and context.
+        context: further tensors of as many rows, passed on to model and guide.
+        validation: held-out x, or a tuple of x and context, of the same kinds.
+        objective: a Pyro ELBO; ``Trace_ELBO()`` by default.
+        beta: weight on the KL, or a schedule of it (`pyro_vae.schedules`).
+        learning_rate_schedule: a factor on the learning rate, by epoch.
+        optimizer: makes the torch optimiser from parameters and ``lr``.
+        binarize: "dynamic", "fixed" or "none": see `pyro_vae.data.Preparation`.
+        out: a run folder for checkpoints and the best model; nothing is written without.
+        resume: go on from the checkpoint in ``out``.
+        overwrite: replace a run that is in ``out``.
+        progress: show a progress bar.
+        config: what else config.json of the run shall hold.
+        settings: the fields of `pyro_vae.config.Settings`: epochs, batch_size, learning_rate,
+            clip_norm, patience, seed, device, precision, checkpoint_seconds, tensorboard.
+
+    Every random draw of training comes from generators that are seeded here, kept in the
+    checkpoint, and given back to the caller as they were: a resumed run ends, on a CPU,
+    bit-identical to one that was never interrupted.
+
+    Raises `UsageError` for data or a pair that cannot be trained, `NonFiniteError` where loss or
+    gradient stop being finite, `Interrupted` (a ``KeyboardInterrupt``) after Ctrl-C or SIGTERM.
+
+    >>> import torch, pyro_vae as pv
+    >>> x = torch.rand(64, 4).round()
+    >>> history = pv.fit(pv.VAE.mlp((4,)), x, epochs=2, batch_size=32, progress=False)
+    >>> len(history["elbo"])
+    2
+    """
+    chosen = Settings.of(settings)
+    folder = None if out is None else Path(out)
+    if folder is None and (resume or overwrite or chosen.tensorboard):
+        raise UsageError("resume, overwrite and tensorboard need a run folder: give out=")
+    saved = runs.read_checkpoint(folder) if folder is not None and resume else None
+    pair.to(device(chosen.device))
+    objective = objective or Trace_ELBO()
+    rows = source(x, context, pair)
+    _require_rows(rows, chosen.batch_size)
+    plain = Preparation(*placement(pair))
+    first = plain(next(iter(rows.batches(min(16, len(rows))))))
+    require(pair, first, objective)
+    prepare = preparation(pair, rows, binarize)
+    if prepare.binarize and binarize == "fixed":
+        rows, prepare = held_out(rows, prepare)
+    if binarize == "none":
+        _warn_grey(pair, rows)
+    if isinstance(rows, Arrays):
+        rows = rows.to(prepare.device)
+    held = None
+    if validation is not None:
+        parts = validation if isinstance(validation, (tuple, list)) else (validation,)
+        held = held_out(source(parts[0], parts[1:], pair), prepare)
+    elif chosen.patience is not None:
+        raise UsageError("patience needs validation data to measure: give validation=")
+    job = {
+        "settings": asdict(chosen),
+        "objective": type(objective).__name__,
+        "binarize": binarize,
+        "data": runs.checksum(rows.tensors) if isinstance(rows, Arrays) else None,
+    }
+    run = _Run(pair, rows, prepare, held, objective, beta, learning_rate_schedule, optimizer)
+    run.settings, run.folder, run.job = chosen, folder, job
+    if folder is not None and saved is None:
+        runs.start(folder, overwrite)
+        runs.write_config(pair, folder, {**job, **(config or {})})
+    with scope(pair), seeded(chosen.seed), warnings.catch_warnings():
+        # The library says itself where a loss is not finite, with the site's name.
+        warnings.filterwarnings("ignore", message="Encountered NaN")
+        run.begin()
+        if saved is not None:
+            run.restore(saved)
+        return run.train(progress)
+
+
+def device(name: str) -> torch.device:
+    """The torch device of this name; "auto" is the GPU where there is one.
+
+    >>> device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"device '{name}' cannot be used here ({str(error).splitlines()[0][:100]}); "
+            "'cpu' always can"
+        ) from error
+    return chosen
+
+
+class _Run:
+    """The state of a training run: everything that a checkpoint holds."""
+
+    settings: Settings
+    folder: Path | None
+    job: dict[str, Any]
+    optimizer: Optimizer
+    svi: SVI
+
+    def __init__(
+        self,
+        pair: nn.Module,
+        rows: Source,
+        prepare: Preparation,
+        held: tuple[Source, Preparation] | None,
+        objective: ELBO,
+        beta: float | Schedule,
+        learning_rate_schedule: Schedule | None,
+        constructor: Callable[..., torch.optim.Optimizer],
+    ) -> None:
+        self.pair, self.rows, self.prepare, self.held = pair, rows, prepare, held
+        self.objective = objective
+        self.beta: Schedule = beta if callable(beta) else lambda _: float(beta)  # type: ignore
+        self.rate: Schedule = learning_rate_schedule or (lambda _: 1.0)
+        self.constructor = constructor
+        self.epochs: list[Epoch] = []
+        self.best: dict[str, Tensor] | None = None
+        self.best_epoch = 0
+        self.written = 0.0
+        self.latest = Parts()
+        self._new_epoch()
+
+    def _new_epoch(self) -> None:
+        self.batches = self.examples = 0
+        self.loss = self.norm = self.seconds = 0.0
+        self.parts = Parts()
+
+    def begin(self) -> None:
+        """Make optimiser and SVI; the pair's parameters are all known by now."""
+        pair, settings = cast(Pair, self.pair), self.settings
+        trained = {k: p for k, p in self.pair.named_parameters() if p.requires_grad}
+        self.optimizer = Optimizer(
+            self.constructor, trained, settings.learning_rate, settings.clip_norm
+        )
+        self.weight = KLWeight()
+        self.svi = SVI(
+            self.weight(registered(self.pair, pair.model)),
+            self.weight(pair.guide),
+            self.optimizer,
+            loss=recorded(self.objective, self.latest),
+        )
+        self.generators = rng.state()
+
+    def train(self, progress: bool) -> History:
+        """All epochs that are left, then the best parameters into the pair."""
+        with self._bar(progress) as shown, _signals() as stop, self._board() as board:
+            if self.folder is not None and not self.epochs and not self.batches:
+                self.write()
+            while len(self.epochs) < self.settings.epochs and not self._waited():
+                for batch in self._remaining():
+                    self._step(batch)
+                    self._show(shown)
+                    if stop:
+                        self._interrupt()
+                self._end_epoch()
+                if board is not None:
+                    for name, value in self.epochs[-1].row().items():
+                        board.add_scalar(name, value, len(self.epochs))
+                if time.monotonic() - self.written > self.settings.checkpoint_seconds:
+                    self.write()
+        self.write()
+        if self.best is not None:
+            self.pair.load_state_dict(self.best)
+        self.pair.eval()
+        return History(tuple(self.epochs), self.best_epoch, self._waited())
+
+    def _remaining(self) -> Iterator[Batch]:
+        """The minibatches of this epoch that are left, whether it begins or is gone on with."""
+        now = rng.state()
+        rng.restore(self.generators)
+        self.pair.train()
+        batches = iter(self.rows.batches(self.settings.batch_size, shuffle=True))
+        if self.batches:
+            for _ in itertools.islice(batches, self.batches):
+                pass
+            rng.restore(now)
+        yield from batches
+
+    def _step(self, batch: Batch) -> None:
+        began = time.perf_counter()
+        epoch = len(self.epochs) + self.examples / len(self.rows)
+        self.weight.weight = self.beta(epoch)
+        self.optimizer.learning_rate = self.settings.learning_rate * self.rate(epoch)
+        prepared = self.prepare(batch)
+        self.latest.clear()
+        autocast = torch.autocast(
+            prepared[0].device.type,
+            dtype=torch.bfloat16,
+            enabled=self.settings.precision == "bfloat16",
+        )
+        try:
+            with autocast:
+                loss = self.svi.step(*prepared)
+        except FloatingPointError:
+            self._nonfinite(prepared, "gradient")
+        except ValueError as error:
+            if isinstance(error, UsageError):
+                raise
+            if explain_nonfinite(self.pair, prepared) is None:
+                raise
+            self._nonfinite(prepared, "loss", error)
+        if not math.isfinite(loss):
+            self._nonfinite(prepared, "loss")
+        self.parts.merge(self.latest)
+        self.batches += 1
+        self.examples += len(prepared[0])
+        self.loss += loss
+        self.norm += self.optimizer.gradient_norm
+        self.seconds += time.perf_counter() - began
+
+    def _nonfinite(self, batch: Batch, what: str, cause: Exception | None = None) -> None:
+        site = self.latest.nonfinite() or explain_nonfinite(self.pair, batch)
+        kept = ""
+        if self.folder is not None:
+            self.write()
+            kept = f"; the last good model is in {self.folder}"
+        where = f"at site '{site}'" if site else "though every site's density is"
+        raise NonFiniteError(
+            f"training stopped in epoch {len(self.epochs) + 1}, step {self.batches + 1}: the {what} "
+            f"is not finite, {where}{kept}; a smaller learning_rate or clip_norm may help"
+        ) from cause
+
+    def _end_epoch(self) -> None:
+        began, n = time.perf_counter(), self.examples
+        measured = None
+        if self.held is not None:
+            rows, prepare = self.held
+            measured = bound(self.pair, rows, prepare, self.objective)
+        reconstruction, kl = self.parts.per_example(n)
+        self.epochs.append(
+            Epoch(
+                len(self.epochs) + 1,
+                -self.loss / n,
+                reconstruction - sum(kl.values()),
+                reconstruction,
+                kl,
+                measured,
+                float(self.weight.weight),
+                self.optimizer.learning_rate,
+                self.norm / self.batches,
+                self.seconds + time.perf_counter() - began,
+            )
+        )
+        best = self.epochs[self.best_epoch - 1].validation if self.best_epoch else None
+        if measured is None or best is None or measured.bound > best.bound:
+            self.best_epoch = len(self.epochs)
+            self.best = runs.state_dict(self.pair) if measured is not None else None
+        self._new_epoch()
+        self.generators = rng.state()
+
+    def _waited(self) -> bool:
+        """Whether the validation bound has not improved for as many epochs as patience has."""
+        patience = self.settings.patience
+        return patience is not None and len(self.epochs) - self.best_epoch >= patience
+
+    def _interrupt(self) -> None:
+        place = f"epoch {len(self.epochs) + 1}, step {self.batches}"
+        if self.folder is None:
+            raise Interrupted(f"stopped in {place}; without a run folder it cannot be gone on with")
+        self.write()
+        raise Interrupted(f"stopped in {place}; go on with --resume (resume=True) on {self.folder}")
+
+    def write(self) -> None:
+        """Write checkpoint, best model and history into the run folder."""
+        if self.folder is None:
+            return
+        current = runs.state_dict(self.pair)
+        runs.write_checkpoint(
+            self.folder,
+            {
+                "job": self.job,
+                "pair": current,
+                "best": self.best,
+                "best_epoch": self.best_epoch,
+                "optimizer": self.optimizer.get_state(),
+                "epochs": [_plain(epoch) for epoch in self.epochs],
+                "batches": self.batches,
+                "examples": self.examples,
+                "loss": self.loss,
+                "norm": self.norm,
+                "seconds": self.seconds,
+                "reconstruction": self.parts.reconstruction,
+                "kl": self.parts.kl,
+                "generators_of_epoch": self.generators,
+                "generators": rng.state(),
+            },
+        )
+        runs.write_model(self.folder, self.best or current)
+        runs.write_csv(self.folder / runs.HISTORY, [epoch.row() for epoch in self.epochs])
+        self.written = time.monotonic()
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint, after checking that it is of the same job."""
+        path = cast(Path, self.folder) / runs.CHECKPOINT
+        free = {"epochs", "patience", "checkpoint_seconds", "tensorboard"}
+        for name, value in saved["job"]["settings"].items():
+            if name not in free and self.job["settings"][name] != value:
+                raise UsageError(
+                    f"{path} was made with {name} = {value}, {self.job['settings'][name]} came: a "
+                    "run goes on only as it began"
+                )
+        for name in ("objective", "binarize", "data"):
+            if saved["job"][name] != self.job[name]:
+                raise UsageError(
+                    f"{path} was made with other {name}: a run goes on only as it began"
+                )
+        runs.fill(self.pair, saved["pair"], path)
+        self.optimizer.set_state(saved["optimizer"])
+        self.best, self.best_epoch = saved["best"], saved["best_epoch"]
+        self.epochs = [_typed(epoch) for epoch in saved["epochs"]]
+        for name in ("batches", "examples", "loss", "norm", "seconds"):
+            setattr(self, name, saved[name])
+        where = self.prepare.device
+        self.parts.reconstruction = {k: v.to(where) for k, v in saved["reconstruction"].items()}
+        self.parts.kl = {k: v.to(where) for k, v in saved["kl"].items()}
+        self.generators = saved["generators_of_epoch"]
+        rng.restore(saved["generators"])
+
+    def _bar(self, progress: bool) -> tqdm:
+        steps = max(1, math.ceil(len(self.rows) / self.settings.batch_size))
+        done = len(self.epochs) * steps + self.batches
+        return bar(progress, self.settings.epochs * steps, "fit", initial=done)
+
+    def _show(self, shown: tqdm) -> None:
+        last = self.epochs[-1] if self.epochs else None
+        if last is not None and self.batches == 1:
+            words = f"epoch {last.epoch}, elbo {last.elbo:.2f}"
+            if last.validation is not None:
+                words += f", validation {last.validation.elbo:.2f}"
+            shown.set_postfix_str(words, refresh=False)
+        shown.update()
+
+    @contextmanager
+    def _board(self) -> Iterator[Any]:
+        if not self.settings.tensorboard:
+            yield None
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UsageError(
+                "tensorboard is not installed: pip install 'pyro-vae[tensorboard]'"
+            ) from error
+        with SummaryWriter(str(cast(Path, self.folder) / runs.TENSORBOARD)) as board:
+            yield board
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that a SIGINT or SIGTERM makes non-empty, so that training ends after its step."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {
+        number: signal.signal(number, lambda received, _: caught.append(received))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _require_rows(rows: Source, batch_size: int) -> None:
+    if len(rows) < 2:
+        raise UsageError(f"{len(rows)} row of data came, 2 or more are expected")
+    if isinstance(rows, Arrays) and len(rows) < batch_size:
+        raise UsageError(
+            f"batch_size is {batch_size}, but there are {len(rows)} rows: choose {len(rows)} or less"
+        )
+
+
+def _warn_grey(pair: nn.Module, rows: Source) -> None:
+    if preparation(pair, rows, "dynamic").binarize:
+        warnings.warn(
+            "grey intensities are scored under a likelihood on {0, 1}: the numbers reported are "
+            "not log-likelihoods",
+            stacklevel=3,
+        )
+
+
+def _plain(epoch: Epoch) -> list[Any]:
+    fields = list(epoch)
+    fields[5] = None if epoch.validation is None else list(epoch.validation)
+    return fields
+
+
+def _typed(fields: Sequence[Any]) -> Epoch:
+    epoch = Epoch(*fields)
+    return epoch._replace(validation=None if fields[5] is None else Bound(*fields[5]))
