@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_vae.data import load as load_data
+    from pyro_vae.data import load_data as load_data
     from pyro_vae.data import one_hot as one_hot
     from pyro_vae.errors import UsageError as UsageError
     from pyro_vae.evaluation import evaluate as evaluate
@@ -91,8 +91,6 @@ __all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_data":
-        return import_module("pyro_vae.data").load
     if name in _WHERE:
         value = getattr(import_module(f"pyro_vae.{_WHERE[name]}"), name)
         globals()[name] = value

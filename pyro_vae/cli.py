@@ -87,11 +87,11 @@ def train(
     config
         A JSON file of options, or a run's config.json; options given here override it.
     """
-    from pyro_vae.data import load
+    from pyro_vae.data import load_data
     from pyro_vae.training import fit
 
     run = out or Path("runs") / Path(data).stem
-    loaded = load(data, source.data_dir)
+    loaded = load_data(data, source.data_dir)
     seeded_pair = _seeded_pair(model, loaded, settings.seed)
     given = (
         {"data": data, "num_classes": loaded.num_classes}
@@ -248,14 +248,14 @@ def encode(run: Path, *, part: str = "test", model: str | None = None) -> None:
         raise UsageError(f"part is train, validation or test, '{part}' came")
     split: Split = getattr(loaded, part)
     context = _context(given.get("condition", "none"), loaded, split)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for what in ("mean", "scale"):
         codes = inference.encode(
             pair,
             split.x,
             *context,
             what=what,
-            binarize=_binarize(given),  # type: ignore[arg-type]
+            binarize=_binarize(given),
         )
         arrays |= {f"{name}_{what}": code.cpu().numpy() for name, code in codes.items()}
     if split.labels is not None:
@@ -377,11 +377,11 @@ def check(
     """
     from dataclasses import replace
 
-    from pyro_vae.data import Preparation, load, source
+    from pyro_vae.data import Preparation, load_data, source
     from pyro_vae.pairs import placement
     from pyro_vae.preflight import check as run_check
 
-    loaded = load(data, data_dir)
+    loaded = load_data(data, data_dir)
     if ":" not in model:
         raise UsageError(f"a pair is named module:Class, '{model}' came")
     pair = configuration.make_pair(replace(options, model=model), loaded)
@@ -442,14 +442,14 @@ def _open(
     run: Path, data: str | None = None, data_dir: Path | None = None, model: str | None = None
 ) -> tuple["nn.Module", "Data", dict[str, Any]]:
     """The pair of a run, its data, and the options it was trained with."""
-    from pyro_vae.data import load
+    from pyro_vae.data import load_data
 
     pair, given = _pair(run, model)
     name = data or given.get("data")
     if name is None:
         raise UsageError(f"{run} does not record its data: name them with --data")
     folder = data_dir or given.get("data_dir")
-    return pair, load(name, folder), given
+    return pair, load_data(name, folder), given
 
 
 def _test(data: "Data", given: dict[str, Any], n: int) -> tuple["Tensor", list["Tensor"]]:

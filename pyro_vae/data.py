@@ -6,6 +6,7 @@ Data are held as they came (uint8 stays uint8); each minibatch is prepared on it
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -52,7 +53,7 @@ class Data:
         return max((int(part.max()) + 1 for part in labels if part is not None), default=0)
 
 
-def load(data: str | Path, data_dir: str | Path | None = None) -> Data:
+def load_data(data: str | Path, data_dir: str | Path | None = None) -> Data:
     """A data set by name, or from a ``.npy`` or ``.npz`` file, split into three parts.
 
     Arguments:
@@ -65,7 +66,7 @@ def load(data: str | Path, data_dir: str | Path | None = None) -> Data:
     A data set that comes with a test set keeps it, and a sixth of its training set, drawn with a
     fixed seed, becomes the validation set; other data are split 70 : 10 : 20 with a fixed seed.
 
-    >>> load("digits").train.x.shape
+    >>> load_data("digits").train.x.shape
     torch.Size([1257, 1, 8, 8])
     """
     path = Path(data)
@@ -409,5 +410,5 @@ def _shuffled(split: Split, shares: Sequence[int]) -> list[Split]:
     edges = [n * sum(shares[:i]) // sum(shares) for i in range(len(shares) + 1)]
     return [
         Split(split.x[rows], None if split.labels is None else split.labels[rows])
-        for rows in (order[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True))
+        for rows in (order[a:b] for a, b in pairwise(edges))
     ]

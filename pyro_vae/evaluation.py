@@ -1,4 +1,4 @@
-"""How good a fitted pair is: the ELBO and its parts, log p(x), active units, a probe of the codes."""
+"""How good a fitted pair is: the ELBO and its parts, log p(x), active units, a probe."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +24,7 @@ from pyro_vae.pairs import (
     log_prob,
     mean,
     observed,
+    sample_sites,
     site_kl,
     trace_guide,
     trace_model,
@@ -344,7 +345,7 @@ def _units(
             model = trace_model(pair, prepared, guide)
             n = len(prepared[0])
             for name, site in latents(guide).items():
-                each = site_kl(model.nodes[name], site)
+                each = site_kl(sample_sites(model)[name], site)
                 if each.dim() > 1 and each.shape[0] == n:
                     kl[name] = kl.get(name, 0) + each.flatten(1).sum(0).cpu()
                 if is_local(site):

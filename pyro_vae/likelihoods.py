@@ -5,6 +5,7 @@ likelihood, so that 8-bit pixels k stand as k/255 for the discrete likelihoods t
 """
 
 from math import prod
+from typing import Any, ClassVar, cast
 
 import pyro.distributions as dist
 import torch
@@ -90,7 +91,7 @@ class Gaussian(Family):
         elif predicted:
             scale = bounded_scale(predicted[0], *self.bounds)
         else:
-            scale = torch.full_like(loc[..., :1], self.scale)
+            scale = torch.full_like(loc[..., :1], cast(float, self.scale))
         return dist.Normal(loc, scale, validate_args=False).to_event(len(shape))
 
 
@@ -186,14 +187,14 @@ class LevelCategorical(_LevelDistribution):
         logits: unnormalised log probabilities of shape ``(..., levels)``.
     """
 
-    arg_constraints = {"logits": constraints.independent(constraints.real, 1)}
+    arg_constraints: ClassVar = {"logits": constraints.independent(constraints.real, 1)}
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
         self.levels = logits.shape[-1]
         super().__init__(logits.shape[:-1], validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "LevelCategorical":
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "LevelCategorical":
         return LevelCategorical(self.logits.expand(*batch_shape, self.levels))
 
     @property
@@ -206,7 +207,7 @@ class LevelCategorical(_LevelDistribution):
         logits, index = torch.broadcast_tensors(self.logits, index.unsqueeze(-1))
         return logits.log_softmax(-1).gather(-1, index[..., :1]).squeeze(-1)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
             index = torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(
                 sample_shape
@@ -222,14 +223,14 @@ class LevelLogistic(_LevelDistribution):
         levels: the number of levels.
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
+    arg_constraints: ClassVar = {"loc": constraints.real, "scale": constraints.positive}
 
     def __init__(self, loc: Tensor, scale: Tensor, levels: int = 256) -> None:
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
         self.levels = levels
         super().__init__(self.loc.shape, validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "LevelLogistic":
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "LevelLogistic":
         return LevelLogistic(
             self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels
         )
@@ -252,9 +253,9 @@ class LevelLogistic(_LevelDistribution):
         inside = lower + upper + torch.log(-torch.expm1(-2 * half / self.scale))
         return torch.where(value < half, lower, torch.where(value > 1 - half, upper, inside))
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
-            shape = self._extended_shape(sample_shape)
+            shape = self._extended_shape(torch.Size(sample_shape))
             uniform = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)
             uniform = uniform.clamp(1e-6, 1 - 1e-6)
             draw = self.loc + self.scale * torch.logit(uniform)

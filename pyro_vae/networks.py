@@ -1,6 +1,7 @@
 """Networks: plain torch modules that map inputs and context to a flat vector of outputs."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -43,7 +44,7 @@ class MLP(nn.Module):
         self.shapes = _shapes(inputs)
         widths = [sum(map(prod, self.shapes)), *hidden]
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), activation()]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
 

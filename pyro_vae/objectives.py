@@ -5,7 +5,6 @@ each KL in closed form where that is valid. Every objective here is a ``pyro.inf
 """
 
 import copy
-from collections.abc import Iterator
 from math import log
 from typing import Any
 
@@ -17,7 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs import is_local, latents, log_prob, observed, site_kl
+from pyro_vae.pairs import is_local, latents, log_prob, observed, sample_sites, site_kl
 
 
 class KLWeight(Messenger):
@@ -133,7 +132,7 @@ class FreeBitsELBO(Trace_ELBO):
                     f"latent site '{name}' is not reparametrised ({type(site['fn']).__name__}), "
                     "which free bits need; use Trace_ELBO"
                 )
-            kl = site_kl(model_trace.nodes[name], site)
+            kl = site_kl(sample_sites(model_trace)[name], site)
             batch = site["fn"].batch_shape
             kl = kl.expand(torch.broadcast_shapes(kl.shape, batch + (1,) * (kl.dim() - len(batch))))
             floor = self.free_bits * batch.numel()
@@ -161,7 +160,7 @@ class Parts:
         for name, site in observed(model_trace).items():
             _add(self.reconstruction, name, log_prob(site).detach().sum() * share)
         for name, site in latents(guide_trace).items():
-            log_p = log_prob(model_trace.nodes[name]).detach()
+            log_p = log_prob(sample_sites(model_trace)[name]).detach()
             _add(self.kl, name, (log_prob(site).detach().sum() - log_p.sum()) * share)
 
     def clear(self) -> None:
@@ -208,10 +207,7 @@ def recorded(objective: ELBO, parts: Parts) -> ELBO:
 
 
 def _total(trace: Trace) -> Tensor:
-    terms: Iterator[Tensor] = (
-        site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"
-    )
-    return sum(terms, torch.zeros(()))  # type: ignore[arg-type]
+    return sum((site["log_prob"] for site in sample_sites(trace).values()), torch.zeros(()))
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -3,8 +3,8 @@
 A pair's parameters may be plain attributes, ``PyroParam``s, or declared while it runs, by
 ``pyro.module`` and ``pyro.param``. Everything here runs a pair inside a parameter store of its own
 (`scope`), so that two pairs never meet by name and the user's own store stays as it was.
-Parameters that only ``pyro.param`` knows are adopted by the pair as ordinary ``nn.Parameter``s: from
-then on ``pair.parameters()`` and ``pair.state_dict()`` hold everything that is learnt.
+Parameters that only ``pyro.param`` knows are adopted by the pair as ordinary ``nn.Parameter``s:
+from then on ``pair.parameters()`` and ``pair.state_dict()`` hold everything that is learnt.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ from pyro_vae.errors import UsageError
 from pyro_vae.rng import seeded
 
 Batch: TypeAlias = tuple[Tensor, ...]
-Site: TypeAlias = dict[str, Any]
+Site: TypeAlias = Any
 
 
 class Pair(Protocol):
@@ -41,7 +41,7 @@ class Pair(Protocol):
 
 
 class _Adopted(nn.Module):
-    """Parameters declared by ``pyro.param`` alone, in unconstrained form, with their constraints."""
+    """Parameters declared by ``pyro.param`` alone, unconstrained, and their constraints."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def registered(pair: nn.Module, program: Callable[..., Any]) -> Callable[..., An
 
 @contextmanager
 def using(pair: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Use a pair without training it: its own scope, evaluation mode, no gradients, maybe a seed."""
+    """Use a pair without training it: its own scope, evaluation mode, no gradients, a seed."""
     training = [module for module in pair.modules() if module.training]
     pair.eval()
     try:
@@ -134,22 +134,23 @@ def trace_model(pair: nn.Module, batch: Sequence[Tensor], guide: Trace) -> Trace
     return prune_subsample_sites(trace)
 
 
+def sample_sites(trace: Trace) -> dict[str, Site]:
+    """The sample sites of a trace, by name."""
+    nodes: dict[str, Site] = dict(trace.nodes)
+    return {name: site for name, site in nodes.items() if site["type"] == "sample"}
+
+
 def latents(trace: Trace) -> dict[str, Site]:
     """The unobserved sample sites of a trace, by name."""
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"]
-    }
+    return {name: site for name, site in sample_sites(trace).items() if not site["is_observed"]}
 
 
 def observed(trace: Trace) -> dict[str, Site]:
     """The observed sample sites of a trace, by name; those of an unconditioned model too."""
     return {
         name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and (site["is_observed"] or site["infer"].get("was_observed", False))
+        for name, site in sample_sites(trace).items()
+        if site["is_observed"] or site["infer"].get("was_observed", False)
     }
 
 
@@ -231,9 +232,8 @@ def site_kl(model_site: Site, guide_site: Site) -> Tensor:
 
 
 def _is_independent(fn: Any) -> bool:
-    return (
-        isinstance(fn, torch.distributions.Independent)
-        and fn.reinterpreted_batch_ndims == fn.event_dim
+    return isinstance(fn, torch.distributions.Independent) and fn.reinterpreted_batch_ndims == len(
+        fn.event_shape
     )
 
 

@@ -107,10 +107,11 @@ def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
             for i, share in enumerate(pca.explained_variance_ratio_)
         ]
     shown = axis.scatter(
-        *points[:, :2].T,
+        points[:, 0],
+        points[:, 1],
         c=GREY if labels is None else labels.numpy(),
         cmap=None if labels is None else "tab10" if int(labels.max()) < 10 else "viridis",
-        s=7,
+        s=10,
         linewidths=0,
     )
     if labels is not None and int(labels.max()) < 10:

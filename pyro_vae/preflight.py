@@ -13,7 +13,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs import adopt, latents, log_prob, observed, scope
+from pyro_vae.pairs import adopt, latents, log_prob, observed, sample_sites, scope
 from pyro_vae.pairs import trace_guide as run_guide
 from pyro_vae.pairs import trace_model as run_model
 from pyro_vae.rng import seeded
@@ -21,7 +21,7 @@ from pyro_vae.rng import seeded
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found: ``errors`` would make inference fail or lie, ``notes`` may be intended."""
+    """What `check` found: ``errors`` make inference fail or lie, ``notes`` may be intended."""
 
     errors: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -109,24 +109,25 @@ def _sites(model: Trace, guide: Trace) -> list[str]:
     errors = []
     if not observed(model):
         errors.append("the model observes nothing: give one pyro.sample the data, as obs=x")
-    for name, site in guide.nodes.items():
-        if site["type"] == "sample" and site["is_observed"]:
+    in_model, in_guide = sample_sites(model), sample_sites(guide)
+    for name, site in in_guide.items():
+        if site["is_observed"]:
             errors.append(
                 f"the guide observes site '{name}': a guide samples latents only, drop obs="
             )
     for name, site in latents(model).items():
-        if name not in guide.nodes and site["infer"].get("enumerate") is None:
+        if name not in in_guide and site["infer"].get("enumerate") is None:
             errors.append(
                 f"latent site '{name}' of the model is missing from the guide: add "
                 f'pyro.sample("{name}", ...) to the guide'
             )
     for name, site in latents(guide).items():
-        if name not in model.nodes and not site["infer"].get("is_auxiliary"):
+        if name not in in_model and not site["infer"].get("is_auxiliary"):
             errors.append(
                 f"site '{name}' of the guide is missing from the model: add it to the model, or "
                 "take it out of the guide"
             )
-        elif name in model.nodes and model.nodes[name]["is_observed"]:
+        elif name in in_model and in_model[name]["is_observed"]:
             errors.append(f"site '{name}' is sampled by the guide and observed by the model")
     return errors
 
@@ -160,7 +161,7 @@ def _shapes(model: Trace, guide: Trace, batch: Sequence[Tensor]) -> list[str]:
     if errors:
         return errors
     for name, site in latents(guide).items():
-        p, q = model.nodes[name]["fn"], site["fn"]
+        p, q = sample_sites(model)[name]["fn"], site["fn"]
         if p.event_shape != q.event_shape:
             errors.append(
                 f"site '{name}' has event shape {tuple(p.event_shape)} in the model and "
@@ -186,8 +187,7 @@ def _matches(value: torch.Size, shape: torch.Size) -> bool:
 def _subsampled(trace: Trace) -> bool:
     return any(
         frame.full_size is not None and frame.full_size != frame.size
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
+        for site in sample_sites(trace).values()
         for frame in site["cond_indep_stack"]
     )
 
@@ -196,8 +196,8 @@ def _parameters(pair: nn.Module, model: Trace, guide: Trace) -> tuple[list[str],
     loss: Any = 0.0
     for name, site in (observed(model) | latents(model)).items():
         loss = loss + log_prob(site).sum()
-        if name in guide.nodes:
-            loss = loss - log_prob(guide.nodes[name]).sum()
+        if name in latents(guide):
+            loss = loss - log_prob(latents(guide)[name]).sum()
     reached = _leaves(loss) if isinstance(loss, Tensor) else []
     known = {id(parameter): name for name, parameter in pair.named_parameters()}
     foreign = [leaf for leaf in reached if id(leaf) not in known]
@@ -243,8 +243,9 @@ def _objective(objective: ELBO | None, model: Trace, guide: Trace) -> list[str]:
     order = [name for name in model.nodes if name in latents(guide)]
     if order != list(latents(guide)):
         return [
-            f"the closed-form KL is valid only where guide and model sample in one order; the guide "
-            f"samples {', '.join(latents(guide))}, the model {', '.join(order)}: use Trace_ELBO"
+            "the closed-form KL is valid only where guide and model sample in one order; the "
+            f"guide samples {', '.join(latents(guide))}, the model {', '.join(order)}: "
+            "use Trace_ELBO"
         ]
     return []
 

@@ -96,7 +96,9 @@ def _figures(
             descending=True
         )
         one = [part[:1] for part in context]
-        made.append(("traversals", plots.traversals(pair, x[:1], one, order[:8].tolist(), site)))
+        used = max(3, sum(value > 0.01 for value in kl.get(site, [])))
+        units = order[: min(8, used)].tolist()
+        made.append(("traversals", plots.traversals(pair, x[:1], one, units, site)))
         half = [part[:4] for part in context]
         made.append(("interpolations", plots.interpolations(pair, x[:4], x[4:8], half)))
         made.append(("latent", plots.latent_plane(codes.cpu(), labels, site)))

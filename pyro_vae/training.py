@@ -240,7 +240,7 @@ class _Run:
     ) -> None:
         self.pair, self.rows, self.prepare, self.held = pair, rows, prepare, held
         self.objective = objective
-        self.beta: Schedule = beta if callable(beta) else lambda _: float(beta)  # type: ignore
+        self.beta: Schedule = beta if callable(beta) else lambda _: float(cast(float, beta))
         self.rate: Schedule = learning_rate_schedule or (lambda _: 1.0)
         self.constructor = constructor
         self.epochs: list[Epoch] = []
@@ -346,8 +346,8 @@ class _Run:
             kept = f"; the last good model is in {self.folder}"
         where = f"at site '{site}'" if site else "though every site's density is"
         raise NonFiniteError(
-            f"training stopped in epoch {len(self.epochs) + 1}, step {self.batches + 1}: the {what} "
-            f"is not finite, {where}{kept}; a smaller learning_rate or clip_norm may help"
+            f"training stopped in epoch {len(self.epochs) + 1}, step {self.batches + 1}: the "
+            f"{what} is not finite, {where}{kept}; a smaller learning_rate or clip_norm may help"
         ) from cause
 
     def _end_epoch(self) -> None:
@@ -498,7 +498,7 @@ def _require_rows(rows: Source, batch_size: int) -> None:
         raise UsageError(f"{len(rows)} row of data came, 2 or more are expected")
     if isinstance(rows, Arrays) and len(rows) < batch_size:
         raise UsageError(
-            f"batch_size is {batch_size}, but there are {len(rows)} rows: choose {len(rows)} or less"
+            f"batch_size is {batch_size}, the data have {len(rows)} rows: choose at most that"
         )
 
 
@@ -512,7 +512,7 @@ def _warn_grey(pair: nn.Module, rows: Source) -> None:
 
 
 def _plain(epoch: Epoch) -> list[Any]:
-    fields = list(epoch)
+    fields: list[Any] = list(epoch)
     fields[5] = None if epoch.validation is None else list(epoch.validation)
     return fields
 
