@@ -255,11 +255,10 @@ def log_likelihood(
 def log_weights(pair: nn.Module, batch: Batch, num_samples: int, nesting: int = 1) -> Tensor:
     """log p(x, z) - log q(z | x) for draws of the guide, of shape (num_samples, batch)."""
     plate = pyro.plate("importance_samples", num_samples, dim=-1 - nesting)
-    typed = cast(Pair, pair)
     with plate:
-        guide = poutine.trace(typed.guide).get_trace(*batch)
+        guide = trace_guide(pair, batch)
     with plate:
-        model = poutine.trace(poutine.replay(typed.model, trace=guide)).get_trace(*batch)
+        model = trace_model(pair, batch, guide)
     return _local_total(model, nesting) - _local_total(guide, nesting)
 
 

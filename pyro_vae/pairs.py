@@ -16,7 +16,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
@@ -123,21 +123,23 @@ def using(pair: nn.Module, seed: int | None = None) -> Iterator[None]:
 
 
 def trace_guide(pair: nn.Module, batch: Sequence[Tensor]) -> Trace:
-    """The trace of the guide on a batch, without its subsampling sites."""
-    trace = poutine.trace(cast(Pair, pair).guide).get_trace(*batch)
-    return prune_subsample_sites(trace)
+    """The trace of the guide on a batch."""
+    return poutine.trace(cast(Pair, pair).guide).get_trace(*batch)
 
 
 def trace_model(pair: nn.Module, batch: Sequence[Tensor], guide: Trace) -> Trace:
     """The trace of the model on a batch, replayed against a trace of the guide."""
-    trace = poutine.trace(poutine.replay(cast(Pair, pair).model, trace=guide)).get_trace(*batch)
-    return prune_subsample_sites(trace)
+    return poutine.trace(poutine.replay(cast(Pair, pair).model, trace=guide)).get_trace(*batch)
 
 
 def sample_sites(trace: Trace) -> dict[str, Site]:
-    """The sample sites of a trace, by name."""
+    """The sample sites of a trace, by name, without those of plates' subsampling."""
     nodes: dict[str, Site] = dict(trace.nodes)
-    return {name: site for name, site in nodes.items() if site["type"] == "sample"}
+    return {
+        name: site
+        for name, site in nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    }
 
 
 def latents(trace: Trace) -> dict[str, Site]:
@@ -250,7 +252,7 @@ class Means(poutine.messenger.Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and msg["value"] is None and not msg["done"]:
-            if poutine.util.site_is_subsample(msg):
+            if site_is_subsample(msg):
                 return
             msg["value"] = mean(msg["fn"])
             msg["done"] = True

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, TraceMeanField_ELBO
 from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
@@ -257,7 +258,7 @@ def explain_nonfinite(pair: nn.Module, batch: Sequence[Tensor]) -> str | None:
 
         class Watch(poutine.messenger.Messenger):
             def _pyro_post_sample(self, msg: Any) -> None:
-                if poutine.util.site_is_subsample(msg) or found:
+                if site_is_subsample(msg) or found:
                     return
                 density = msg["fn"].log_prob(msg["value"])
                 if not bool(torch.isfinite(density).all()):
