@@ -35,6 +35,9 @@ from pyro_vae.progress import bar
 ACTIVE = 0.01
 """A unit is active where its posterior mean varies over the data by more (Burda et al., 2016)."""
 
+PARTICLES = 10
+"""Draws for each datum from which `evaluate` estimates the ELBO."""
+
 CELLS = 2**23
 """Numbers in the greatest tensor that `log_likelihood` may make at once."""
 
@@ -154,7 +157,7 @@ def evaluate(
     (8, True)
     """
     rows, prepare = _held(pair, x, context, binarize)
-    parts = bound(pair, rows, prepare, Trace_ELBO(), batch_size, seed)
+    parts = bound(pair, rows, prepare, Trace_ELBO(num_particles=PARTICLES), batch_size, seed)
     likelihood = log_likelihood(
         pair, x, *context, num_samples=num_samples, binarize=binarize, seed=seed, progress=progress
     )

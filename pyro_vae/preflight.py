@@ -74,6 +74,9 @@ def check(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = Non
             except UsageError as error:
                 return Report((str(error),))
             adopt(pair, batch)
+            # Anew, so that the traces know adopted parameters as the pair's own.
+            guide = run_guide(pair, batch)
+            model = run_model(pair, batch, guide)
             errors = [*_sites(model, guide), *_shapes(model, guide, batch)]
             notes: list[str] = []
             if not errors:

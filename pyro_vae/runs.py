@@ -73,7 +73,9 @@ def load(run: str | Path, pair: nn.Module | type[nn.Module] | None = None) -> nn
     """
     run = Path(run)
     config = read_config(run)
-    pair = _rebuilt(run, config, pair)
+    pair, state = _rebuilt(run, config, pair), read_model(run)
+    floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+    pair.to(floating[0] if floating else None)
     spec = config.get("adopted_batch")
     if spec:
         device, _ = placement(pair)
@@ -82,7 +84,7 @@ def load(run: str | Path, pair: nn.Module | type[nn.Module] | None = None) -> nn
             guide = trace_guide(pair, [tensor.to(device) for tensor in batch])
             trace_model(pair, batch, guide)
             adopt(pair, batch)
-    fill(pair, read_model(run), run / MODEL)
+    fill(pair, state, run / MODEL)
     return pair.eval()
 
 

@@ -4,6 +4,8 @@ import pyro
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the tensors of tests are small: threads would only wait for each other
+
 
 @pytest.fixture(autouse=True)
 def _leaves_no_trace():

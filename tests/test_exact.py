@@ -64,10 +64,10 @@ def test_log_likelihood_is_within_its_standard_error(spread):
 def test_standard_errors_are_the_spread_over_seeds():
     pair = linear_gaussian(spread=1.3)
     x = data(pair, 20)
-    results = [pv.log_likelihood(pair, x, num_samples=200, seed=seed) for seed in range(200)]
+    results = [pv.log_likelihood(pair, x, num_samples=100, seed=seed) for seed in range(100)]
     spread = torch.stack([r.per_datum for r in results]).std(0)
     claimed = torch.stack([r.standard_errors for r in results]).mean(0)
-    assert torch.allclose((spread / claimed).mean(), torch.ones(()).double(), atol=0.05)
+    assert torch.allclose((spread / claimed).mean(), torch.ones(()).double(), atol=0.08)
 
 
 def test_log_likelihood_does_not_depend_on_how_it_is_cut(monkeypatch):
@@ -105,10 +105,10 @@ def test_fit_reaches_the_maximum_likelihood_of_probabilistic_pca():
     pv.fit(
         vae,
         x,
-        epochs=150,
-        batch_size=100,
-        learning_rate=2e-2,
-        learning_rate_schedule=pv.Cosine(150),
+        epochs=50,
+        batch_size=125,
+        learning_rate=5e-2,
+        learning_rate_schedule=pv.Cosine(50),
         progress=False,
     )
     best = ppca_log_likelihood(x, 2)

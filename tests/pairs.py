@@ -1,0 +1,107 @@
+"""Pairs that the contract tests run: ours, and users' own in each style that Pyro allows."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+import pyro_vae as pv
+
+
+class PlainAttributes(nn.Module):
+    """Networks as plain attributes: stock SVI would not see their parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(6, 4)
+        self.decoder = nn.Linear(2, 6)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            loc, scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, nn.functional.softplus(scale)).to_event(1))
+
+    def template(self, n: int) -> tuple[Tensor, ...]:
+        return (torch.zeros(n, 6),)
+
+
+class Registered(PlainAttributes):
+    """``pyro.module`` in model and guide, as Pyro's tutorials do."""
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        super().model(x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        super().guide(x)
+
+
+class Params(PyroModule):
+    """``PyroParam`` for constrained parameters, and ``pyro.param`` for others; two latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = PyroModule[nn.Linear](3, 6)
+        self.width = PyroParam(torch.full((2,), 0.7), constraints.positive)
+        self.encoder = nn.Linear(6, 2)
+
+    def model(self, x: Tensor) -> None:
+        spread = pyro.param("spread", torch.tensor(1.2), constraint=constraints.positive)
+        with pyro.plate("data", len(x), dim=-1):
+            a = pyro.sample("a", dist.Normal(x.new_zeros(2), spread).to_event(1))
+            b = pyro.sample("b", dist.Normal(a[..., :1].sum(-1), 1.0))
+            loc = self.decoder(torch.cat([a, b[..., None]], -1))
+            pyro.sample("x", dist.Normal(loc, 0.8).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        shift = pyro.param("offsets.shift", lambda: torch.zeros(2, dtype=x.dtype))
+        with pyro.plate("data", len(x), dim=-1):
+            loc = self.encoder(x) + shift
+            a = pyro.sample("a", dist.Normal(loc, self.width).to_event(1))
+            pyro.sample("b", dist.Normal(a[..., 0] * 0.5, 0.9))
+
+    def template(self, n: int) -> tuple[Tensor, ...]:
+        return (torch.zeros(n, 6),)
+
+
+def _vae(**keywords: object) -> pv.VAE:
+    return pv.VAE.mlp((6,), latent_dim=2, hidden=(5,), activation=nn.Tanh, **keywords)
+
+
+OURS = {
+    "bernoulli": lambda: _vae(),
+    "gaussian-predicted": lambda: _vae(likelihood=pv.Gaussian()),
+    "gaussian-learned": lambda: _vae(likelihood=pv.Gaussian(0.5, learned=True)),
+    "gaussian-fixed": lambda: _vae(likelihood=pv.Gaussian(0.5)),
+    "continuous-bernoulli": lambda: _vae(likelihood=pv.ContinuousBernoulli),
+    "categorical": lambda: _vae(likelihood=pv.Categorical(2)),
+    "discretized-logistic": lambda: _vae(likelihood=pv.DiscretizedLogistic(2)),
+    "conditional": lambda: _vae(context_shapes=[(3,)]),
+    "convolutional": lambda: pv.VAE.conv((1, 2, 3), latent_dim=2, channels=(3,), hidden=(4,)),
+}
+USERS = {"plain": PlainAttributes, "registered": Registered, "params": Params}
+ALL = OURS | USERS
+
+
+def make(name: str, seed: int = 0) -> nn.Module:
+    """A pair of this name in float64, its first parameters always the same."""
+    torch.manual_seed(seed)
+    return ALL[name]().double()
+
+
+def rows(name: str, n: int = 40, seed: int = 1) -> tuple[Tensor, ...]:
+    """A batch for the pair of this name: binary data, which every likelihood here can score."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, 2, 3) if name == "convolutional" else (6,)
+    x = torch.rand(n, *shape, generator=generator).round().double()
+    if name != "conditional":
+        return (x,)
+    return x, torch.eye(3)[torch.randint(3, (n,), generator=generator)].double()
