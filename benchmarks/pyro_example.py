@@ -6,8 +6,8 @@
 Bernoulli (so these numbers are no likelihoods; they check that the same work is done). The stock
 loop is what Pyro's example does: a DataLoader, ``pyro.module``, ``SVI.step``. Both run in turns of
 five epochs, so that what else the machine does falls on both. Test ELBO is that of the 10,000 test
-images, in nats per example; an epoch's seconds hold both. Expect about -104.6 after epoch 20 and -101.3 after epoch 95, as read
-off the curve that Pyro publishes (epochs counted from 0).
+images, in nats per example; an epoch's seconds hold both. Expect about -104.6 after epoch 20 and
+-101.3 after epoch 95 (counted from 0), as read off the curve that Pyro publishes.
 """
 
 import argparse

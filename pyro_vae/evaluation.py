@@ -18,6 +18,7 @@ from pyro_vae.objectives import Parts, recorded
 from pyro_vae.pairs import (
     Batch,
     Pair,
+    by_datum,
     data_site,
     is_local,
     latents,
@@ -271,8 +272,7 @@ def _local_total(trace: poutine.Trace, nesting: int) -> Tensor:
         term = log_prob(site)
         if term.dim() != nesting + 1:
             raise ValueError(f"site '{name}' does not take a plate of samples")
-        # Plates between the samples and the data belong to each datum.
-        total = total + (term.flatten(1, -2).sum(1) if nesting > 1 else term)
+        total = total + by_datum(term, particles=True)
     return total
 
 
@@ -312,7 +312,7 @@ def _weigh(
             weights = log_weights(pair, batch, size, nesting)
         else:
             guide = trace_guide(pair, batch)
-            weights = (_total(trace_model(pair, batch, guide), n) - _total(guide, n))[None]
+            weights = (_total(trace_model(pair, batch, guide)) - _total(guide))[None]
         weights = weights.double().cpu()
         first = torch.logaddexp(first, weights.logsumexp(0))
         second = torch.logaddexp(second, (2 * weights).logsumexp(0))
@@ -321,9 +321,9 @@ def _weigh(
     return first - log(num_samples), errors, 1 / ratio
 
 
-def _total(trace: poutine.Trace, n: int) -> Tensor:
+def _total(trace: poutine.Trace) -> Tensor:
     sites = (latents(trace) | observed(trace)).values()
-    return sum((log_prob(site).reshape(-1, n).sum(0) for site in sites), torch.zeros(()))
+    return sum((by_datum(log_prob(site), particles=False) for site in sites), torch.zeros(()))
 
 
 def _held(
@@ -347,8 +347,9 @@ def _units(
             model = trace_model(pair, prepared, guide)
             n = len(prepared[0])
             for name, site in latents(guide).items():
-                each = site_kl(sample_sites(model)[name], site)
-                if each.dim() > 1 and each.shape[0] == n:
+                prior = sample_sites(model).get(name)
+                each = None if prior is None else site_kl(prior, site)
+                if each is not None and each.dim() > 1 and each.shape[0] == n:
                     kl[name] = kl.get(name, 0) + each.flatten(1).sum(0).cpu()
                 if is_local(site):
                     codes.setdefault(name, []).append(mean(site["fn"]).reshape(n, -1).cpu())

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vae.errors import UsageError
 from pyro_vae.factors import Family, bounded_scale, split, unbounded_scale
 from pyro_vae.networks import Shape
 
@@ -50,7 +51,7 @@ class ContinuousBernoulli(Family):
 
     def forward(self, raw: Tensor, shape: Shape) -> dist.TorchDistribution:
         (logits,) = split(raw, shape, 1)
-        return dist.ContinuousBernoulli(logits=logits, validate_args=False).to_event(len(shape))
+        return TruncatedExponential(logits).to_event(len(shape))
 
 
 class Gaussian(Family):
@@ -77,6 +78,8 @@ class Gaussian(Family):
         super().__init__()
         if learned and scale is None:
             scale = 1.0
+        if scale is not None and not bounds[0] < scale < bounds[1]:
+            raise UsageError(f"scale must be between {bounds[0]} and {bounds[1]}, {scale} came")
         self.scale, self.learned, self.bounds = scale, learned, tuple(bounds)
         if learned:
             self.raw_scale = nn.Parameter(torch.tensor(unbounded_scale(scale or 1.0, *bounds)))
@@ -149,8 +152,56 @@ class DiscretizedLogistic(Family):
     def forward(self, raw: Tensor, shape: Shape) -> dist.TorchDistribution:
         loc, scale = split(raw, shape, 2)
         # A network that says nothing yet is mid-grey, with a scale of a tenth of the range.
-        scale = bounded_scale(scale - 2.3, *self.bounds)
+        scale = bounded_scale(scale + unbounded_scale(0.1, *self.bounds), *self.bounds)
         return LevelLogistic(loc + 0.5, scale, self.levels).to_event(len(shape))
+
+
+class TruncatedExponential(dist.TorchDistribution):
+    r"""The continuous Bernoulli by its logits, :math:`p(x) = e^{lx}\,l / (e^l - 1)` on [0, 1].
+
+    torch's own ``ContinuousBernoulli`` clamps probabilities but not logits, and stops being a
+    density where the logits are large: from about 15 in float32.
+
+    >>> TruncatedExponential(torch.tensor(1000.0)).log_prob(torch.tensor(1.0)).exp()
+    tensor(1000.)
+    """
+
+    arg_constraints: ClassVar = {"logits": constraints.real}
+    support = constraints.unit_interval
+    has_rsample = False
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        super().__init__(logits.shape, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "TruncatedExponential":
+        return TruncatedExponential(self.logits.expand(batch_shape))
+
+    @property
+    def mean(self) -> Tensor:
+        small = self.logits.abs() < 0.2
+        logits = torch.where(small, 1.0, self.logits)
+        exact = -1 / torch.expm1(-logits) - 1 / logits
+        near = 0.5 + self.logits / 12 - self.logits**3 / 720 + self.logits**5 / 30240
+        return torch.where(small, near, exact)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        # log((e^l - 1) / l) = l/2 + log(sinh(l/2) / (l/2)), whose second term is even in l.
+        half = self.logits / 2
+        small = half.abs() < 0.1
+        size = torch.where(small, 1.0, half.abs())
+        exact = size + torch.log1p(-torch.exp(-2 * size)) - torch.log(2 * size)
+        near = half**2 / 6 - half**4 / 180 + half**6 / 2835
+        return self.logits * value - half - torch.where(small, near, exact)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            shape = self._extended_shape(torch.Size(sample_shape))
+            uniform = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
+            size = self.logits.abs().clamp(min=1e-4)
+            upper = 1 + torch.log(uniform + (1 - uniform) * torch.exp(-size)) / size
+            upper = upper.clamp(0, 1)
+            return torch.where(self.logits < 0, 1 - upper, upper)
 
 
 class _Levels(constraints.Constraint):

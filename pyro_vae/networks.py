@@ -7,6 +7,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.errors import UsageError
+
 Shape = tuple[int, ...]
 
 
@@ -87,7 +89,8 @@ class ConvEncoder(nn.Module):
         self.head = MLP([(channels[-1], *sizes[-1]), *context], hidden, outputs, activation)
 
     def forward(self, image: Tensor, *context: Tensor) -> Tensor:
-        leading = image.shape[: image.dim() - 3]
+        _require(image, self.image)
+        leading = image.shape[:-3]
         features = self.layers(image.reshape(-1, *self.image))
         return self.head(features.reshape(*leading, *features.shape[1:]), *context)
 
@@ -141,20 +144,24 @@ class ConvDecoder(nn.Module):
 def join(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
     """Flatten each input by its shape, broadcast the leading dimensions, and concatenate."""
     if len(inputs) != len(shapes):
-        raise ValueError(f"the network takes {len(shapes)} inputs, {len(inputs)} came")
+        raise UsageError(f"the network takes {len(shapes)} inputs, {len(inputs)} came")
     leading = [tensor.shape[: tensor.dim() - len(shape)] for tensor, shape in _zip(inputs, shapes)]
     for tensor, shape in _zip(inputs, shapes):
-        if tuple(tensor.shape[tensor.dim() - len(shape) :]) != shape:
-            raise ValueError(
-                f"the network takes an input of shape (..., {', '.join(map(str, shape))}), "
-                f"one of shape {tuple(tensor.shape)} came"
-            )
+        _require(tensor, shape)
     common = torch.broadcast_shapes(*leading)
     flat = [
         tensor.reshape(*front, prod(shape)).expand(*common, prod(shape))
         for tensor, front, shape in zip(inputs, leading, shapes, strict=True)
     ]
     return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
+
+
+def _require(tensor: Tensor, shape: Shape) -> None:
+    if tensor.dim() < len(shape) or tuple(tensor.shape[tensor.dim() - len(shape) :]) != shape:
+        raise UsageError(
+            f"the network takes an input of shape (..., {', '.join(map(str, shape))}), "
+            f"one of shape {tuple(tensor.shape)} came"
+        )
 
 
 def _zip(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> zip:

@@ -16,7 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs import is_local, latents, log_prob, observed, sample_sites, site_kl
+from pyro_vae.pairs import by_datum, is_local, latents, log_prob, observed, sample_sites, site_kl
 
 
 class KLWeight(Messenger):
@@ -80,14 +80,13 @@ class ImportanceWeightedELBO(Trace_ELBO):
                     f"latent site '{name}' is not reparametrised ({type(site['fn']).__name__}), "
                     "which the importance-weighted bound needs; use Trace_ELBO"
                 )
-        log_weights = _total(model_trace) - _total(guide_trace)
-        if self.num_particles > 1:
-            # Plates between the particles and the data, if any, belong to each datum.
-            log_weights = (
-                log_weights.flatten(1, -2).sum(1) if log_weights.dim() > 2 else log_weights
-            )
+        # The scale of observed sites, of subsampling say, weighs whole data, not their weights.
+        (scale, *_) = (site["scale"] for site in observed(model_trace).values())
+        particles = self.num_particles > 1
+        log_weights = _total(model_trace, particles, scale) - _total(guide_trace, particles, scale)
+        if particles:
             log_weights = log_weights.logsumexp(0) - log(self.num_particles)
-        return -log_weights.sum()
+        return -(log_weights * scale).sum()
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
@@ -109,7 +108,8 @@ class FreeBitsELBO(Trace_ELBO):
     Arguments:
         free_bits: the floor :math:`\lambda`, in nats for each unit.
 
-    It is never above the ELBO; what the tools report as ``elbo`` is the ELBO itself.
+    It is below the ELBO; where a KL has no closed form, its estimates that fall under the floor by
+    chance put it further below. What the tools report as ``elbo`` is the ELBO itself.
     Kingma et al., 2016 (https://arxiv.org/abs/1606.04934).
 
     >>> import torch, pyro_vae as pv
@@ -132,6 +132,8 @@ class FreeBitsELBO(Trace_ELBO):
                     f"latent site '{name}' is not reparametrised ({type(site['fn']).__name__}), "
                     "which free bits need; use Trace_ELBO"
                 )
+            if name not in model_trace.nodes:
+                raise UsageError(f"site '{name}' of the guide has no prior: use Trace_ELBO")
             kl = site_kl(sample_sites(model_trace)[name], site)
             batch = site["fn"].batch_shape
             kl = kl.expand(torch.broadcast_shapes(kl.shape, batch + (1,) * (kl.dim() - len(batch))))
@@ -160,8 +162,10 @@ class Parts:
         for name, site in observed(model_trace).items():
             _add(self.reconstruction, name, log_prob(site).detach().sum() * share)
         for name, site in latents(guide_trace).items():
-            log_p = log_prob(sample_sites(model_trace)[name]).detach()
-            _add(self.kl, name, (log_prob(site).detach().sum() - log_p.sum()) * share)
+            term = log_prob(site).detach().sum()
+            if name in model_trace.nodes:  # an auxiliary site of the guide has no prior
+                term = term - log_prob(sample_sites(model_trace)[name]).detach().sum()
+            _add(self.kl, name, term * share)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -206,8 +210,9 @@ def recorded(objective: ELBO, parts: Parts) -> ELBO:
     return copied
 
 
-def _total(trace: Trace) -> Tensor:
-    return sum((site["log_prob"] for site in sample_sites(trace).values()), torch.zeros(()))
+def _total(trace: Trace, particles: bool, scale: Any) -> Tensor:
+    terms = (site["log_prob"] / scale for site in sample_sites(trace).values())
+    return sum((by_datum(term, particles) for term in terms), torch.zeros(()))
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -217,6 +217,13 @@ def log_prob(site: Site) -> Tensor:
     return scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
 
 
+def by_datum(term: Tensor, particles: bool) -> Tensor:
+    """A local log density summed over the plates between the particles, if any, and the data."""
+    if particles:
+        return term.flatten(1, -2).sum(1) if term.dim() > 2 else term
+    return term.reshape(-1, term.shape[-1]).sum(0)
+
+
 def site_kl(model_site: Site, guide_site: Site) -> Tensor:
     r"""KL of one latent site, in nats: of shape (batch, *units) where it splits over units.
 
@@ -224,13 +231,16 @@ def site_kl(model_site: Site, guide_site: Site) -> Tensor:
     :math:`\log q(z) - \log p(z)` at the draw in the trace. Where both distributions have
     independent coordinates the last dimensions are those of the event, else there are none.
     """
-    p, q, z = model_site["fn"], guide_site["fn"], guide_site["value"]
+    p, q, z, mask = model_site["fn"], guide_site["fn"], guide_site["value"], guide_site["mask"]
     if _is_independent(p) and _is_independent(q):
         p, q = p.base_dist, q.base_dist
     try:
-        return kl_divergence(q, p)
+        kl = kl_divergence(q, p)
     except NotImplementedError:
-        return q.log_prob(z) - p.log_prob(z)
+        kl = q.log_prob(z) - p.log_prob(z)
+    if isinstance(mask, Tensor):
+        mask = mask.reshape(mask.shape + (1,) * (kl.dim() - len(guide_site["fn"].batch_shape)))
+    return scale_and_mask(kl, mask=mask)
 
 
 def _is_independent(fn: Any) -> bool:

@@ -165,6 +165,8 @@ def _shapes(model: Trace, guide: Trace, batch: Sequence[Tensor]) -> list[str]:
     if errors:
         return errors
     for name, site in latents(guide).items():
+        if name not in sample_sites(model):
+            continue
         p, q = sample_sites(model)[name]["fn"], site["fn"]
         if p.event_shape != q.event_shape:
             errors.append(

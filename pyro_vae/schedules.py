@@ -26,7 +26,7 @@ class Linear:
     end: float = 1.0
 
     def __call__(self, epoch: float) -> float:
-        return self.start + (self.end - self.start) * min(epoch / self.epochs, 1.0)
+        return self.start + (self.end - self.start) * _fraction(epoch, self.epochs)
 
 
 @dataclass(frozen=True)
@@ -64,5 +64,9 @@ class Cosine:
     end: float = 0.0
 
     def __call__(self, epoch: float) -> float:
-        fraction = min(epoch / self.epochs, 1.0)
+        fraction = _fraction(epoch, self.epochs)
         return self.end + (self.start - self.end) * (1 + cos(pi * fraction)) / 2
+
+
+def _fraction(epoch: float, epochs: float) -> float:
+    return min(epoch / epochs, 1.0) if epochs > 0 else 1.0

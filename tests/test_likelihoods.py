@@ -31,15 +31,6 @@ FAMILIES = {name: make for name, (make, _) in DISCRETE.items() if name[-2:] != "
 SPREADS = (1.0, 10.0, 1e3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors as small as these are only slowed down by threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def outputs(family, shape, spread, n=8, dtype=torch.float64):
     """Network outputs: random, or, for a spread of a thousand, every sign of very large ones."""
     generator = torch.Generator().manual_seed(7)
@@ -120,6 +111,15 @@ def test_continuous_bernoulli_is_a_truncated_exponential(spread, dtype):
     torch.testing.assert_close(fn.mean[:, 0].double(), mean, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("logit", [0.0, 1e-3, -0.3, 5.0])
+def test_slope_of_the_continuous_bernoulli_is_x_less_its_mean(logit):
+    logits = torch.full((5, 1), logit, dtype=torch.float64, requires_grad=True)
+    fn = pv.ContinuousBernoulli()(logits, (1,))
+    x = torch.linspace(0, 1, 5, dtype=torch.float64)[:, None]
+    (slope,) = torch.autograd.grad(fn.log_prob(x).sum(), logits)
+    torch.testing.assert_close(slope, x - fn.mean, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("spread", SPREADS)
 def test_mean_is_the_sum_of_x_times_its_probability(name, spread):
@@ -160,6 +160,19 @@ def test_samples_have_the_probabilities(name):
     frequency = torch.stack([(draws - value).abs().lt(1e-9).double().mean(0) for value in x[:, 0]])
     error = (probability * (1 - probability) / n).sqrt() + 1 / n
     assert float(((frequency - probability).abs() / error).max()) < 5
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize("spread", [0.3, 4.0])
+def test_samples_have_the_mean_square(name, spread):
+    torch.manual_seed(17)
+    family, n = CONTINUOUS[name](), 10_000
+    fn = family(outputs(family, (1,), spread), (1,))
+    x, weight = quadrature(fn)
+    expected = (x.square() * (fn.log_prob(x).exp()[..., None] * weight)).sum(0).detach()
+    squares = fn.sample((n,)).square()
+    error = (squares.var(0) / n).sqrt()
+    assert float(((squares.mean(0) - expected).abs() / error).max()) < 5
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -286,13 +299,36 @@ def test_discretized_logistic_is_a_difference_of_cdfs(levels, loc, scale):
     np.testing.assert_allclose(fn.log_prob(x).exp().numpy(), expected, rtol=1e-9, atol=1e-15)
 
 
-def test_discretized_logistic_starts_grey():
-    """Outputs of zero: location a half, scale a tenth; the first output moves the location."""
-    fn = pv.DiscretizedLogistic(256)(torch.tensor([[0.0, 0.0], [0.3, 0.0]]).double(), (1,))
-    torch.testing.assert_close(fn.base_dist.loc[:, 0], torch.tensor([0.5, 0.8]).double())
-    torch.testing.assert_close(
-        fn.base_dist.scale, torch.full((2, 1), 0.1).double(), rtol=0.01, atol=0
-    )
+def test_discretized_logistic_starts_in_the_middle():
+    """Outputs of zero are a location of a half; the first output moves it, the second the scale."""
+    raw = torch.tensor([[0.0, 0.0], [0.3, 0.0], [-0.3, 1.0], [0.0, -1.0]]).double()
+    fn = pv.DiscretizedLogistic(256)(raw, (1,))
+    torch.testing.assert_close(fn.base_dist.loc[:, 0], torch.tensor([0.5, 0.8, 0.2, 0.5]).double())
+    scale = fn.base_dist.scale[:, 0]
+    assert scale[3] < scale[0] == scale[1] < scale[2]
+
+
+def test_discretized_logistic_starts_with_a_tenth_of_the_range():
+    fn = pv.DiscretizedLogistic(256)(torch.zeros(1, 2).double(), (1,))
+    assert fn.base_dist.scale.item() == pytest.approx(0.1, rel=0.01)
+
+
+def test_bernoulli_is_the_cross_entropy():
+    family, shape = pv.Bernoulli(), (2, 3)
+    logits = torch.cat([outputs(family, shape, spread) for spread in SPREADS]).reshape(-1, *shape)
+    x = grid(2, 6).reshape(-1, 1, *shape)
+    found = family(logits.flatten(1), shape).log_prob(x)
+    one, none = nn.functional.logsigmoid(logits), nn.functional.logsigmoid(-logits)
+    torch.testing.assert_close(found, torch.where(x == 1, one, none).sum((-1, -2)))
+
+
+def test_a_value_beside_a_level_counts_as_that_level():
+    torch.manual_seed(16)
+    fn = LevelCategorical(torch.randn(7, dtype=torch.float64))
+    x = grid(7, 1)[:, 0]
+    for beside in (-1e-4, 1e-4):
+        torch.testing.assert_close(fn.log_prob(x + beside), fn.log_prob(x))
+    assert fn.log_prob(x).unique().numel() == 7
 
 
 @pytest.mark.parametrize("levels", [2, 10, 256])

@@ -18,21 +18,6 @@ from pyro_vae.objectives import Parts, recorded
 from pyro_vae.rng import seeded
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors as small as these are only slowed down by threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _own_parameters():
-    with pyro.get_param_store().scope():
-        yield
-
-
 class LinearGaussian(nn.Module):
     """z ~ N(0, I), x | z ~ N(W z + b, s^2 I), and a guide N(A x + c, diag t^2) that is not exact.
 
@@ -219,9 +204,12 @@ def test_kl_weight_can_change_between_steps_and_meets_every_latent():
     assert_same(full, run(pair, x, Trace_ELBO()), pair)
 
 
-def test_kl_weight_joins_other_scales():
+@pytest.mark.parametrize("outermost", ["weight", "scale"])
+def test_kl_weight_joins_other_scales(outermost):
     pair, x = linear()
-    weighted = around(poutine.scale(scale=4.0), around(pv.KLWeight(0.5), pair))
+    weight, scale = pv.KLWeight(0.5), poutine.scale(scale=4.0)
+    inner, outer = (scale, weight) if outermost == "weight" else (weight, scale)
+    weighted = around(outer, around(inner, pair))
     loss, [[z]] = watched(weighted, x, Trace_ELBO())
     reconstruction, log_ratio = by_hand(pair, x, z)
     assert_same(loss, -4 * (reconstruction - 0.5 * log_ratio).sum(), pair)

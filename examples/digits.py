@@ -1,0 +1,57 @@
+"""A VAE on real handwritten digits: fit it, measure it, look at it.
+
+    python examples/digits.py [--epochs 100]
+
+The 8-bit pixels are scored as what they are, by a discretised logistic likelihood, so log p(x) is
+that of the images themselves and bits per dimension mean something.
+
+Expect: log p(x) of the test digits about -163 nats per example (3.7 bits per pixel), a linear probe
+of the codes right for about 90 %. Takes about half a minute on two cores.
+"""
+
+import argparse
+
+import pyro_vae as pv
+
+LATENT_DIM = 16
+HIDDEN = (128, 64)
+BATCH_SIZE = 64
+LEARNING_RATE = 2e-3
+OUT = "runs/example-digits"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--out", default=OUT)
+    options = parser.parse_args()
+
+    digits = pv.load_data("digits")
+    vae = pv.VAE.mlp(
+        digits.shape, latent_dim=LATENT_DIM, hidden=HIDDEN, likelihood=pv.DiscretizedLogistic
+    )
+    history = pv.fit(
+        vae,
+        digits.train.x,
+        validation=digits.validation.x,
+        epochs=options.epochs,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        out=options.out,
+        overwrite=True,
+    )
+    print(f"best epoch {history.best_epoch} of {len(history)}")
+    result = pv.evaluate(
+        vae,
+        digits.test.x,
+        labels=digits.test.labels,
+        train=(digits.train.x,),
+        train_labels=digits.train.labels,
+    )
+    print(result)
+    report = pv.write_report(options.out, vae, digits.test.x, labels=digits.test.labels)
+    print(f"pictures: {report}")
+
+
+if __name__ == "__main__":
+    main()

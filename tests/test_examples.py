@@ -1,0 +1,27 @@
+"""Every example runs, small; one that is not listed here fails a test."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+RUNS = {
+    "conditional.py": ["--epochs", "2"],
+    "digits.py": ["--epochs", "2", "--out", "OUT"],
+    "own_pair.py": ["--epochs", "2"],
+}
+
+
+def test_every_example_is_run():
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_example(name, tmp_path, monkeypatch, capsys):
+    words = [str(tmp_path / "run") if word == "OUT" else word for word in RUNS[name]]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert "log p(x)" in capsys.readouterr().out
