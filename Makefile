@@ -6,7 +6,9 @@ BIN = .venv/bin
 
 train: .venv/installed
 	$(BIN)/pyro-vae train digits --out runs/digits --overwrite \
-		--likelihood discretized-logistic --latent-dim 16 --epochs 150 --batch-size 64 --learning-rate 2e-3
+		--likelihood discretized-logistic --latent-dim 16 --hidden 256 128 \
+		--epochs 120 --batch-size 64 --learning-rate 3e-3 --learning-rate-schedule cosine \
+		--warm-up linear --warm-up-epochs 60
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest

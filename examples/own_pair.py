@@ -8,8 +8,8 @@ likelihood that the library does not have, parameters in three of Pyro's styles:
 known to `fit`, `evaluate`, `encode` or `traverse` beforehand.
 
 Expect: an ELBO of the test digits about -116 nats per example, and a correlation of about 0.5
-between the posterior mean of log b and the log of the ink in the image: part of the ink is explained
-by the shape. Takes about half a minute on two cores.
+between the posterior mean of log b and the log of the ink in the image: the shape explains part of
+the ink. Takes about half a minute on two cores.
 """
 
 import argparse
