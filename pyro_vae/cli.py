@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from pyro_vae.data import Data, Split
 
 Flat = Parameter(name="*")
+Run = Annotated[Path, Parameter(help="A run folder.")]
+UserClass = Annotated[
+    str | None, Parameter(help="module:Class, where the run's pair is one of your own.")
+]
 MANY = Parameter(consume_multiple=True)
 
 app = App(
@@ -128,25 +132,21 @@ def train(
 
 @app.command
 def evaluate(
-    run: Path,
+    run: Run,
     *,
     data: str | None = None,
     data_dir: Path | None = None,
-    model: str | None = None,
+    model: UserClass = None,
     num_samples: int = 500,
 ) -> None:
     """Measure a run on the test part of its data: ELBO, log p(x), KL, active units, a probe.
 
     Parameters
     ----------
-    run
-        A run folder.
     data
         Other data than those of training.
     data_dir
         Folder of torchvision's files.
-    model
-        module:Class, for a pair of your own.
     num_samples
         Importance samples for log p(x) of each datum.
     """
@@ -156,20 +156,18 @@ def evaluate(
 
 @app.command
 def sample(
-    run: Path,
+    run: Run,
     *,
     num: int = 64,
     label: int | None = None,
     means: bool = False,
     seed: int = 0,
-    model: str | None = None,
+    model: UserClass = None,
 ) -> None:
     """Draw data from the model, into samples.npy and figures/samples.png.
 
     Parameters
     ----------
-    run
-        A run folder.
     num
         How many.
     label
@@ -178,8 +176,6 @@ def sample(
         Means of the data given their latents, instead of draws.
     seed
         Of the draws.
-    model
-        module:Class, for a pair of your own.
     """
     import torch
 
@@ -201,19 +197,15 @@ def sample(
 
 
 @app.command
-def reconstruct(run: Path, *, num: int = 12, seed: int = 0, model: str | None = None) -> None:
+def reconstruct(run: Run, *, num: int = 12, seed: int = 0, model: UserClass = None) -> None:
     """Encode and decode test data, into reconstructions.npy and figures/reconstructions.png.
 
     Parameters
     ----------
-    run
-        A run folder.
     num
         How many test data.
     seed
         Of the draws, where grey data are binarised.
-    model
-        module:Class, for a pair of your own.
     """
     from pyro_vae import inference, plots
 
@@ -225,17 +217,13 @@ def reconstruct(run: Path, *, num: int = 12, seed: int = 0, model: str | None = 
 
 
 @app.command
-def encode(run: Path, *, part: str = "test", model: str | None = None) -> None:
+def encode(run: Run, *, part: str = "test", model: UserClass = None) -> None:
     """Encode data, into codes.npz: posterior means and scales of each latent site, and labels.
 
     Parameters
     ----------
-    run
-        A run folder.
     part
         train, validation or test.
-    model
-        module:Class, for a pair of your own.
     """
     import io
 
@@ -269,22 +257,18 @@ def encode(run: Path, *, part: str = "test", model: str | None = None) -> None:
 
 @app.command
 def interpolate(
-    run: Path, *, num: int = 6, steps: int = 9, seed: int = 0, model: str | None = None
+    run: Run, *, num: int = 6, steps: int = 9, seed: int = 0, model: UserClass = None
 ) -> None:
     """Decode lines between codes of test data: interpolations.npy, figures/interpolations.png.
 
     Parameters
     ----------
-    run
-        A run folder.
     num
         How many lines.
     steps
         Points on each.
     seed
         Of the draws, where grey data are binarised.
-    model
-        module:Class, for a pair of your own.
     """
     from pyro_vae import inference
 
@@ -305,22 +289,18 @@ def interpolate(
 
 @app.command
 def traverse(
-    run: Path, *, index: int = 0, span: float = 3.0, steps: int = 11, model: str | None = None
+    run: Run, *, index: int = 0, span: float = 3.0, steps: int = 11, model: UserClass = None
 ) -> None:
     """Move one latent unit at a time: traversals.npy, figures/traversals.png.
 
     Parameters
     ----------
-    run
-        A run folder.
     index
         Which test datum to start from.
     span
         Each unit goes from minus this to this.
     steps
         Values of each unit.
-    model
-        module:Class, for a pair of your own.
     """
     import torch
 
@@ -341,16 +321,8 @@ def traverse(
 
 
 @app.command
-def report(run: Path, *, model: str | None = None) -> None:
-    """Write report.html anew, with its figures inside it.
-
-    Parameters
-    ----------
-    run
-        A run folder.
-    model
-        module:Class, for a pair of your own.
-    """
+def report(run: Run, *, model: UserClass = None) -> None:
+    """Write report.html anew, with its figures inside it."""
     pair, loaded, given = _open(run, model=model)
     _report(run, pair, loaded, given)
     print(run / "report.html")

@@ -75,7 +75,8 @@ def load(run: str | Path, pair: nn.Module | type[nn.Module] | None = None) -> nn
     config = read_config(run)
     pair, state = _rebuilt(run, config, pair), read_model(run)
     floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
-    pair.to(floating[0] if floating else None)
+    if floating:
+        pair.to(max(floating, key=lambda dtype: torch.finfo(dtype).bits))
     spec = config.get("adopted_batch")
     if spec:
         device, _ = placement(pair)

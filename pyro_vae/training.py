@@ -6,11 +6,11 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from pyro.infer import ELBO, SVI, Trace_ELBO
@@ -21,7 +21,8 @@ from pyro_vae import rng, runs
 from pyro_vae.config import Settings
 from pyro_vae.data import Arrays, Preparation, Rows, Source, held_out, preparation, source
 from pyro_vae.errors import UsageError
-from pyro_vae.evaluation import Bound, bound
+from pyro_vae.evaluation import bound
+from pyro_vae.history import Epoch, History
 from pyro_vae.objectives import KLWeight, Parts, recorded
 from pyro_vae.optim import Optimizer
 from pyro_vae.pairs import Batch, Pair, placement, registered, scope
@@ -29,67 +30,6 @@ from pyro_vae.preflight import explain_nonfinite, require
 from pyro_vae.progress import bar
 from pyro_vae.rng import seeded
 from pyro_vae.schedules import Schedule
-
-
-class Epoch(NamedTuple):
-    """One row of a history; bounds and their parts in nats per example."""
-
-    epoch: int
-    objective: float
-    """What was maximised, with the KL weight of the time: no bound while that is below 1."""
-    elbo: float
-    """The ELBO itself, whatever the objective, averaged over the epoch's minibatches."""
-    reconstruction: float
-    kl: dict[str, float]
-    """KL of each latent site."""
-    validation: Bound | None
-    """On the validation data after the epoch; None without them."""
-    beta: float
-    learning_rate: float
-    gradient_norm: float
-    """Mean over the epoch's steps of the gradient's global norm, before clipping."""
-    seconds: float
-
-    def row(self) -> dict[str, Any]:
-        """The epoch as one flat row of history.csv."""
-        flat = {
-            "epoch": self.epoch,
-            "objective": self.objective,
-            "elbo": self.elbo,
-            "reconstruction": self.reconstruction,
-            "kl": sum(self.kl.values()),
-            **{f"kl_{name}": value for name, value in self.kl.items()},
-        }
-        if self.validation is not None:
-            flat |= {
-                "validation_bound": self.validation.bound,
-                "validation_elbo": self.validation.elbo,
-                "validation_reconstruction": self.validation.reconstruction,
-                "validation_kl": sum(self.validation.kl.values()),
-            }
-        return flat | {
-            "beta": self.beta,
-            "learning_rate": self.learning_rate,
-            "gradient_norm": self.gradient_norm,
-            "seconds": self.seconds,
-        }
-
-
-@dataclass(frozen=True)
-class History:
-    """What `fit` returns: its epochs, and which of them the pair's parameters are from."""
-
-    epochs: tuple[Epoch, ...]
-    best_epoch: int
-    """The epoch of the greatest validation bound; the last one without validation data."""
-    stopped_early: bool
-
-    def __getitem__(self, column: str) -> list[float]:
-        """A column of history.csv as a list: ``history["validation_elbo"]``."""
-        return [epoch.row()[column] for epoch in self.epochs]
-
-    def __len__(self) -> int:
-        return len(self.epochs)
 
 
 class NonFiniteError(UsageError):
@@ -185,15 +125,25 @@ def fit(
         "binarize": binarize,
         "data": runs.checksum(rows.tensors) if isinstance(rows, Arrays) else None,
     }
-    run = _Run(pair, rows, prepare, held, objective, beta, learning_rate_schedule, optimizer)
-    run.settings, run.folder, run.job = chosen, folder, job
     if folder is not None and saved is None:
         runs.start(folder, overwrite)
         runs.write_config(pair, folder, {**job, **(config or {})})
     with scope(pair), seeded(chosen.seed), warnings.catch_warnings():
         # The library says itself where a loss is not finite, with the site's name.
         warnings.filterwarnings("ignore", message="Encountered NaN")
-        run.begin()
+        run = _Run(
+            pair,
+            rows,
+            prepare,
+            held,
+            objective,
+            beta if callable(beta) else lambda _: float(cast(float, beta)),
+            learning_rate_schedule or (lambda _: 1.0),
+            optimizer,
+            chosen,
+            folder,
+            job,
+        )
         if saved is not None:
             run.restore(saved)
         return run.train(progress)
@@ -218,44 +168,23 @@ def device(name: str) -> torch.device:
     return chosen
 
 
+@dataclass
 class _Run:
     """The state of a training run: everything that a checkpoint holds."""
 
+    pair: nn.Module
+    rows: Source
+    prepare: Preparation
+    held: tuple[Source, Preparation] | None
+    objective: ELBO
+    beta: Schedule
+    rate: Schedule
+    constructor: Callable[..., torch.optim.Optimizer]
     settings: Settings
     folder: Path | None
     job: dict[str, Any]
-    optimizer: Optimizer
-    svi: SVI
 
-    def __init__(
-        self,
-        pair: nn.Module,
-        rows: Source,
-        prepare: Preparation,
-        held: tuple[Source, Preparation] | None,
-        objective: ELBO,
-        beta: float | Schedule,
-        learning_rate_schedule: Schedule | None,
-        constructor: Callable[..., torch.optim.Optimizer],
-    ) -> None:
-        self.pair, self.rows, self.prepare, self.held = pair, rows, prepare, held
-        self.objective = objective
-        self.beta: Schedule = beta if callable(beta) else lambda _: float(cast(float, beta))
-        self.rate: Schedule = learning_rate_schedule or (lambda _: 1.0)
-        self.constructor = constructor
-        self.epochs: list[Epoch] = []
-        self.best: dict[str, Tensor] | None = None
-        self.best_epoch = 0
-        self.written = 0.0
-        self.latest = Parts()
-        self._new_epoch()
-
-    def _new_epoch(self) -> None:
-        self.batches = self.examples = 0
-        self.loss = self.norm = self.seconds = 0.0
-        self.parts = Parts()
-
-    def begin(self) -> None:
+    def __post_init__(self) -> None:
         """Make optimiser and SVI; the pair's parameters are all known by now."""
         pair, settings = cast(Pair, self.pair), self.settings
         trained = {k: p for k, p in self.pair.named_parameters() if p.requires_grad}
@@ -263,12 +192,23 @@ class _Run:
             self.constructor, trained, settings.learning_rate, settings.clip_norm
         )
         self.weight = KLWeight()
+        self.latest = Parts()
         self.svi = SVI(
             self.weight(registered(self.pair, pair.model)),
             self.weight(pair.guide),
             self.optimizer,
             loss=recorded(self.objective, self.latest),
         )
+        self.epochs: list[Epoch] = []
+        self.best: dict[str, Tensor] | None = None
+        self.best_epoch = 0
+        self.written = 0.0
+        self._new_epoch()
+
+    def _new_epoch(self) -> None:
+        self.batches = self.examples = 0
+        self.loss = self.norm = self.seconds = 0.0
+        self.parts = Parts()
         self.generators = rng.state()
 
     def train(self, progress: bool) -> History:
@@ -376,7 +316,6 @@ class _Run:
             self.best_epoch = len(self.epochs)
             self.best = runs.state_dict(self.pair) if measured is not None else None
         self._new_epoch()
-        self.generators = rng.state()
 
     def _waited(self) -> bool:
         """Whether the validation bound has not improved for as many epochs as patience has."""
@@ -403,7 +342,7 @@ class _Run:
                 "best": self.best,
                 "best_epoch": self.best_epoch,
                 "optimizer": self.optimizer.get_state(),
-                "epochs": [_plain(epoch) for epoch in self.epochs],
+                "epochs": [epoch.plain() for epoch in self.epochs],
                 "batches": self.batches,
                 "examples": self.examples,
                 "loss": self.loss,
@@ -437,7 +376,7 @@ class _Run:
         runs.fill(self.pair, saved["pair"], path)
         self.optimizer.set_state(saved["optimizer"])
         self.best, self.best_epoch = saved["best"], saved["best_epoch"]
-        self.epochs = [_typed(epoch) for epoch in saved["epochs"]]
+        self.epochs = [Epoch.of(epoch) for epoch in saved["epochs"]]
         for name in ("batches", "examples", "loss", "norm", "seconds"):
             setattr(self, name, saved[name])
         where = self.prepare.device
@@ -509,14 +448,3 @@ def _warn_grey(pair: nn.Module, rows: Source) -> None:
             "not log-likelihoods",
             stacklevel=3,
         )
-
-
-def _plain(epoch: Epoch) -> list[Any]:
-    fields: list[Any] = list(epoch)
-    fields[5] = None if epoch.validation is None else list(epoch.validation)
-    return fields
-
-
-def _typed(fields: Sequence[Any]) -> Epoch:
-    epoch = Epoch(*fields)
-    return epoch._replace(validation=None if fields[5] is None else Bound(*fields[5]))

@@ -1,0 +1,78 @@
+"""What training leaves a record of: a row for each epoch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pyro_vae.evaluation import Bound
+
+
+class Epoch(NamedTuple):
+    """One row of a history; bounds and their parts in nats per example."""
+
+    epoch: int
+    objective: float
+    """What was maximised, with the KL weight of the time: no bound while that is below 1."""
+    elbo: float
+    """The ELBO itself, whatever the objective, averaged over the epoch's minibatches."""
+    reconstruction: float
+    kl: dict[str, float]
+    """KL of each latent site."""
+    validation: Bound | None
+    """On the validation data after the epoch; None without them."""
+    beta: float
+    learning_rate: float
+    gradient_norm: float
+    """Mean over the epoch's steps of the gradient's global norm, before clipping."""
+    seconds: float
+
+    @classmethod
+    def of(cls, plain: Sequence[Any]) -> "Epoch":
+        """The epoch that `plain` gave."""
+        epoch = cls(*plain)
+        return epoch._replace(validation=None if plain[5] is None else Bound(*plain[5]))
+
+    def plain(self) -> list[Any]:
+        """The fields as numbers, lists and dictionaries, for a checkpoint."""
+        return [list(field) if isinstance(field, Bound) else field for field in self]
+
+    def row(self) -> dict[str, Any]:
+        """The epoch as one flat row of history.csv."""
+        flat = {
+            "epoch": self.epoch,
+            "objective": self.objective,
+            "elbo": self.elbo,
+            "reconstruction": self.reconstruction,
+            "kl": sum(self.kl.values()),
+            **{f"kl_{name}": value for name, value in self.kl.items()},
+        }
+        if self.validation is not None:
+            flat |= {
+                "validation_bound": self.validation.bound,
+                "validation_elbo": self.validation.elbo,
+                "validation_reconstruction": self.validation.reconstruction,
+                "validation_kl": sum(self.validation.kl.values()),
+            }
+        return flat | {
+            "beta": self.beta,
+            "learning_rate": self.learning_rate,
+            "gradient_norm": self.gradient_norm,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class History:
+    """What `fit` returns: its epochs, and which of them the pair's parameters are from."""
+
+    epochs: tuple[Epoch, ...]
+    best_epoch: int
+    """The epoch of the greatest validation bound; the last one without validation data."""
+    stopped_early: bool
+
+    def __getitem__(self, column: str) -> list[float]:
+        """A column of history.csv as a list: ``history["validation_elbo"]``."""
+        return [epoch.row()[column] for epoch in self.epochs]
+
+    def __len__(self) -> int:
+        return len(self.epochs)
