@@ -70,6 +70,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     report: bool = True,
+    config: Path | None = None,
 ) -> None:
     """Fit a pair to data, evaluate it on the test part, and write a run folder with a report.
 
@@ -94,11 +95,13 @@ def train(
     from pyro_vae.data import load_data
     from pyro_vae.training import fit
 
+    assert config is None  # `_config_file` has put its options in place
+    _positive("num_eval_samples", num_eval_samples)
     run = out or Path("runs") / Path(data).stem
     loaded = load_data(data, source.data_dir)
     seeded_pair = _seeded_pair(model, loaded, settings.seed)
     given = (
-        {"data": data, "num_classes": loaded.num_classes}
+        {"data": data, "data_shape": loaded.shape, "num_classes": loaded.num_classes}
         | _plain(model)
         | _plain(objective)
         | _plain(source)
@@ -107,10 +110,10 @@ def train(
     fit(
         seeded_pair,
         loaded.train.x,
-        *_context(model.condition, loaded, loaded.train),
+        *_context(given, loaded, loaded.train),
         validation=(
             loaded.validation.x,
-            *_context(model.condition, loaded, loaded.validation),
+            *_context(given, loaded, loaded.validation),
         ),
         objective=configuration.make_objective(objective),
         beta=configuration.make_beta(objective),
@@ -182,6 +185,7 @@ def sample(
     from pyro_vae import inference
     from pyro_vae.data import one_hot
 
+    _positive("num", num)
     pair, given = _pair(run, model)
     context: tuple[Tensor, ...] = ()
     if given.get("condition") == "label":
@@ -209,6 +213,7 @@ def reconstruct(run: Run, *, num: int = 12, seed: int = 0, model: UserClass = No
     """
     from pyro_vae import inference, plots
 
+    _positive("num", num)
     pair, loaded, given = _open(run, model=model)
     x, context = _test(loaded, given, num)
     images = inference.reconstruct(pair, x, *context, binarize=_binarize(given), seed=seed)
@@ -235,7 +240,7 @@ def encode(run: Run, *, part: str = "test", model: UserClass = None) -> None:
     if part not in ("train", "validation", "test"):
         raise UsageError(f"part is train, validation or test, '{part}' came")
     split: Split = getattr(loaded, part)
-    context = _context(given.get("condition", "none"), loaded, split)
+    context = _context(given, loaded, split)
     arrays: dict[str, Any] = {}
     for what in ("mean", "scale"):
         codes = inference.encode(
@@ -272,6 +277,7 @@ def interpolate(
     """
     from pyro_vae import inference
 
+    _positive("num", num)
     pair, loaded, given = _open(run, model=model)
     x, context = _test(loaded, given, 2 * num)
     half = len(x) // 2
@@ -306,6 +312,7 @@ def traverse(
 
     from pyro_vae import inference
 
+    _positive("steps", steps)
     pair, loaded, given = _open(run, model=model)
     if not 0 <= index < len(loaded.test.x):
         raise UsageError(f"index is 0 to {len(loaded.test.x) - 1}, {index} came")
@@ -378,13 +385,12 @@ def _evaluate(
     from pyro_vae import runs
     from pyro_vae.evaluation import evaluate as measure
 
-    condition = given.get("condition", "none")
     result = measure(
         pair,
         data.test.x,
-        *_context(condition, data, data.test),
+        *_context(given, data, data.test),
         labels=data.test.labels,
-        train=(data.train.x, *_context(condition, data, data.train)),
+        train=(data.train.x, *_context(given, data, data.train)),
         train_labels=data.train.labels,
         num_samples=num_samples,
         binarize=_binarize(given),
@@ -405,9 +411,20 @@ def _report(run: Path, pair: "nn.Module", data: "Data", given: dict[str, Any]) -
 def _pair(run: Path, model: str | None) -> tuple["nn.Module", dict[str, Any]]:
     from pyro_vae import runs
 
-    kind = configuration.user_class(model) if model else None
-    pair = runs.load(run, kind)
-    return pair, runs.read_config(run).get("train", {})
+    given = runs.read_config(run).get("train", {})
+    return runs.load(run, _user_pair(model, given) if model else None), given
+
+
+def _user_pair(model: str, given: dict[str, Any]) -> "nn.Module":
+    """A pair of a user's own, made as `train` made it."""
+    classes = given.get("num_classes", 0) if given.get("condition") == "label" else 0
+    arguments = {
+        "data_shape": tuple(given.get("data_shape", ())),
+        "latent_dim": given.get("latent_dim", Model.latent_dim),
+        "hidden": tuple(given.get("hidden", Model.hidden)),
+        "context_shapes": ((classes,),) if classes else (),
+    }
+    return configuration.make_user_pair(model, arguments)
 
 
 def _open(
@@ -425,18 +442,28 @@ def _open(
 
 
 def _test(data: "Data", given: dict[str, Any], n: int) -> tuple["Tensor", list["Tensor"]]:
-    context = _context(given.get("condition", "none"), data, data.test)
+    context = _context(given, data, data.test)
     return data.test.x[:n], [part[:n] for part in context]
 
 
-def _context(condition: str, data: "Data", split: "Split") -> list["Tensor"]:
+def _context(given: dict[str, Any], data: "Data", split: "Split") -> list["Tensor"]:
     from pyro_vae.data import one_hot
 
-    if condition != "label":
+    if given.get("condition") != "label":
         return []
     if split.labels is None:
         raise UsageError(f"--condition label needs labels, {data.name} has none")
-    return [one_hot(split.labels, data.num_classes)]
+    classes = given["num_classes"]
+    if data.num_classes > classes:
+        raise UsageError(
+            f"the run knows labels 0 to {classes - 1}, {data.name} goes to {data.num_classes - 1}"
+        )
+    return [one_hot(split.labels, classes)]
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"{name} must be 1 or more, {value} came")
 
 
 def _binarize(given: dict[str, Any]) -> str:
@@ -472,6 +499,7 @@ def _plain(settings: Any) -> dict[str, Any]:
 
 def _config_file(words: list[str]) -> tuple[list[str], Any]:
     """Take ``--config FILE`` out of the words; its options stand where the words give none."""
+    words = [part for word in words for part in _split(word)]
     if "--config" not in words:
         return words, None
     at = words.index("--config")
@@ -484,13 +512,21 @@ def _config_file(words: list[str]) -> tuple[list[str], Any]:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"{path} is no JSON ({error})") from error
-    options = content.get("train", content)
+    options = content.get("train", content) if isinstance(content, dict) else None
+    if not isinstance(options, dict):
+        raise UsageError(f"{path}: an object of options is expected")
     known = [field.name for kind in (Model, Objective, Input, Settings) for field in fields(kind)]
+    known += ["data", "out", "num_eval_samples", "report"]
+    recorded = ("num_classes", "data_shape")  # by a run, of its data
     for name in options:
-        if name not in (*known, "data", "num_classes"):
+        if name not in (*known, *recorded):
             raise UsageError(f"{path}: there is no option '{name}'; {nearest(name, known)}")
-    kept = {k.replace("_", "-"): v for k, v in options.items() if k != "num_classes"}
+    kept = {k.replace("_", "-"): v for k, v in options.items() if k not in recorded}
     return words[:at] + words[at + 2 :], ConfigDict(kept, use_commands_as_keys=False)
+
+
+def _split(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
 def _one_line(message: str) -> str:

@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,13 +65,16 @@ class Settings:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} must be positive, {getattr(self, name)} came")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UsageError(f"clip_norm must be positive, {self.clip_norm} came")
-        if self.patience is not None and self.patience < 1:
-            raise UsageError(f"patience must be 1 or more, {self.patience} came")
+        for name in ("epochs", "batch_size", "patience"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise UsageError(f"{name} must be a whole number of 1 or more, {value} came")
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < inf):
+                raise UsageError(f"{name} must be positive and finite, {value} came")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+            raise UsageError(f"seed must be a whole number from 0 to 2^63 - 1, {self.seed} came")
         if self.precision not in ("float32", "bfloat16"):
             raise UsageError(f"precision is float32 or bfloat16, '{self.precision}' came")
 
@@ -137,8 +141,10 @@ class Model:
     condition: Literal["none", "label"] = "none"
 
     def __post_init__(self) -> None:
-        if self.latent_dim < 1 or any(width < 1 for width in (*self.hidden, *self.channels)):
-            raise UsageError("latent_dim, hidden and channels must be positive whole numbers")
+        for name in ("latent_dim", "hidden", "channels"):
+            value = getattr(self, name)
+            if any(width < 1 for width in (value if isinstance(value, tuple) else (value,))):
+                raise UsageError(f"{name} must be positive, {value} came")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,22 +253,34 @@ def make_user_pair(path: str, given: dict[str, Any]) -> nn.Module:
             f"{path} takes '{missing[0]}', which the command line cannot give; it gives "
             f"{', '.join(given)}"
         )
-    return kind(**taken)
+    try:
+        return kind(**taken)
+    except Exception as error:  # a user's own code may raise anything
+        raise UsageError(f"{path} cannot be made: {type(error).__name__}: {error}") from error
 
 
 def user_class(path: str) -> type[nn.Module]:
     """The class that ``module:Class`` names; modules in the current folder are found too."""
     module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise UsageError(f"a pair is named module:Class, '{path}' came")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UsageError(f"module '{module_name}' cannot be imported: {error}") from error
+    except Exception as error:  # a user's own code may raise anything
+        raise UsageError(
+            f"module '{module_name}' cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     if not hasattr(module, name):
         classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
         raise UsageError(f"module '{module_name}' has no class '{name}'; {nearest(name, classes)}")
-    return getattr(module, name)
+    kind = getattr(module, name)
+    from torch import nn
+
+    if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
+        raise UsageError(f"a pair is a class that is an nn.Module, {path} is none")
+    return kind
 
 
 def make_likelihood(config: Model) -> Any:
@@ -273,11 +291,12 @@ def make_likelihood(config: Model) -> Any:
         if config.scale in ("predicted", "learned"):
             return likelihoods.Gaussian(learned=config.scale == "learned")
         try:
-            return likelihoods.Gaussian(scale=float(config.scale))
+            scale = float(config.scale)
         except ValueError:
             raise UsageError(
                 f"scale is 'predicted', 'learned' or a number, '{config.scale}' came"
             ) from None
+        return likelihoods.Gaussian(scale)
     kinds: dict[str, Callable[[], Any]] = {
         "bernoulli": likelihoods.Bernoulli,
         "continuous-bernoulli": likelihoods.ContinuousBernoulli,

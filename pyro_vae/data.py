@@ -4,6 +4,8 @@ Data are held as they came (uint8 stays uint8); each minibatch is prepared on it
 """
 
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset
 
-from pyro_vae.errors import UsageError, nearest
+from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import Batch, data_site, placement, trace_guide, trace_model, using
 from pyro_vae.rng import seeded
 
@@ -155,14 +157,19 @@ class Stream:
 
     def __len__(self) -> int:
         rows: Any = self.rows.dataset if isinstance(self.rows, DataLoader) else self.rows
-        return len(rows)
+        try:
+            return len(rows)
+        except TypeError as error:
+            raise UsageError(
+                f"{type(rows).__name__} has no length: the data set must have __len__"
+            ) from error
 
     def batches(self, batch_size: int, shuffle: bool = False) -> Iterator[Batch]:
         """Minibatches; a ``DataLoader`` keeps its own batch size and order."""
         loader = self.rows
         if not isinstance(loader, DataLoader):
             loader = DataLoader(loader, batch_size=batch_size, shuffle=shuffle)
-        for batch in loader:
+        for batch in self._collated(loader):
             batch = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
             for item in batch[: self.width]:
                 if not isinstance(item, Tensor):
@@ -170,6 +177,13 @@ class Stream:
                         f"the data set must give tensors, it gave {type(item).__name__}"
                     )
             yield batch[: self.width]
+
+    @staticmethod
+    def _collated(loader: DataLoader) -> Iterator[Any]:
+        try:
+            yield from loader
+        except TypeError as error:
+            raise UsageError(f"the data set must give tensors: {first_line(error)}") from error
 
 
 Source: TypeAlias = "Arrays | Stream"
@@ -205,8 +219,8 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     if binarize not in BINARIZE:
         raise UsageError(f"binarize is '{binarize}'; {nearest(binarize, BINARIZE)}")
     plain = Preparation(*placement(pair))
-    batch = plain(next(iter(rows.batches(min(16, len(rows))))))
     with using(pair, seed=0):
+        batch = plain(next(iter(rows.batches(min(16, len(rows))))))
         site = data_site(trace_model(pair, batch, trace_guide(pair, batch)))
     value = site["value"]
     if value.numel() != batch[0].numel() or not torch.equal(value.flatten(), batch[0].flatten()):
@@ -214,16 +228,18 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     support = site["fn"].support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    if support.event_dim > 0 or not isinstance(rows, Arrays):
+    if support.event_dim > 0:
         return plain
+    # Of a stream the first minibatch has to stand for all.
+    parts = (plain(part)[0] for part in rows.batches(4096)) if isinstance(rows, Arrays) else None
     grey = False
-    for part in rows.batches(4096):
-        x = plain(part)[0]
+    for x in parts or [batch[0]]:
         inside = support.check(x)
         if support is constraints.boolean and not bool(inside.all()):
             grey, inside = True, (x >= 0) & (x <= 1)
         if not bool(inside.all()):
-            raise UsageError(_outside(x[~inside][0].item(), rows.tensors[0], site))
+            whole = rows.tensors[0] if isinstance(rows, Arrays) else x
+            raise UsageError(_outside(x[~inside][0].item(), whole, site))
     return Preparation(plain.device, plain.dtype, binarize=grey and binarize != "none")
 
 
@@ -252,8 +268,10 @@ def _outside(value: float, x: Tensor, site: dict[str, Any]) -> str:
 
 def _tensor(value: Any, name: str) -> Tensor:
     try:
-        if isinstance(value, np.ndarray) and not value.dtype.isnative:
-            value = value.astype(value.dtype.newbyteorder("="))
+        if isinstance(value, np.ndarray):
+            odd = not (value.dtype.isnative and value.flags.writeable)
+            if odd or any(stride < 0 for stride in value.strides):
+                value = value.astype(value.dtype.newbyteorder("="), order="C")
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         kind = getattr(value, "dtype", type(value).__name__)
@@ -266,7 +284,7 @@ def _tensor(value: Any, name: str) -> Tensor:
         for start, part in zip(range(0, len(tensor), 4096), tensor.split(4096), strict=True):
             bad = ~torch.isfinite(part)
             if bool(bad.any()):
-                row = start + int(bad.flatten(1).any(1).nonzero()[0]) if part.dim() > 1 else start
+                row = start + int(bad.reshape(len(bad), -1).any(1).nonzero()[0])
                 raise UsageError(
                     f"{name} holds values that are not finite (NaN or infinite), first in row {row}"
                 )
@@ -320,7 +338,10 @@ _TORCHVISION: dict[str, tuple[Callable[[Path, bool, bool], Split], str]] = {
         _mnist_like("EMNIST", split="balanced"),
         "EMNIST/raw/emnist-balanced-train-images-idx3-ubyte and the like",
     ),
-    "omniglot": (_omniglot, "omniglot-py/images_background and images_evaluation"),
+    "omniglot": (
+        _omniglot,
+        "omniglot-py/images_background and images_evaluation, and their .zip files,",
+    ),
     "cifar10": (_mnist_like("CIFAR10"), "cifar-10-batches-py/data_batch_1 and the like"),
     "svhn": (_svhn, "train_32x32.mat and test_32x32.mat"),
 }
@@ -328,14 +349,21 @@ _TORCHVISION: dict[str, tuple[Callable[[Path, bool, bool], Split], str]] = {
 NAMES = ("digits", *_TORCHVISION)
 
 
+# What torchvision raises where files are absent, cut short, or of something else.
+_UNREADABLE = (
+    *(RuntimeError, OSError, ValueError, EOFError),
+    *(IndexError, KeyError, TypeError, AssertionError),
+)
+
+
 def _torchvision(name: str, root: Path) -> Data:
     get, files = _TORCHVISION[name]
     try:
         train, test = get(root, True, False), get(root, False, False)
-    except (RuntimeError, OSError):
+    except _UNREADABLE:
         try:
             train, test = get(root, True, True), get(root, False, True)
-        except (RuntimeError, OSError) as error:
+        except _UNREADABLE as error:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise UsageError(
                 f"'{name}' is not in {root} and cannot be downloaded ({reason}); place "
@@ -351,26 +379,33 @@ def _load_file(path: Path) -> Data:
     if path.suffix not in (".npy", ".npz"):
         raise UsageError(f"{path}: a .npy or .npz file is expected")
     try:
-        loaded: Any = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        with open(path, "rb") as file:
+            loaded: Any = np.load(file, allow_pickle=False)
+            plain = isinstance(loaded, np.ndarray)
+            arrays = {"x": loaded} if plain else {key: loaded[key] for key in loaded.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(
-            f"{path} is no {path.suffix} file of plain arrays ({' '.join(str(error).split())[:90]})"
+            f"{path} is no {path.suffix} file of plain arrays without pickles "
+            f"({' '.join(str(error).split())[:90]})"
         ) from error
-    if isinstance(loaded, np.ndarray):
-        return _three_ways(path.stem, _images(loaded, path), None)
-    arrays = {key: loaded[key] for key in loaded.files}
     if "x" in arrays:
-        return _three_ways(path.stem, _images(arrays["x"], path), _labels(arrays.get("y")))
+        x = _images(arrays["x"], path)
+        return _three_ways(path.stem, x, _labels(arrays.get("y"), len(x), path))
     if "x_train" not in arrays or "x_test" not in arrays:
         raise UsageError(
             f"{path}: arrays 'x' (and 'y'), or 'x_train' and 'x_test', are expected; it holds "
             f"{', '.join(arrays) or 'none'}"
         )
-    splits = {
-        key: Split(_images(arrays[f"x_{key}"], path), _labels(arrays.get(f"y_{key}")))
-        for key in ("train", "validation", "test")
-        if f"x_{key}" in arrays
-    }
+    splits = {}
+    for key in ("train", "validation", "test"):
+        if f"x_{key}" in arrays:
+            x = _images(arrays[f"x_{key}"], path)
+            splits[key] = Split(x, _labels(arrays.get(f"y_{key}"), len(x), path))
+            if x.shape[1:] != splits["train"].x.shape[1:]:
+                raise UsageError(
+                    f"{path}: x_{key} has rows of shape {tuple(x.shape[1:])}, x_train of shape "
+                    f"{tuple(splits['train'].x.shape[1:])}: they must agree"
+                )
     if "validation" not in splits:
         splits["train"], splits["validation"] = _shuffled(splits["train"], (5, 1))
     return Data(path.stem, **splits)
@@ -393,8 +428,18 @@ def _images(array: np.ndarray, path: Path) -> Tensor:
     )
 
 
-def _labels(array: np.ndarray | None) -> Tensor | None:
-    return None if array is None else torch.as_tensor(array).long().reshape(-1)
+def _labels(array: np.ndarray | None, n: int, path: Path) -> Tensor | None:
+    if array is None:
+        return None
+    if array.dtype.kind not in "biuf":
+        raise UsageError(f"{path}: labels must be whole numbers, {array.dtype} came")
+    flat = array.reshape(-1)
+    wrong = flat[(flat < 0) | (flat != np.floor(flat))]
+    if len(wrong):
+        raise UsageError(f"{path}: labels must be whole numbers of 0 or more, {wrong[0]} came")
+    if len(flat) != n:
+        raise UsageError(f"{path}: {len(flat)} labels came for {n} rows")
+    return torch.from_numpy(flat.astype(np.int64))
 
 
 def _three_ways(name: str, x: Tensor, labels: Tensor | None) -> Data:

@@ -11,8 +11,18 @@ class UsageError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """An error's message without the lines that Pyro and torch put behind it.
+
+    >>> first_line(UsageError("x is empty\\n Trace Shapes:"))
+    'x is empty'
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A phrase that names the nearest of the known words, or all of them.
+    """A phrase that names the nearest of the known words, or all of them; "" if there are none.
 
     >>> nearest("mnits", ["digits", "mnist"])
     "did you mean 'mnist'?"
@@ -21,4 +31,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"known: {', '.join(known)}" if known else ""

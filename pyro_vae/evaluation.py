@@ -32,6 +32,7 @@ from pyro_vae.pairs import (
     using,
 )
 from pyro_vae.progress import bar
+from pyro_vae.rng import seeded
 
 ACTIVE = 0.01
 """A unit is active where its posterior mean varies over the data by more (Burda et al., 2016)."""
@@ -175,7 +176,7 @@ def evaluate(
         kl_by_site=parts.kl,
         kl_by_unit={name: kl.tolist() for name, kl in units.items()},
         active_units={
-            name: int((code.var(0) > ACTIVE).sum())
+            name: int((code.var(0, correction=0) > ACTIVE).sum())
             for name, code in codes.items()
             if code.is_floating_point()
         },
@@ -329,8 +330,9 @@ def _total(trace: poutine.Trace) -> Tensor:
 def _held(
     pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str
 ) -> tuple[Source, Preparation]:
-    rows = source(x, context, pair)
-    return held_out(rows, preparation(pair, rows, binarize))
+    with seeded(0):  # a loader draws as it begins
+        rows = source(x, context, pair)
+        return held_out(rows, preparation(pair, rows, binarize))
 
 
 def _units(

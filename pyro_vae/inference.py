@@ -21,6 +21,7 @@ from pyro_vae.pairs import (
     latents,
     mean,
     template,
+    trace,
     trace_guide,
     using,
 )
@@ -86,11 +87,11 @@ def encode(
     with using(pair, seed):
         for batch in _prepared(pair, x, context, binarize):
             if what == "draw":
-                trace = trace_guide(pair, batch)
+                guide = trace_guide(pair, batch)
             else:
                 with Means():
-                    trace = trace_guide(pair, batch)
-            for name, site in latents(trace).items():
+                    guide = trace_guide(pair, batch)
+            for name, site in latents(guide).items():
                 if is_local(site):
                     value = _scale(site["fn"]) if what == "scale" else site["value"]
                     found.setdefault(name, []).append(value)
@@ -118,6 +119,8 @@ def decode(
     >>> decode(pv.VAE.mlp((1, 8, 8), latent_dim=3), {"z": torch.zeros(5, 3)}).shape
     torch.Size([5, 1, 8, 8])
     """
+    if not values:
+        raise UsageError("values must give at least one latent site, none came")
     n = len(next(iter(values.values())))
     batch = template(pair, n, context)
     with using(pair, seed):
@@ -217,6 +220,8 @@ def traverse(
     >>> traverse(pv.VAE.mlp((4,), latent_dim=3), torch.ones(1, 4)).shape
     torch.Size([3, 7, 4])
     """
+    if len(values) < 1:
+        raise UsageError("values must hold one number or more, none came")
     with using(pair, seed):
         (batch,) = _prepared(pair, x, context, binarize, at_once=True)
         if len(batch[0]) != 1:
@@ -248,28 +253,23 @@ def _generate(
     program: Any = poutine.uncondition(cast(Pair, pair).model)
     if values:
         program = poutine.condition(program, data=dict(values))
-    trace = poutine.trace(program).get_trace(*batch)
-    missing = [name for name in values if name not in trace.nodes]
-    if missing:
-        raise UsageError(f"the model has no site '{missing[0]}'")
-    found = data_site(_marked(trace, values), site)
-    return mean(found["fn"]) if means else found["value"]
-
-
-def _marked(trace: poutine.Trace, values: Mapping[str, Tensor]) -> poutine.Trace:
-    """Latents that were given count as latents, not as data."""
+    traced = trace(program, batch)
     for name in values:
-        trace.nodes[name]["is_observed"] = False
-    return trace
+        if name not in traced.nodes:
+            raise UsageError(f"the model has no site '{name}'")
+        # A latent that was given is no datum.
+        traced.nodes[name]["is_observed"] = False
+    found = data_site(traced, site)
+    return mean(found["fn"]) if means else found["value"]
 
 
 def _latent_values(pair: nn.Module, batch: Batch, means: bool) -> dict[str, Tensor]:
     if means:
         with Means():
-            trace = trace_guide(pair, batch)
+            guide = trace_guide(pair, batch)
     else:
-        trace = trace_guide(pair, batch)
-    return {name: site["value"] for name, site in latents(trace).items()}
+        guide = trace_guide(pair, batch)
+    return {name: site["value"] for name, site in latents(guide).items()}
 
 
 def _prepared(

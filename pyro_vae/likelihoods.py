@@ -79,7 +79,9 @@ class Gaussian(Family):
         if learned and scale is None:
             scale = 1.0
         if scale is not None and not bounds[0] < scale < bounds[1]:
-            raise UsageError(f"scale must be between {bounds[0]} and {bounds[1]}, {scale} came")
+            raise UsageError(
+                f"scale must be positive, between {bounds[0]} and {bounds[1]}, {scale} came"
+            )
         self.scale, self.learned, self.bounds = scale, learned, tuple(bounds)
         if learned:
             self.raw_scale = nn.Parameter(torch.tensor(unbounded_scale(scale or 1.0, *bounds)))
@@ -255,8 +257,11 @@ class LevelCategorical(_LevelDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         index = (value * (self.levels - 1)).round().long()
-        logits, index = torch.broadcast_tensors(self.logits, index.unsqueeze(-1))
-        return logits.log_softmax(-1).gather(-1, index[..., :1]).squeeze(-1)
+        inside = (index >= 0) & (index < self.levels)
+        index = index.clamp(0, self.levels - 1).unsqueeze(-1)
+        logits, index = torch.broadcast_tensors(self.logits, index)
+        found = logits.log_softmax(-1).gather(-1, index[..., :1]).squeeze(-1)
+        return torch.where(inside, found, -torch.inf)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():

@@ -20,7 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyro_vae.errors import UsageError
+from pyro_vae.errors import UsageError, first_line
 from pyro_vae.rng import seeded
 
 Batch: TypeAlias = tuple[Tensor, ...]
@@ -122,14 +122,23 @@ def using(pair: nn.Module, seed: int | None = None) -> Iterator[None]:
             module.training = True
 
 
+def trace(program: Callable[..., Any], batch: Sequence[Tensor]) -> Trace:
+    """The trace of a program on a batch; an error of use stays one line."""
+    try:
+        return poutine.trace(program).get_trace(*batch)
+    except UsageError as error:
+        # Pyro writes the shapes of all sites behind the message.
+        raise UsageError(first_line(error)) from None
+
+
 def trace_guide(pair: nn.Module, batch: Sequence[Tensor]) -> Trace:
     """The trace of the guide on a batch."""
-    return poutine.trace(cast(Pair, pair).guide).get_trace(*batch)
+    return trace(cast(Pair, pair).guide, batch)
 
 
 def trace_model(pair: nn.Module, batch: Sequence[Tensor], guide: Trace) -> Trace:
     """The trace of the model on a batch, replayed against a trace of the guide."""
-    return poutine.trace(poutine.replay(cast(Pair, pair).model, trace=guide)).get_trace(*batch)
+    return trace(poutine.replay(cast(Pair, pair).model, trace=guide), batch)
 
 
 def sample_sites(trace: Trace) -> dict[str, Site]:
@@ -190,10 +199,11 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
     placed = []
     for given, like in zip(context, batch[1:], strict=True):
         given = torch.as_tensor(given).to(like.device, like.dtype)
-        if given.shape[-like.dim() + 1 :] != like.shape[1:] or given.dim() > like.dim():
+        rows = given.shape[0] if given.dim() == like.dim() else 1
+        if given.shape[-like.dim() + 1 :] != like.shape[1:] or rows not in (1, n):
             raise UsageError(
-                f"context rows of shape {tuple(like.shape[1:])} are expected, a tensor of shape "
-                f"{tuple(given.shape)} came"
+                f"context of {n} rows (or one for all) of shape {tuple(like.shape[1:])} is "
+                f"expected, a tensor of shape {tuple(given.shape)} came"
             )
         placed.append(given.expand(like.shape))
     return (batch[0], *placed)

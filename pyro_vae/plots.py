@@ -128,22 +128,25 @@ def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
 
 def reconstructions(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = ()) -> "Figure":
     """Data, and their reconstructions beneath."""
-    again = reconstruct(pair, x, *context)
+    again = alike(reconstruct(pair, x, *context), x)
     return grid([("data", intensity(x)), ("reconstruction", again)], "reconstructions")
 
 
-def samples(pair: nn.Module, context: Sequence[Tensor] = (), seed: int = 0) -> "Figure":
+def samples(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = (), seed: int = 0) -> "Figure":
     """Means of data drawn from the model; with context, a row for each of its rows."""
     if context:
         rows = [
             (
                 f"context {i}",
-                sample(pair, 10, [part[i : i + 1] for part in context], means=True, seed=seed),
+                alike(
+                    sample(pair, 10, [part[i : i + 1] for part in context], means=True, seed=seed),
+                    x,
+                ),
             )
             for i in range(len(context[0]))
         ]
         return grid(rows, "samples (means), by context")
-    images = sample(pair, 48, means=True, seed=seed)
+    images = alike(sample(pair, 48, means=True, seed=seed), x)
     rows = [("", part) for part in images.split(12)]
     return grid(rows, "samples (means)")
 
@@ -153,7 +156,7 @@ def traversals(
 ) -> "Figure":
     """One datum's code with one unit at a time moved from -3 to 3."""
     values = np.linspace(-3, 3, 11).tolist()
-    images = traverse(pair, x, *context, values=values, units=units, latent=latent)
+    images = alike(traverse(pair, x, *context, values=values, units=units, latent=latent), x)
     rows = [(f"{latent}[{unit}]", line) for unit, line in zip(units, images, strict=True)]
     return grid(rows, "traversals: one unit at a time from -3 to 3")
 
@@ -162,7 +165,7 @@ def interpolations(
     pair: nn.Module, start: Tensor, end: Tensor, context: Sequence[Tensor] = ()
 ) -> "Figure":
     """Straight lines between the codes of pairs of data, with the data at both ends."""
-    lines = interpolate(pair, start, end, *context, steps=9)
+    lines = alike(interpolate(pair, start, end, *context, steps=9), start)
     rows = [
         ("", torch.cat([intensity(a)[None].to(line), line, intensity(b)[None].to(line)]))
         for a, line, b in zip(start, lines, end, strict=True)
@@ -173,6 +176,14 @@ def interpolations(
 def codes(pair: nn.Module, x: Tensor, context: Sequence[Tensor]) -> tuple[str, Tensor]:
     """The name and the codes of the first latent site."""
     return next(iter(encode(pair, x, *context).items()))
+
+
+def alike(made: Tensor, x: Tensor) -> Tensor:
+    """What a pair made, in the shape of the data, where the pair flattens or unflattens them."""
+    for leading in range(1, made.dim()):
+        if made.shape[leading:].numel() == x.shape[1:].numel():
+            return made.reshape(*made.shape[:leading], *x.shape[1:])
+    return made
 
 
 def png(figure: "Figure") -> bytes:

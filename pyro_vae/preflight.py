@@ -1,9 +1,10 @@
 """Pre-flight: run a pair once on a batch and say in words what would go wrong."""
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -13,8 +14,18 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_vae.errors import UsageError
-from pyro_vae.pairs import adopt, latents, log_prob, observed, sample_sites, scope
+from pyro_vae.errors import UsageError, first_line
+from pyro_vae.pairs import (
+    Pair,
+    Site,
+    adopt,
+    latents,
+    log_prob,
+    observed,
+    sample_sites,
+    scope,
+    trace,
+)
 from pyro_vae.pairs import trace_guide as run_guide
 from pyro_vae.pairs import trace_model as run_model
 from pyro_vae.rng import seeded
@@ -52,12 +63,8 @@ def check(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = Non
     >>> print(check(pv.VAE.mlp((4,)), (torch.ones(2, 4),)))
     the pair is sound
     """
-    name = type(pair).__name__
-    if not isinstance(pair, nn.Module):
-        return Report((f"a pair is an nn.Module with model and guide, {name} is none",))
-    for method in ("model", "guide"):
-        if not callable(getattr(pair, method, None)):
-            return Report((f"{name} has no method '{method}(*batch)'",))
+    if fault := no_pair(pair):
+        return Report((fault,))
     training = pair.training
     pair.eval()
     try:
@@ -70,7 +77,15 @@ def check(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = Non
             warnings.simplefilter("ignore")
             try:
                 guide = _run("guide", lambda: run_guide(pair, batch), batch)
-                model = _run("model", lambda: run_model(pair, batch, guide), batch)
+                try:
+                    model = _run("model", lambda: run_model(pair, batch, guide), batch)
+                except UsageError:
+                    # The model alone may run, and its sites say why the two do not go together.
+                    alone = _run("model", lambda: trace(cast(Pair, pair).model, batch), batch)
+                    found = [*_sites(alone, guide), *_shapes(alone, guide, batch)]
+                    if not found:
+                        raise
+                    return Report(tuple(found))
             except UsageError as error:
                 return Report((str(error),))
             adopt(pair, batch)
@@ -81,7 +96,7 @@ def check(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = Non
             notes: list[str] = []
             if not errors:
                 errors, notes = _parameters(pair, model, guide)
-                errors += _objective(objective, model, guide)
+                errors += _objective(pair, objective, batch, model, guide)
     finally:
         pair.train(training)
     return Report(tuple(errors), tuple(notes))
@@ -95,17 +110,44 @@ def require(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = N
     return report
 
 
+def no_pair(pair: Any) -> str | None:
+    """Why this is no pair at all, or None."""
+    name = type(pair).__name__
+    if not isinstance(pair, nn.Module):
+        return f"a pair is an nn.Module with model and guide, {name} is none"
+    for method in ("model", "guide"):
+        if not callable(getattr(pair, method, None)):
+            return f"{name} has no method '{method}(*batch)'"
+    return None
+
+
+_MISMATCH = re.compile(
+    r"Shape mismatch inside plate\('(.+)'\) at site (\S+) dim -1, (\d+) vs (\d+)"
+)
+
+
 def _run(what: str, run: Callable[[], Trace], batch: Sequence[Tensor]) -> Trace:
     try:
         return run()
     except UsageError:
         raise
-    except Exception as error:
+    except Exception as error:  # a user's own code may raise anything
+        message, n = first_line(error), len(batch[0])
+        found = _MISMATCH.match(message)
+        if found and int(found[3]) == n:
+            raise UsageError(
+                f"site '{found[2]}' of the {what} has size {found[4]} where the plate "
+                f"'{found[1]}' has {n}: declare what is right of the data as an event by "
+                ".to_event(1)"
+            ) from error
+        if found:
+            raise UsageError(
+                f"the data plate of the {what} has size {found[3]}, the batch {n} rows: "
+                'use pyro.plate("data", len(x), dim=-1)'
+            ) from error
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in batch)
-        first = str(error).strip().splitlines()
         raise UsageError(
-            f"the {what} fails on a batch of shapes {shapes}: {type(error).__name__}: "
-            f"{first[0] if first else ''}"
+            f"the {what} fails on a batch of shapes {shapes}: {type(error).__name__}: {message}"
         ) from error
 
 
@@ -138,30 +180,16 @@ def _sites(model: Trace, guide: Trace) -> list[str]:
 
 def _shapes(model: Trace, guide: Trace, batch: Sequence[Tensor]) -> list[str]:
     n, errors = len(batch[0]), []
-    for where, trace in (("model", model), ("guide", guide)):
-        sites = observed(trace) | latents(trace)
-        for name, site in sites.items():
-            fn, frames = site["fn"], [f for f in site["cond_indep_stack"] if f.vectorized]
-            data = [frame for frame in frames if frame.dim == -1]
-            nested = max((-frame.dim for frame in frames), default=0)
-            if len(fn.batch_shape) > nested:
-                extra = len(fn.batch_shape) - nested
-                if not frames and len(fn.batch_shape) == 1 and fn.batch_shape[0] == n:
-                    errors.append(
-                        f"site '{name}' of the {where} is outside the data plate: put it under "
-                        'with pyro.plate("data", len(x), dim=-1)'
-                    )
-                else:
-                    errors.append(
-                        f"site '{name}' of the {where} has batch shape {tuple(fn.batch_shape)} "
-                        f"where the plates account for {nested} dimension(s): declare the "
-                        f"{extra} on the right as an event by .to_event({extra})"
-                    )
-            elif data and data[0].size != n and site["is_observed"] and not _subsampled(trace):
-                errors.append(
-                    f"the data plate has size {data[0].size}, the batch {n} rows: "
-                    'use pyro.plate("data", len(x), dim=-1)'
-                )
+    for where, traced in (("model", model), ("guide", guide)):
+        for name, site in (observed(traced) | latents(traced)).items():
+            errors += _placement(where, name, site, n, _subsampled(traced))
+    in_model, in_guide = _plates(model), _plates(guide)
+    for name in in_model.keys() & in_guide.keys():
+        if in_model[name] != in_guide[name]:
+            errors.append(
+                f"plate '{name}' has size {in_model[name]} in the model and {in_guide[name]} in "
+                'the guide: use pyro.plate("data", len(x), dim=-1) in both'
+            )
     if errors:
         return errors
     for name, site in latents(guide).items():
@@ -174,7 +202,7 @@ def _shapes(model: Trace, guide: Trace, batch: Sequence[Tensor]) -> list[str]:
                 f"{tuple(q.event_shape)} in the guide: they must be one"
             )
     for name, site in observed(model).items():
-        shape = torch.broadcast_shapes(site["fn"].batch_shape + site["fn"].event_shape)
+        shape = site["fn"].batch_shape + site["fn"].event_shape
         if not _matches(site["value"].shape, shape):
             errors.append(
                 f"the value observed at site '{name}' has shape {tuple(site['value'].shape)}, its "
@@ -183,11 +211,49 @@ def _shapes(model: Trace, guide: Trace, batch: Sequence[Tensor]) -> list[str]:
     return errors
 
 
+def _placement(where: str, name: str, site: Site, n: int, subsampled: bool) -> list[str]:
+    """What is wrong with the plates around a site."""
+    shape = tuple(site["fn"].batch_shape)
+    sizes = {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized}
+    extra = len(shape) - max((-dim for dim in sizes), default=0)
+    depends = site["is_observed"] or (not sizes and shape == (n,))
+    if not sizes and depends:
+        return [
+            f"site '{name}' of the {where} is outside the data plate: put it under "
+            'with pyro.plate("data", len(x), dim=-1)'
+        ]
+    if extra > 0:
+        return [
+            f"site '{name}' of the {where} has batch shape {shape}, {extra} more than its plates: "
+            f"declare the rest on the right as an event by .to_event({extra})"
+        ]
+    if sizes and -1 not in sizes:
+        return [
+            f"site '{name}' of the {where} is in a plate at dim={max(sizes)}: the data plate is "
+            'pyro.plate("data", len(x), dim=-1)'
+        ]
+    if sizes.get(-1, n) != n and not subsampled:
+        return [
+            f"the data plate of the {where} has size {sizes[-1]}, the batch {n} rows: "
+            'use pyro.plate("data", len(x), dim=-1)'
+        ]
+    return []
+
+
 def _matches(value: torch.Size, shape: torch.Size) -> bool:
     try:
         return torch.broadcast_shapes(value, shape) == value
     except RuntimeError:
         return False
+
+
+def _plates(traced: Trace) -> dict[str, int]:
+    """The whole size of each plate, before any subsampling."""
+    return {
+        frame.name: frame.full_size or frame.size
+        for site in sample_sites(traced).values()
+        for frame in site["cond_indep_stack"]
+    }
 
 
 def _subsampled(trace: Trace) -> bool:
@@ -243,16 +309,28 @@ def _leaves(loss: Tensor) -> list[Tensor]:
     return list(found.values())
 
 
-def _objective(objective: ELBO | None, model: Trace, guide: Trace) -> list[str]:
-    if not isinstance(objective, TraceMeanField_ELBO):
+def _objective(
+    pair: nn.Module,
+    objective: ELBO | None,
+    batch: Sequence[Tensor],
+    model: Trace,
+    guide: Trace,
+) -> list[str]:
+    if objective is None:
         return []
-    order = [name for name in model.nodes if name in latents(guide)]
-    if order != list(latents(guide)):
+    order = [name for name in sample_sites(model) if name in latents(guide)]
+    if isinstance(objective, TraceMeanField_ELBO) and order != list(latents(guide)):
         return [
             "the closed-form KL is valid only where guide and model sample in one order; the "
             f"guide samples {', '.join(latents(guide))}, the model {', '.join(order)}: "
             "use Trace_ELBO"
         ]
+    typed, loss = cast(Pair, pair), cast(Any, objective).loss
+    try:
+        with torch.no_grad():
+            loss(typed.model, typed.guide, *batch)
+    except UsageError as error:
+        return [first_line(error)]
     return []
 
 

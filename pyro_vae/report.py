@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import plots, runs
+from pyro_vae.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,7 +89,7 @@ def _figures(
     made.append(("reconstructions", plots.reconstructions(pair, x[:12], few)))
     if hasattr(pair, "template"):
         shown = _contexts(context, labels)
-        made.append(("samples", plots.samples(pair, shown, seed)))
+        made.append(("samples", plots.samples(pair, x, shown, seed)))
     site, codes = plots.codes(pair, x, context)
     kl = metrics.get("kl_by_unit") or {}
     if codes.is_floating_point():
@@ -99,8 +100,11 @@ def _figures(
         used = max(3, sum(value > 0.01 for value in kl.get(site, [])))
         units = order[: min(8, used)].tolist()
         made.append(("traversals", plots.traversals(pair, x[:1], one, units, site)))
-        half = [part[:4] for part in context]
-        made.append(("interpolations", plots.interpolations(pair, x[:4], x[4:8], half)))
+        n = min(4, len(x) // 2)
+        if n:
+            ends = [part[:n] for part in context]
+            lines = plots.interpolations(pair, x[:n], x[n : 2 * n], ends)
+            made.append(("interpolations", lines))
         made.append(("latent", plots.latent_plane(codes.cpu(), labels, site)))
     if kl:
         made.append(("kl", plots.kl_by_unit(kl)))
@@ -120,9 +124,12 @@ def _contexts(context: Sequence[Tensor], labels: Tensor | None) -> list[Tensor]:
 def _history(path: Path) -> dict[str, list[float]]:
     if not path.exists():
         return {}
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}
+    except (ValueError, TypeError, csv.Error) as error:
+        raise UsageError(f"{path} is cut short or no table of numbers") from error
 
 
 def _page(

@@ -17,8 +17,10 @@ import json
 import os
 import pickle
 import shutil
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
@@ -29,7 +31,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pyro_vae.errors import UsageError, nearest
+from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import adopt, adopted_batch, placement, scope, trace_guide, trace_model
 from pyro_vae.rng import seeded
 
@@ -73,18 +75,21 @@ def load(run: str | Path, pair: nn.Module | type[nn.Module] | None = None) -> nn
     """
     run = Path(run)
     config = read_config(run)
-    pair, state = _rebuilt(run, config, pair), read_model(run)
+    given, state = pair, read_model(run)
+    try:
+        pair = _rebuilt(run, config, given)
+    except UsageError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ImportError) as error:
+        raise UsageError(
+            f"{run / CONFIG} does not describe a pair that can be made: {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error
     floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     if floating:
         pair.to(max(floating, key=lambda dtype: torch.finfo(dtype).bits))
-    spec = config.get("adopted_batch")
-    if spec:
-        device, _ = placement(pair)
-        batch = [torch.zeros(2, *shape, dtype=getattr(torch, kind)) for shape, kind in spec]
-        with scope(pair), torch.no_grad(), seeded(0):
-            guide = trace_guide(pair, [tensor.to(device) for tensor in batch])
-            trace_model(pair, batch, guide)
-            adopt(pair, batch)
+    if config.get("adopted_batch"):
+        _declare(pair, config["adopted_batch"], run / CONFIG)
     fill(pair, state, run / MODEL)
     return pair.eval()
 
@@ -112,11 +117,10 @@ def write_config(pair: nn.Module, run: Path, config: Mapping[str, Any]) -> None:
 
 def read_config(run: Path) -> dict[str, Any]:
     """The content of a run's config.json."""
-    if not run.is_dir():
-        siblings = (
-            [p.name for p in run.parent.iterdir() if p.is_dir()] if run.parent.is_dir() else []
-        )
-        raise UsageError(f"there is no run '{run}'; {nearest(run.name, siblings)}")
+    if not os.path.isdir(run):
+        near = run.parent.glob(f"*/{CONFIG}") if os.path.isdir(run.parent) else []
+        known = nearest(run.name, sorted(path.parent.name for path in near))
+        raise UsageError(f"there is no run '{run}'" + (f"; {known}" if known else ""))
     config = read_json(run / CONFIG)
     if not isinstance(config, dict) or config.get("format") != 1:
         raise UsageError(f"{run / CONFIG} is not the configuration of a run of this version")
@@ -146,14 +150,23 @@ def write_checkpoint(run: Path, state: Mapping[str, Any]) -> None:
 def read_checkpoint(run: Path) -> dict[str, Any]:
     """The state of training, of tensors and plain values only."""
     content = _bytes(run / CHECKPOINT)
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"{run / CHECKPOINT} holds more than tensors and numbers: refused, nothing of it ran"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UsageError(f"{run / CHECKPOINT} is cut short or no checkpoint") from error
+    # torch writes zip archives; anything else would be a pickle of old.
+    if zipfile.is_zipfile(io.BytesIO(content)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            raise UsageError(
+                f"{run / CHECKPOINT} holds more than tensors and numbers, or is damaged: refused, "
+                "nothing of it ran"
+            ) from error
+        if not isinstance(state, dict):
+            raise UsageError(f"{run / CHECKPOINT} is no checkpoint of a run")
+        return state
+    if b"PK\x03\x04".startswith(content[:4]):
+        raise UsageError(f"{run / CHECKPOINT} is cut short")
+    raise UsageError(f"{run / CHECKPOINT} is no checkpoint of a run: refused, nothing of it ran")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -164,8 +177,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read JSON, naming the file where it is none."""
+    content = _bytes(path)
     try:
-        return json.loads(_bytes(path))
+        return json.loads(content)
     except ValueError as error:
         raise UsageError(f"{path} is cut short or no JSON ({error})") from error
 
@@ -196,14 +210,15 @@ def atomic(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def start(run: Path, overwrite: bool = False) -> None:
     """Make a run folder ready for a new run; one that holds a run is refused, or cleared."""
     files = [CONFIG, MODEL, CHECKPOINT, HISTORY, METRICS, REPORT]
-    held = [name for name in files if (run / name).exists()]
-    if run.exists() and not run.is_dir():
+    held = [name for name in files if os.path.exists(run / name)]
+    if os.path.exists(run) and not run.is_dir():
         raise UsageError(f"{run} is a file, a folder is expected")
     if held and not overwrite:
         raise UsageError(
@@ -212,13 +227,15 @@ def start(run: Path, overwrite: bool = False) -> None:
         )
     for name in held:
         (run / name).unlink()
-    for name in (FIGURES, TENSORBOARD):
-        if held and (run / name).is_dir():
-            shutil.rmtree(run / name)
+    if held and (run / FIGURES).is_dir():
+        for figure in (run / FIGURES).glob("*.png"):
+            figure.unlink()
+    if held and (run / TENSORBOARD).is_dir():
+        shutil.rmtree(run / TENSORBOARD)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{run} cannot be made: {error.strerror}") from error
+        raise UsageError(f"the folder {run} cannot be made: {error.strerror}") from error
 
 
 def versions() -> dict[str, str]:
@@ -261,6 +278,18 @@ def describe(value: Any) -> Any:
             arguments[name] = describe(getattr(value, name))
         return {"class": _path(type(value)), "arguments": arguments}
     raise UsageError(f"a {type(value).__name__} cannot be described")
+
+
+def _declare(pair: nn.Module, spec: Any, path: Path) -> None:
+    """Run a pair once on rows of these shapes, so that it declares what it has adopted."""
+    try:
+        batch = [torch.zeros(2, *shape, dtype=getattr(torch, kind)) for shape, kind in spec]
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{path} holds no batch that can be made: {first_line(error)}") from error
+    batch = [tensor.to(placement(pair)[0]) for tensor in batch]
+    with scope(pair), torch.no_grad(), seeded(0):
+        trace_model(pair, batch, trace_guide(pair, batch))
+        adopt(pair, batch)
 
 
 def _rebuilt(run: Path, config: dict[str, Any], pair: Any) -> nn.Module:
@@ -319,7 +348,13 @@ def _bytes(path: Path) -> bytes:
 
 
 def fill(pair: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Overwrite a pair's tensors, naming the file and the tensor where they do not fit."""
+    """Overwrite a pair's tensors with those of a file, if they fit."""
+    require_fit(pair, state, path)
+    pair.load_state_dict(dict(state))
+
+
+def require_fit(pair: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise `UsageError`, which names file and tensor, where a file's tensors do not fit a pair."""
     own = pair.state_dict()
     for name, value in own.items():
         if name not in state:
@@ -332,4 +367,3 @@ def fill(pair: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     extra = [name for name in state if name not in own]
     if extra:
         raise UsageError(f"{path} holds tensor '{extra[0]}', which the pair does not have")
-    pair.load_state_dict(dict(state))

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from pyro_vae.history import Epoch, History
 from pyro_vae.objectives import KLWeight, Parts, recorded
 from pyro_vae.optim import Optimizer
 from pyro_vae.pairs import Batch, Pair, placement, registered, scope
-from pyro_vae.preflight import explain_nonfinite, require
+from pyro_vae.preflight import explain_nonfinite, no_pair, require
 from pyro_vae.progress import bar
 from pyro_vae.rng import seeded
 from pyro_vae.schedules import Schedule
@@ -98,27 +98,24 @@ def fit(
     folder = None if out is None else Path(out)
     if folder is None and (resume or overwrite or chosen.tensorboard):
         raise UsageError("resume, overwrite and tensorboard need a run folder: give out=")
-    saved = runs.read_checkpoint(folder) if folder is not None and resume else None
+    if chosen.tensorboard:
+        _summary_writer()
+    if fault := no_pair(pair):
+        raise UsageError(fault)
+    saved = None
+    if folder is not None and resume:
+        runs.read_config(folder)
+        saved = runs.read_checkpoint(folder)
     pair.to(device(chosen.device))
     objective = objective or Trace_ELBO()
-    rows = source(x, context, pair)
-    _require_rows(rows, chosen.batch_size)
-    plain = Preparation(*placement(pair))
-    first = plain(next(iter(rows.batches(min(16, len(rows))))))
-    require(pair, first, objective)
-    prepare = preparation(pair, rows, binarize)
-    if prepare.binarize and binarize == "fixed":
-        rows, prepare = held_out(rows, prepare)
-    if binarize == "none":
-        _warn_grey(pair, rows)
-    if isinstance(rows, Arrays):
-        rows = rows.to(prepare.device)
-    held = None
-    if validation is not None:
-        parts = validation if isinstance(validation, (tuple, list)) else (validation,)
-        held = held_out(source(parts[0], parts[1:], pair), prepare)
-    elif chosen.patience is not None:
-        raise UsageError("patience needs validation data to measure: give validation=")
+    with seeded(chosen.seed):  # a loader draws as it begins
+        rows, prepare = _training_rows(pair, source(x, context, pair), objective, binarize, chosen)
+        held = None
+        if validation is not None:
+            parts = validation if isinstance(validation, (tuple, list)) else (validation,)
+            held = _validation_rows(pair, parts, len(context), rows, prepare, binarize)
+        elif chosen.patience is not None:
+            raise UsageError("patience needs validation data to measure: give validation=")
     job = {
         "settings": asdict(chosen),
         "objective": type(objective).__name__,
@@ -210,6 +207,7 @@ class _Run:
         self.loss = self.norm = self.seconds = 0.0
         self.parts = Parts()
         self.generators = rng.state()
+        self.good = runs.state_dict(self.pair)
 
     def train(self, progress: bool) -> History:
         """All epochs that are left, then the best parameters into the pair."""
@@ -266,9 +264,12 @@ class _Run:
         except ValueError as error:
             if isinstance(error, UsageError):
                 raise
-            if explain_nonfinite(self.pair, prepared) is None:
-                raise
-            self._nonfinite(prepared, "loss", error)
+            if explain_nonfinite(self.pair, prepared) is not None:
+                self._nonfinite(prepared, "loss", error)
+            raise UsageError(
+                f"training stopped in epoch {len(self.epochs) + 1}, step {self.batches + 1}: "
+                f"{' '.join(' '.join(str(error).splitlines()[:2]).split())[:300]}"
+            ) from error
         if not math.isfinite(loss):
             self._nonfinite(prepared, "loss")
         self.parts.merge(self.latest)
@@ -278,20 +279,30 @@ class _Run:
         self.norm += self.optimizer.gradient_norm
         self.seconds += time.perf_counter() - began
 
-    def _nonfinite(self, batch: Batch, what: str, cause: Exception | None = None) -> None:
-        site = self.latest.nonfinite() or explain_nonfinite(self.pair, batch)
+    def _nonfinite(self, batch: Batch | None, what: str, cause: Exception | None = None) -> None:
+        site = self.latest.nonfinite()
+        if site is None and batch is not None:
+            site = explain_nonfinite(self.pair, batch)
+        if not self._finite():
+            self.pair.load_state_dict(self.best or self.good)
         kept = ""
         if self.folder is not None:
-            self.write()
+            # The checkpoint stays as it was: optimiser and generators have gone on.
+            self._write_model()
             kept = f"; the last good model is in {self.folder}"
-        where = f"at site '{site}'" if site else "though every site's density is"
+        where = f" at site '{site}'" if site else ""
         raise NonFiniteError(
             f"training stopped in epoch {len(self.epochs) + 1}, step {self.batches + 1}: the "
-            f"{what} is not finite, {where}{kept}; a smaller learning_rate or clip_norm may help"
+            f"{what} is not finite{where}{kept}; a smaller learning_rate or clip_norm may help"
         ) from cause
+
+    def _finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.pair.parameters())
 
     def _end_epoch(self) -> None:
         began, n = time.perf_counter(), self.examples
+        if not self._finite():
+            self._nonfinite(None, "value of a parameter")
         measured = None
         if self.held is not None:
             rows, prepare = self.held
@@ -333,12 +344,11 @@ class _Run:
         """Write checkpoint, best model and history into the run folder."""
         if self.folder is None:
             return
-        current = runs.state_dict(self.pair)
         runs.write_checkpoint(
             self.folder,
             {
                 "job": self.job,
-                "pair": current,
+                "pair": runs.state_dict(self.pair),
                 "best": self.best,
                 "best_epoch": self.best_epoch,
                 "optimizer": self.optimizer.get_state(),
@@ -354,13 +364,20 @@ class _Run:
                 "generators": rng.state(),
             },
         )
-        runs.write_model(self.folder, self.best or current)
-        runs.write_csv(self.folder / runs.HISTORY, [epoch.row() for epoch in self.epochs])
+        self._write_model()
         self.written = time.monotonic()
+
+    def _write_model(self) -> None:
+        folder = cast(Path, self.folder)
+        runs.write_model(folder, self.best or runs.state_dict(self.pair))
+        runs.write_csv(folder / runs.HISTORY, [epoch.row() for epoch in self.epochs])
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take up the state of a checkpoint, after checking that it is of the same job."""
         path = cast(Path, self.folder) / runs.CHECKPOINT
+        for name in _PARTS_OF_CHECKPOINT:
+            if name not in saved:
+                raise UsageError(f"{path} lacks '{name}': it is no checkpoint of a run")
         free = {"epochs", "patience", "checkpoint_seconds", "tensorboard"}
         for name, value in saved["job"]["settings"].items():
             if name not in free and self.job["settings"][name] != value:
@@ -373,6 +390,8 @@ class _Run:
                 raise UsageError(
                     f"{path} was made with other {name}: a run goes on only as it began"
                 )
+        if saved["best"] is not None:
+            runs.require_fit(self.pair, saved["best"], path)
         runs.fill(self.pair, saved["pair"], path)
         self.optimizer.set_state(saved["optimizer"])
         self.best, self.best_epoch = saved["best"], saved["best_epoch"]
@@ -404,14 +423,71 @@ class _Run:
         if not self.settings.tensorboard:
             yield None
             return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UsageError(
-                "tensorboard is not installed: pip install 'pyro-vae[tensorboard]'"
-            ) from error
-        with SummaryWriter(str(cast(Path, self.folder) / runs.TENSORBOARD)) as board:
+        with _summary_writer()(str(cast(Path, self.folder) / runs.TENSORBOARD)) as board:
             yield board
+
+
+_PARTS_OF_CHECKPOINT = (
+    *("job", "pair", "best", "best_epoch", "optimizer", "epochs", "batches", "examples", "loss"),
+    *("norm", "seconds", "reconstruction", "kl", "generators_of_epoch", "generators"),
+)
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError(
+            "tensorboard is not installed: pip install 'pyro-vae[tensorboard]'"
+        ) from error
+    return SummaryWriter
+
+
+def _training_rows(
+    pair: nn.Module, rows: Source, objective: ELBO, binarize: str, settings: Settings
+) -> tuple[Source, Preparation]:
+    """The training data, checked together with the pair, and how they are prepared."""
+    if len(rows) < 2:
+        raise UsageError(f"{len(rows)} row of data came, 2 or more are expected")
+    if isinstance(rows, Arrays) and len(rows) < settings.batch_size:
+        raise UsageError(
+            f"batch_size is {settings.batch_size}, the data have {len(rows)} rows: "
+            "choose at most that"
+        )
+    plain = Preparation(*placement(pair))
+    first = plain(next(iter(rows.batches(min(16, len(rows))))))
+    require(pair, first, objective)
+    prepare = preparation(pair, rows, binarize)
+    if prepare.binarize and binarize == "fixed":
+        rows, prepare = held_out(rows, prepare)
+    if binarize == "none" and preparation(pair, rows).binarize:
+        warnings.warn(
+            "grey intensities are scored under a likelihood on {0, 1}: the numbers reported are "
+            "not log-likelihoods",
+            stacklevel=3,
+        )
+    return rows.to(prepare.device) if isinstance(rows, Arrays) else rows, prepare
+
+
+def _validation_rows(
+    pair: nn.Module,
+    parts: Sequence[Any],
+    num_context: int,
+    rows: Source,
+    prepare: Preparation,
+    binarize: str,
+) -> tuple[Source, Preparation]:
+    """The validation data, checked as training data are, and how they are prepared."""
+    try:
+        held = source(parts[0], parts[1:], pair)
+        if isinstance(held, Arrays) and isinstance(rows, Arrays) and len(parts) != num_context + 1:
+            raise UsageError(
+                f"as many context tensors as for training, {num_context}, are expected, "
+                f"{len(parts) - 1} came"
+            )
+        return held_out(held, preparation(pair, held, binarize))
+    except UsageError as error:
+        raise UsageError(f"validation: {error}") from error
 
 
 @contextmanager
@@ -430,21 +506,3 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _require_rows(rows: Source, batch_size: int) -> None:
-    if len(rows) < 2:
-        raise UsageError(f"{len(rows)} row of data came, 2 or more are expected")
-    if isinstance(rows, Arrays) and len(rows) < batch_size:
-        raise UsageError(
-            f"batch_size is {batch_size}, the data have {len(rows)} rows: choose at most that"
-        )
-
-
-def _warn_grey(pair: nn.Module, rows: Source) -> None:
-    if preparation(pair, rows, "dynamic").binarize:
-        warnings.warn(
-            "grey intensities are scored under a likelihood on {0, 1}: the numbers reported are "
-            "not log-likelihoods",
-            stacklevel=3,
-        )
