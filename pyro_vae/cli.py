@@ -201,22 +201,20 @@ def sample(
 
 
 @app.command
-def reconstruct(run: Run, *, num: int = 12, seed: int = 0, model: UserClass = None) -> None:
+def reconstruct(run: Run, *, num: int = 12, model: UserClass = None) -> None:
     """Encode and decode test data, into reconstructions.npy and figures/reconstructions.png.
 
     Parameters
     ----------
     num
         How many test data.
-    seed
-        Of the draws, where grey data are binarised.
     """
     from pyro_vae import inference, plots
 
     _positive("num", num)
     pair, loaded, given = _open(run, model=model)
     x, context = _test(loaded, given, num)
-    images = inference.reconstruct(pair, x, *context, binarize=_binarize(given), seed=seed)
+    images = inference.reconstruct(pair, x, *context, binarize=_binarize(given))
     rows = [("data", plots.intensity(x)[:16]), ("reconstruction", images[:16])]
     _write(run, "reconstructions", images, rows)
 
@@ -261,9 +259,7 @@ def encode(run: Run, *, part: str = "test", model: UserClass = None) -> None:
 
 
 @app.command
-def interpolate(
-    run: Run, *, num: int = 6, steps: int = 9, seed: int = 0, model: UserClass = None
-) -> None:
+def interpolate(run: Run, *, num: int = 6, steps: int = 9, model: UserClass = None) -> None:
     """Decode lines between codes of test data: interpolations.npy, figures/interpolations.png.
 
     Parameters
@@ -272,8 +268,6 @@ def interpolate(
         How many lines.
     steps
         Points on each.
-    seed
-        Of the draws, where grey data are binarised.
     """
     from pyro_vae import inference
 
@@ -288,7 +282,6 @@ def interpolate(
         *(part[:half] for part in context),
         steps=steps,
         binarize=_binarize(given),
-        seed=seed,
     )
     _write(run, "interpolations", lines, [("", line) for line in lines])
 
@@ -396,7 +389,7 @@ def _evaluate(
         binarize=_binarize(given),
         progress=True,
     )
-    runs.write_json(run / runs.METRICS, result.as_dict())
+    runs.write_json(run / runs.METRICS, {"data": data.name} | result.as_dict())
     print(result)
 
 
@@ -500,6 +493,10 @@ def _plain(settings: Any) -> dict[str, Any]:
 def _config_file(words: list[str]) -> tuple[list[str], Any]:
     """Take ``--config FILE`` out of the words; its options stand where the words give none."""
     words = [part for word in words for part in _split(word)]
+    if words[:1] != ["train"]:
+        return words, None
+    if "--config" not in words and "--resume" in words:
+        words = [*words, *_config_of_run(words)]
     if "--config" not in words:
         return words, None
     at = words.index("--config")
@@ -526,7 +523,16 @@ def _config_file(words: list[str]) -> tuple[list[str], Any]:
 
 
 def _split(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--config=") else [word]
+    return word.split("=", 1) if word.startswith(("--config=", "--out=")) else [word]
+
+
+def _config_of_run(words: list[str]) -> list[str]:
+    """A resumed run takes the options that are not given from its own configuration."""
+    data = next((word for word in words[1:2] if not word.startswith("-")), "")
+    run = Path("runs") / Path(data).stem
+    if "--out" in words[:-1]:
+        run = Path(words[words.index("--out") + 1])
+    return ["--config", str(run / "config.json")] if (run / "config.json").is_file() else []
 
 
 def _one_line(message: str) -> str:

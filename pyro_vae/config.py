@@ -180,6 +180,8 @@ class Objective:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise UsageError(f"num_samples must be 1 or more, {self.num_samples} came")
+        if self.objective == "free-bits" and self.num_samples > 1:
+            raise UsageError(f"free bits take one sample, num_samples = {self.num_samples} came")
         if self.beta < 0 or self.free_bits < 0:
             raise UsageError("beta and free_bits must not be negative")
         if not self.warm_up_epochs > 0:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import log, prod
+from math import isnan, log, prod
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -27,6 +27,7 @@ from pyro_vae.pairs import (
     observed,
     sample_sites,
     site_kl,
+    trace,
     trace_guide,
     trace_model,
     using,
@@ -61,7 +62,8 @@ class LogLikelihood(NamedTuple):
     value: float
     """Mean over the data of the estimates: in expectation a lower bound of log p(x)."""
     standard_error: float
-    """Monte Carlo standard error of ``value``, for these data; 0 where the guide is exact."""
+    """Monte Carlo standard error of ``value``, for these data; 0 where the guide is exact, NaN for
+    one sample, which tells nothing of it."""
     num_samples: int
     """Importance samples for each datum."""
     per_datum: Tensor
@@ -100,8 +102,10 @@ class Evaluation:
         return -self.log_likelihood
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, as metrics.json holds them."""
-        return asdict(self)
+        """The fields, as metrics.json holds them: what is not a number is None."""
+        return {
+            k: None if isinstance(v, float) and isnan(v) else v for k, v in asdict(self).items()
+        }
 
     def __str__(self) -> str:
         active = ", ".join(
@@ -292,11 +296,29 @@ def _structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
                 f"site '{name}' is outside the data plate: log p(x) of a datum is not defined by "
                 "importance weights of it"
             )
+    return nesting, _vectorizes(pair, batch, nesting), widest
+
+
+def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
+    """Whether a plate of samples gives the weights that its draws have one by one."""
+    typed = cast(Pair, pair)
     try:
-        vectorized = log_weights(pair, batch, 3, nesting).shape == (3, len(batch[0]))
+        with pyro.plate("importance_samples", 3, dim=-1 - nesting):
+            guide = trace_guide(pair, batch)
+        with pyro.plate("importance_samples", 3, dim=-1 - nesting):
+            model = trace_model(pair, batch, guide)
+        together = _local_total(model, nesting) - _local_total(guide, nesting)
+        for k in range(3):
+            draw = {name: site["value"][k] for name, site in latents(guide).items()}
+            p, q = (
+                _total(trace(poutine.condition(program, data=draw), batch))
+                for program in (typed.model, typed.guide)
+            )
+            if not torch.allclose(together[k], p - q, rtol=1e-3, atol=1e-3):
+                return False
     except (RuntimeError, ValueError, IndexError, AssertionError):
-        vectorized = False
-    return nesting, vectorized, widest
+        return False
+    return True
 
 
 def _weigh(
@@ -319,6 +341,8 @@ def _weigh(
         second = torch.logaddexp(second, (2 * weights).logsumexp(0))
     ratio = torch.exp(second - 2 * first)  # sum w^2 / (sum w)^2, at least 1/K
     errors = (ratio - 1 / num_samples).clamp(min=0).sqrt()
+    if num_samples == 1:
+        errors = torch.full_like(errors, torch.nan)  # one sample tells nothing of its error
     return first - log(num_samples), errors, 1 / ratio
 
 

@@ -200,7 +200,7 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
     for given, like in zip(context, batch[1:], strict=True):
         given = torch.as_tensor(given).to(like.device, like.dtype)
         rows = given.shape[0] if given.dim() == like.dim() else 1
-        if given.shape[-like.dim() + 1 :] != like.shape[1:] or rows not in (1, n):
+        if given.shape[given.dim() - like.dim() + 1 :] != like.shape[1:] or rows not in (1, n):
             raise UsageError(
                 f"context of {n} rows (or one for all) of shape {tuple(like.shape[1:])} is "
                 f"expected, a tensor of shape {tuple(given.shape)} came"
@@ -262,17 +262,21 @@ def _is_independent(fn: Any) -> bool:
 def mean(fn: Any, num_samples: int = 100) -> Tensor:
     """The mean of a distribution, by draws where it has no closed form."""
     try:
-        return fn.mean
+        closed = fn.mean
     except NotImplementedError:
+        closed = None
+    if closed is None or bool(closed.isnan().any()):  # torch's Categorical has a mean of NaN
         return fn.sample((num_samples,)).to(torch.get_default_dtype()).mean(0)
+    return closed
 
 
 class Means(poutine.messenger.Messenger):
-    """Every unobserved site takes the mean of its distribution instead of a draw."""
+    """Every unobserved site takes its distribution's mean (a discrete one its mode), not a draw."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and msg["value"] is None and not msg["done"]:
             if site_is_subsample(msg):
                 return
-            msg["value"] = mean(msg["fn"])
+            fn = msg["fn"]
+            msg["value"] = fn.mode if fn.support.is_discrete else mean(fn)
             msg["done"] = True

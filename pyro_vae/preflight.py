@@ -161,8 +161,14 @@ def _sites(model: Trace, guide: Trace) -> list[str]:
             errors.append(
                 f"the guide observes site '{name}': a guide samples latents only, drop obs="
             )
-    for name, site in latents(model).items():
-        if name not in in_guide and site["infer"].get("enumerate") is None:
+    for name, site in (latents(model) | latents(guide)).items():
+        if site["infer"].get("enumerate"):
+            errors.append(
+                f"latent site '{name}' is to be enumerated, which is not served: its sum would be "
+                "missing from the ELBO and from log p(x) that are reported"
+            )
+    for name in latents(model):
+        if name not in in_guide and not errors:
             errors.append(
                 f"latent site '{name}' of the model is missing from the guide: add "
                 f'pyro.sample("{name}", ...) to the guide'
@@ -217,9 +223,10 @@ def _placement(where: str, name: str, site: Site, n: int, subsampled: bool) -> l
     sizes = {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized}
     extra = len(shape) - max((-dim for dim in sizes), default=0)
     depends = site["is_observed"] or (not sizes and shape == (n,))
-    if not sizes and depends:
+    if not sizes and (depends or not shape):
+        why = "" if depends else ", a global latent, which Trace_ELBO fits but no report is fair to"
         return [
-            f"site '{name}' of the {where} is outside the data plate: put it under "
+            f"site '{name}' of the {where} is outside the data plate{why}: put it under "
             'with pyro.plate("data", len(x), dim=-1)'
         ]
     if extra > 0:

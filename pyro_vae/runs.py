@@ -38,6 +38,10 @@ from pyro_vae.rng import seeded
 CONFIG, MODEL, CHECKPOINT = "config.json", "model.safetensors", "checkpoint.pt"
 HISTORY, METRICS, FIGURES, REPORT = "history.csv", "metrics.json", "figures", "report.html"
 TENSORBOARD = "tensorboard"
+ARRAYS = (
+    "codes.npz",
+    *(f"{name}s.npy" for name in ("sample", "reconstruction", "interpolation", "traversal")),
+)
 
 
 def save(pair: nn.Module, run: str | Path, config: Mapping[str, Any] | None = None) -> Path:
@@ -101,13 +105,9 @@ def state_dict(pair: nn.Module) -> dict[str, Tensor]:
 
 def write_config(pair: nn.Module, run: Path, config: Mapping[str, Any]) -> None:
     """Write config.json: how to rebuild the pair, versions, and what the caller adds."""
-    try:
-        recipe = describe(pair)
-    except UsageError:
-        recipe = {"class": _path(type(pair)), "arguments": None}
     content = {
         "format": 1,
-        "pair": recipe,
+        "pair": recipe(pair),
         "adopted_batch": adopted_batch(pair),
         "versions": versions(),
         **config,
@@ -225,8 +225,8 @@ def start(run: Path, overwrite: bool = False) -> None:
             f"{run} holds another run ({held[0]}): choose another folder, go on with --resume "
             "(resume=True), or replace it with --overwrite (overwrite=True)"
         )
-    for name in held:
-        (run / name).unlink()
+    for name in (*held, *(ARRAYS if held else ())):
+        (run / name).unlink(missing_ok=True)
     if held and (run / FIGURES).is_dir():
         for figure in (run / FIGURES).glob("*.png"):
             figure.unlink()
@@ -256,6 +256,14 @@ def checksum(tensors: Iterable[Tensor]) -> str:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def recipe(pair: nn.Module) -> dict[str, Any]:
+    """How to make a pair again: its class, and its arguments where they can be told."""
+    try:
+        return describe(pair)
+    except UsageError:
+        return {"class": _path(type(pair)), "arguments": None}
 
 
 def describe(value: Any) -> Any:
@@ -293,22 +301,22 @@ def _declare(pair: nn.Module, spec: Any, path: Path) -> None:
 
 
 def _rebuilt(run: Path, config: dict[str, Any], pair: Any) -> nn.Module:
-    recipe = config["pair"]
+    made = config["pair"]
     if isinstance(pair, nn.Module):
         return pair
     if isinstance(pair, type):
-        if recipe["arguments"] is None:
+        if made["arguments"] is None:
             raise UsageError(
-                f"{run} does not record how {recipe['class']} was made: pass an instance, "
+                f"{run} does not record how {made['class']} was made: pass an instance, "
                 "load(run, MyPair(...))"
             )
-        return pair(**{name: _built(value) for name, value in recipe["arguments"].items()})
-    if recipe["arguments"] is None or not _ours(recipe["class"]):
+        return pair(**{name: _built(value) for name, value in made["arguments"].items()})
+    if made["arguments"] is None or not _ours(made["class"]):
         raise UsageError(
-            f"{run} holds a pair of class {recipe['class']}, which is not this library's: pass "
+            f"{run} holds a pair of class {made['class']}, which is not this library's: pass "
             "the class or an instance, load(run, MyPair) (--model module:Class)"
         )
-    return _built(recipe)
+    return _built(made)
 
 
 def _built(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """`fit`: stochastic variational inference on any pair, by an explicit ``pyro.infer.SVI``."""
 
 import itertools
+import json
 import math
 import signal
 import threading
@@ -8,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,13 +119,20 @@ def fit(
             raise UsageError("patience needs validation data to measure: give validation=")
     job = {
         "settings": asdict(chosen),
-        "objective": type(objective).__name__,
+        "objective": _words(objective),
+        "beta": _words(beta),
+        "learning_rate_schedule": _words(learning_rate_schedule),
+        "optimizer": _words(optimizer),
         "binarize": binarize,
         "data": runs.checksum(rows.tensors) if isinstance(rows, Arrays) else None,
+        "validation": runs.checksum(held[0].tensors)
+        if held is not None and isinstance(held[0], Arrays)
+        else None,
+        "pair": json.dumps(runs.recipe(pair), sort_keys=True),
     }
     if folder is not None and saved is None:
         runs.start(folder, overwrite)
-        runs.write_config(pair, folder, {**job, **(config or {})})
+        runs.write_config(pair, folder, {**job, "pair": runs.recipe(pair), **(config or {})})
     with scope(pair), seeded(chosen.seed), warnings.catch_warnings():
         # The library says itself where a loss is not finite, with the site's name.
         warnings.filterwarnings("ignore", message="Encountered NaN")
@@ -385,10 +393,12 @@ class _Run:
                     f"{path} was made with {name} = {value}, {self.job['settings'][name]} came: a "
                     "run goes on only as it began"
                 )
-        for name in ("objective", "binarize", "data"):
-            if saved["job"][name] != self.job[name]:
+        for name, value in self.job.items():
+            was = saved["job"].get(name)
+            if name != "settings" and None not in (was, value) and was != value:
+                said = "" if len(str(was) + str(value)) > 200 else f": {was} then, {value} now"
                 raise UsageError(
-                    f"{path} was made with other {name}: a run goes on only as it began"
+                    f"{path} was made with another {name}{said}; a run goes on only as it began"
                 )
         if saved["best"] is not None:
             runs.require_fit(self.pair, saved["best"], path)
@@ -431,6 +441,16 @@ _PARTS_OF_CHECKPOINT = (
     *("job", "pair", "best", "best_epoch", "optimizer", "epochs", "batches", "examples", "loss"),
     *("norm", "seconds", "reconstruction", "kl", "generators_of_epoch", "generators"),
 )
+
+
+def _words(part: Any) -> str | None:
+    """A part of the job in words that stay the same from run to run, None where there are none."""
+    if isinstance(part, ELBO):
+        fields = {k: v for k, v in vars(part).items() if isinstance(v, (bool, int, float, str))}
+        return f"{type(part).__name__}({fields})"
+    if isinstance(part, type):
+        return part.__name__
+    return repr(part) if isinstance(part, (int, float)) or is_dataclass(part) else None
 
 
 def _summary_writer() -> Any:

@@ -448,6 +448,10 @@ REFUSED = {
     ),
     "floats to 255 as bernoulli": (likelihood(pv.Bernoulli, SCALES["whole"]), AS_BYTES),
     "integers as bernoulli": (likelihood(pv.Bernoulli, SCALES["whole"].long()), AS_BYTES),
+    "short integers as bernoulli": (
+        likelihood(pv.Bernoulli, SCALES["whole"].numpy().astype(np.uint16)),
+        AS_BYTES,
+    ),
     "reals as bernoulli": (likelihood(pv.Bernoulli, SCALES["real"]), AS_REAL),
     "floats to 255 as continuous": (likelihood(pv.ContinuousBernoulli, SCALES["whole"]), AS_BYTES),
     "reals as continuous": (likelihood(pv.ContinuousBernoulli, SCALES["real"]), AS_REAL),

@@ -392,14 +392,16 @@ def test_a_configuration_of_ones_own(tmp_path):
         "latent_dim": 3,
         "binarize": "fixed",
         "num_eval_samples": 2,
+        "report": False,
         "out": str(tmp_path / "run"),
     }
     (tmp_path / "mine.json").write_text(json.dumps(options))
-    command("train --config {config} --no-report", config=tmp_path / "mine.json")
+    command("train --config {config}", config=tmp_path / "mine.json")
     given = read(tmp_path / "run" / "config.json")["train"]
     assert given["latent_dim"] == 3
     assert given["binarize"] == "fixed"
     assert read(tmp_path / "run" / "metrics.json")["num_samples"] == 2
+    assert not (tmp_path / "run" / "report.html").exists()
 
 
 def test_resume_goes_on_for_more_epochs(digits, tmp_path):
