@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict as ConfigDict
@@ -36,6 +36,7 @@ app = App(
     help="Variational autoencoders as Pyro programs: train, evaluate, use.",
     default_parameter=MANY,
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 
 
@@ -334,7 +335,7 @@ def check(
     *,
     data: str = "digits",
     data_dir: Path | None = None,
-    options: Annotated[Model, Parameter(name="*", parse=False)] = Model(),  # noqa: B008
+    condition: Literal["none", "label"] = "none",
 ) -> None:
     """Run a pair of your own once on data, and explain in words what would go wrong.
 
@@ -346,20 +347,19 @@ def check(
         The data it is for.
     data_dir
         Folder of torchvision's files.
+    condition
+        "label" gives the labels as context.
     """
-    from dataclasses import replace
-
-    from pyro_vae.data import Preparation, load_data, source
-    from pyro_vae.pairs import placement
+    from pyro_vae.data import load_data
     from pyro_vae.preflight import check as run_check
 
     loaded = load_data(data, data_dir)
     if ":" not in model:
         raise UsageError(f"a pair is named module:Class, '{model}' came")
-    pair = configuration.make_pair(replace(options, model=model), loaded)
-    prepare = Preparation(*placement(pair))
-    batch = next(iter(source(loaded.train.x).batches(16)))
-    found = run_check(pair, prepare(batch))
+    pair = configuration.make_pair(Model(model=model, condition=condition), loaded)
+    given = {"condition": condition, "num_classes": loaded.num_classes}
+    x, context = loaded.train.x[:16], _context(given, loaded, loaded.train)
+    found = run_check(pair, (x, *(part[:16] for part in context)))
     if found.errors:
         raise UsageError("; ".join(found.errors))
     print(found)
@@ -519,6 +519,9 @@ def _config_file(words: list[str]) -> tuple[list[str], Any]:
         if name not in (*known, *recorded):
             raise UsageError(f"{path}: there is no option '{name}'; {nearest(name, known)}")
     kept = {k.replace("_", "-"): v for k, v in options.items() if k not in recorded}
+    # The name of this option is that of a command too, which the library would skip.
+    if kept.pop("report", True) is False and "--report" not in words:
+        words = [*words, "--no-report"]
     return words[:at] + words[at + 2 :], ConfigDict(kept, use_commands_as_keys=False)
 
 

@@ -289,6 +289,8 @@ def make_likelihood(config: Model) -> Any:
     """The likelihood family of a configuration."""
     from pyro_vae import likelihoods
 
+    if config.likelihood != "gaussian" and config.scale != Model.scale:
+        raise UsageError(f"scale is for --likelihood gaussian, {config.likelihood} came with it")
     if config.likelihood == "gaussian":
         if config.scale in ("predicted", "learned"):
             return likelihoods.Gaussian(learned=config.scale == "learned")

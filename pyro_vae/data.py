@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import pyro
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -71,10 +72,9 @@ def load_data(data: str | Path, data_dir: str | Path | None = None) -> Data:
     >>> load_data("digits").train.x.shape
     torch.Size([1257, 1, 8, 8])
     """
-    path = Path(data)
-    if path.suffix in (".npy", ".npz") or path.is_file():
+    path, name = Path(data), str(data)
+    if name not in NAMES and (path.suffix in (".npy", ".npz") or path.is_file()):
         return _load_file(path)
-    name = str(data)
     if name == "digits":
         return _digits()
     if name in _TORCHVISION:
@@ -92,7 +92,13 @@ def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     >>> one_hot(torch.tensor([2, 0]), 3)
     tensor([[0., 0., 1.], [1., 0., 0.]])
     """
-    return nn.functional.one_hot(labels.long(), num_classes).float()
+    labels = torch.as_tensor(labels).long()
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise UsageError(
+            f"labels must be 0 to {num_classes - 1}, {int(labels.min())} to {int(labels.max())} "
+            "came"
+        )
+    return nn.functional.one_hot(labels, num_classes).float()
 
 
 @dataclass(frozen=True)
@@ -219,7 +225,7 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     if binarize not in BINARIZE:
         raise UsageError(f"binarize is '{binarize}'; {nearest(binarize, BINARIZE)}")
     plain = Preparation(*placement(pair))
-    with using(pair, seed=0):
+    with using(pair, seed=0), pyro.validation_enabled(False):
         batch = plain(next(iter(rows.batches(min(16, len(rows))))))
         site = data_site(trace_model(pair, batch, trace_guide(pair, batch)))
     value = site["value"]
@@ -250,16 +256,25 @@ def held_out(rows: Source, prepare: Preparation) -> tuple[Source, Preparation]:
     return rows, prepare
 
 
+_FAMILIES = {
+    "TruncatedExponential": "ContinuousBernoulli",
+    "LevelCategorical": "Categorical",
+    "LevelLogistic": "DiscretizedLogistic",
+}
+
+
 def _outside(value: float, x: Tensor, site: dict[str, Any]) -> str:
+    eight_bit, x = x.dtype == torch.uint8, x.double()
     low, high = x.min().item(), x.max().item()
-    whole = bool((x == x.round()).all()) if x.is_floating_point() else True
-    if x.dtype == torch.uint8 or (low >= 0 and high <= 1):
+    whole = bool((x == x.round()).all())
+    if eight_bit or (low >= 0 and high <= 1):
         fit = "ContinuousBernoulli or Gaussian would fit values in [0, 1]"
     elif whole and low >= 0 and high <= 255:
         fit = "whole numbers up to 255 look like 8-bit pixels: pass them as uint8"
     else:
         fit = "Gaussian would fit real values"
     name = type(getattr(site["fn"], "base_dist", site["fn"])).__name__
+    name = _FAMILIES.get(name, name)
     return (
         f"x holds {value:g}, outside the support of the {name} likelihood of site "
         f"'{site['name']}' (data range {low:g} to {high:g}); {fit}"
@@ -306,6 +321,8 @@ def _mnist_like(kind: str, **options: Any) -> Callable[[Path, bool, bool], Split
         data = getattr(datasets, kind)(str(root), train=train, download=download, **options)
         x = torch.as_tensor(data.data)
         x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
+        if kind == "EMNIST":
+            x = x.transpose(2, 3).contiguous()  # its files hold the images lying on their side
         return Split(x, torch.as_tensor(data.targets))
 
     return get
@@ -322,9 +339,9 @@ def _omniglot(root: Path, train: bool, download: bool) -> Split:
     from torchvision import datasets
 
     data = datasets.Omniglot(str(root), background=train, download=download)
-    pairs = [(255 - np.asarray(image.convert("L").resize((28, 28))), y) for image, y in data]
-    images, labels = zip(*pairs, strict=True)
-    return Split(torch.from_numpy(np.stack(images))[:, None], torch.tensor(labels))
+    images = [255 - np.asarray(image.convert("L").resize((28, 28))) for image, _ in data]
+    # No labels: the characters of the test part are none of the training part's.
+    return Split(torch.from_numpy(np.stack(images))[:, None], None)
 
 
 _TORCHVISION: dict[str, tuple[Callable[[Path, bool, bool], Split], str]] = {

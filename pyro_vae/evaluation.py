@@ -117,7 +117,7 @@ class Evaluation:
             ("examples", f"{self.num_examples}"),
             ("ELBO", f"{self.elbo:.3f} nats per example"),
             (
-                "log p(x)",
+                "log p(x) ≥",
                 f"{self.log_likelihood:.3f} ± {self.log_likelihood_standard_error:.3f}, "
                 f"{self.num_samples} samples",
             ),
@@ -168,6 +168,10 @@ def evaluate(
         pair, x, *context, num_samples=num_samples, binarize=binarize, seed=seed, progress=progress
     )
     units, codes, discrete, dims = _units(pair, rows, prepare, batch_size, seed)
+    for rows_of, given in (("x", labels), ("train", train_labels)):
+        n = {"x": len(likelihood.per_datum), "train": len(train[0]) if train else 0}[rows_of]
+        if given is not None and len(given) != n:
+            raise UsageError(f"{len(given)} labels came for {n} rows of {rows_of}")
     accuracy = None
     if labels is not None and train is not None and train_labels is not None:
         known = _units(pair, *_held(pair, train[0], train[1:], binarize), batch_size, seed)[1]
@@ -375,8 +379,9 @@ def _units(
             for name, site in latents(guide).items():
                 prior = sample_sites(model).get(name)
                 each = None if prior is None else site_kl(prior, site)
-                if each is not None and each.dim() > 1 and each.shape[0] == n:
-                    kl[name] = kl.get(name, 0) + each.flatten(1).sum(0).cpu()
+                width = site["fn"].event_shape.numel()
+                if each is not None and each.numel() == n * width:
+                    kl[name] = kl.get(name, 0) + each.reshape(n, -1).sum(0).cpu()
                 if is_local(site):
                     codes.setdefault(name, []).append(mean(site["fn"]).reshape(n, -1).cpu())
             data = data_site(model)

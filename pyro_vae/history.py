@@ -61,7 +61,7 @@ class Epoch(NamedTuple):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class History:
     """What `fit` returns: its epochs, and which of them the pair's parameters are from."""
 
@@ -73,6 +73,13 @@ class History:
     def __getitem__(self, column: str) -> list[float]:
         """A column of history.csv as a list: ``history["validation_elbo"]``."""
         return [epoch.row()[column] for epoch in self.epochs]
+
+    def __repr__(self) -> str:
+        last = self.epochs[-1]
+        return (
+            f"History({len(self)} epochs, best {self.best_epoch}, "
+            f"elbo {last.elbo:.3f} at the last, stopped early: {self.stopped_early})"
+        )
 
     def __len__(self) -> int:
         return len(self.epochs)

@@ -199,11 +199,12 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
     placed = []
     for given, like in zip(context, batch[1:], strict=True):
         given = torch.as_tensor(given).to(like.device, like.dtype)
-        rows = given.shape[0] if given.dim() == like.dim() else 1
-        if given.shape[given.dim() - like.dim() + 1 :] != like.shape[1:] or rows not in (1, n):
+        wanted = (n, *like.shape[1:])
+        if tuple(given.shape) not in (wanted, (1, *wanted[1:])):
             raise UsageError(
-                f"context of {n} rows (or one for all) of shape {tuple(like.shape[1:])} is "
-                f"expected, a tensor of shape {tuple(given.shape)} came"
+                f"context of shape {wanted} ({n} rows, or one for all, of shape {wanted[1:]}) is "
+                f"expected, a tensor of shape {tuple(given.shape)} came; labels become rows by "
+                "pyro_vae.one_hot"
             )
         placed.append(given.expand(like.shape))
     return (batch[0], *placed)

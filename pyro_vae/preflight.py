@@ -14,6 +14,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_vae.data import Preparation
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import (
     Pair,
@@ -22,6 +23,7 @@ from pyro_vae.pairs import (
     latents,
     log_prob,
     observed,
+    placement,
     sample_sites,
     scope,
     trace,
@@ -45,7 +47,9 @@ class Report:
         return "\n".join(lines or ["the pair is sound"])
 
 
-def check(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = None) -> Report:
+def check(
+    pair: nn.Module, batch: Tensor | Sequence[Tensor], objective: ELBO | None = None
+) -> Report:
     """Run a pair once on a batch, and report each fault with its remedy in words.
 
     Checked are: that model and guide run; that every latent site of the model is in the guide, and
@@ -55,7 +59,8 @@ def check(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = Non
 
     Arguments:
         pair: any ``nn.Module`` with ``model`` and ``guide``.
-        batch: the tensors that model and guide take, prepared, of two rows at least.
+        batch: the tensors that model and guide take, two rows of each at least (or x alone);
+            8-bit intensities become floats in [0, 1], as in `pyro_vae.fit`.
 
     Nothing is trained; parameters, random generators and the parameter store stay as they were.
 
@@ -65,6 +70,7 @@ def check(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = Non
     """
     if fault := no_pair(pair):
         return Report((fault,))
+    batch = Preparation(*placement(pair))((batch,) if isinstance(batch, Tensor) else batch)
     training = pair.training
     pair.eval()
     try:

@@ -38,6 +38,29 @@ _WORDS = {
 }
 
 
+_TITLES = {
+    "curves": "Training",
+    "reconstructions": "Reconstructions",
+    "samples": "Samples",
+    "traversals": "Traversals",
+    "interpolations": "Interpolations",
+    "latent": "Latent space",
+    "kl": "KL of each latent unit",
+}
+
+_NUMBERS = {
+    "num_examples": "test examples",
+    "elbo": "ELBO",
+    "log_likelihood": "log p(x), a lower bound by importance sampling",
+    "log_likelihood_standard_error": "its Monte Carlo standard error",
+    "num_samples": "importance samples for each example",
+    "reconstruction": "reconstruction, E log p(x | z)",
+    "kl": "KL",
+    "bits_per_dim": "bits per dimension",
+    "probe_accuracy": "accuracy of a linear probe of the codes",
+}
+
+
 def write_report(
     run: str | Path,
     pair: nn.Module,
@@ -93,7 +116,7 @@ def _figures(
     site, codes = plots.codes(pair, x, context)
     kl = metrics.get("kl_by_unit") or {}
     if codes.is_floating_point():
-        order = torch.tensor(kl.get(site) or codes.flatten(1).var(0).tolist()).argsort(
+        order = torch.tensor(kl.get(site) or codes.reshape(len(codes), -1).var(0).tolist()).argsort(
             descending=True
         )
         one = [part[:1] for part in context]
@@ -136,14 +159,14 @@ def _page(
     title: str, config: dict[str, Any], metrics: dict[str, Any], figures: dict[str, bytes]
 ) -> str:
     numbers = "".join(
-        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{_number(value)}</td></tr>"
-        for name, value in metrics.items()
-        if not isinstance(value, dict) and value is not None
+        f"<tr><td>{label}</td><td>{_number(metrics[name])}</td></tr>"
+        for name, label in _NUMBERS.items()
+        if metrics.get(name) is not None
     )
     for name, value in (metrics.get("active_units") or {}).items():
         numbers += f"<tr><td>active units of {html.escape(name)}</td><td>{value}</td></tr>"
     pictures = "".join(
-        f"<h2>{name}</h2><p>{_WORDS[name]}</p>"
+        f"<h2>{_TITLES[name]}</h2><p>{_WORDS[name]}</p>"
         f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         for name, png in figures.items()
     )
@@ -151,7 +174,9 @@ def _page(
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
         f"</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
-        f"<p>Bounds, likelihoods and KL in nats per example, on test data.</p>"
+        f"<p>{html.escape(config['pair']['class'].rpartition(':')[2])} on "
+        f"{html.escape(str(config.get('train', {}).get('data', 'data of its own')))}. "
+        "Bounds, likelihoods and KL in nats per example, on test data.</p>"
         f"<table>{numbers}</table>{pictures}"
         f"<h2>configuration</h2><details><summary>config.json</summary><pre>{settings}</pre>"
         f"</details></body></html>\n"

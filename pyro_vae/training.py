@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pyro_vae import rng, runs
 from pyro_vae.config import Settings
 from pyro_vae.data import Arrays, Preparation, Rows, Source, held_out, preparation, source
-from pyro_vae.errors import UsageError
+from pyro_vae.errors import UsageError, first_line
 from pyro_vae.evaluation import bound
 from pyro_vae.history import Epoch, History
 from pyro_vae.objectives import KLWeight, Parts, recorded
@@ -82,6 +82,7 @@ def fit(
         settings: the fields of `pyro_vae.config.Settings`: epochs, batch_size, learning_rate,
             clip_norm, patience, seed, device, precision, checkpoint_seconds, tensorboard.
 
+    The pair's first parameters are the caller's: seed torch before making it, too, to repeat a run.
     Every random draw of training comes from generators that are seeded here, kept in the
     checkpoint, and given back to the caller as they were: a resumed run ends, on a CPU,
     bit-identical to one that was never interrupted.
@@ -99,6 +100,8 @@ def fit(
     folder = None if out is None else Path(out)
     if folder is None and (resume or overwrite or chosen.tensorboard):
         raise UsageError("resume, overwrite and tensorboard need a run folder: give out=")
+    if resume and overwrite:
+        raise UsageError("resume goes on with a run and overwrite replaces it: choose one")
     if chosen.tensorboard:
         _summary_writer()
     if fault := no_pair(pair):
@@ -271,7 +274,7 @@ class _Run:
             self._nonfinite(prepared, "gradient")
         except ValueError as error:
             if isinstance(error, UsageError):
-                raise
+                raise UsageError(first_line(error)) from None
             if explain_nonfinite(self.pair, prepared) is not None:
                 self._nonfinite(prepared, "loss", error)
             raise UsageError(
@@ -386,6 +389,7 @@ class _Run:
         for name in _PARTS_OF_CHECKPOINT:
             if name not in saved:
                 raise UsageError(f"{path} lacks '{name}': it is no checkpoint of a run")
+        runs.require_fit(self.pair, saved["pair"], path)
         free = {"epochs", "patience", "checkpoint_seconds", "tensorboard"}
         for name, value in saved["job"]["settings"].items():
             if name not in free and self.job["settings"][name] != value:

@@ -115,6 +115,8 @@ def check_loaded(loaded, train, test):
 )
 def test_idx_files(name, folder, parts, tmp_path):
     train, test = write_mnist(tmp_path, folder, parts)
+    if name == "emnist":  # whose files hold the images lying on their side
+        train, test = ((x.transpose(-1, -2).contiguous(), y) for x, y in (train, test))
     loaded = load_data(name, tmp_path)
     check_loaded(loaded, train, test)
     assert loaded.shape == (1, 28, 28)
@@ -194,8 +196,7 @@ def test_omniglot(tmp_path, monkeypatch):
     assert loaded.train.x.dtype == torch.uint8
     assert int(loaded.train.x[:, :, :2].max()) == 0  # paper is dark, ink bright, as in MNIST
     assert int(loaded.train.x.max()) > 200
-    labels = torch.cat([loaded.train.labels, loaded.validation.labels])
-    assert labels.bincount().tolist() == [4, 4, 4]
+    assert loaded.test.labels is None  # its characters are none of the training part's
 
 
 def test_data_dir_comes_before_the_environment_variable(tmp_path, monkeypatch):

@@ -80,6 +80,7 @@ class VAE(PyroModule):
             context_shapes: the shape of one row of each context tensor; none for a plain VAE.
             activation: makes the nonlinearity.
         """
+        _require_sizes(data_shape, latent_dim, hidden)
         likelihood, posterior = _made(likelihood), _made(posterior)
         data_shape, context = tuple(data_shape), [tuple(shape) for shape in context_shapes]
         encoder = MLP([data_shape, *context], hidden, posterior.outputs((latent_dim,)), activation)
@@ -110,6 +111,7 @@ class VAE(PyroModule):
         Arguments as those of `VAE.mlp`; ``channels`` are those of the encoder's convolutions, from
         the data inwards, ``hidden`` the widths of the layers between them and the latents.
         """
+        _require_sizes(data_shape, latent_dim, hidden)
         likelihood, posterior = _made(likelihood), _made(posterior)
         data_shape, context = tuple(data_shape), [tuple(shape) for shape in context_shapes]
         if len(data_shape) != 3:
@@ -133,4 +135,18 @@ class VAE(PyroModule):
 
 
 def _made(family: Family | type[Family]) -> Family:
-    return family() if isinstance(family, type) else family
+    made = family() if isinstance(family, type) else family
+    if not isinstance(made, Family):
+        raise UsageError(f"a family such as pyro_vae.Bernoulli is expected, {family!r} came")
+    return made
+
+
+def _require_sizes(data_shape: Shape, latent_dim: int, hidden: Sequence[int]) -> None:
+    for name, value in (("data_shape", data_shape), ("hidden", hidden)):
+        if not isinstance(value, Sequence):
+            raise UsageError(f"{name} is a tuple of whole numbers, {value!r} came")
+    if min(latent_dim, *hidden, *data_shape) < 1:
+        raise UsageError(
+            f"sizes must be positive: data_shape {tuple(data_shape)}, latent_dim {latent_dim}, "
+            f"hidden {tuple(hidden)} came"
+        )
