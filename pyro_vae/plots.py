@@ -101,7 +101,7 @@ def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
 
     figure = _figure(5.6, 4.8)
     axis = figure.subplots()
-    points = codes.flatten(1).double().numpy()
+    points = codes.reshape(len(codes), -1).double().numpy()
     words = [f"{site}[0]", f"{site}[1]"]
     if points.shape[1] == 1:
         points = np.column_stack([points, np.zeros(len(points))])
@@ -181,8 +181,9 @@ def interpolations(
 
 
 def codes(pair: nn.Module, x: Tensor, context: Sequence[Tensor]) -> tuple[str, Tensor]:
-    """The name and the codes of the first latent site."""
-    return next(iter(encode(pair, x, *context).items()))
+    """The name and the codes of the latent site of most units."""
+    found = encode(pair, x, *context)
+    return max(found.items(), key=lambda item: item[1][0].numel())
 
 
 def alike(made: Tensor, x: Tensor) -> Tensor:

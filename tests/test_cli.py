@@ -497,3 +497,41 @@ def test_a_pair_of_ones_own_is_trained_evaluated_and_used(kind, own):
 def test_the_report_of_a_pair_of_ones_own(own):
     train(Path("run"), "--model own_pair:Flat")
     assert "data:image/png;base64," in (own / "run" / "report.html").read_text()
+
+
+SCALAR = """
+import pyro, torch
+import pyro.distributions as dist
+from torch import nn
+
+
+class Scalar(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(64, 2), nn.Linear(1, 64)
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            logits = self.decoder(b[..., None])
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x.reshape(-1, 64))
+
+    def guide(self, x):
+        loc, scale = self.encoder(x.reshape(-1, 64)).unbind(-1)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("b", dist.Normal(loc, scale.exp()))
+
+    def template(self, n):
+        return (torch.zeros(n, 1, 8, 8),)
+"""
+
+
+def test_a_scalar_latent_is_one_unit(tmp_path, monkeypatch):
+    (tmp_path / "scalar.py").write_text(SCALAR)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    command("train digits --model scalar:Scalar --epochs 1 --num-eval-samples 5 --out run")
+    metrics = read(tmp_path / "run" / "metrics.json")
+    assert len(metrics["kl_by_unit"]["b"]) == 1
+    assert metrics["kl_by_unit"]["b"][0] == pytest.approx(metrics["kl"], abs=0.2)
+    assert is_png(tmp_path / "run" / "figures" / "traversals.png")

@@ -198,6 +198,60 @@ def test_a_pair_that_takes_no_plate_of_samples_is_weighed_sample_by_sample():
     assert abs(a.value - b.value) < 5 * (a.standard_error + b.standard_error)
 
 
+def test_a_pair_whose_plate_of_samples_goes_wrong_in_silence_is_weighed_right():
+    class Indexed(type(make("plain"))):
+        def __init__(self, index):
+            super().__init__()
+            self.index = index
+
+        def model(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", pyro.distributions.Normal(x.new_zeros(2), 1.0).to_event(1))
+                # [:, :1] cuts the batch, not the latent, where a dimension of samples leads.
+                first = z[..., :1] if self.index == "last" else z[:, :1]
+                logits = 3 * first.sum(-1)[..., None] + self.decoder.bias
+                likelihood = pyro.distributions.Bernoulli(logits=logits.expand(*z.shape[:-1], 6))
+                pyro.sample("x", likelihood.to_event(1), obs=x)
+
+    pairs = [Indexed("last").double(), Indexed("second").double()]
+    pairs[1].load_state_dict(pairs[0].state_dict())
+    (x,) = rows("plain", 10)
+    right, wrong = (pv.log_likelihood(pair, x, num_samples=400) for pair in pairs)
+    assert abs(right.value - wrong.value) < 5 * (right.standard_error + wrong.standard_error)
+
+
+def test_an_enumerated_latent_is_refused():
+    class Mixture(type(make("plain"))):
+        def model(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                weights = pyro.distributions.Categorical(torch.ones(3) / 3)
+                pyro.sample("k", weights, infer={"enumerate": "parallel"})
+                z = pyro.sample("z", pyro.distributions.Normal(x.new_zeros(2), 1.0).to_event(1))
+                likelihood = pyro.distributions.Bernoulli(logits=self.decoder(z))
+                pyro.sample("x", likelihood.to_event(1), obs=x)
+
+    (x,) = rows("plain", 10)
+    with pytest.raises(pv.UsageError, match="'k' is to be enumerated, which is not served"):
+        train(Mixture().double(), (x,), batch_size=5)
+
+
+def test_discrete_latents_are_encoded_by_their_mode():
+    class Discrete(type(make("plain"))):
+        def model(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                k = pyro.sample("k", pyro.distributions.Categorical(torch.ones(3) / 3))
+                logits = self.decoder(torch.eye(3, 2).double()[k])
+                pyro.sample("x", pyro.distributions.Bernoulli(logits=logits).to_event(1), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("k", pyro.distributions.Categorical(logits=self.encoder(x)[:, :3]))
+
+    pair, (x,) = Discrete().double(), rows("plain", 10)
+    assert torch.equal(pv.encode(pair, x)["k"], pair.encoder(x)[:, :3].argmax(-1))
+    assert torch.isfinite(pv.reconstruct(pair, x)).all()
+
+
 @our_pairs
 def test_bound_is_below_log_likelihood(name):
     pair, batch = make(name), rows(name)

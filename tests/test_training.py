@@ -290,8 +290,15 @@ def test_resuming_under_other_settings_or_data_is_refused(tmp_path):
     pv.fit(make("bernoulli"), x, epochs=1, **options)
     with pytest.raises(pv.UsageError, match=r"learning_rate = 0\.001, 0\.1 came"):
         pv.fit(make("bernoulli"), x, epochs=2, learning_rate=0.1, resume=True, **options)
-    with pytest.raises(pv.UsageError, match="other data"):
+    with pytest.raises(pv.UsageError, match="another data"):
         pv.fit(make("bernoulli"), 1 - x, epochs=2, resume=True, **options)
+    with pytest.raises(pv.UsageError, match=r"another beta: 1\.0 then, 2\.0 now"):
+        pv.fit(make("bernoulli"), x, epochs=2, beta=2.0, resume=True, **options)
+    with pytest.raises(pv.UsageError, match="another optimizer: Adam then, SGD now"):
+        pv.fit(make("bernoulli"), x, epochs=2, optimizer=torch.optim.SGD, resume=True, **options)
+    objective = pv.ImportanceWeightedELBO(3)
+    with pytest.raises(pv.UsageError, match="another objective"):
+        pv.fit(make("bernoulli"), x, epochs=2, objective=objective, resume=True, **options)
     history = pv.fit(make("bernoulli"), x, epochs=2, resume=True, **options)
     assert len(history) == 2
 
