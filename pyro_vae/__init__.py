@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_vae.data import load_data as load_data
-    from pyro_vae.data import one_hot as one_hot
+    from pyro_vae.datasets import load_data as load_data
+    from pyro_vae.datasets import one_hot as one_hot
     from pyro_vae.errors import UsageError as UsageError
     from pyro_vae.evaluation import evaluate as evaluate
     from pyro_vae.evaluation import log_likelihood as log_likelihood
@@ -80,8 +80,8 @@ _WHERE = {
     "log_likelihood": "evaluation",
     "write_report": "report",
     # data and runs
-    "load_data": "data",
-    "one_hot": "data",
+    "load_data": "datasets",
+    "one_hot": "datasets",
     "save": "runs",
     "load": "runs",
     "UsageError": "errors",

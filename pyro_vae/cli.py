@@ -22,7 +22,7 @@ from pyro_vae.errors import UsageError, nearest
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from pyro_vae.data import Data, Split
+    from pyro_vae.datasets import Data, Split
 
 Flat = Parameter(name="*")
 Run = Annotated[Path, Parameter(help="A run folder.")]
@@ -93,7 +93,7 @@ def train(
     config
         A JSON file of options, or a run's config.json; options given here override it.
     """
-    from pyro_vae.data import load_data
+    from pyro_vae.datasets import load_data
     from pyro_vae.training import fit
 
     assert config is None  # `_config_file` has put its options in place
@@ -184,7 +184,7 @@ def sample(
     import torch
 
     from pyro_vae import inference
-    from pyro_vae.data import one_hot
+    from pyro_vae.datasets import one_hot
 
     _positive("num", num)
     pair, given = _pair(run, model)
@@ -350,7 +350,7 @@ def check(
     condition
         "label" gives the labels as context.
     """
-    from pyro_vae.data import load_data
+    from pyro_vae.datasets import load_data
     from pyro_vae.preflight import check as run_check
 
     loaded = load_data(data, data_dir)
@@ -424,7 +424,7 @@ def _open(
     run: Path, data: str | None = None, data_dir: Path | None = None, model: str | None = None
 ) -> tuple["nn.Module", "Data", dict[str, Any]]:
     """The pair of a run, its data, and the options it was trained with."""
-    from pyro_vae.data import load_data
+    from pyro_vae.datasets import load_data
 
     pair, given = _pair(run, model)
     name = data or given.get("data")
@@ -440,7 +440,7 @@ def _test(data: "Data", given: dict[str, Any], n: int) -> tuple["Tensor", list["
 
 
 def _context(given: dict[str, Any], data: "Data", split: "Split") -> list["Tensor"]:
-    from pyro_vae.data import one_hot
+    from pyro_vae.datasets import one_hot
 
     if given.get("condition") != "label":
         return []

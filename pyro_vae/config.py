@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pyro.infer import ELBO
     from torch import nn
 
-    from pyro_vae.data import Data
+    from pyro_vae.datasets import Data
     from pyro_vae.schedules import Schedule
 
 

@@ -303,7 +303,7 @@ def test_reconstruct(folder, request):
 @pytest.mark.parametrize("folder", ["run", "labelled"])
 @pytest.mark.parametrize(("part", "n"), [("test", 360), ("validation", 180), ("train", 1257)])
 def test_encode(folder, part, n, request):
-    from pyro_vae.data import load_data
+    from pyro_vae.datasets import load_data
 
     run = request.getfixturevalue(folder)
     command(f"encode {{run}} --part {part}", run=run)

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
-from pyro_vae.data import Arrays, Preparation, held_out, load_data, preparation, source
+from pyro_vae.data import Arrays, Preparation, held_out, preparation, source
+from pyro_vae.datasets import load_data
 from pyro_vae.errors import UsageError
 
 CPU = torch.device("cpu")

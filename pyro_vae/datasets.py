@@ -1,0 +1,260 @@
+"""Data sets by name or from a file, in three parts that share no row."""
+
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.data import as_tensor
+from pyro_vae.errors import UsageError, nearest
+
+
+class Split(NamedTuple):
+    """One part of a data set: ``x`` of shape (n, *data_shape), integer ``labels`` (n,) or None."""
+
+    x: Tensor
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set in three parts that share no row."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one datum."""
+        return tuple(self.train.x.shape[1:])
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the greatest label, 0 without labels."""
+        labels = [split.labels for split in (self.train, self.validation, self.test)]
+        return max((int(part.max()) + 1 for part in labels if part is not None), default=0)
+
+
+def load_data(data: str | Path, data_dir: str | Path | None = None) -> Data:
+    """A data set by name, or from a ``.npy`` or ``.npz`` file, split into three parts.
+
+    Arguments:
+        data: ``digits`` (embedded), a torchvision name (``mnist``, ``fashion-mnist``, ``kmnist``,
+            ``emnist``, ``omniglot``, ``cifar10``, ``svhn``), or a path. A ``.npz`` holds ``x`` and
+            maybe ``y``, or ``x_train``, ``x_test``, maybe ``x_validation``, and ``y_`` likewise.
+        data_dir: where torchvision's files are; else the environment variable ``PYRO_VAE_DATA``,
+            else ``~/.cache/pyro_vae``.
+
+    A data set that comes with a test set keeps it, and a sixth of its training set, drawn with a
+    fixed seed, becomes the validation set; other data are split 70 : 10 : 20 with a fixed seed.
+
+    >>> load_data("digits").train.x.shape
+    torch.Size([1257, 1, 8, 8])
+    """
+    path, name = Path(data), str(data)
+    if name not in NAMES and (path.suffix in (".npy", ".npz") or path.is_file()):
+        return _load_file(path)
+    if name == "digits":
+        return _digits()
+    if name in _TORCHVISION:
+        root = data_dir or os.environ.get("PYRO_VAE_DATA") or Path.home() / ".cache" / "pyro_vae"
+        return _torchvision(name, Path(root).expanduser())
+    raise UsageError(
+        f"'{name}' is no data set and no file; {nearest(name, NAMES)} "
+        "(or give the path of a .npy or .npz file)"
+    )
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Integer labels (n,) as float rows (n, num_classes), to be a pair's context.
+
+    >>> one_hot(torch.tensor([2, 0]), 3)
+    tensor([[0., 0., 1.], [1., 0., 0.]])
+    """
+    labels = torch.as_tensor(labels).long()
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise UsageError(
+            f"labels must be 0 to {num_classes - 1}, {int(labels.min())} to {int(labels.max())} "
+            "came"
+        )
+    return nn.functional.one_hot(labels, num_classes).float()
+
+
+def _digits() -> Data:
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    return _three_ways("digits", torch.from_numpy(images), torch.from_numpy(bunch.target))
+
+
+def _mnist_like(kind: str, **options: Any) -> Callable[[Path, bool, bool], Split]:
+    def get(root: Path, train: bool, download: bool) -> Split:
+        from torchvision import datasets
+
+        data = getattr(datasets, kind)(str(root), train=train, download=download, **options)
+        x = torch.as_tensor(data.data)
+        x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
+        if kind == "EMNIST":
+            x = x.transpose(2, 3).contiguous()  # its files hold the images lying on their side
+        return Split(x, torch.as_tensor(data.targets))
+
+    return get
+
+
+def _svhn(root: Path, train: bool, download: bool) -> Split:
+    from torchvision import datasets
+
+    data = datasets.SVHN(str(root), split="train" if train else "test", download=download)
+    return Split(torch.as_tensor(data.data), torch.as_tensor(data.labels).long())
+
+
+def _omniglot(root: Path, train: bool, download: bool) -> Split:
+    from torchvision import datasets
+
+    data = datasets.Omniglot(str(root), background=train, download=download)
+    images = [255 - np.asarray(image.convert("L").resize((28, 28))) for image, _ in data]
+    # No labels: the characters of the test part are none of the training part's.
+    return Split(torch.from_numpy(np.stack(images))[:, None], None)
+
+
+_TORCHVISION: dict[str, tuple[Callable[[Path, bool, bool], Split], str]] = {
+    "mnist": (_mnist_like("MNIST"), "MNIST/raw/train-images-idx3-ubyte and the like"),
+    "fashion-mnist": (
+        _mnist_like("FashionMNIST"),
+        "FashionMNIST/raw/train-images-idx3-ubyte and the like",
+    ),
+    "kmnist": (_mnist_like("KMNIST"), "KMNIST/raw/train-images-idx3-ubyte and the like"),
+    "emnist": (
+        _mnist_like("EMNIST", split="balanced"),
+        "EMNIST/raw/emnist-balanced-train-images-idx3-ubyte and the like",
+    ),
+    "omniglot": (
+        _omniglot,
+        "omniglot-py/images_background and images_evaluation, and their .zip files,",
+    ),
+    "cifar10": (_mnist_like("CIFAR10"), "cifar-10-batches-py/data_batch_1 and the like"),
+    "svhn": (_svhn, "train_32x32.mat and test_32x32.mat"),
+}
+
+NAMES = ("digits", *_TORCHVISION)
+
+
+# What torchvision raises where files are absent, cut short, or of something else.
+_UNREADABLE = (
+    *(RuntimeError, OSError, ValueError, EOFError),
+    *(IndexError, KeyError, TypeError, AssertionError),
+)
+
+
+def _torchvision(name: str, root: Path) -> Data:
+    get, files = _TORCHVISION[name]
+    try:
+        train, test = get(root, True, False), get(root, False, False)
+    except _UNREADABLE:
+        try:
+            train, test = get(root, True, True), get(root, False, True)
+        except _UNREADABLE as error:
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise UsageError(
+                f"'{name}' is not in {root} and cannot be downloaded ({reason}); place "
+                f"{files} there, or use the embedded 'digits'"
+            ) from error
+    part, validation = _shuffled(train, (5, 1))
+    return Data(name, part, validation, test)
+
+
+def _load_file(path: Path) -> Data:
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    if path.suffix not in (".npy", ".npz"):
+        raise UsageError(f"{path}: a .npy or .npz file is expected")
+    try:
+        with open(path, "rb") as file:
+            loaded: Any = np.load(file, allow_pickle=False)
+            plain = isinstance(loaded, np.ndarray)
+            arrays = {"x": loaded} if plain else {key: loaded[key] for key in loaded.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UsageError(
+            f"{path} is no {path.suffix} file of plain arrays without pickles "
+            f"({' '.join(str(error).split())[:90]})"
+        ) from error
+    if "x" in arrays:
+        x = _images(arrays["x"], path)
+        return _three_ways(path.stem, x, _labels(arrays.get("y"), len(x), path))
+    if "x_train" not in arrays or "x_test" not in arrays:
+        raise UsageError(
+            f"{path}: arrays 'x' (and 'y'), or 'x_train' and 'x_test', are expected; it holds "
+            f"{', '.join(arrays) or 'none'}"
+        )
+    splits = {}
+    for key in ("train", "validation", "test"):
+        if f"x_{key}" in arrays:
+            x = _images(arrays[f"x_{key}"], path)
+            splits[key] = Split(x, _labels(arrays.get(f"y_{key}"), len(x), path))
+            if x.shape[1:] != splits["train"].x.shape[1:]:
+                raise UsageError(
+                    f"{path}: x_{key} has rows of shape {tuple(x.shape[1:])}, x_train of shape "
+                    f"{tuple(splits['train'].x.shape[1:])}: they must agree"
+                )
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = _shuffled(splits["train"], (5, 1))
+    return Data(path.stem, **splits)
+
+
+def _images(array: np.ndarray, path: Path) -> Tensor:
+    """Rows (n, d) as they are; images with their channels first, one channel added if need be."""
+    x = as_tensor(array, str(path))
+    if x.dim() == 2:
+        return x
+    if x.dim() == 3:
+        return x[:, None]
+    if x.dim() == 4 and x.shape[1] in (1, 3, 4):
+        return x
+    if x.dim() == 4 and x.shape[3] in (1, 3, 4):
+        return x.permute(0, 3, 1, 2).contiguous()
+    raise UsageError(
+        f"{path}: rows (n, d), grey images (n, height, width) or images (n, channels, height, "
+        f"width) are expected, an array of shape {tuple(x.shape)} came"
+    )
+
+
+def _labels(array: np.ndarray | None, n: int, path: Path) -> Tensor | None:
+    if array is None:
+        return None
+    if array.dtype.kind not in "biuf":
+        raise UsageError(f"{path}: labels must be whole numbers, {array.dtype} came")
+    flat = array.reshape(-1)
+    wrong = flat[(flat < 0) | (flat != np.floor(flat))]
+    if len(wrong):
+        raise UsageError(f"{path}: labels must be whole numbers of 0 or more, {wrong[0]} came")
+    if len(flat) != n:
+        raise UsageError(f"{path}: {len(flat)} labels came for {n} rows")
+    return torch.from_numpy(flat.astype(np.int64))
+
+
+def _three_ways(name: str, x: Tensor, labels: Tensor | None) -> Data:
+    if len(x) < 10:
+        raise UsageError(f"{name} has {len(x)} rows: 10 or more are expected, to split in three")
+    return Data(name, *_shuffled(Split(x, labels), (7, 1, 2)))
+
+
+def _shuffled(split: Split, shares: Sequence[int]) -> list[Split]:
+    """Cut a split by shares, after a permutation with a fixed seed."""
+    n = len(split.x)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    edges = [n * sum(shares[:i]) // sum(shares) for i in range(len(shares) + 1)]
+    return [
+        Split(split.x[rows], None if split.labels is None else split.labels[rows])
+        for rows in (order[a:b] for a, b in pairwise(edges))
+    ]
