@@ -5,9 +5,9 @@
 The label goes to the encoder, the decoder and nowhere else; the latents are left with style. A
 plain classifier, fitted to real digits alone, judges the drawn ones.
 
-Expect: about 95 % of the drawn digits are taken for the class they were asked to be, against about
-10 % by chance; a linear probe finds less of the class in the codes than in those of a plain VAE
-(about 90 %), since the decoder is told it. Takes about half a minute on two cores.
+Expect: about 84 % of the drawn digits are taken for the class they were asked to be, against 10 % by
+chance; a linear probe finds the class in the codes in about half of the test digits only (about 92 %
+of them in examples/digits.py), since the decoder is told it. Takes about half a minute on two cores.
 """
 
 import argparse
@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=80)
     options = parser.parse_args()
+    torch.manual_seed(0)  # the first weights
 
     digits = pv.load_data("digits")
     train, validation, test = (

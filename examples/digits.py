@@ -6,10 +6,12 @@ The 8-bit pixels are scored as what they are, by a discretised logistic likeliho
 that of the images themselves and bits per dimension mean something.
 
 Expect: log p(x) of the test digits about -163 nats per example (3.7 bits per pixel), a linear probe
-of the codes right for about 90 %. Takes about half a minute on two cores.
+of the codes right for about 92 %. Takes about half a minute on two cores.
 """
 
 import argparse
+
+import torch
 
 import pyro_vae as pv
 
@@ -25,6 +27,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--out", default=OUT)
     options = parser.parse_args()
+    torch.manual_seed(0)  # the first weights
 
     digits = pv.load_data("digits")
     vae = pv.VAE.mlp(
