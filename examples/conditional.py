@@ -5,9 +5,10 @@
 The label goes to the encoder, the decoder and nowhere else; the latents are left with style. A
 plain classifier, fitted to real digits alone, judges the drawn ones.
 
-Expect: about 84 % of the drawn digits are taken for the class they were asked to be, against 10 % by
-chance; a linear probe finds the class in the codes in about half of the test digits only (about 92 %
-of them in examples/digits.py), since the decoder is told it. Takes about half a minute on two cores.
+Expect: about 84 % of the drawn digits are taken for the class they were asked to be, against 10 %
+by chance; a linear probe finds the class in the codes of about half of the test digits only (of
+about 92 % in examples/digits.py), since the decoder is told it. Takes about half a minute on two
+cores.
 """
 
 import argparse
