@@ -162,20 +162,23 @@ def evaluate(
     >>> result.num_examples, result.elbo <= result.log_likelihood + 1
     (8, True)
     """
+    if num_samples < 1:
+        raise UsageError(f"num_samples must be 1 or more, {num_samples} came")
     rows, prepare = _held(pair, x, context, binarize)
+    known = _held(pair, train[0], train[1:], binarize) if train is not None else None
+    for name, given, source_of in (
+        ("x", labels, rows),
+        ("train", train_labels, known and known[0]),
+    ):
+        if given is not None and source_of is not None and len(given) != len(source_of):
+            raise UsageError(f"{len(given)} labels came for {len(source_of)} rows of {name}")
     parts = bound(pair, rows, prepare, Trace_ELBO(num_particles=PARTICLES), batch_size, seed)
-    likelihood = log_likelihood(
-        pair, x, *context, num_samples=num_samples, binarize=binarize, seed=seed, progress=progress
-    )
+    likelihood = _estimate(pair, rows, prepare, num_samples, seed, progress)
     units, codes, discrete, dims = _units(pair, rows, prepare, batch_size, seed)
-    for rows_of, given in (("x", labels), ("train", train_labels)):
-        n = {"x": len(likelihood.per_datum), "train": len(train[0]) if train else 0}[rows_of]
-        if given is not None and len(given) != n:
-            raise UsageError(f"{len(given)} labels came for {n} rows of {rows_of}")
     accuracy = None
-    if labels is not None and train is not None and train_labels is not None:
-        known = _units(pair, *_held(pair, train[0], train[1:], binarize), batch_size, seed)[1]
-        accuracy = _probe(_flat(known), train_labels, _flat(codes), labels)
+    if labels is not None and known is not None and train_labels is not None:
+        train_codes = _units(pair, *known, batch_size, seed)[1]
+        accuracy = _probe(_flat(train_codes), train_labels, _flat(codes), labels)
     return Evaluation(
         num_examples=len(likelihood.per_datum),
         elbo=parts.elbo,
@@ -244,6 +247,18 @@ def log_likelihood(
     if num_samples < 1:
         raise UsageError(f"num_samples must be 1 or more, {num_samples} came")
     rows, prepare = _held(pair, x, context, binarize)
+    return _estimate(pair, rows, prepare, num_samples, seed, progress)
+
+
+def _estimate(
+    pair: nn.Module,
+    rows: Source,
+    prepare: Preparation,
+    num_samples: int,
+    seed: int,
+    progress: bool,
+) -> LogLikelihood:
+    """`log_likelihood` of rows that are already checked and binarised."""
     values: list[tuple[Tensor, Tensor, Tensor]] = []
     with using(pair, seed):
         first = prepare(next(iter(rows.batches(2))))
@@ -267,12 +282,20 @@ def log_likelihood(
 
 def log_weights(pair: nn.Module, batch: Batch, num_samples: int, nesting: int = 1) -> Tensor:
     """log p(x, z) - log q(z | x) for draws of the guide, of shape (num_samples, batch)."""
+    model, guide = _sampled(pair, batch, num_samples, nesting)
+    return _local_total(model, nesting) - _local_total(guide, nesting)
+
+
+def _sampled(
+    pair: nn.Module, batch: Batch, num_samples: int, nesting: int
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Traces of model and guide under a plate of samples, to the left of all others."""
     plate = pyro.plate("importance_samples", num_samples, dim=-1 - nesting)
     with plate:
         guide = trace_guide(pair, batch)
     with plate:
         model = trace_model(pair, batch, guide)
-    return _local_total(model, nesting) - _local_total(guide, nesting)
+    return model, guide
 
 
 def _local_total(trace: poutine.Trace, nesting: int) -> Tensor:
@@ -307,10 +330,7 @@ def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
     """Whether a plate of samples gives the weights that its draws have one by one."""
     typed = cast(Pair, pair)
     try:
-        with pyro.plate("importance_samples", 3, dim=-1 - nesting):
-            guide = trace_guide(pair, batch)
-        with pyro.plate("importance_samples", 3, dim=-1 - nesting):
-            model = trace_model(pair, batch, guide)
+        model, guide = _sampled(pair, batch, 3, nesting)
         together = _local_total(model, nesting) - _local_total(guide, nesting)
         for k in range(3):
             draw = {name: site["value"][k] for name, site in latents(guide).items()}

@@ -40,7 +40,20 @@ class KLWeight(Messenger):
             msg["scale"] = msg["scale"] * self.weight
 
 
-class ImportanceWeightedELBO(Trace_ELBO):
+class _DifferentiableELBO(Trace_ELBO):
+    """A Pyro ELBO whose loss and gradients are those of its ``differentiable_loss``."""
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item()
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+
+class ImportanceWeightedELBO(_DifferentiableELBO):
     r"""The importance-weighted bound, tighter with each sample.
 
     :math:`\sum_i E\big[\log \tfrac1K \sum_k w_{ik}\big]` with
@@ -88,17 +101,8 @@ class ImportanceWeightedELBO(Trace_ELBO):
             log_weights = log_weights.logsumexp(0) - log(self.num_particles)
         return -(log_weights * scale).sum()
 
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward()
-        return loss.item()
 
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        return self.differentiable_loss(model, guide, *args, **kwargs).item()
-
-
-class FreeBitsELBO(Trace_ELBO):
+class FreeBitsELBO(_DifferentiableELBO):
     r"""The bound with a KL that is not pushed below a floor in any latent unit.
 
     :math:`E_q[\log p(x|z)] - \sum_j \max(\lambda, \mathrm{KL}_j)`, with :math:`\mathrm{KL}_j` the
@@ -141,9 +145,6 @@ class FreeBitsELBO(Trace_ELBO):
             units = kl.reshape(batch.numel(), -1).sum(0)
             loss = loss + (units.clamp(min=floor) * site["scale"]).sum()
         return loss
-
-    loss_and_grads = ImportanceWeightedELBO.loss_and_grads
-    loss = ImportanceWeightedELBO.loss
 
 
 class Parts:

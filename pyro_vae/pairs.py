@@ -110,16 +110,23 @@ def registered(pair: nn.Module, program: Callable[..., Any]) -> Callable[..., An
 
 
 @contextmanager
-def using(pair: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Use a pair without training it: its own scope, evaluation mode, no gradients, a seed."""
+def evaluation_mode(pair: nn.Module) -> Iterator[None]:
+    """Every module of the pair in evaluation mode, and then each as it was."""
     training = [module for module in pair.modules() if module.training]
     pair.eval()
     try:
-        with scope(pair), torch.no_grad(), nullcontext() if seed is None else seeded(seed):
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def using(pair: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Use a pair without training it: its own scope, evaluation mode, no gradients, a seed."""
+    draws = nullcontext() if seed is None else seeded(seed)
+    with evaluation_mode(pair), scope(pair), torch.no_grad(), draws:
+        yield
 
 
 def trace(program: Callable[..., Any], batch: Sequence[Tensor]) -> Trace:

@@ -20,6 +20,7 @@ from pyro_vae.pairs import (
     Pair,
     Site,
     adopt,
+    evaluation_mode,
     latents,
     log_prob,
     observed,
@@ -71,40 +72,36 @@ def check(
     if fault := no_pair(pair):
         return Report((fault,))
     batch = Preparation(*placement(pair))((batch,) if isinstance(batch, Tensor) else batch)
-    training = pair.training
-    pair.eval()
-    try:
-        with (
-            scope(pair),
-            seeded(0),
-            pyro.validation_enabled(False),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
+    with (
+        evaluation_mode(pair),
+        scope(pair),
+        seeded(0),
+        pyro.validation_enabled(False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            guide = _run("guide", lambda: run_guide(pair, batch), batch)
             try:
-                guide = _run("guide", lambda: run_guide(pair, batch), batch)
-                try:
-                    model = _run("model", lambda: run_model(pair, batch, guide), batch)
-                except UsageError:
-                    # The model alone may run, and its sites say why the two do not go together.
-                    alone = _run("model", lambda: trace(cast(Pair, pair).model, batch), batch)
-                    found = [*_sites(alone, guide), *_shapes(alone, guide, batch)]
-                    if not found:
-                        raise
-                    return Report(tuple(found))
-            except UsageError as error:
-                return Report((str(error),))
-            adopt(pair, batch)
-            # Anew, so that the traces know adopted parameters as the pair's own.
-            guide = run_guide(pair, batch)
-            model = run_model(pair, batch, guide)
-            errors = [*_sites(model, guide), *_shapes(model, guide, batch)]
-            notes: list[str] = []
-            if not errors:
-                errors, notes = _parameters(pair, model, guide)
-                errors += _objective(pair, objective, batch, model, guide)
-    finally:
-        pair.train(training)
+                model = _run("model", lambda: run_model(pair, batch, guide), batch)
+            except UsageError:
+                # The model alone may run, and its sites say why the two do not go together.
+                alone = _run("model", lambda: trace(cast(Pair, pair).model, batch), batch)
+                found = [*_sites(alone, guide), *_shapes(alone, guide, batch)]
+                if not found:
+                    raise
+                return Report(tuple(found))
+        except UsageError as error:
+            return Report((str(error),))
+        adopt(pair, batch)
+        # Anew, so that the traces know adopted parameters as the pair's own.
+        guide = run_guide(pair, batch)
+        model = run_model(pair, batch, guide)
+        errors = [*_sites(model, guide), *_shapes(model, guide, batch)]
+        notes: list[str] = []
+        if not errors:
+            errors, notes = _parameters(pair, model, guide)
+            errors += _objective(pair, objective, batch, model, guide)
     return Report(tuple(errors), tuple(notes))
 
 

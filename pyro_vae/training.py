@@ -117,7 +117,7 @@ def fit(
         held = None
         if validation is not None:
             parts = validation if isinstance(validation, (tuple, list)) else (validation,)
-            held = _validation_rows(pair, parts, len(context), rows, prepare, binarize)
+            held = _validation_rows(pair, parts, len(context), rows, binarize)
         elif chosen.patience is not None:
             raise UsageError("patience needs validation data to measure: give validation=")
     job = {
@@ -415,7 +415,7 @@ class _Run:
         where = self.prepare.device
         self.parts.reconstruction = {k: v.to(where) for k, v in saved["reconstruction"].items()}
         self.parts.kl = {k: v.to(where) for k, v in saved["kl"].items()}
-        self.generators = saved["generators_of_epoch"]
+        self.generators, self.good = saved["generators_of_epoch"], saved["pair"]
         rng.restore(saved["generators"])
 
     def _bar(self, progress: bool) -> tqdm:
@@ -498,7 +498,6 @@ def _validation_rows(
     parts: Sequence[Any],
     num_context: int,
     rows: Source,
-    prepare: Preparation,
     binarize: str,
 ) -> tuple[Source, Preparation]:
     """The validation data, checked as training data are, and how they are prepared."""

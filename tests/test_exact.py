@@ -7,6 +7,9 @@ import pytest
 import torch
 from exact import linear_gaussian, ppca_log_likelihood
 from pyro.infer import Trace_ELBO
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import pyro_vae as pv
 from pyro_vae.data import Arrays, Preparation
@@ -130,3 +133,42 @@ def test_ppca_reference_agrees_with_the_density_of_its_own_optimum():
     covariance = weight @ weight.T + noise * torch.eye(6).double()
     by_hand = dist.MultivariateNormal(x.mean(0), covariance).log_prob(x).mean().item()
     assert ppca_log_likelihood(x, 2) == pytest.approx(by_hand, abs=1e-9)
+
+
+def test_bits_per_dimension_of_a_fair_coin_are_one():
+    vae = pv.VAE.mlp((6,), latent_dim=2, hidden=())
+    torch.nn.init.zeros_(vae.decoder.network.layers[0].weight)
+    torch.nn.init.zeros_(vae.decoder.network.layers[0].bias)
+    for part in (vae.encoder.network.layers[0].weight, vae.encoder.network.layers[0].bias):
+        torch.nn.init.zeros_(part)  # q(z | x) = N(0, I), the prior and the posterior
+    result = pv.evaluate(vae, torch.eye(6), num_samples=3)
+    assert result.bits_per_dim == pytest.approx(1.0, abs=1e-6)
+    assert result.log_likelihood == pytest.approx(-6 * math.log(2), abs=1e-5)
+    assert result.kl_by_unit["z"] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_kl_by_unit_is_that_of_two_normals():
+    vae = pv.VAE.mlp((6,), latent_dim=2, hidden=()).double()
+    x = torch.eye(6).double()
+    result = pv.evaluate(vae, x, num_samples=3)
+    mean, scale = pv.encode(vae, x)["z"], pv.encode(vae, x, what="scale")["z"]
+    by_hand = 0.5 * (mean**2 + scale**2 - 1) - scale.log()
+    assert result.kl_by_unit["z"] == pytest.approx(by_hand.mean(0).tolist())
+
+
+def test_the_linear_probe_reads_what_is_in_the_codes_and_nothing_else():
+    pair = linear_gaussian()
+    x, held = data(pair, 400), data(pair, 200, seed=1)
+    labels, held_labels = ((pair.posterior(part)[0][:, 0] > 0).long() for part in (x, held))
+    options = {"num_samples": 2, "train": (x,), "train_labels": labels}
+    # The reference is fitted to the exact posterior means of the training rows alone.
+    codes, held_codes = (pair.posterior(part)[0].detach().numpy() for part in (x, held))
+    reference = make_pipeline(StandardScaler(), LogisticRegression()).fit(codes, labels)
+    want = reference.score(held_codes, held_labels)
+    assert want > 0.9
+    right = pv.evaluate(pair, held, labels=held_labels, **options).probe_accuracy
+    wrong = pv.evaluate(pair, held, labels=1 - held_labels, **options).probe_accuracy
+    assert right == pytest.approx(want, abs=0.011)  # two rows on the edge, in float32
+    assert wrong == pytest.approx(1 - right)
+    with pytest.raises(pv.UsageError, match="3 labels came for 200 rows of x"):
+        pv.evaluate(pair, held, labels=held_labels[:3], **options)

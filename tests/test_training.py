@@ -308,3 +308,20 @@ def test_grey_targets_are_announced_as_no_likelihood():
     vae = pv.VAE.mlp((6,), latent_dim=2, hidden=(4,))
     with pytest.warns(UserWarning, match="not log-likelihoods"):
         pv.fit(vae, x, epochs=1, batch_size=10, binarize="none", progress=False)
+
+
+def test_a_resumed_run_that_overflows_goes_back_to_the_weights_of_its_checkpoint(tmp_path):
+    (x,) = rows("bernoulli", 40)
+    options = {"batch_size": 20, "progress": False, "out": tmp_path}
+    pv.fit(make("bernoulli"), x, epochs=1, **options)
+    good = runs.read_checkpoint(tmp_path)["pair"]
+    pair = make("bernoulli", seed=5)
+
+    def overflow(epoch):
+        return 1e308 * 1e3 if epoch >= 1 else 1.0
+
+    with pytest.raises(pv.UsageError, match="not finite"):
+        pv.fit(pair, x, epochs=2, learning_rate_schedule=overflow, resume=True, **options)
+    for name, value in pair.state_dict().items():
+        assert torch.equal(value, good[name])
+        assert torch.equal(value, runs.read_model(tmp_path)[name])
