@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pyro_vae.datasets import Data
     from pyro_vae.schedules import Schedule
 
+ENGINES = ("auto", "eager", "traced", "compiled")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -47,6 +49,9 @@ class Settings:
         "auto" is the GPU where there is one, else the CPU.
     precision
         "bfloat16" runs networks under autocast; parameters and densities stay in float32.
+    engine
+        How a step is run: as stock Pyro (eager), as a graph traced once and replayed (traced), or
+        as that graph compiled; auto traces, and compiles where the steps to come repay it.
     checkpoint_seconds
         Least time between two checkpoints, which are written at the end of an epoch.
     tensorboard
@@ -61,6 +66,7 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
+    engine: Literal["auto", "eager", "traced", "compiled"] = "auto"
     checkpoint_seconds: float = 30.0
     tensorboard: bool = False
 
@@ -77,6 +83,8 @@ class Settings:
             raise UsageError(f"seed must be a whole number from 0 to 2^63 - 1, {self.seed} came")
         if self.precision not in ("float32", "bfloat16"):
             raise UsageError(f"precision is float32 or bfloat16, '{self.precision}' came")
+        if self.engine not in ENGINES:
+            raise UsageError(f"engine is '{self.engine}'; {nearest(self.engine, ENGINES)}")
 
     @classmethod
     def of(cls, keywords: dict[str, Any]) -> Settings:

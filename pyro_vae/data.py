@@ -53,6 +53,10 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.tensors[0])
 
+    def batch_size(self, batch_size: int) -> int:
+        """Rows of a full minibatch where this many are asked for."""
+        return batch_size
+
     def batches(self, batch_size: int, shuffle: bool = False) -> Iterator[Batch]:
         """Minibatches as they came; shuffled by torch's global generator."""
         device = self.tensors[0].device
@@ -91,6 +95,11 @@ class Stream:
             raise UsageError(
                 f"{type(rows).__name__} has no length: the data set must have __len__"
             ) from error
+
+    def batch_size(self, batch_size: int) -> int:
+        """Rows of a full minibatch where this many are asked for; a loader has its own number."""
+        own = self.rows.batch_size if isinstance(self.rows, DataLoader) else batch_size
+        return own or batch_size
 
     def batches(self, batch_size: int, shuffle: bool = False) -> Iterator[Batch]:
         """Minibatches; a ``DataLoader`` keeps its own batch size and order."""

@@ -10,13 +10,24 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs import by_datum, is_local, latents, log_prob, observed, sample_sites, site_kl
+from pyro_vae.pairs import (
+    Batch,
+    by_datum,
+    is_local,
+    latents,
+    log_prob,
+    observed,
+    sample_sites,
+    site_kl,
+)
 
 
 class KLWeight(Messenger):
@@ -147,6 +158,10 @@ class FreeBitsELBO(_DifferentiableELBO):
         return loss
 
 
+class NotTraceable(Exception):
+    """Why an objective cannot be traced, in words that go on from "because"."""
+
+
 class Parts:
     """What the ELBO is made of, summed over a minibatch from the very traces that gave the loss.
 
@@ -157,11 +172,21 @@ class Parts:
     def __init__(self) -> None:
         self.reconstruction: dict[str, Tensor] = {}
         self.kl: dict[str, Tensor] = {}
+        self.validated: set[str] = set()
+        """Observed sites whose values torch itself has validated."""
+        self.outside: dict[str, Tensor] = {}
+        """How many of their values are outside the support, counted while validation is off, as it
+        is in a graph."""
 
     def add(self, model_trace: Trace, guide_trace: Trace, share: float) -> None:
         """Add the parts of one pair of traces, which stands for this share of the particles."""
         for name, site in observed(model_trace).items():
             _add(self.reconstruction, name, log_prob(site).detach().sum() * share)
+            if not is_validation_enabled() and name in self.validated:
+                inside = site["fn"].support.check(site["value"])
+                _add(self.outside, name, inside.logical_not().sum())
+            elif _validates(site["fn"]):
+                self.validated.add(name)
         for name, site in latents(guide_trace).items():
             term = log_prob(site).detach().sum()
             if name in model_trace.nodes:  # an auxiliary site of the guide has no prior
@@ -172,6 +197,7 @@ class Parts:
         """Forget everything."""
         self.reconstruction.clear()
         self.kl.clear()
+        self.outside.clear()
 
     def merge(self, other: "Parts") -> None:
         """Add the sums of another minibatch."""
@@ -211,9 +237,50 @@ def recorded(objective: ELBO, parts: Parts) -> ELBO:
     return copied
 
 
+class _Items(TorchFunctionMode):
+    """``item()`` gives a tensor, not a number: Pyro's sums of sites stay tensors while traced."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.item:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+_TRACEABLE = (Trace_ELBO.loss_and_grads, _DifferentiableELBO.loss_and_grads)
+
+
+def surrogate(objective: Any, model: Any, guide: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The loss, and what is differentiated for its gradient, without reading any tensor.
+
+    For ``Trace_ELBO`` and those that share its ``loss_and_grads``, from their own traces and terms;
+    for the objectives here their differentiable loss.
+
+    Raises `NotTraceable` for an objective with a ``loss_and_grads`` of its own.
+    """
+    kind = type(objective)
+    if kind.loss_and_grads not in _TRACEABLE:
+        raise NotTraceable(f"{kind.__name__} has a loss_and_grads of its own")
+    if isinstance(objective, _DifferentiableELBO):
+        loss = objective.differentiable_loss(model, guide, *batch)
+        return loss, loss
+    loss = differentiable = torch.zeros(())
+    for model_trace, guide_trace in objective._get_traces(model, guide, batch, {}):
+        with _Items():
+            terms = objective._differentiable_loss_particle(model_trace, guide_trace)
+        loss = loss + terms[0] / objective.num_particles
+        differentiable = differentiable + terms[1] / objective.num_particles
+    return loss, differentiable
+
+
 def _total(trace: Trace, particles: bool, scale: Any) -> Tensor:
     terms = (site["log_prob"] / scale for site in sample_sites(trace).values())
     return sum((by_datum(term, particles) for term in terms), torch.zeros(()))
+
+
+def _validates(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return bool(fn._validate_args)
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -1,8 +1,10 @@
 """One torch optimiser for all parameters of a pair, as a ``PyroOptim``."""
 
 import inspect
+import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.optim import PyroOptim
@@ -23,7 +25,8 @@ class Optimizer(PyroOptim):
         learning_rate: its first learning rate; set the attribute to change it.
         clip_norm: the greatest global norm of the gradient, or None.
 
-    A gradient that is not finite raises ``FloatingPointError`` before any parameter has moved.
+    A gradient that is not finite moves no parameter. It raises ``FloatingPointError``, but on a GPU
+    under a fused Adam, where it is seen in ``norm`` alone: a look at it would wait for the GPU.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> optimizer = Optimizer(torch.optim.SGD, {"weight": weight}, 0.5)
@@ -43,7 +46,6 @@ class Optimizer(PyroOptim):
         super().__init__(constructor, {"lr": learning_rate})
         self.parameters = dict(parameters)
         self.clip_norm = clip_norm
-        self.gradient_norm = 0.0
         options: dict[str, Any] = {"lr": learning_rate}
         if "fused" in inspect.signature(constructor).parameters and all(
             p.is_floating_point() for p in self.parameters.values()
@@ -51,6 +53,13 @@ class Optimizer(PyroOptim):
             options["fused"] = True
         self.torch_optimizer = constructor(list(self.parameters.values()), **options)
         self._known = {id(p) for p in self.parameters.values()}
+        self.norm = torch.zeros(())
+        self._adam: _FusedAdam | None = None
+
+    @property
+    def gradient_norm(self) -> float:
+        """The global norm of the last step's gradient, before clipping."""
+        return self.norm.item()
 
     @property
     def learning_rate(self) -> float:
@@ -67,14 +76,23 @@ class Optimizer(PyroOptim):
                 "the pair declared a parameter after its first step: declare every pyro.param at "
                 "each call of model and guide"
             )
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self.gradient_norm = norm.item()
-        if not torch.isfinite(norm):
+        present = [p for p in self.parameters.values() if p.grad is not None]
+        gradients = cast(list[Tensor], [p.grad for p in present])
+        if not gradients:
+            return
+        self.norm = norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        fused = self._adam if self._adam is not None and self._adam.serves(present) else None
+        # A fused update on a GPU leaves a gradient that is not finite alone by itself, so that
+        # nothing has to be read here.
+        if not (norm.is_cuda and fused) and not math.isfinite(norm.item()):
             raise FloatingPointError("the gradient is not finite")
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip_norm, norm)
-        self.torch_optimizer.step()
+            torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        if fused is not None:
+            fused.step(gradients, norm)
+        else:
+            self.torch_optimizer.step()
+            self._adam = _FusedAdam.of(self.torch_optimizer, present)
 
     def get_state(self) -> dict[str, Any]:
         """The state of the torch optimiser."""
@@ -83,3 +101,63 @@ class Optimizer(PyroOptim):
     def set_state(self, state: dict[str, Any]) -> None:
         """Put the torch optimiser into a saved state."""
         self.torch_optimizer.load_state_dict(state)
+        self._adam = None
+
+
+class _FusedAdam:
+    """The step of a fused ``torch.optim.Adam`` on its own state, without its Python.
+
+    ``Optimizer.step`` collects and groups the state anew at each step, which for small networks
+    takes as long as the update itself.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+        self.params, self.group = params, optimizer.param_groups[0]
+        states = [optimizer.state[p] for p in params]
+        self.averages, self.squares, self.steps = (
+            [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
+        )
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> "_FusedAdam | None":
+        """One for this optimiser, or None where it is no fused Adam, or one with more to do."""
+        group, *others = optimizer.param_groups
+        hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        if type(optimizer) is not torch.optim.Adam or others or hooked or not group["fused"]:
+            return None
+        special = ("amsgrad", "differentiable", "capturable", "decoupled_weight_decay")
+        if any(group.get(name) for name in special) or isinstance(group["lr"], Tensor):
+            return None
+        if len({(p.dtype, p.device) for p in params}) > 1:
+            return None
+        return cls(optimizer, params)
+
+    def serves(self, params: list[Tensor]) -> bool:
+        """Whether these are the parameters that it steps."""
+        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+
+    @torch.no_grad()
+    def step(self, gradients: list[Tensor], norm: Tensor) -> None:
+        """One update, by the kernel that torch's own step calls; none where norm is not finite."""
+        group, unusable = self.group, None
+        beta1, beta2 = group["betas"]
+        torch._foreach_add_(self.steps, 1)
+        if norm.is_cuda:
+            unusable = torch.isfinite(norm).logical_not().float()
+            torch._foreach_sub_(self.steps, [unusable] * len(self.steps))
+        torch._fused_adam_(
+            self.params,
+            gradients,
+            self.averages,
+            self.squares,
+            [],
+            self.steps,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=group["maximize"],
+            found_inf=unusable,
+        )

@@ -49,7 +49,8 @@ class _Adopted(nn.Module):
         self.batch: list[tuple[list[int], str]] = []
 
     def state(self) -> dict[str, dict[str, Any]]:
-        params = {name: self.get_parameter(_key(name)) for name in self.constraints}
+        # Not get_parameter, which refuses what stands in for a parameter in a graph.
+        params = {name: self._parameters[_key(name)] for name in self.constraints}
         return {"params": params, "constraints": dict(self.constraints)}
 
 

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pyro.infer import ELBO, SVI, Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae import rng, runs
 from pyro_vae.config import Settings
 from pyro_vae.data import Arrays, Preparation, Rows, Source, held_out, preparation, source
+from pyro_vae.engine import Engine, Step
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.evaluation import bound
 from pyro_vae.history import Epoch, History
-from pyro_vae.objectives import KLWeight, Parts, recorded
 from pyro_vae.optim import Optimizer
 from pyro_vae.pairs import Batch, Pair, placement, registered, scope
 from pyro_vae.preflight import explain_nonfinite, no_pair, require
@@ -35,6 +35,10 @@ from pyro_vae.schedules import Schedule
 
 class NonFiniteError(UsageError):
     """Training met a loss or a gradient that is not finite; the message names the site."""
+
+
+UNREAD = {"cpu": 1, "cuda": 50}
+"""Steps whose losses may wait on a device until they are read: a GPU is not to be waited for."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -199,13 +203,20 @@ class _Run:
         self.optimizer = Optimizer(
             self.constructor, trained, settings.learning_rate, settings.clip_norm
         )
-        self.weight = KLWeight()
-        self.latest = Parts()
-        self.svi = SVI(
-            self.weight(registered(self.pair, pair.model)),
-            self.weight(pair.guide),
-            self.optimizer,
-            loss=recorded(self.objective, self.latest),
+        size = self.rows.batch_size(settings.batch_size)
+        self.engine = Engine(
+            self.pair,
+            self.objective,
+            settings.engine,
+            prepare=self.prepare,
+            precision=settings.precision,
+            batch_size=size,
+            steps=settings.epochs * (len(self.rows) // size),
+            declare=False,
+            say=self._say,
+        )
+        self.svi = Step(
+            registered(self.pair, pair.model), pair.guide, self.optimizer, loss=self.engine
         )
         self.epochs: list[Epoch] = []
         self.best: dict[str, Tensor] | None = None
@@ -215,14 +226,16 @@ class _Run:
 
     def _new_epoch(self) -> None:
         self.batches = self.examples = 0
-        self.loss = self.norm = self.seconds = 0.0
-        self.parts = Parts()
+        self.norm = self.seconds = 0.0
+        self.sums: dict[str, dict[str, float]] = {"loss": {}, "reconstruction": {}, "kl": {}}
+        self.unread: list[tuple[list[tuple[str, str]], Tensor, Tensor]] = []
         self.generators = rng.state()
         self.good = runs.state_dict(self.pair)
 
     def train(self, progress: bool) -> History:
         """All epochs that are left, then the best parameters into the pair."""
-        with self._bar(progress) as shown, _signals() as stop, self._board() as board:
+        self.shown = self._bar(progress)
+        with self.shown as shown, _signals() as stop, self._board() as board:
             if self.folder is not None and not self.epochs and not self.batches:
                 self.write()
             while len(self.epochs) < self.settings.epochs and not self._waited():
@@ -258,42 +271,54 @@ class _Run:
     def _step(self, batch: Batch) -> None:
         began = time.perf_counter()
         epoch = len(self.epochs) + self.examples / len(self.rows)
-        self.weight.weight = self.beta(epoch)
+        self.engine.beta = self.beta(epoch)
         self.optimizer.learning_rate = self.settings.learning_rate * self.rate(epoch)
-        prepared = self.prepare(batch)
-        self.latest.clear()
-        autocast = torch.autocast(
-            prepared[0].device.type,
-            dtype=torch.bfloat16,
-            enabled=self.settings.precision == "bfloat16",
-        )
+        self.batches += 1
+        self.examples += len(batch[0])
         try:
-            with autocast:
-                loss = self.svi.step(*prepared)
+            self.svi.step(*batch)
         except FloatingPointError:
-            self._nonfinite(prepared, "gradient")
+            pass  # it is read below, and named
         except ValueError as error:
             if isinstance(error, UsageError):
                 raise UsageError(first_line(error)) from None
-            if explain_nonfinite(self.pair, prepared) is not None:
-                self._nonfinite(prepared, "loss", error)
+            if explain_nonfinite(self.pair, self.prepare(batch)) is not None:
+                self._nonfinite("loss", {}, batch, error)
             raise UsageError(
-                f"training stopped in epoch {len(self.epochs) + 1}, step {self.batches + 1}: "
+                f"training stopped in epoch {len(self.epochs) + 1}, step {self.batches}: "
                 f"{' '.join(' '.join(str(error).splitlines()[:2]).split())[:300]}"
             ) from error
-        if not math.isfinite(loss):
-            self._nonfinite(prepared, "loss")
-        self.parts.merge(self.latest)
-        self.batches += 1
-        self.examples += len(prepared[0])
-        self.loss += loss
-        self.norm += self.optimizer.gradient_norm
+        self.unread.append((self.engine.names, self.engine.numbers, self.optimizer.norm))
+        if len(self.unread) >= UNREAD.get(self.prepare.device.type, 1):
+            self._read(batch)
         self.seconds += time.perf_counter() - began
 
-    def _nonfinite(self, batch: Batch | None, what: str, cause: Exception | None = None) -> None:
-        site = self.latest.nonfinite()
+    def _read(self, batch: Batch | None = None) -> None:
+        """Add up what the steps since the last reading have left on the device."""
+        unread, self.unread = self.unread, []
+        if not unread:
+            return
+        rows = torch.stack([torch.cat([numbers, norm[None]]) for _, numbers, norm in unread])
+        for (names, *_), row in zip(unread, rows.tolist(), strict=True):
+            numbers = dict(zip(names, row, strict=False))
+            loss, norm = numbers["loss", ""], row[-1]
+            if not math.isfinite(loss + norm):
+                self._nonfinite("gradient" if math.isfinite(loss) else "loss", numbers, batch)
+            for (kind, name), value in numbers.items():
+                self.sums[kind][name] = self.sums[kind].get(name, 0.0) + value
+            self.norm += norm
+
+    def _nonfinite(
+        self,
+        what: str,
+        numbers: dict[tuple[str, str], float],
+        batch: Batch | None = None,
+        cause: Exception | None = None,
+    ) -> None:
+        parts = sorted((key for key in numbers if key[0] != "loss"), key=lambda key: key[0])
+        site = next((key[1] for key in parts if not math.isfinite(numbers[key])), None)
         if site is None and batch is not None:
-            site = explain_nonfinite(self.pair, batch)
+            site = explain_nonfinite(self.pair, self.prepare(batch))
         if not self._finite():
             self.pair.load_state_dict(self.best or self.good)
         kept = ""
@@ -303,7 +328,7 @@ class _Run:
             kept = f"; the last good model is in {self.folder}"
         where = f" at site '{site}'" if site else ""
         raise NonFiniteError(
-            f"training stopped in epoch {len(self.epochs) + 1}, step {self.batches + 1}: the "
+            f"training stopped in epoch {len(self.epochs) + 1}, step {self.batches}: the "
             f"{what} is not finite{where}{kept}; a smaller learning_rate or clip_norm may help"
         ) from cause
 
@@ -311,23 +336,25 @@ class _Run:
         return all(bool(torch.isfinite(p).all()) for p in self.pair.parameters())
 
     def _end_epoch(self) -> None:
+        self._read()
         began, n = time.perf_counter(), self.examples
         if not self._finite():
-            self._nonfinite(None, "value of a parameter")
+            self._nonfinite("value of a parameter", {})
         measured = None
         if self.held is not None:
             rows, prepare = self.held
             measured = bound(self.pair, rows, prepare, self.objective)
-        reconstruction, kl = self.parts.per_example(n)
+        reconstruction = sum(self.sums["reconstruction"].values()) / n
+        kl = {name: value / n for name, value in self.sums["kl"].items()}
         self.epochs.append(
             Epoch(
                 len(self.epochs) + 1,
-                -self.loss / n,
+                -self.sums["loss"][""] / n,
                 reconstruction - sum(kl.values()),
                 reconstruction,
                 kl,
                 measured,
-                float(self.weight.weight),
+                float(self.engine.beta),
                 self.optimizer.learning_rate,
                 self.norm / self.batches,
                 self.seconds + time.perf_counter() - began,
@@ -353,6 +380,7 @@ class _Run:
 
     def write(self) -> None:
         """Write checkpoint, best model and history into the run folder."""
+        self._read()
         if self.folder is None:
             return
         runs.write_checkpoint(
@@ -366,11 +394,10 @@ class _Run:
                 "epochs": [epoch.plain() for epoch in self.epochs],
                 "batches": self.batches,
                 "examples": self.examples,
-                "loss": self.loss,
+                "sums": self.sums,
+                "engine": self.engine.engine,
                 "norm": self.norm,
                 "seconds": self.seconds,
-                "reconstruction": self.parts.reconstruction,
-                "kl": self.parts.kl,
                 "generators_of_epoch": self.generators,
                 "generators": rng.state(),
             },
@@ -390,7 +417,7 @@ class _Run:
             if name not in saved:
                 raise UsageError(f"{path} lacks '{name}': it is no checkpoint of a run")
         runs.require_fit(self.pair, saved["pair"], path)
-        free = {"epochs", "patience", "checkpoint_seconds", "tensorboard"}
+        free = {"epochs", "patience", "checkpoint_seconds", "tensorboard", "engine"}
         for name, value in saved["job"]["settings"].items():
             if name not in free and self.job["settings"][name] != value:
                 raise UsageError(
@@ -410,13 +437,15 @@ class _Run:
         self.optimizer.set_state(saved["optimizer"])
         self.best, self.best_epoch = saved["best"], saved["best_epoch"]
         self.epochs = [Epoch.of(epoch) for epoch in saved["epochs"]]
-        for name in ("batches", "examples", "loss", "norm", "seconds"):
+        for name in ("batches", "examples", "sums", "norm", "seconds"):
             setattr(self, name, saved[name])
-        where = self.prepare.device
-        self.parts.reconstruction = {k: v.to(where) for k, v in saved["reconstruction"].items()}
-        self.parts.kl = {k: v.to(where) for k, v in saved["kl"].items()}
+        if self.settings.engine == saved["job"]["settings"].get("engine"):
+            self.engine.engine = saved["engine"]
         self.generators, self.good = saved["generators_of_epoch"], saved["pair"]
         rng.restore(saved["generators"])
+
+    def _say(self, words: str) -> None:
+        self.shown.set_postfix_str(words)
 
     def _bar(self, progress: bool) -> tqdm:
         steps = max(1, math.ceil(len(self.rows) / self.settings.batch_size))
@@ -442,8 +471,8 @@ class _Run:
 
 
 _PARTS_OF_CHECKPOINT = (
-    *("job", "pair", "best", "best_epoch", "optimizer", "epochs", "batches", "examples", "loss"),
-    *("norm", "seconds", "reconstruction", "kl", "generators_of_epoch", "generators"),
+    *("job", "pair", "best", "best_epoch", "optimizer", "epochs", "batches", "examples", "sums"),
+    *("norm", "seconds", "engine", "generators_of_epoch", "generators"),
 )
 
 

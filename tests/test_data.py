@@ -517,6 +517,10 @@ def test_only_grey_data_under_a_binary_likelihood_are_drawn(x, likelihood, binar
     assert preparation(pair, source(x), binarize).binarize is drawn
 
 
+LOOKING = {"engine": "eager", "progress": False}
+"""A graph would show the pair its data once."""
+
+
 class Recorder(nn.Module):
     """Keeps what it observes in training, in the order of the indices that come beside it."""
 
@@ -540,7 +544,7 @@ class Recorder(nn.Module):
 @pytest.mark.parametrize("binarize", ["dynamic", "fixed"])
 def test_what_a_pair_sees_in_training(binarize):
     pair, x = Recorder(), torch.full((8, 50), 0.5)
-    pv.fit(pair, x, torch.arange(8), epochs=2, batch_size=8, binarize=binarize, progress=False)
+    pv.fit(pair, x, torch.arange(8), epochs=2, batch_size=8, binarize=binarize, **LOOKING)
     first, second = pair.seen
     assert first.unique().tolist() == [0, 1]
     assert torch.equal(first, second) is (binarize == "fixed")
@@ -549,7 +553,7 @@ def test_what_a_pair_sees_in_training(binarize):
 def test_grey_targets_come_only_by_name_and_with_a_warning():
     pair, x = Recorder(), torch.rand(8, 50)
     with pytest.warns(UserWarning, match="not log-likelihoods"):
-        pv.fit(pair, x, torch.arange(8), epochs=1, batch_size=8, binarize="none", progress=False)
+        pv.fit(pair, x, torch.arange(8), epochs=1, batch_size=8, binarize="none", **LOOKING)
     assert torch.equal(pair.seen[0], x)
 
 
@@ -747,7 +751,7 @@ def test_a_data_set_gives_context_to_a_conditional_pair():
 @pytest.mark.parametrize("wrap", [TensorDataset, lambda *x: DataLoader(TensorDataset(*x), 8)])
 def test_grey_rows_of_a_data_set_are_drawn_as_those_of_a_tensor_are(wrap):
     pair, x = Recorder(), torch.full((8, 50), 127, dtype=torch.uint8)
-    pv.fit(pair, wrap(x, torch.arange(8)), epochs=2, batch_size=8, progress=False)
+    pv.fit(pair, wrap(x, torch.arange(8)), epochs=2, batch_size=8, **LOOKING)
     first, second = pair.seen
     assert first.unique().tolist() == [0, 1]
     assert not torch.equal(first, second)

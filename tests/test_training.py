@@ -113,7 +113,7 @@ def test_random_numbers_of_numpy_and_python_are_resumed_too(tmp_path):
             super().guide(x + float(np.random.rand()) * random.random())
 
     (x,) = rows("plain", 60)
-    options = {"epochs": 3, "batch_size": 16, "progress": False}
+    options = {"epochs": 3, "batch_size": 16, "progress": False, "engine": "eager"}
     torch.manual_seed(0)
     start = Noisy().double().state_dict()
 
