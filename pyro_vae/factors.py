@@ -64,6 +64,8 @@ class Factor(PyroModule):
 
 def split(raw: Tensor, shape: Shape, pieces: int) -> tuple[Tensor, ...]:
     """Cut ``(..., pieces * prod(shape))`` into as many tensors of shape ``(..., *shape)``."""
+    if pieces == 1:  # a cut would cost a copy in the backward pass
+        return (raw.reshape(*raw.shape[:-1], *shape),)
     return raw.reshape(*raw.shape[:-1], pieces, *shape).unbind(-1 - len(shape))
 
 

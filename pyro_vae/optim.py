@@ -70,7 +70,10 @@ class Optimizer(PyroOptim):
         for group in self.torch_optimizer.param_groups:
             group["lr"] = value
 
-    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+    def __call__(
+        self, params: Iterable[Tensor], *args: Any, norm: Tensor | None = None, **kwargs: Any
+    ) -> None:
+        """Step, as ``SVI`` asks for it; ``norm`` is that of the gradient where it is known."""
         if any(id(p) not in self._known for p in params):
             raise UsageError(
                 "the pair declared a parameter after its first step: declare every pyro.param at "
@@ -80,7 +83,7 @@ class Optimizer(PyroOptim):
         gradients = cast(list[Tensor], [p.grad for p in present])
         if not gradients:
             return
-        self.norm = norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        self.norm = norm = torch.nn.utils.get_total_norm(gradients) if norm is None else norm
         fused = self._adam if self._adam is not None and self._adam.serves(present) else None
         # A fused update on a GPU leaves a gradient that is not finite alone by itself, so that
         # nothing has to be read here.
@@ -114,9 +117,13 @@ class _FusedAdam:
     def __init__(self, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
         self.params, self.group = params, optimizer.param_groups[0]
         states = [optimizer.state[p] for p in params]
-        self.averages, self.squares, self.steps = (
-            [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
-        )
+        self.averages = [state["exp_avg"] for state in states]
+        self.squares = [state["exp_avg_sq"] for state in states]
+        # The counts of steps become parts of one tensor, which is added to at one stroke.
+        self.count = torch.stack([state["step"] for state in states])
+        self.steps = list(self.count.unbind())
+        for state, step in zip(states, self.steps, strict=True):
+            state["step"] = step
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> "_FusedAdam | None":
@@ -141,10 +148,10 @@ class _FusedAdam:
         """One update, by the kernel that torch's own step calls; none where norm is not finite."""
         group, unusable = self.group, None
         beta1, beta2 = group["betas"]
-        torch._foreach_add_(self.steps, 1)
+        self.count += 1
         if norm.is_cuda:
             unusable = torch.isfinite(norm).logical_not().float()
-            torch._foreach_sub_(self.steps, [unusable] * len(self.steps))
+            self.count -= unusable
         torch._fused_adam_(
             self.params,
             gradients,

@@ -226,9 +226,10 @@ class _Run:
 
     def _new_epoch(self) -> None:
         self.batches = self.examples = 0
-        self.norm = self.seconds = 0.0
-        self.sums: dict[str, dict[str, float]] = {"loss": {}, "reconstruction": {}, "kl": {}}
-        self.unread: list[tuple[list[tuple[str, str]], Tensor, Tensor]] = []
+        self.seconds = 0.0
+        kinds = ("loss", "norm", "reconstruction", "kl")
+        self.sums: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
+        self.unread: list[tuple[list[tuple[str, str]], Tensor]] = []
         self.generators = rng.state()
         self.good = runs.state_dict(self.pair)
 
@@ -288,7 +289,7 @@ class _Run:
                 f"training stopped in epoch {len(self.epochs) + 1}, step {self.batches}: "
                 f"{' '.join(' '.join(str(error).splitlines()[:2]).split())[:300]}"
             ) from error
-        self.unread.append((self.engine.names, self.engine.numbers, self.optimizer.norm))
+        self.unread.append((self.engine.names, self.engine.numbers))
         if len(self.unread) >= UNREAD.get(self.prepare.device.type, 1):
             self._read(batch)
         self.seconds += time.perf_counter() - began
@@ -298,15 +299,14 @@ class _Run:
         unread, self.unread = self.unread, []
         if not unread:
             return
-        rows = torch.stack([torch.cat([numbers, norm[None]]) for _, numbers, norm in unread])
-        for (names, *_), row in zip(unread, rows.tolist(), strict=True):
-            numbers = dict(zip(names, row, strict=False))
-            loss, norm = numbers["loss", ""], row[-1]
+        rows = torch.stack([numbers for _, numbers in unread]).tolist()
+        for (names, _), row in zip(unread, rows, strict=True):
+            numbers = dict(zip(names, row, strict=True))
+            loss, norm = numbers["loss", ""], numbers["norm", ""]
             if not math.isfinite(loss + norm):
                 self._nonfinite("gradient" if math.isfinite(loss) else "loss", numbers, batch)
             for (kind, name), value in numbers.items():
                 self.sums[kind][name] = self.sums[kind].get(name, 0.0) + value
-            self.norm += norm
 
     def _nonfinite(
         self,
@@ -315,7 +315,7 @@ class _Run:
         batch: Batch | None = None,
         cause: Exception | None = None,
     ) -> None:
-        parts = sorted((key for key in numbers if key[0] != "loss"), key=lambda key: key[0])
+        parts = [key for kind in ("kl", "reconstruction") for key in numbers if key[0] == kind]
         site = next((key[1] for key in parts if not math.isfinite(numbers[key])), None)
         if site is None and batch is not None:
             site = explain_nonfinite(self.pair, self.prepare(batch))
@@ -356,7 +356,7 @@ class _Run:
                 measured,
                 float(self.engine.beta),
                 self.optimizer.learning_rate,
-                self.norm / self.batches,
+                self.sums["norm"][""] / self.batches,
                 self.seconds + time.perf_counter() - began,
             )
         )
@@ -396,7 +396,6 @@ class _Run:
                 "examples": self.examples,
                 "sums": self.sums,
                 "engine": self.engine.engine,
-                "norm": self.norm,
                 "seconds": self.seconds,
                 "generators_of_epoch": self.generators,
                 "generators": rng.state(),
@@ -437,7 +436,7 @@ class _Run:
         self.optimizer.set_state(saved["optimizer"])
         self.best, self.best_epoch = saved["best"], saved["best_epoch"]
         self.epochs = [Epoch.of(epoch) for epoch in saved["epochs"]]
-        for name in ("batches", "examples", "sums", "norm", "seconds"):
+        for name in ("batches", "examples", "sums", "seconds"):
             setattr(self, name, saved[name])
         if self.settings.engine == saved["job"]["settings"].get("engine"):
             self.engine.engine = saved["engine"]
@@ -472,7 +471,7 @@ class _Run:
 
 _PARTS_OF_CHECKPOINT = (
     *("job", "pair", "best", "best_epoch", "optimizer", "epochs", "batches", "examples", "sums"),
-    *("norm", "seconds", "engine", "generators_of_epoch", "generators"),
+    *("seconds", "engine", "generators_of_epoch", "generators"),
 )
 
 

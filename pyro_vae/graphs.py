@@ -1,0 +1,434 @@
+"""Programs as graphs: a function of a pair, traced once for each shape, then replayed or compiled.
+
+A Pyro program costs Python: handlers, checks, a message for each site. The structure of a pair
+seldom changes from call to call, so that what it does with tensors can be kept as a flat graph.
+"""
+
+import copy
+import logging
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_vae import rng
+from pyro_vae.errors import UsageError, first_line
+from pyro_vae.objectives import NotTraceable
+from pyro_vae.pairs import scope
+
+Named: TypeAlias = dict[str, Tensor]
+"""The results of a graph, by name."""
+
+MOST_GRAPHS = 32
+"""Shapes and settings for which graphs are kept; a pair that needs more is no static program."""
+
+
+class Graphs:
+    """A function of a pair and of tensors, run as a graph that is kept for each shape.
+
+    Arguments:
+        pair: its parameters, buffers and other tensor attributes are inputs of the graph, so that
+            what changes in them between calls, by whatever means, takes effect.
+        function: takes tensors, uses the pair, returns tensors by name.
+        compiles: whether the graph for these inputs, of so many operations, shall be compiled.
+
+    A graph is made anew where a shape, a type, ``training`` or any number or flag that a module of
+    the pair holds differs from those of the graphs at hand. Before its first use each graph is run
+    beside the function itself under one state of the generators.
+
+    Raises `NotTraceable` where the two differ, and where the function reads values of tensors or
+    draws from Python's or NumPy's generators, which a graph would freeze.
+    """
+
+    def __init__(
+        self,
+        pair: nn.Module,
+        function: Callable[..., Named],
+        compiles: Callable[[Sequence[Tensor], int], bool],
+    ) -> None:
+        self.pair, self.function, self.compiles = pair, function, compiles
+        self.graphs: dict[Any, Callable[[list[Tensor], Sequence[Tensor]], Named]] = {}
+        self._places: list[tuple[dict[str, Any], str]] = []
+        self._settings: list[tuple[dict[str, Any], str]] = []
+        known: set[int] = set()
+        self._parameters: list[tuple[dict[str, Any], str]] = []
+        for module in pair.modules():
+            for held in (module._parameters, module._buffers, vars(module)):
+                for name, value in held.items():
+                    if isinstance(value, Tensor):
+                        self._places.append((cast(dict[str, Any], held), name))
+                        if held is module._parameters and id(value) not in known:
+                            self._parameters.append(self._places[-1])
+                            known.add(id(value))
+                    elif isinstance(value, (bool, int, float, str)):
+                        self._settings.append((cast(dict[str, Any], held), name))
+
+    def __call__(self, *inputs: Tensor) -> Named:
+        inputs = tuple(tensor.contiguous() for tensor in inputs)
+        values = [held[name] for held, name in self._places]
+        settings = [held.get(name) for held, name in self._settings]
+        key = (
+            *((tensor.shape, tensor.dtype) for tensor in inputs),
+            *(value.requires_grad for value in values),
+            *settings,
+        )
+        graph = self.graphs.get(key)
+        if graph is None:
+            if len(self.graphs) == MOST_GRAPHS:
+                raise NotTraceable(
+                    f"it took {MOST_GRAPHS} graphs already: a shape, or a number that a module "
+                    "holds, keeps changing"
+                )
+            with poutine.block(), self._unchanged():  # the runs on trial shall leave no trace
+                graph = self._make(values, inputs)
+            self.graphs[key] = graph
+        return graph(values, inputs)
+
+    def trained(self) -> list[Tensor]:
+        """The pair's parameters that take gradients, in the order of ``pair.parameters()``."""
+        return [held[name] for held, name in self._parameters if held[name].requires_grad]
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Put numbers, flags and containers of the pair back; refuse a pair that changes them."""
+        settings = [held.get(name) for held, name in self._settings]
+        containers = [
+            (name, value, copy.copy(value))
+            for module in self.pair.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, (list, dict, set)) and name not in vars(nn.Module())
+        ]
+        yield
+        changed = []
+        for (held, name), was in zip(self._settings, settings, strict=True):
+            if held.get(name) != was:
+                held[name] = was
+                changed.append(name)
+        for name, value, was in containers:
+            if len(value) != len(was):
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(was)
+                changed.append(name)
+        if changed:
+            raise NotTraceable(f"it changes its attribute '{changed[0]}' as it runs")
+
+    def _make(self, values: list[Tensor], inputs: Sequence[Tensor]) -> Callable[..., Named]:
+        eager = self._left(lambda: self.function(*inputs), values)
+        before = _python_state()
+        graph, names = self._trace(values, inputs)
+        drew = _python_state() != before
+        if drew:
+            raise NotTraceable("it draws from Python's or NumPy's generators, not from torch's")
+        run: Callable[..., Any] = graph.forward
+        if values[0].is_cuda:
+            run = _Captured(run, values, inputs)
+        replay = _named(run, names)
+        _require_same(eager, self._left(lambda: replay(values, inputs), values), 1e-5)
+        operations = sum(node.op == "call_function" for node in graph.graph.nodes)
+        if self.compiles(inputs, operations):
+            try:
+                compiled = _named(_compile(graph, [*values, *inputs]), names)
+                _require_same(eager, self._left(lambda: compiled(values, inputs), values), 0.1)
+                return compiled
+            except Exception as error:  # a missing compiler, or what Inductor cannot do
+                self.compiles = lambda inputs, operations: False
+                warnings.warn(
+                    f"the graph of {type(self.pair).__name__} is replayed, not compiled: "
+                    f"{type(error).__name__}: {first_line(error)[:200]}",
+                    stacklevel=2,
+                )
+        return replay
+
+    def _trace(
+        self, values: list[Tensor], inputs: Sequence[Tensor]
+    ) -> tuple[torch.fx.GraphModule, list[str]]:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        names: list[str] = []
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            with self._holding(tensors[: len(values)]), scope(self.pair):
+                found = self.function(*tensors[len(values) :])
+                foreign = set(map(id, pyro.get_param_store()._params.values()))
+            if foreign - set(map(id, tensors)):
+                raise NotTraceable(
+                    "it declares a pyro.param that it does not hold: pyro_vae.check adopts it"
+                )
+            names[:] = found
+            return list(found.values())
+
+        # Tensors that two places share are one input twice; as leaves they are one again.
+        leaves = {id(value): value.detach().requires_grad_(value.requires_grad) for value in values}
+        shared = [leaves[id(value)] for value in values]
+        try:
+            with pyro.validation_enabled(False), _quiet():
+                graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(
+                    *shared, *inputs
+                )
+        except NotTraceable:
+            raise
+        except Exception as error:  # a user's own code may raise anything
+            raise NotTraceable(_reason(error)) from error
+        _tidy(graph)
+        return graph, names
+
+    @contextmanager
+    def _holding(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """The pair with these tensors in place of its own."""
+        before = [held[name] for held, name in self._places]
+        self._put(tensors)
+        try:
+            yield
+        finally:
+            self._put(before)
+
+    def _put(self, tensors: Sequence[Tensor]) -> None:
+        for (held, name), tensor in zip(self._places, tensors, strict=True):
+            held[name] = tensor
+
+    def _left(self, run: Callable[[], Named], values: list[Tensor]) -> list[tuple[str, Tensor]]:
+        """What a run returns and what it leaves in the pair, all of which is then put back."""
+        generators = rng.state()
+        kept = [value.detach().clone() for value in values]
+        with scope(self.pair):
+            found = run()
+        left = [
+            (f"{name}, tensor {i}", held[name].detach().clone())
+            for i, (held, name) in enumerate(self._places)
+        ]
+        self._put(values)
+        rng.restore(generators)
+        with torch.no_grad():
+            for value, was in zip(values, kept, strict=True):
+                if not torch.equal(value, was):
+                    value.copy_(was)
+        return [*found.items(), *left]
+
+
+def _require_same(
+    eager: list[tuple[str, Tensor]], replayed: list[tuple[str, Tensor]], tolerance: float
+) -> None:
+    others, scale = dict(replayed), max(float(value.double().norm()) for _, value in eager)
+    for name, value in eager:
+        if name in others and not _close(value, others[name], tolerance, scale):
+            raise NotTraceable(
+                f"a graph of it gives other values than itself (first in '{name}'): something that "
+                "changes from call to call is no tensor of the pair"
+            )
+
+
+class _Captured:
+    """A run on CUDA, captured as one graph that is replayed on inputs copied into place."""
+
+    def __init__(
+        self, run: Callable[..., Any], values: list[Tensor], inputs: Sequence[Tensor]
+    ) -> None:
+        self.inputs = [tensor.clone() for tensor in inputs]
+        generators, kept = rng.state(), [value.detach().clone() for value in values]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(3):
+                run(*values, *self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self.graph):
+            self.outputs = run(*values, *self.inputs)
+        rng.restore(generators)
+        with torch.no_grad():
+            for value, was in zip(values, kept, strict=True):
+                value.copy_(was)
+        self.addresses = [value.data_ptr() for value in values]
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        values, inputs = tensors[: len(self.addresses)], tensors[len(self.addresses) :]
+        if [value.data_ptr() for value in values] != self.addresses:
+            raise UsageError(
+                "a parameter of the pair was replaced while it trained; change it in place"
+            )
+        for held, given in zip(self.inputs, inputs, strict=True):
+            held.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def _named(run: Callable[..., Any], names: list[str]) -> Callable[..., Named]:
+    def named(values: list[Tensor], inputs: Sequence[Tensor]) -> Named:
+        with torch.no_grad():
+            return dict(zip(names, run(*values, *inputs), strict=True))
+
+    return named
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float, scale: float) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    finite = torch.isfinite(a)
+    if not torch.equal(finite, torch.isfinite(b)):
+        return False
+    a, b = a[finite].double(), b[finite].double()
+    return bool((a - b).norm() <= tolerance * (a.norm() + b.norm()) + 1e-6 * scale)
+
+
+def _python_state() -> tuple[Any, ...]:
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
+
+
+def _reason(error: Exception) -> str:
+    """Why tracing failed, in words that go on from "because"."""
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    data = ("DataDependentOutputException", "GuardOnDataDependentSymNode", "DynamicOutputShape")
+    if any(kind.startswith(data) for kind in kinds) or "data-dependent" in str(error):
+        return "a branch, a number or a shape in it depends on the values of tensors"
+    return f"it cannot be traced ({type(error).__name__}: {first_line(error)})"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No words of torch's own about tracing and compiling."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+aten = torch.ops.aten
+_ALIASES = (aten.alias.default, aten.detach.default)
+_SHAPES = (aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.t.default)
+_MADE = {
+    aten.ones_like.default: 1.0,
+    aten.ones.default: 1.0,
+    aten.zeros_like.default: 0.0,
+    aten.zeros.default: 0.0,
+}
+
+
+def _tidy(graph: torch.fx.GraphModule) -> None:
+    """Take out what a replay need not do, without changing one bit of what it gives.
+
+    Aliases, views to the same shape, arithmetic with whole tensors of zeros or ones (which the
+    backward pass is full of), what is computed twice, and what nobody uses.
+    """
+    constants: dict[torch.fx.Node, float] = {}
+    written, known = _written(graph.graph), dict[Any, torch.fx.Node]()
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        constant = _constant(node, constants)
+        if constant is not None:
+            constants[node] = constant
+        if node.target is aten.mul.Tensor and -1.0 in map(constants.get, node.args):
+            source = node.args[constants.get(node.args[0]) == -1.0]
+            if source.meta["val"].shape == node.meta["val"].shape:
+                node.target, node.args = aten.neg.default, (source,)
+        same = _same(node, constants)
+        if same is None and not _has_effect(node) and not written & {node, *node.all_input_nodes}:
+            same = known.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+        if same is not None and same is not node:
+            node.replace_all_uses_with(same)
+    for node in reversed(list(graph.graph.nodes)):
+        if node.op in ("get_attr", "call_function") and not _has_effect(node) and not node.users:
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _has_effect(node: torch.fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (
+        target._schema.is_mutable
+        or torch.Tag.nondeterministic_seeded in target.tags
+        or "batch_norm" in target._schema.name  # it moves its running means unannounced
+    )
+
+
+def _written(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Nodes whose values, or the memory they share with others, change after they were made."""
+    found = {source for node in graph.nodes if _has_effect(node) for source in node.all_input_nodes}
+    for nodes in (reversed(list(graph.nodes)), graph.nodes):
+        for node in nodes:
+            target = node.target
+            if isinstance(target, torch._ops.OpOverload) and any(
+                returned.alias_info is not None for returned in target._schema.returns
+            ):
+                shared = {node, *node.all_input_nodes}
+                if shared & found:
+                    found |= shared
+    return found
+
+
+def _constant(node: torch.fx.Node, constants: dict[torch.fx.Node, float]) -> float | None:
+    """The one number that every element of a node's value is, if that is known."""
+    target: Any = node.target
+    if target in _MADE:
+        return _MADE[target]
+    source = node.args[0] if node.args else None
+    if not isinstance(source, torch.fx.Node) or source not in constants:
+        return None
+    if target in _SHAPES or target in _ALIASES:
+        return constants[source]
+    if torch.Tag.pointwise not in target.tags or len(node.kwargs):
+        return None
+    operands = [constants.get(a) if isinstance(a, torch.fx.Node) else a for a in node.args]
+    if not all(isinstance(value, (int, float)) for value in operands):
+        return None
+    dtypes = [a.meta["val"].dtype if isinstance(a, torch.fx.Node) else None for a in node.args]
+    return target(
+        *(
+            value if dtype is None else torch.tensor(value, dtype=dtype)
+            for value, dtype in zip(operands, dtypes, strict=True)
+        )
+    ).item()
+
+
+def _same(node: torch.fx.Node, constants: dict[torch.fx.Node, float]) -> torch.fx.Node | None:
+    """The node whose value this node's value is, if there is one."""
+    target: Any = node.target
+    first, second = (*node.args, None, None)[:2]
+    if target in (aten.mul.Tensor, aten.add.Tensor) and first in constants:
+        first, second = second, first
+    if not isinstance(first, torch.fx.Node) or node.kwargs:
+        return None
+    if target in _ALIASES:
+        return first
+    if target is aten.t.default and first.target is aten.t.default:
+        return cast(torch.fx.Node, first.args[0])
+    if target is aten.neg.default and first.target is aten.neg.default:
+        return cast(torch.fx.Node, first.args[0])
+    was, value = first.meta.get("val"), node.meta["val"]
+    if not isinstance(was, Tensor) or not isinstance(value, Tensor):
+        return None
+    if was.shape != value.shape or was.dtype != value.dtype:
+        return None
+    if target in _SHAPES[:2]:
+        return first
+    number = constants.get(second) if isinstance(second, torch.fx.Node) else second
+    if target in (aten.mul.Tensor, aten.div.Tensor) and number == 1:
+        return first
+    if target is aten.pow.Tensor_Scalar and number == 1:
+        return first
+    return first if target in (aten.add.Tensor, aten.sub.Tensor) and number == 0 else None
+
+
+def _compile(graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Any]:
+    import torch._inductor
+
+    with torch.no_grad(), _quiet():
+        # The generators are those of the eager step, so that the draws are the same.
+        return torch._inductor.compile(
+            graph,
+            [tensor.detach() for tensor in examples],
+            options={"fallback_random": True},
+        )
