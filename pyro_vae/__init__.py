@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from pyro_vae.datasets import one_hot as one_hot
     from pyro_vae.errors import UsageError as UsageError
     from pyro_vae.evaluation import evaluate as evaluate
-    from pyro_vae.evaluation import log_likelihood as log_likelihood
     from pyro_vae.factors import Factor as Factor
     from pyro_vae.factors import Family as Family
+    from pyro_vae.importance import log_likelihood as log_likelihood
     from pyro_vae.inference import decode as decode
     from pyro_vae.inference import encode as encode
     from pyro_vae.inference import interpolate as interpolate
@@ -77,7 +77,7 @@ _WHERE = {
     "interpolate": "inference",
     "traverse": "inference",
     "evaluate": "evaluation",
-    "log_likelihood": "evaluation",
+    "log_likelihood": "importance",
     "write_report": "report",
     # data and runs
     "load_data": "datasets",

@@ -7,6 +7,7 @@ command runs.
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict as ConfigDict
 
 from pyro_vae import config as configuration
-from pyro_vae.config import Input, Model, Objective, Settings
+from pyro_vae.config import Engine, Input, Model, Objective, Settings
 from pyro_vae.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -45,7 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         words, app.config = _config_file(words)
-        app(words, exit_on_error=False, print_error=False)
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+
+            def one_line(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+                if category is UserWarning:
+                    print(f"pyro-vae: {message}", file=sys.stderr)
+                else:
+                    show(message, category, *rest, **more)
+
+            warnings.showwarning = one_line
+            app(words, exit_on_error=False, print_error=False)
     except UsageError as error:
         _fail(str(error))
     except CycloptsError as error:
@@ -128,7 +139,7 @@ def train(
         config={"train": given},
         **asdict(settings),
     )
-    _evaluate(run, seeded_pair, loaded, given, num_eval_samples)
+    _evaluate(run, seeded_pair, loaded, given, num_eval_samples, settings.engine)
     if report:
         _report(run, seeded_pair, loaded, given)
         print(f"{'report':<20}{run / 'report.html'}")
@@ -142,6 +153,7 @@ def evaluate(
     data_dir: Path | None = None,
     model: UserClass = None,
     num_samples: int = 500,
+    engine: Engine = "auto",
 ) -> None:
     """Measure a run on the test part of its data: ELBO, log p(x), KL, active units, a probe.
 
@@ -153,9 +165,11 @@ def evaluate(
         Folder of torchvision's files.
     num_samples
         Importance samples for log p(x) of each datum.
+    engine
+        How log p(x) is computed: eager, traced or compiled; auto goes by the work to be done.
     """
     pair, loaded, given = _open(run, data, data_dir, model)
-    _evaluate(run, pair, loaded, given, num_samples)
+    _evaluate(run, pair, loaded, given, num_samples, engine)
 
 
 @app.command
@@ -373,7 +387,12 @@ def _seeded_pair(model: Model, data: "Data", seed: int) -> "nn.Module":
 
 
 def _evaluate(
-    run: Path, pair: "nn.Module", data: "Data", given: dict[str, Any], num_samples: int
+    run: Path,
+    pair: "nn.Module",
+    data: "Data",
+    given: dict[str, Any],
+    num_samples: int,
+    engine: str,
 ) -> None:
     from pyro_vae import runs
     from pyro_vae.evaluation import evaluate as measure
@@ -387,6 +406,7 @@ def _evaluate(
         train_labels=data.train.labels,
         num_samples=num_samples,
         binarize=_binarize(given),
+        engine=engine,
         progress=True,
     )
     runs.write_json(run / runs.METRICS, {"data": data.name} | result.as_dict())

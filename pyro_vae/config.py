@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from pyro_vae.errors import UsageError, nearest
 
@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from pyro_vae.datasets import Data
     from pyro_vae.schedules import Schedule
 
-ENGINES = ("auto", "eager", "traced", "compiled")
+Engine: TypeAlias = Literal["auto", "eager", "traced", "compiled"]
+
+ENGINES: tuple[str, ...] = get_args(Engine)
+
+
+def require_engine(name: str) -> str:
+    """The name of an engine, or `UsageError` with the nearest."""
+    if name not in ENGINES:
+        raise UsageError(f"engine is '{name}'; {nearest(name, ENGINES)}")
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +75,7 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
-    engine: Literal["auto", "eager", "traced", "compiled"] = "auto"
+    engine: Engine = "auto"
     checkpoint_seconds: float = 30.0
     tensorboard: bool = False
 
@@ -83,8 +92,7 @@ class Settings:
             raise UsageError(f"seed must be a whole number from 0 to 2^63 - 1, {self.seed} came")
         if self.precision not in ("float32", "bfloat16"):
             raise UsageError(f"precision is float32 or bfloat16, '{self.precision}' came")
-        if self.engine not in ENGINES:
-            raise UsageError(f"engine is '{self.engine}'; {nearest(self.engine, ENGINES)}")
+        require_engine(self.engine)
 
     @classmethod
     def of(cls, keywords: dict[str, Any]) -> Settings:

@@ -15,8 +15,7 @@ from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.infer.util import zero_grads
 from torch import Tensor, nn
 
-from pyro_vae.config import ENGINES
-from pyro_vae.errors import UsageError, nearest
+from pyro_vae.config import require_engine
 from pyro_vae.graphs import Graphs, Named
 from pyro_vae.objectives import KLWeight, NotTraceable, Parts, recorded, surrogate
 from pyro_vae.pairs import Batch
@@ -89,9 +88,7 @@ class Engine(ELBO):
     ) -> None:
         objective = objective or Trace_ELBO()
         super().__init__(num_particles=objective.num_particles)
-        if engine not in ENGINES:
-            raise UsageError(f"engine is '{engine}'; {nearest(engine, ENGINES)}")
-        self.pair, self.engine = pair, engine
+        self.pair, self.engine = pair, require_engine(engine)
         self.parts = Parts()
         self.objective: Any = recorded(objective, self.parts)
         self.weight = KLWeight()

@@ -6,43 +6,32 @@ from math import isnan, log, prod
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_vae.data import Preparation, Rows, Source, held_out, preparation, source
+from pyro_vae.data import Preparation, Rows, Source, held_rows
 from pyro_vae.errors import UsageError
+from pyro_vae.importance import estimate
 from pyro_vae.objectives import Parts, recorded
 from pyro_vae.pairs import (
-    Batch,
     Pair,
-    by_datum,
     data_site,
     is_local,
     latents,
-    log_prob,
     mean,
-    observed,
     sample_sites,
     site_kl,
-    trace,
     trace_guide,
     trace_model,
     using,
 )
-from pyro_vae.progress import bar
-from pyro_vae.rng import seeded
 
 ACTIVE = 0.01
 """A unit is active where its posterior mean varies over the data by more (Burda et al., 2016)."""
 
 PARTICLES = 10
 """Draws for each datum from which `evaluate` estimates the ELBO."""
-
-CELLS = 2**23
-"""Numbers in the greatest tensor that `log_likelihood` may make at once."""
 
 
 class Bound(NamedTuple):
@@ -54,24 +43,6 @@ class Bound(NamedTuple):
     reconstruction: float
     kl: dict[str, float]
     """KL of each latent site."""
-
-
-class LogLikelihood(NamedTuple):
-    """An importance-sampled estimate of log p(x); nats per example."""
-
-    value: float
-    """Mean over the data of the estimates: in expectation a lower bound of log p(x)."""
-    standard_error: float
-    """Monte Carlo standard error of ``value``, for these data; 0 where the guide is exact, NaN for
-    one sample, which tells nothing of it."""
-    num_samples: int
-    """Importance samples for each datum."""
-    per_datum: Tensor
-    """The estimate for each datum, of shape (n,)."""
-    standard_errors: Tensor
-    """The Monte Carlo standard error of each, by the delta method, of shape (n,)."""
-    effective_sample_size: Tensor
-    """(sum w)^2 / sum w^2 of each datum's weights, of shape (n,)."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +114,7 @@ def evaluate(
     binarize: str = "dynamic",
     batch_size: int = 500,
     seed: int = 0,
+    engine: str = "auto",
     progress: bool = False,
 ) -> Evaluation:
     r"""Measure a fitted pair on held-out data.
@@ -155,6 +127,7 @@ def evaluate(
         train, train_labels: training data, as a tuple of x and context, and their labels: the
             probe is fitted on these alone.
         num_samples: importance samples for log p(x), for each datum.
+        engine: how log p(x) is computed, as in `pyro_vae.log_likelihood`.
         seed: of all draws. Parameters, generators and the parameter store stay as they were.
 
     >>> import torch, pyro_vae as pv
@@ -164,8 +137,8 @@ def evaluate(
     """
     if num_samples < 1:
         raise UsageError(f"num_samples must be 1 or more, {num_samples} came")
-    rows, prepare = _held(pair, x, context, binarize)
-    known = _held(pair, train[0], train[1:], binarize) if train is not None else None
+    rows, prepare = held_rows(pair, x, context, binarize)
+    known = held_rows(pair, train[0], train[1:], binarize) if train is not None else None
     for name, given, source_of in (
         ("x", labels, rows),
         ("train", train_labels, known and known[0]),
@@ -173,7 +146,7 @@ def evaluate(
         if given is not None and source_of is not None and len(given) != len(source_of):
             raise UsageError(f"{len(given)} labels came for {len(source_of)} rows of {name}")
     parts = bound(pair, rows, prepare, Trace_ELBO(num_particles=PARTICLES), batch_size, seed)
-    likelihood = _estimate(pair, rows, prepare, num_samples, seed, progress)
+    likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress)
     units, codes, discrete, dims = _units(pair, rows, prepare, batch_size, seed)
     accuracy = None
     if labels is not None and known is not None and train_labels is not None:
@@ -217,170 +190,6 @@ def bound(
             count += len(prepared[0])
     reconstruction, kl = parts.per_example(count)
     return Bound(-total / count, reconstruction - sum(kl.values()), reconstruction, kl)
-
-
-def log_likelihood(
-    pair: nn.Module,
-    x: Rows,
-    *context: Any,
-    num_samples: int = 500,
-    binarize: str = "dynamic",
-    seed: int = 0,
-    progress: bool = False,
-) -> LogLikelihood:
-    r"""Estimate log p(x) by importance sampling, with the guide as proposal.
-
-    :math:`\log \hat p(x) = \log \tfrac1K \sum_k p(x, z_k)/q(z_k|x),\ z_k \sim q(z|x)`, whose
-    expectation is below :math:`\log p(x)` and reaches it as K grows. Standard errors are those of
-    the delta method, :math:`\mathrm{sd}(w)/(\bar w \sqrt K)`.
-
-    Arguments:
-        num_samples: K for each datum, any number: memory does not grow with it.
-
-    Raises `UsageError` for a pair with sites outside the data plate, for which log p(x) of a
-    datum is not defined by these weights. Burda, Grosse & Salakhutdinov, 2016.
-
-    >>> import torch, pyro_vae as pv
-    >>> pv.log_likelihood(pv.VAE.mlp((4,)), torch.ones(8, 4), num_samples=100).per_datum.shape
-    torch.Size([8])
-    """
-    if num_samples < 1:
-        raise UsageError(f"num_samples must be 1 or more, {num_samples} came")
-    rows, prepare = _held(pair, x, context, binarize)
-    return _estimate(pair, rows, prepare, num_samples, seed, progress)
-
-
-def _estimate(
-    pair: nn.Module,
-    rows: Source,
-    prepare: Preparation,
-    num_samples: int,
-    seed: int,
-    progress: bool,
-) -> LogLikelihood:
-    """`log_likelihood` of rows that are already checked and binarised."""
-    values: list[tuple[Tensor, Tensor, Tensor]] = []
-    with using(pair, seed):
-        first = prepare(next(iter(rows.batches(2))))
-        nesting, vectorized, widest = _structure(pair, first)
-        batch_size = max(1, min(500, CELLS // widest))
-        with bar(progress, -(-len(rows) // batch_size), "log p(x)") as shown:
-            for batch in rows.batches(batch_size):
-                prepared = prepare(batch)
-                values.append(_weigh(pair, prepared, num_samples, widest, nesting, vectorized))
-                shown.update()
-    per_datum, errors, ess = (torch.cat(column) for column in zip(*values, strict=True))
-    return LogLikelihood(
-        per_datum.mean().item(),
-        (errors.square().sum().sqrt() / len(errors)).item(),
-        num_samples,
-        per_datum,
-        errors,
-        ess,
-    )
-
-
-def log_weights(pair: nn.Module, batch: Batch, num_samples: int, nesting: int = 1) -> Tensor:
-    """log p(x, z) - log q(z | x) for draws of the guide, of shape (num_samples, batch)."""
-    model, guide = _sampled(pair, batch, num_samples, nesting)
-    return _local_total(model, nesting) - _local_total(guide, nesting)
-
-
-def _sampled(
-    pair: nn.Module, batch: Batch, num_samples: int, nesting: int
-) -> tuple[poutine.Trace, poutine.Trace]:
-    """Traces of model and guide under a plate of samples, to the left of all others."""
-    plate = pyro.plate("importance_samples", num_samples, dim=-1 - nesting)
-    with plate:
-        guide = trace_guide(pair, batch)
-    with plate:
-        model = trace_model(pair, batch, guide)
-    return model, guide
-
-
-def _local_total(trace: poutine.Trace, nesting: int) -> Tensor:
-    total: Any = 0.0
-    for name, site in (latents(trace) | observed(trace)).items():
-        term = log_prob(site)
-        if term.dim() != nesting + 1:
-            raise ValueError(f"site '{name}' does not take a plate of samples")
-        total = total + by_datum(term, particles=True)
-    return total
-
-
-def _structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
-    """How many plates a pair nests, whether it takes a plate of samples, its widest site."""
-    guide = trace_guide(pair, batch)
-    model = trace_model(pair, batch, guide)
-    sites = [*latents(guide).values(), *observed(model).values()]
-    nesting = max(
-        (-f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized), default=1
-    )
-    widest = max(prod(site["fn"].event_shape) for site in sites)
-    for name, site in (latents(guide) | observed(model)).items():
-        if not is_local(site):
-            raise UsageError(
-                f"site '{name}' is outside the data plate: log p(x) of a datum is not defined by "
-                "importance weights of it"
-            )
-    return nesting, _vectorizes(pair, batch, nesting), widest
-
-
-def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
-    """Whether a plate of samples gives the weights that its draws have one by one."""
-    typed = cast(Pair, pair)
-    try:
-        model, guide = _sampled(pair, batch, 3, nesting)
-        together = _local_total(model, nesting) - _local_total(guide, nesting)
-        for k in range(3):
-            draw = {name: site["value"][k] for name, site in latents(guide).items()}
-            p, q = (
-                _total(trace(poutine.condition(program, data=draw), batch))
-                for program in (typed.model, typed.guide)
-            )
-            if not torch.allclose(together[k], p - q, rtol=1e-3, atol=1e-3):
-                return False
-    except (RuntimeError, ValueError, IndexError, AssertionError):
-        return False
-    return True
-
-
-def _weigh(
-    pair: nn.Module, batch: Batch, num_samples: int, widest: int, nesting: int, vectorized: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Estimate, standard error and effective sample size of each datum, by chunks of samples."""
-    n = len(batch[0])
-    first = torch.full((n,), -torch.inf, dtype=torch.float64)
-    second = first.clone()
-    chunk = max(1, CELLS // (widest * n)) if vectorized else 1
-    for start in range(0, num_samples, chunk):
-        size = min(chunk, num_samples - start)
-        if vectorized:
-            weights = log_weights(pair, batch, size, nesting)
-        else:
-            guide = trace_guide(pair, batch)
-            weights = (_total(trace_model(pair, batch, guide)) - _total(guide))[None]
-        weights = weights.double().cpu()
-        first = torch.logaddexp(first, weights.logsumexp(0))
-        second = torch.logaddexp(second, (2 * weights).logsumexp(0))
-    ratio = torch.exp(second - 2 * first)  # sum w^2 / (sum w)^2, at least 1/K
-    errors = (ratio - 1 / num_samples).clamp(min=0).sqrt()
-    if num_samples == 1:
-        errors = torch.full_like(errors, torch.nan)  # one sample tells nothing of its error
-    return first - log(num_samples), errors, 1 / ratio
-
-
-def _total(trace: poutine.Trace) -> Tensor:
-    sites = (latents(trace) | observed(trace)).values()
-    return sum((by_datum(log_prob(site), particles=False) for site in sites), torch.zeros(()))
-
-
-def _held(
-    pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str
-) -> tuple[Source, Preparation]:
-    with seeded(0):  # a loader draws as it begins
-        rows = source(x, context, pair)
-        return held_out(rows, preparation(pair, rows, binarize))
 
 
 def _units(

@@ -105,7 +105,11 @@ class Graphs:
             for name, value in vars(module).items()
             if isinstance(value, (list, dict, set)) and name not in vars(nn.Module())
         ]
-        yield
+        fault = None
+        try:
+            yield
+        except NotTraceable as error:
+            fault = error
         changed = []
         for (held, name), was in zip(self._settings, settings, strict=True):
             if held.get(name) != was:
@@ -117,18 +121,26 @@ class Graphs:
                 (value.extend if isinstance(value, list) else value.update)(was)
                 changed.append(name)
         if changed:
-            raise NotTraceable(f"it changes its attribute '{changed[0]}' as it runs")
+            raise NotTraceable(f"it changes its attribute '{changed[0]}' as it runs") from fault
+        if fault is not None:
+            raise fault
 
     def _make(self, values: list[Tensor], inputs: Sequence[Tensor]) -> Callable[..., Named]:
         eager = self._left(lambda: self.function(*inputs), values)
-        before = _python_state()
-        graph, names = self._trace(values, inputs)
-        drew = _python_state() != before
+        before, generators = _python_state(), rng.state()
+        try:
+            graph, names = self._trace(values, inputs)
+            drew = _python_state() != before
+        finally:
+            rng.restore(generators)
         if drew:
             raise NotTraceable("it draws from Python's or NumPy's generators, not from torch's")
         run: Callable[..., Any] = graph.forward
         if values[0].is_cuda:
-            run = _Captured(run, values, inputs)
+            try:
+                run = _Captured(run, values, inputs)
+            except RuntimeError as error:
+                raise NotTraceable(f"CUDA cannot capture it ({first_line(error)})") from error
         replay = _named(run, names)
         _require_same(eager, self._left(lambda: replay(values, inputs), values), 1e-5)
         operations = sum(node.op == "call_function" for node in graph.graph.nodes)
@@ -139,9 +151,11 @@ class Graphs:
                 return compiled
             except Exception as error:  # a missing compiler, or what Inductor cannot do
                 self.compiles = lambda inputs, operations: False
+                why = f"{type(error).__name__}: {first_line(error)[:200]}"
+                if isinstance(error, NotTraceable):
+                    why = "its draws or values would be others than those of the pair"
                 warnings.warn(
-                    f"the graph of {type(self.pair).__name__} is replayed, not compiled: "
-                    f"{type(error).__name__}: {first_line(error)[:200]}",
+                    f"the graph of {type(self.pair).__name__} is replayed, not compiled: {why}",
                     stacklevel=2,
                 )
         return replay
@@ -332,7 +346,10 @@ def _tidy(graph: torch.fx.GraphModule) -> None:
             constants[node] = constant
         if node.target is aten.mul.Tensor and -1.0 in map(constants.get, node.args):
             source = node.args[constants.get(node.args[0]) == -1.0]
-            if source.meta["val"].shape == node.meta["val"].shape:
+            if (
+                isinstance(source, torch.fx.Node)
+                and source.meta["val"].shape == node.meta["val"].shape
+            ):
                 node.target, node.args = aten.neg.default, (source,)
         same = _same(node, constants)
         if same is None and not _has_effect(node) and not written & {node, *node.all_input_nodes}:

@@ -77,7 +77,7 @@ def test_log_likelihood_does_not_depend_on_how_it_is_cut(monkeypatch):
     pair = linear_gaussian(spread=1.2)
     x = data(pair, 30)
     whole = pv.log_likelihood(pair, x, num_samples=400)
-    monkeypatch.setattr("pyro_vae.evaluation.CELLS", 6 * 10 * 7)
+    monkeypatch.setattr("pyro_vae.importance.CELLS", 6 * 10 * 7)
     cut = pv.log_likelihood(pair, x, num_samples=400)
     assert abs(whole.value - cut.value) < 5 * (whole.standard_error + cut.standard_error)
     assert cut.num_samples == 400

@@ -1,0 +1,255 @@
+"""log p(x) by importance sampling, with the guide as proposal."""
+
+import warnings
+from collections.abc import Callable
+from math import log, prod
+from typing import Any, NamedTuple, cast
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_vae.config import require_engine
+from pyro_vae.data import Preparation, Rows, Source, held_rows
+from pyro_vae.errors import UsageError
+from pyro_vae.graphs import Graphs, Named
+from pyro_vae.objectives import NotTraceable
+from pyro_vae.pairs import (
+    Batch,
+    Pair,
+    by_datum,
+    is_local,
+    latents,
+    log_prob,
+    observed,
+    trace,
+    trace_guide,
+    trace_model,
+    using,
+)
+from pyro_vae.progress import bar
+
+CELLS = 2**20
+"""Numbers in the greatest tensor that is made at once: as many as the caches of a core hold."""
+
+SAMPLES = 64
+"""Samples of a datum that are drawn side by side at least, so that the encoder is run seldom."""
+
+TRACED_RUNS = 20
+"""Chunks from which on "auto" traces a graph for them."""
+
+COMPILED_CELLS = 5e9
+"""Data times samples times dimensions from which on "auto" compiles that graph."""
+
+
+class LogLikelihood(NamedTuple):
+    """An importance-sampled estimate of log p(x); nats per example."""
+
+    value: float
+    """Mean over the data of the estimates: in expectation a lower bound of log p(x)."""
+    standard_error: float
+    """Monte Carlo standard error of ``value``, for these data; 0 where the guide is exact, NaN for
+    one sample, which tells nothing of it."""
+    num_samples: int
+    """Importance samples for each datum."""
+    per_datum: Tensor
+    """The estimate for each datum, of shape (n,)."""
+    standard_errors: Tensor
+    """The Monte Carlo standard error of each, by the delta method, of shape (n,)."""
+    effective_sample_size: Tensor
+    """(sum w)^2 / sum w^2 of each datum's weights, of shape (n,)."""
+
+
+def log_likelihood(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    num_samples: int = 500,
+    binarize: str = "dynamic",
+    seed: int = 0,
+    engine: str = "auto",
+    progress: bool = False,
+) -> LogLikelihood:
+    r"""Estimate log p(x) by importance sampling, with the guide as proposal.
+
+    :math:`\log \hat p(x) = \log \tfrac1K \sum_k p(x, z_k)/q(z_k|x),\ z_k \sim q(z|x)`, whose
+    expectation is below :math:`\log p(x)` and reaches it as K grows. Standard errors are those of
+    the delta method, :math:`\mathrm{sd}(w)/(\bar w \sqrt K)`.
+
+    Arguments:
+        num_samples: K for each datum, any number: memory does not grow with it.
+        engine: "eager", "traced", "compiled" or "auto", as in `pyro_vae.fit`.
+
+    Raises `UsageError` for a pair with sites outside the data plate, for which log p(x) of a
+    datum is not defined by these weights. Burda, Grosse & Salakhutdinov, 2016.
+
+    >>> import torch, pyro_vae as pv
+    >>> pv.log_likelihood(pv.VAE.mlp((4,)), torch.ones(8, 4), num_samples=100).per_datum.shape
+    torch.Size([8])
+    """
+    if num_samples < 1:
+        raise UsageError(f"num_samples must be 1 or more, {num_samples} came")
+    rows, prepare = held_rows(pair, x, context, binarize)
+    return estimate(pair, rows, prepare, num_samples, seed, engine, progress)
+
+
+def estimate(
+    pair: nn.Module,
+    rows: Source,
+    prepare: Preparation,
+    num_samples: int,
+    seed: int,
+    engine: str,
+    progress: bool,
+) -> LogLikelihood:
+    """`log_likelihood` of rows that are already checked and binarised."""
+    require_engine(engine)
+    values: list[tuple[Tensor, Tensor, Tensor]] = []
+    with using(pair, seed):
+        first = prepare(next(iter(rows.batches(2))))
+        nesting, vectorized, widest = _structure(pair, first)
+        batch_size = max(1, min(500, len(rows), CELLS // (widest * min(SAMPLES, num_samples))))
+        chunk = max(1, CELLS // (widest * batch_size)) if vectorized else 1
+        chunk = min(chunk, num_samples)
+        runs = -(-len(rows) // batch_size) * -(-num_samples // chunk)
+        if engine == "auto":
+            engine = "traced" if runs >= TRACED_RUNS else "eager"
+            if len(rows) * num_samples * widest >= COMPILED_CELLS:
+                engine = "compiled"
+        sums = _sums(pair, nesting, vectorized, engine, chunk * batch_size)
+        with bar(progress, len(rows), "log p(x)") as shown:
+            for batch in rows.batches(batch_size):
+                values.append(_weigh(sums, prepare(batch), num_samples, chunk))
+                shown.update(len(batch[0]))
+    per_datum, errors, ess = (torch.cat(column) for column in zip(*values, strict=True))
+    return LogLikelihood(
+        per_datum.mean().item(),
+        (errors.square().sum().sqrt() / len(errors)).item(),
+        num_samples,
+        per_datum,
+        errors,
+        ess,
+    )
+
+
+def log_weights(pair: nn.Module, batch: Batch, num_samples: int, nesting: int = 1) -> Tensor:
+    """log p(x, z) - log q(z | x) for draws of the guide, of shape (num_samples, batch)."""
+    model, guide = _sampled(pair, batch, num_samples, nesting)
+    return _local_total(model, nesting) - _local_total(guide, nesting)
+
+
+def _sampled(
+    pair: nn.Module, batch: Batch, num_samples: int, nesting: int
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Traces of model and guide under a plate of samples, to the left of all others."""
+    plate = pyro.plate("importance_samples", num_samples, dim=-1 - nesting)
+    with plate:
+        guide = trace_guide(pair, batch)
+    with plate:
+        model = trace_model(pair, batch, guide)
+    return model, guide
+
+
+def _local_total(trace: poutine.Trace, nesting: int) -> Tensor:
+    total: Any = 0.0
+    for name, site in (latents(trace) | observed(trace)).items():
+        term = log_prob(site)
+        if term.dim() != nesting + 1:
+            raise ValueError(f"site '{name}' does not take a plate of samples")
+        total = total + by_datum(term, particles=True)
+    return total
+
+
+def _structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
+    """How many plates a pair nests, whether it takes a plate of samples, its widest site."""
+    guide = trace_guide(pair, batch)
+    model = trace_model(pair, batch, guide)
+    sites = [*latents(guide).values(), *observed(model).values()]
+    nesting = max(
+        (-f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized), default=1
+    )
+    widest = max(prod(site["fn"].event_shape) for site in sites)
+    for name, site in (latents(guide) | observed(model)).items():
+        if not is_local(site):
+            raise UsageError(
+                f"site '{name}' is outside the data plate: log p(x) of a datum is not defined by "
+                "importance weights of it"
+            )
+    return nesting, _vectorizes(pair, batch, nesting), widest
+
+
+def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
+    """Whether a plate of samples gives the weights that its draws have one by one."""
+    typed = cast(Pair, pair)
+    try:
+        model, guide = _sampled(pair, batch, 3, nesting)
+        together = _local_total(model, nesting) - _local_total(guide, nesting)
+        for k in range(3):
+            draw = {name: site["value"][k] for name, site in latents(guide).items()}
+            p, q = (
+                _total(trace(poutine.condition(program, data=draw), batch))
+                for program in (typed.model, typed.guide)
+            )
+            if not torch.allclose(together[k], p - q, rtol=1e-3, atol=1e-3):
+                return False
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return False
+    return True
+
+
+def _sums(
+    pair: nn.Module, nesting: int, vectorized: bool, engine: str, full: int
+) -> Callable[..., Named]:
+    """What sums the weights of so many draws, and their squares, for each datum, in logarithms."""
+
+    def function(draws: Tensor, *batch: Tensor) -> Named:
+        if vectorized:
+            weights = log_weights(pair, batch, len(draws), nesting)
+        else:
+            guide = trace_guide(pair, batch)
+            weights = (_total(trace_model(pair, batch, guide)) - _total(guide))[None]
+        weights = weights.double()
+        return {"weights": weights.logsumexp(0), "squares": (2 * weights).logsumexp(0)}
+
+    if engine == "eager":
+        return function
+    graphs: Graphs | None = Graphs(pair, function, lambda inputs, _: engine == "compiled")
+
+    def run(draws: Tensor, *batch: Tensor) -> Named:
+        nonlocal graphs
+        if graphs is not None and len(draws) * len(batch[0]) == full:  # what is over is seldom
+            try:
+                return graphs(draws, *batch)
+            except NotTraceable as error:
+                graphs = None
+                warnings.warn(
+                    f"{type(pair).__name__} is weighed by the eager engine, because {error}",
+                    stacklevel=2,
+                )
+        return function(draws, *batch)
+
+    return run
+
+
+def _weigh(
+    sums: Callable[..., Named], batch: Batch, num_samples: int, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Estimate, standard error and effective sample size of each datum, by chunks of samples."""
+    n = len(batch[0])
+    first = torch.full((n,), -torch.inf, dtype=torch.float64)
+    second = first.clone()
+    for start in range(0, num_samples, chunk):
+        found = sums(batch[0].new_empty(min(chunk, num_samples - start)), *batch)
+        first = torch.logaddexp(first, found["weights"].cpu())
+        second = torch.logaddexp(second, found["squares"].cpu())
+    ratio = torch.exp(second - 2 * first)  # sum w^2 / (sum w)^2, at least 1/K
+    errors = (ratio - 1 / num_samples).clamp(min=0).sqrt()
+    if num_samples == 1:
+        errors = torch.full_like(errors, torch.nan)  # one sample tells nothing of its error
+    return first - log(num_samples), errors, 1 / ratio
+
+
+def _total(trace: poutine.Trace) -> Tensor:
+    sites = (latents(trace) | observed(trace)).values()
+    return sum((by_datum(log_prob(site), particles=False) for site in sites), torch.zeros(()))
