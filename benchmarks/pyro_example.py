@@ -74,13 +74,19 @@ class StockLoop:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(*self.encoder(x)).to_event(1))
 
-    def epoch(self) -> None:
-        began = time.perf_counter()
+    def train(self) -> None:
         for x, _ in self.train_data:
             self.svi.step(x)
+
+    def test(self) -> float:
         total = sum(self.svi.evaluate_loss(x) for x, _ in self.test_data)
+        return -total / len(self.test_data.dataset)  # type: ignore[arg-type]
+
+    def epoch(self) -> None:
+        began = time.perf_counter()
+        self.train()
+        self.elbo.append(self.test())
         self.seconds.append(time.perf_counter() - began)
-        self.elbo.append(-total / len(self.test_data.dataset))  # type: ignore[arg-type]
 
 
 def draw(results: dict, path: Path) -> None:
