@@ -1,6 +1,6 @@
 """log p(x) with 5,000 importance samples: each engine against its bare matrix products.
 
-    python benchmarks/likelihood.py [--rows 300] [--samples 5000] [--rounds 5]
+    python benchmarks/likelihood.py [--rows 400] [--samples 5000] [--rounds 3]
 
 784-400-50, Bernoulli. The products are those of the decoder on every sample, in the chunks that the
 library takes: the encoder's share is small. All contenders run in turns in one process. Beside the
@@ -44,9 +44,9 @@ def resident() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--samples", type=int, default=5000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torch.manual_seed(0)

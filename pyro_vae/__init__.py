@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from pyro_vae.objectives import ImportanceWeightedELBO as ImportanceWeightedELBO
     from pyro_vae.objectives import KLWeight as KLWeight
     from pyro_vae.posteriors import DiagonalNormal as DiagonalNormal
+    from pyro_vae.posteriors import FullRankNormal as FullRankNormal
+    from pyro_vae.posteriors import LowRankNormal as LowRankNormal
     from pyro_vae.preflight import check as check
+    from pyro_vae.priors import GaussianMixture as GaussianMixture
     from pyro_vae.priors import StandardNormal as StandardNormal
     from pyro_vae.report import write_report as write_report
     from pyro_vae.runs import load as load
@@ -54,7 +57,10 @@ _WHERE = {
     "ConvEncoder": "networks",
     "ConvDecoder": "networks",
     "StandardNormal": "priors",
+    "GaussianMixture": "priors",
     "DiagonalNormal": "posteriors",
+    "FullRankNormal": "posteriors",
+    "LowRankNormal": "posteriors",
     "Bernoulli": "likelihoods",
     "ContinuousBernoulli": "likelihoods",
     "Gaussian": "likelihoods",

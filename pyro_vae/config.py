@@ -152,8 +152,8 @@ class Model:
         "bernoulli", "continuous-bernoulli", "gaussian", "categorical", "discretized-logistic"
     ] = "bernoulli"
     scale: str = "predicted"
-    posterior: Literal["diagonal-normal"] = "diagonal-normal"
-    prior: Literal["standard-normal"] = "standard-normal"
+    posterior: Literal["diagonal-normal", "full-rank-normal", "low-rank-normal"] = "diagonal-normal"
+    prior: Literal["standard-normal", "gaussian-mixture"] = "standard-normal"
     condition: Literal["none", "label"] = "none"
 
     def __post_init__(self) -> None:
@@ -246,6 +246,8 @@ def make_pair(config: Model, data: Data) -> nn.Module:
         "latent_dim": config.latent_dim,
         "hidden": config.hidden,
         "likelihood": make_likelihood(config),
+        "posterior": make_posterior(config),
+        "prior": make_prior(config),
         "context_shapes": context,
         "activation": make_activation(config.activation),
     }
@@ -324,6 +326,29 @@ def make_likelihood(config: Model) -> Any:
         "discretized-logistic": likelihoods.DiscretizedLogistic,
     }
     return kinds[config.likelihood]()
+
+
+def make_posterior(config: Model) -> Any:
+    """The posterior family of a configuration."""
+    from pyro_vae import posteriors
+
+    kinds: dict[str, Callable[[], Any]] = {
+        "diagonal-normal": posteriors.DiagonalNormal,
+        "full-rank-normal": posteriors.FullRankNormal,
+        "low-rank-normal": posteriors.LowRankNormal,
+    }
+    return kinds[config.posterior]()
+
+
+def make_prior(config: Model) -> Any:
+    """The prior of a configuration."""
+    from pyro_vae import priors
+
+    kinds: dict[str, Callable[[int], Any]] = {
+        "standard-normal": priors.StandardNormal,
+        "gaussian-mixture": priors.GaussianMixture,
+    }
+    return kinds[config.prior](config.latent_dim)
 
 
 def make_activation(name: str) -> type[nn.Module]:

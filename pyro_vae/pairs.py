@@ -7,6 +7,7 @@ Parameters that only ``pyro.param`` knows are adopted by the pair as ordinary ``
 from then on ``pair.parameters()`` and ``pair.state_dict()`` hold everything that is learnt.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeAlias, cast
@@ -66,7 +67,9 @@ def scope(pair: nn.Module) -> Iterator[None]:
     """Run inside a parameter store that belongs to this pair alone."""
     adopted = getattr(pair, _ADOPTED, None)
     state = adopted.state() if isinstance(adopted, _Adopted) else None
-    with pyro.get_param_store().scope(cast(Any, state)):
+    with pyro.get_param_store().scope(cast(Any, state)), warnings.catch_warnings():
+        # What is frozen is frozen on purpose: a decoder, while another guide is fitted to it.
+        warnings.filterwarnings("ignore", message=".* was not registered in the param store")
         yield
 
 
@@ -193,6 +196,8 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
             f"{type(pair).__name__} has no method template(n), which returns a batch of n rows "
             "of the right shapes; sampling without data needs it"
         )
+    if isinstance(context, Tensor):
+        context = (context,)
     device, dtype = placement(pair)
     batch = tuple(
         tensor.to(device, dtype if tensor.is_floating_point() else None)

@@ -3,7 +3,10 @@
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
+
+from pyro_vae.errors import UsageError
+from pyro_vae.factors import bounded_scale
 
 
 class StandardNormal(PyroModule):
@@ -22,3 +25,38 @@ class StandardNormal(PyroModule):
 
     def forward(self, *context: Tensor) -> dist.TorchDistribution:
         return dist.Normal(self.zero, torch.ones_like(self.zero), validate_args=False).to_event(1)
+
+
+class GaussianMixture(PyroModule):
+    r"""A mixture of normals that is learnt with the rest, the component summed out.
+
+    :math:`p(z) = \sum_c \pi_c \prod_j N(z_j; m_{cj}, s_{cj}^2)`, whatever the context.
+
+    Arguments:
+        latent_dim: the dimension of z.
+        components: how many normals; they start at draws of a standard normal with scale 1.
+        low, high: bounds of every :math:`s_{cj}` (see `pyro_vae.factors.bounded_scale`).
+
+    Its KL from a posterior has no closed form and is estimated at the draw.
+    Dilokthanakul et al., 2016 (https://arxiv.org/abs/1611.02648), without the discrete site.
+
+    >>> GaussianMixture(3, 5)().event_shape
+    torch.Size([3])
+    """
+
+    def __init__(
+        self, latent_dim: int, components: int = 10, low: float = 1e-2, high: float = 1e2
+    ) -> None:
+        super().__init__()
+        if components < 1:
+            raise UsageError(f"components must be 1 or more, {components} came")
+        self.latent_dim, self.components, self.low, self.high = latent_dim, components, low, high
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.means = nn.Parameter(torch.randn(components, latent_dim))
+        self.raw_scales = nn.Parameter(torch.zeros(components, latent_dim))
+
+    def forward(self, *context: Tensor) -> dist.TorchDistribution:
+        scales = bounded_scale(self.raw_scales, self.low, self.high)
+        normals = dist.Normal(self.means, scales, validate_args=False).to_event(1)
+        weights = dist.Categorical(logits=self.logits, validate_args=False)
+        return dist.MixtureSameFamily(weights, normals, validate_args=False)

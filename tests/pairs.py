@@ -84,6 +84,12 @@ OURS = {
     "continuous-bernoulli": lambda: _vae(likelihood=pv.ContinuousBernoulli),
     "categorical": lambda: _vae(likelihood=pv.Categorical(2)),
     "discretized-logistic": lambda: _vae(likelihood=pv.DiscretizedLogistic(2)),
+    "full-rank": lambda: _vae(posterior=pv.FullRankNormal),
+    "low-rank": lambda: _vae(posterior=pv.LowRankNormal(1)),
+    "mixture-prior": lambda: _vae(prior=lambda dim: pv.GaussianMixture(dim, 3)),
+    "conditional-prior": lambda: _vae(
+        context_shapes=[(3,)], prior=pv.Factor(pv.MLP([3], (4,), 4), pv.DiagonalNormal(), (2,))
+    ),
     "conditional": lambda: _vae(context_shapes=[(3,)]),
     "convolutional": lambda: pv.VAE.conv((1, 2, 3), latent_dim=2, channels=(3,), hidden=(4,)),
 }
@@ -102,6 +108,6 @@ def rows(name: str, n: int = 40, seed: int = 1) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     shape = (1, 2, 3) if name == "convolutional" else (6,)
     x = torch.rand(n, *shape, generator=generator).round().double()
-    if name != "conditional":
+    if not name.startswith("conditional"):
         return (x,)
     return x, torch.eye(3)[torch.randint(3, (n,), generator=generator)].double()

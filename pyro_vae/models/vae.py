@@ -67,6 +67,7 @@ class VAE(PyroModule):
         hidden: Sequence[int] = (128, 64),
         likelihood: Family | type[Family] = Bernoulli,
         posterior: Family | type[Family] = DiagonalNormal,
+        prior: nn.Module | Callable[[int], nn.Module] = StandardNormal,
         context_shapes: Sequence[Shape] = (),
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> "VAE":
@@ -77,6 +78,7 @@ class VAE(PyroModule):
             latent_dim: the dimension of z.
             hidden: the widths of the encoder's hidden layers, from the data inwards.
             likelihood, posterior: families, or their classes.
+            prior: a module that returns p(z | context), or what makes one for a latent_dim.
             context_shapes: the shape of one row of each context tensor; none for a plain VAE.
             activation: makes the nonlinearity.
         """
@@ -90,7 +92,7 @@ class VAE(PyroModule):
         return cls(
             Factor(encoder, posterior, (latent_dim,)),
             Factor(decoder, likelihood, data_shape),
-            StandardNormal(latent_dim),
+            prior if isinstance(prior, nn.Module) else prior(latent_dim),
             context,
         )
 
@@ -103,6 +105,7 @@ class VAE(PyroModule):
         hidden: Sequence[int] = (128,),
         likelihood: Family | type[Family] = Bernoulli,
         posterior: Family | type[Family] = DiagonalNormal,
+        prior: nn.Module | Callable[[int], nn.Module] = StandardNormal,
         context_shapes: Sequence[Shape] = (),
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> "VAE":
@@ -129,7 +132,7 @@ class VAE(PyroModule):
         return cls(
             Factor(encoder, posterior, (latent_dim,)),
             Factor(decoder, likelihood, data_shape),
-            StandardNormal(latent_dim),
+            prior if isinstance(prior, nn.Module) else prior(latent_dim),
             context,
         )
 
