@@ -97,6 +97,7 @@ class Engine(ELBO):
         self.batch_size, self.steps, self.say = batch_size, steps, say
         self.names: list[tuple[str, str]] = []
         self.numbers = torch.zeros(0)
+        self._programs: tuple[Any, Any] = (None, None)
         self._graphs: Graphs | None = None
         self._beta = torch.zeros(())
 
@@ -118,19 +119,21 @@ class Engine(ELBO):
 
     def loss_and_grads(self, model: Any, guide: Any, *batch: Tensor) -> Tensor | float:
         """The loss, as a tensor on the pair's device; gradients go to the pair's parameters."""
-        model, guide = self.weight(model), self.weight(guide)
         if self.engine != "eager":
             try:
                 return self._replay(model, guide, batch)
             except NotTraceable as error:
                 self.engine = "eager"
+                for parameter in self.pair.parameters():
+                    parameter.grad = None  # those of a graph, which nobody adds to
                 warnings.warn(
                     f"{type(self.pair).__name__} is trained by the eager engine, because {error}",
                     stacklevel=2,
                 )
         self.parts.clear()
+        programs = (self.weight(model), self.weight(guide))
         with self._autocast(batch):
-            loss = self.objective.loss_and_grads(model, guide, *self.prepare(batch))
+            loss = self.objective.loss_and_grads(*programs, *self.prepare(batch))
         gradients = [p.grad for p in self.pair.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self.names, numbers = self._sums(torch.as_tensor(loss, device=norm.device), norm)
@@ -138,8 +141,10 @@ class Engine(ELBO):
         return loss
 
     def _replay(self, model: Any, guide: Any, batch: Batch) -> Tensor:
-        if self._graphs is None:
-            self._graphs = Graphs(self.pair, self._function(model, guide), self._compiles)
+        if self._graphs is None or self._programs != (model, guide):
+            self._programs = (model, guide)
+            function = self._function(self.weight(model), self.weight(guide))
+            self._graphs = Graphs(self.pair, function, self._compiles)
             like = next(self.pair.parameters())
             self._beta = torch.zeros((), dtype=like.dtype, device=like.device)
         self._beta.fill_(self.beta)
