@@ -165,23 +165,28 @@ def assert_state(a, b, tolerance=1e-8):
         torch.testing.assert_close(b.state()[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
+LONG = ("bernoulli", "params", "normalized")
+"""Pairs that take 50 steps in both modes under every objective; the others do under the ELBO."""
+
+
 @pytest.mark.parametrize(("name", "objective"), CASES)
 def test_a_traced_step_is_that_of_stock_pyro(name, objective):
     """Two shapes, both modes, losses and every gradient; parameters and buffers at the end."""
     stock, traced = Run(name, objective), Run(name, objective, "traced")
+    thorough = name in LONG or objective == "elbo"
     for number in range(10):
-        mode = number % 4 != 3
+        mode = number % 4 != 3 or not thorough
         assert_same(stock.step(number, mode), traced.step(number, mode))
-    for number in range(10, 50):
+    last = 50 if thorough else 12
+    for number in range(10, last):
         stock.step(number), traced.step(number)
-    assert_same(stock.step(50), traced.step(50), 1e-6)
+    assert_same(stock.step(last), traced.step(last), 1e-6)
     assert_state(stock, traced, 1e-6)
     assert traced.engine.engine == "traced"
 
 
 COMPILED = [("bernoulli", "elbo"), ("normalized", "elbo"), ("params", "analytic")]
-COMPILED += [("gaussian-predicted", "importance-weighted"), ("convolutional", "free-bits")]
-COMPILED += [("conditional", "vectorized"), ("tied", "particles")]
+COMPILED += [("conditional", "importance-weighted"), ("tied", "particles")]
 
 
 @pytest.mark.parametrize(("name", "objective"), COMPILED)
@@ -195,7 +200,7 @@ def test_a_compiled_step_is_that_of_stock_pyro(name, objective):
     assert compiled.engine.engine == "compiled"
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["bernoulli", "gaussian-learned", "full-rank", "params"])
 def test_parameters_agree_after_200_steps(name):
     stock, traced = Run(name), Run(name, engine="traced")
     for number in range(200):
@@ -361,8 +366,10 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize("kind", REASONS)
-@pytest.mark.parametrize("engine", ["auto", "traced", "compiled"])
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [*((kind, "auto") for kind in REASONS), ("branch", "compiled"), ("python", "traced")],
+)
 def test_what_a_graph_would_freeze_is_run_eagerly_and_said(kind, engine):
     x = rows("plain", 32)[0]
     with seeded(0):
@@ -558,8 +565,10 @@ def test_a_resumed_run_goes_on_with_the_engine_that_it_had(tmp_path, monkeypatch
     assert seen == ["traced"]
 
 
-@pytest.mark.parametrize("engine", ["traced", "compiled"])
-@pytest.mark.parametrize("name", ["bernoulli", "params", "conditional"])
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [("params", "traced"), ("conditional", "traced"), ("bernoulli", "compiled")],
+)
 def test_log_likelihood_is_that_of_the_eager_engine(name, engine, monkeypatch):
     monkeypatch.setattr("pyro_vae.importance.CELLS", 6 * 8 * 70)  # 3 batches, 5 chunks each
     pair, batch = make(name), rows(name, 20)
@@ -580,15 +589,15 @@ def test_log_likelihood_of_what_cannot_be_traced_is_eager(monkeypatch):
 
 
 def test_bfloat16_ends_where_float32_does():
-    """Over four seeds, on digits; the graph runs the networks in bfloat16, as autocast does."""
+    """Over three seeds, on digits; the graph runs the networks in bfloat16, as autocast does."""
     x = pv.load_data("digits").train.x
     gaps = []
-    for seed in range(4):
+    for seed in range(3):
         ends = []
         for precision in ("float32", "bfloat16"):
             torch.manual_seed(seed)
             vae = pv.VAE.mlp((1, 8, 8), latent_dim=8, hidden=(64,))
-            options = {"epochs": 15, "batch_size": 50, "seed": seed, "progress": False}
+            options = {"epochs": 12, "batch_size": 50, "seed": seed, "progress": False}
             pv.fit(vae, x, precision=precision, engine="traced", **options)
             ends.append(pv.evaluate(vae, x, num_samples=1).elbo)
         gaps.append(ends[0] - ends[1])
