@@ -19,11 +19,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 CONTENDERS = ("example", "pythae", "pyroved", "traced", "compiled", "traced-bf16", "compiled-bf16")
 LABELS = {"example": "Pyro's example loop", "pyroved": "pyroVED"}
-SIZES = {"latent_dim": 50, "hidden": 400}
 
 
 def peak() -> float:
@@ -182,7 +180,6 @@ def main() -> None:
     if options.work:
         work(options.work, options.data_dir, options.epochs)
         return
-    sys.path.insert(0, str(Path(__file__).parent))
     words = [sys.executable, __file__, "--data-dir", options.data_dir]
     workers = {
         name: subprocess.Popen(

@@ -80,7 +80,7 @@ class StockLoop:
 
     def test(self) -> float:
         total = sum(self.svi.evaluate_loss(x) for x, _ in self.test_data)
-        return -total / len(self.test_data.dataset)  # type: ignore[arg-type]
+        return -total / len(self.test_data.dataset)
 
     def epoch(self) -> None:
         began = time.perf_counter()

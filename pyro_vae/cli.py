@@ -17,7 +17,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict as ConfigDict
 
 from pyro_vae import config as configuration
-from pyro_vae.config import Engine, Input, Model, Objective, Settings
+from pyro_vae.config import EngineName, Input, Model, Objective, Settings
 from pyro_vae.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def evaluate(
     data_dir: Path | None = None,
     model: UserClass = None,
     num_samples: int = 500,
-    engine: Engine = "auto",
+    engine: EngineName = "auto",
 ) -> None:
     """Measure a run on the test part of its data: ELBO, log p(x), KL, active units, a probe.
 

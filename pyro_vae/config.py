@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from pyro_vae.datasets import Data
     from pyro_vae.schedules import Schedule
 
-Engine: TypeAlias = Literal["auto", "eager", "traced", "compiled"]
+EngineName: TypeAlias = Literal["auto", "eager", "traced", "compiled"]
 
-ENGINES: tuple[str, ...] = get_args(Engine)
+ENGINES: tuple[str, ...] = get_args(EngineName)
 
 
 def require_engine(name: str) -> str:
@@ -75,7 +75,7 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
-    engine: Engine = "auto"
+    engine: EngineName = "auto"
     checkpoint_seconds: float = 30.0
     tensorboard: bool = False
 

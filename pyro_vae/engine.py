@@ -16,8 +16,9 @@ from pyro.infer.util import zero_grads
 from torch import Tensor, nn
 
 from pyro_vae.config import require_engine
+from pyro_vae.errors import NotTraceable
 from pyro_vae.graphs import Graphs, Named
-from pyro_vae.objectives import KLWeight, NotTraceable, Parts, recorded, surrogate
+from pyro_vae.objectives import KLWeight, Parts, recorded, surrogate
 from pyro_vae.pairs import Batch
 
 COMPILE_SECONDS = 20.0
@@ -136,7 +137,9 @@ class Engine(ELBO):
             loss = self.objective.loss_and_grads(*programs, *self.prepare(batch))
         gradients = [p.grad for p in self.pair.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self.names, numbers = self._sums(torch.as_tensor(loss, device=norm.device), norm)
+        self.names, numbers = self._sums(
+            torch.as_tensor(loss, dtype=torch.float64, device=norm.device), norm
+        )
         self.numbers = torch.stack(numbers)
         return loss
 

@@ -11,6 +11,10 @@ class UsageError(ValueError):
     """
 
 
+class NotTraceable(Exception):
+    """Why a program cannot be run as a graph, in words that go on from "because"."""
+
+
 def first_line(error: BaseException) -> str:
     """An error's message without the lines that Pyro and torch put behind it.
 

@@ -20,8 +20,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae import rng
-from pyro_vae.errors import UsageError, first_line
-from pyro_vae.objectives import NotTraceable
+from pyro_vae.errors import NotTraceable, UsageError, first_line
 from pyro_vae.pairs import scope
 
 Named: TypeAlias = dict[str, Tensor]
@@ -351,10 +350,7 @@ def _tidy(graph: torch.fx.GraphModule) -> None:
             constants[node] = constant
         if node.target is aten.mul.Tensor and -1.0 in map(constants.get, node.args):
             source = node.args[constants.get(node.args[0]) == -1.0]
-            if (
-                isinstance(source, torch.fx.Node)
-                and source.meta["val"].shape == node.meta["val"].shape
-            ):
+            if isinstance(source, torch.fx.Node) and _alike(source, node):
                 node.target, node.args = aten.neg.default, (source,)
         same = _same(node, constants)
         if same is None and not _has_effect(node) and not written & {node, *node.all_input_nodes}:
@@ -429,10 +425,7 @@ def _same(node: torch.fx.Node, constants: dict[torch.fx.Node, float]) -> torch.f
         return cast(torch.fx.Node, first.args[0])
     if target is aten.neg.default and first.target is aten.neg.default:
         return cast(torch.fx.Node, first.args[0])
-    was, value = first.meta.get("val"), node.meta["val"]
-    if not isinstance(was, Tensor) or not isinstance(value, Tensor):
-        return None
-    if was.shape != value.shape or was.dtype != value.dtype:
+    if not _alike(first, node):
         return None
     if target in _SHAPES[:2]:
         return first
@@ -442,6 +435,14 @@ def _same(node: torch.fx.Node, constants: dict[torch.fx.Node, float]) -> torch.f
     if target is aten.pow.Tensor_Scalar and number == 1:
         return first
     return first if target in (aten.add.Tensor, aten.sub.Tensor) and number == 0 else None
+
+
+def _alike(a: torch.fx.Node, b: torch.fx.Node) -> bool:
+    """Whether the values of two nodes are tensors of one shape and type."""
+    left, right = a.meta.get("val"), b.meta.get("val")
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return False
+    return left.shape == right.shape and left.dtype == right.dtype
 
 
 def _compile(graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Any]:

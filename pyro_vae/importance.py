@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from pyro_vae.config import require_engine
 from pyro_vae.data import Preparation, Rows, Source, held_rows
-from pyro_vae.errors import UsageError
+from pyro_vae.errors import NotTraceable, UsageError
 from pyro_vae.graphs import Graphs, Named
-from pyro_vae.objectives import NotTraceable
 from pyro_vae.pairs import (
     Batch,
     Pair,

@@ -17,7 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_vae.errors import UsageError
+from pyro_vae.errors import NotTraceable, UsageError
 from pyro_vae.pairs import (
     Batch,
     by_datum,
@@ -158,10 +158,6 @@ class FreeBitsELBO(_DifferentiableELBO):
         return loss
 
 
-class NotTraceable(Exception):
-    """Why an objective cannot be traced, in words that go on from "because"."""
-
-
 class Parts:
     """What the ELBO is made of, summed over a minibatch from the very traces that gave the loss.
 
@@ -199,24 +195,10 @@ class Parts:
         self.kl.clear()
         self.outside.clear()
 
-    def merge(self, other: "Parts") -> None:
-        """Add the sums of another minibatch."""
-        for name, value in other.reconstruction.items():
-            _add(self.reconstruction, name, value)
-        for name, value in other.kl.items():
-            _add(self.kl, name, value)
-
     def per_example(self, n: int) -> tuple[float, dict[str, float]]:
         """Reconstruction and the KL of each latent site over n examples, in nats per example."""
         reconstruction = sum(float(value) for value in self.reconstruction.values()) / n
         return reconstruction, {name: float(value) / n for name, value in self.kl.items()}
-
-    def nonfinite(self) -> str | None:
-        """The name of the first site with a value that is not finite, observed ones last."""
-        for name, value in (self.kl | self.reconstruction).items():
-            if not torch.isfinite(value):
-                return name
-        return None
 
 
 def recorded(objective: ELBO, parts: Parts) -> ELBO:

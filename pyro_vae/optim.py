@@ -90,7 +90,11 @@ class Optimizer(PyroOptim):
         if not (norm.is_cuda and fused) and not math.isfinite(norm.item()):
             raise FloatingPointError("the gradient is not finite")
         if self.clip_norm is not None:
-            torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            # Not in place: a graph may give two parameters one tensor as their gradient.
+            scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            gradients = [(gradient * scale).to(gradient.dtype) for gradient in gradients]
+            for parameter, gradient in zip(present, gradients, strict=True):
+                parameter.grad = gradient
         if fused is not None:
             fused.step(gradients, norm)
         else:

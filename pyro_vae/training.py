@@ -84,7 +84,8 @@ def fit(
         progress: show a progress bar.
         config: what else config.json of the run shall hold.
         settings: the fields of `pyro_vae.config.Settings`: epochs, batch_size, learning_rate,
-            clip_norm, patience, seed, device, precision, checkpoint_seconds, tensorboard.
+            clip_norm, patience, seed, device, precision, engine, checkpoint_seconds,
+            tensorboard.
 
     The pair's first parameters are the caller's: seed torch before making it, too, to repeat a run.
     Every random draw of training comes from generators that are seeded here, kept in the
@@ -276,10 +277,11 @@ class _Run:
         self.optimizer.learning_rate = self.settings.learning_rate * self.rate(epoch)
         self.batches += 1
         self.examples += len(batch[0])
+        wait = UNREAD.get(self.prepare.device.type, 1)
         try:
             self.svi.step(*batch)
         except FloatingPointError:
-            pass  # it is read below, and named
+            wait = 1  # the gradient is not finite: the reading below names the site
         except ValueError as error:
             if isinstance(error, UsageError):
                 raise UsageError(first_line(error)) from None
@@ -290,7 +292,7 @@ class _Run:
                 f"{' '.join(' '.join(str(error).splitlines()[:2]).split())[:300]}"
             ) from error
         self.unread.append((self.engine.names, self.engine.numbers))
-        if len(self.unread) >= UNREAD.get(self.prepare.device.type, 1):
+        if len(self.unread) >= wait:
             self._read(batch)
         self.seconds += time.perf_counter() - began
 

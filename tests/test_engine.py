@@ -539,6 +539,30 @@ def test_losses_read_seldom_are_the_same(monkeypatch):
         }
 
 
+def test_the_history_is_the_same_norms_and_parts_and_clipping_too():
+    x = rows("params", 40)[0]
+    histories = []
+    for engine in ("eager", "traced"):
+        pair = make("params")
+        found = pv.fit(
+            pair,
+            x,
+            epochs=3,
+            batch_size=16,
+            clip_norm=2.0,
+            beta=0.5,
+            engine=engine,
+            learning_rate=0.02,
+            progress=False,
+        )
+        histories.append(
+            [{k: v for k, v in e.row().items() if k != "seconds"} for e in found.epochs]
+        )
+    for eager, traced in zip(*histories, strict=True):
+        assert traced == pytest.approx(eager, rel=1e-6)
+    assert histories[0][0]["gradient_norm"] > 2.0  # so that there was something to clip
+
+
 @pytest.mark.parametrize("engine", ["traced", "compiled"])
 def test_resuming_is_bit_identical_under_each_engine(tmp_path, engine):
     x = rows("bernoulli", 60)[0]
