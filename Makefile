@@ -11,7 +11,7 @@ train: .venv/installed
 		--warm-up linear --warm-up-epochs 60
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
