@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from pyro_vae.likelihoods import ContinuousBernoulli as ContinuousBernoulli
     from pyro_vae.likelihoods import DiscretizedLogistic as DiscretizedLogistic
     from pyro_vae.likelihoods import Gaussian as Gaussian
+    from pyro_vae.likelihoods import NegativeBinomial as NegativeBinomial
+    from pyro_vae.likelihoods import Poisson as Poisson
+    from pyro_vae.likelihoods import StudentT as StudentT
     from pyro_vae.models.vae import VAE as VAE
     from pyro_vae.networks import MLP as MLP
     from pyro_vae.networks import ConvDecoder as ConvDecoder
@@ -66,6 +69,9 @@ _WHERE = {
     "Gaussian": "likelihoods",
     "Categorical": "likelihoods",
     "DiscretizedLogistic": "likelihoods",
+    "StudentT": "likelihoods",
+    "Poisson": "likelihoods",
+    "NegativeBinomial": "likelihoods",
     # training
     "fit": "training",
     "check": "preflight",

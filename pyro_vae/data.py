@@ -4,7 +4,7 @@ Data are held as they came (uint8 stays uint8); each minibatch is prepared on it
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,18 +27,20 @@ BINARIZE = ("dynamic", "fixed", "none")
 class Preparation:
     """What is done to each minibatch on its way to the pair.
 
-    uint8 intensities become floats in [0, 1]; then, where ``binarize``, each pixel is drawn as
-    Bernoulli(intensity), anew at each visit (Salakhutdinov & Murray, 2008). Floating context takes
-    the pair's type.
+    uint8 intensities become floats in [0, 1], unless they are ``whole`` numbers, such as counts;
+    then, where ``binarize``, each pixel is drawn as Bernoulli(intensity), anew at each visit
+    (Salakhutdinov & Murray, 2008). Floating context takes the pair's type.
     """
 
     device: torch.device
     dtype: torch.dtype
     binarize: bool = False
+    whole: bool = False
 
     def __call__(self, batch: Sequence[Tensor]) -> Batch:
         x, *context = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        x = x.to(self.dtype) / 255 if x.dtype == torch.uint8 else x.to(self.dtype)
+        grey = x.dtype == torch.uint8 and not self.whole
+        x = x.to(self.dtype) / 255 if grey else x.to(self.dtype)
         if self.binarize:
             x = (torch.rand_like(x) < x).to(x.dtype)  # as torch.bernoulli, in half the time
         return (x, *(c.to(self.dtype) if c.is_floating_point() else c for c in context))
@@ -149,7 +151,8 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     """How these rows are prepared for this pair, found by running it on a few of them.
 
     Where the pair observes the data under a distribution on {0, 1}, intensities in between are
-    drawn (``dynamic``), or pass as they are only when asked for by ``none``.
+    drawn (``dynamic``), or pass as they are only when asked for by ``none``. Where it observes
+    them under one on whole numbers, uint8 data are such numbers, and no intensities.
 
     Raises `UsageError` for values outside the support of the data's distribution.
     """
@@ -165,6 +168,7 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     support = site["fn"].support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
+    plain = replace(plain, whole=isinstance(support, _WHOLE))
     if support.event_dim > 0:
         return plain
     # Of a stream the first minibatch has to stand for all.
@@ -177,7 +181,7 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
         if not bool(inside.all()):
             whole = rows.tensors[0] if isinstance(rows, Arrays) else x
             raise UsageError(_outside(x[~inside][0].item(), whole, site))
-    return Preparation(plain.device, plain.dtype, binarize=grey and binarize != "none")
+    return replace(plain, binarize=grey and binarize != "none")
 
 
 def held_out(rows: Source, prepare: Preparation) -> tuple[Source, Preparation]:
@@ -196,10 +200,17 @@ def held_rows(
         return held_out(rows, preparation(pair, rows, binarize))
 
 
+# The supports of counts and of tokens; torch's {0, 1} is another.
+_WHOLE = (type(constraints.nonnegative_integer), constraints.integer_interval)
+
 _FAMILIES = {
     "TruncatedExponential": "ContinuousBernoulli",
     "LevelCategorical": "Categorical",
     "LevelLogistic": "DiscretizedLogistic",
+    "MixtureSameFamily": "mixture",
+    "ExactPoisson": "Poisson",
+    "ExactNegativeBinomial": "NegativeBinomial",
+    "ZeroInflatedDistribution": "zero-inflated",
 }
 
 
@@ -211,6 +222,8 @@ def _outside(value: float, x: Tensor, site: dict[str, Any]) -> str:
         fit = "ContinuousBernoulli or Gaussian would fit values in [0, 1]"
     elif whole and low >= 0 and high <= 255:
         fit = "whole numbers up to 255 look like 8-bit pixels: pass them as uint8"
+    elif whole and low >= 0:
+        fit = "Poisson or NegativeBinomial would fit counts"
     else:
         fit = "Gaussian would fit real values"
     name = type(getattr(site["fn"], "base_dist", site["fn"])).__name__

@@ -14,11 +14,19 @@ from pyro_vae.networks import Shape
 class Family(PyroModule):
     """What turns a network's outputs into a distribution; likelihoods and posteriors are families.
 
-    A family of your own has these two methods, and works wherever ours do.
+    A family of your own has ``outputs`` and ``forward``, and works wherever ours do. One that
+    takes context itself, as counts do a library size, says by ``context`` how many tensors: the
+    factor's last so many inputs go to ``forward`` after the shape, and not to the network.
     """
+
+    context: int = 0
 
     def __init__(self) -> None:
         super().__init__()
+
+    def view(self, shape: Shape) -> nn.Module | None:
+        """What stands between data of this family and their encoder; None where nothing does."""
+        return None
 
     def outputs(self, shape: Shape) -> int:
         """How many numbers the network must give for one event of this shape."""
@@ -53,13 +61,15 @@ class Factor(PyroModule):
         self.network, self.family, self.shape = network, family, tuple(shape)
 
     def forward(self, *inputs: Tensor) -> TorchDistribution:
-        raw = self.network(*inputs)
+        seen = len(inputs) - self.family.context
+        raw = self.network(*inputs[:seen])
         if raw.shape[-1] != self.family.outputs(self.shape):
             raise UsageError(
                 f"{type(self.family).__name__} over events of shape {self.shape} needs "
                 f"{self.family.outputs(self.shape)} network outputs, {raw.shape[-1]} came"
             )
-        return self.family(raw.to(torch.promote_types(raw.dtype, torch.float32)), self.shape)
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        return self.family(raw, self.shape, *inputs[seen:])
 
 
 def split(raw: Tensor, shape: Shape, pieces: int) -> tuple[Tensor, ...]:

@@ -1,21 +1,26 @@
 """Likelihood families: what a decoder's outputs say about the data.
 
-Data meet a likelihood on the scale of its support: intensities in [0, 1] for images, whatever the
-likelihood, so that 8-bit pixels k stand as k/255 for the discrete likelihoods too.
+Data meet a likelihood on the scale of its support: intensities in [0, 1] for images, so that 8-bit
+pixels k stand as k/255 for the likelihoods of levels too; counts and tokens as whole numbers.
 """
 
 from math import prod
-from typing import Any, ClassVar, cast
+from typing import cast
 
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import constraints
 
+from pyro_vae.distributions import (
+    ExactNegativeBinomial,
+    ExactPoisson,
+    LevelCategorical,
+    LevelLogistic,
+    TruncatedExponential,
+)
 from pyro_vae.errors import UsageError
 from pyro_vae.factors import Family, bounded_scale, split, unbounded_scale
-from pyro_vae.networks import Shape
+from pyro_vae.networks import Log1p, OneHot, Shape
 
 
 class Bernoulli(Family):
@@ -100,219 +105,247 @@ class Gaussian(Family):
         return dist.Normal(loc, scale, validate_args=False).to_event(len(shape))
 
 
+class StudentT(Family):
+    r"""Real data with outliers, :math:`p(x|z) = \prod_d t_\nu((x_d - \mu_d)/s_d)/s_d`.
+
+    Arguments:
+        degrees_of_freedom: :math:`\nu`, the same for every element; None lets the network predict
+            one for each element. More than 1, so that there is a mean.
+        learned: whether that one number is a parameter that starts at ``degrees_of_freedom``.
+        bounds: the least and greatest scale :math:`s`, which the network predicts.
+
+    The network gives the locations, the unbounded scales and, where ``degrees_of_freedom`` is
+    None, what :math:`\nu` is made of. Learned or predicted, it starts near 4 and stays between
+    1.01 and 1001. As :math:`\nu` grows the family becomes `Gaussian`.
+
+    >>> StudentT(3.0)(torch.zeros(1, 2), (1,)).log_prob(torch.zeros(1, 1))
+    tensor([-1.0009])
+    """
+
+    def __init__(
+        self,
+        degrees_of_freedom: float | None = None,
+        learned: bool = False,
+        bounds: tuple[float, float] = (1e-3, 1e3),
+    ) -> None:
+        super().__init__()
+        if learned and degrees_of_freedom is None:
+            degrees_of_freedom = 4.0
+        if degrees_of_freedom is not None and not 1.01 < degrees_of_freedom < 1001:
+            raise UsageError(
+                f"degrees_of_freedom must be between 1.01 and 1001, {degrees_of_freedom} came"
+            )
+        self.degrees_of_freedom, self.learned = degrees_of_freedom, learned
+        self.bounds = tuple(bounds)
+        if learned:
+            excess = cast(float, degrees_of_freedom) - 1
+            self.raw_excess = nn.Parameter(torch.tensor(unbounded_scale(excess, 1e-2, 1e3)))
+
+    def outputs(self, shape: Shape) -> int:
+        return prod(shape) * (3 if self.degrees_of_freedom is None else 2)
+
+    def forward(self, raw: Tensor, shape: Shape) -> dist.TorchDistribution:
+        pieces = 3 if self.degrees_of_freedom is None else 2
+        loc, scale, *predicted = split(raw, shape, pieces)
+        if self.learned:
+            freedom = 1 + bounded_scale(self.raw_excess, 1e-2, 1e3)
+        elif predicted:
+            start = unbounded_scale(3.0, 1e-2, 1e3)
+            freedom = 1 + bounded_scale(predicted[0] + start, 1e-2, 1e3)
+        else:
+            freedom = torch.full_like(loc[..., :1], cast(float, self.degrees_of_freedom))
+        scale = bounded_scale(scale, *self.bounds)
+        return dist.StudentT(freedom, loc, scale, validate_args=False).to_event(len(shape))
+
+
 class Categorical(Family):
-    r"""Grey levels without order, :math:`p(x|z) = \prod_d \mathrm{softmax}(l_d)_{k_d}`.
+    r"""Levels or tokens without order, :math:`p(x|z) = \prod_d \mathrm{softmax}(l_d)_{k_d}`.
 
     Arguments:
         levels: the number of levels; level k stands in the data as k/(levels - 1).
+        tokens: whether k stands in the data as k itself, as words and categories do. The encoder
+            then sees each element as a row of zeros with a one at k.
 
     The network gives the logits: ``levels`` outputs for each element.
 
     >>> Categorical(256)(torch.zeros(1, 256), (1,)).log_prob(torch.tensor([[1.0]])).exp() * 256
     tensor([1.])
+    >>> Categorical(4, tokens=True)(torch.zeros(1, 8), (2,)).log_prob(torch.tensor([[0, 3]])).exp()
+    tensor([0.0625])
     """
 
-    def __init__(self, levels: int = 256) -> None:
+    def __init__(self, levels: int = 256, tokens: bool = False) -> None:
         super().__init__()
-        self.levels = levels
+        self.levels, self.tokens = levels, tokens
 
     def outputs(self, shape: Shape) -> int:
         return self.levels * prod(shape)
 
+    def view(self, shape: Shape) -> nn.Module | None:
+        return OneHot(self.levels, len(shape)) if self.tokens else None
+
     def forward(self, raw: Tensor, shape: Shape) -> dist.TorchDistribution:
         logits = torch.stack(split(raw, shape, self.levels), -1)
-        return LevelCategorical(logits).to_event(len(shape))
+        return LevelCategorical(logits, self.tokens).to_event(len(shape))
 
 
 class DiscretizedLogistic(Family):
-    r"""Ordered grey levels, a logistic distribution cut into bins.
+    r"""Ordered grey levels, a logistic distribution, or a mixture of them, cut into bins.
 
-    :math:`p(x|z) = \prod_d \sigma\big(\tfrac{x_d + h - \mu_d}{s_d}\big) -
-    \sigma\big(\tfrac{x_d - h - \mu_d}{s_d}\big)`, with :math:`h` half the distance of two levels,
-    and the outer bins open.
+    :math:`p(x|z) = \prod_d \sum_j \pi_{dj} \big[\sigma\big(\tfrac{x_d + h - \mu_{dj}}{s_{dj}}\big)
+    - \sigma\big(\tfrac{x_d - h - \mu_{dj}}{s_{dj}}\big)\big]`, with :math:`h` half the distance of
+    two levels, and the outer bins open.
 
     Arguments:
         levels: the number of levels; level k stands in the data as k/(levels - 1).
         bounds: the least and greatest scale :math:`s`.
+        components: how many logistics are mixed; elements, the channels of a pixel too, are
+            independent given the latents.
 
-    The network gives the locations, then the unbounded scales: two outputs for each element.
-    Kingma et al., Improved variational inference with inverse autoregressive flow, 2016
-    (https://arxiv.org/abs/1606.04934).
+    The network gives the locations, then the unbounded scales: two outputs for each element. For
+    a mixture it gives the logits of :math:`\pi`, the locations and the unbounded scales:
+    ``3 * components`` outputs for each element. Kingma et al., Improved variational inference
+    with inverse autoregressive flow, 2016 (https://arxiv.org/abs/1606.04934); Salimans et al.,
+    PixelCNN++, 2017 (https://arxiv.org/abs/1701.05517), without its dependence of channels.
 
     >>> family, grid = DiscretizedLogistic(4), torch.arange(4.0)[:, None] / 3
     >>> family(torch.zeros(4, 2), (1,)).log_prob(grid).exp().sum()
     tensor(1.)
     """
 
-    def __init__(self, levels: int = 256, bounds: tuple[float, float] = (1e-3, 1e1)) -> None:
+    def __init__(
+        self,
+        levels: int = 256,
+        bounds: tuple[float, float] = (1e-3, 1e1),
+        components: int = 1,
+    ) -> None:
         super().__init__()
-        self.levels, self.bounds = levels, tuple(bounds)
+        if components < 1:
+            raise UsageError(f"components must be 1 or more, {components} came")
+        self.levels, self.bounds, self.components = levels, tuple(bounds), components
 
     def outputs(self, shape: Shape) -> int:
-        return 2 * prod(shape)
+        return prod(shape) * (2 if self.components == 1 else 3 * self.components)
 
     def forward(self, raw: Tensor, shape: Shape) -> dist.TorchDistribution:
-        loc, scale = split(raw, shape, 2)
+        if self.components == 1:
+            return self._logistic(*split(raw, shape, 2), 0.5).to_event(len(shape))
+        pieces = torch.stack(split(raw, shape, 3 * self.components), -1)
+        logits, loc, scale = pieces.chunk(3, -1)
+        # Of a network that says nothing yet the components share the range.
+        start = (torch.arange(self.components, device=raw.device) + 0.5) / self.components
+        mixed = dist.MixtureSameFamily(
+            dist.Categorical(logits=logits, validate_args=False),
+            self._logistic(loc, scale, start.to(raw.dtype)),
+            validate_args=False,
+        )
+        return mixed.to_event(len(shape))
+
+    def _logistic(self, loc: Tensor, scale: Tensor, start: Tensor | float) -> LevelLogistic:
         # A network that says nothing yet is mid-grey, with a scale of a tenth of the range.
         scale = bounded_scale(scale + unbounded_scale(0.1, *self.bounds), *self.bounds)
-        return LevelLogistic(loc + 0.5, scale, self.levels).to_event(len(shape))
+        return LevelLogistic(loc + start, scale, self.levels)
 
 
-class TruncatedExponential(dist.TorchDistribution):
-    r"""The continuous Bernoulli by its logits, :math:`p(x) = e^{lx}\,l / (e^l - 1)` on [0, 1].
+class _Counts(Family):
+    """Families of counts by their means; see `Poisson`."""
 
-    torch's own ``ContinuousBernoulli`` clamps probabilities but not logits, and stops being a
-    density where the logits are large: from about 15 in float32.
+    def __init__(self, library_size: bool, bounds: tuple[float, float]) -> None:
+        super().__init__()
+        self.library_size, self.bounds = library_size, tuple(bounds)
+        self.context = 1 if library_size else 0
 
-    >>> TruncatedExponential(torch.tensor(1000.0)).log_prob(torch.tensor(1.0))  # log 1000
-    tensor(6.907...)
-    """
+    def view(self, shape: Shape) -> nn.Module | None:
+        return Log1p()
 
-    arg_constraints: ClassVar = {"logits": constraints.real}
-    support = constraints.unit_interval
-    has_rsample = False
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-        super().__init__(logits.shape, validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "TruncatedExponential":
-        return TruncatedExponential(self.logits.expand(batch_shape))
-
-    @property
-    def mean(self) -> Tensor:
-        small = self.logits.abs() < 0.2
-        logits = torch.where(small, 1.0, self.logits)
-        exact = -1 / torch.expm1(-logits) - 1 / logits
-        near = 0.5 + self.logits / 12 - self.logits**3 / 720 + self.logits**5 / 30240
-        return torch.where(small, near, exact)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        # log((e^l - 1) / l) = l/2 + log(sinh(l/2) / (l/2)), whose second term is even in l.
-        half = self.logits / 2
-        small = half.abs() < 0.1
-        size = torch.where(small, 1.0, half.abs())
-        exact = size + torch.log1p(-torch.exp(-2 * size)) - torch.log(2 * size)
-        near = half**2 / 6 - half**4 / 180 + half**6 / 2835
-        return self.logits * value - half - torch.where(small, near, exact)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        with torch.no_grad():
-            shape = self._extended_shape(torch.Size(sample_shape))
-            uniform = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
-            size = self.logits.abs().clamp(min=1e-4)
-            upper = 1 + torch.log(uniform + (1 - uniform) * torch.exp(-size)) / size
-            upper = upper.clamp(0, 1)
-            return torch.where(self.logits < 0, 1 - upper, upper)
+    def _mean(self, raw: Tensor, shape: Shape, context: tuple[Tensor, ...]) -> Tensor:
+        if not self.library_size:
+            return bounded_scale(raw, *self.bounds)
+        (log_library,) = context
+        library = log_library.exp().reshape(*log_library.shape[:-1], *(1 for _ in shape))
+        shares = raw.flatten(-len(shape)).softmax(-1).reshape(raw.shape)
+        return library * shares + TINY
 
 
-class _Levels(constraints.Constraint):
-    """The grid {0, 1/(levels - 1), ..., 1}."""
-
-    is_discrete = True
-
-    def __init__(self, levels: int) -> None:
-        self.levels = levels
-
-    def check(self, value: Tensor) -> Tensor:
-        index = value * (self.levels - 1)
-        return (value >= 0) & (value <= 1) & ((index - index.round()).abs() < 1e-2)
-
-    def __repr__(self) -> str:
-        return f"Levels(k/{self.levels - 1} for k = 0 ... {self.levels - 1})"
+TINY = 1e-8
+"""Added to means that are shares of a library size, so that none is 0."""
 
 
-class _LevelDistribution(dist.TorchDistribution):
-    """A distribution over the grid of levels."""
-
-    has_rsample = False
-    levels: int
-
-    @constraints.dependent_property(is_discrete=True, event_dim=0)
-    def support(self) -> constraints.Constraint:
-        return _Levels(self.levels)
-
-
-class LevelCategorical(_LevelDistribution):
-    """A categorical distribution whose outcome k is the value k/(levels - 1).
+class Poisson(_Counts):
+    r"""Counts, :math:`p(x|z) = \prod_d e^{-m_d}\,m_d^{x_d} / x_d!`.
 
     Arguments:
-        logits: unnormalised log probabilities of shape ``(..., levels)``.
+        library_size: whether the means are shares of a library size, :math:`m = \ell\,
+            \mathrm{softmax}(f)`. The factor's last context tensor, of shape (n, 1), is then
+            :math:`\log \ell`; for single cells, documents and the like :math:`\ell` is the total of
+            the row. The decoder's network does not see it.
+        bounds: the least and greatest mean without a library size, :math:`m` being about
+            :math:`e^f` near 1 (see `pyro_vae.factors.bounded_scale`).
+
+    The network gives one output :math:`f` for each element. The encoder sees log(1 + x). Counts
+    may come as floats or integers of any type, and are taken as they are.
+
+    >>> Poisson()(torch.zeros(1, 1), (1,)).log_prob(torch.tensor([[0.0]]))
+    tensor([-1.0000])
+    >>> log_library = torch.tensor([[30.0]]).log()
+    >>> Poisson(library_size=True)(torch.zeros(1, 3), (3,), log_library).mean
+    tensor([[10.0000, 10.0000, 10.0000]])
     """
 
-    arg_constraints: ClassVar = {"logits": constraints.independent(constraints.real, 1)}
+    def __init__(
+        self, library_size: bool = False, bounds: tuple[float, float] = (1e-6, 1e8)
+    ) -> None:
+        super().__init__(library_size, bounds)
 
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-        self.levels = logits.shape[-1]
-        super().__init__(logits.shape[:-1], validate_args=False)
+    def outputs(self, shape: Shape) -> int:
+        return prod(shape)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "LevelCategorical":
-        return LevelCategorical(self.logits.expand(*batch_shape, self.levels))
-
-    @property
-    def mean(self) -> Tensor:
-        grid = torch.arange(self.levels, dtype=self.logits.dtype, device=self.logits.device)
-        return (self.logits.softmax(-1) * grid).sum(-1) / (self.levels - 1)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        index = (value * (self.levels - 1)).round().long()
-        inside = (index >= 0) & (index < self.levels)
-        index = index.clamp(0, self.levels - 1).unsqueeze(-1)
-        logits, index = torch.broadcast_tensors(self.logits, index)
-        found = logits.log_softmax(-1).gather(-1, index[..., :1]).squeeze(-1)
-        return torch.where(inside, found, -torch.inf)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        with torch.no_grad():
-            index = torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(
-                sample_shape
-            )
-        return index.to(self.logits.dtype) / (self.levels - 1)
+    def forward(self, raw: Tensor, shape: Shape, *context: Tensor) -> dist.TorchDistribution:
+        mean = self._mean(*split(raw, shape, 1), shape, context)
+        return ExactPoisson(mean, validate_args=False).to_event(len(shape))
 
 
-class LevelLogistic(_LevelDistribution):
-    """A logistic distribution cut into bins around the values k/(levels - 1).
+class NegativeBinomial(_Counts):
+    r"""Counts that scatter more than a Poisson's: variance :math:`m_d + m_d^2 / r_d`.
+
+    :math:`p(x|z) = \prod_d \tfrac{\Gamma(x_d + r_d)}{\Gamma(r_d)\,x_d!}
+    \big(\tfrac{r_d}{r_d + m_d}\big)^{r_d} \big(\tfrac{m_d}{r_d + m_d}\big)^{x_d}`
 
     Arguments:
-        loc, scale: of the logistic distribution, of one shape.
-        levels: the number of levels.
+        zero_inflated: whether an element is 0 with a probability :math:`g_d` of its own, and
+            drawn as above otherwise.
+        library_size, bounds: of the means, as those of `Poisson`.
+        dispersion_bounds: the least and greatest inverse dispersion :math:`r`.
+
+    The network gives what the means are made of, the unbounded inverse dispersions and, where
+    ``zero_inflated``, the logits of :math:`g`: two or three outputs for each element. The encoder
+    sees log(1 + x). Lopez et al., Deep generative modeling for single-cell transcriptomics, 2018
+    (https://doi.org/10.1038/s41592-018-0229-2).
+
+    >>> NegativeBinomial()(torch.zeros(1, 2), (1,)).log_prob(torch.tensor([[0.0]]))  # log 1/2
+    tensor([-0.6931])
     """
 
-    arg_constraints: ClassVar = {"loc": constraints.real, "scale": constraints.positive}
+    def __init__(
+        self,
+        zero_inflated: bool = False,
+        library_size: bool = False,
+        bounds: tuple[float, float] = (1e-6, 1e8),
+        dispersion_bounds: tuple[float, float] = (1e-4, 1e4),
+    ) -> None:
+        super().__init__(library_size, bounds)
+        self.zero_inflated, self.dispersion_bounds = zero_inflated, tuple(dispersion_bounds)
 
-    def __init__(self, loc: Tensor, scale: Tensor, levels: int = 256) -> None:
-        self.loc, self.scale = torch.broadcast_tensors(loc, scale)
-        self.levels = levels
-        super().__init__(self.loc.shape, validate_args=False)
+    def outputs(self, shape: Shape) -> int:
+        return prod(shape) * (3 if self.zero_inflated else 2)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "LevelLogistic":
-        return LevelLogistic(
-            self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels
+    def forward(self, raw: Tensor, shape: Shape, *context: Tensor) -> dist.TorchDistribution:
+        raw_mean, dispersion, *gate = split(raw, shape, 3 if self.zero_inflated else 2)
+        mean = self._mean(raw_mean, shape, context)
+        inverse = bounded_scale(dispersion, *self.dispersion_bounds)
+        counts: dist.TorchDistribution = ExactNegativeBinomial(
+            inverse, logits=mean.log() - inverse.log(), validate_args=False
         )
-
-    @property
-    def mean(self) -> Tensor:
-        # E[k] is the sum over k >= 1 of the probability of at least k.
-        total = torch.zeros_like(self.loc)
-        for k in range(1, self.levels):
-            edge = (k - 0.5) / (self.levels - 1)
-            total += torch.sigmoid((self.loc - edge) / self.scale)
-        return total / (self.levels - 1)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        # log(σ(b) - σ(a)) = log σ(b) + log σ(-a) + log(1 - exp(a - b)), without cancellation.
-        half = 0.5 / (self.levels - 1)
-        above = (value + half - self.loc) / self.scale
-        below = (value - half - self.loc) / self.scale
-        lower, upper = F.logsigmoid(above), F.logsigmoid(-below)
-        inside = lower + upper + torch.log(-torch.expm1(-2 * half / self.scale))
-        return torch.where(value < half, lower, torch.where(value > 1 - half, upper, inside))
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        with torch.no_grad():
-            shape = self._extended_shape(torch.Size(sample_shape))
-            uniform = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)
-            uniform = uniform.clamp(1e-6, 1 - 1e-6)
-            draw = self.loc + self.scale * torch.logit(uniform)
-            return (draw * (self.levels - 1)).round().clamp(0, self.levels - 1) / (self.levels - 1)
+        if gate:
+            counts = dist.ZeroInflatedDistribution(counts, gate_logits=gate[0], validate_args=False)
+        return counts.to_event(len(shape))

@@ -141,6 +141,61 @@ class ConvDecoder(nn.Module):
         return image.reshape(*features.shape[:-1], -1)
 
 
+class Viewed(nn.Module):
+    """A network whose first input is shown to it through a view, such as `Log1p`.
+
+    Arguments:
+        network: takes what the view makes of the first input, then the other inputs.
+        view: any elementwise module.
+
+    >>> import torch
+    >>> Viewed(MLP([2, 1], (), 3), Log1p())(torch.ones(5, 2), torch.zeros(5, 1)).shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, network: nn.Module, view: nn.Module) -> None:
+        super().__init__()
+        self.network, self.view = network, view
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        return self.network(self.view(x), *context)
+
+
+class Log1p(nn.Module):
+    """Counts x as log(1 + x).
+
+    >>> Log1p()(torch.tensor([0.0, 1e6]))
+    tensor([ 0.0000, 13.8155])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log1p(x)
+
+
+class OneHot(nn.Module):
+    """Tokens 0 to levels - 1 as rows of zeros with a one, the levels put before the channels.
+
+    Arguments:
+        levels: how many tokens there are.
+        dims: the dimensions of one datum: (..., 5, 8, 8) becomes (..., 5 * levels, 8, 8) for 3.
+
+    >>> OneHot(3, 1)(torch.tensor([[0, 2]]))
+    tensor([[1., 0., 0., 0., 0., 1.]])
+    """
+
+    def __init__(self, levels: int, dims: int) -> None:
+        super().__init__()
+        self.levels, self.dims = levels, dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.arange(self.levels, device=x.device).reshape(-1, *[1] * self.dims)
+        rows = (x.unsqueeze(-1 - self.dims) == tokens).flatten(-1 - self.dims, -self.dims)
+        return rows.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
+
+
 def join(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
     """Flatten each input by its shape, broadcast the leading dimensions, and concatenate."""
     if len(inputs) != len(shapes):

@@ -76,14 +76,25 @@ def _vae(**keywords: object) -> pv.VAE:
     return pv.VAE.mlp((6,), latent_dim=2, hidden=(5,), activation=nn.Tanh, **keywords)
 
 
-OURS = {
-    "bernoulli": lambda: _vae(),
+LIKELIHOODS = {
     "gaussian-predicted": lambda: _vae(likelihood=pv.Gaussian()),
     "gaussian-learned": lambda: _vae(likelihood=pv.Gaussian(0.5, learned=True)),
     "gaussian-fixed": lambda: _vae(likelihood=pv.Gaussian(0.5)),
+    "student-t": lambda: _vae(likelihood=pv.StudentT(learned=True)),
     "continuous-bernoulli": lambda: _vae(likelihood=pv.ContinuousBernoulli),
     "categorical": lambda: _vae(likelihood=pv.Categorical(2)),
+    "tokens": lambda: _vae(likelihood=pv.Categorical(2, tokens=True)),
     "discretized-logistic": lambda: _vae(likelihood=pv.DiscretizedLogistic(2)),
+    "logistic-mixture": lambda: _vae(likelihood=pv.DiscretizedLogistic(2, components=2)),
+    "poisson": lambda: _vae(likelihood=pv.Poisson),
+    "negative-binomial-library": lambda: _vae(
+        likelihood=pv.NegativeBinomial(zero_inflated=True, library_size=True),
+        context_shapes=[(1,)],
+    ),
+}
+OURS = {
+    "bernoulli": lambda: _vae(),
+    **LIKELIHOODS,
     "full-rank": lambda: _vae(posterior=pv.FullRankNormal),
     "low-rank": lambda: _vae(posterior=pv.LowRankNormal(1)),
     "mixture-prior": lambda: _vae(prior=lambda dim: pv.GaussianMixture(dim, 3)),
@@ -108,6 +119,8 @@ def rows(name: str, n: int = 40, seed: int = 1) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     shape = (1, 2, 3) if name == "convolutional" else (6,)
     x = torch.rand(n, *shape, generator=generator).round().double()
+    if name.endswith("library"):
+        return x, (1 + x.sum(-1, keepdim=True)).log()
     if not name.startswith("conditional"):
         return (x,)
     return x, torch.eye(3)[torch.randint(3, (n,), generator=generator)].double()

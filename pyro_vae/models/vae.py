@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_vae.errors import UsageError
 from pyro_vae.factors import Factor, Family
 from pyro_vae.likelihoods import Bernoulli
-from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, Shape
+from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, Shape, Viewed
 from pyro_vae.posteriors import DiagonalNormal
 from pyro_vae.priors import StandardNormal
 
@@ -85,12 +85,17 @@ class VAE(PyroModule):
         _require_sizes(data_shape, latent_dim, hidden)
         likelihood, posterior = _made(likelihood), _made(posterior)
         data_shape, context = tuple(data_shape), [tuple(shape) for shape in context_shapes]
-        encoder = MLP([data_shape, *context], hidden, posterior.outputs((latent_dim,)), activation)
+        given = context[: len(context) - likelihood.context]
+
+        def encoder(seen: Shape) -> nn.Module:
+            outputs = posterior.outputs((latent_dim,))
+            return MLP([seen, *context], hidden, outputs, activation)
+
         decoder = MLP(
-            [latent_dim, *context], tuple(hidden)[::-1], likelihood.outputs(data_shape), activation
+            [latent_dim, *given], tuple(hidden)[::-1], likelihood.outputs(data_shape), activation
         )
         return cls(
-            Factor(encoder, posterior, (latent_dim,)),
+            Factor(viewed(encoder, likelihood, data_shape), posterior, (latent_dim,)),
             Factor(decoder, likelihood, data_shape),
             prior if isinstance(prior, nn.Module) else prior(latent_dim),
             context,
@@ -123,18 +128,29 @@ class VAE(PyroModule):
                 f"{data_shape} came"
             )
         image = (likelihood.outputs(data_shape) // prod(data_shape[1:]), *data_shape[1:])
-        encoder = ConvEncoder(
-            [data_shape, *context], channels, hidden, posterior.outputs((latent_dim,)), activation
-        )
+        given = context[: len(context) - likelihood.context]
+
+        def encoder(seen: Shape) -> nn.Module:
+            outputs = posterior.outputs((latent_dim,))
+            return ConvEncoder([seen, *context], channels, hidden, outputs, activation)
+
         decoder = ConvDecoder(
-            [latent_dim, *context], tuple(hidden)[::-1], tuple(channels)[::-1], image, activation
+            [latent_dim, *given], tuple(hidden)[::-1], tuple(channels)[::-1], image, activation
         )
         return cls(
-            Factor(encoder, posterior, (latent_dim,)),
+            Factor(viewed(encoder, likelihood, data_shape), posterior, (latent_dim,)),
             Factor(decoder, likelihood, data_shape),
             prior if isinstance(prior, nn.Module) else prior(latent_dim),
             context,
         )
+
+
+def viewed(make: Callable[[Shape], nn.Module], likelihood: Family, shape: Shape) -> nn.Module:
+    """An encoding network, made for what the likelihood lets it see of data of this shape."""
+    view = likelihood.view(shape)
+    if view is None:
+        return make(shape)
+    return Viewed(make(tuple(view(torch.zeros(shape)).shape)), view)
 
 
 def _made(family: Family | type[Family]) -> Family:
