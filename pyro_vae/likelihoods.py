@@ -229,7 +229,8 @@ class DiscretizedLogistic(Family):
 
     def forward(self, raw: Tensor, shape: Shape) -> dist.TorchDistribution:
         if self.components == 1:
-            return self._logistic(*split(raw, shape, 2), 0.5).to_event(len(shape))
+            loc, scale = split(raw, shape, 2)
+            return self._logistic(loc, scale, 0.5).to_event(len(shape))
         pieces = torch.stack(split(raw, shape, 3 * self.components), -1)
         logits, loc, scale = pieces.chunk(3, -1)
         # Of a network that says nothing yet the components share the range.
@@ -301,7 +302,8 @@ class Poisson(_Counts):
         return prod(shape)
 
     def forward(self, raw: Tensor, shape: Shape, *context: Tensor) -> dist.TorchDistribution:
-        mean = self._mean(*split(raw, shape, 1), shape, context)
+        (raw_mean,) = split(raw, shape, 1)
+        mean = self._mean(raw_mean, shape, context)
         return ExactPoisson(mean, validate_args=False).to_event(len(shape))
 
 
