@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from pyro_vae.networks import MLP as MLP
     from pyro_vae.networks import ConvDecoder as ConvDecoder
     from pyro_vae.networks import ConvEncoder as ConvEncoder
+    from pyro_vae.networks import Convolutions as Convolutions
+    from pyro_vae.networks import ResidualBlock as ResidualBlock
     from pyro_vae.objectives import FreeBitsELBO as FreeBitsELBO
     from pyro_vae.objectives import ImportanceWeightedELBO as ImportanceWeightedELBO
     from pyro_vae.objectives import KLWeight as KLWeight
@@ -59,6 +61,8 @@ _WHERE = {
     "MLP": "networks",
     "ConvEncoder": "networks",
     "ConvDecoder": "networks",
+    "Convolutions": "networks",
+    "ResidualBlock": "networks",
     "StandardNormal": "priors",
     "GaussianMixture": "priors",
     "DiagonalNormal": "posteriors",

@@ -54,15 +54,103 @@ class MLP(nn.Module):
         return self.layers(join(inputs, self.shapes))
 
 
-class ConvEncoder(nn.Module):
-    """Convolutions of stride 2 over an image of any size, then an MLP that also sees the context.
+class Convolutions(nn.Module):
+    """Convolutions of stride 2 over each input that is an image; other inputs pass as they are.
 
     Arguments:
-        inputs: the shape of the image ``(channels, height, width)``, then that of each context.
+        inputs: the shape of each input; those of three numbers, (channels, height, width), are
+            images, of any size.
+        channels: the output channels of each convolution; each halves height and width.
+        activation: makes the nonlinearity.
+        blocks: residual blocks after each convolution.
+
+    Images of the context have convolutions of their own. Returns a list of features, whose shapes
+    are ``shapes``.
+
+    >>> import torch
+    >>> layers = Convolutions([(3, 17, 30), 5], (8, 16))
+    >>> [tuple(part.shape) for part in layers(torch.zeros(2, 3, 17, 30), torch.zeros(2, 5))]
+    [(2, 16, 5, 8), (2, 5)]
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[int | Shape],
+        channels: Sequence[int],
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        blocks: int = 0,
+    ) -> None:
+        super().__init__()
+        self.inputs, self.channels = list(inputs), tuple(channels)
+        self.activation, self.blocks = activation, blocks
+        self.given = _shapes(inputs)
+        self.images = nn.ModuleList(self._over(shape) for shape in self.given if len(shape) == 3)
+        self.shapes = [
+            (self.channels[-1], *_sizes(shape, len(channels))[-1]) if len(shape) == 3 else shape
+            for shape in self.given
+        ]
+
+    def _over(self, image: Shape) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for before, after in pairwise((image[0], *self.channels)):
+            layers.append(nn.Conv2d(before, after, 3, stride=2, padding=1))
+            layers += [ResidualBlock(after, self.activation) for _ in range(self.blocks)]
+            layers.append(self.activation())
+        return nn.Sequential(*layers)
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        _require_number(inputs, self.given)
+        networks, features = iter(self.images), []
+        for tensor, shape in _zip(inputs, self.given):
+            _require(tensor, shape)
+            if len(shape) == 3:
+                image = next(networks)(tensor.reshape(-1, *shape))
+                tensor = image.reshape(*tensor.shape[:-3], *image.shape[1:])
+            features.append(tensor)
+        return features
+
+
+class ResidualBlock(nn.Module):
+    r"""Two convolutions that learn a difference, :math:`x + f(x)`.
+
+    Each is preceded by a normalisation over the channels and places of each image, which no other
+    image of the minibatch enters (group normalisation in one group), and by the nonlinearity.
+    He et al., Identity mappings in deep residual networks, 2016 (https://arxiv.org/abs/1603.05027);
+    Wu & He, Group normalization, 2018 (https://arxiv.org/abs/1803.08494).
+
+    Arguments:
+        channels: of the image (n, channels, height, width), which keeps its shape.
+        activation: makes the nonlinearity.
+
+    >>> import torch
+    >>> ResidualBlock(4)(torch.zeros(2, 4, 5, 7)).shape
+    torch.Size([2, 4, 5, 7])
+    """
+
+    def __init__(self, channels: int, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.channels, self.activation = channels, activation
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            layers += [nn.GroupNorm(1, channels), activation()]
+            layers.append(nn.Conv2d(channels, channels, 3, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class ConvEncoder(nn.Module):
+    """Convolutions of stride 2 over images of any size, then an MLP that also sees the context.
+
+    Arguments:
+        inputs: the shape of the image ``(channels, height, width)``, then that of each context;
+            images in the context go through convolutions of their own.
         channels: the output channels of each convolution; each halves height and width.
         hidden: the hidden widths of the MLP after the convolutions.
         outputs: the width of the output.
         activation: makes the nonlinearity.
+        blocks: residual blocks after each convolution (see `ResidualBlock`).
 
     >>> import torch
     >>> ConvEncoder([(3, 17, 30)], (8, 16), (32,), 12)(torch.zeros(2, 3, 17, 30)).shape
@@ -76,34 +164,29 @@ class ConvEncoder(nn.Module):
         hidden: Sequence[int],
         outputs: int,
         activation: Callable[[], nn.Module] = nn.ReLU,
+        blocks: int = 0,
     ) -> None:
         super().__init__()
         self.inputs, self.channels, self.hidden = list(inputs), tuple(channels), tuple(hidden)
-        self.outputs, self.activation = outputs, activation
-        self.image, *context = _shapes(inputs)
-        sizes = _sizes(self.image, len(channels))
-        layers: list[nn.Module] = []
-        for before, after in zip((self.image[0], *channels), channels, strict=False):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), activation()]
-        self.layers = nn.Sequential(*layers)
-        self.head = MLP([(channels[-1], *sizes[-1]), *context], hidden, outputs, activation)
+        self.outputs, self.activation, self.blocks = outputs, activation, blocks
+        self.layers = Convolutions(inputs, channels, activation, blocks)
+        self.head = MLP(self.layers.shapes, hidden, outputs, activation)
 
-    def forward(self, image: Tensor, *context: Tensor) -> Tensor:
-        _require(image, self.image)
-        leading = image.shape[:-3]
-        features = self.layers(image.reshape(-1, *self.image))
-        return self.head(features.reshape(*leading, *features.shape[1:]), *context)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.head(*self.layers(*inputs))
 
 
 class ConvDecoder(nn.Module):
     """The mirror image of `ConvEncoder`: an MLP, then transposed convolutions of stride 2.
 
     Arguments:
-        inputs: the width of the latents, or a list with the shapes of latents and context.
+        inputs: the width of the latents, or a list with the shapes of latents and context; images
+            in the context go through convolutions of their own, as in `ConvEncoder`.
         hidden: the hidden widths of the MLP before the convolutions.
         channels: the input channels of each transposed convolution; each doubles the size.
         image: the shape ``(channels, height, width)`` of the output before it is flattened.
         activation: makes the nonlinearity.
+        blocks: residual blocks before each transposed convolution (see `ResidualBlock`).
 
     >>> import torch
     >>> ConvDecoder(5, (32,), (16, 8), (3, 17, 30))(torch.zeros(7, 2, 5)).shape
@@ -117,18 +200,21 @@ class ConvDecoder(nn.Module):
         channels: Sequence[int],
         image: Shape,
         activation: Callable[[], nn.Module] = nn.ReLU,
+        blocks: int = 0,
     ) -> None:
         super().__init__()
         self.inputs, self.hidden, self.channels = inputs, tuple(hidden), tuple(channels)
-        self.image, self.activation = tuple(image), activation
+        self.image, self.activation, self.blocks = tuple(image), activation, blocks
         sizes = _sizes(self.image, len(channels))[::-1]
         self.small = (channels[0], *sizes[0])
-        self.head = MLP(inputs, hidden, prod(self.small), activation)
+        self.context = Convolutions(_shapes(inputs), self.channels[::-1], activation, blocks)
+        self.head = MLP(self.context.shapes, hidden, prod(self.small), activation)
         layers: list[nn.Module] = []
         for before, after, (height, width) in zip(
             channels, (*channels[1:], image[0]), sizes[1:], strict=True
         ):
             even = (1 - height % 2, 1 - width % 2)
+            layers += [ResidualBlock(before, activation) for _ in range(blocks)]
             layers += [
                 activation(),
                 nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=even),
@@ -136,7 +222,7 @@ class ConvDecoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        features = self.head(*inputs)
+        features = self.head(*self.context(*inputs))
         image = self.layers(features.reshape(-1, *self.small))
         return image.reshape(*features.shape[:-1], -1)
 
@@ -198,8 +284,7 @@ class OneHot(nn.Module):
 
 def join(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
     """Flatten each input by its shape, broadcast the leading dimensions, and concatenate."""
-    if len(inputs) != len(shapes):
-        raise UsageError(f"the network takes {len(shapes)} inputs, {len(inputs)} came")
+    _require_number(inputs, shapes)
     leading = [tensor.shape[: tensor.dim() - len(shape)] for tensor, shape in _zip(inputs, shapes)]
     for tensor, shape in _zip(inputs, shapes):
         _require(tensor, shape)
@@ -209,6 +294,11 @@ def join(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
         for tensor, front, shape in zip(inputs, leading, shapes, strict=True)
     ]
     return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
+
+
+def _require_number(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> None:
+    if len(inputs) != len(shapes):
+        raise UsageError(f"the network takes {len(shapes)} inputs, {len(inputs)} came")
 
 
 def _require(tensor: Tensor, shape: Shape) -> None:

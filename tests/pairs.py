@@ -102,7 +102,9 @@ OURS = {
         context_shapes=[(3,)], prior=pv.Factor(pv.MLP([3], (4,), 4), pv.DiagonalNormal(), (2,))
     ),
     "conditional": lambda: _vae(context_shapes=[(3,)]),
-    "convolutional": lambda: pv.VAE.conv((1, 2, 3), latent_dim=2, channels=(3,), hidden=(4,)),
+    "convolutional": lambda: pv.VAE.conv(
+        (1, 2, 3), 2, channels=(3,), hidden=(4,), context_shapes=[(1, 3, 2)], blocks=1
+    ),
 }
 USERS = {"plain": PlainAttributes, "registered": Registered, "params": Params}
 ALL = OURS | USERS
@@ -119,6 +121,8 @@ def rows(name: str, n: int = 40, seed: int = 1) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     shape = (1, 2, 3) if name == "convolutional" else (6,)
     x = torch.rand(n, *shape, generator=generator).round().double()
+    if name == "convolutional":  # the context is the image, lying on its side
+        return x, x.mT.contiguous()
     if name.endswith("library"):
         return x, (1 + x.sum(-1, keepdim=True)).log()
     if not name.startswith("conditional"):

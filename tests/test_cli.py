@@ -192,7 +192,7 @@ def test_convolutions(tmp_path):
     run = train(tmp_path / "run", "--network conv --channels 4 8 --no-report")
     assert read(run / "config.json")["train"]["channels"] == [4, 8]
     state = safetensors.torch.load_file(run / "model.safetensors")
-    assert state["encoder.network.layers.0.weight"].shape == (4, 1, 3, 3)
+    assert state["encoder.network.layers.images.0.0.weight"].shape == (4, 1, 3, 3)
     command("sample {run} --num 3", run=run)
     assert np.load(run / "samples.npy").shape == (3, 1, 8, 8)
 

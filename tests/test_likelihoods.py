@@ -481,6 +481,11 @@ NETWORKS = {
     "mlp": (lambda: pv.MLP([3, 2], (8,), 4), (3,)),
     "conv-decoder": (lambda: pv.ConvDecoder([3, 2], (8,), (4, 3), (2, 5, 8)), (3,)),
     "conv-encoder": (lambda: pv.ConvEncoder([(2, 5, 8), 2], (3, 4), (8,), 6), (2, 5, 8)),
+    "residual-decoder": (lambda: pv.ConvDecoder([3, 2], (8,), (4, 3), (2, 5, 8), blocks=1), (3,)),
+    "residual-encoder": (
+        lambda: pv.ConvEncoder([(2, 5, 8), 2], (3, 4), (8,), 6, blocks=2),
+        (2, 5, 8),
+    ),
 }
 
 
@@ -536,6 +541,57 @@ def test_conv_decoder_paints_every_pixel(size, channels):
     found = network(torch.randn(6, 3))
     assert found.shape == (6, 2 * prod(size))
     assert bool((found.std(0) > 0).all())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8)])
+def test_a_gradient_reaches_every_parameter_of_residual_networks(size):
+    torch.manual_seed(18)
+    encoder = pv.ConvEncoder([(2, *size), (1, 3, 4)], (4, 3), (8,), 3, nn.Tanh, blocks=1)
+    decoder = pv.ConvDecoder([3, (1, 3, 4)], (8,), (3, 4), (2, *size), nn.Tanh, blocks=2)
+    context = torch.randn(6, 1, 3, 4)
+    found = decoder(encoder(torch.randn(6, 2, *size), context), context)
+    assert found.shape == (6, 2 * prod(size))
+    found.square().sum().backward()
+    for name, parameter in [*encoder.named_parameters(), *decoder.named_parameters()]:
+        assert parameter.grad is not None, name
+        assert bool((parameter.grad != 0).any()), name
+
+
+def test_a_residual_block_is_the_identity_and_what_its_last_convolution_adds():
+    torch.manual_seed(19)
+    block, x = pv.ResidualBlock(4).double(), torch.randn(3, 4, 5, 7).double()
+    last = block.layers[-1]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(torch.arange(4.0))
+    torch.testing.assert_close(block(x), x + torch.arange(4.0)[:, None, None])
+
+
+def test_a_residual_block_normalises_row_by_row():
+    torch.manual_seed(20)
+    block, x = pv.ResidualBlock(4), torch.randn(3, 4, 5, 7)
+    assert not torch.allclose(block(x), x)
+    alone = block(x[:1])
+    torch.testing.assert_close(block(torch.cat([x[:1], 100 * x[1:]]))[:1], alone)
+    # The difference is of the normalised image: its size and level do not matter to it.
+    wide = 50 * x + 7
+    torch.testing.assert_close(block(wide) - wide, block(x) - x, rtol=1e-3, atol=1e-3)
+
+
+def test_images_of_the_context_go_through_convolutions_of_their_own():
+    torch.manual_seed(21)
+    shapes, inputs = [(2, 5, 8), 3, (1, 9, 2)], [torch.randn(4, 2, 5, 8), torch.randn(4, 3)]
+    network, context = pv.ConvEncoder(shapes, (3, 4), (8,), 6), torch.randn(4, 1, 9, 2)
+    first, second = network.layers.images
+    expected = network.head(first(inputs[0]), inputs[1], second(context))
+    torch.testing.assert_close(network(*inputs, context), expected)
+    assert second(context).shape == (4, 4, 3, 1)
+    decoder = pv.ConvDecoder([3, (1, 9, 2)], (8,), (4, 3), (2, 5, 8), nn.Tanh)
+    torch.testing.assert_close(decoder.context.shapes, [(3,), (4, 3, 1)])
+    moved = context.clone()
+    moved[0] += 1
+    change = (decoder(inputs[1], moved) != decoder(inputs[1], context)).any(1)
+    assert change.tolist() == [True, False, False, False]
 
 
 def test_conv_decoder_gives_channels_first_pieces_outermost():

@@ -113,11 +113,14 @@ class VAE(PyroModule):
         prior: nn.Module | Callable[[int], nn.Module] = StandardNormal,
         context_shapes: Sequence[Shape] = (),
         activation: Callable[[], nn.Module] = nn.ReLU,
+        blocks: int = 0,
     ) -> "VAE":
         """A VAE for images of shape (channels, height, width), with convolutions of stride 2.
 
         Arguments as those of `VAE.mlp`; ``channels`` are those of the encoder's convolutions, from
-        the data inwards, ``hidden`` the widths of the layers between them and the latents.
+        the data inwards, ``hidden`` the widths of the layers between them and the latents, and
+        ``blocks`` the residual blocks beside each convolution. Images in the context may be of any
+        size; encoder and decoder see each through convolutions of its own.
         """
         _require_sizes(data_shape, latent_dim, hidden)
         likelihood, posterior = _made(likelihood), _made(posterior)
@@ -132,10 +135,15 @@ class VAE(PyroModule):
 
         def encoder(seen: Shape) -> nn.Module:
             outputs = posterior.outputs((latent_dim,))
-            return ConvEncoder([seen, *context], channels, hidden, outputs, activation)
+            return ConvEncoder([seen, *context], channels, hidden, outputs, activation, blocks)
 
         decoder = ConvDecoder(
-            [latent_dim, *given], tuple(hidden)[::-1], tuple(channels)[::-1], image, activation
+            [latent_dim, *given],
+            tuple(hidden)[::-1],
+            tuple(channels)[::-1],
+            image,
+            activation,
+            blocks,
         )
         return cls(
             Factor(viewed(encoder, likelihood, data_shape), posterior, (latent_dim,)),
