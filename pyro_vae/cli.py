@@ -114,6 +114,7 @@ def train(
     seeded_pair = _seeded_pair(model, loaded, settings.seed)
     given = (
         {"data": data, "data_shape": loaded.shape, "num_classes": loaded.num_classes}
+        | {"context_shapes": configuration.context_shapes(model, loaded)}
         | _plain(model)
         | _plain(objective)
         | _plain(source)
@@ -189,28 +190,20 @@ def sample(
     num
         How many.
     label
-        Of this class, for a conditional pair; of each class in turn by default.
+        Of this class, for a conditional pair; of each class in turn by default. Other context is
+        that of the test data, in turn.
     means
         Means of the data given their latents, instead of draws.
     seed
         Of the draws.
     """
-    import torch
-
     from pyro_vae import inference
-    from pyro_vae.datasets import one_hot
 
     _positive("num", num)
     pair, given = _pair(run, model)
-    context: tuple[Tensor, ...] = ()
-    if given.get("condition") == "label":
-        classes = given["num_classes"]
-        if label is not None and not 0 <= label < classes:
-            raise UsageError(f"label is 0 to {classes - 1}, {label} came")
-        labels = torch.arange(num) % classes if label is None else torch.full((num,), label)
-        context = (one_hot(labels, classes),)
-    elif label is not None:
+    if label is not None and "label" not in given.get("condition", ()):
         raise UsageError(f"{run} is not conditional on a label: train with --condition label")
+    context = _asked(run, given, num, label, model)
     images = inference.sample(pair, num, context, means=means, seed=seed)
     _write(run, "samples", images, [("", part) for part in images[:100].split(10)])
 
@@ -349,7 +342,7 @@ def check(
     *,
     data: str = "digits",
     data_dir: Path | None = None,
-    condition: Literal["none", "label"] = "none",
+    condition: tuple[Literal["label", "context"], ...] = (),
 ) -> None:
     """Run a pair of your own once on data, and explain in words what would go wrong.
 
@@ -362,7 +355,7 @@ def check(
     data_dir
         Folder of torchvision's files.
     condition
-        "label" gives the labels as context.
+        What is given as context: labels, the "context" of the data file, or both.
     """
     from pyro_vae.datasets import load_data
     from pyro_vae.preflight import check as run_check
@@ -430,12 +423,11 @@ def _pair(run: Path, model: str | None) -> tuple["nn.Module", dict[str, Any]]:
 
 def _user_pair(model: str, given: dict[str, Any]) -> "nn.Module":
     """A pair of a user's own, made as `train` made it."""
-    classes = given.get("num_classes", 0) if given.get("condition") == "label" else 0
     arguments = {
         "data_shape": tuple(given.get("data_shape", ())),
         "latent_dim": given.get("latent_dim", Model.latent_dim),
         "hidden": tuple(given.get("hidden", Model.hidden)),
-        "context_shapes": ((classes,),) if classes else (),
+        "context_shapes": tuple(map(tuple, given.get("context_shapes", ()))),
     }
     return configuration.make_user_pair(model, arguments)
 
@@ -460,10 +452,25 @@ def _test(data: "Data", given: dict[str, Any], n: int) -> tuple["Tensor", list["
 
 
 def _context(given: dict[str, Any], data: "Data", split: "Split") -> list["Tensor"]:
+    """What a run gives to its pair beside the data: labels, the file's context, library sizes."""
+    context: list[Tensor] = []
+    if "label" in given.get("condition", ()):
+        context.append(_one_hot(given, data, split))
+    if "context" in given.get("condition", ()):
+        if split.context is None:
+            raise UsageError(f"--condition context needs an array 'context', {data.name} has none")
+        context.append(split.context)
+    if given.get("library_size"):
+        totals = split.x.flatten(1).double().sum(1, keepdim=True)
+        if not bool((totals > 0).all()):
+            raise UsageError(f"{data.name} has a row of total {totals.min():g}: no library size")
+        context.append(totals.log().float())
+    return context
+
+
+def _one_hot(given: dict[str, Any], data: "Data", split: "Split") -> "Tensor":
     from pyro_vae.datasets import one_hot
 
-    if given.get("condition") != "label":
-        return []
     if split.labels is None:
         raise UsageError(f"--condition label needs labels, {data.name} has none")
     classes = given["num_classes"]
@@ -471,7 +478,30 @@ def _context(given: dict[str, Any], data: "Data", split: "Split") -> list["Tenso
         raise UsageError(
             f"the run knows labels 0 to {classes - 1}, {data.name} goes to {data.num_classes - 1}"
         )
-    return [one_hot(split.labels, classes)]
+    return one_hot(split.labels, classes)
+
+
+def _asked(
+    run: Path, given: dict[str, Any], num: int, label: int | None, model: str | None
+) -> list["Tensor"]:
+    """The context of so many samples: the label, or each in turn, and that of test data."""
+    import torch
+
+    from pyro_vae.datasets import one_hot
+
+    context: list[Tensor] = []
+    condition, classes = tuple(given.get("condition", ())), given.get("num_classes", 0)
+    if "label" in condition:
+        if label is not None and not 0 <= label < classes:
+            raise UsageError(f"label is 0 to {classes - 1}, {label} came")
+        labels = torch.arange(num) % classes if label is None else torch.full((num,), label)
+        context.append(one_hot(labels, classes))
+    if "context" in condition or given.get("library_size"):
+        data = _open(run, model=model)[1]
+        rows = torch.arange(num) % len(data.test.x)
+        others = _context(given, data, data.test)[len(context) :]
+        context += [part[rows] for part in others]
+    return context
 
 
 def _positive(name: str, value: int) -> None:
@@ -534,7 +564,7 @@ def _config_file(words: list[str]) -> tuple[list[str], Any]:
         raise UsageError(f"{path}: an object of options is expected")
     known = [field.name for kind in (Model, Objective, Input, Settings) for field in fields(kind)]
     known += ["data", "out", "num_eval_samples", "report"]
-    recorded = ("num_classes", "data_shape")  # by a run, of its data
+    recorded = ("num_classes", "data_shape", "context_shapes")  # by a run, of its data
     for name in options:
         if name not in (*known, *recorded):
             raise UsageError(f"{path}: there is no option '{name}'; {nearest(name, known)}")

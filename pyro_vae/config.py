@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
@@ -127,6 +127,8 @@ class Model:
         Widths of the encoder's hidden layers, from the data inwards; the decoder reverses them.
     channels
         Channels of the encoder's convolutions, for --network conv.
+    blocks
+        Residual blocks beside each convolution, for --network conv.
     activation
         Nonlinearity of the hidden layers.
     likelihood
@@ -134,12 +136,19 @@ class Model:
     scale
         Standard deviation of a Gaussian likelihood: predicted by the network, learned as one
         parameter, or a number.
+    logistics
+        How many logistic distributions are mixed for each element, for --likelihood
+        discretized-logistic-mixture.
+    library_size
+        Whether means of counts are shares of the total of their row, which is observed and given
+        to the pair as context.
     posterior
         Family of q(z | x).
     prior
-        Prior of z.
+        Prior of z; "conditional" learns one that depends on the context.
     condition
-        "label" gives the labels to encoder and decoder: a conditional VAE.
+        What encoder and decoder are given, in a conditional VAE: the labels, one-hot, the
+        "context" of the data file, or both.
     """
 
     model: str = "vae"
@@ -147,20 +156,36 @@ class Model:
     latent_dim: int = 20
     hidden: tuple[int, ...] = (128, 64)
     channels: tuple[int, ...] = (32, 64)
+    blocks: int = 0
     activation: Literal["relu", "leaky-relu", "elu", "silu", "softplus", "tanh"] = "relu"
     likelihood: Literal[
-        "bernoulli", "continuous-bernoulli", "gaussian", "categorical", "discretized-logistic"
+        "bernoulli",
+        "continuous-bernoulli",
+        "gaussian",
+        "student-t",
+        "categorical",
+        "discretized-logistic",
+        "discretized-logistic-mixture",
+        "poisson",
+        "negative-binomial",
+        "zero-inflated-negative-binomial",
     ] = "bernoulli"
     scale: str = "predicted"
+    logistics: int = 10
+    library_size: bool = False
     posterior: Literal["diagonal-normal", "full-rank-normal", "low-rank-normal"] = "diagonal-normal"
-    prior: Literal["standard-normal", "gaussian-mixture"] = "standard-normal"
-    condition: Literal["none", "label"] = "none"
+    prior: Literal["standard-normal", "gaussian-mixture", "conditional"] = "standard-normal"
+    condition: tuple[Literal["label", "context"], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("latent_dim", "hidden", "channels"):
             value = getattr(self, name)
             if any(width < 1 for width in (value if isinstance(value, tuple) else (value,))):
                 raise UsageError(f"{name} must be positive, {value} came")
+        if self.blocks < 0:
+            raise UsageError(f"blocks must not be negative, {self.blocks} came")
+        if self.blocks and self.network != "conv":
+            raise UsageError(f"blocks are for --network conv, {self.network} came with them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,9 +248,7 @@ class Input:
 
 def make_pair(config: Model, data: Data) -> nn.Module:
     """The pair that a configuration asks for, on data of this shape."""
-    context = ((data.num_classes,),) if config.condition == "label" else ()
-    if context and data.train.labels is None:
-        raise UsageError(f"--condition label needs labels, {data.name} has none")
+    context = context_shapes(config, data)
     if ":" in config.model:
         given = {
             "data_shape": data.shape,
@@ -247,13 +270,29 @@ def make_pair(config: Model, data: Data) -> nn.Module:
         "hidden": config.hidden,
         "likelihood": make_likelihood(config),
         "posterior": make_posterior(config),
-        "prior": make_prior(config),
+        "prior": make_prior(config, context),
         "context_shapes": context,
         "activation": make_activation(config.activation),
     }
     if config.network == "conv":
-        return VAE.conv(channels=config.channels, **common)
+        return VAE.conv(channels=config.channels, blocks=config.blocks, **common)
     return VAE.mlp(**common)
+
+
+def context_shapes(config: Model, data: Data) -> tuple[tuple[int, ...], ...]:
+    """The row shapes of what a configuration gives to the pair beside the data."""
+    shapes: list[tuple[int, ...]] = []
+    if "label" in config.condition:
+        if data.train.labels is None:
+            raise UsageError(f"--condition label needs labels, {data.name} has none")
+        shapes.append((data.num_classes,))
+    if "context" in config.condition:
+        if data.train.context is None:
+            raise UsageError(f"--condition context needs an array 'context', {data.name} has none")
+        shapes.append(tuple(data.train.context.shape[1:]))
+    if config.library_size:
+        shapes.append((1,))
+    return tuple(shapes)
 
 
 def make_user_pair(path: str, given: dict[str, Any]) -> nn.Module:
@@ -309,6 +348,11 @@ def make_likelihood(config: Model) -> Any:
 
     if config.likelihood != "gaussian" and config.scale != Model.scale:
         raise UsageError(f"scale is for --likelihood gaussian, {config.likelihood} came with it")
+    counts = ("poisson", "negative-binomial", "zero-inflated-negative-binomial")
+    if config.library_size and config.likelihood not in counts:
+        raise UsageError(
+            f"library_size is for counts ({', '.join(counts)}), {config.likelihood} came with it"
+        )
     if config.likelihood == "gaussian":
         if config.scale in ("predicted", "learned"):
             return likelihoods.Gaussian(learned=config.scale == "learned")
@@ -324,6 +368,15 @@ def make_likelihood(config: Model) -> Any:
         "continuous-bernoulli": likelihoods.ContinuousBernoulli,
         "categorical": likelihoods.Categorical,
         "discretized-logistic": likelihoods.DiscretizedLogistic,
+        "discretized-logistic-mixture": lambda: likelihoods.DiscretizedLogistic(
+            components=config.logistics
+        ),
+        "student-t": likelihoods.StudentT,
+        "poisson": lambda: likelihoods.Poisson(config.library_size),
+        "negative-binomial": lambda: likelihoods.NegativeBinomial(library_size=config.library_size),
+        "zero-inflated-negative-binomial": lambda: likelihoods.NegativeBinomial(
+            zero_inflated=True, library_size=config.library_size
+        ),
     }
     return kinds[config.likelihood]()
 
@@ -340,9 +393,23 @@ def make_posterior(config: Model) -> Any:
     return kinds[config.posterior]()
 
 
-def make_prior(config: Model) -> Any:
-    """The prior of a configuration."""
-    from pyro_vae import priors
+def make_prior(config: Model, context: Sequence[tuple[int, ...]] = ()) -> Any:
+    """The prior of a configuration, for context of these row shapes."""
+    from pyro_vae import factors, networks, posteriors, priors
+
+    if config.prior == "conditional":
+        if not context:
+            raise UsageError("--prior conditional needs context: give --condition too")
+        family, activation = posteriors.DiagonalNormal(), make_activation(config.activation)
+        outputs = family.outputs((config.latent_dim,))
+        network = (
+            networks.ConvEncoder(
+                context, config.channels, config.hidden, outputs, activation, config.blocks
+            )
+            if config.network == "conv"
+            else networks.MLP(context, config.hidden, outputs, activation)
+        )
+        return factors.Factor(network, family, (config.latent_dim,))
 
     kinds: dict[str, Callable[[int], Any]] = {
         "standard-normal": priors.StandardNormal,

@@ -18,10 +18,13 @@ from pyro_vae.errors import UsageError, nearest
 
 
 class Split(NamedTuple):
-    """One part of a data set: ``x`` of shape (n, *data_shape), integer ``labels`` (n,) or None."""
+    """One part of a data set: ``x`` of shape (n, *data_shape), and what comes with its rows."""
 
     x: Tensor
-    labels: Tensor | None
+    labels: Tensor | None = None
+    """Integers (n,)."""
+    context: Tensor | None = None
+    """What a conditional pair is given, floats (n, *context_shape)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ def load_data(data: str | Path, data_dir: str | Path | None = None) -> Data:
     Arguments:
         data: ``digits`` (embedded), a torchvision name (``mnist``, ``fashion-mnist``, ``kmnist``,
             ``emnist``, ``omniglot``, ``cifar10``, ``svhn``), or a path. A ``.npz`` holds ``x`` and
-            maybe ``y``, or ``x_train``, ``x_test``, maybe ``x_validation``, and ``y_`` likewise.
+            maybe labels ``y`` and ``context``, or ``x_train``, ``x_test``, maybe ``x_validation``,
+            and ``y_`` and ``context_`` likewise. Context is rows or images; 8-bit context becomes
+            floats in [0, 1].
         data_dir: where torchvision's files are; else the environment variable ``PYRO_VAE_DATA``,
             else ``~/.cache/pyro_vae``.
 
@@ -95,7 +100,7 @@ def _digits() -> Data:
 
     bunch: Any = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-    return _three_ways("digits", torch.from_numpy(images), torch.from_numpy(bunch.target))
+    return _three_ways("digits", Split(torch.from_numpy(images), torch.from_numpy(bunch.target)))
 
 
 def _mnist_like(kind: str, **options: Any) -> Callable[[Path, bool, bool], Split]:
@@ -191,7 +196,7 @@ def _load_file(path: Path) -> Data:
         ) from error
     if "x" in arrays:
         x = _images(arrays["x"], path)
-        return _three_ways(path.stem, x, _labels(arrays.get("y"), len(x), path))
+        return _three_ways(path.stem, _split(arrays, x, "", path))
     if "x_train" not in arrays or "x_test" not in arrays:
         raise UsageError(
             f"{path}: arrays 'x' (and 'y'), or 'x_train' and 'x_test', are expected; it holds "
@@ -201,15 +206,39 @@ def _load_file(path: Path) -> Data:
     for key in ("train", "validation", "test"):
         if f"x_{key}" in arrays:
             x = _images(arrays[f"x_{key}"], path)
-            splits[key] = Split(x, _labels(arrays.get(f"y_{key}"), len(x), path))
+            splits[key] = _split(arrays, x, f"_{key}", path)
             if x.shape[1:] != splits["train"].x.shape[1:]:
                 raise UsageError(
                     f"{path}: x_{key} has rows of shape {tuple(x.shape[1:])}, x_train of shape "
                     f"{tuple(splits['train'].x.shape[1:])}: they must agree"
                 )
+            if _row(splits[key].context) != _row(splits["train"].context):
+                raise UsageError(
+                    f"{path}: context_{key} has rows of shape {_row(splits[key].context)}, "
+                    f"context_train of shape {_row(splits['train'].context)}: they must agree"
+                )
     if "validation" not in splits:
         splits["train"], splits["validation"] = _shuffled(splits["train"], (5, 1))
     return Data(path.stem, **splits)
+
+
+def _split(arrays: dict[str, np.ndarray], x: Tensor, suffix: str, path: Path) -> Split:
+    """Rows with the labels and the context that a file holds for them."""
+    labels = _labels(arrays.get(f"y{suffix}"), len(x), path)
+    return Split(x, labels, _context(arrays.get(f"context{suffix}"), len(x), path))
+
+
+def _context(array: np.ndarray | None, n: int, path: Path) -> Tensor | None:
+    if array is None:
+        return None
+    context = _images(array[:, None] if array.ndim == 1 else array, path)
+    if len(context) != n:
+        raise UsageError(f"{path}: {len(context)} rows of context came for {n} rows")
+    return context.float() / (255 if context.dtype == torch.uint8 else 1)
+
+
+def _row(context: Tensor | None) -> tuple[int, ...] | None:
+    return None if context is None else tuple(context.shape[1:])
 
 
 def _images(array: np.ndarray, path: Path) -> Tensor:
@@ -243,10 +272,12 @@ def _labels(array: np.ndarray | None, n: int, path: Path) -> Tensor | None:
     return torch.from_numpy(flat.astype(np.int64))
 
 
-def _three_ways(name: str, x: Tensor, labels: Tensor | None) -> Data:
-    if len(x) < 10:
-        raise UsageError(f"{name} has {len(x)} rows: 10 or more are expected, to split in three")
-    return Data(name, *_shuffled(Split(x, labels), (7, 1, 2)))
+def _three_ways(name: str, whole: Split) -> Data:
+    if len(whole.x) < 10:
+        raise UsageError(
+            f"{name} has {len(whole.x)} rows: 10 or more are expected, to split in three"
+        )
+    return Data(name, *_shuffled(whole, (7, 1, 2)))
 
 
 def _shuffled(split: Split, shares: Sequence[int]) -> list[Split]:
@@ -255,6 +286,6 @@ def _shuffled(split: Split, shares: Sequence[int]) -> list[Split]:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     edges = [n * sum(shares[:i]) // sum(shares) for i in range(len(shares) + 1)]
     return [
-        Split(split.x[rows], None if split.labels is None else split.labels[rows])
+        Split(split.x[rows], *(None if part is None else part[rows] for part in split[1:]))
         for rows in (order[a:b] for a, b in pairwise(edges))
     ]

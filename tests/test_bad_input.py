@@ -1210,6 +1210,18 @@ COMMANDS = {
     "batch of more than all": ("train table.npy --likelihood gaussian", ["128", "42 rows"]),
     "convolutions of rows": ("train table.npy --network conv", ["(4,)", "height"]),
     "condition without labels": ("train table.npy --condition label", ["labels", "table"]),
+    "context without context": ("train table.npy --condition context", ["'context'", "table"]),
+    "conditional on nothing": ("train digits --prior conditional", ["--condition"]),
+    "library size of pixels": ("train digits --library-size", ["library_size", "bernoulli"]),
+    "blocks of no convolutions": ("train digits --blocks 2", ["--network conv", "mlp"]),
+    "no logistics": (
+        "train digits --likelihood discretized-logistic-mixture --logistics 0",
+        ["components", "0"],
+    ),
+    "reals as counts": (
+        "train table.npy --likelihood poisson --batch-size 8",
+        ["outside the support", "Poisson"],
+    ),
     "faulty pair": (f"train {TABLE} --model own:Silent", ["'z'", "missing from the guide"]),
     "no module in training": (f"train {TABLE} --model own:Plain", ["nn.Module", "Plain"]),
     "another run": ("train digits --out run", ["run", "holds another run", "--overwrite"]),

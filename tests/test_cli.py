@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 
 from pyro_vae.cli import app, main
+from pyro_vae.datasets import load_data
 
 COMMANDS = [name for name in app if not name.startswith("-")]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -275,6 +276,59 @@ def test_sample(run, capsys):
     command("sample {run} --num 5 --seed 4 --means", run=run)
     means = np.load(run / "samples.npy")
     assert 0 < means.min() < means.max() < 1
+
+
+def test_counts_with_their_library_size(tmp_path):
+    generator = np.random.default_rng(0)
+    depth = generator.integers(50, 500, (60, 1))
+    counts = generator.poisson(depth * generator.dirichlet(np.ones(6), 60)).clip(0, 255)
+    counts[:, 0] = 1
+    np.savez(tmp_path / "cells.npz", x=counts.astype(np.uint8), y=np.arange(60) % 3)
+    run = tmp_path / "run"
+    command(
+        f"train {{data}} --out {{run}} --likelihood zero-inflated-negative-binomial "
+        f"--batch-size 16 --library-size {QUICK}",
+        data=tmp_path / "cells.npz",
+        run=run,
+    )
+    assert read(run / "config.json")["pair"]["arguments"]["context_shapes"] == [[1]]
+    command("sample {run} --num 24 --means", run=run)
+    means = np.load(run / "samples.npy").sum(1)
+    test = load_data(tmp_path / "cells.npz").test.x.double().sum(1).numpy()
+    # Zero inflation aside, the total of the means is that of the test rows in turn.
+    assert np.corrcoef(means, np.tile(test, 2))[0, 1] > 0.9
+    command("encode {run}", run=run)
+    assert np.load(run / "codes.npz")["z_mean"].shape == (12, 2)
+    np.savez(tmp_path / "empty.npz", x=np.zeros((20, 6)))
+    with pytest.raises(SystemExit):
+        command("evaluate {run} --data {data}", run=run, data=tmp_path / "empty.npz")
+
+
+def test_images_of_a_file_as_context(tmp_path):
+    """The context is a corner of the image, beside its label."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    x = (images[:150] * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
+    np.savez(tmp_path / "corners.npz", x=x, y=labels[:150], context=x[:, :4, :4])
+    run = tmp_path / "run"
+    command(
+        "train {data} --out {run} --condition label context --prior conditional --network conv "
+        "--channels 4 --blocks 1 --likelihood discretized-logistic-mixture --logistics 2 "
+        f"--batch-size 32 --no-report {QUICK}",
+        data=tmp_path / "corners.npz",
+        run=run,
+    )
+    config = read(run / "config.json")["pair"]["arguments"]
+    assert config["context_shapes"] == [[10], [1, 4, 4]]
+    assert config["prior"]["arguments"]["network"]["class"].endswith("ConvEncoder")
+    made = {}
+    for label in (0, 1):
+        command(f"sample {{run}} --num 40 --means --label {label}", run=run)
+        made[label] = np.load(run / "samples.npy")
+    assert not np.allclose(made[0], made[1])
+    with pytest.raises(SystemExit):
+        command("evaluate {run} --data digits", run=run)
 
 
 def test_sample_by_label(labelled):

@@ -326,6 +326,19 @@ def test_npz_of_three_parts_is_taken_as_it_is(tmp_path):
         assert torch.equal(getattr(loaded, name).x, torch.full((n, 1, 2, 2), n).byte())
 
 
+@pytest.mark.parametrize(("shape", "row"), [((), (1,)), ((3,), (3,)), ((4, 5), (1, 4, 5))])
+def test_npz_with_context_gives_each_row_its_own(shape, row, tmp_path):
+    x = np.arange(20.0)[:, None]
+    context = np.broadcast_to(x.reshape(20, *[1] * len(shape)), (20, *shape))
+    for dtype, scale in ((np.uint8, 255), (np.float64, 1)):
+        loaded = archive(tmp_path / "mine.npz", x=x, context=context.astype(dtype))
+        for part in (loaded.train, loaded.validation, loaded.test):
+            assert part.context.shape == (len(part.x), *row)
+            assert part.context.dtype == torch.float32
+            expected = (part.x[:, 0] / scale).float()
+            assert torch.allclose(part.context.flatten(1)[:, -1], expected)
+
+
 OBJECTS = np.array([[None, 1]] * 20, dtype=object)
 X = np.zeros((20, 3))
 
@@ -369,6 +382,15 @@ REFUSED_NPZ = {
     "words as labels": ({"x": X, "y": np.array(["cat"] * 20)}, ["whole numbers", "<U3"]),
     "negative labels": ({"x": X, "y": np.full(20, -1)}, ["whole numbers", "-1"]),
     "halves as labels": ({"x": X, "y": np.full(20, 0.5)}, ["whole numbers", "0.5"]),
+    "too little context": ({"x": X, "context": X[:19]}, ["19 rows of context", "20"]),
+    "no number in context": (
+        {"x": X, "context": np.where(X == 0, np.nan, X)},
+        ["not finite", "row 0"],
+    ),
+    "context in one part": (
+        {"x_train": X, "x_test": X, "context_train": X},
+        ["context_test", "None", "(3,)"],
+    ),
     "no test rows": ({"x_train": X, "x_test": X[:0]}, ["empty"]),
     "parts of two shapes": ({"x_train": X, "x_test": X[:, :2]}, ["(2,)", "(3,)"]),
     "too few training labels": (
