@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyro_vae.likelihoods import NegativeBinomial as NegativeBinomial
     from pyro_vae.likelihoods import Poisson as Poisson
     from pyro_vae.likelihoods import StudentT as StudentT
+    from pyro_vae.models.sequence import DeepMarkovModel as DeepMarkovModel
     from pyro_vae.models.vae import VAE as VAE
     from pyro_vae.networks import MLP as MLP
     from pyro_vae.networks import ConvDecoder as ConvDecoder
@@ -43,12 +44,17 @@ if TYPE_CHECKING:
     from pyro_vae.preflight import check as check
     from pyro_vae.priors import GaussianMixture as GaussianMixture
     from pyro_vae.priors import StandardNormal as StandardNormal
+    from pyro_vae.recurrent import BackwardLSTM as BackwardLSTM
+    from pyro_vae.recurrent import GatedTransition as GatedTransition
+    from pyro_vae.recurrent import TokenEncoder as TokenEncoder
     from pyro_vae.report import write_report as write_report
     from pyro_vae.runs import load as load
     from pyro_vae.runs import save as save
     from pyro_vae.schedules import Cosine as Cosine
     from pyro_vae.schedules import Cyclical as Cyclical
     from pyro_vae.schedules import Linear as Linear
+    from pyro_vae.sequences import Autoregressive as Autoregressive
+    from pyro_vae.sequences import MarkovChain as MarkovChain
     from pyro_vae.training import fit as fit
 
 __version__ = "0.1.0"
@@ -56,6 +62,7 @@ __version__ = "0.1.0"
 _WHERE = {
     # the pair and its parts
     "VAE": "models.vae",
+    "DeepMarkovModel": "models.sequence",
     "Factor": "factors",
     "Family": "factors",
     "MLP": "networks",
@@ -63,6 +70,9 @@ _WHERE = {
     "ConvDecoder": "networks",
     "Convolutions": "networks",
     "ResidualBlock": "networks",
+    "TokenEncoder": "recurrent",
+    "BackwardLSTM": "recurrent",
+    "GatedTransition": "recurrent",
     "StandardNormal": "priors",
     "GaussianMixture": "priors",
     "DiagonalNormal": "posteriors",
@@ -76,6 +86,8 @@ _WHERE = {
     "StudentT": "likelihoods",
     "Poisson": "likelihoods",
     "NegativeBinomial": "likelihoods",
+    "Autoregressive": "sequences",
+    "MarkovChain": "sequences",
     # training
     "fit": "training",
     "check": "preflight",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import isnan, log, prod
+from math import isnan, log
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -26,6 +26,7 @@ from pyro_vae.pairs import (
     trace_model,
     using,
 )
+from pyro_vae.sequences import elements
 
 ACTIVE = 0.01
 """A unit is active where its posterior mean varies over the data by more (Burda et al., 2016)."""
@@ -63,7 +64,8 @@ class Evaluation:
     """Monte Carlo standard error of ``log_likelihood``, not that of the choice of test data."""
     num_samples: int
     bits_per_dim: float | None
-    """-log_likelihood / (dimensions * log 2), where the data are discrete."""
+    """-log_likelihood / (dimensions * log 2), where the data are discrete; padding is no
+    dimension. 2 to its power is the perplexity of each token, where the data are tokens."""
     probe_accuracy: float | None
     """Accuracy on the held-out data of a linear classifier of the codes, where there are labels."""
 
@@ -167,7 +169,7 @@ def evaluate(
         log_likelihood=likelihood.value,
         log_likelihood_standard_error=likelihood.standard_error,
         num_samples=num_samples,
-        bits_per_dim=-likelihood.value / (dims * log(2)) if discrete else None,
+        bits_per_dim=-likelihood.per_datum.sum().item() / (dims * log(2)) if discrete else None,
         probe_accuracy=accuracy,
     )
 
@@ -194,11 +196,11 @@ def bound(
 
 def _units(
     pair: nn.Module, rows: Source, prepare: Preparation, batch_size: int, seed: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor], bool, int]:
-    """KL by unit, codes by site, whether the data are discrete, and their dimension."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], bool, float]:
+    """KL by unit, codes by site, whether the data are discrete, and how many numbers they hold."""
     kl: dict[str, Tensor] = {}
     codes: dict[str, list[Tensor]] = {}
-    count, discrete, dims = 0, False, 1
+    count, discrete, dims = 0, False, 0.0
     with using(pair, seed):
         for batch in rows.batches(batch_size):
             prepared = prepare(batch)
@@ -214,7 +216,8 @@ def _units(
                 if is_local(site):
                     codes.setdefault(name, []).append(mean(site["fn"]).reshape(n, -1).cpu())
             data = data_site(model)
-            discrete, dims = data["fn"].support.is_discrete, prod(data["fn"].event_shape)
+            discrete = data["fn"].support.is_discrete
+            dims += elements(data["fn"], data["value"]).sum().item()
             count += n
     return (
         {name: total / count for name, total in kl.items()},

@@ -279,8 +279,10 @@ class _Captured:
 
 def _named(run: Callable[..., Any], names: list[str]) -> Callable[..., Named]:
     def named(values: list[Tensor], inputs: Sequence[Tensor]) -> Named:
-        with torch.no_grad():
-            return dict(zip(names, run(*values, *inputs), strict=True))
+        # The kernel of an LSTM keeps what its backward pass needs only where gradients are on.
+        with torch.enable_grad():
+            found = run(*(value.detach() for value in values), *inputs)
+        return dict(zip(names, found, strict=True))
 
     return named
 

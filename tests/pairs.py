@@ -105,7 +105,14 @@ OURS = {
     "convolutional": lambda: pv.VAE.conv(
         (1, 2, 3), 2, channels=(3,), hidden=(4,), context_shapes=[(1, 3, 2)], blocks=1
     ),
+    "text": lambda: pv.VAE.recurrent((3,), 2, 2, hidden=3, embedding_dim=2, word_dropout=0.3),
+    "deep-markov": lambda: pv.DeepMarkovModel.usual(3, 2, latent_dim=2, hidden=4, ragged=True),
 }
+UNORDERED = {"text"}
+"""Pairs whose data are names, not quantities: in place of a mean they give what is likely."""
+
+SHAPES = {"convolutional": (1, 2, 3), "text": (3,), "deep-markov": (3, 2)}
+
 USERS = {"plain": PlainAttributes, "registered": Registered, "params": Params}
 ALL = OURS | USERS
 
@@ -119,12 +126,14 @@ def make(name: str, seed: int = 0) -> nn.Module:
 def rows(name: str, n: int = 40, seed: int = 1) -> tuple[Tensor, ...]:
     """A batch for the pair of this name: binary data, which every likelihood here can score."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (1, 2, 3) if name == "convolutional" else (6,)
+    shape = SHAPES.get(name, (6,))
     x = torch.rand(n, *shape, generator=generator).round().double()
     if name == "convolutional":  # the context is the image, lying on its side
         return x, x.mT.contiguous()
     if name.endswith("library"):
         return x, (1 + x.sum(-1, keepdim=True)).log()
+    if name == "deep-markov":
+        return x, torch.randint(1, 4, (n,), generator=generator)
     if not name.startswith("conditional"):
         return (x,)
     return x, torch.eye(3)[torch.randint(3, (n,), generator=generator)].double()

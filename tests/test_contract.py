@@ -7,8 +7,9 @@ import pyro
 import pyro.optim
 import pytest
 import torch
-from pairs import ALL, OURS, Params, make, rows
+from pairs import ALL, OURS, UNORDERED, Params, make, rows
 from pyro.infer import SVI, Trace_ELBO
+from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.data import Arrays, Preparation
@@ -25,7 +26,12 @@ def parameters(pair):
 
 
 def train(pair, batch, **settings):
-    settings = {"epochs": 3, "batch_size": 16, "progress": False, "learning_rate": 0.01} | settings
+    recurrent = any(isinstance(module, nn.LSTM) for module in pair.modules())
+    engine = (
+        "eager" if recurrent else "auto"
+    )  # in float64 its graphs are long; test_engine has them
+    settings = {"epochs": 3, "batch_size": 16, "progress": False, "engine": engine} | settings
+    settings = {"learning_rate": 0.01} | settings
     return pv.fit(pair, *batch, **settings)
 
 
@@ -70,7 +76,7 @@ def test_shapes_of_every_tool(name):
     assert set(result.kl_by_site) == set(codes)
 
 
-@every_pair
+@pytest.mark.parametrize("name", [name for name in ALL if name not in UNORDERED])
 def test_sampling_is_that_of_the_prior_and_the_likelihood(name):
     pair, batch = make(name), rows(name, 7)
     one = [part[:1] for part in batch[1:]]

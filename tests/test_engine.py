@@ -107,6 +107,8 @@ def served(name, objective):
         return objective in ("elbo", "particles", "vectorized")
     if name in LIKELIHOODS:  # an objective looks at no likelihood: one, and a plate of samples
         return objective in ("elbo", "vectorized")
+    if name in ("text", "deep-markov"):  # long graphs: plain, and with a plate of samples
+        return objective in ("elbo", "importance-weighted")
     # Running means would be taken of the samples, too.
     return name != "normalized" or objective not in ("vectorized", "importance-weighted")
 

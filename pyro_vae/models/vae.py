@@ -14,6 +14,8 @@ from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, Shape, Viewed
 from pyro_vae.posteriors import DiagonalNormal
 from pyro_vae.priors import StandardNormal
+from pyro_vae.recurrent import TokenEncoder
+from pyro_vae.sequences import Autoregressive
 
 
 class VAE(PyroModule):
@@ -83,7 +85,7 @@ class VAE(PyroModule):
             activation: makes the nonlinearity.
         """
         _require_sizes(data_shape, latent_dim, hidden)
-        likelihood, posterior = _made(likelihood), _made(posterior)
+        likelihood, posterior = made(likelihood), made(posterior)
         data_shape, context = tuple(data_shape), [tuple(shape) for shape in context_shapes]
         given = context[: len(context) - likelihood.context]
 
@@ -123,7 +125,7 @@ class VAE(PyroModule):
         size; encoder and decoder see each through convolutions of its own.
         """
         _require_sizes(data_shape, latent_dim, hidden)
-        likelihood, posterior = _made(likelihood), _made(posterior)
+        likelihood, posterior = made(likelihood), made(posterior)
         data_shape, context = tuple(data_shape), [tuple(shape) for shape in context_shapes]
         if len(data_shape) != 3:
             raise UsageError(
@@ -152,6 +154,49 @@ class VAE(PyroModule):
             context,
         )
 
+    @classmethod
+    def recurrent(
+        cls,
+        data_shape: Shape,
+        tokens: int,
+        latent_dim: int = 20,
+        hidden: int = 128,
+        embedding_dim: int = 32,
+        word_dropout: float = 0.0,
+        posterior: Family | type[Family] = DiagonalNormal,
+        prior: nn.Module | Callable[[int], nn.Module] = StandardNormal,
+        context_shapes: Sequence[Shape] = (),
+    ) -> "VAE":
+        """A VAE for rows of tokens, such as the characters of sentences, with one z for each row.
+
+        Arguments:
+            data_shape: ``(length,)``, the tokens of a row; token 0 ends it.
+            tokens: how many tokens there are, the end counted.
+            latent_dim: the dimension of z.
+            hidden: units of the decoder's LSTM, and of the encoder's in each direction.
+            embedding_dim, word_dropout: as those of `pyro_vae.Autoregressive`.
+            posterior, prior, context_shapes: as those of `VAE.mlp`.
+
+        Bowman et al., 2016 (https://arxiv.org/abs/1511.06349).
+
+        >>> import pyro_vae as pv
+        >>> pv.sample(pv.VAE.recurrent((9,), tokens=5, hidden=8), 2).shape
+        torch.Size([2, 9])
+        """
+        _require_sizes(data_shape, latent_dim, (hidden, embedding_dim))
+        likelihood = Autoregressive(tokens, embedding_dim, hidden, word_dropout)
+        posterior, data_shape = made(posterior), tuple(data_shape)
+        context = [tuple(shape) for shape in context_shapes]
+        outputs = posterior.outputs((latent_dim,))
+        encoder = TokenEncoder(tokens, embedding_dim, hidden, outputs, context)
+        decoder = MLP([latent_dim, *context], (), likelihood.outputs(data_shape))
+        return cls(
+            Factor(encoder, posterior, (latent_dim,)),
+            Factor(decoder, likelihood, data_shape),
+            prior if isinstance(prior, nn.Module) else prior(latent_dim),
+            context,
+        )
+
 
 def viewed(make: Callable[[Shape], nn.Module], likelihood: Family, shape: Shape) -> nn.Module:
     """An encoding network, made for what the likelihood lets it see of data of this shape."""
@@ -161,11 +206,11 @@ def viewed(make: Callable[[Shape], nn.Module], likelihood: Family, shape: Shape)
     return Viewed(make(tuple(view(torch.zeros(shape)).shape)), view)
 
 
-def _made(family: Family | type[Family]) -> Family:
-    made = family() if isinstance(family, type) else family
-    if not isinstance(made, Family):
+def made(family: Family | type[Family]) -> Family:
+    instance = family() if isinstance(family, type) else family
+    if not isinstance(instance, Family):
         raise UsageError(f"a family such as pyro_vae.Bernoulli is expected, {family!r} came")
-    return made
+    return instance
 
 
 def _require_sizes(data_shape: Shape, latent_dim: int, hidden: Sequence[int]) -> None:

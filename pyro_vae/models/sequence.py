@@ -1,0 +1,120 @@
+"""The deep Markov model: a trajectory of latent vectors for each sequence."""
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vae.errors import UsageError
+from pyro_vae.factors import Factor, Family
+from pyro_vae.likelihoods import Bernoulli
+from pyro_vae.models.vae import made
+from pyro_vae.networks import MLP
+from pyro_vae.posteriors import DiagonalNormal
+from pyro_vae.recurrent import BackwardLSTM, GatedTransition
+from pyro_vae.sequences import MarkovChain
+
+
+class DeepMarkovModel(PyroModule):
+    r"""A Markov chain of latent vectors: :math:`z_t \sim p(z_t|z_{t-1}),\ x_t \sim p(x_t|z_t)`.
+
+    The guide is of the form of the exact posterior, :math:`q(z_t | z_{t-1}, x_{t:T})`: a network
+    reads the sequence from its end. The trajectory is one latent site "z" with events of shape
+    ``(steps, latent_dim)``, :math:`z_0` a parameter.
+
+    Arguments:
+        transition: a factor that returns p(z_t | z_{t-1}).
+        emission: a factor that returns p(x_t | z_t).
+        smoother: a factor that returns q(z_t | z_{t-1}, h_t).
+        reader: a network that gives h of shape (..., steps, width) from x and its lengths.
+        steps: the steps of a row of data.
+        ragged: whether a second tensor of each batch gives the length of each row, in whole steps;
+            what is beyond it counts for nothing.
+
+    Rows of data have shape ``(steps, *emission.shape)``, or any other of as many numbers.
+    Krishnan, Shalit & Sontag, Structured inference networks for nonlinear state space models, 2017
+    (https://arxiv.org/abs/1609.09869).
+
+    >>> import torch, pyro_vae as pv
+    >>> pair = pv.DeepMarkovModel.usual(steps=5, data_dim=3, latent_dim=2, hidden=8)
+    >>> pv.encode(pair, torch.ones(4, 5, 3))["z"].shape
+    torch.Size([4, 5, 2])
+    """
+
+    def __init__(
+        self,
+        transition: Factor,
+        emission: Factor,
+        smoother: Factor,
+        reader: nn.Module,
+        steps: int,
+        ragged: bool = False,
+    ) -> None:
+        super().__init__()
+        self.transition, self.emission, self.smoother = transition, emission, smoother
+        self.reader, self.steps, self.ragged = reader, steps, ragged
+        self.start = nn.Parameter(torch.zeros(transition.shape))
+
+    def model(self, x: Tensor, *lengths: Tensor) -> None:
+        # The transition is scored after the model has run, when stock SVI sees no parameters.
+        pyro.module("pair", self)
+        x, inside = self._rows(x, *lengths)
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", MarkovChain(self.transition, self.start, inside))
+            pyro.sample("x", self.emission(z).mask(inside).to_event(1), obs=x)
+
+    def guide(self, x: Tensor, *lengths: Tensor) -> None:
+        x, inside = self._rows(x, *lengths)
+        read = self.reader(x.flatten(2), inside.sum(-1))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", MarkovChain(self.smoother, self.start, inside, read))
+
+    def template(self, n: int) -> tuple[Tensor, ...]:
+        """A batch of n rows of the right shapes, of full length; its values mean nothing."""
+        lengths = (torch.full((n,), self.steps),) if self.ragged else ()
+        return (torch.zeros(n, self.steps, *self.emission.shape), *lengths)
+
+    def _rows(self, x: Tensor, *lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The data by steps, and which steps count."""
+        if len(lengths) != self.ragged:
+            raise UsageError(
+                f"the model takes {'the lengths' if self.ragged else 'nothing'} beside x, "
+                f"{len(lengths)} tensors came"
+            )
+        places = torch.arange(self.steps, device=x.device)
+        each = lengths[0] if lengths else torch.full((len(x),), self.steps, device=x.device)
+        return x.reshape(len(x), self.steps, *self.emission.shape), places < each[:, None]
+
+    @classmethod
+    def usual(
+        cls,
+        steps: int,
+        data_dim: int,
+        latent_dim: int = 20,
+        hidden: int = 64,
+        likelihood: Family | type[Family] = Bernoulli,
+        posterior: Family | type[Family] = DiagonalNormal,
+        ragged: bool = False,
+    ) -> "DeepMarkovModel":
+        """A deep Markov model with a gated transition, an LSTM and perceptrons of one layer.
+
+        Arguments:
+            steps: the steps of a row of data.
+            data_dim: the numbers of a step.
+            latent_dim: the dimension of each z_t.
+            hidden: units of the LSTM and of each perceptron.
+            likelihood, posterior: families, or their classes, of x_t and z_t.
+            ragged: whether lengths come with the data.
+        """
+        likelihood, posterior, latents = made(likelihood), made(posterior), (latent_dim,)
+        outputs = posterior.outputs(latents)
+        emission = MLP(latent_dim, (hidden,), likelihood.outputs((data_dim,)))
+        smoother = MLP([latent_dim, hidden], (hidden,), outputs, nn.Tanh)
+        return cls(
+            Factor(GatedTransition(latent_dim, hidden), DiagonalNormal(), latents),
+            Factor(emission, likelihood, (data_dim,)),
+            Factor(smoother, posterior, latents),
+            BackwardLSTM(data_dim, hidden),
+            steps,
+            ragged,
+        )
