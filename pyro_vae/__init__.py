@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from pyro_vae.evaluation import evaluate as evaluate
     from pyro_vae.factors import Factor as Factor
     from pyro_vae.factors import Family as Family
+    from pyro_vae.flows import Affine as Affine
+    from pyro_vae.flows import Autoregressive as Autoregressive
+    from pyro_vae.flows import Coupling as Coupling
+    from pyro_vae.flows import Spline as Spline
     from pyro_vae.importance import log_likelihood as log_likelihood
     from pyro_vae.inference import decode as decode
     from pyro_vae.inference import encode as encode
@@ -39,9 +43,11 @@ if TYPE_CHECKING:
     from pyro_vae.objectives import ImportanceWeightedELBO as ImportanceWeightedELBO
     from pyro_vae.objectives import KLWeight as KLWeight
     from pyro_vae.posteriors import DiagonalNormal as DiagonalNormal
+    from pyro_vae.posteriors import FlowPosterior as FlowPosterior
     from pyro_vae.posteriors import FullRankNormal as FullRankNormal
     from pyro_vae.posteriors import LowRankNormal as LowRankNormal
     from pyro_vae.preflight import check as check
+    from pyro_vae.priors import FlowPrior as FlowPrior
     from pyro_vae.priors import GaussianMixture as GaussianMixture
     from pyro_vae.priors import StandardNormal as StandardNormal
     from pyro_vae.recurrent import BackwardLSTM as BackwardLSTM
@@ -75,9 +81,15 @@ _WHERE = {
     "GatedTransition": "recurrent",
     "StandardNormal": "priors",
     "GaussianMixture": "priors",
+    "FlowPrior": "priors",
     "DiagonalNormal": "posteriors",
     "FullRankNormal": "posteriors",
     "LowRankNormal": "posteriors",
+    "FlowPosterior": "posteriors",
+    "Autoregressive": "flows",
+    "Coupling": "flows",
+    "Affine": "flows",
+    "Spline": "flows",
     "Bernoulli": "likelihoods",
     "ContinuousBernoulli": "likelihoods",
     "Gaussian": "likelihoods",

@@ -143,7 +143,7 @@ class Model:
         Whether means of counts are shares of the total of their row, which is observed and given
         to the pair as context.
     posterior
-        Family of q(z | x).
+        Family of q(z | x): normals, or flows of autoregressive layers, affine (iaf) or spline.
     prior
         Prior of z; "conditional" learns one that depends on the context.
     condition
@@ -173,8 +173,10 @@ class Model:
     scale: str = "predicted"
     logistics: int = 10
     library_size: bool = False
-    posterior: Literal["diagonal-normal", "full-rank-normal", "low-rank-normal"] = "diagonal-normal"
-    prior: Literal["standard-normal", "gaussian-mixture", "conditional"] = "standard-normal"
+    posterior: Literal[
+        "diagonal-normal", "full-rank-normal", "low-rank-normal", "iaf", "spline"
+    ] = "diagonal-normal"
+    prior: Literal["standard-normal", "gaussian-mixture", "flow", "conditional"] = "standard-normal"
     condition: tuple[Literal["label", "context"], ...] = ()
 
     def __post_init__(self) -> None:
@@ -383,12 +385,17 @@ def make_likelihood(config: Model) -> Any:
 
 def make_posterior(config: Model) -> Any:
     """The posterior family of a configuration."""
-    from pyro_vae import posteriors
+    from pyro_vae import flows, posteriors
 
+    wide = (max(64, config.latent_dim),)
     kinds: dict[str, Callable[[], Any]] = {
         "diagonal-normal": posteriors.DiagonalNormal,
         "full-rank-normal": posteriors.FullRankNormal,
         "low-rank-normal": posteriors.LowRankNormal,
+        "iaf": lambda: posteriors.FlowPosterior(config.latent_dim, hidden=wide),
+        "spline": lambda: posteriors.FlowPosterior(
+            config.latent_dim, bijection=flows.Spline(), hidden=wide
+        ),
     }
     return kinds[config.posterior]()
 
@@ -414,6 +421,7 @@ def make_prior(config: Model, context: Sequence[tuple[int, ...]] = ()) -> Any:
     kinds: dict[str, Callable[[int], Any]] = {
         "standard-normal": priors.StandardNormal,
         "gaussian-mixture": priors.GaussianMixture,
+        "flow": priors.FlowPrior,
     }
     return kinds[config.prior](config.latent_dim)
 

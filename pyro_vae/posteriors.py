@@ -1,13 +1,15 @@
 """Posterior families: what an encoder's outputs say about the latents."""
 
+from collections.abc import Sequence
 from math import prod
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
 from pyro_vae.factors import Family, bounded_scale, split
+from pyro_vae.flows import Affine, Autoregressive, Bijection, Flow, stack
 from pyro_vae.networks import Shape
 
 
@@ -107,6 +109,68 @@ class LowRankNormal(Family):
         return dist.LowRankMultivariateNormal(
             loc, torch.stack(columns, -1), variance, validate_args=False
         )
+
+
+class FlowPosterior(Family):
+    r"""A normal bent by invertible layers: posteriors of any shape, even of several modes.
+
+    :math:`z = \mu + \sigma \odot f(\epsilon; c),\ \epsilon \sim N(0, I)`, with layers :math:`f`
+    that all data share and a context :math:`c` of each datum. It starts as the diagonal normal.
+
+    Arguments:
+        latent_dim: the dimension of z.
+        layer: `pyro_vae.Autoregressive` or `pyro_vae.Coupling`.
+        bijection: what a layer does to each coordinate: `pyro_vae.Affine` by default, which with
+            `Autoregressive` is the inverse autoregressive flow, or `pyro_vae.Spline`.
+        layers: how many.
+        hidden: widths of the network of each layer.
+        context_dim: the width of the context; 0 gives one shape to all data.
+        low, high: bounds of every :math:`\sigma_j` (see `pyro_vae.factors.bounded_scale`).
+
+    The network gives the means, the unbounded scales, and the context: ``2 * latent_dim +
+    context_dim`` outputs. Raises `UsageError` for latents of another shape.
+    Rezende & Mohamed, 2015 (https://arxiv.org/abs/1505.05770); Kingma et al., 2016.
+
+    >>> import torch
+    >>> FlowPosterior(3, context_dim=4)(torch.zeros(5, 10), (3,)).mean[0]
+    tensor([0., 0., 0.])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        layer: type[nn.Module] = Autoregressive,
+        bijection: Bijection | None = None,
+        layers: int = 2,
+        hidden: Sequence[int] = (64,),
+        context_dim: int = 16,
+        low: float = 1e-4,
+        high: float = 10.0,
+    ) -> None:
+        super().__init__()
+        if context_dim < 0:
+            raise UsageError(f"context_dim must be 0 or more, {context_dim} came")
+        self.latent_dim, self.layer, self.layers, self.hidden = (
+            latent_dim,
+            layer,
+            layers,
+            tuple(hidden),
+        )
+        self.bijection, self.context_dim = bijection or Affine(), context_dim
+        self.low, self.high = low, high
+        self.flow = stack(layer, layers, latent_dim, context_dim, hidden, self.bijection)
+
+    def outputs(self, shape: Shape) -> int:
+        if tuple(shape) != (self.latent_dim,):
+            raise UsageError(
+                f"FlowPosterior was made for latents of shape {(self.latent_dim,)}, latents of "
+                f"shape {tuple(shape)} came"
+            )
+        return 2 * self.latent_dim + self.context_dim
+
+    def forward(self, raw: Tensor, shape: Shape) -> dist.TorchDistribution:
+        loc, scale, context = raw.split([self.latent_dim, self.latent_dim, self.context_dim], -1)
+        return Flow(loc, bounded_scale(scale, self.low, self.high), context, self.flow)
 
 
 def _dim(family: Family, shape: Shape) -> int:

@@ -76,6 +76,14 @@ def _vae(**keywords: object) -> pv.VAE:
     return pv.VAE.mlp((6,), latent_dim=2, hidden=(5,), activation=nn.Tanh, **keywords)
 
 
+def _flow(kind: type, bijection: nn.Module, **keywords: object) -> nn.Module:
+    """A small flow over two latents that is not the identity it starts as."""
+    flow = kind(2, bijection=bijection, layers=1, hidden=(4,), **keywords)
+    for parameter in flow.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return flow
+
+
 LIKELIHOODS = {
     "gaussian-predicted": lambda: _vae(likelihood=pv.Gaussian()),
     "gaussian-learned": lambda: _vae(likelihood=pv.Gaussian(0.5, learned=True)),
@@ -97,6 +105,10 @@ OURS = {
     **LIKELIHOODS,
     "full-rank": lambda: _vae(posterior=pv.FullRankNormal),
     "low-rank": lambda: _vae(posterior=pv.LowRankNormal(1)),
+    "flows": lambda: _vae(
+        posterior=_flow(pv.FlowPosterior, pv.Affine(), context_dim=2),
+        prior=_flow(pv.FlowPrior, pv.Spline(3)),
+    ),
     "mixture-prior": lambda: _vae(prior=lambda dim: pv.GaussianMixture(dim, 3)),
     "conditional-prior": lambda: _vae(
         context_shapes=[(3,)], prior=pv.Factor(pv.MLP([3], (4,), 4), pv.DiagonalNormal(), (2,))
