@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pyro_vae.factors import Factor as Factor
     from pyro_vae.factors import Family as Family
     from pyro_vae.flows import Affine as Affine
-    from pyro_vae.flows import Autoregressive as Autoregressive
-    from pyro_vae.flows import Coupling as Coupling
+    from pyro_vae.flows import AutoregressiveLayer as AutoregressiveLayer
+    from pyro_vae.flows import CouplingLayer as CouplingLayer
     from pyro_vae.flows import Spline as Spline
     from pyro_vae.importance import log_likelihood as log_likelihood
     from pyro_vae.inference import decode as decode
@@ -86,8 +86,8 @@ _WHERE = {
     "FullRankNormal": "posteriors",
     "LowRankNormal": "posteriors",
     "FlowPosterior": "posteriors",
-    "Autoregressive": "flows",
-    "Coupling": "flows",
+    "AutoregressiveLayer": "flows",
+    "CouplingLayer": "flows",
     "Affine": "flows",
     "Spline": "flows",
     "Bernoulli": "likelihoods",

@@ -1,9 +1,10 @@
 r"""Normalising flows: a normal passed through invertible layers, as a distribution with context.
 
-A layer says which coordinates depend on which (`Autoregressive`, `Coupling`), a bijection what is
-done to each (`Affine`, `Spline`); `stack` puts layers one behind the other. A layer of your own is
-a module with ``forward(x, context)`` and ``inverse(y, context)``, which both return the result and
-:math:`\log|\det dy/dx|`, for any leading dimensions. Every layer here starts as the identity.
+A layer says which coordinates depend on which (`AutoregressiveLayer`, `CouplingLayer`), a bijection
+what is done to each (`Affine`, `Spline`); `stack` puts layers one behind the other. A layer of your
+own is a module with ``forward(x, context)`` and ``inverse(y, context)``, which both return the
+result and :math:`\log|\det dy/dx|`, for any leading dimensions. Every layer here starts as the
+identity.
 """
 
 import warnings
@@ -151,7 +152,7 @@ def _rational_quadratic(
     return height, 2 * (slope / below).log() + above.log()
 
 
-class Autoregressive(nn.Module):
+class AutoregressiveLayer(nn.Module):
     r"""Each coordinate by parameters from those before it, :math:`y_j = b(x_j; x_{<j}, c)`.
 
     The inverse autoregressive flow where ``bijection`` is `Affine` (Kingma et al., 2016,
@@ -165,7 +166,7 @@ class Autoregressive(nn.Module):
         bijection: what is done to each coordinate.
         order: the order of the coordinates, a permutation; as they come by default.
 
-    >>> layer = Autoregressive(3, context_dim=2)
+    >>> layer = AutoregressiveLayer(3, context_dim=2)
     >>> layer(torch.ones(4, 3), torch.zeros(4, 2))[1].shape
     torch.Size([4])
     """
@@ -212,7 +213,7 @@ class Autoregressive(nn.Module):
         return x, log_slopes.sum(-1)
 
 
-class Coupling(nn.Module):
+class CouplingLayer(nn.Module):
     r"""One half of the coordinates by parameters from the other, which stays as it is.
 
     :math:`y_a = x_a,\ y_b = b(x_b; x_a, c)`. Forward and inverse take one pass each.
@@ -225,7 +226,7 @@ class Coupling(nn.Module):
         bijection: what is done to each coordinate.
         order: a permutation, whose first half stays; as they come by default.
 
-    >>> layer = Coupling(3)
+    >>> layer = CouplingLayer(3)
     >>> layer.inverse(torch.ones(4, 3), torch.zeros(4, 0))[0].shape
     torch.Size([4, 3])
     """
@@ -242,7 +243,7 @@ class Coupling(nn.Module):
     ) -> None:
         super().__init__()
         if dim < 2:
-            raise UsageError(f"a coupling needs 2 coordinates, {dim} came: use Autoregressive")
+            raise UsageError(f"a coupling needs 2 coordinates, {dim} came: use AutoregressiveLayer")
         self.bijection, self.kept = bijection or Affine(), dim // 2
         self.register_buffer("order", torch.arange(dim) if order is None else order)
         outputs = (dim - self.kept) * self.bijection.outputs
@@ -291,13 +292,13 @@ class Flow(dist.TorchDistribution):
     Arguments:
         loc, scale: of shape (..., dim).
         context: of shape (..., context_dim), which the layers see.
-        layers: modules such as `Autoregressive` and `Coupling`.
+        layers: modules such as `AutoregressiveLayer` and `CouplingLayer`.
 
     ``rsample`` runs the layers forward, and the log density of what was drawn last comes along;
     other values need the layers' inverse. Mean and variance have no closed form: they are taken
     over fixed quasi-random points of noise, the same for all data and at every call.
 
-    >>> layers = stack(Coupling, 2, dim=3, context_dim=0, hidden=(8,), bijection=Spline())
+    >>> layers = stack(CouplingLayer, 2, dim=3, context_dim=0, hidden=(8,), bijection=Spline())
     >>> flow = Flow(torch.zeros(3), torch.ones(3), torch.zeros(0), layers)
     >>> flow.log_prob(torch.zeros(5, 3)).shape
     torch.Size([5])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
 from pyro_vae.factors import Family, bounded_scale, split
-from pyro_vae.flows import Affine, Autoregressive, Bijection, Flow, stack
+from pyro_vae.flows import Affine, AutoregressiveLayer, Bijection, Flow, stack
 from pyro_vae.networks import Shape
 
 
@@ -119,9 +119,9 @@ class FlowPosterior(Family):
 
     Arguments:
         latent_dim: the dimension of z.
-        layer: `pyro_vae.Autoregressive` or `pyro_vae.Coupling`.
+        layer: `pyro_vae.AutoregressiveLayer` or `pyro_vae.CouplingLayer`.
         bijection: what a layer does to each coordinate: `pyro_vae.Affine` by default, which with
-            `Autoregressive` is the inverse autoregressive flow, or `pyro_vae.Spline`.
+            `AutoregressiveLayer` is the inverse autoregressive flow, or `pyro_vae.Spline`.
         layers: how many.
         hidden: widths of the network of each layer.
         context_dim: the width of the context; 0 gives one shape to all data.
@@ -139,7 +139,7 @@ class FlowPosterior(Family):
     def __init__(
         self,
         latent_dim: int,
-        layer: type[nn.Module] = Autoregressive,
+        layer: type[nn.Module] = AutoregressiveLayer,
         bijection: Bijection | None = None,
         layers: int = 2,
         hidden: Sequence[int] = (64,),

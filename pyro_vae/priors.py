@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
 from pyro_vae.factors import bounded_scale
-from pyro_vae.flows import Bijection, Coupling, Flow, Spline, stack
+from pyro_vae.flows import Bijection, CouplingLayer, Flow, Spline, stack
 
 
 class StandardNormal(PyroModule):
@@ -72,8 +72,8 @@ class FlowPrior(PyroModule):
 
     Arguments:
         latent_dim: the dimension of z.
-        layer: `pyro_vae.Coupling`, which is drawn from and scored in one pass, or
-            `pyro_vae.Autoregressive`, which takes ``latent_dim`` passes to be scored.
+        layer: `pyro_vae.CouplingLayer`, which is drawn from and scored in one pass, or
+            `pyro_vae.AutoregressiveLayer`, which takes ``latent_dim`` passes to be scored.
         bijection: what a layer does to each coordinate: `pyro_vae.Spline` by default.
         layers: how many.
         hidden: widths of the network of each layer.
@@ -90,7 +90,7 @@ class FlowPrior(PyroModule):
     def __init__(
         self,
         latent_dim: int,
-        layer: type[nn.Module] = Coupling,
+        layer: type[nn.Module] = CouplingLayer,
         bijection: Bijection | None = None,
         layers: int = 4,
         hidden: Sequence[int] = (64,),

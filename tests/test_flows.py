@@ -19,7 +19,9 @@ from pyro_vae.flows import Flow, stack
 from pyro_vae.rng import seeded
 
 KINDS = list(
-    itertools.product((pv.Autoregressive, pv.Coupling), (pv.Affine(), pv.Spline(4)), (0, 2))
+    itertools.product(
+        (pv.AutoregressiveLayer, pv.CouplingLayer), (pv.Affine(), pv.Spline(4)), (0, 2)
+    )
 )
 every_kind = pytest.mark.parametrize(
     ("layer", "bijection", "context_dim"),
@@ -92,7 +94,7 @@ def test_the_log_determinant_is_that_of_the_jacobian(layer, bijection, context_d
 
 def test_an_affine_autoregressive_layer_is_pyros():
     with seeded(3):
-        ours = pv.Autoregressive(4, 0, (7,), pv.Affine(), torch.tensor([2, 0, 3, 1])).double()
+        ours = pv.AutoregressiveLayer(4, 0, (7,), pv.Affine(), torch.tensor([2, 0, 3, 1])).double()
         network = AutoRegressiveNN(
             4, [7], [1, 1], torch.tensor([2, 0, 3, 1]), nonlinearity=nn.ELU()
         )
@@ -166,7 +168,7 @@ def test_nothing_is_infinite_however_far_the_networks_go(kind):
 
 
 def test_what_was_drawn_without_gradients_is_scored_with_them():
-    q = flow(pv.Coupling, pv.Spline(4), 0)
+    q = flow(pv.CouplingLayer, pv.Spline(4), 0)
     z = q.sample((10,))
     q.log_prob(z).sum().backward()
     gradients = [p.grad.clone() for p in q.layers.parameters()]
@@ -210,7 +212,7 @@ def test_the_command_line_names_flows():
     assert posterior.outputs((70,)) == 2 * 70 + posterior.context_dim
     assert isinstance(config.make_prior(chosen), pv.FlowPrior)
     iaf = config.make_posterior(config.Model(latent_dim=3, posterior="iaf"))
-    assert (iaf.layer, type(iaf.bijection)) == (pv.Autoregressive, pv.Affine)
+    assert (iaf.layer, type(iaf.bijection)) == (pv.AutoregressiveLayer, pv.Affine)
 
 
 class Bent(nn.Module):
