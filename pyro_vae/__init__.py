@@ -40,8 +40,11 @@ if TYPE_CHECKING:
     from pyro_vae.networks import Convolutions as Convolutions
     from pyro_vae.networks import ResidualBlock as ResidualBlock
     from pyro_vae.objectives import FreeBitsELBO as FreeBitsELBO
+    from pyro_vae.objectives import Gradient as Gradient
     from pyro_vae.objectives import ImportanceWeightedELBO as ImportanceWeightedELBO
     from pyro_vae.objectives import KLWeight as KLWeight
+    from pyro_vae.objectives import StickingTheLandingELBO as StickingTheLandingELBO
+    from pyro_vae.objectives import TotalCorrelationELBO as TotalCorrelationELBO
     from pyro_vae.posteriors import DiagonalNormal as DiagonalNormal
     from pyro_vae.posteriors import FlowPosterior as FlowPosterior
     from pyro_vae.posteriors import FullRankNormal as FullRankNormal
@@ -105,6 +108,9 @@ _WHERE = {
     "check": "preflight",
     "KLWeight": "objectives",
     "ImportanceWeightedELBO": "objectives",
+    "Gradient": "objectives",
+    "StickingTheLandingELBO": "objectives",
+    "TotalCorrelationELBO": "objectives",
     "FreeBitsELBO": "objectives",
     "Linear": "schedules",
     "Cyclical": "schedules",

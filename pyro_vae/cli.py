@@ -128,7 +128,7 @@ def train(
             loaded.validation.x,
             *_context(given, loaded, loaded.validation),
         ),
-        objective=configuration.make_objective(objective),
+        objective=configuration.make_objective(objective, len(loaded.train.x)),
         beta=configuration.make_beta(objective),
         learning_rate_schedule=configuration.make_learning_rate_schedule(
             objective, settings.epochs

@@ -197,11 +197,20 @@ class Objective:
     Parameters
     ----------
     objective
-        The ELBO; the same with its KL in closed form; the importance-weighted bound; or free bits.
+        The ELBO; the same with its KL in closed form; the importance-weighted bound; free bits; or
+        weights on mutual information, total correlation and KL by unit (β-TCVAE).
     num_samples
         Samples for each datum: particles of the ELBO, weights of the importance-weighted bound.
+    gradient
+        How the gradient of elbo or importance-weighted reaches the guide.
     free_bits
         Floor of the KL of each latent unit, in nats, for --objective free-bits.
+    mutual_information
+        Weight on the mutual information of datum and code, for --objective total-correlation.
+    total_correlation
+        Weight on the total correlation of the code's units, for --objective total-correlation.
+    dimension_kl
+        Weight on the KL of each unit's aggregate, for --objective total-correlation.
     beta
         Weight on the KL; 1 is the ELBO.
     warm_up
@@ -212,9 +221,15 @@ class Objective:
         Course of the learning rate over all epochs.
     """
 
-    objective: Literal["elbo", "analytic", "importance-weighted", "free-bits"] = "elbo"
+    objective: Literal[
+        "elbo", "analytic", "importance-weighted", "free-bits", "total-correlation"
+    ] = "elbo"
     num_samples: int = 1
+    gradient: Literal["total", "sticking-the-landing", "doubly-reparametrized"] = "total"
     free_bits: float = 0.1
+    mutual_information: float = 1.0
+    total_correlation: float = 6.0
+    dimension_kl: float = 1.0
     beta: float = 1.0
     warm_up: Literal["none", "linear", "cyclical"] = "none"
     warm_up_epochs: float = 10.0
@@ -223,10 +238,20 @@ class Objective:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise UsageError(f"num_samples must be 1 or more, {self.num_samples} came")
-        if self.objective == "free-bits" and self.num_samples > 1:
-            raise UsageError(f"free bits take one sample, num_samples = {self.num_samples} came")
-        if self.beta < 0 or self.free_bits < 0:
-            raise UsageError("beta and free_bits must not be negative")
+        if self.objective in ("free-bits", "total-correlation") and self.num_samples > 1:
+            raise UsageError(
+                f"{self.objective} takes one sample, num_samples = {self.num_samples} came"
+            )
+        gradients = {
+            "elbo": ("total", "sticking-the-landing"),
+            "importance-weighted": ("total", "sticking-the-landing", "doubly-reparametrized"),
+        }
+        if self.gradient not in gradients.get(self.objective, ("total",)):
+            raise UsageError(f"gradient {self.gradient} is not for --objective {self.objective}")
+        weights = ("beta", "free_bits", "mutual_information", "total_correlation", "dimension_kl")
+        for name in weights:
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} must not be negative, {getattr(self, name)} came")
         if not self.warm_up_epochs > 0:
             raise UsageError(f"warm_up_epochs must be positive, {self.warm_up_epochs} came")
 
@@ -440,17 +465,24 @@ def make_activation(name: str) -> type[nn.Module]:
     }[name]
 
 
-def make_objective(config: Objective) -> ELBO:
-    """The Pyro ELBO of a configuration."""
+def make_objective(config: Objective, num_data: int) -> ELBO:
+    """The Pyro ELBO of a configuration, for so many training data."""
     from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
-    from pyro_vae.objectives import FreeBitsELBO, ImportanceWeightedELBO
+    from pyro_vae import objectives
 
     if config.objective == "importance-weighted":
-        return ImportanceWeightedELBO(config.num_samples)
+        gradient = objectives.Gradient(config.gradient)
+        return objectives.ImportanceWeightedELBO(config.num_samples, gradient=gradient)
     if config.objective == "free-bits":
-        return FreeBitsELBO(config.free_bits)
+        return objectives.FreeBitsELBO(config.free_bits)
+    if config.objective == "total-correlation":
+        return objectives.TotalCorrelationELBO(
+            num_data, config.total_correlation, config.mutual_information, config.dimension_kl
+        )
     kind = TraceMeanField_ELBO if config.objective == "analytic" else Trace_ELBO
+    if config.gradient == "sticking-the-landing":
+        kind = objectives.StickingTheLandingELBO
     return kind(
         num_particles=config.num_samples,
         vectorize_particles=config.num_samples > 1,

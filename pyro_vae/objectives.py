@@ -5,6 +5,8 @@ each KL in closed form where that is valid. Every objective here is a ``pyro.inf
 """
 
 import copy
+from collections.abc import Sequence
+from enum import StrEnum
 from math import log
 from typing import Any
 
@@ -17,10 +19,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_vae.errors import NotTraceable, UsageError
+from pyro_vae.errors import NotTraceable, UsageError, first_line
 from pyro_vae.pairs import (
     Batch,
+    Site,
     by_datum,
+    factorizes,
     is_local,
     latents,
     log_prob,
@@ -64,7 +68,77 @@ class _DifferentiableELBO(Trace_ELBO):
         return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
 
-class ImportanceWeightedELBO(_DifferentiableELBO):
+class Gradient(StrEnum):
+    """How the gradient of a bound reaches the guide; its value is the same for all."""
+
+    TOTAL = "total"
+    """That of the estimate, by all it depends on."""
+    STICKING_THE_LANDING = "sticking-the-landing"
+    """Through the draws alone, without the score of log q: no variance where the guide is exact."""
+    DOUBLY_REPARAMETRIZED = "doubly-reparametrized"
+    """The score of log q is reparametrised once more: unbiased for any number of samples."""
+
+
+class _Cut(Messenger):
+    """Cuts the guide at each draw: what follows sees a leaf of the same value.
+
+    The site keeps the draw itself as ``drawn``. One run gives densities at given draws, of a guide
+    whose levels depend on each other or drop units at random too.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["done"] or msg["is_observed"] or not getattr(msg["fn"], "has_rsample", False):
+            return
+        msg["drawn"] = msg["fn"](*msg["args"], **msg["kwargs"])
+        msg["value"] = msg["drawn"].detach().requires_grad_()
+        msg["done"] = True
+
+
+class _PathELBO(_DifferentiableELBO):
+    """An ELBO that can tell how a loss depends on the guide through its draws alone."""
+
+    def _get_cut_trace(self, model: Any, guide: Any, *args: Any) -> tuple[Trace, Trace]:
+        try:
+            return super()._get_trace(model, _Cut()(guide), *args)
+        except (NotImplementedError, KeyError) as error:
+            raise UsageError(
+                "the guide has no density at given draws, which a gradient through the draws "
+                f"alone needs ({first_line(error)}); use Gradient.TOTAL or Trace_ELBO"
+            ) from error
+
+
+class StickingTheLandingELBO(_PathELBO):
+    r"""The ELBO, with a gradient that reaches the guide through its draws alone.
+
+    :math:`\nabla_\phi = E\big[\nabla_z \log \tfrac{p(x, z)}{q(z|x)}\, \nabla_\phi z\big]`: the
+    score :math:`\nabla_\phi \log q_\phi(z|x)` at a given z, whose mean is 0, is left out. Where
+    the guide is exact nothing is left but 0, for each draw.
+
+    Takes the arguments of ``Trace_ELBO``. Raises `UsageError` for a latent that is not
+    reparametrised. Roeder, Wu & Duvenaud, 2017 (https://arxiv.org/abs/1703.09194).
+
+    >>> import torch, pyro_vae as pv
+    >>> vae = pv.VAE.mlp((4,))
+    >>> loss = StickingTheLandingELBO().differentiable_loss(vae.model, vae.guide, torch.ones(3, 4))
+    """
+
+    def _get_trace(self, *args: Any) -> tuple[Trace, Trace]:
+        return self._get_cut_trace(*args)
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Any = 0.0
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            sites = list(latents(guide_trace).values())
+            _require_reparametrized(sites, "sticking the landing needs")
+            log_p, log_q = model_trace.log_prob_sum(), guide_trace.log_prob_sum()
+            elbo = log_p - log_q.detach()
+            for site, slope in _paths(log_p - log_q, sites):
+                elbo = elbo + _through(site, slope)
+            loss = loss - elbo / self.num_particles
+        return loss
+
+
+class ImportanceWeightedELBO(_PathELBO):
     r"""The importance-weighted bound, tighter with each sample.
 
     :math:`\sum_i E\big[\log \tfrac1K \sum_k w_{ik}\big]` with
@@ -73,23 +147,44 @@ class ImportanceWeightedELBO(_DifferentiableELBO):
     Arguments:
         num_samples: the number of samples K for each datum.
         max_plate_nesting: how many plates the pair nests, the data plate counted.
+        gradient: how the gradient reaches the guide. With :math:`\tilde w_k = w_k / \sum_l w_l`,
+            it is the sum over samples of :math:`\nabla_z \log w_k\, \nabla_\phi z_k` times
+            :math:`\tilde w_k` for ``Gradient.STICKING_THE_LANDING``, biased for K over 1, and times
+            :math:`\tilde w_k^2` for ``Gradient.DOUBLY_REPARAMETRIZED``, which is unbiased.
 
     Raises `UsageError` for a site outside the data plate, which would make the bound a joint one
     over the whole batch, and for a latent that is not reparametrised.
-    Burda, Grosse & Salakhutdinov, 2016 (https://arxiv.org/abs/1509.00519).
+    Burda, Grosse & Salakhutdinov, 2016 (https://arxiv.org/abs/1509.00519); Tucker et al., Doubly
+    Reparameterized Gradient Estimators, 2019 (https://arxiv.org/abs/1810.04152).
 
     >>> import torch, pyro_vae as pv
-    >>> vae = pv.VAE.mlp((4,))
-    >>> loss = ImportanceWeightedELBO(8).differentiable_loss(vae.model, vae.guide, torch.ones(3, 4))
+    >>> vae, objective = pv.VAE.mlp((4,)), ImportanceWeightedELBO(8)
+    >>> loss = objective.differentiable_loss(vae.model, vae.guide, torch.ones(3, 4))
+    >>> objective = ImportanceWeightedELBO(8, gradient=pv.Gradient.DOUBLY_REPARAMETRIZED)
+    >>> loss = objective.differentiable_loss(vae.model, vae.guide, torch.ones(3, 4))
     """
 
-    def __init__(self, num_samples: int, max_plate_nesting: int = 1) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        max_plate_nesting: int = 1,
+        gradient: Gradient = Gradient.TOTAL,
+    ) -> None:
+        if gradient not in tuple(Gradient):
+            raise UsageError(f"gradient is one of pyro_vae.Gradient, {gradient!r} came")
         # Pyro adds its plate of particles from two particles on.
         super().__init__(
             num_particles=num_samples,
             vectorize_particles=num_samples > 1,
             max_plate_nesting=max_plate_nesting,
         )
+
+        self.gradient = Gradient(gradient)
+
+    def _get_trace(self, *args: Any) -> tuple[Trace, Trace]:
+        if self.gradient == Gradient.TOTAL:
+            return super()._get_trace(*args)
+        return self._get_cut_trace(*args)
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
@@ -99,18 +194,36 @@ class ImportanceWeightedELBO(_DifferentiableELBO):
                     f"site '{name}' is outside the data plate: the importance-weighted bound "
                     "would be one for the whole batch, not for each datum; use Trace_ELBO"
                 )
-            if not site["is_observed"] and not site["fn"].has_rsample:
-                raise UsageError(
-                    f"latent site '{name}' is not reparametrised ({type(site['fn']).__name__}), "
-                    "which the importance-weighted bound needs; use Trace_ELBO"
-                )
+        sites = list(latents(guide_trace).values())
+        _require_reparametrized(sites, "the importance-weighted bound needs")
         # The scale of observed sites, of subsampling say, weighs whole data, not their weights.
         (scale, *_) = (site["scale"] for site in observed(model_trace).values())
         particles = self.num_particles > 1
-        log_weights = _total(model_trace, particles, scale) - _total(guide_trace, particles, scale)
-        if particles:
-            log_weights = log_weights.logsumexp(0) - log(self.num_particles)
-        return -(log_weights * scale).sum()
+        log_p, log_q = (_total(t, particles, scale) for t in (model_trace, guide_trace))
+        if self.gradient == Gradient.TOTAL:
+            return -(self._bound(log_p - log_q) * scale).sum()
+        bound = (self._bound(log_p - log_q.detach()) * scale).sum()
+        shares = self._shares((log_p - log_q).detach())
+        for site, slope in _paths(log_p - log_q, sites):
+            share = shares[(...,) + (None,) * len(site["fn"].event_shape)]
+            if self.gradient == Gradient.DOUBLY_REPARAMETRIZED:
+                weight = site["scale"] / scale  # of log q in log w, which the score has as well
+                share = share * (1 - weight + weight * share)
+            bound = bound + _through(site, slope * share * scale)
+        return -bound
+
+    def _bound(self, log_weights: Tensor) -> Tensor:
+        """The bound of each datum."""
+        if self.num_particles == 1:
+            return log_weights
+        return log_weights.logsumexp(0) - log(self.num_particles)
+
+    def _shares(self, log_weights: Tensor) -> Tensor:
+        """Each sample's share of its datum's weights, in the shape of the plates."""
+        if self.num_particles == 1:
+            return torch.ones_like(log_weights)
+        inner = (1,) * (self.max_plate_nesting - 2)
+        return log_weights.softmax(0).reshape(self.num_particles, *inner, -1)
 
 
 class FreeBitsELBO(_DifferentiableELBO):
@@ -141,12 +254,8 @@ class FreeBitsELBO(_DifferentiableELBO):
         loss: Any = 0.0
         for site in observed(model_trace).values():
             loss = loss - site["log_prob_sum"]
+        _require_reparametrized(list(latents(guide_trace).values()), "free bits need")
         for name, site in latents(guide_trace).items():
-            if not site["fn"].has_rsample:
-                raise UsageError(
-                    f"latent site '{name}' is not reparametrised ({type(site['fn']).__name__}), "
-                    "which free bits need; use Trace_ELBO"
-                )
             if name not in model_trace.nodes:
                 raise UsageError(f"site '{name}' of the guide has no prior: use Trace_ELBO")
             kl = site_kl(sample_sites(model_trace)[name], site)
@@ -156,6 +265,84 @@ class FreeBitsELBO(_DifferentiableELBO):
             units = kl.reshape(batch.numel(), -1).sum(0)
             loss = loss + (units.clamp(min=floor) * site["scale"]).sum()
         return loss
+
+
+class TotalCorrelationELBO(_DifferentiableELBO):
+    r"""The bound with a weight of its own on each of the three parts of the KL.
+
+    :math:`E_q[\log p(x|z)] - \alpha\, I(x; z) - \beta\, \mathrm{KL}(q(z) \| \prod_j q(z_j))
+    - \gamma \sum_j \mathrm{KL}(q(z_j) \| p(z_j))`, with :math:`q(z) = \tfrac1N \sum_n q(z|x_n)`:
+    the mutual information of datum and code, the total correlation of the code's units, and the KL
+    of each unit's aggregate. All three weights 1 give the ELBO, for each draw.
+
+    Arguments:
+        num_data: N, the number of training data.
+        total_correlation: :math:`\beta`.
+        mutual_information: :math:`\alpha`.
+        dimension_kl: :math:`\gamma`.
+
+    For a draw of datum i in a minibatch of M, :math:`q(z_i)` is estimated by
+    :math:`\tfrac1N q(z_i|x_i) + \tfrac{N-1}{N(M-1)} \sum_{j \ne i} q(z_i|x_j)`, which is unbiased
+    for a minibatch drawn without replacement and exact where it is all data; its logarithm is
+    biased downwards, the more the fewer rows of the minibatch are near. A weight on the KL from
+    outside multiplies all three.
+
+    Raises `UsageError` unless guide and model have one latent site, in the data plate alone, whose
+    units are independent in posterior and prior. Chen et al., Isolating Sources of
+    Disentanglement in VAEs, 2018 (https://arxiv.org/abs/1802.04942), appendix C.
+
+    >>> import torch, pyro_vae as pv
+    >>> vae, objective = pv.VAE.mlp((4,)), TotalCorrelationELBO(100, total_correlation=6.0)
+    >>> loss = objective.differentiable_loss(vae.model, vae.guide, torch.ones(3, 4))
+    """
+
+    def __init__(
+        self,
+        num_data: int,
+        total_correlation: float = 6.0,
+        mutual_information: float = 1.0,
+        dimension_kl: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if num_data < 2:
+            raise UsageError(f"num_data must be 2 or more, {num_data} came")
+        self.num_data, self.total_correlation = num_data, total_correlation
+        self.mutual_information, self.dimension_kl = mutual_information, dimension_kl
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
+        site, prior = _one_factorized(model_trace, guide_trace)
+        joint, units = log_aggregate(site["fn"], site["value"], self._log_shares(site["value"]))
+        units, log_q = units.sum(1), site["fn"].log_prob(site["value"])
+        kl = (
+            self.mutual_information * (log_q - joint)
+            + self.total_correlation * (joint - units)
+            + self.dimension_kl * (units - prior["fn"].log_prob(site["value"]))
+        )
+        reconstruction = sum(s["log_prob_sum"] for s in observed(model_trace).values())
+        return (kl * site["scale"]).sum() - reconstruction
+
+    def _log_shares(self, z: Tensor) -> Tensor:
+        """Logarithms of the share of datum j in q(z) at a draw of datum i, of shape (i, j)."""
+        others = (self.num_data - 1) / (self.num_data * max(1, len(z) - 1))
+        shares = z.new_full((len(z), len(z)), log(others))
+        return shares.fill_diagonal_(-log(self.num_data))
+
+
+def log_aggregate(fn: Any, z: Tensor, log_shares: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Log densities of a mixture of posteriors, :math:`\sum_j s_{ij} q(z_i|x_j)`.
+
+    Arguments:
+        fn: the posteriors of m data, with independent units.
+        z: n codes, of shape (n, *event_shape).
+        log_shares: :math:`\log s_{ij}`, of shape (n, m).
+
+    Returns the density of each code, of shape (n,), and of each unit of it, of shape (n, units).
+    """
+    q = fn.base_dist if fn.event_shape else fn
+    each = q.log_prob(z[:, None]).reshape(*log_shares.shape, -1)
+    joint = (each.sum(-1) + log_shares).logsumexp(1)
+    return joint, (each + log_shares[..., None]).logsumexp(1)
 
 
 class Parts:
@@ -252,6 +439,67 @@ def surrogate(objective: Any, model: Any, guide: Any, batch: Batch) -> tuple[Ten
         loss = loss + terms[0] / objective.num_particles
         differentiable = differentiable + terms[1] / objective.num_particles
     return loss, differentiable
+
+
+def _require_reparametrized(sites: Sequence[Site], what: str) -> None:
+    for site in sites:
+        if not site["fn"].has_rsample:
+            raise UsageError(
+                f"latent site '{site['name']}' is not reparametrised ({type(site['fn']).__name__}),"
+                f" which {what}; use Trace_ELBO"
+            )
+
+
+def _paths(log_weight: Tensor, sites: Sequence[Site]) -> list[tuple[Site, Tensor]]:
+    """The derivative of a log weight by each draw of a cut guide, through later draws as well."""
+    if not torch.is_grad_enabled():
+        return []
+    sites = [site for site in sites if "drawn" in site]
+    leaves = [site["value"] for site in sites]
+    slopes = _slopes(log_weight.sum(), leaves)
+    for i, site in reversed(list(enumerate(sites))):
+        further = _slopes(site["drawn"], leaves[:i], slopes[i])
+        slopes[:i] = [slope + more for slope, more in zip(slopes, further, strict=False)]
+    return list(zip(sites, slopes, strict=True))
+
+
+def _slopes(value: Tensor, leaves: Sequence[Tensor], weight: Tensor | None = None) -> list[Tensor]:
+    if not leaves or not value.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    found = torch.autograd.grad(
+        value, leaves, weight, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return list(found)
+
+
+def _through(site: Site, slope: Tensor) -> Tensor:
+    """0, whose gradient is ``slope`` times that of the site's draw."""
+    reached = (slope.detach() * site["drawn"]).sum()
+    return reached - reached.detach()
+
+
+def _one_factorized(model_trace: Trace, guide_trace: Trace) -> tuple[Site, Site]:
+    """The one latent site, as guide and model have it, if its parts of the KL are known."""
+    (name, *others), priors = latents(guide_trace), sample_sites(model_trace)
+    if others or name not in priors or len(latents(model_trace)) > 1:
+        found = ", ".join(latents(model_trace) | latents(guide_trace))
+        raise UsageError(
+            f"total correlation needs one latent site with a prior, {found} came; use Trace_ELBO"
+        )
+    site, prior = latents(guide_trace)[name], priors[name]
+    if not is_local(site) or len(site["fn"].batch_shape) > 1 or site["mask"] is not None:
+        raise UsageError(
+            f"total correlation needs latent site '{name}' in the data plate alone, without a "
+            "mask; use Trace_ELBO"
+        )
+    for fn, what in ((site["fn"], "posterior"), (prior["fn"], "prior")):
+        if fn.event_shape and not factorizes(fn):
+            raise UsageError(
+                f"total correlation needs independent units, the {what} of '{name}' has none "
+                f"({type(fn).__name__}); use Trace_ELBO"
+            )
+    _require_reparametrized([site], "total correlation needs")
+    return site, prior
 
 
 def _total(trace: Trace, particles: bool, scale: Any) -> Tensor:

@@ -256,7 +256,7 @@ def site_kl(model_site: Site, guide_site: Site) -> Tensor:
     independent coordinates the last dimensions are those of the event, else there are none.
     """
     p, q, z, mask = model_site["fn"], guide_site["fn"], guide_site["value"], guide_site["mask"]
-    if _is_independent(p) and _is_independent(q):
+    if factorizes(p) and factorizes(q):
         p, q = p.base_dist, q.base_dist
     try:
         kl = kl_divergence(q, p)
@@ -267,7 +267,8 @@ def site_kl(model_site: Site, guide_site: Site) -> Tensor:
     return scale_and_mask(kl, mask=mask)
 
 
-def _is_independent(fn: Any) -> bool:
+def factorizes(fn: Any) -> bool:
+    """Whether a distribution's units are independent, its ``base_dist`` being theirs."""
     return isinstance(fn, torch.distributions.Independent) and fn.reinterpreted_batch_ndims == len(
         fn.event_shape
     )

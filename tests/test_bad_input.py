@@ -1196,6 +1196,22 @@ COMMANDS = {
     "negative scale": ("train digits --likelihood gaussian --scale -1", ["scale", "-1"]),
     "seed too great": (f"train digits --seed {10**30}", ["seed", "10000"]),
     "no such GPU": ("train digits --device cuda:99", ["'cuda:99'", "'cpu'"]),
+    "gradient of another objective": (
+        "train digits --objective elbo --gradient doubly-reparametrized",
+        ["doubly-reparametrized", "--objective elbo"],
+    ),
+    "samples of one draw": (
+        "train digits --objective total-correlation --num-samples 2",
+        ["total-correlation", "one sample", "2"],
+    ),
+    "negative weight": (
+        "train digits --objective total-correlation --total-correlation -1",
+        ["total_correlation", "-1"],
+    ),
+    "total correlation of units that are not independent": (
+        "train digits --objective total-correlation --posterior full-rank-normal",
+        ["independent units", "posterior of 'z'"],
+    ),
     "no evaluation": ("train digits --epochs 1 --num-eval-samples 0", ["samples", "0"]),
     "no such file": ("train none.npy", ["none.npy", "no such file"]),
     "another kind of file": ("train notes.txt", ["notes.txt", ".npy"]),
