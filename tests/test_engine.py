@@ -105,8 +105,8 @@ def pair_of(name):
 
 
 FEW = {
-    "sticking": ("gaussian-learned", "params", "normalized"),
-    "doubly": ("full-rank", "params", "tied"),
+    "sticking": ("gaussian-learned", "deep-markov", "normalized"),
+    "doubly": ("flows", "params", "tied"),
     "total-correlation": ("gaussian-learned", "conditional", "normalized"),
 }
 """Objectives that meet a few pairs of each kind, to save time."""
