@@ -8,6 +8,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RUNS = {
+    "completion.py": ["--epochs", "2", "--out", "OUT"],
     "conditional.py": ["--epochs", "2"],
     "digits.py": ["--epochs", "2", "--out", "OUT"],
     "own_pair.py": ["--epochs", "2"],
