@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyro_vae.inference import decode as decode
     from pyro_vae.inference import encode as encode
     from pyro_vae.inference import interpolate as interpolate
+    from pyro_vae.inference import predict as predict
     from pyro_vae.inference import reconstruct as reconstruct
     from pyro_vae.inference import sample as sample
     from pyro_vae.inference import traverse as traverse
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from pyro_vae.likelihoods import NegativeBinomial as NegativeBinomial
     from pyro_vae.likelihoods import Poisson as Poisson
     from pyro_vae.likelihoods import StudentT as StudentT
+    from pyro_vae.models.mixture import MixtureVAE as MixtureVAE
+    from pyro_vae.models.semisupervised import SemiSupervisedVAE as SemiSupervisedVAE
     from pyro_vae.models.sequence import DeepMarkovModel as DeepMarkovModel
     from pyro_vae.models.vae import VAE as VAE
     from pyro_vae.networks import MLP as MLP
@@ -39,12 +42,14 @@ if TYPE_CHECKING:
     from pyro_vae.networks import ConvEncoder as ConvEncoder
     from pyro_vae.networks import Convolutions as Convolutions
     from pyro_vae.networks import ResidualBlock as ResidualBlock
+    from pyro_vae.objectives import EnumeratedELBO as EnumeratedELBO
     from pyro_vae.objectives import FreeBitsELBO as FreeBitsELBO
     from pyro_vae.objectives import Gradient as Gradient
     from pyro_vae.objectives import ImportanceWeightedELBO as ImportanceWeightedELBO
     from pyro_vae.objectives import KLWeight as KLWeight
     from pyro_vae.objectives import StickingTheLandingELBO as StickingTheLandingELBO
     from pyro_vae.objectives import TotalCorrelationELBO as TotalCorrelationELBO
+    from pyro_vae.posteriors import Classes as Classes
     from pyro_vae.posteriors import DiagonalNormal as DiagonalNormal
     from pyro_vae.posteriors import FlowPosterior as FlowPosterior
     from pyro_vae.posteriors import FullRankNormal as FullRankNormal
@@ -72,6 +77,8 @@ _WHERE = {
     # the pair and its parts
     "VAE": "models.vae",
     "DeepMarkovModel": "models.sequence",
+    "SemiSupervisedVAE": "models.semisupervised",
+    "MixtureVAE": "models.mixture",
     "Factor": "factors",
     "Family": "factors",
     "MLP": "networks",
@@ -86,6 +93,7 @@ _WHERE = {
     "GaussianMixture": "priors",
     "FlowPrior": "priors",
     "DiagonalNormal": "posteriors",
+    "Classes": "posteriors",
     "FullRankNormal": "posteriors",
     "LowRankNormal": "posteriors",
     "FlowPosterior": "posteriors",
@@ -107,6 +115,7 @@ _WHERE = {
     "fit": "training",
     "check": "preflight",
     "KLWeight": "objectives",
+    "EnumeratedELBO": "objectives",
     "ImportanceWeightedELBO": "objectives",
     "Gradient": "objectives",
     "StickingTheLandingELBO": "objectives",
@@ -120,6 +129,7 @@ _WHERE = {
     "encode": "inference",
     "decode": "inference",
     "reconstruct": "inference",
+    "predict": "inference",
     "interpolate": "inference",
     "traverse": "inference",
     "evaluate": "evaluation",

@@ -15,7 +15,15 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_vae.errors import UsageError, first_line, nearest
-from pyro_vae.pairs import Batch, data_site, placement, trace_guide, trace_model, using
+from pyro_vae.pairs import (
+    Batch,
+    data_site,
+    missing_context,
+    placement,
+    trace_guide,
+    trace_model,
+    using,
+)
 from pyro_vae.rng import seeded
 
 Rows: TypeAlias = "Tensor | np.ndarray | Dataset | DataLoader"
@@ -68,6 +76,15 @@ class Arrays:
             index = rows if order is None else order[rows]
             yield tuple(tensor[index] for tensor in self.tensors)
 
+    def first(self, n: int) -> Batch:
+        """The first n rows, and those where a whole number of the context is least and greatest."""
+        kept = list(range(min(n, len(self))))
+        for tensor in self.tensors[1:]:
+            if not tensor.is_floating_point():
+                by_row = tensor.reshape(len(tensor), -1).long()
+                kept += [int(by_row.amin(1).argmin()), int(by_row.amax(1).argmax())]
+        return tuple(tensor[kept] for tensor in self.tensors)
+
     def to(self, device: torch.device) -> "Arrays":
         """The same rows on another device."""
         return Arrays([tensor.to(device) for tensor in self.tensors])
@@ -103,6 +120,10 @@ class Stream:
         own = self.rows.batch_size if isinstance(self.rows, DataLoader) else batch_size
         return own or batch_size
 
+    def first(self, n: int) -> Batch:
+        """The first n rows, or as many as a loader gives."""
+        return next(iter(self.batches(min(n, len(self)))))
+
     def batches(self, batch_size: int, shuffle: bool = False) -> Iterator[Batch]:
         """Minibatches; a ``DataLoader`` keeps its own batch size and order."""
         loader = self.rows
@@ -136,6 +157,8 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
     if isinstance(x, (Dataset, DataLoader)) and not isinstance(x, Tensor):
         width = len(pair.template(1)) if hasattr(pair, "template") else None  # type: ignore
         return Stream(x, width)
+    if not context and pair is not None and hasattr(x, "__len__"):
+        context = missing_context(pair, len(x))
     tensors = [
         as_tensor(value, "x" if i == 0 else f"context {i}") for i, value in enumerate((x, *context))
     ]
@@ -160,7 +183,7 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
         raise UsageError(f"binarize is '{binarize}'; {nearest(binarize, BINARIZE)}")
     plain = Preparation(*placement(pair))
     with using(pair, seed=0), pyro.validation_enabled(False):
-        batch = plain(next(iter(rows.batches(min(16, len(rows))))))
+        batch = plain(rows.first(16))
         site = data_site(trace_model(pair, batch, trace_guide(pair, batch)))
     value = site["value"]
     if value.numel() != batch[0].numel() or not torch.equal(value.flatten(), batch[0].flatten()):

@@ -7,23 +7,24 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO
 from torch import Tensor, nn
 
+from pyro_vae import enumeration
 from pyro_vae.data import Preparation, Rows, Source, held_rows
 from pyro_vae.errors import UsageError
 from pyro_vae.importance import estimate
-from pyro_vae.objectives import Parts, recorded
+from pyro_vae.inference import DRAWS
+from pyro_vae.objectives import Parts, elbo, recorded
 from pyro_vae.pairs import (
     Pair,
     data_site,
+    is_category,
     is_local,
     latents,
     mean,
     sample_sites,
     site_kl,
-    trace_guide,
-    trace_model,
     using,
 )
 from pyro_vae.sequences import elements
@@ -68,6 +69,17 @@ class Evaluation:
     dimension. 2 to its power is the perplexity of each token, where the data are tokens."""
     probe_accuracy: float | None
     """Accuracy on the held-out data of a linear classifier of the codes, where there are labels."""
+    accuracy: float | None = None
+    """Share of the labels that are the most probable value of a discrete latent, where the model
+    observes labels given it, and so gives its values their names."""
+    calibration_error: float | None = None
+    """Expected calibration error of that value's probability: mean distance between probability and
+    accuracy over 15 bins, weighed by their data (Guo et al., 2017)."""
+    clustering_accuracy: float | None = None
+    """Accuracy of a discrete latent's most probable value, with each label matched to one value as
+    is best, where the values have no names."""
+    mutual_information: float | None = None
+    """Mutual information of that value and the label, over the mean of their entropies."""
 
     @property
     def nll(self) -> float:
@@ -102,6 +114,12 @@ class Evaluation:
             lines.append(("bits per dimension", f"{self.bits_per_dim:.4f}"))
         if self.probe_accuracy is not None:
             lines.append(("linear probe", f"{100 * self.probe_accuracy:.1f} % right"))
+        if self.accuracy is not None:
+            lines.append(("classes", f"{100 * self.accuracy:.1f} % right"))
+            lines.append(("calibration error", f"{100 * (self.calibration_error or 0):.1f} %"))
+        if self.clustering_accuracy is not None:
+            lines.append(("clusters", f"{100 * self.clustering_accuracy:.1f} % right, matched"))
+            lines.append(("mutual information", f"{self.mutual_information:.3f}, normalised"))
         return "\n".join(f"{name:<20}{value}" for name, value in lines)
 
 
@@ -125,7 +143,8 @@ def evaluate(
         pair: any pair.
         x, context: held-out data, as `pyro_vae.fit` takes them; grey intensities under a Bernoulli
             are drawn once, with a fixed seed.
-        labels: integer classes of x, for the linear probe.
+        labels: integer classes of x, for the linear probe, and to hold the values of a discrete
+            latent against.
         train, train_labels: training data, as a tuple of x and context, and their labels: the
             probe is fitted on these alone.
         num_samples: importance samples for log p(x), for each datum.
@@ -147,13 +166,16 @@ def evaluate(
     ):
         if given is not None and source_of is not None and len(given) != len(source_of):
             raise UsageError(f"{len(given)} labels came for {len(source_of)} rows of {name}")
-    parts = bound(pair, rows, prepare, Trace_ELBO(num_particles=PARTICLES), batch_size, seed)
+    objective = elbo(pair, prepare(rows.first(2)), PARTICLES)
+    parts = bound(pair, rows, prepare, objective, batch_size, seed)
     likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress)
     units, codes, discrete, dims = _units(pair, rows, prepare, batch_size, seed)
     accuracy = None
     if labels is not None and known is not None and train_labels is not None:
         train_codes = _units(pair, *known, batch_size, seed)[1]
-        accuracy = _probe(_flat(train_codes), train_labels, _flat(codes), labels)
+        if codes:
+            accuracy = _probe(_flat(train_codes), train_labels, _flat(codes), labels)
+    classes = {} if labels is None else _classes(pair, rows, prepare, labels, batch_size, seed)
     return Evaluation(
         num_examples=len(likelihood.per_datum),
         elbo=parts.elbo,
@@ -162,15 +184,14 @@ def evaluate(
         kl_by_site=parts.kl,
         kl_by_unit={name: kl.tolist() for name, kl in units.items()},
         active_units={
-            name: int((code.var(0, correction=0) > ACTIVE).sum())
-            for name, code in codes.items()
-            if code.is_floating_point()
+            name: int((code.var(0, correction=0) > ACTIVE).sum()) for name, code in codes.items()
         },
         log_likelihood=likelihood.value,
         log_likelihood_standard_error=likelihood.standard_error,
         num_samples=num_samples,
         bits_per_dim=-likelihood.per_datum.sum().item() / (dims * log(2)) if discrete else None,
         probe_accuracy=accuracy,
+        **classes,
     )
 
 
@@ -201,20 +222,27 @@ def _units(
     kl: dict[str, Tensor] = {}
     codes: dict[str, list[Tensor]] = {}
     count, discrete, dims = 0, False, 0.0
+    nesting = enumeration.nesting(pair, prepare(rows.first(2)))
     with using(pair, seed):
         for batch in rows.batches(batch_size):
             prepared = prepare(batch)
-            guide = trace_guide(pair, prepared)
-            model = trace_model(pair, prepared, guide)
+            model, guide = enumeration.traces(pair, prepared, nesting)
+            terms = enumeration.terms(model, guide)
             n = len(prepared[0])
             for name, site in latents(guide).items():
-                prior = sample_sites(model).get(name)
-                each = None if prior is None else site_kl(prior, site)
+                if is_category(site["fn"]):
+                    continue
+                prior, right = sample_sites(model).get(name), len(site["fn"].event_shape)
+                # Where weights depend on the draw, so must what they weigh.
+                each = None if prior is None else site_kl(prior, site, closed=not terms.dims)
                 width = site["fn"].event_shape.numel()
+                if each is not None and each.shape[max(1, each.dim() - right) :].numel() == width:
+                    each = terms.units(each, right)
                 if each is not None and each.numel() == n * width:
                     kl[name] = kl.get(name, 0) + each.reshape(n, -1).sum(0).cpu()
                 if is_local(site):
-                    codes.setdefault(name, []).append(mean(site["fn"]).reshape(n, -1).cpu())
+                    code = terms.units(mean(site["fn"]), right)
+                    codes.setdefault(name, []).append(code.reshape(n, -1).cpu())
             data = data_site(model)
             discrete = data["fn"].support.is_discrete
             dims += elements(data["fn"], data["value"]).sum().item()
@@ -225,6 +253,75 @@ def _units(
         discrete,
         dims,
     )
+
+
+def _classes(
+    pair: nn.Module, rows: Source, prepare: Preparation, labels: Tensor, batch_size: int, seed: int
+) -> dict[str, float]:
+    """How well the most probable values of the pair's first discrete latent tell the labels."""
+    first = prepare(rows.first(2))
+    names = enumeration.discrete(pair, first)
+    if not names:
+        return {}
+    with using(pair, seed):
+        named = enumeration.is_named(pair, first, names[0])
+    with using(pair, seed):  # the draws are those of `predict`
+        parts = [
+            enumeration.probabilities(pair, prepare(batch), names[0], DRAWS)
+            for batch in rows.batches(batch_size)
+        ]
+    sure, found = torch.cat(parts).cpu().max(1)
+    true = torch.as_tensor(labels).cpu()
+    if named:
+        right = (found == true).double()
+        return {
+            "accuracy": right.mean().item(),
+            "calibration_error": calibration_error(sure, right),
+        }
+    return {
+        "clustering_accuracy": clustering_accuracy(found, true),
+        "mutual_information": _mutual_information(found, true),
+    }
+
+
+def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
+    r"""The expected calibration error, how far probabilities are from accuracies.
+
+    :math:`\sum_b \tfrac{n_b}{n} |\mathrm{accuracy}_b - \mathrm{confidence}_b|`
+
+    Arguments:
+        confidence: the probability (n,) of each answer.
+        right: whether it was right, 0 or 1, of the same shape.
+        bins: of equal width.
+
+    Naeini et al., 2015; Guo et al., 2017 (https://arxiv.org/abs/1706.04599).
+
+    >>> calibration_error(torch.tensor([0.9, 0.9]), torch.tensor([1.0, 0.0]))
+    0.4
+    """
+    which = (confidence.double() * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64)
+    gaps.index_add_(0, which, right.double() - confidence.double())
+    return round(gaps.abs().sum().item() / len(right), 12)
+
+
+def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
+    """The accuracy of clusters (n,) as labels (n,), under the best matching of one to one.
+
+    >>> clustering_accuracy(torch.tensor([1, 1, 0, 2]), torch.tensor([0, 0, 1, 1]))
+    0.75
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics.cluster import contingency_matrix
+
+    table = contingency_matrix(labels.numpy(), clusters.numpy())
+    return float(table[linear_sum_assignment(table, maximize=True)].sum() / len(labels))
+
+
+def _mutual_information(clusters: Tensor, labels: Tensor) -> float:
+    from sklearn.metrics import normalized_mutual_info_score
+
+    return float(normalized_mutual_info_score(labels.numpy(), clusters.numpy()))
 
 
 def _flat(codes: dict[str, Tensor]) -> Tensor:

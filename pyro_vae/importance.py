@@ -3,26 +3,25 @@
 import warnings
 from collections.abc import Callable
 from math import log, prod
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_vae import enumeration
 from pyro_vae.config import require_engine
 from pyro_vae.data import Preparation, Rows, Source, held_rows
 from pyro_vae.errors import NotTraceable, UsageError
 from pyro_vae.graphs import Graphs, Named
 from pyro_vae.pairs import (
     Batch,
-    Pair,
     by_datum,
     is_local,
     latents,
     log_prob,
     observed,
-    trace,
     trace_guide,
     trace_model,
     using,
@@ -74,7 +73,8 @@ def log_likelihood(
 
     :math:`\log \hat p(x) = \log \tfrac1K \sum_k p(x, z_k)/q(z_k|x),\ z_k \sim q(z|x)`, whose
     expectation is below :math:`\log p(x)` and reaches it as K grows. Standard errors are those of
-    the delta method, :math:`\mathrm{sd}(w)/(\bar w \sqrt K)`.
+    the delta method, :math:`\mathrm{sd}(w)/(\bar w \sqrt K)`. Enumerated latents are summed out of
+    each weight; where there are no others, the estimate is log p(x) itself.
 
     Arguments:
         num_samples: K for each datum, any number: memory does not grow with it.
@@ -134,8 +134,7 @@ def estimate(
 
 def log_weights(pair: nn.Module, batch: Batch, num_samples: int, nesting: int = 1) -> Tensor:
     """log p(x, z) - log q(z | x) for draws of the guide, of shape (num_samples, batch)."""
-    model, guide = _sampled(pair, batch, num_samples, nesting)
-    return _local_total(model, nesting) - _local_total(guide, nesting)
+    return _weights(*_sampled(pair, batch, num_samples, nesting), nesting)
 
 
 def _sampled(
@@ -143,21 +142,23 @@ def _sampled(
 ) -> tuple[poutine.Trace, poutine.Trace]:
     """Traces of model and guide under a plate of samples, to the left of all others."""
     plate = pyro.plate("importance_samples", num_samples, dim=-1 - nesting)
-    with plate:
-        guide = trace_guide(pair, batch)
-    with plate:
-        model = trace_model(pair, batch, guide)
-    return model, guide
+    return enumeration.traces(pair, batch, nesting + 1, plate)
 
 
-def _local_total(trace: poutine.Trace, nesting: int) -> Tensor:
-    total: Any = 0.0
-    for name, site in (latents(trace) | observed(trace)).items():
-        term = log_prob(site)
-        if term.dim() != nesting + 1:
+def _weights(model: poutine.Trace, guide: poutine.Trace, nesting: int) -> Tensor:
+    """The weights of traces under a plate of samples."""
+    summed = len(enumeration.enumerated(model) | enumeration.enumerated(guide))
+    for name, site in (latents(guide) | observed(model)).items():
+        if not nesting < log_prob(site).dim() <= nesting + 1 + summed:
             raise ValueError(f"site '{name}' does not take a plate of samples")
-        total = total + by_datum(term, particles=True)
-    return total
+    if summed:
+        return enumeration.evidence(model, guide)
+    return _local_total(model) - _local_total(guide)
+
+
+def _local_total(trace: poutine.Trace) -> Tensor:
+    sites = (latents(trace) | observed(trace)).values()
+    return sum((by_datum(log_prob(site), particles=True) for site in sites), torch.zeros(()))
 
 
 def _structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
@@ -165,9 +166,7 @@ def _structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
     guide = trace_guide(pair, batch)
     model = trace_model(pair, batch, guide)
     sites = [*latents(guide).values(), *observed(model).values()]
-    nesting = max(
-        (-f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized), default=1
-    )
+    nesting = enumeration.nesting_of(model, guide)
     widest = max(prod(site["fn"].event_shape) for site in sites)
     for name, site in (latents(guide) | observed(model)).items():
         if not is_local(site):
@@ -175,26 +174,49 @@ def _structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
                 f"site '{name}' is outside the data plate: log p(x) of a datum is not defined by "
                 "importance weights of it"
             )
+    widest *= enumeration.combinations(*enumeration.traces(pair, batch, nesting))
     return nesting, _vectorizes(pair, batch, nesting), widest
 
 
 def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
     """Whether a plate of samples gives the weights that its draws have one by one."""
-    typed = cast(Pair, pair)
     try:
         model, guide = _sampled(pair, batch, 3, nesting)
-        together = _local_total(model, nesting) - _local_total(guide, nesting)
+        together = _weights(model, guide, nesting)
+        drawn = {
+            name: (site["value"], -1 - nesting - site["fn"].event_dim)
+            for name, site in latents(guide).items()
+            if name not in enumeration.enumerated(guide)
+        }
         for k in range(3):
-            draw = {name: site["value"][k] for name, site in latents(guide).items()}
-            p, q = (
-                _total(trace(poutine.condition(program, data=draw), batch))
-                for program in (typed.model, typed.guide)
-            )
-            if not torch.allclose(together[k], p - q, rtol=1e-3, atol=1e-3):
+            draw = {name: value.select(dim, k) for name, (value, dim) in drawn.items()}
+            if not torch.allclose(together[k], _alone(pair, batch, nesting, draw), 1e-3, 1e-3):
                 return False
     except (RuntimeError, ValueError, IndexError, AssertionError):
         return False
-    return True
+    return together.shape == (3, len(batch[0]))
+
+
+class _Given(poutine.messenger.Messenger):
+    """Some sites are given these values as if they had been drawn."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+def _alone(
+    pair: nn.Module, batch: Batch, nesting: int, draw: dict[str, Tensor] | None = None
+) -> Tensor:
+    """The weight of one draw for each datum, of the guide or a given one."""
+    model, guide = enumeration.traces(pair, batch, nesting, _Given(draw or {}))
+    if enumeration.enumerated(model):
+        return enumeration.evidence(model, guide)
+    return _total(model) - _total(guide)
 
 
 def _sums(
@@ -206,8 +228,7 @@ def _sums(
         if vectorized:
             weights = log_weights(pair, batch, len(draws), nesting)
         else:
-            guide = trace_guide(pair, batch)
-            weights = (_total(trace_model(pair, batch, guide)) - _total(guide))[None]
+            weights = _alone(pair, batch, nesting)[None]
         weights = weights.double()
         return {"weights": weights.logsumexp(0), "squares": (2 * weights).logsumexp(0)}
 

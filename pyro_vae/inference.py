@@ -1,15 +1,18 @@
-"""Use of a fitted pair: sample, encode, decode, reconstruct, interpolate, traverse.
+"""Use of a fitted pair: sample, encode, predict, decode, reconstruct, interpolate, traverse.
 
 Each works from the traces of ``model`` and ``guide``, for any pair.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
 from pyro import poutine
+from pyro.poutine import Trace
 from torch import Tensor, nn
 
+from pyro_vae import enumeration
 from pyro_vae.data import Rows, held_out, preparation, source
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import (
@@ -17,6 +20,7 @@ from pyro_vae.pairs import (
     Means,
     Pair,
     data_site,
+    is_category,
     is_local,
     latents,
     mean,
@@ -28,6 +32,9 @@ from pyro_vae.pairs import (
 
 CHUNK = 1000
 """Rows that go through a pair at once."""
+
+DRAWS = 10
+"""Draws of the other latents over which the posterior of a discrete one is averaged."""
 
 
 def sample(
@@ -73,7 +80,10 @@ def encode(
 ) -> dict[str, Tensor]:
     """The guide's means, scales (standard deviations) or draws of each latent site in the plate.
 
-    Where one latent depends on another, means are those given the means of the others.
+    Where one latent depends on another, means are those given the means of the others. A discrete
+    latent has its mode for a mean, and one without a standard deviation, a category, no scale.
+    Latents that only the model has, to be enumerated, have their modes and draws under their
+    posterior given the data (see `predict`).
 
     Returns a dictionary from the name of a site to a tensor of shape (n, *event_shape).
 
@@ -86,16 +96,56 @@ def encode(
     found: dict[str, list[Tensor]] = {}
     with using(pair, seed):
         for batch in _prepared(pair, x, context, binarize):
-            if what == "draw":
-                guide = trace_guide(pair, batch)
-            else:
-                with Means():
-                    guide = trace_guide(pair, batch)
+            guide = _guide(pair, batch, what != "draw")
             for name, site in latents(guide).items():
-                if is_local(site):
-                    value = _scale(site["fn"]) if what == "scale" else site["value"]
+                value = _scale(site["fn"]) if what == "scale" else site["value"]
+                if is_local(site) and value is not None:
+                    found.setdefault(name, []).append(value)
+            if what != "scale":
+                for name, value in _summed(pair, batch, guide, what == "mean").items():
                     found.setdefault(name, []).append(value)
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def predict(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    site: str | None = None,
+    num_samples: int = DRAWS,
+    binarize: str = "dynamic",
+    seed: int = 0,
+) -> Tensor:
+    r"""The posterior probabilities of a discrete latent: of classes, clusters, components.
+
+    Where the guide has the site, its :math:`q(y|x)`; where only the model has, enumerated,
+    :math:`E_{q(z|x)}[p(k|x, z)]`.
+
+    Arguments:
+        x, context: the data; labels that are given are believed, so leave them out.
+        site: which latent; the first that is discrete by default.
+        num_samples: draws of the latents before it, where there are any.
+
+    Returns a tensor of shape (n, number of values). Raises `UsageError` where no latent of this
+    name has a finite list of values.
+
+    >>> import torch, pyro_vae as pv
+    >>> pair = pv.SemiSupervisedVAE.mlp((4,), num_classes=3)
+    >>> bool((predict(pair, torch.ones(5, 4)).sum(1) - 1 < 1e-6).all())
+    True
+    """
+    parts = []
+    with using(pair, seed):
+        for batch in _prepared(pair, x, context, binarize):
+            names = enumeration.discrete(pair, batch)
+            if not names or (site is not None and site not in names):
+                raise UsageError(
+                    f"{'no latent site' if site is None else repr(site)} of "
+                    f"{type(pair).__name__} is discrete with a list of values; "
+                    f"{', '.join(names) or 'none'} is"
+                )
+            parts.append(enumeration.probabilities(pair, batch, site or names[0], num_samples))
+    return torch.cat(parts)
 
 
 def decode(
@@ -211,7 +261,7 @@ def traverse(
     Arguments:
         x, context: one row.
         values: what the unit is set to.
-        latent: which latent site; the first by default.
+        latent: which latent site; the first of real numbers by default.
         units: which units of it; all by default.
 
     Returns a tensor of shape (units, values, *data_shape).
@@ -227,7 +277,8 @@ def traverse(
         if len(batch[0]) != 1:
             raise UsageError(f"traverse starts from one datum, {len(batch[0])} came")
         codes = _latent_values(pair, batch, True)
-        chosen = latent or next(iter(codes))
+        real = [name for name, code in codes.items() if code.is_floating_point()]
+        chosen = latent or (real or list(codes))[0]
         if chosen not in codes:
             raise UsageError(f"no latent site is called '{chosen}': {', '.join(codes)} are")
         width = codes[chosen].numel()
@@ -264,12 +315,18 @@ def _generate(
 
 
 def _latent_values(pair: nn.Module, batch: Batch, means: bool) -> dict[str, Tensor]:
-    if means:
-        with Means():
-            guide = trace_guide(pair, batch)
-    else:
-        guide = trace_guide(pair, batch)
-    return {name: site["value"] for name, site in latents(guide).items()}
+    guide = _guide(pair, batch, means)
+    values = {name: site["value"] for name, site in latents(guide).items()}
+    return values | _summed(pair, batch, guide, means)
+
+
+def _guide(pair: nn.Module, batch: Batch, means: bool) -> Trace:
+    with Means() if means else nullcontext():
+        return trace_guide(pair, batch)
+
+
+def _summed(pair: nn.Module, batch: Batch, guide: Trace, means: bool) -> dict[str, Tensor]:
+    return enumeration.summed_values(pair, batch, guide, DRAWS, draw=not means)
 
 
 def _prepared(
@@ -285,8 +342,10 @@ def _chunks(batch: Batch) -> Iterator[Batch]:
     return zip(*(tensor.split(CHUNK) for tensor in batch), strict=True)
 
 
-def _scale(fn: Any) -> Tensor:
+def _scale(fn: Any) -> Tensor | None:
+    """The standard deviation of a distribution, None for a category, which has none."""
     try:
-        return fn.stddev
+        scale = fn.stddev
     except NotImplementedError:
         return fn.sample((100,)).std(0)
+    return None if is_category(fn) else scale

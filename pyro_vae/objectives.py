@@ -11,14 +11,16 @@ from math import log
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pyro_vae import enumeration
 from pyro_vae.errors import NotTraceable, UsageError, first_line
 from pyro_vae.pairs import (
     Batch,
@@ -27,7 +29,6 @@ from pyro_vae.pairs import (
     factorizes,
     is_local,
     latents,
-    log_prob,
     observed,
     sample_sites,
     site_kl,
@@ -345,6 +346,104 @@ def log_aggregate(fn: Any, z: Tensor, log_shares: Tensor) -> tuple[Tensor, Tenso
     return joint, (each + log_shares[..., None]).logsumexp(1)
 
 
+class EnumeratedELBO(TraceEnum_ELBO):
+    r"""The ELBO of a pair with discrete latents that are summed out, not drawn.
+
+    With e the values of sites that the guide enumerates and m those of sites that only the model
+    has, both marked ``infer={"enumerate": "parallel"}``:
+    :math:`E_{q(z|x,e)} \sum_{e,m} q(e|x)\,r(m|e,x,z) \big[\log p(x,z,e,m) - \log q(z|x,e)
+    - \log q(e|x) - \log r(m|e,x,z)\big]` with :math:`r = p(m|x,z,e)`, the exact conditional.
+
+    Arguments:
+        num_particles: draws of the other latents for each datum.
+        vectorize_particles: whether they are drawn side by side, in a plate.
+        max_plate_nesting: how many plates the pair nests, the data plate counted.
+
+    Loss and gradients are those of Pyro's ``TraceEnum_ELBO``. A weight on the KL (`KLWeight`)
+    weighs the KL of every latent, and leaves r what it is.
+
+    Raises `UsageError` for a site outside the data plate, and for a latent that is neither
+    enumerated nor reparametrised. Kingma et al., 2014 (https://arxiv.org/abs/1406.5298).
+
+    >>> import torch, pyro_vae as pv
+    >>> mixture = pv.MixtureVAE.mlp((4,), components=3)
+    >>> EnumeratedELBO().loss(mixture.model, mixture.guide, torch.ones(8, 4)) > 0
+    True
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        vectorize_particles: bool = False,
+        max_plate_nesting: int = 1,
+    ) -> None:
+        super().__init__(
+            num_particles=num_particles,
+            vectorize_particles=vectorize_particles,
+            max_plate_nesting=max_plate_nesting,
+        )
+
+    loss_and_grads = _DifferentiableELBO.loss_and_grads
+    loss = _DifferentiableELBO.loss
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        return poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Any = 0.0
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            self._require(model_trace, guide_trace)
+            terms = enumeration.terms(model_trace, guide_trace)
+            in_model, in_guide = sample_sites(model_trace), sample_sites(guide_trace)
+            for name, term in (terms.observed | terms.prior).items():
+                loss = loss - (terms.mean(term) * in_model[name]["scale"]).sum()
+            for name, term in terms.posterior.items():
+                site = in_guide[name] if name in in_guide else in_model[name]
+                loss = loss + (terms.mean(term) * site["scale"]).sum()
+        return loss / self.num_particles
+
+    def _require(self, model: Trace, guide: Trace) -> None:
+        for name, site in (latents(guide) | observed(model)).items():
+            if not is_local(site):
+                raise UsageError(
+                    f"site '{name}' is outside the data plate: sums over discrete latents are "
+                    "taken for each datum; use TraceEnum_ELBO"
+                )
+        for name, site in latents(guide).items():
+            if name not in enumeration.enumerated(guide) and not site["fn"].has_rsample:
+                raise UsageError(
+                    f"latent site '{name}' is neither enumerated nor reparametrised "
+                    f'({type(site["fn"]).__name__}): mark it infer={{"enumerate": "parallel"}}'
+                )
+
+
+def elbo(
+    pair: nn.Module, batch: Batch, num_particles: int = 1, vectorize_particles: bool = False
+) -> ELBO:
+    """The ELBO that fits a pair: `EnumeratedELBO` where it has sites to enumerate, else Trace_ELBO.
+
+    Found by running the pair on two rows of a batch.
+    """
+    kind: Any = EnumeratedELBO if enumeration.enumerates(pair, batch) else Trace_ELBO
+    return kind(
+        num_particles,
+        vectorize_particles=vectorize_particles,
+        max_plate_nesting=enumeration.nesting(pair, batch),
+    )
+
+
+def require_weighable(objective: ELBO | None, beta: Any) -> None:
+    """Raise `UsageError` where a weight on the KL would not be what it says under an objective."""
+    stock = isinstance(objective, TraceEnum_ELBO) and not isinstance(objective, EnumeratedELBO)
+    if stock and (callable(beta) or beta != 1):
+        raise UsageError(
+            f"{type(objective).__name__} takes no weight on the KL (beta) beside its sums over "
+            "discrete latents: use pyro_vae.EnumeratedELBO"
+        )
+
+
 class Parts:
     """What the ELBO is made of, summed over a minibatch from the very traces that gave the loss.
 
@@ -363,17 +462,20 @@ class Parts:
 
     def add(self, model_trace: Trace, guide_trace: Trace, share: float) -> None:
         """Add the parts of one pair of traces, which stands for this share of the particles."""
+        enumeration.require_summed(model_trace, guide_trace)
+        terms = enumeration.terms(model_trace, guide_trace)
         for name, site in observed(model_trace).items():
-            _add(self.reconstruction, name, log_prob(site).detach().sum() * share)
+            term = terms.mean(terms.observed[name]).detach().sum()
+            _add(self.reconstruction, name, term * share)
             if not is_validation_enabled() and name in self.validated:
                 inside = site["fn"].support.check(site["value"])
                 _add(self.outside, name, inside.logical_not().sum())
             elif _validates(site["fn"]):
                 self.validated.add(name)
-        for name, site in latents(guide_trace).items():
-            term = log_prob(site).detach().sum()
-            if name in model_trace.nodes:  # an auxiliary site of the guide has no prior
-                term = term - log_prob(sample_sites(model_trace)[name]).detach().sum()
+        for name, log_q in terms.posterior.items():
+            term = terms.mean(log_q).detach().sum()
+            if name in terms.prior:  # an auxiliary site of the guide has no prior
+                term = term - terms.mean(terms.prior[name]).detach().sum()
             _add(self.kl, name, term * share)
 
     def clear(self) -> None:
@@ -429,7 +531,7 @@ def surrogate(objective: Any, model: Any, guide: Any, batch: Batch) -> tuple[Ten
     kind = type(objective)
     if kind.loss_and_grads not in _TRACEABLE:
         raise NotTraceable(f"{kind.__name__} has a loss_and_grads of its own")
-    if isinstance(objective, _DifferentiableELBO):
+    if kind.loss_and_grads is _DifferentiableELBO.loss_and_grads:
         loss = objective.differentiable_loss(model, guide, *batch)
         return loss, loss
     loss = differentiable = torch.zeros(())

@@ -140,6 +140,8 @@ def trace(program: Callable[..., Any], batch: Sequence[Tensor]) -> Trace:
     except UsageError as error:
         # Pyro writes the shapes of all sites behind the message.
         raise UsageError(first_line(error)) from None
+    except IndexError as error:  # a label, say, that the pair has no place for
+        raise UsageError(f"the pair fails on a value of its batch: {first_line(error)}") from error
 
 
 def trace_guide(pair: nn.Module, batch: Sequence[Tensor]) -> Trace:
@@ -168,11 +170,16 @@ def latents(trace: Trace) -> dict[str, Site]:
 
 
 def observed(trace: Trace) -> dict[str, Site]:
-    """The observed sample sites of a trace, by name; those of an unconditioned model too."""
+    """The observed sample sites of a trace, by name; those of an unconditioned model too.
+
+    Without those marked ``infer={"is_auxiliary": True}``: they are terms of the objective alone, a
+    classification loss say, and no part of p(x).
+    """
     return {
         name: site
         for name, site in sample_sites(trace).items()
-        if site["is_observed"] or site["infer"].get("was_observed", False)
+        if (site["is_observed"] or site["infer"].get("was_observed", False))
+        and not site["infer"].get("is_auxiliary")
     }
 
 
@@ -203,7 +210,7 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
         tensor.to(device, dtype if tensor.is_floating_point() else None)
         for tensor in cast(Any, pair).template(n)
     )
-    if not context and len(batch) == 1:
+    if not context and (len(batch) == 1 or missing_context(pair, 1)):
         return batch
     if len(context) != len(batch) - 1:
         raise UsageError(
@@ -221,6 +228,18 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
             )
         placed.append(given.expand(like.shape))
     return (batch[0], *placed)
+
+
+def missing_context(pair: nn.Module, n: int) -> Batch:
+    """The context of n rows of which nothing is known, for a pair that needs none.
+
+    Labels say: a pair whose template gives negative whole numbers alone takes those for missing.
+    """
+    if not hasattr(pair, "template"):
+        return ()
+    context = cast(Any, pair).template(1)[1:]
+    missing = all(not part.is_floating_point() and bool((part < 0).all()) for part in context)
+    return tuple(part.expand(n, *part.shape[1:]) for part in context) if missing else ()
 
 
 def placement(pair: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -248,18 +267,18 @@ def by_datum(term: Tensor, particles: bool) -> Tensor:
     return term.reshape(-1, term.shape[-1]).sum(0)
 
 
-def site_kl(model_site: Site, guide_site: Site) -> Tensor:
+def site_kl(model_site: Site, guide_site: Site, closed: bool = True) -> Tensor:
     r"""KL of one latent site, in nats: of shape (batch, *units) where it splits over units.
 
-    :math:`\mathrm{KL}(q \| p)` in closed form where torch knows it, else the estimate
-    :math:`\log q(z) - \log p(z)` at the draw in the trace. Where both distributions have
-    independent coordinates the last dimensions are those of the event, else there are none.
+    :math:`\mathrm{KL}(q \| p)` in closed form where torch knows it and ``closed`` wants it, else
+    the estimate :math:`\log q(z) - \log p(z)` at the draw in the trace. Where both distributions
+    have independent coordinates the last dimensions are those of the event, else there are none.
     """
     p, q, z, mask = model_site["fn"], guide_site["fn"], guide_site["value"], guide_site["mask"]
     if factorizes(p) and factorizes(q):
         p, q = p.base_dist, q.base_dist
     try:
-        kl = kl_divergence(q, p)
+        kl = kl_divergence(q, p) if closed else q.log_prob(z) - p.log_prob(z)
     except NotImplementedError:
         kl = q.log_prob(z) - p.log_prob(z)
     if isinstance(mask, Tensor):
@@ -283,6 +302,11 @@ def mean(fn: Any, num_samples: int = 100) -> Tensor:
     if closed is None or bool(closed.isnan().any()):  # torch's Categorical has a mean of NaN
         return fn.sample((num_samples,)).to(torch.get_default_dtype()).mean(0)
     return closed
+
+
+def is_category(fn: Any) -> bool:
+    """Whether a distribution is over classes without order, which have a mode and no mean."""
+    return bool(fn.support.is_discrete) and bool(fn.mean.isnan().any())
 
 
 class Means(poutine.messenger.Messenger):

@@ -179,3 +179,31 @@ def _dim(family: Family, shape: Shape) -> int:
             f"{type(family).__name__} is over vectors, latents of shape {tuple(shape)} came"
         )
     return shape[0]
+
+
+class Classes(Family):
+    r"""One of some classes, :math:`q(y|x) = \mathrm{softmax}(\text{raw})_y`, y from 0 on.
+
+    Arguments:
+        num_classes: how many.
+
+    Raises `UsageError` for an event that is no single class.
+
+    >>> import torch
+    >>> Classes(3)(torch.zeros(5, 3), ()).probs[0]
+    tensor([0.3333, 0.3333, 0.3333])
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise UsageError(f"num_classes must be 2 or more, {num_classes} came")
+        self.num_classes = num_classes
+
+    def outputs(self, shape: Shape) -> int:
+        if tuple(shape):
+            raise UsageError(f"Classes are for events of shape (), {tuple(shape)} came")
+        return self.num_classes
+
+    def forward(self, raw: Tensor, shape: Shape) -> dist.TorchDistribution:
+        return dist.Categorical(logits=raw, validate_args=False)

@@ -9,13 +9,15 @@ from typing import Any, cast
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_vae import enumeration
 from pyro_vae.data import Preparation
 from pyro_vae.errors import UsageError, first_line
+from pyro_vae.objectives import EnumeratedELBO
 from pyro_vae.pairs import (
     Pair,
     Site,
@@ -98,6 +100,7 @@ def check(
         guide = run_guide(pair, batch)
         model = run_model(pair, batch, guide)
         errors = [*_sites(model, guide), *_shapes(model, guide, batch)]
+        errors = errors or _enumerated(pair, batch, model, guide)
         notes: list[str] = []
         if not errors:
             errors, notes = _parameters(pair, model, guide)
@@ -164,14 +167,11 @@ def _sites(model: Trace, guide: Trace) -> list[str]:
             errors.append(
                 f"the guide observes site '{name}': a guide samples latents only, drop obs="
             )
-    for name, site in (latents(model) | latents(guide)).items():
-        if site["infer"].get("enumerate"):
-            errors.append(
-                f"latent site '{name}' is to be enumerated, which is not served: its sum would be "
-                "missing from the ELBO and from log p(x) that are reported"
-            )
+    summed = enumeration.to_enumerate(model, guide)
+    for name in summed:
+        errors += _summable((latents(model) | latents(guide))[name])
     for name in latents(model):
-        if name not in in_guide and not errors:
+        if name not in in_guide and name not in summed and not errors:
             errors.append(
                 f"latent site '{name}' of the model is missing from the guide: add "
                 f'pyro.sample("{name}", ...) to the guide'
@@ -185,6 +185,47 @@ def _sites(model: Trace, guide: Trace) -> list[str]:
         elif name in in_model and in_model[name]["is_observed"]:
             errors.append(f"site '{name}' is sampled by the guide and observed by the model")
     return errors
+
+
+def _summable(site: Site) -> list[str]:
+    """Why a site that is marked so cannot be summed out."""
+    name, fn = site["name"], site["fn"]
+    start = f"latent site '{name}' is to be enumerated, "
+    if site["infer"]["enumerate"] != "parallel" or site["infer"].get("num_samples"):
+        return [start + 'which is served as infer={"enumerate": "parallel"} alone: nothing else']
+    if site["infer"].get("is_auxiliary"):
+        return [start + "and the guide alone has it: drop the mark, or add it to the model"]
+    if [frame.dim for frame in site["cond_indep_stack"] if frame.vectorized] != [-1]:
+        return [start + "and is not in the data plate alone: it is summed out for each datum"]
+    try:
+        fn.enumerate_support(expand=False)
+    except NotImplementedError:
+        kind = type(getattr(fn, "base_dist", fn)).__name__
+        return [f"{start}and its distribution ({kind}) has no finite list of values"]
+    return []
+
+
+def _enumerated(pair: nn.Module, batch: Sequence[Tensor], model: Trace, guide: Trace) -> list[str]:
+    """What is wrong where enumerated sites take all of their values at once."""
+    names = enumeration.to_enumerate(model, guide)
+    if not names:
+        return []
+    said = f"with all values of '{names[0]}' in a dimension of their own, left of the plates, "
+    try:
+        nesting = enumeration.nesting_of(model, guide)
+        model, guide = enumeration.traces(pair, tuple(batch), nesting)
+        enumeration.terms(model, guide)
+    except UsageError as error:
+        return [said + first_line(error)]
+    except Exception as error:  # a user's own code may raise anything
+        return [f"{said}the pair fails: {type(error).__name__}: {first_line(error)}"]
+    n = len(batch[0])
+    for where, traced in (("model", model), ("guide", guide)):
+        for name, site in sample_sites(traced).items():
+            shape = log_prob(site).shape
+            if shape[-1] != n:
+                return [f"{said}site '{name}' of the {where} has batch shape {tuple(shape)}"]
+    return []
 
 
 def _shapes(model: Trace, guide: Trace, batch: Sequence[Tensor]) -> list[str]:
@@ -276,7 +317,7 @@ def _subsampled(trace: Trace) -> bool:
 
 def _parameters(pair: nn.Module, model: Trace, guide: Trace) -> tuple[list[str], list[str]]:
     loss: Any = 0.0
-    for name, site in (observed(model) | latents(model)).items():
+    for name, site in sample_sites(model).items():
         loss = loss + log_prob(site).sum()
         if name in latents(guide):
             loss = loss - log_prob(latents(guide)[name]).sum()
@@ -326,8 +367,16 @@ def _objective(
     model: Trace,
     guide: Trace,
 ) -> list[str]:
+    summed = enumeration.to_enumerate(model, guide)
+    if objective is None and summed:
+        objective = EnumeratedELBO(max_plate_nesting=enumeration.nesting_of(model, guide))
     if objective is None:
         return []
+    if summed and not isinstance(objective, TraceEnum_ELBO):
+        return [
+            f"site '{summed[0]}' is to be summed out (enumerated), which "
+            f"{type(objective).__name__} does not do: use pyro_vae.EnumeratedELBO"
+        ]
     order = [name for name in sample_sites(model) if name in latents(guide)]
     if isinstance(objective, TraceMeanField_ELBO) and order != list(latents(guide)):
         return [
@@ -353,8 +402,7 @@ def explain_nonfinite(pair: nn.Module, batch: Sequence[Tensor]) -> str | None:
             def _pyro_post_sample(self, msg: Any) -> None:
                 if site_is_subsample(msg) or found:
                     return
-                density = msg["fn"].log_prob(msg["value"])
-                if not bool(torch.isfinite(density).all()):
+                if not bool(torch.isfinite(log_prob(msg)).all()):
                     found.append(msg["name"])
 
         try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from pyro_vae.engine import Engine, Step
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.evaluation import bound
 from pyro_vae.history import Epoch, History
+from pyro_vae.objectives import elbo, require_weighable
 from pyro_vae.optim import Optimizer
 from pyro_vae.pairs import Batch, Pair, placement, registered, scope
 from pyro_vae.preflight import explain_nonfinite, no_pair, require
@@ -73,7 +74,8 @@ def fit(
             uint8); or a torch ``Dataset`` or ``DataLoader`` that gives x, or x and context.
         context: further tensors of as many rows, passed on to model and guide.
         validation: held-out x, or a tuple of x and context, of the same kinds.
-        objective: a Pyro ELBO; ``Trace_ELBO()`` by default.
+        objective: a Pyro ELBO; by default ``Trace_ELBO()``, or `pyro_vae.EnumeratedELBO` for a pair
+            with latents to enumerate.
         beta: weight on the KL, or a schedule of it (`pyro_vae.schedules`).
         learning_rate_schedule: a factor on the learning rate, by epoch.
         optimizer: makes the torch optimiser from parameters and ``lr``.
@@ -116,13 +118,15 @@ def fit(
         runs.read_config(folder)
         saved = runs.read_checkpoint(folder)
     pair.to(device(chosen.device))
-    objective = objective or Trace_ELBO()
+    require_weighable(objective, beta)
     with seeded(chosen.seed):  # a loader draws as it begins
-        rows, prepare = _training_rows(pair, source(x, context, pair), objective, binarize, chosen)
+        rows, prepare, objective = _training_rows(
+            pair, source(x, context, pair), objective, binarize, chosen
+        )
         held = None
         if validation is not None:
             parts = validation if isinstance(validation, (tuple, list)) else (validation,)
-            held = _validation_rows(pair, parts, len(context), rows, binarize)
+            held = _validation_rows(pair, parts, rows, binarize)
         elif chosen.patience is not None:
             raise UsageError("patience needs validation data to measure: give validation=")
     job = {
@@ -282,7 +286,10 @@ class _Run:
             self.svi.step(*batch)
         except FloatingPointError:
             wait = 1  # the gradient is not finite: the reading below names the site
-        except ValueError as error:
+        except (
+            ValueError,
+            IndexError,
+        ) as error:  # an index: a label that the pair has no place for
             if isinstance(error, UsageError):
                 raise UsageError(first_line(error)) from None
             if explain_nonfinite(self.pair, self.prepare(batch)) is not None:
@@ -498,9 +505,9 @@ def _summary_writer() -> Any:
 
 
 def _training_rows(
-    pair: nn.Module, rows: Source, objective: ELBO, binarize: str, settings: Settings
-) -> tuple[Source, Preparation]:
-    """The training data, checked together with the pair, and how they are prepared."""
+    pair: nn.Module, rows: Source, objective: ELBO | None, binarize: str, settings: Settings
+) -> tuple[Source, Preparation, ELBO]:
+    """The training data, checked together with the pair, how they are prepared, the objective."""
     if len(rows) < 2:
         raise UsageError(f"{len(rows)} row of data came, 2 or more are expected")
     if isinstance(rows, Arrays) and len(rows) < settings.batch_size:
@@ -509,7 +516,7 @@ def _training_rows(
             "choose at most that"
         )
     plain = Preparation(*placement(pair))
-    first = plain(next(iter(rows.batches(min(16, len(rows))))))
+    first = plain(rows.first(16))
     require(pair, first, objective)
     prepare = preparation(pair, rows, binarize)
     if prepare.binarize and binarize == "fixed":
@@ -520,24 +527,25 @@ def _training_rows(
             "not log-likelihoods",
             stacklevel=3,
         )
-    return rows.to(prepare.device) if isinstance(rows, Arrays) else rows, prepare
+    rows = rows.to(prepare.device) if isinstance(rows, Arrays) else rows
+    return rows, prepare, objective or elbo(pair, first)
 
 
 def _validation_rows(
     pair: nn.Module,
     parts: Sequence[Any],
-    num_context: int,
     rows: Source,
     binarize: str,
 ) -> tuple[Source, Preparation]:
     """The validation data, checked as training data are, and how they are prepared."""
     try:
         held = source(parts[0], parts[1:], pair)
-        if isinstance(held, Arrays) and isinstance(rows, Arrays) and len(parts) != num_context + 1:
-            raise UsageError(
-                f"as many context tensors as for training, {num_context}, are expected, "
-                f"{len(parts) - 1} came"
-            )
+        if isinstance(held, Arrays) and isinstance(rows, Arrays):
+            wanted, came = len(rows.tensors) - 1, len(held.tensors) - 1
+            if came != wanted:
+                raise UsageError(
+                    f"as many context tensors as for training, {wanted}, are expected, {came} came"
+                )
         return held_out(held, preparation(pair, held, binarize))
     except UsageError as error:
         raise UsageError(f"validation: {error}") from error

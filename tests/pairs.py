@@ -72,6 +72,41 @@ class Params(PyroModule):
         return (torch.zeros(n, 6),)
 
 
+class Bags(nn.Module):
+    """Two discrete latents, one summed out in the guide, one in the model, which x depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(6, 4 + 3)
+        self.decoder = nn.Linear(2 + 3 + 2, 6)
+        self.switch = nn.Linear(2, 2)
+
+    def model(self, x: Tensor) -> None:
+        marked = {"enumerate": "parallel"}
+        with pyro.plate("data", len(x), dim=-1):
+            y = pyro.sample("y", dist.OneHotCategorical(x.new_ones(3) / 3))
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            k = pyro.sample("k", dist.Bernoulli(logits=self.switch(z)[..., 0]), infer=marked)
+            m = pyro.sample(
+                "m", dist.Categorical(logits=torch.stack([k, 1 - 2 * k], -1)), infer=marked
+            )
+            parts = [z, y, k[..., None], m.to(x.dtype)[..., None]]
+            shape = torch.broadcast_shapes(*[part.shape[:-1] for part in parts])
+            wide = torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(wide)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        loc, scale, logits = self.encoder(x).split((2, 2, 3), -1)
+        with pyro.plate("data", len(x), dim=-1):
+            fn = dist.OneHotCategorical(logits=logits)
+            y = pyro.sample("y", fn, infer={"enumerate": "parallel"})
+            loc = loc + y[..., :2]
+            pyro.sample("z", dist.Normal(loc, nn.functional.softplus(scale)).to_event(1))
+
+    def template(self, n: int) -> tuple[Tensor, ...]:
+        return (torch.zeros(n, 6),)
+
+
 def _vae(**keywords: object) -> pv.VAE:
     return pv.VAE.mlp((6,), latent_dim=2, hidden=(5,), activation=nn.Tanh, **keywords)
 
@@ -119,14 +154,20 @@ OURS = {
     ),
     "text": lambda: pv.VAE.recurrent((3,), 2, 2, hidden=3, embedding_dim=2, word_dropout=0.3),
     "deep-markov": lambda: pv.DeepMarkovModel.usual(3, 2, latent_dim=2, hidden=4, ragged=True),
+    "semi-supervised": lambda: pv.SemiSupervisedVAE.mlp(
+        (6,), 3, latent_dim=2, hidden=(5,), activation=nn.Tanh, classification_weight=0.7
+    ),
+    "mixture": lambda: pv.MixtureVAE.mlp((6,), 3, latent_dim=2, hidden=(5,), activation=nn.Tanh),
 }
 UNORDERED = {"text"}
 """Pairs whose data are names, not quantities: in place of a mean they give what is likely."""
 
 SHAPES = {"convolutional": (1, 2, 3), "text": (3,), "deep-markov": (3, 2)}
 
-USERS = {"plain": PlainAttributes, "registered": Registered, "params": Params}
+USERS = {"plain": PlainAttributes, "registered": Registered, "params": Params, "bags": Bags}
 ALL = OURS | USERS
+ENUMERATED = ("semi-supervised", "mixture", "bags")
+"""Pairs with latents that are summed out."""
 
 
 def make(name: str, seed: int = 0) -> nn.Module:
@@ -146,6 +187,8 @@ def rows(name: str, n: int = 40, seed: int = 1) -> tuple[Tensor, ...]:
         return x, (1 + x.sum(-1, keepdim=True)).log()
     if name == "deep-markov":
         return x, torch.randint(1, 4, (n,), generator=generator)
+    if name == "semi-supervised":
+        return x, torch.randint(-1, 3, (n,), generator=generator)
     if not name.startswith("conditional"):
         return (x,)
     return x, torch.eye(3)[torch.randint(3, (n,), generator=generator)].double()

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
-from pairs import ALL, LIKELIHOODS, make, rows
+from pairs import ALL, ENUMERATED, LIKELIHOODS, make, rows
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
@@ -32,6 +32,9 @@ OBJECTIVES = {
     "sticking": pv.StickingTheLandingELBO,
     "doubly": lambda: pv.ImportanceWeightedELBO(4, gradient=pv.Gradient.DOUBLY_REPARAMETRIZED),
     "total-correlation": lambda: pv.TotalCorrelationELBO(19, 3.0, 0.5),
+    "enumerated": pv.EnumeratedELBO,
+    "enumerated-particles": lambda: pv.EnumeratedELBO(3),
+    "enumerated-vectorized": lambda: pv.EnumeratedELBO(3, vectorize_particles=True),
 }
 
 
@@ -116,6 +119,8 @@ def served(name, objective):
     """Whether an objective is one for this pair."""
     if objective in FEW:
         return name in FEW[objective]
+    if name in ENUMERATED or objective.startswith("enumerated"):
+        return name in ENUMERATED and objective.startswith("enumerated")
     if name == "discrete":
         return objective in ("elbo", "particles", "vectorized")
     if name in LIKELIHOODS:  # an objective looks at no likelihood: one, and a plate of samples
@@ -190,7 +195,7 @@ LONG = ("bernoulli", "params", "normalized")
 def test_a_traced_step_is_that_of_stock_pyro(name, objective):
     """Two shapes, both modes, losses and every gradient; parameters and buffers at the end."""
     stock, traced = Run(name, objective), Run(name, objective, "traced")
-    thorough = name in LONG or objective == "elbo"
+    thorough = name in LONG or objective in ("elbo", "enumerated")
     for number in range(10):
         mode = number % 4 != 3 or not thorough
         assert_same(stock.step(number, mode), traced.step(number, mode))
@@ -205,6 +210,7 @@ def test_a_traced_step_is_that_of_stock_pyro(name, objective):
 COMPILED = [("bernoulli", "elbo"), ("normalized", "elbo"), ("params", "analytic")]
 COMPILED += [("conditional", "importance-weighted"), ("tied", "particles")]
 COMPILED += [("params", "doubly")]
+COMPILED += [("semi-supervised", "enumerated")]
 
 
 @pytest.mark.parametrize(("name", "objective"), COMPILED)

@@ -1,0 +1,118 @@
+"""The semi-supervised variational autoencoder: labels that are known of some rows only."""
+
+from typing import Any, cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vae.errors import UsageError
+from pyro_vae.factors import Factor
+from pyro_vae.models.vae import VAE
+from pyro_vae.networks import MLP, ConvEncoder, Shape
+from pyro_vae.posteriors import Classes
+
+
+class SemiSupervisedVAE(PyroModule):
+    r"""A class and a style for each datum: :math:`y \sim p(y),\ z \sim p(z|y),\ x \sim p(x|z, y)`.
+
+    A label, where there is one, is y itself. The guide is :math:`q(y|x)\,q(z|x, y)`, with q(y|x)
+    all on the label where that is known; y is summed out. Batches are ``(x, labels)``, with -1 for
+    a label that is missing, row by row. This is M2 of Kingma et al., 2014
+    (https://arxiv.org/abs/1406.5298).
+
+    Arguments:
+        classifier: a factor that returns q(y | x), of the family `Classes`.
+        encoder: a factor that returns q(z | x, one-hot y).
+        decoder: a factor that returns p(x | z, one-hot y).
+        prior: a module that returns p(z | one-hot y).
+        classification_weight: weight of the classifier's log q(y | x) on rows with a label. It is a
+            term of the objective alone, and no part of the ELBO or of log p(x).
+
+    >>> import torch, pyro_vae as pv
+    >>> vae = SemiSupervisedVAE.mlp((4,), num_classes=3, latent_dim=2)
+    >>> pv.predict(vae, torch.ones(5, 4)).shape
+    torch.Size([5, 3])
+    """
+
+    classes: Tensor
+
+    def __init__(
+        self,
+        classifier: Factor,
+        encoder: Factor,
+        decoder: Factor,
+        prior: nn.Module,
+        classification_weight: float = 50.0,
+    ) -> None:
+        super().__init__()
+        if not classification_weight > 0:
+            raise UsageError(
+                f"classification_weight must be positive, {classification_weight} came"
+            )
+        self.classifier, self.encoder, self.decoder, self.prior = (
+            classifier,
+            encoder,
+            decoder,
+            prior,
+        )
+        self.classification_weight = classification_weight
+        outputs = classifier.family.outputs(classifier.shape)
+        self.register_buffer("classes", torch.eye(outputs), persistent=False)
+
+    def model(self, x: Tensor, labels: Tensor) -> None:
+        known: Any = labels >= 0
+        label, only = labels.clamp(min=0), cast(Any, {"is_auxiliary": True})
+        with pyro.plate("data", len(x), dim=-1):
+            y = self.classes[pyro.sample("y", dist.Categorical(logits=self.classes[0] * 0))]
+            z = pyro.sample("z", self.prior(y))
+            pyro.sample("x", self.decoder(z, y), obs=x)
+            with poutine.mask(mask=known):
+                pyro.sample("label", dist.Categorical(logits=y.log()), obs=label)
+                with poutine.scale(scale=self.classification_weight):
+                    pyro.sample("classification", self.classifier(x), obs=label, infer=only)
+
+    def guide(self, x: Tensor, labels: Tensor) -> None:
+        known, label = labels[:, None] >= 0, self.classes[labels.clamp(min=0)]
+        with pyro.plate("data", len(x), dim=-1):
+            logits = torch.where(known, label.log(), self.classifier(x).logits)
+            guess = dist.Categorical(logits=logits, validate_args=False)
+            y = self.classes[pyro.sample("y", guess, infer={"enumerate": "parallel"})]
+            pyro.sample("z", self.encoder(x, y))
+
+    def template(self, n: int) -> tuple[Tensor, Tensor]:
+        """A batch of n rows of the right shapes, without labels."""
+        return torch.zeros(n, *self.decoder.shape), torch.full((n,), -1)
+
+    @classmethod
+    def mlp(
+        cls, data_shape: Shape, num_classes: int, classification_weight: float = 50.0, **parts: Any
+    ) -> "SemiSupervisedVAE":
+        """One of multilayer perceptrons; ``parts`` are the other arguments of `VAE.mlp`.
+
+        The classifier has the encoder's hidden layers.
+        """
+        vae = VAE.mlp(data_shape, context_shapes=[(num_classes,)], **parts)
+        own: MLP = vae.encoder.network  # type: ignore[assignment]
+        network = MLP([data_shape], own.hidden, num_classes, own.activation)
+        return cls._of(vae, network, num_classes, classification_weight)
+
+    @classmethod
+    def conv(
+        cls, data_shape: Shape, num_classes: int, classification_weight: float = 50.0, **parts: Any
+    ) -> "SemiSupervisedVAE":
+        """One of convolutions, for images; ``parts`` are the other arguments of `VAE.conv`."""
+        vae = VAE.conv(data_shape, context_shapes=[(num_classes,)], **parts)
+        own: ConvEncoder = vae.encoder.network  # type: ignore[assignment]
+        network = ConvEncoder([data_shape], own.channels, own.hidden, num_classes, own.activation)
+        return cls._of(vae, network, num_classes, classification_weight)
+
+    @classmethod
+    def _of(
+        cls, vae: VAE, network: nn.Module, num_classes: int, classification_weight: float
+    ) -> "SemiSupervisedVAE":
+        classifier = Factor(network, Classes(num_classes), ())
+        return cls(classifier, vae.encoder, vae.decoder, vae.prior, classification_weight)
