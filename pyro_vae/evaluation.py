@@ -232,16 +232,11 @@ def _units(
             for name, site in latents(guide).items():
                 if is_category(site["fn"]):
                     continue
-                prior, right = sample_sites(model).get(name), len(site["fn"].event_shape)
-                # Where weights depend on the draw, so must what they weigh.
-                each = None if prior is None else site_kl(prior, site, closed=not terms.dims)
-                width = site["fn"].event_shape.numel()
-                if each is not None and each.shape[max(1, each.dim() - right) :].numel() == width:
-                    each = terms.units(each, right)
-                if each is not None and each.numel() == n * width:
+                each = _kl_of_units(terms, sample_sites(model).get(name), site)
+                if each is not None:
                     kl[name] = kl.get(name, 0) + each.reshape(n, -1).sum(0).cpu()
                 if is_local(site):
-                    code = terms.units(mean(site["fn"]), right)
+                    code = terms.units(mean(site["fn"]), len(site["fn"].event_shape))
                     codes.setdefault(name, []).append(code.reshape(n, -1).cpu())
             data = data_site(model)
             discrete = data["fn"].support.is_discrete
@@ -253,6 +248,19 @@ def _units(
         discrete,
         dims,
     )
+
+
+def _kl_of_units(terms: enumeration.Terms, prior: Any, site: Any) -> Tensor | None:
+    """The KL (batch, *units) of a latent site, None where it does not split into units."""
+    if prior is None:
+        return None
+    shape = site["fn"].event_shape
+    # Where weights depend on the draw, so must what they weigh.
+    each = site_kl(prior, site, closed=not terms.dims)
+    if each.shape[max(1, each.dim() - len(shape)) :] != shape:
+        return None
+    each = terms.units(each, len(shape))
+    return each if each.dim() == 1 + len(shape) else None
 
 
 def _classes(
