@@ -69,6 +69,8 @@ if TYPE_CHECKING:
     from pyro_vae.schedules import Linear as Linear
     from pyro_vae.sequences import Autoregressive as Autoregressive
     from pyro_vae.sequences import MarkovChain as MarkovChain
+    from pyro_vae.text import as_text as as_text
+    from pyro_vae.text import as_tokens as as_tokens
     from pyro_vae.training import fit as fit
 
 __version__ = "0.1.0"
@@ -138,6 +140,8 @@ _WHERE = {
     # data and runs
     "load_data": "datasets",
     "one_hot": "datasets",
+    "as_tokens": "text",
+    "as_text": "text",
     "save": "runs",
     "load": "runs",
     "UsageError": "errors",

@@ -89,8 +89,8 @@ def train(
     Parameters
     ----------
     data
-        A name (digits, mnist, fashion-mnist, kmnist, emnist, omniglot, cifar10, svhn) or the path
-        of a .npy or .npz file.
+        A name (digits, docstrings, mnist, fashion-mnist, kmnist, emnist, omniglot, cifar10, svhn)
+        or the path of a .npy or .npz file, or of a .txt file of lines.
     out
         The run folder; runs/DATA by default.
     num_eval_samples
@@ -110,11 +110,12 @@ def train(
     assert config is None  # `_config_file` has put its options in place
     _positive("num_eval_samples", num_eval_samples)
     run = out or Path("runs") / Path(data).stem
-    loaded = load_data(data, source.data_dir)
+    loaded = load_data(data, source.data_dir, source.length)
     seeded_pair = _seeded_pair(model, loaded, settings.seed)
     given = (
         {"data": data, "data_shape": loaded.shape, "num_classes": loaded.num_classes}
         | {"context_shapes": configuration.context_shapes(model, loaded)}
+        | ({} if loaded.vocabulary is None else {"vocabulary": loaded.vocabulary})
         | _plain(model)
         | _plain(objective)
         | _plain(source)
@@ -205,7 +206,7 @@ def sample(
         raise UsageError(f"{run} is not conditional on a label: train with --condition label")
     context = _asked(run, given, num, label, model)
     images = inference.sample(pair, num, context, means=means, seed=seed)
-    _write(run, "samples", images, [("", part) for part in images[:100].split(10)])
+    _write(run, given, "samples", images, [("", part) for part in images[:100].split(10)])
 
 
 @app.command
@@ -224,7 +225,7 @@ def reconstruct(run: Run, *, num: int = 12, model: UserClass = None) -> None:
     x, context = _test(loaded, given, num)
     images = inference.reconstruct(pair, x, *context, binarize=_binarize(given))
     rows = [("data", plots.intensity(x)[:16]), ("reconstruction", images[:16])]
-    _write(run, "reconstructions", images, rows)
+    _write(run, given, "reconstructions", images, rows, across=True)
 
 
 @app.command
@@ -291,7 +292,7 @@ def interpolate(run: Run, *, num: int = 6, steps: int = 9, model: UserClass = No
         steps=steps,
         binarize=_binarize(given),
     )
-    _write(run, "interpolations", lines, [("", line) for line in lines])
+    _write(run, given, "interpolations", lines, [("", line) for line in lines])
 
 
 @app.command
@@ -325,7 +326,7 @@ def traverse(
         values=torch.linspace(-span, span, steps).tolist(),
         binarize=_binarize(given),
     )
-    _write(run, "traversals", lines, [(f"unit {i}", line) for i, line in enumerate(lines)])
+    _write(run, given, "traversals", lines, [(f"unit {i}", line) for i, line in enumerate(lines)])
 
 
 @app.command
@@ -443,7 +444,10 @@ def _open(
     if name is None:
         raise UsageError(f"{run} does not record its data: name them with --data")
     folder = data_dir or given.get("data_dir")
-    return pair, load_data(name, folder), given
+    vocabulary, length = given.get("vocabulary"), given.get("length", Input.length)
+    if vocabulary is not None:
+        (length,) = given["data_shape"]
+    return pair, load_data(name, folder, length, vocabulary), given
 
 
 def _test(data: "Data", given: dict[str, Any], n: int) -> tuple["Tensor", list["Tensor"]]:
@@ -513,8 +517,15 @@ def _binarize(given: dict[str, Any]) -> str:
     return given.get("binarize", "dynamic")
 
 
-def _write(run: Path, name: str, array: "Tensor", rows: list[tuple[str, "Tensor"]]) -> None:
-    """An array as NAME.npy and its picture as figures/NAME.png, their paths printed."""
+def _write(
+    run: Path,
+    given: dict[str, Any],
+    name: str,
+    array: "Tensor",
+    rows: list[tuple[str, "Tensor"]],
+    across: bool = False,
+) -> None:
+    """An array as NAME.npy, and as figures/NAME.png or, where it is text, NAME.txt in words."""
     import io
 
     import numpy as np
@@ -525,9 +536,15 @@ def _write(run: Path, name: str, array: "Tensor", rows: list[tuple[str, "Tensor"
     np.save(buffer, array.cpu().numpy())
     with runs.atomic(run / f"{name}.npy") as file:
         file.write(buffer.getvalue())
+    print(run / f"{name}.npy")
+    if "vocabulary" in given:
+        text = plots.lines(rows, given["vocabulary"], across)
+        with runs.atomic(run / f"{name}.txt") as file:
+            file.write(f"{text}\n".encode())
+        print(run / f"{name}.txt", text, sep="\n\n")
+        return
     with runs.atomic(run / runs.FIGURES / f"{name}.png") as file:
         file.write(plots.png(plots.grid(rows, name)))
-    print(run / f"{name}.npy")
     print(run / runs.FIGURES / f"{name}.png")
 
 
@@ -564,7 +581,8 @@ def _config_file(words: list[str]) -> tuple[list[str], Any]:
         raise UsageError(f"{path}: an object of options is expected")
     known = [field.name for kind in (Model, Objective, Input, Settings) for field in fields(kind)]
     known += ["data", "out", "num_eval_samples", "report"]
-    recorded = ("num_classes", "data_shape", "context_shapes")  # by a run, of its data
+    # What a run records of its data:
+    recorded = ("num_classes", "data_shape", "context_shapes", "vocabulary")
     for name in options:
         if name not in (*known, *recorded):
             raise UsageError(f"{path}: there is no option '{name}'; {nearest(name, known)}")

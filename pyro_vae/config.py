@@ -120,11 +120,17 @@ class Model:
         "vae", or module:Class for a pair of your own; its constructor gets those of data_shape,
         latent_dim, hidden and context_shapes that it takes.
     network
-        Multilayer perceptrons, or convolutions for images.
+        Multilayer perceptrons, convolutions for images, or recurrent networks for text; auto takes
+        the last for text and the first for other data.
     latent_dim
         Dimension of the latent vector.
     hidden
         Widths of the encoder's hidden layers, from the data inwards; the decoder reverses them.
+        For text, the first is the number of units of each LSTM.
+    embedding_dim
+        Width of the embedding of a character, for text.
+    word_dropout
+        Rate at which the decoder of text is not shown the character before, in training.
     channels
         Channels of the encoder's convolutions, for --network conv.
     blocks
@@ -152,9 +158,11 @@ class Model:
     """
 
     model: str = "vae"
-    network: Literal["mlp", "conv"] = "mlp"
+    network: Literal["auto", "mlp", "conv", "recurrent"] = "auto"
     latent_dim: int = 20
     hidden: tuple[int, ...] = (128, 64)
+    embedding_dim: int = 32
+    word_dropout: float = 0.0
     channels: tuple[int, ...] = (32, 64)
     blocks: int = 0
     activation: Literal["relu", "leaky-relu", "elu", "silu", "softplus", "tanh"] = "relu"
@@ -267,10 +275,14 @@ class Input:
     binarize
         Grey intensities under a Bernoulli likelihood: drawn at each visit, drawn once, or passed
         as they are, which is no likelihood.
+    length
+        Greatest width of a row of text in characters, the end counted: docstrings that are longer
+        are left out, lines of a file are cut.
     """
 
     data_dir: Path | None = None
     binarize: Literal["dynamic", "fixed", "none"] = "dynamic"
+    length: int = 60
 
 
 def make_pair(config: Model, data: Data) -> nn.Module:
@@ -289,6 +301,10 @@ def make_pair(config: Model, data: Data) -> nn.Module:
             f"no model is called '{config.model}'; {nearest(config.model, ['vae'])} "
             "(or give module:Class)"
         )
+    if data.vocabulary is not None:
+        return _text_pair(config, data, context)
+    if config.network == "recurrent":
+        raise UsageError(f"--network recurrent is for text, {data.name} is none")
     from pyro_vae.models.vae import VAE
 
     common: dict[str, Any] = {
@@ -304,6 +320,28 @@ def make_pair(config: Model, data: Data) -> nn.Module:
     if config.network == "conv":
         return VAE.conv(channels=config.channels, blocks=config.blocks, **common)
     return VAE.mlp(**common)
+
+
+def _text_pair(config: Model, data: Data, context: Sequence[tuple[int, ...]]) -> nn.Module:
+    """The VAE of rows of characters that a configuration asks for."""
+    if config.network not in ("auto", "recurrent"):
+        raise UsageError(f"--network {config.network} is not for text: use recurrent")
+    for name in ("likelihood", "activation", "channels", "blocks", "scale", "library_size"):
+        if getattr(config, name) != getattr(Model, name):
+            raise UsageError(f"text takes no {name}: {getattr(config, name)} came")
+    from pyro_vae.models.vae import VAE
+
+    return VAE.recurrent(
+        data.shape,
+        len(data.vocabulary or ""),
+        latent_dim=config.latent_dim,
+        hidden=config.hidden[0],
+        embedding_dim=config.embedding_dim,
+        word_dropout=config.word_dropout,
+        posterior=make_posterior(config),
+        prior=make_prior(config, context),
+        context_shapes=context,
+    )
 
 
 def context_shapes(config: Model, data: Data) -> tuple[tuple[int, ...], ...]:

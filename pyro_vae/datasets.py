@@ -4,7 +4,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_vae.data import as_tensor
 from pyro_vae.errors import UsageError, nearest
+from pyro_vae.text import as_tokens, docstrings, read_lines, vocabulary_of
 
 
 class Split(NamedTuple):
@@ -35,6 +36,8 @@ class Data:
     train: Split
     validation: Split
     test: Split
+    vocabulary: str | None = None
+    """What each token stands for, where the data are text."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,17 +51,26 @@ class Data:
         return max((int(part.max()) + 1 for part in labels if part is not None), default=0)
 
 
-def load_data(data: str | Path, data_dir: str | Path | None = None) -> Data:
-    """A data set by name, or from a ``.npy`` or ``.npz`` file, split into three parts.
+def load_data(
+    data: str | Path,
+    data_dir: str | Path | None = None,
+    length: int = 60,
+    vocabulary: str | None = None,
+) -> Data:
+    """A data set by name, or from a ``.npy``, ``.npz`` or ``.txt`` file, split into three parts.
 
     Arguments:
         data: ``digits`` (embedded), a torchvision name (``mnist``, ``fashion-mnist``, ``kmnist``,
             ``emnist``, ``omniglot``, ``cifar10``, ``svhn``), or a path. A ``.npz`` holds ``x`` and
             maybe labels ``y`` and ``context``, or ``x_train``, ``x_test``, maybe ``x_validation``,
             and ``y_`` and ``context_`` likewise. Context is rows or images; 8-bit context becomes
-            floats in [0, 1].
+            floats in [0, 1]. A ``.txt`` holds a datum in each line; ``docstrings`` are sentences of
+            the same kind, from Python's standard library (see `pyro_vae.text.docstrings`).
         data_dir: where torchvision's files are; else the environment variable ``PYRO_VAE_DATA``,
             else ``~/.cache/pyro_vae``.
+        length: of text, the greatest width of a row of tokens, the end counted.
+        vocabulary: of text, what the tokens stand for, so that rows have just this length; by
+            default the characters that there are.
 
     A data set that comes with a test set keeps it, and a sixth of its training set, drawn with a
     fixed seed, becomes the validation set; other data are split 70 : 10 : 20 with a fixed seed.
@@ -67,6 +79,10 @@ def load_data(data: str | Path, data_dir: str | Path | None = None) -> Data:
     torch.Size([1257, 1, 8, 8])
     """
     path, name = Path(data), str(data)
+    if name == "docstrings":
+        return _text(name, docstrings(length), length, vocabulary)
+    if path.suffix == ".txt" and path.is_file():
+        return _text(path.stem, read_lines(path), length, vocabulary)
     if name not in NAMES and (path.suffix in (".npy", ".npz") or path.is_file()):
         return _load_file(path)
     if name == "digits":
@@ -76,7 +92,7 @@ def load_data(data: str | Path, data_dir: str | Path | None = None) -> Data:
         return _torchvision(name, Path(root).expanduser())
     raise UsageError(
         f"'{name}' is no data set and no file; {nearest(name, NAMES)} "
-        "(or give the path of a .npy or .npz file)"
+        "(or give the path of a .npy, .npz or .txt file)"
     )
 
 
@@ -93,6 +109,15 @@ def one_hot(labels: Tensor, num_classes: int) -> Tensor:
             "came"
         )
     return nn.functional.one_hot(labels, num_classes).float()
+
+
+def _text(name: str, lines: list[str], length: int, vocabulary: str | None) -> Data:
+    if length < 2:
+        raise UsageError(f"length must be 2 or more, {length} came")
+    if vocabulary is None:
+        vocabulary, length = vocabulary_of(lines), min(length, 1 + max(map(len, lines), default=0))
+    data = _three_ways(name, Split(as_tokens(lines, vocabulary, length)))
+    return replace(data, vocabulary=vocabulary)
 
 
 def _digits() -> Data:
@@ -152,7 +177,7 @@ _TORCHVISION: dict[str, tuple[Callable[[Path, bool, bool], Split], str]] = {
     "svhn": (_svhn, "train_32x32.mat and test_32x32.mat"),
 }
 
-NAMES = ("digits", *_TORCHVISION)
+NAMES = ("digits", "docstrings", *_TORCHVISION)
 
 
 # What torchvision raises where files are absent, cut short, or of something else.
@@ -183,7 +208,7 @@ def _load_file(path: Path) -> Data:
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     if path.suffix not in (".npy", ".npz"):
-        raise UsageError(f"{path}: a .npy or .npz file is expected")
+        raise UsageError(f"{path}: a .npy, .npz or .txt file is expected")
     try:
         with open(path, "rb") as file:
             loaded: Any = np.load(file, allow_pickle=False)
@@ -219,7 +244,7 @@ def _load_file(path: Path) -> Data:
                 )
     if "validation" not in splits:
         splits["train"], splits["validation"] = _shuffled(splits["train"], (5, 1))
-    return Data(path.stem, **splits)
+    return Data(path.stem, splits["train"], splits["validation"], splits["test"])
 
 
 def _split(arrays: dict[str, np.ndarray], x: Tensor, suffix: str, path: Path) -> Split:
@@ -277,7 +302,8 @@ def _three_ways(name: str, whole: Split) -> Data:
         raise UsageError(
             f"{name} has {len(whole.x)} rows: 10 or more are expected, to split in three"
         )
-    return Data(name, *_shuffled(whole, (7, 1, 2)))
+    train, validation, test = _shuffled(whole, (7, 1, 2))
+    return Data(name, train, validation, test)
 
 
 def _shuffled(split: Split, shares: Sequence[int]) -> list[Split]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.inference import encode, interpolate, reconstruct, sample, traverse
+from pyro_vae.text import as_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +42,18 @@ def grid(rows: Sequence[tuple[str, Tensor]], title: str) -> "Figure":
         )
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def lines(rows: Sequence[tuple[str, Tensor]], vocabulary: str, across: bool = False) -> str:
+    """Rows of text in words, with their labels: a block for each row, or ``across`` the rows."""
+    width = max(len(label) for label, _ in rows)
+    blocks = [
+        [f"{label:<{width}}  {line}".strip() for line in as_text(tokens, vocabulary)]
+        for label, tokens in rows
+    ]
+    if across:
+        blocks = [list(block) for block in zip(*blocks, strict=True)]
+    return "\n\n".join("\n".join(block) for block in blocks)
 
 
 def curves(history: Mapping[str, Sequence[float]]) -> "Figure":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_vae import plots, runs
 from pyro_vae.errors import UsageError
+from pyro_vae.inference import interpolate, reconstruct, sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,6 +38,13 @@ _WORDS = {
     "kl": "What each unit tells about the data. A unit whose KL is near zero has collapsed.",
 }
 
+
+_TEXT_WORDS = {
+    "reconstructions": "Test data, and the likeliest text given their codes beneath.",
+    "samples": "Latents drawn from the prior, and text drawn given them.",
+    "interpolations": "The likeliest text on straight lines between the codes of two test data, "
+    "which are the first and the last line.",
+}
 
 _TITLES = {
     "curves": "Training",
@@ -77,18 +85,21 @@ def write_report(
         x, context: held-out data.
         labels: integer classes of x, for colours.
 
+    Text, of which config.json records the vocabulary, is shown in words.
     Returns the path of report.html. Figures are also written as figures/NAME.png.
     """
     run = Path(run)
     metrics = runs.read_json(run / runs.METRICS) if (run / runs.METRICS).exists() else {}
     config = runs.read_config(run)
+    vocabulary = config.get("train", {}).get("vocabulary")
     figures = {
-        name: plots.png(figure)
-        for name, figure in _figures(run, pair, x, context, labels, metrics, seed)
+        name: made if isinstance(made, str) else plots.png(made)
+        for name, made in _figures(run, pair, x, context, labels, metrics, vocabulary, seed)
     }
-    for name, png in figures.items():
-        with runs.atomic(run / runs.FIGURES / f"{name}.png") as file:
-            file.write(png)
+    for name, made in figures.items():
+        if isinstance(made, bytes):
+            with runs.atomic(run / runs.FIGURES / f"{name}.png") as file:
+                file.write(made)
     page = _page(run.resolve().name, config, metrics, figures)
     with runs.atomic(run / runs.REPORT) as file:
         file.write(page.encode())
@@ -102,12 +113,15 @@ def _figures(
     context: Sequence[Tensor],
     labels: Tensor | None,
     metrics: dict[str, Any],
+    vocabulary: str | None,
     seed: int,
-) -> list[tuple[str, "Figure"]]:
-    made = []
+) -> list[tuple[str, "Figure | str"]]:
+    made: list[tuple[str, Figure | str]] = []
     history = _history(run / runs.HISTORY)
     if history and history["epoch"]:
         made.append(("curves", plots.curves(history)))
+    if vocabulary is not None:
+        return [*made, *_texts(pair, x, context, metrics, vocabulary, seed)]
     few = [part[:12] for part in context]
     made.append(("reconstructions", plots.reconstructions(pair, x[:12], few)))
     if hasattr(pair, "template"):
@@ -134,6 +148,31 @@ def _figures(
     return made
 
 
+def _texts(
+    pair: nn.Module,
+    x: Tensor,
+    context: Sequence[Tensor],
+    metrics: dict[str, Any],
+    vocabulary: str,
+    seed: int,
+) -> list[tuple[str, "Figure | str"]]:
+    few, half = [part[:8] for part in context], min(4, len(x) // 2)
+    rows = [("data", x[:8]), ("reconstruction", reconstruct(pair, x[:8], *few))]
+    drawn = sample(pair, 20, [part[:1] for part in context], seed=seed)
+    ends = [part[:half] for part in context]
+    between = interpolate(pair, x[:half], x[half : 2 * half], *ends, steps=7)
+    made: list[tuple[str, Figure | str]] = [
+        ("samples", plots.lines([("", drawn)], vocabulary)),
+        ("reconstructions", plots.lines(rows, vocabulary, across=True)),
+        ("interpolations", plots.lines([("", line) for line in between], vocabulary)),
+    ]
+    site, codes = plots.codes(pair, x, context)
+    made.append(("latent", plots.latent_plane(codes.cpu(), None, site)))
+    if kl := metrics.get("kl_by_unit"):
+        made.append(("kl", plots.kl_by_unit(kl)))
+    return made
+
+
 def _contexts(context: Sequence[Tensor], labels: Tensor | None) -> list[Tensor]:
     """A row of context for each label, or a few rows of it."""
     if not context:
@@ -156,7 +195,7 @@ def _history(path: Path) -> dict[str, list[float]]:
 
 
 def _page(
-    title: str, config: dict[str, Any], metrics: dict[str, Any], figures: dict[str, bytes]
+    title: str, config: dict[str, Any], metrics: dict[str, Any], figures: dict[str, bytes | str]
 ) -> str:
     numbers = "".join(
         f"<tr><td>{label}</td><td>{_number(metrics[name])}</td></tr>"
@@ -166,9 +205,7 @@ def _page(
     for name, value in (metrics.get("active_units") or {}).items():
         numbers += f"<tr><td>active units of {html.escape(name)}</td><td>{value}</td></tr>"
     pictures = "".join(
-        f"<h2>{_TITLES[name]}</h2><p>{_WORDS[name]}</p>"
-        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for name, png in figures.items()
+        f"<h2>{_TITLES[name]}</h2>{_shown(name, made)}" for name, made in figures.items()
     )
     settings = html.escape(json.dumps(config, indent=2))
     return (
@@ -181,6 +218,13 @@ def _page(
         f"<h2>configuration</h2><details><summary>config.json</summary><pre>{settings}</pre>"
         f"</details></body></html>\n"
     )
+
+
+def _shown(name: str, made: bytes | str) -> str:
+    if isinstance(made, str):
+        return f"<p>{_TEXT_WORDS[name]}</p><pre>{html.escape(made)}</pre>"
+    picture = base64.b64encode(made).decode()
+    return f'<p>{_WORDS[name]}</p><img alt="{name}" src="data:image/png;base64,{picture}">'
 
 
 def _number(value: Any) -> str:

@@ -40,7 +40,11 @@ HISTORY, METRICS, FIGURES, REPORT = "history.csv", "metrics.json", "figures", "r
 TENSORBOARD = "tensorboard"
 ARRAYS = (
     "codes.npz",
-    *(f"{name}s.npy" for name in ("sample", "reconstruction", "interpolation", "traversal")),
+    *(
+        f"{name}s.{kind}"
+        for name in ("sample", "reconstruction", "interpolation", "traversal")
+        for kind in ("npy", "txt")
+    ),
 )
 
 

@@ -1,0 +1,90 @@
+"""Text as rows of tokens: a token for each character, token 0 for the end of a line."""
+
+import re
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyro_vae.errors import UsageError
+
+END = "\n"
+
+
+def vocabulary_of(lines: Sequence[str]) -> str:
+    """The characters of some lines in order, after the end of a line, which is token 0.
+
+    >>> vocabulary_of(["abba", "cab"])
+    '\\nabc'
+    """
+    return END + "".join(sorted(set("".join(lines)) - {END}))
+
+
+def as_tokens(lines: Sequence[str], vocabulary: str, length: int) -> Tensor:
+    """Lines as rows of tokens of shape (n, length), each ended by 0, as is the padding after it.
+
+    A longer line is cut, and has no end.
+
+    Raises `UsageError` for a character that is not in the vocabulary.
+
+    >>> as_tokens(["ab", "abc"], "\\nabc", 3)
+    tensor([[1, 2, 0],
+            [1, 2, 3]])
+    """
+    number = {character: token for token, character in enumerate(vocabulary)}
+    rows = torch.zeros(len(lines), length, dtype=torch.long)
+    for row, line in zip(rows, lines, strict=True):
+        cut = line[:length]
+        unknown = [character for character in cut if number.get(character, 0) == 0]
+        if unknown:
+            raise UsageError(
+                f"the vocabulary of {len(vocabulary) - 1} characters lacks {unknown[0]!r}"
+            )
+        row[: len(cut)] = torch.tensor([number[character] for character in cut])
+    return rows
+
+
+def as_text(rows: Tensor, vocabulary: str) -> list[str]:
+    """Rows of tokens (n, length) as lines, each up to its end.
+
+    >>> as_text(torch.tensor([[1, 2, 0, 3], [3, 3, 3, 3]]), "\\nabc")
+    ['ab', 'cccc']
+    """
+    lines = ("".join(vocabulary[int(token)] for token in row) for row in rows.tolist())
+    return [line.split(END)[0] for line in lines]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8: once each, without spaces around them or empty ones."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path} is no text in UTF-8 that can be read ({error})") from error
+    lines = dict.fromkeys(line.strip() for line in content.splitlines())
+    return [line for line in lines if line]
+
+
+# What stands first under a line that ends in a colon, to the end of its first paragraph.
+_DOCSTRING = re.compile(r""":[ \t]*\n\s+[rR]?(\"{3}|'{3}|"|')(.*?)(?:\1|\n\s*\n)""", re.DOTALL)
+
+
+def docstrings(length: int) -> list[str]:
+    """First sentences of the docstrings of Python's standard library, of fewer characters.
+
+    They are read from the installation that runs this (licence: PSF-2.0), and differ a little
+    from one version of Python to another. Those of tests are left out.
+    """
+    root, found = Path(sysconfig.get_path("stdlib")), dict[str, None]()
+    for path in sorted(root.rglob("*.py")):
+        if {"site-packages", "test", "tests", "idle_test"}.isdisjoint(path.relative_to(root).parts):
+            source = path.read_text(encoding="utf-8", errors="ignore")
+            for _, start in _DOCSTRING.findall(source):
+                sentence = re.split(r"(?<=\.)\s", " ".join(start.split()))[0]
+                found[sentence] = None
+    return [line for line in found if len(line) < length and _is_sentence(line)]
+
+
+def _is_sentence(line: str) -> bool:
+    return bool(re.fullmatch(r"[A-Z][ -~]{8,}\.", line))
