@@ -448,9 +448,9 @@ def test_an_array_file_that_is_cut_short_is_one_error_of_use(name, share, tmp_pa
     ("name", "words"),
     [
         ("none.npy", ["none.npy", "no such file"]),
-        ("table.csv", ["table.csv", ".npy or .npz"]),
+        ("table.csv", ["table.csv", ".npz or .txt"]),
         ("mnits", ["'mnits'", "did you mean 'mnist'?"]),
-        ("zzz", ["'zzz'", "digits", "svhn", ".npy or .npz"]),
+        ("zzz", ["'zzz'", "digits", "svhn", ".npz or .txt"]),
     ],
 )
 def test_unknown_names_and_files(name, words, tmp_path, monkeypatch):
