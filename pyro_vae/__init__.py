@@ -36,8 +36,12 @@ if TYPE_CHECKING:
     from pyro_vae.models.mixture import MixtureVAE as MixtureVAE
     from pyro_vae.models.semisupervised import SemiSupervisedVAE as SemiSupervisedVAE
     from pyro_vae.models.sequence import DeepMarkovModel as DeepMarkovModel
+    from pyro_vae.models.hierarchical import BottomUp as BottomUp
+    from pyro_vae.models.hierarchical import HierarchicalVAE as HierarchicalVAE
+    from pyro_vae.models.hierarchical import TopDown as TopDown
     from pyro_vae.models.vae import VAE as VAE
     from pyro_vae.networks import MLP as MLP
+    from pyro_vae.networks import Chain as Chain
     from pyro_vae.networks import ConvDecoder as ConvDecoder
     from pyro_vae.networks import ConvEncoder as ConvEncoder
     from pyro_vae.networks import Convolutions as Convolutions
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
     from pyro_vae.recurrent import BackwardLSTM as BackwardLSTM
     from pyro_vae.recurrent import GatedTransition as GatedTransition
     from pyro_vae.recurrent import TokenEncoder as TokenEncoder
+    from pyro_vae.priors import VampPrior as VampPrior
     from pyro_vae.report import write_report as write_report
     from pyro_vae.runs import load as load
     from pyro_vae.runs import save as save
@@ -81,9 +86,13 @@ _WHERE = {
     "DeepMarkovModel": "models.sequence",
     "SemiSupervisedVAE": "models.semisupervised",
     "MixtureVAE": "models.mixture",
+    "HierarchicalVAE": "models.hierarchical",
+    "TopDown": "models.hierarchical",
+    "BottomUp": "models.hierarchical",
     "Factor": "factors",
     "Family": "factors",
     "MLP": "networks",
+    "Chain": "networks",
     "ConvEncoder": "networks",
     "ConvDecoder": "networks",
     "Convolutions": "networks",
@@ -94,6 +103,7 @@ _WHERE = {
     "StandardNormal": "priors",
     "GaussianMixture": "priors",
     "FlowPrior": "priors",
+    "VampPrior": "priors",
     "DiagonalNormal": "posteriors",
     "Classes": "posteriors",
     "FullRankNormal": "posteriors",

@@ -147,7 +147,8 @@ class Engine(ELBO):
         if self._graphs is None or self._programs != (model, guide):
             self._programs = (model, guide)
             function = self._function(self.weight(model), self.weight(guide))
-            self._graphs = Graphs(self.pair, function, self._compiles)
+            tolerance = 1e-5 if self.precision == "float32" else 2e-2
+            self._graphs = Graphs(self.pair, function, self._compiles, tolerance)
             like = next(self.pair.parameters())
             self._beta = torch.zeros((), dtype=like.dtype, device=like.device)
         self._beta.fill_(self.beta)

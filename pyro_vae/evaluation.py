@@ -23,6 +23,7 @@ from pyro_vae.pairs import (
     is_local,
     latents,
     mean,
+    same_order,
     sample_sites,
     site_kl,
     using,
@@ -228,11 +229,11 @@ def _units(
             prepared = prepare(batch)
             model, guide = enumeration.traces(pair, prepared, nesting)
             terms = enumeration.terms(model, guide)
-            n = len(prepared[0])
+            n, closed = len(prepared[0]), same_order(model, guide)
             for name, site in latents(guide).items():
                 if is_category(site["fn"]):
                     continue
-                each = _kl_of_units(terms, sample_sites(model).get(name), site)
+                each = _kl_of_units(terms, sample_sites(model).get(name), site, closed)
                 if each is not None:
                     kl[name] = kl.get(name, 0) + each.reshape(n, -1).sum(0).cpu()
                 if is_local(site):
@@ -250,13 +251,15 @@ def _units(
     )
 
 
-def _kl_of_units(terms: enumeration.Terms, prior: Any, site: Any) -> Tensor | None:
+def _kl_of_units(
+    terms: enumeration.Terms, prior: Any, site: Any, closed: bool
+) -> Tensor | None:
     """The KL (batch, *units) of a latent site, None where it does not split into units."""
     if prior is None:
         return None
     shape = site["fn"].event_shape
     # Where weights depend on the draw, so must what they weigh.
-    each = site_kl(prior, site, closed=not terms.dims)
+    each = site_kl(prior, site, closed and not terms.dims)
     if each.shape[max(1, each.dim() - len(shape)) :] != shape:
         return None
     each = terms.units(each, len(shape))

@@ -1,6 +1,7 @@
 """A factor is a module whose forward returns a distribution: a network, and a family over it."""
 
-from math import log
+from collections.abc import Callable
+from math import log, prod
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -8,7 +9,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
-from pyro_vae.networks import Shape
+from pyro_vae.networks import Shape, Viewed
 
 
 class Family(PyroModule):
@@ -70,6 +71,31 @@ class Factor(PyroModule):
             )
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return self.family(raw, self.shape, *inputs[seen:])
+
+
+def made(family: Family | type[Family]) -> Family:
+    """A family from a family or its class; `UsageError` where it is neither."""
+    found = family() if isinstance(family, type) else family
+    if not isinstance(found, Family):
+        raise UsageError(f"a family such as pyro_vae.Bernoulli is expected, {family!r} came")
+    return found
+
+
+def image_of(family: Family, shape: Shape) -> Shape:
+    """The image that a convolutional decoder gives for data of this shape: channels of outputs."""
+    if len(shape) != 3:
+        raise UsageError(
+            f"a convolutional VAE needs data of shape (channels, height, width), {shape} came"
+        )
+    return (family.outputs(shape) // prod(shape[1:]), *shape[1:])
+
+
+def viewed(make: Callable[[Shape], nn.Module], likelihood: Family, shape: Shape) -> nn.Module:
+    """An encoding network, made for what the likelihood lets it see of data of this shape."""
+    view = likelihood.view(shape)
+    if view is None:
+        return make(shape)
+    return Viewed(make(tuple(view(torch.zeros(shape)).shape)), view)
 
 
 def split(raw: Tensor, shape: Shape, pieces: int) -> tuple[Tensor, ...]:

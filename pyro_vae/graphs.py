@@ -38,6 +38,8 @@ class Graphs:
             what changes in them between calls, by whatever means, takes effect.
         function: takes tensors, uses the pair, returns tensors by name.
         compiles: whether the graph for these inputs, of so many operations, shall be compiled.
+        tolerance: how far, relatively, a graph may be from the function: rounding, and under
+            autocast the casts that eager code keeps and a graph makes again.
 
     A graph is made anew where a shape, a type, ``training`` or any number or flag that a module of
     the pair holds differs from those of the graphs at hand. Before its first use each graph is run
@@ -52,8 +54,10 @@ class Graphs:
         pair: nn.Module,
         function: Callable[..., Named],
         compiles: Callable[[Sequence[Tensor], int], bool],
+        tolerance: float = 1e-5,
     ) -> None:
         self.pair, self.function, self.compiles = pair, function, compiles
+        self.tolerance = tolerance
         self.graphs: dict[Any, Callable[[list[Tensor], Sequence[Tensor]], Named]] = {}
         self._places: list[tuple[dict[str, Any], str]] = []
         self._settings: list[tuple[dict[str, Any], str]] = []
@@ -143,7 +147,7 @@ class Graphs:
             except RuntimeError as error:
                 raise NotTraceable(f"CUDA cannot capture it ({first_line(error)})") from error
         replay = _named(run, names)
-        _require_same(eager, self._left(lambda: replay(values, inputs), values), 1e-5)
+        _require_same(eager, self._left(lambda: replay(values, inputs), values), self.tolerance)
         operations = sum(node.op == "call_function" for node in graph.graph.nodes)
         if self.compiles(inputs, operations):
             try:  # fused kernels round otherwise, bfloat16 most of all: wrong is what is far off

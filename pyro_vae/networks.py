@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,11 @@ class MLP(nn.Module):
     Arguments:
         inputs: the width of the one input, or a list with the shape (or width) of each input.
         hidden: the width of each hidden layer; none gives a linear map.
-        outputs: the width of the output.
-        activation: makes the nonlinearity after each hidden layer.
+        outputs: the width of the output; None ends with the last hidden layer.
+        activation: makes the nonlinearity after each hidden layer; ``nn.GLU`` gives gated layers,
+            :math:`(W h + b) \odot \sigma(V h + c)`.
+        normalize: normalise each hidden layer over its units before the nonlinearity, row by row
+            (Ba, Kiros & Hinton, 2016), so that no row depends on the others of its minibatch.
 
     Inputs have shape ``(..., *shape)``; their leading dimensions are broadcast against each
     other, so that context of shape ``(batch, 10)`` meets latents of shape
@@ -37,21 +41,50 @@ class MLP(nn.Module):
         self,
         inputs: int | Sequence[int | Shape],
         hidden: Sequence[int],
-        outputs: int,
+        outputs: int | None,
         activation: Callable[[], nn.Module] = nn.ReLU,
+        normalize: bool = False,
     ) -> None:
         super().__init__()
         self.inputs, self.hidden, self.outputs = inputs, tuple(hidden), outputs
-        self.activation = activation
-        self.shapes = _shapes(inputs)
+        self.activation, self.normalize = activation, normalize
+        self.shapes = shapes_of(inputs)
         widths = [sum(map(prod, self.shapes)), *hidden]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), activation()]
-        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+            width = 2 * after if activation is nn.GLU else after
+            layers.append(nn.Linear(before, width))
+            layers += [nn.LayerNorm(width)] if normalize else []
+            layers.append(activation())
+        if outputs is not None:
+            layers.append(nn.Linear(widths[-1], outputs))
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.layers(join(inputs, self.shapes))
+
+
+class Chain(nn.Module):
+    """Modules one after another, each fed by the one before; the first takes the context too.
+
+    Arguments:
+        parts: the modules; the last may be a `pyro_vae.Factor`, so that a distribution comes out.
+
+    >>> import torch
+    >>> Chain([MLP([4, 2], (8,), 8), MLP(8, (), 3)])(torch.zeros(5, 4), torch.zeros(5, 2)).shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor, *context: Tensor) -> Any:
+        first, *rest = self.parts
+        value = first(x, *context)
+        for part in rest:
+            value = part(value)
+        return value
 
 
 class Convolutions(nn.Module):
@@ -83,7 +116,7 @@ class Convolutions(nn.Module):
         super().__init__()
         self.inputs, self.channels = list(inputs), tuple(channels)
         self.activation, self.blocks = activation, blocks
-        self.given = _shapes(inputs)
+        self.given = shapes_of(inputs)
         self.images = nn.ModuleList(self._over(shape) for shape in self.given if len(shape) == 3)
         self.shapes = [
             (self.channels[-1], *_sizes(shape, len(channels))[-1]) if len(shape) == 3 else shape
@@ -148,7 +181,7 @@ class ConvEncoder(nn.Module):
             images in the context go through convolutions of their own.
         channels: the output channels of each convolution; each halves height and width.
         hidden: the hidden widths of the MLP after the convolutions.
-        outputs: the width of the output.
+        outputs: the width of the output; None ends with the last hidden layer.
         activation: makes the nonlinearity.
         blocks: residual blocks after each convolution (see `ResidualBlock`).
 
@@ -162,7 +195,7 @@ class ConvEncoder(nn.Module):
         inputs: Sequence[int | Shape],
         channels: Sequence[int],
         hidden: Sequence[int],
-        outputs: int,
+        outputs: int | None,
         activation: Callable[[], nn.Module] = nn.ReLU,
         blocks: int = 0,
     ) -> None:
@@ -207,7 +240,7 @@ class ConvDecoder(nn.Module):
         self.image, self.activation, self.blocks = tuple(image), activation, blocks
         sizes = _sizes(self.image, len(channels))[::-1]
         self.small = (channels[0], *sizes[0])
-        self.context = Convolutions(_shapes(inputs), self.channels[::-1], activation, blocks)
+        self.context = Convolutions(shapes_of(inputs), self.channels[::-1], activation, blocks)
         self.head = MLP(self.context.shapes, hidden, prod(self.small), activation)
         layers: list[nn.Module] = []
         for before, after, (height, width) in zip(
@@ -280,6 +313,16 @@ class OneHot(nn.Module):
         tokens = torch.arange(self.levels, device=x.device).reshape(-1, *[1] * self.dims)
         rows = (x.unsqueeze(-1 - self.dims) == tokens).flatten(-1 - self.dims, -self.dims)
         return rows.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
+def require_sizes(data_shape: Shape, latent_dim: int, hidden: Sequence[int]) -> None:
+    """Raise `UsageError` where a size is none."""
+    for name, value in (("data_shape", data_shape), ("hidden", hidden)):
+        if not isinstance(value, Sequence):
+            raise UsageError(f"{name} is a tuple of whole numbers, {value!r} came")
+    if min(latent_dim, *hidden, *data_shape) < 1:
+        raise UsageError(
+            f"sizes must be positive: data_shape {tuple(data_shape)}, latent_dim {latent_dim}, "
+            f"hidden {tuple(hidden)} came"
+        )
 
 
 def join(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
@@ -313,7 +356,8 @@ def _zip(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> zip:
     return zip(inputs, shapes, strict=True)
 
 
-def _shapes(inputs: int | Sequence[int | Shape]) -> list[Shape]:
+def shapes_of(inputs: int | Sequence[int | Shape]) -> list[Shape]:
+    """The shape of each input, of widths, shapes or one width."""
     if isinstance(inputs, int):
         inputs = [inputs]
     return [(item,) if isinstance(item, int) else tuple(item) for item in inputs]

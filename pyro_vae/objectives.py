@@ -30,6 +30,7 @@ from pyro_vae.pairs import (
     is_local,
     latents,
     observed,
+    same_order,
     sample_sites,
     site_kl,
 )
@@ -232,7 +233,7 @@ class FreeBitsELBO(_DifferentiableELBO):
 
     :math:`E_q[\log p(x|z)] - \sum_j \max(\lambda, \mathrm{KL}_j)`, with :math:`\mathrm{KL}_j` the
     mean over the minibatch of the KL of unit j (of the whole site where its distributions do not
-    split into units), in closed form where torch has it.
+    split into units), in closed form where torch has it and model and guide draw in one order.
 
     Arguments:
         free_bits: the floor :math:`\lambda`, in nats for each unit.
@@ -253,13 +254,14 @@ class FreeBitsELBO(_DifferentiableELBO):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
         loss: Any = 0.0
+        closed = same_order(model_trace, guide_trace)
         for site in observed(model_trace).values():
             loss = loss - site["log_prob_sum"]
         _require_reparametrized(list(latents(guide_trace).values()), "free bits need")
         for name, site in latents(guide_trace).items():
             if name not in model_trace.nodes:
                 raise UsageError(f"site '{name}' of the guide has no prior: use Trace_ELBO")
-            kl = site_kl(sample_sites(model_trace)[name], site)
+            kl = site_kl(sample_sites(model_trace)[name], site, closed)
             batch = site["fn"].batch_shape
             kl = kl.expand(torch.broadcast_shapes(kl.shape, batch + (1,) * (kl.dim() - len(batch))))
             floor = self.free_bits * batch.numel()

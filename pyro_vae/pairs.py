@@ -267,19 +267,32 @@ def by_datum(term: Tensor, particles: bool) -> Tensor:
     return term.reshape(-1, term.shape[-1]).sum(0)
 
 
+def same_order(model: Trace, guide: Trace) -> bool:
+    """Whether model and guide draw the latents that they share in one order.
+
+    Only then is each of their conditionals given what both have drawn before, so that the KL of
+    the two may stand for its expectation.
+    """
+    shared = [name for name in latents(guide) if name in model.nodes]
+    return shared == [name for name in sample_sites(model) if name in shared]
+
+
 def site_kl(model_site: Site, guide_site: Site, closed: bool = True) -> Tensor:
     r"""KL of one latent site, in nats: of shape (batch, *units) where it splits over units.
 
-    :math:`\mathrm{KL}(q \| p)` in closed form where torch knows it and ``closed`` wants it, else
-    the estimate :math:`\log q(z) - \log p(z)` at the draw in the trace. Where both distributions
-    have independent coordinates the last dimensions are those of the event, else there are none.
+    :math:`\mathrm{KL}(q \| p)` in closed form where torch knows it and ``closed`` allows it (see
+    `same_order`), else the estimate :math:`\log q(z) - \log p(z)` at the draw in the trace. Where
+    both distributions have independent coordinates the last dimensions are those of the event, else
+    there are none.
     """
     p, q, z, mask = model_site["fn"], guide_site["fn"], guide_site["value"], guide_site["mask"]
     if factorizes(p) and factorizes(q):
         p, q = p.base_dist, q.base_dist
     try:
-        kl = kl_divergence(q, p) if closed else q.log_prob(z) - p.log_prob(z)
+        kl = kl_divergence(q, p) if closed else None
     except NotImplementedError:
+        kl = None
+    if kl is None:
         kl = q.log_prob(z) - p.log_prob(z)
     if isinstance(mask, Tensor):
         mask = mask.reshape(mask.shape + (1,) * (kl.dim() - len(guide_site["fn"].batch_shape)))

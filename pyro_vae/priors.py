@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from pyro_vae.errors import UsageError
 from pyro_vae.factors import bounded_scale
 from pyro_vae.flows import Bijection, CouplingLayer, Flow, Spline, stack
+from pyro_vae.networks import Shape, shapes_of
+from pyro_vae.rng import seeded
 
 
 class StandardNormal(PyroModule):
@@ -108,3 +110,69 @@ class FlowPrior(PyroModule):
 
     def forward(self, *context: Tensor) -> dist.TorchDistribution:
         return Flow(self.zero, torch.ones_like(self.zero), self.zero[:0], self.flow)
+
+
+class VampPrior(PyroModule):
+    r"""The mixture of the posteriors of learnt pseudo-inputs, :math:`p(z) = \tfrac1K \sum_k q(z|u_k)`.
+
+    Arguments:
+        encoder: the encoder of the pair, a factor that returns q(z | x, context); it is shared, so
+            that the prior moves along with the posteriors.
+        inputs: the shape (or width) of x, or a list with those of x and of each context, as for
+            `pyro_vae.MLP`: a pseudo-input has all that the encoder takes.
+        components: K, how many pseudo-inputs. They start at uniform draws in [0, 1]; `of_data`
+            starts them at data, which is where they should.
+
+    The best prior for the ELBO is the posterior averaged over all data; this is its stand-in with
+    few terms. Its KL from a posterior has no closed form and is estimated at the draw.
+    Tomczak & Welling, VAE with a VampPrior, 2018 (https://arxiv.org/abs/1705.07120).
+
+    >>> import torch, pyro_vae as pv
+    >>> x = torch.rand(50, 4).round()
+    >>> vae = pv.VAE.mlp((4,), latent_dim=3)
+    >>> vae.prior = VampPrior.of_data(vae.encoder, x, components=5)
+    >>> pv.sample(vae, 2).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(
+        self, encoder: nn.Module, inputs: int | Sequence[int | Shape], components: int = 500
+    ) -> None:
+        super().__init__()
+        if components < 1:
+            raise UsageError(f"components must be 1 or more, {components} came")
+        self.encoder, self.inputs, self.components = encoder, inputs, components
+        self.pseudo_inputs = nn.ParameterList(
+            torch.rand(components, *shape) for shape in shapes_of(inputs)
+        )
+
+    def forward(self, *context: Tensor) -> dist.TorchDistribution:
+        posteriors = self.encoder(*self.pseudo_inputs)
+        weights = dist.Categorical(
+            logits=self.pseudo_inputs[0].new_zeros(self.components), validate_args=False
+        )
+        return dist.MixtureSameFamily(weights, posteriors, validate_args=False)
+
+    @classmethod
+    def of_data(
+        cls,
+        encoder: nn.Module,
+        x: Tensor,
+        *context: Tensor,
+        components: int = 500,
+        seed: int = 0,
+    ) -> "VampPrior":
+        """A prior whose pseudo-inputs start at rows of the data, drawn with a seed.
+
+        8-bit intensities become floats in [0, 1], as in `pyro_vae.fit`.
+        """
+        rows = [torch.as_tensor(tensor) for tensor in (x, *context)]
+        if len(x) < components:
+            raise UsageError(f"{components} pseudo-inputs cannot start at {len(x)} rows of data")
+        prior = cls(encoder, [tuple(tensor.shape[1:]) for tensor in rows], components)
+        with seeded(seed), torch.no_grad():
+            chosen = torch.randperm(len(x))[:components]
+            for start, tensor in zip(prior.pseudo_inputs, rows, strict=True):
+                scale = 255 if tensor.dtype == torch.uint8 else 1
+                start.copy_(tensor[chosen] / scale)
+        return prior

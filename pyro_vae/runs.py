@@ -103,8 +103,15 @@ def load(run: str | Path, pair: nn.Module | type[nn.Module] | None = None) -> nn
 
 
 def state_dict(pair: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers as detached copies on the CPU."""
-    return {name: value.detach().cpu().clone() for name, value in pair.state_dict().items()}
+    """Parameters and buffers as detached copies on the CPU; one that parts share is there once."""
+    return {name: value.detach().cpu().clone() for name, value in _distinct(pair).items()}
+
+
+def _distinct(pair: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers themselves, each by its first name."""
+    own = pair.state_dict(keep_vars=True)
+    first = {id(value): name for name, value in reversed(own.items())}
+    return {name: value for name, value in own.items() if first[id(value)] == name}
 
 
 def write_config(pair: nn.Module, run: Path, config: Mapping[str, Any]) -> None:
@@ -270,15 +277,22 @@ def recipe(pair: nn.Module) -> dict[str, Any]:
         return {"class": _path(type(pair)), "arguments": None}
 
 
-def describe(value: Any) -> Any:
-    """A value as JSON from which `_built` makes it again: parts by class and arguments."""
+def describe(value: Any, place: str = "pair", known: dict[int, str] | None = None) -> Any:
+    """A value as JSON from which `_built` makes it again: parts by class and arguments.
+
+    A part that was met before, at another place, is named by that place: it is one and the same.
+    """
+    known = {} if known is None else known
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, (list, tuple)):
-        return [describe(item) for item in value]
+    if isinstance(value, (list, tuple, nn.ModuleList)):
+        return [describe(item, f"{place}.{i}", known) for i, item in enumerate(value)]
     if isinstance(value, type):
         return {"type": _path(value)}
     if isinstance(value, nn.Module):
+        if id(value) in known:
+            return {"same": known[id(value)]}
+        known[id(value)] = place
         arguments = {}
         # PyroModule's metaclass hides the signature of the class itself.
         parameters = list(inspect.signature(type(value).__init__).parameters.items())[1:]
@@ -287,7 +301,7 @@ def describe(value: Any) -> Any:
                 value, name
             ):
                 raise UsageError(f"{_path(type(value))} does not keep its argument '{name}'")
-            arguments[name] = describe(getattr(value, name))
+            arguments[name] = describe(getattr(value, name), f"{place}.{name}", known)
         return {"class": _path(type(value)), "arguments": arguments}
     raise UsageError(f"a {type(value).__name__} cannot be described")
 
@@ -314,24 +328,31 @@ def _rebuilt(run: Path, config: dict[str, Any], pair: Any) -> nn.Module:
                 f"{run} does not record how {made['class']} was made: pass an instance, "
                 "load(run, MyPair(...))"
             )
-        return pair(**{name: _built(value) for name, value in made["arguments"].items()})
+        return pair(**_arguments(made["arguments"], "pair", {}))
     if made["arguments"] is None or not _ours(made["class"]):
         raise UsageError(
             f"{run} holds a pair of class {made['class']}, which is not this library's: pass "
             "the class or an instance, load(run, MyPair) (--model module:Class)"
         )
-    return _built(made)
+    return _built(made, "pair", {})
 
 
-def _built(value: Any) -> Any:
+def _built(value: Any, place: str, made: dict[str, Any]) -> Any:
     if isinstance(value, list):
-        return tuple(_built(item) for item in value)
+        return tuple(_built(item, f"{place}.{i}", made) for i, item in enumerate(value))
     if isinstance(value, dict) and "type" in value:
         return _class(value["type"])
+    if isinstance(value, dict) and "same" in value:
+        return made[value["same"]]
     if isinstance(value, dict):
-        arguments = {name: _built(item) for name, item in value["arguments"].items()}
-        return _class(value["class"])(**arguments)
+        arguments = _arguments(value["arguments"], place, made)
+        made[place] = _class(value["class"])(**arguments)
+        return made[place]
     return value
+
+
+def _arguments(values: dict[str, Any], place: str, made: dict[str, Any]) -> dict[str, Any]:
+    return {name: _built(value, f"{place}.{name}", made) for name, value in values.items()}
 
 
 def _ours(path: str) -> bool:
@@ -362,13 +383,12 @@ def _bytes(path: Path) -> bytes:
 def fill(pair: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Overwrite a pair's tensors with those of a file, if they fit."""
     require_fit(pair, state, path)
-    pair.load_state_dict(dict(state))
+    pair.load_state_dict(dict(state), strict=False)  # a tensor that parts share is there once
 
 
 def require_fit(pair: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Raise `UsageError`, which names file and tensor, where a file's tensors do not fit a pair."""
-    own = pair.state_dict()
-    for name, value in own.items():
+    for name, value in _distinct(pair).items():
         if name not in state:
             raise UsageError(f"{path} lacks tensor '{name}'")
         if state[name].shape != value.shape:
@@ -376,6 +396,7 @@ def require_fit(pair: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
                 f"tensor '{name}' of {path} has shape {tuple(state[name].shape)}, the pair "
                 f"expects {tuple(value.shape)}"
             )
+    own = pair.state_dict()
     extra = [name for name in state if name not in own]
     if extra:
         raise UsageError(f"{path} holds tensor '{extra[0]}', which the pair does not have")

@@ -258,7 +258,7 @@ class _Run:
                     self.write()
         self.write()
         if self.best is not None:
-            self.pair.load_state_dict(self.best)
+            self.pair.load_state_dict(self.best, strict=False)
         self.pair.eval()
         return History(tuple(self.epochs), self.best_epoch, self._waited())
 
@@ -329,7 +329,7 @@ class _Run:
         if site is None and batch is not None:
             site = explain_nonfinite(self.pair, self.prepare(batch))
         if not self._finite():
-            self.pair.load_state_dict(self.best or self.good)
+            self.pair.load_state_dict(self.best or self.good, strict=False)
         kept = ""
         if self.folder is not None:
             # The checkpoint stays as it was: optimiser and generators have gone on.

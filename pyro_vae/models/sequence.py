@@ -6,9 +6,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
-from pyro_vae.factors import Factor, Family
+from pyro_vae.factors import Factor, Family, made
 from pyro_vae.likelihoods import Bernoulli
-from pyro_vae.models.vae import made
 from pyro_vae.networks import MLP
 from pyro_vae.posteriors import DiagonalNormal
 from pyro_vae.recurrent import BackwardLSTM, GatedTransition

@@ -1,17 +1,15 @@
 """The variational autoencoder, conditional where there is context."""
 
 from collections.abc import Callable, Sequence
-from math import prod
 
 import pyro
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.errors import UsageError
-from pyro_vae.factors import Factor, Family
+from pyro_vae.factors import Factor, Family, image_of, made, viewed
 from pyro_vae.likelihoods import Bernoulli
-from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, Shape, Viewed
+from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, Shape, require_sizes
 from pyro_vae.posteriors import DiagonalNormal
 from pyro_vae.priors import StandardNormal
 from pyro_vae.recurrent import TokenEncoder
@@ -84,7 +82,7 @@ class VAE(PyroModule):
             context_shapes: the shape of one row of each context tensor; none for a plain VAE.
             activation: makes the nonlinearity.
         """
-        _require_sizes(data_shape, latent_dim, hidden)
+        require_sizes(data_shape, latent_dim, hidden)
         likelihood, posterior = made(likelihood), made(posterior)
         data_shape, context = tuple(data_shape), [tuple(shape) for shape in context_shapes]
         given = context[: len(context) - likelihood.context]
@@ -124,15 +122,10 @@ class VAE(PyroModule):
         ``blocks`` the residual blocks beside each convolution. Images in the context may be of any
         size; encoder and decoder see each through convolutions of its own.
         """
-        _require_sizes(data_shape, latent_dim, hidden)
+        require_sizes(data_shape, latent_dim, hidden)
         likelihood, posterior = made(likelihood), made(posterior)
         data_shape, context = tuple(data_shape), [tuple(shape) for shape in context_shapes]
-        if len(data_shape) != 3:
-            raise UsageError(
-                f"a convolutional VAE needs data of shape (channels, height, width), "
-                f"{data_shape} came"
-            )
-        image = (likelihood.outputs(data_shape) // prod(data_shape[1:]), *data_shape[1:])
+        image = image_of(likelihood, data_shape)
         given = context[: len(context) - likelihood.context]
 
         def encoder(seen: Shape) -> nn.Module:
@@ -183,7 +176,7 @@ class VAE(PyroModule):
         >>> pv.sample(pv.VAE.recurrent((9,), tokens=5, hidden=8), 2).shape
         torch.Size([2, 9])
         """
-        _require_sizes(data_shape, latent_dim, (hidden, embedding_dim))
+        require_sizes(data_shape, latent_dim, (hidden, embedding_dim))
         likelihood = Autoregressive(tokens, embedding_dim, hidden, word_dropout)
         posterior, data_shape = made(posterior), tuple(data_shape)
         context = [tuple(shape) for shape in context_shapes]
@@ -195,30 +188,4 @@ class VAE(PyroModule):
             Factor(decoder, likelihood, data_shape),
             prior if isinstance(prior, nn.Module) else prior(latent_dim),
             context,
-        )
-
-
-def viewed(make: Callable[[Shape], nn.Module], likelihood: Family, shape: Shape) -> nn.Module:
-    """An encoding network, made for what the likelihood lets it see of data of this shape."""
-    view = likelihood.view(shape)
-    if view is None:
-        return make(shape)
-    return Viewed(make(tuple(view(torch.zeros(shape)).shape)), view)
-
-
-def made(family: Family | type[Family]) -> Family:
-    instance = family() if isinstance(family, type) else family
-    if not isinstance(instance, Family):
-        raise UsageError(f"a family such as pyro_vae.Bernoulli is expected, {family!r} came")
-    return instance
-
-
-def _require_sizes(data_shape: Shape, latent_dim: int, hidden: Sequence[int]) -> None:
-    for name, value in (("data_shape", data_shape), ("hidden", hidden)):
-        if not isinstance(value, Sequence):
-            raise UsageError(f"{name} is a tuple of whole numbers, {value!r} came")
-    if min(latent_dim, *hidden, *data_shape) < 1:
-        raise UsageError(
-            f"sizes must be positive: data_shape {tuple(data_shape)}, latent_dim {latent_dim}, "
-            f"hidden {tuple(hidden)} came"
         )

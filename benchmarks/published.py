@@ -1,0 +1,187 @@
+"""The rows of published tables, fitted and measured here.
+
+    python benchmarks/published.py --data-dir DIR [ROW ...] [--epochs N]
+    python benchmarks/published.py --table
+
+Each row is a run folder under runs/published, which is gone on with where it stopped (Ctrl-C, a kill)
+and which keeps its results in result.json. ``--epochs`` makes a shorter run, kept apart and labelled
+by its epochs. ``--table`` prints what has been measured as a table for docs/benchmarks.md.
+
+Binary MNIST is "dynamic": pixels are drawn anew at each visit as Bernoulli(intensity); validation
+(10,000 of the 60,000 training images) and test images are drawn once, with a fixed seed.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pyro.infer import Trace_ELBO
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import runs
+from pyro_vae.datasets import Data
+from pyro_vae.rng import seeded
+
+RUNS = Path("runs/published")
+SEED = 0
+
+
+class Row(NamedTuple):
+    """One row of a published table."""
+
+    what: str
+    published: str
+    """The published figure, with its source, for the table."""
+    make: Callable[[Data], nn.Module]
+    epochs: int
+    warm_up: float
+    fit: dict[str, Any] = {}
+
+
+def _vamp(pair: Any, encoder: nn.Module, data: Data) -> nn.Module:
+    pair.prior = pv.VampPrior.of_data(encoder, data.train.x, components=500)
+    return pair
+
+
+def _one_level(data: Data) -> pv.VAE:
+    return pv.VAE.mlp(data.shape, latent_dim=40, hidden=(300, 300), activation=nn.GLU)
+
+
+def _two_levels(data: Data) -> pv.HierarchicalVAE:
+    return pv.HierarchicalVAE.mlp(
+        data.shape, latent_dim=(40, 40), hidden=(300, 300), normalize=False, activation=nn.GLU
+    )
+
+
+TOMCZAK = "Tomczak & Welling 2018"
+
+ROWS = {
+    "vae-standard": Row(
+        "VAE, standard prior", f"NLL 84.50 ({TOMCZAK})", _one_level, epochs=300, warm_up=50
+    ),
+    "vae-vamp": Row(
+        "VAE, VampPrior",
+        f"NLL 82.38 ({TOMCZAK})",
+        lambda data: _vamp(pair := _one_level(data), pair.encoder, data),
+        epochs=200,
+        warm_up=50,
+    ),
+    "hierarchical-standard": Row(
+        "two levels, standard prior",
+        f"NLL 82.42 ({TOMCZAK})",
+        _two_levels,
+        epochs=200,
+        warm_up=50,
+    ),
+    "hierarchical-vamp": Row(
+        "two levels, VampPrior",
+        f"NLL 81.24 ({TOMCZAK})",
+        lambda data: _vamp(pair := _two_levels(data), pair.inference.top(), data),
+        epochs=200,
+        warm_up=50,
+    ),
+}
+
+COMMON = {
+    "batch_size": 100,
+    "learning_rate": 1e-3,
+    "engine": "compiled",
+    "precision": "bfloat16",
+    "seed": SEED,
+    "checkpoint_seconds": 60.0,
+}
+
+
+def run(name: str, data: Data, epochs: int | None) -> None:
+    """Fit a row, or go on with it, and measure it."""
+    row = ROWS[name]
+    length = epochs or row.epochs
+    folder = RUNS / (name if length == row.epochs else f"{name}-{length}")
+    if (folder / "result.json").exists():
+        return
+    with seeded(SEED):
+        pair = row.make(data)
+    warm_up = row.warm_up * length / row.epochs
+    history = pv.fit(
+        pair,
+        data.train.x,
+        validation=data.validation.x,
+        objective=Trace_ELBO(),
+        beta=pv.Linear(warm_up) if warm_up else 1.0,
+        learning_rate_schedule=pv.Cosine(length),
+        epochs=length,
+        out=folder,
+        resume=(folder / runs.CHECKPOINT).exists(),
+        **(COMMON | row.fit),
+    )
+    result = measure(pair, data)
+    result |= {
+        "row": name,
+        "epochs": length,
+        "full_length": length == row.epochs,
+        "best_epoch": history.best_epoch,
+        "hours": sum(history["seconds"]) / 3600,
+        "settings": COMMON | row.fit | {"warm_up": warm_up},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": runs.versions(),
+    }
+    runs.write_json(folder / "result.json", result)
+
+
+def measure(pair: nn.Module, data: Data) -> dict[str, Any]:
+    """The bound and its parts, active units, and the NLL by 5,000 importance samples."""
+    x = data.test.x
+    result = pv.evaluate(pair, x, num_samples=5000, engine="compiled", progress=True)
+    return {
+        "nll": result.nll,
+        "nll_standard_error": result.log_likelihood_standard_error,
+        "elbo": result.elbo,
+        "kl_by_site": result.kl_by_site,
+        "active_units": result.active_units,
+    }
+
+
+def table() -> str:
+    """What has been measured, as Markdown."""
+    lines = [
+        "| row | published | NLL here | ELBO | KL by site | active units | epochs (best) | hours |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for path in sorted(RUNS.glob("*/result.json")):
+        found = json.loads(path.read_text())
+        row = ROWS[found["row"]]
+        label = row.what if found["full_length"] else f"{row.what}, shorter run"
+        kl = ", ".join(f"{site} {value:.1f}" for site, value in found["kl_by_site"].items())
+        units = ", ".join(f"{site} {count}" for site, count in found["active_units"].items())
+        lines.append(
+            f"| {label} | {row.published} | {found['nll']:.2f} | {found['elbo']:.2f} | {kl} | "
+            f"{units} | {found['epochs']} ({found['best_epoch']}) | {found['hours']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    if unknown := [name for name in options.rows if name not in ROWS]:
+        parser.error(f"no row is called '{unknown[0]}'; known: {', '.join(ROWS)}")
+    if not options.table:
+        data = pv.load_data("mnist", options.data_dir)
+        for name in options.rows or ROWS:
+            run(name, data, options.epochs)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""The hierarchical variational autoencoder: levels of latents, each given those above it."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vae.errors import UsageError
+from pyro_vae.factors import Factor, Family, image_of, made, viewed
+from pyro_vae.likelihoods import Bernoulli
+from pyro_vae.networks import MLP, Chain, ConvDecoder, ConvEncoder, Shape, require_sizes
+from pyro_vae.objectives import FreeBitsELBO
+from pyro_vae.posteriors import DiagonalNormal, product
+from pyro_vae.priors import StandardNormal
+from pyro_vae.schedules import Linear
+
+Above: TypeAlias = Callable[..., TorchDistribution]
+"""p(z_l | the latents above, context), of a level, a list of these latents, and the context."""
+
+
+class HierarchicalVAE(PyroModule):
+    r"""Latents in any number of levels, from the top down to the data.
+
+    :math:`z_L \sim p(z_L|c),\ z_l \sim p(z_l|z_{l+1..L}, c),\ x \sim p(x|z_{1..L}, c)`, with one
+    amortised guide for all levels. The latent sites are z1, next to the data, to zL.
+
+    Arguments:
+        inference: the guide, a `TopDown` or a `BottomUp`.
+        decoder: a factor that returns p(x | z_1, ..., z_L, context).
+        levels: factors that return p(z_l | z_{l+1}, ..., z_L, context), for l = 1 to L - 1.
+        prior: a module that returns p(z_L | context).
+        markov: data and levels are given the one level above them alone.
+        context_shapes: the shape of one row of each context tensor.
+
+    Rezende, Mohamed & Wierstra, 2014; Sønderby et al., Ladder variational autoencoders, 2016
+    (https://arxiv.org/abs/1602.02282).
+
+    >>> import torch, pyro_vae as pv
+    >>> vae = pv.HierarchicalVAE.mlp((1, 8, 8), latent_dim=(8, 4), hidden=(32,))
+    >>> pv.encode(vae, torch.ones(5, 1, 8, 8))["z2"].shape
+    torch.Size([5, 4])
+    """
+
+    def __init__(
+        self,
+        inference: "TopDown | BottomUp",
+        decoder: Factor,
+        levels: Sequence[Factor],
+        prior: nn.Module,
+        markov: bool = False,
+        context_shapes: Sequence[Shape] = (),
+    ) -> None:
+        super().__init__()
+        self.inference, self.decoder, self.prior, self.markov = inference, decoder, prior, markov
+        self.levels = nn.ModuleList(levels)
+        self.context_shapes = tuple(map(tuple, context_shapes))
+
+    def model(self, x: Tensor, *context: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z: list[Tensor] = []
+            for level in range(len(self.levels) + 1, 0, -1):
+                z.insert(0, pyro.sample(f"z{level}", self.above(level, z, *context)))
+            pyro.sample("x", self.decoder(*self._seen(z), *context), obs=x)
+
+    def guide(self, x: Tensor, *context: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            self.inference(self.above, x, *context)
+
+    def above(self, level: int, z: Sequence[Tensor], *context: Tensor) -> TorchDistribution:
+        """What the model says of the latents of a level given those above it."""
+        factor = self.levels[level - 1] if z else self.prior
+        return factor(*self._seen(z), *context)
+
+    def _seen(self, z: Sequence[Tensor]) -> Sequence[Tensor]:
+        return z[:1] if self.markov else z
+
+    def template(self, n: int) -> tuple[Tensor, ...]:
+        """A batch of n rows of the right shapes; its values mean nothing."""
+        return tuple(torch.zeros(n, *shape) for shape in (self.decoder.shape, *self.context_shapes))
+
+    def recipe(self, epochs: int) -> dict[str, Any]:
+        """What `pyro_vae.fit` does against collapse, unless it is told otherwise.
+
+        KL warm-up over the first fifth of the epochs, and a floor of 0.02 nats for each unit.
+        """
+        return {"beta": Linear(epochs / 5), "objective": FreeBitsELBO(0.02)}
+
+    @classmethod
+    def mlp(
+        cls,
+        data_shape: Shape,
+        latent_dim: Sequence[int] = (32, 16),
+        hidden: Sequence[int] = (256, 128),
+        likelihood: Family | type[Family] = Bernoulli,
+        prior: nn.Module | Callable[[int], nn.Module] = StandardNormal,
+        top_down: bool = True,
+        markov: bool = False,
+        normalize: bool = True,
+        context_shapes: Sequence[Shape] = (),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> "HierarchicalVAE":
+        """Multilayer perceptrons between all levels.
+
+        Arguments:
+            data_shape: the shape of one datum.
+            latent_dim: the dimension of each level, from the data upwards.
+            hidden: the widths of the hidden layers of each network, from the data upwards.
+            likelihood: a family, or its class.
+            prior: a module that returns p(z_L | context), or what makes one for its dimension.
+            top_down: whether the guide is a `TopDown` or a `BottomUp`.
+            markov: see the class.
+            normalize: normalise hidden layers over their units (see `pyro_vae.MLP`).
+            context_shapes: the shape of one row of each context tensor.
+            activation: makes the nonlinearity.
+        """
+        likelihood, data_shape = made(likelihood), tuple(data_shape)
+        _require_levels(data_shape, latent_dim, hidden)
+        context = [tuple(shape) for shape in context_shapes]
+        seen = [*(latent_dim[:1] if markov else latent_dim)]
+        seen += context[: len(context) - likelihood.context]
+        style = {"activation": activation, "normalize": normalize}
+        first = viewed(
+            lambda shape: MLP([shape, *context], hidden, None, **style), likelihood, data_shape
+        )
+        decoder = MLP(seen, tuple(hidden)[::-1], likelihood.outputs(data_shape), **style)
+        return cls(
+            _inference(first, latent_dim, hidden, context, top_down, style),
+            Factor(decoder, likelihood, data_shape),
+            _levels(latent_dim, hidden, context, markov, style),
+            prior if isinstance(prior, nn.Module) else prior(latent_dim[-1]),
+            markov,
+            context,
+        )
+
+    @classmethod
+    def conv(
+        cls,
+        data_shape: Shape,
+        latent_dim: Sequence[int] = (32, 16),
+        channels: Sequence[int] = (32, 64),
+        hidden: Sequence[int] = (128,),
+        likelihood: Family | type[Family] = Bernoulli,
+        prior: nn.Module | Callable[[int], nn.Module] = StandardNormal,
+        top_down: bool = True,
+        markov: bool = False,
+        normalize: bool = True,
+        context_shapes: Sequence[Shape] = (),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> "HierarchicalVAE":
+        """Convolutions of stride 2 next to images, multilayer perceptrons between the levels.
+
+        Arguments as those of `HierarchicalVAE.mlp`; ``channels`` as those of `VAE.conv`.
+        """
+        likelihood, data_shape = made(likelihood), tuple(data_shape)
+        _require_levels(data_shape, latent_dim, hidden)
+        context = [tuple(shape) for shape in context_shapes]
+        seen = [*(latent_dim[:1] if markov else latent_dim)]
+        seen += context[: len(context) - likelihood.context]
+        style = {"activation": activation, "normalize": normalize}
+        image = image_of(likelihood, data_shape)
+        first = viewed(
+            lambda shape: ConvEncoder([shape, *context], channels, hidden, None, activation),
+            likelihood,
+            data_shape,
+        )
+        decoder = ConvDecoder(seen, tuple(hidden)[::-1], tuple(channels)[::-1], image, activation)
+        return cls(
+            _inference(first, latent_dim, hidden, context, top_down, style),
+            Factor(decoder, likelihood, data_shape),
+            _levels(latent_dim, hidden, context, markov, style),
+            prior if isinstance(prior, nn.Module) else prior(latent_dim[-1]),
+            markov,
+            context,
+        )
+
+
+class TopDown(PyroModule):
+    r"""A ladder: features go up without chance, and latents are drawn from the top down.
+
+    :math:`q(z_L|x) = m_L(x)` and :math:`q(z_l|z_{l+1..L}, x) \propto m_l(x)\,p(z_l|z_{l+1..L})`,
+    the model's own conditional corrected by what the data say, both diagonal normals.
+
+    Arguments:
+        trunks: networks, the first from the data (and context) to features, each further one from
+            the features of the level below to its own.
+        messages: factors that return :math:`m_l` from the features of each level.
+
+    Sønderby et al., Ladder variational autoencoders, 2016 (https://arxiv.org/abs/1602.02282).
+    """
+
+    def __init__(self, trunks: Sequence[nn.Module], messages: Sequence[Factor]) -> None:
+        super().__init__()
+        self.trunks, self.messages = nn.ModuleList(trunks), nn.ModuleList(messages)
+
+    def forward(self, above: Above, x: Tensor, *context: Tensor) -> None:
+        said, features = [], x
+        for i, (trunk, message) in enumerate(zip(self.trunks, self.messages, strict=True)):
+            features = trunk(features, *(() if i else context))
+            said.append(message(features))
+        z: list[Tensor] = []
+        for level in range(len(said), 0, -1):
+            q = product(said[level - 1], above(level, z, *context)) if z else said[-1]
+            z.insert(0, pyro.sample(f"z{level}", q))
+
+    def top(self) -> Chain:
+        """q(z_L | x, context) alone, of the same parts: the encoder for a `pyro_vae.VampPrior`."""
+        return Chain([*self.trunks, self.messages[-1]])
+
+
+class BottomUp(PyroModule):
+    r"""Latents drawn from the data upwards, :math:`q(z_1|x, c),\ q(z_{l+1}|z_l, c)`.
+
+    Arguments:
+        factors: what returns these, from the data upwards.
+    """
+
+    def __init__(self, factors: Sequence[Factor]) -> None:
+        super().__init__()
+        self.factors = nn.ModuleList(factors)
+
+    def forward(self, above: Above, x: Tensor, *context: Tensor) -> None:
+        value = x
+        for level, factor in enumerate(self.factors, 1):
+            value = pyro.sample(f"z{level}", factor(value, *context))
+
+
+def _inference(
+    first: nn.Module,
+    latent_dim: Sequence[int],
+    hidden: Sequence[int],
+    context: Sequence[Shape],
+    top_down: bool,
+    style: dict[str, Any],
+) -> TopDown | BottomUp:
+    if top_down:
+        trunks = [first, *(MLP(hidden[-1], hidden, None, **style) for _ in latent_dim[1:])]
+        return TopDown(trunks, [_normal(MLP(hidden[-1], (), 2 * dim), dim) for dim in latent_dim])
+    lowest = Chain([first, MLP(hidden[-1], (), 2 * latent_dim[0])])
+    factors = [_normal(lowest, latent_dim[0])]
+    for below, dim in pairwise(latent_dim):
+        factors.append(_normal(MLP([below, *context], hidden, 2 * dim, **style), dim))
+    return BottomUp(factors)
+
+
+def _levels(
+    latent_dim: Sequence[int],
+    hidden: Sequence[int],
+    context: Sequence[Shape],
+    markov: bool,
+    style: dict[str, Any],
+) -> list[Factor]:
+    levels = []
+    for i, dim in enumerate(latent_dim[:-1], 1):
+        above = latent_dim[i : i + 1] if markov else latent_dim[i:]
+        network = MLP([*above, *context], tuple(hidden)[::-1], 2 * dim, **style)
+        levels.append(_normal(network, dim))
+    return levels
+
+
+def _normal(network: nn.Module, dim: int) -> Factor:
+    return Factor(network, DiagonalNormal(), (dim,))
+
+
+def _require_levels(data_shape: Shape, latent_dim: Sequence[int], hidden: Sequence[int]) -> None:
+    if not isinstance(latent_dim, Sequence) or not latent_dim or not hidden:
+        raise UsageError(
+            "latent_dim gives the dimension of each level, from the data upwards, and hidden one "
+            f"layer or more: {latent_dim} and {hidden} came"
+        )
+    for dim in latent_dim:
+        require_sizes(data_shape, dim, hidden)
