@@ -3,9 +3,9 @@
     python benchmarks/published.py --data-dir DIR [ROW ...] [--epochs N]
     python benchmarks/published.py --table
 
-Each row is a run folder under runs/published, which is gone on with where it stopped (Ctrl-C, a kill)
-and which keeps its results in result.json. ``--epochs`` makes a shorter run, kept apart and labelled
-by its epochs. ``--table`` prints what has been measured as a table for docs/benchmarks.md.
+Each row is a run folder under runs/published, which is gone on with where it stopped (Ctrl-C, a
+kill) and keeps its results in result.json. ``--epochs`` makes a shorter run, kept apart and
+labelled by its epochs. ``--table`` prints what has been measured, for docs/benchmarks.md.
 
 Binary MNIST is "dynamic": pixels are drawn anew at each visit as Bernoulli(intensity); validation
 (10,000 of the 60,000 training images) and test images are drawn once, with a fixed seed.
@@ -41,7 +41,6 @@ class Row(NamedTuple):
     make: Callable[[Data], nn.Module]
     epochs: int
     warm_up: float
-    fit: dict[str, Any] = {}
 
 
 def _vamp(pair: Any, encoder: nn.Module, data: Data) -> nn.Module:
@@ -118,7 +117,7 @@ def run(name: str, data: Data, epochs: int | None) -> None:
         epochs=length,
         out=folder,
         resume=(folder / runs.CHECKPOINT).exists(),
-        **(COMMON | row.fit),
+        **COMMON,
     )
     result = measure(pair, data)
     result |= {
@@ -127,7 +126,7 @@ def run(name: str, data: Data, epochs: int | None) -> None:
         "full_length": length == row.epochs,
         "best_epoch": history.best_epoch,
         "hours": sum(history["seconds"]) / 3600,
-        "settings": COMMON | row.fit | {"warm_up": warm_up},
+        "settings": COMMON | {"warm_up": warm_up},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "date": time.strftime("%Y-%m-%d"),
         "versions": runs.versions(),

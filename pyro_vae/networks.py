@@ -116,6 +116,7 @@ class Convolutions(nn.Module):
         super().__init__()
         self.inputs, self.channels = list(inputs), tuple(channels)
         self.activation, self.blocks = activation, blocks
+        _require_ungated(activation)
         self.given = shapes_of(inputs)
         self.images = nn.ModuleList(self._over(shape) for shape in self.given if len(shape) == 3)
         self.shapes = [
@@ -313,6 +314,13 @@ class OneHot(nn.Module):
         tokens = torch.arange(self.levels, device=x.device).reshape(-1, *[1] * self.dims)
         rows = (x.unsqueeze(-1 - self.dims) == tokens).flatten(-1 - self.dims, -self.dims)
         return rows.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
+
+
+def _require_ungated(activation: Callable[[], nn.Module]) -> None:
+    if activation is nn.GLU:
+        raise UsageError("nn.GLU is for multilayer perceptrons, convolutions take another one")
+
+
 def require_sizes(data_shape: Shape, latent_dim: int, hidden: Sequence[int]) -> None:
     """Raise `UsageError` where a size is none."""
     for name, value in (("data_shape", data_shape), ("hidden", hidden)):

@@ -34,7 +34,9 @@ class Pair(Protocol):
     ``batch`` is a tuple of tensors whose dimension 0 is the minibatch: the data ``x``, then
     context. Local sites sit in one ``pyro.plate("data", len(x), dim=-1)``. Every unobserved site
     of the model is a site of the guide. A pair that can be sampled without data also has
-    ``template(n)``, which returns a batch of n rows whose values mean nothing.
+    ``template(n)``, which returns a batch of n rows whose values mean nothing. One that is best
+    fitted in a way of its own may have ``recipe(epochs)``, which returns a dictionary with the
+    ``objective`` and ``beta`` that `pyro_vae.fit` takes unless it is given others.
     """
 
     def model(self, *batch: Tensor) -> Any: ...

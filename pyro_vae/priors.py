@@ -113,7 +113,7 @@ class FlowPrior(PyroModule):
 
 
 class VampPrior(PyroModule):
-    r"""The mixture of the posteriors of learnt pseudo-inputs, :math:`p(z) = \tfrac1K \sum_k q(z|u_k)`.
+    r"""The mixture of posteriors of learnt pseudo-inputs, :math:`p(z) = \tfrac1K \sum_k q(z|u_k)`.
 
     Arguments:
         encoder: the encoder of the pair, a factor that returns q(z | x, context); it is shared, so

@@ -52,7 +52,7 @@ def fit(
     *context: Any,
     validation: Any = None,
     objective: ELBO | None = None,
-    beta: float | Schedule = 1.0,
+    beta: float | Schedule | None = None,
     learning_rate_schedule: Schedule | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     binarize: str = "dynamic",
@@ -74,9 +74,10 @@ def fit(
             uint8); or a torch ``Dataset`` or ``DataLoader`` that gives x, or x and context.
         context: further tensors of as many rows, passed on to model and guide.
         validation: held-out x, or a tuple of x and context, of the same kinds.
-        objective: a Pyro ELBO; by default ``Trace_ELBO()``, or `pyro_vae.EnumeratedELBO` for a pair
-            with latents to enumerate.
-        beta: weight on the KL, or a schedule of it (`pyro_vae.schedules`).
+        objective: a Pyro ELBO; by default the one that ``pair.recipe`` gives, else ``Trace_ELBO()``,
+            or `pyro_vae.EnumeratedELBO` for a pair with latents to enumerate.
+        beta: weight on the KL, or a schedule of it (`pyro_vae.schedules`); by default the one that
+            ``pair.recipe`` gives, else 1.
         learning_rate_schedule: a factor on the learning rate, by epoch.
         optimizer: makes the torch optimiser from parameters and ``lr``.
         binarize: "dynamic", "fixed" or "none": see `pyro_vae.data.Preparation`.
@@ -118,6 +119,9 @@ def fit(
         runs.read_config(folder)
         saved = runs.read_checkpoint(folder)
     pair.to(device(chosen.device))
+    recipe = cast(Any, pair).recipe(chosen.epochs) if hasattr(pair, "recipe") else {}
+    objective = objective or recipe.get("objective")
+    beta = recipe.get("beta", 1.0) if beta is None else beta
     require_weighable(objective, beta)
     with seeded(chosen.seed):  # a loader draws as it begins
         rows, prepare, objective = _training_rows(
