@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pyro_vae.models.hierarchical import BottomUp as BottomUp
     from pyro_vae.models.hierarchical import HierarchicalVAE as HierarchicalVAE
     from pyro_vae.models.hierarchical import TopDown as TopDown
+    from pyro_vae.models.sequence import DeepMarkovModel as DeepMarkovModel
     from pyro_vae.models.vae import VAE as VAE
     from pyro_vae.networks import MLP as MLP
     from pyro_vae.networks import Chain as Chain
@@ -62,10 +63,10 @@ if TYPE_CHECKING:
     from pyro_vae.priors import FlowPrior as FlowPrior
     from pyro_vae.priors import GaussianMixture as GaussianMixture
     from pyro_vae.priors import StandardNormal as StandardNormal
+    from pyro_vae.priors import VampPrior as VampPrior
     from pyro_vae.recurrent import BackwardLSTM as BackwardLSTM
     from pyro_vae.recurrent import GatedTransition as GatedTransition
     from pyro_vae.recurrent import TokenEncoder as TokenEncoder
-    from pyro_vae.priors import VampPrior as VampPrior
     from pyro_vae.report import write_report as write_report
     from pyro_vae.runs import load as load
     from pyro_vae.runs import save as save

@@ -188,7 +188,7 @@ def product(q: dist.TorchDistribution, p: dist.TorchDistribution) -> dist.TorchD
                 f"a product is formed of diagonal normals, a {type(factor).__name__} came: a "
                 "top-down guide needs DiagonalNormal at every level"
             )
-    (a, s), (b, t) = ((f.base_dist.loc, f.base_dist.scale) for f in (q, p))  # type: ignore[attr-defined]
+    (a, s), (b, t) = ((f.base_dist.loc, f.base_dist.scale) for f in (q, p))
     variance = 1 / (s**-2 + t**-2)
     normal = dist.Normal(variance * (a / s**2 + b / t**2), variance.sqrt(), validate_args=False)
     return normal.to_event(len(q.event_shape))

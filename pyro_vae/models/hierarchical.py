@@ -121,9 +121,9 @@ class HierarchicalVAE(PyroModule):
         likelihood, data_shape = made(likelihood), tuple(data_shape)
         _require_levels(data_shape, latent_dim, hidden)
         context = [tuple(shape) for shape in context_shapes]
-        seen = [*(latent_dim[:1] if markov else latent_dim)]
-        seen += context[: len(context) - likelihood.context]
-        style = {"activation": activation, "normalize": normalize}
+        given = context[: len(context) - likelihood.context]
+        seen = [*(latent_dim[:1] if markov else latent_dim), *given]
+        style: dict[str, Any] = {"activation": activation, "normalize": normalize}
         first = viewed(
             lambda shape: MLP([shape, *context], hidden, None, **style), likelihood, data_shape
         )
@@ -151,24 +151,30 @@ class HierarchicalVAE(PyroModule):
         normalize: bool = True,
         context_shapes: Sequence[Shape] = (),
         activation: Callable[[], nn.Module] = nn.ReLU,
+        blocks: int = 0,
     ) -> "HierarchicalVAE":
         """Convolutions of stride 2 next to images, multilayer perceptrons between the levels.
 
-        Arguments as those of `HierarchicalVAE.mlp`; ``channels`` as those of `VAE.conv`.
+        Arguments as those of `HierarchicalVAE.mlp`; ``channels`` and ``blocks`` as those of
+        `VAE.conv`.
         """
         likelihood, data_shape = made(likelihood), tuple(data_shape)
         _require_levels(data_shape, latent_dim, hidden)
         context = [tuple(shape) for shape in context_shapes]
-        seen = [*(latent_dim[:1] if markov else latent_dim)]
-        seen += context[: len(context) - likelihood.context]
-        style = {"activation": activation, "normalize": normalize}
+        given = context[: len(context) - likelihood.context]
+        seen = [*(latent_dim[:1] if markov else latent_dim), *given]
+        style: dict[str, Any] = {"activation": activation, "normalize": normalize}
         image = image_of(likelihood, data_shape)
         first = viewed(
-            lambda shape: ConvEncoder([shape, *context], channels, hidden, None, activation),
+            lambda shape: ConvEncoder(
+                [shape, *context], channels, hidden, None, activation, blocks
+            ),
             likelihood,
             data_shape,
         )
-        decoder = ConvDecoder(seen, tuple(hidden)[::-1], tuple(channels)[::-1], image, activation)
+        decoder = ConvDecoder(
+            seen, tuple(hidden)[::-1], tuple(channels)[::-1], image, activation, blocks
+        )
         return cls(
             _inference(first, latent_dim, hidden, context, top_down, style),
             Factor(decoder, likelihood, data_shape),
