@@ -426,7 +426,7 @@ def _user_pair(model: str, given: dict[str, Any]) -> "nn.Module":
     """A pair of a user's own, made as `train` made it."""
     arguments = {
         "data_shape": tuple(given.get("data_shape", ())),
-        "latent_dim": given.get("latent_dim", Model.latent_dim),
+        "latent_dim": configuration.plain_dim(given.get("latent_dim", Model.latent_dim)),
         "hidden": tuple(given.get("hidden", Model.hidden)),
         "context_shapes": tuple(map(tuple, given.get("context_shapes", ()))),
     }

@@ -117,13 +117,14 @@ class Model:
     Parameters
     ----------
     model
-        "vae", or module:Class for a pair of your own; its constructor gets those of data_shape,
-        latent_dim, hidden and context_shapes that it takes.
+        vae, hierarchical, or module:Class for a pair of your own, whose constructor gets those of
+        data_shape, latent_dim, hidden and context_shapes that it takes.
     network
         Multilayer perceptrons, convolutions for images, or recurrent networks for text; auto takes
         the last for text and the first for other data.
     latent_dim
-        Dimension of the latent vector.
+        Dimension of the latent vector; of each level, from the data upwards, for --model
+        hierarchical.
     hidden
         Widths of the encoder's hidden layers, from the data inwards; the decoder reverses them.
         For text, the first is the number of units of each LSTM.
@@ -136,7 +137,12 @@ class Model:
     blocks
         Residual blocks beside each convolution, for --network conv.
     activation
-        Nonlinearity of the hidden layers.
+        Nonlinearity of the hidden layers; glu makes gated ones, for --network mlp.
+    guide
+        How --model hierarchical infers its levels: from the top down, correcting the model's own
+        conditionals, or from the data up.
+    normalize
+        Normalise hidden layers, for --model hierarchical.
     likelihood
         Family of p(x | z).
     scale
@@ -151,7 +157,10 @@ class Model:
     posterior
         Family of q(z | x): normals, or flows of autoregressive layers, affine (iaf) or spline.
     prior
-        Prior of z; "conditional" learns one that depends on the context.
+        Prior of z, or of the top level; "conditional" learns one that depends on the context,
+        "vamp" is a mixture of posteriors of pseudo-inputs that start at data.
+    components
+        Terms of --prior gaussian-mixture or vamp.
     condition
         What encoder and decoder are given, in a conditional VAE: the labels, one-hot, the
         "context" of the data file, or both.
@@ -159,13 +168,15 @@ class Model:
 
     model: str = "vae"
     network: Literal["auto", "mlp", "conv", "recurrent"] = "auto"
-    latent_dim: int = 20
+    latent_dim: tuple[int, ...] = (20,)
     hidden: tuple[int, ...] = (128, 64)
     embedding_dim: int = 32
     word_dropout: float = 0.0
     channels: tuple[int, ...] = (32, 64)
     blocks: int = 0
-    activation: Literal["relu", "leaky-relu", "elu", "silu", "softplus", "tanh"] = "relu"
+    activation: Literal["relu", "leaky-relu", "elu", "silu", "softplus", "tanh", "glu"] = "relu"
+    guide: Literal["top-down", "bottom-up"] = "top-down"
+    normalize: bool = True
     likelihood: Literal[
         "bernoulli",
         "continuous-bernoulli",
@@ -184,18 +195,52 @@ class Model:
     posterior: Literal[
         "diagonal-normal", "full-rank-normal", "low-rank-normal", "iaf", "spline"
     ] = "diagonal-normal"
-    prior: Literal["standard-normal", "gaussian-mixture", "flow", "conditional"] = "standard-normal"
+    prior: Literal["standard-normal", "gaussian-mixture", "flow", "vamp", "conditional"] = (
+        "standard-normal"
+    )
+    components: int | None = None
     condition: tuple[Literal["label", "context"], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("latent_dim", "hidden", "channels"):
             value = getattr(self, name)
-            if any(width < 1 for width in (value if isinstance(value, tuple) else (value,))):
-                raise UsageError(f"{name} must be positive, {value} came")
+            if any(width < 1 for width in value):
+                raise UsageError(f"{name} must be positive, {', '.join(map(str, value))} came")
+        for name, (of, allowed) in _ONLY_FOR.items():
+            value, chosen = getattr(self, name), getattr(self, of)
+            if value != _DEFAULTS[name] and chosen not in allowed:
+                raise UsageError(
+                    f"{name} is for --{of} {' or '.join(allowed)}, {of} {chosen} came with it"
+                )
+        if len(self.latent_dim) > 1 and self.model == "vae":
+            raise UsageError(
+                f"latent_dim of --model vae is one number, {len(self.latent_dim)} came: several "
+                "levels are for --model hierarchical"
+            )
+        if self.prior == "vamp" and self.guide == "bottom-up":
+            raise UsageError(
+                "--prior vamp needs q of the top level given the data: --guide top-down"
+            )
         if self.blocks < 0:
             raise UsageError(f"blocks must not be negative, {self.blocks} came")
-        if self.blocks and self.network != "conv":
-            raise UsageError(f"blocks are for --network conv, {self.network} came with them")
+        if self.components is not None and self.components < 1:
+            raise UsageError(f"components must be 1 or more, {self.components} came")
+
+    @property
+    def top_dim(self) -> int:
+        """The dimension of the latent vector, or of the top level's."""
+        return self.latent_dim[-1]
+
+
+_ONLY_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
+    "blocks": ("network", ("conv",)),
+    "guide": ("model", ("hierarchical",)),
+    "normalize": ("model", ("hierarchical",)),
+    "components": ("prior", ("gaussian-mixture", "vamp")),
+}
+"""Options that only some values of another option take."""
+
+_DEFAULTS = {field.name: field.default for field in fields(Model)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +251,8 @@ class Objective:
     ----------
     objective
         The ELBO; the same with its KL in closed form; the importance-weighted bound; free bits; or
-        weights on mutual information, total correlation and KL by unit (β-TCVAE).
+        weights on mutual information, total correlation and KL by unit (β-TCVAE). By default what
+        the pair's own recipe says, the ELBO where there is none.
     num_samples
         Samples for each datum: particles of the ELBO, weights of the importance-weighted bound.
     gradient
@@ -222,7 +268,8 @@ class Objective:
     beta
         Weight on the KL; 1 is the ELBO.
     warm_up
-        How the weight on the KL rises to beta: at once, linearly, or again in each cycle.
+        How the weight on the KL rises to beta: at once, linearly, or again in each cycle; by
+        default as the pair's own recipe says, at once where there is none.
     warm_up_epochs
         Length of the linear rise, or of one cycle.
     learning_rate_schedule
@@ -230,8 +277,8 @@ class Objective:
     """
 
     objective: Literal[
-        "elbo", "analytic", "importance-weighted", "free-bits", "total-correlation"
-    ] = "elbo"
+        "elbo", "analytic", "importance-weighted", "free-bits", "total-correlation", None
+    ] = None
     num_samples: int = 1
     gradient: Literal["total", "sticking-the-landing", "doubly-reparametrized"] = "total"
     free_bits: float = 0.1
@@ -239,7 +286,7 @@ class Objective:
     total_correlation: float = 6.0
     dimension_kl: float = 1.0
     beta: float = 1.0
-    warm_up: Literal["none", "linear", "cyclical"] = "none"
+    warm_up: Literal["none", "linear", "cyclical", None] = None
     warm_up_epochs: float = 10.0
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
 
@@ -254,7 +301,7 @@ class Objective:
             "elbo": ("total", "sticking-the-landing"),
             "importance-weighted": ("total", "sticking-the-landing", "doubly-reparametrized"),
         }
-        if self.gradient not in gradients.get(self.objective, ("total",)):
+        if self.gradient not in gradients.get(self.objective or "elbo", ("total",)):
             raise UsageError(f"gradient {self.gradient} is not for --objective {self.objective}")
         weights = ("beta", "free_bits", "mutual_information", "total_correlation", "dimension_kl")
         for name in weights:
@@ -291,41 +338,82 @@ def make_pair(config: Model, data: Data) -> nn.Module:
     if ":" in config.model:
         given = {
             "data_shape": data.shape,
-            "latent_dim": config.latent_dim,
+            "latent_dim": plain_dim(config.latent_dim),
             "hidden": config.hidden,
             "context_shapes": context,
         }
         return make_user_pair(config.model, given)
-    if config.model != "vae":
+    makers = {"vae": _make_vae, "hierarchical": _make_hierarchical}
+    if config.model not in makers:
         raise UsageError(
-            f"no model is called '{config.model}'; {nearest(config.model, ['vae'])} "
+            f"no model is called '{config.model}'; {nearest(config.model, makers)} "
             "(or give module:Class)"
         )
     if data.vocabulary is not None:
         return _text_pair(config, data, context)
     if config.network == "recurrent":
         raise UsageError(f"--network recurrent is for text, {data.name} is none")
-    from pyro_vae.models.vae import VAE
-
     common: dict[str, Any] = {
         "data_shape": data.shape,
-        "latent_dim": config.latent_dim,
         "hidden": config.hidden,
         "likelihood": make_likelihood(config),
-        "posterior": make_posterior(config),
         "prior": make_prior(config, context),
         "context_shapes": context,
         "activation": make_activation(config.activation),
     }
     if config.network == "conv":
-        return VAE.conv(channels=config.channels, blocks=config.blocks, **common)
-    return VAE.mlp(**common)
+        common |= {"channels": config.channels, "blocks": config.blocks}
+    pair, encoder = makers[config.model](config, common)
+    if config.prior == "vamp" and encoder is not None:
+        pair.prior = _make_vamp(config, encoder, data, context)
+    return pair
+
+
+def _make_vae(config: Model, common: dict[str, Any]) -> tuple[Any, nn.Module]:
+    """The pair, and its q(z | x, context)."""
+    from pyro_vae.models.vae import VAE
+
+    make: Any = VAE.conv if config.network == "conv" else VAE.mlp
+    pair = make(latent_dim=config.top_dim, posterior=make_posterior(config), **common)
+    return pair, pair.encoder
+
+
+def _make_hierarchical(config: Model, common: dict[str, Any]) -> tuple[Any, nn.Module | None]:
+    """The pair, and q of its top level given the data, where the guide has it."""
+    from pyro_vae.models.hierarchical import HierarchicalVAE
+
+    if config.posterior != Model.posterior:
+        raise UsageError(
+            f"--model hierarchical has diagonal-normal posteriors, {config.posterior} came"
+        )
+    make: Any = HierarchicalVAE.conv if config.network == "conv" else HierarchicalVAE.mlp
+    top_down = config.guide == "top-down"
+    pair = make(
+        latent_dim=config.latent_dim, top_down=top_down, normalize=config.normalize, **common
+    )
+    return pair, pair.inference.top() if top_down else None
+
+
+def _make_vamp(config: Model, encoder: nn.Module, data: Data, context: Sequence[Any]) -> nn.Module:
+    from pyro_vae.priors import VampPrior
+
+    if context:
+        raise UsageError("--prior vamp is for pairs without context, --condition came with it")
+    components = config.components or min(500, len(data.train.x))
+    return VampPrior.of_data(encoder, data.train.x, components=components)
+
+
+def plain_dim(latent_dim: Sequence[int]) -> int | tuple[int, ...]:
+    """One dimension as a number, several as a tuple: what a pair of a user's own is given."""
+    return latent_dim[0] if len(latent_dim) == 1 else tuple(latent_dim)
 
 
 def _text_pair(config: Model, data: Data, context: Sequence[tuple[int, ...]]) -> nn.Module:
     """The VAE of rows of characters that a configuration asks for."""
     if config.network not in ("auto", "recurrent"):
         raise UsageError(f"--network {config.network} is not for text: use recurrent")
+    if config.model != "vae" or config.prior == "vamp":
+        raise UsageError("text is for --model vae, and for priors other than vamp")
     for name in ("likelihood", "activation", "channels", "blocks", "scale", "library_size"):
         if getattr(config, name) != getattr(Model, name):
             raise UsageError(f"text takes no {name}: {getattr(config, name)} came")
@@ -334,7 +422,7 @@ def _text_pair(config: Model, data: Data, context: Sequence[tuple[int, ...]]) ->
     return VAE.recurrent(
         data.shape,
         len(data.vocabulary or ""),
-        latent_dim=config.latent_dim,
+        latent_dim=config.top_dim,
         hidden=config.hidden[0],
         embedding_dim=config.embedding_dim,
         word_dropout=config.word_dropout,
@@ -450,14 +538,14 @@ def make_posterior(config: Model) -> Any:
     """The posterior family of a configuration."""
     from pyro_vae import flows, posteriors
 
-    wide = (max(64, config.latent_dim),)
+    wide = (max(64, config.top_dim),)
     kinds: dict[str, Callable[[], Any]] = {
         "diagonal-normal": posteriors.DiagonalNormal,
         "full-rank-normal": posteriors.FullRankNormal,
         "low-rank-normal": posteriors.LowRankNormal,
-        "iaf": lambda: posteriors.FlowPosterior(config.latent_dim, hidden=wide),
+        "iaf": lambda: posteriors.FlowPosterior(config.top_dim, hidden=wide),
         "spline": lambda: posteriors.FlowPosterior(
-            config.latent_dim, bijection=flows.Spline(), hidden=wide
+            config.top_dim, bijection=flows.Spline(), hidden=wide
         ),
     }
     return kinds[config.posterior]()
@@ -471,7 +559,7 @@ def make_prior(config: Model, context: Sequence[tuple[int, ...]] = ()) -> Any:
         if not context:
             raise UsageError("--prior conditional needs context: give --condition too")
         family, activation = posteriors.DiagonalNormal(), make_activation(config.activation)
-        outputs = family.outputs((config.latent_dim,))
+        outputs = family.outputs((config.top_dim,))
         network = (
             networks.ConvEncoder(
                 context, config.channels, config.hidden, outputs, activation, config.blocks
@@ -479,14 +567,15 @@ def make_prior(config: Model, context: Sequence[tuple[int, ...]] = ()) -> Any:
             if config.network == "conv"
             else networks.MLP(context, config.hidden, outputs, activation)
         )
-        return factors.Factor(network, family, (config.latent_dim,))
+        return factors.Factor(network, family, (config.top_dim,))
 
     kinds: dict[str, Callable[[int], Any]] = {
         "standard-normal": priors.StandardNormal,
-        "gaussian-mixture": priors.GaussianMixture,
+        "gaussian-mixture": lambda dim: priors.GaussianMixture(dim, config.components or 10),
         "flow": priors.FlowPrior,
+        "vamp": priors.StandardNormal,  # until the encoder is there, see `_make_vamp`
     }
-    return kinds[config.prior](config.latent_dim)
+    return kinds[config.prior](config.top_dim)
 
 
 def make_activation(name: str) -> type[nn.Module]:
@@ -500,11 +589,12 @@ def make_activation(name: str) -> type[nn.Module]:
         "silu": nn.SiLU,
         "softplus": nn.Softplus,
         "tanh": nn.Tanh,
+        "glu": nn.GLU,
     }[name]
 
 
-def make_objective(config: Objective, num_data: int) -> ELBO:
-    """The Pyro ELBO of a configuration, for so many training data."""
+def make_objective(config: Objective, num_data: int) -> ELBO | None:
+    """The Pyro ELBO of a configuration, for so many training data; None leaves it to the pair."""
     from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
     from pyro_vae import objectives
@@ -518,6 +608,8 @@ def make_objective(config: Objective, num_data: int) -> ELBO:
         return objectives.TotalCorrelationELBO(
             num_data, config.total_correlation, config.mutual_information, config.dimension_kl
         )
+    if config.objective is None and config.num_samples == 1 and config.gradient == "total":
+        return None
     kind = TraceMeanField_ELBO if config.objective == "analytic" else Trace_ELBO
     if config.gradient == "sticking-the-landing":
         kind = objectives.StickingTheLandingELBO
@@ -528,15 +620,15 @@ def make_objective(config: Objective, num_data: int) -> ELBO:
     )
 
 
-def make_beta(config: Objective) -> float | Schedule:
-    """The weight on the KL, as a number or as a schedule."""
+def make_beta(config: Objective) -> float | Schedule | None:
+    """The weight on the KL, as a number or as a schedule; None leaves it to the pair."""
     from pyro_vae.schedules import Cyclical, Linear
 
     if config.warm_up == "linear":
         return Linear(config.warm_up_epochs, end=config.beta)
     if config.warm_up == "cyclical":
         return Cyclical(config.warm_up_epochs, end=config.beta)
-    return config.beta
+    return None if config.warm_up is None and config.beta == 1 else config.beta
 
 
 def make_learning_rate_schedule(config: Objective, epochs: int) -> Schedule | None:

@@ -135,6 +135,17 @@ LIKELIHOODS = {
         context_shapes=[(1,)],
     ),
 }
+
+
+def _vamp(pair: nn.Module, encoder: nn.Module) -> nn.Module:
+    pair.prior = pv.VampPrior(encoder, (6,), components=3)
+    return pair
+
+
+def _levels(**keywords: object) -> pv.HierarchicalVAE:
+    return pv.HierarchicalVAE.mlp((6,), **{"latent_dim": (2, 2), "hidden": (4,)} | keywords)
+
+
 OURS = {
     "bernoulli": lambda: _vae(),
     **LIKELIHOODS,
@@ -145,6 +156,9 @@ OURS = {
         prior=_flow(pv.FlowPrior, pv.Spline(3)),
     ),
     "mixture-prior": lambda: _vae(prior=lambda dim: pv.GaussianMixture(dim, 3)),
+    "vamp-prior": lambda: _vamp(pair := _vae(), pair.encoder),
+    "hierarchical": lambda: _vamp(pair := _levels(activation=nn.GLU), pair.inference.top()),
+    "bottom-up": lambda: _levels(latent_dim=(3, 2, 1), top_down=False, markov=True),
     "conditional-prior": lambda: _vae(
         context_shapes=[(3,)], prior=pv.Factor(pv.MLP([3], (4,), 4), pv.DiagonalNormal(), (2,))
     ),

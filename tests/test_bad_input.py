@@ -1229,6 +1229,31 @@ COMMANDS = {
     "context without context": ("train table.npy --condition context", ["'context'", "table"]),
     "conditional on nothing": ("train digits --prior conditional", ["--condition"]),
     "library size of pixels": ("train digits --library-size", ["library_size", "bernoulli"]),
+    "levels of a vae": (
+        "train digits --latent-dim 3 2",
+        ["one number", "2 came", "hierarchical"],
+    ),
+    "a guide of a vae": ("train digits --guide bottom-up", ["--model hierarchical", "vae"]),
+    "components of no mixture": (
+        "train digits --components 3",
+        ["--prior gaussian-mixture or vamp", "standard-normal"],
+    ),
+    "a vamp prior without q of the top": (
+        "train digits --model hierarchical --prior vamp --guide bottom-up",
+        ["--guide top-down"],
+    ),
+    "another posterior of levels": (
+        "train digits --model hierarchical --posterior iaf",
+        ["diagonal-normal", "iaf"],
+    ),
+    "a vamp prior with context": (
+        "train digits --prior vamp --condition label",
+        ["without context", "--condition"],
+    ),
+    "gated convolutions": (
+        "train digits --network conv --activation glu",
+        ["nn.GLU", "multilayer perceptrons"],
+    ),
     "blocks of no convolutions": ("train digits --blocks 2", ["--network conv", "mlp"]),
     "no logistics": (
         "train digits --likelihood discretized-logistic-mixture --logistics 0",

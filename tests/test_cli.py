@@ -189,6 +189,22 @@ def test_the_default_folder_is_runs_and_the_name_of_the_data(tmp_path, monkeypat
     assert (tmp_path / "runs" / "digits" / "metrics.json").exists()
 
 
+def test_levels(tmp_path):
+    options = "--model hierarchical --latent-dim 3 2 --hidden 16 --epochs 2 --num-eval-samples 5"
+    command(f"train digits --out {{run}} {options} --prior vamp", run=tmp_path / "run")
+    metrics = read(tmp_path / "run" / "metrics.json")
+    assert list(metrics["active_units"]) == ["z2", "z1"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "active units of z2" in page
+    assert (tmp_path / "run" / "figures" / "kl.png").exists()
+    header = (tmp_path / "run" / "history.csv").read_text().splitlines()[0]
+    assert "kl_z1" in header
+    command("sample {run} --num 3", run=tmp_path / "run")
+    other = "--network conv --channels 4 8 --guide bottom-up --no-normalize --no-report"
+    command(f"train digits --out {{run}} {options} {other}", run=tmp_path / "other")
+    assert np.isfinite(read(tmp_path / "other" / "metrics.json")["elbo"])
+
+
 def test_convolutions(tmp_path):
     run = train(tmp_path / "run", "--network conv --channels 4 8 --no-report")
     assert read(run / "config.json")["train"]["channels"] == [4, 8]
@@ -208,6 +224,7 @@ def test_convolutions(tmp_path):
         "--objective importance-weighted --num-samples 3 --gradient doubly-reparametrized",
         "--objective elbo --num-samples 2 --gradient sticking-the-landing",
         "--objective total-correlation --total-correlation 3 --dimension-kl 2",
+        "--prior vamp --components 30 --activation glu",
         "--binarize fixed --warm-up linear --warm-up-epochs 2 --beta 2",
         "--warm-up cyclical --learning-rate-schedule cosine --clip-norm 5 --patience 3",
     ],
@@ -455,7 +472,7 @@ def test_a_configuration_of_ones_own(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps(options))
     command("train --config {config}", config=tmp_path / "mine.json")
     given = read(tmp_path / "run" / "config.json")["train"]
-    assert given["latent_dim"] == 3
+    assert given["latent_dim"] == [3]
     assert given["binarize"] == "fixed"
     assert read(tmp_path / "run" / "metrics.json")["num_samples"] == 2
     assert not (tmp_path / "run" / "report.html").exists()

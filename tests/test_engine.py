@@ -117,6 +117,8 @@ FEW = {
 
 def served(name, objective):
     """Whether an objective is one for this pair."""
+    if name == "bottom-up" and objective == "analytic":
+        return False  # its guide draws from the data up, the model from the top down
     if objective in FEW:
         return name in FEW[objective]
     if name in ENUMERATED or objective.startswith("enumerated"):

@@ -19,6 +19,9 @@ from pyro_vae.posteriors import DiagonalNormal, product
 from pyro_vae.priors import StandardNormal
 from pyro_vae.schedules import Linear
 
+Modules: Any = PyroModule[nn.ModuleList]
+"""A list that tells its parts their place, so that Pyro knows their parameters apart."""
+
 Above: TypeAlias = Callable[..., TorchDistribution]
 """p(z_l | the latents above, context), of a level, a list of these latents, and the context."""
 
@@ -57,7 +60,7 @@ class HierarchicalVAE(PyroModule):
     ) -> None:
         super().__init__()
         self.inference, self.decoder, self.prior, self.markov = inference, decoder, prior, markov
-        self.levels = nn.ModuleList(levels)
+        self.levels = Modules(levels)
         self.context_shapes = tuple(map(tuple, context_shapes))
 
     def model(self, x: Tensor, *context: Tensor) -> None:
@@ -122,7 +125,7 @@ class HierarchicalVAE(PyroModule):
         _require_levels(data_shape, latent_dim, hidden)
         context = [tuple(shape) for shape in context_shapes]
         given = context[: len(context) - likelihood.context]
-        seen = [*(latent_dim[:1] if markov else latent_dim), *given]
+        seen: list[int | Shape] = [*(latent_dim[:1] if markov else latent_dim), *given]
         style: dict[str, Any] = {"activation": activation, "normalize": normalize}
         first = viewed(
             lambda shape: MLP([shape, *context], hidden, None, **style), likelihood, data_shape
@@ -162,7 +165,7 @@ class HierarchicalVAE(PyroModule):
         _require_levels(data_shape, latent_dim, hidden)
         context = [tuple(shape) for shape in context_shapes]
         given = context[: len(context) - likelihood.context]
-        seen = [*(latent_dim[:1] if markov else latent_dim), *given]
+        seen: list[int | Shape] = [*(latent_dim[:1] if markov else latent_dim), *given]
         style: dict[str, Any] = {"activation": activation, "normalize": normalize}
         image = image_of(likelihood, data_shape)
         first = viewed(
@@ -201,7 +204,7 @@ class TopDown(PyroModule):
 
     def __init__(self, trunks: Sequence[nn.Module], messages: Sequence[Factor]) -> None:
         super().__init__()
-        self.trunks, self.messages = nn.ModuleList(trunks), nn.ModuleList(messages)
+        self.trunks, self.messages = Modules(trunks), Modules(messages)
 
     def forward(self, above: Above, x: Tensor, *context: Tensor) -> None:
         said, features = [], x
@@ -227,7 +230,7 @@ class BottomUp(PyroModule):
 
     def __init__(self, factors: Sequence[Factor]) -> None:
         super().__init__()
-        self.factors = nn.ModuleList(factors)
+        self.factors = Modules(factors)
 
     def forward(self, above: Above, x: Tensor, *context: Tensor) -> None:
         value = x
