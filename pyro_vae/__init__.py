@@ -33,12 +33,11 @@ if TYPE_CHECKING:
     from pyro_vae.likelihoods import NegativeBinomial as NegativeBinomial
     from pyro_vae.likelihoods import Poisson as Poisson
     from pyro_vae.likelihoods import StudentT as StudentT
-    from pyro_vae.models.mixture import MixtureVAE as MixtureVAE
-    from pyro_vae.models.semisupervised import SemiSupervisedVAE as SemiSupervisedVAE
-    from pyro_vae.models.sequence import DeepMarkovModel as DeepMarkovModel
     from pyro_vae.models.hierarchical import BottomUp as BottomUp
     from pyro_vae.models.hierarchical import HierarchicalVAE as HierarchicalVAE
     from pyro_vae.models.hierarchical import TopDown as TopDown
+    from pyro_vae.models.mixture import MixtureVAE as MixtureVAE
+    from pyro_vae.models.semisupervised import SemiSupervisedVAE as SemiSupervisedVAE
     from pyro_vae.models.sequence import DeepMarkovModel as DeepMarkovModel
     from pyro_vae.models.vae import VAE as VAE
     from pyro_vae.networks import MLP as MLP

@@ -251,9 +251,7 @@ def _units(
     )
 
 
-def _kl_of_units(
-    terms: enumeration.Terms, prior: Any, site: Any, closed: bool
-) -> Tensor | None:
+def _kl_of_units(terms: enumeration.Terms, prior: Any, site: Any, closed: bool) -> Tensor | None:
     """The KL (batch, *units) of a latent site, None where it does not split into units."""
     if prior is None:
         return None

@@ -74,7 +74,7 @@ def fit(
             uint8); or a torch ``Dataset`` or ``DataLoader`` that gives x, or x and context.
         context: further tensors of as many rows, passed on to model and guide.
         validation: held-out x, or a tuple of x and context, of the same kinds.
-        objective: a Pyro ELBO; by default the one that ``pair.recipe`` gives, else ``Trace_ELBO()``,
+        objective: a Pyro ELBO; by default that of ``pair.recipe``, else ``Trace_ELBO()``,
             or `pyro_vae.EnumeratedELBO` for a pair with latents to enumerate.
         beta: weight on the KL, or a schedule of it (`pyro_vae.schedules`); by default the one that
             ``pair.recipe`` gives, else 1.
