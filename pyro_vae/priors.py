@@ -112,7 +112,7 @@ class FlowPrior(PyroModule):
         return Flow(self.zero, torch.ones_like(self.zero), self.zero[:0], self.flow)
 
 
-class VampPrior(nn.Module):
+class VampPrior(PyroModule):
     r"""The mixture of posteriors of learnt pseudo-inputs, :math:`p(z) = \tfrac1K \sum_k q(z|u_k)`.
 
     Arguments:
@@ -141,8 +141,9 @@ class VampPrior(nn.Module):
         super().__init__()
         if components < 1:
             raise UsageError(f"components must be 1 or more, {components} came")
-        # A plain module: an encoder that has run may not become part of another PyroModule.
-        self.encoder, self.inputs, self.components = encoder, inputs, components
+        # As torch adds a part, not as Pyro does: the encoder keeps its place and name in the pair.
+        nn.Module.add_module(self, "encoder", encoder)
+        self.inputs, self.components = inputs, components
         self.pseudo_inputs = nn.ParameterList(
             torch.rand(components, *shape) for shape in shapes_of(inputs)
         )

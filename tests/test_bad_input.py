@@ -1254,7 +1254,7 @@ COMMANDS = {
         "train digits --network conv --activation glu",
         ["nn.GLU", "multilayer perceptrons"],
     ),
-    "blocks of no convolutions": ("train digits --blocks 2", ["--network conv", "mlp"]),
+    "blocks of no convolutions": ("train digits --blocks 2", ["--network conv", "auto"]),
     "no logistics": (
         "train digits --likelihood discretized-logistic-mixture --logistics 0",
         ["components", "0"],
