@@ -8,6 +8,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RUNS = {
+    "autoencoder_vae_gan.py": ["--epochs", "2", "--out", "OUT"],
     "completion.py": ["--epochs", "2", "--out", "OUT"],
     "conditional.py": ["--epochs", "2"],
     "digits.py": ["--epochs", "2", "--out", "OUT"],

@@ -1,0 +1,441 @@
+"""An autoencoder, a VAE, a GAN and a VAE-GAN side by side; and a VAE without its KL or its scale.
+
+    python examples/autoencoder_vae_gan.py [--epochs 200] [--seeds 1]
+
+All have the same decoder, the same 1257 digits and as many steps of the decoder, and nobody is
+chosen by held-out data. `docs/autoencoders-and-gans.md` says what the table's numbers are.
+
+Expect: TODO
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pyro import distributions as dist
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import pyro_vae as pv
+
+LATENT_DIM = 10
+HIDDEN = (128, 64)  # of encoders and critics; decoders have them in reverse
+PIXELS = 64
+BATCH_SIZE = 64
+LEARNING_RATE = 2e-3
+TINY = 1e-3  # the posterior's scale where it has none of its own
+ADVERSARIAL_BETAS = (0.0, 0.99)  # of Adam: no momentum, since the other side moves too
+GRADIENT_PENALTY = 1.0  # R1 (Mescheder et al., 2018)
+AVERAGE = 0.999  # decay of the moving average of what is trained against a critic
+KL_WEIGHT = 0.01  # of the VAE-GAN's KL, beside squared errors of its critic's features
+CLASSIFIER_EPOCHS = 40
+NEIGHBOURS = 3
+HALVINGS = 10  # of the held-out digits, into those that count as real and others
+SEARCH_STARTS, SEARCH_STEPS, SEARCH_RATE = 4, 200, 0.05
+NUM_SAMPLES = 200  # importance samples for log p(x)
+COLUMNS = ("error", "precision", "recall", "coverage", "halfway", "log p(x)", "seconds")
+LINES = ((0, 1), (2, 7), (3, 8), (4, 9), (5, 6))  # classes to interpolate between
+OUT = "runs/example-autoencoder-vae-gan"
+
+Draw = Callable[[int], Tensor]
+Row = dict[str, float]
+
+
+class Model(NamedTuple):
+    """What is left of training: from images to codes, and from codes to images."""
+
+    name: str
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    vae: pv.VAE | None = None
+    also: Mapping[str, Draw] = MappingProxyType({})
+    """Further ways to draw images than from codes of N(0, I), by name."""
+
+    def draws(self) -> dict[str, Draw]:
+        """All ways to draw n images."""
+        return {self.name: lambda n: self.decode(torch.randn(n, LATENT_DIM)), **self.also}
+
+
+class Digits(NamedTuple):
+    """Rows of pixels in [0, 1], and their classes; the test part is validation and test."""
+
+    x: Tensor
+    labels: Tensor
+    held_out: Tensor
+    held_out_labels: Tensor
+
+
+def load() -> Digits:
+    data = pv.load_data("digits")
+    held_out = torch.cat([data.validation.x, data.test.x])
+    labels = torch.cat([data.validation.labels, data.test.labels])
+    return Digits(_pixels(data.train.x), data.train.labels, _pixels(held_out), labels)
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images.flatten(1) / 255
+
+
+# The four kinds
+
+
+def make_decoder() -> nn.Module:
+    return nn.Sequential(pv.MLP(LATENT_DIM, HIDDEN[::-1], PIXELS), nn.Sigmoid())
+
+
+def make_critic() -> nn.Module:
+    first, second = (nn.Linear(*widths) for widths in ((PIXELS, HIDDEN[0]), HIDDEN))
+    features = nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2))
+    return nn.Sequential(features, nn.Linear(HIDDEN[-1], 1))
+
+
+def fit_autoencoder(x: Tensor, epochs: int) -> Model:
+    encoder, decoder = pv.MLP(PIXELS, HIDDEN, LATENT_DIM), make_decoder()
+    optimizer = adam(encoder, decoder)
+    for batch in minibatches(x, epochs, "autoencoder"):
+        step(optimizer, F.mse_loss(decoder(encoder(batch)), batch))
+    codes = encoder(x).detach()
+    fitted = dist.MultivariateNormal(codes.mean(0), codes.T.cov())
+    also = {"autoencoder, z from a fitted normal": lambda n: decoder(fitted.sample((n,)))}
+    return Model("autoencoder", encoder, decoder, also=also)
+
+
+def fit_vae(x: Tensor, epochs: int) -> Model:
+    model = fit_any_vae(x, epochs, "VAE")
+    noisy = {"VAE, with the pixels' noise": lambda n: pv.sample(model.vae, n).clamp(0, 1)}
+    return model._replace(also=noisy)
+
+
+def fit_vae_without_kl(x: Tensor, epochs: int) -> Model:
+    return fit_any_vae(x, epochs, "VAE, β = 0", beta=0.0)
+
+
+def fit_vae_without_scale(x: Tensor, epochs: int) -> Model:
+    return fit_any_vae(x, epochs, f"VAE, scale {TINY}", posterior=FixedNormal())
+
+
+def fit_any_vae(
+    x: Tensor,
+    epochs: int,
+    name: str,
+    beta: float = 1.0,
+    posterior: pv.Family | None = None,
+) -> Model:
+    encoder = make_encoder(posterior or pv.DiagonalNormal())
+    decoder = pv.Factor(make_decoder(), pv.Gaussian(0.1, learned=True), (PIXELS,))
+    vae = pv.VAE(encoder, decoder, pv.StandardNormal(LATENT_DIM))
+    settings = {"epochs": epochs, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE}
+    pv.fit(vae, x, beta=beta, seed=torch.initial_seed(), **settings)
+    return Model(name, lambda x: encoder(x).mean, decoder.network, vae)
+
+
+def make_encoder(posterior: pv.Family) -> pv.Factor:
+    network = pv.MLP(PIXELS, HIDDEN, posterior.outputs((LATENT_DIM,)))
+    return pv.Factor(network, posterior, (LATENT_DIM,))
+
+
+class FixedNormal(pv.Family):
+    r"""A posterior without a scale of its own, :math:`N(\mu(x), s^2 I)` with s fixed and tiny."""
+
+    def outputs(self, shape: tuple[int, ...]) -> int:
+        return shape[0]
+
+    def forward(self, raw: Tensor, shape: tuple[int, ...]) -> dist.TorchDistribution:
+        return dist.Normal(raw, TINY, validate_args=False).to_event(1)
+
+
+def fit_gan(x: Tensor, epochs: int) -> Model:
+    generator, critic = make_decoder(), make_critic()
+    average = moving_average(generator)
+    forward, against = (adam(side, betas=ADVERSARIAL_BETAS) for side in (generator, critic))
+    for real in minibatches(x, epochs, "GAN"):
+        step(against, critic_loss(critic, real, generator(torch.randn(len(real), LATENT_DIM))))
+        step(forward, fooling_loss(critic, generator(torch.randn(len(real), LATENT_DIM))))
+        average.update_parameters(generator)
+    return Model("GAN", lambda x: search(average, x), average)
+
+
+def fit_vae_gan(x: Tensor, epochs: int) -> Model:
+    """A VAE whose pixel error is replaced by one in its critic's features (Larsen et al., 2016)."""
+    pair, critic = nn.ModuleList([make_encoder(pv.DiagonalNormal()), make_decoder()]), make_critic()
+    average = moving_average(pair)
+    forward, against = (adam(side, betas=ADVERSARIAL_BETAS) for side in (pair, critic))
+    for real in minibatches(x, epochs, "VAE-GAN"):
+        loss, fake = vae_gan_loss(*pair, critic, real)
+        step(forward, loss)
+        step(against, critic_loss(critic, real, fake))
+        average.update_parameters(pair)
+    encoder, decoder = average.module
+    return Model("VAE-GAN", lambda x: encoder(x).mean, decoder)
+
+
+def vae_gan_loss(
+    encoder: nn.Module, decoder: nn.Module, critic: nn.Module, real: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss of encoder and decoder, and what the critic shall tell from real images."""
+    q, prior = encoder(real), pv.StandardNormal(LATENT_DIM)()
+    z = q.rsample()
+    features, wanted = critic[0](decoder(z)), critic[0](real).detach()
+    error = F.mse_loss(features, wanted, reduction="sum") / len(real)
+    fake = decoder(torch.cat([z.detach(), prior.sample((len(real),))]))  # not the encoder's affair
+    kl = kl_divergence(q, prior).mean()
+    return KL_WEIGHT * kl + error + fooling_loss(critic, fake), fake
+
+
+def critic_loss(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """Real from made images, with a penalty on the critic's slope at the real ones (R1)."""
+    real = real.detach().requires_grad_()
+    verdict = critic(real)
+    (slope,) = torch.autograd.grad(verdict.sum(), real, create_graph=True)
+    penalty = GRADIENT_PENALTY / 2 * slope.square().sum(1).mean()
+    return F.softplus(-verdict).mean() + F.softplus(critic(fake.detach())).mean() + penalty
+
+
+def fooling_loss(critic: nn.Module, fake: Tensor) -> Tensor:
+    """The generator's, non-saturating (Goodfellow et al., 2014)."""
+    return F.softplus(-critic(fake)).mean()
+
+
+def search(decoder: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Codes whose images are nearest to x, by descent from a few draws: a GAN has no encoder."""
+    z = torch.randn(SEARCH_STARTS, len(x), LATENT_DIM, requires_grad=True)
+    optimizer = torch.optim.Adam([z], SEARCH_RATE, fused=True)
+    with torch.enable_grad():
+        for _ in range(SEARCH_STEPS):
+            step(optimizer, (decoder(z) - x).square().sum())
+    errors = (decoder(z) - x).square().sum(-1)
+    return z.detach()[errors.argmin(0), torch.arange(len(x))]
+
+
+def minibatches(x: Tensor, epochs: int, title: str) -> Iterator[Tensor]:
+    for _ in tqdm(range(epochs), title, leave=False, mininterval=5):
+        for rows in torch.randperm(len(x)).split(BATCH_SIZE):
+            yield x[rows]
+
+
+def adam(*modules: nn.Module, **options: object) -> torch.optim.Optimizer:
+    parameters = [p for module in modules for p in module.parameters()]
+    return torch.optim.Adam(parameters, LEARNING_RATE, fused=True, **options)
+
+
+def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def moving_average(module: nn.Module) -> AveragedModel:
+    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+
+
+# Measures
+
+
+def fit_features(digits: Digits) -> nn.Module:
+    """The last hidden layer of a classifier of the training digits."""
+    wide, narrow = (nn.Linear(*widths) for widths in ((PIXELS, 128), (128, 32)))
+    features = nn.Sequential(wide, nn.ReLU(), nn.Dropout(0.2), narrow, nn.ReLU())
+    classifier = nn.Sequential(features, nn.Linear(32, 10))
+    optimizer = adam(classifier)
+    for rows in minibatches(torch.arange(len(digits.x)), CLASSIFIER_EPOCHS, "classifier"):
+        step(optimizer, F.cross_entropy(classifier(digits.x[rows]), digits.labels[rows]))
+    taken = classifier.eval()(digits.held_out).argmax(1)
+    right = (taken == digits.held_out_labels).float().mean()
+    print(f"classifier whose features are used: {right:.1%} of the held-out digits right")
+    return features
+
+
+def within(points: Tensor, others: Tensor) -> Tensor:
+    """Whether point i is as near to other j as that one's k-th neighbour, (points, others)."""
+    exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
+    radii = torch.cdist(others, others, **exact).kthvalue(NEIGHBOURS + 1).values
+    return torch.cdist(points, others, **exact) <= radii
+
+
+def quality(real: Tensor, made: Tensor) -> Row:
+    """Improved precision and recall (Kynkäänniemi et al., 2019), coverage (Naeem et al., 2020)."""
+    near = within(made, real)
+    found = {"precision": near.any(1), "recall": within(real, made).any(1), "coverage": near.any(0)}
+    return {name: hit.float().mean().item() for name, hit in found.items()}
+
+
+class Judge(NamedTuple):
+    """Real digits to compare with: the same halves of the held-out ones for everybody."""
+
+    digits: Digits
+    features: nn.Module
+    halvings: list[tuple[Tensor, Tensor]]
+
+    def __call__(self, make: Callable[[Tensor], Tensor]) -> Row:
+        """Mean quality of what ``make`` gives for the rows of the halves that are not real."""
+        made = [(self.digits.held_out[real], make(others)) for real, others in self.halvings]
+        rows = [quality(self.features(real), self.features(images)) for real, images in made]
+        return {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
+
+
+def make_judge(digits: Digits) -> Judge:
+    orders = [torch.randperm(len(digits.held_out)) for _ in range(HALVINGS)]
+    return Judge(digits, fit_features(digits), [order.chunk(2) for order in orders])
+
+
+@torch.no_grad()
+def anchors(judge: Judge) -> dict[str, Row]:
+    """What perfect samples get, and bad ones: each pixel that of a training digit of its own."""
+    x, held_out = judge.digits.x, judge.digits.held_out
+    pixels = torch.arange(PIXELS)
+    halfway = judge(lambda rows: halves(held_out[rows]))["precision"]
+    return {
+        "held-out digits": judge(lambda rows: held_out[rows]) | {"halfway": halfway},
+        "training digits": judge(lambda rows: x[torch.randperm(len(x))[: len(rows)]]),
+        "pixels of many digits": judge(
+            lambda rows: x[torch.randint(len(x), (len(rows), PIXELS)), pixels]
+        ),
+    }
+
+
+@torch.no_grad()
+def measures(judge: Judge, model: Model) -> dict[str, Row]:
+    """A row for each way to draw from a model; what is the model's own stands in the first."""
+    held_out = judge.digits.held_out
+    codes = model.encode(held_out)
+    own = {"error": 1000 * F.mse_loss(model.decode(codes), held_out).item()}
+    own["halfway"] = judge(lambda rows: model.decode(halves(codes[rows])))["precision"]
+    if model.vae is not None:
+        own["log p(x)"] = pv.log_likelihood(model.vae, held_out, num_samples=NUM_SAMPLES).value
+    ways = model.draws().items()
+    found = {name: judge(lambda rows, draw=draw: draw(len(rows))) for name, draw in ways}
+    found[model.name] |= own
+    return found
+
+
+def halves(rows: Tensor) -> Tensor:
+    """The point halfway between each row and the one before."""
+    return (rows + rows.roll(1, 0)) / 2
+
+
+def run(digits: Digits, epochs: int, seed: int) -> tuple[dict[str, Row], list[Model]]:
+    """Fit and measure everything once."""
+    torch.manual_seed(seed)
+    judge = make_judge(digits)
+    rows, models = anchors(judge), []
+    for fit in KINDS:
+        torch.manual_seed(seed)
+        began = time.process_time()
+        model = fit(digits.x, epochs)
+        seconds = time.process_time() - began
+        rows |= measures(judge, model)
+        rows[model.name]["seconds"] = seconds
+        models.append(model)
+    return rows, models
+
+
+def table(runs: list[dict[str, Row]]) -> str:
+    """Markdown: means over the seeds, with standard deviations where there are several."""
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|" + " --- |" * (len(COLUMNS) + 1)]
+    for name in runs[0]:
+        cells = [cell(column, [run[name].get(column) for run in runs]) for column in COLUMNS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(column: str, values: list[float | None]) -> str:
+    if None in values:
+        return ""
+    places = {"seconds": 0, "error": 1, "log p(x)": 1}.get(column, 2)
+    spread = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{places}f}{spread}"
+
+
+# The figure
+
+
+@torch.no_grad()
+def figure(digits: Digits, models: list[Model]) -> Figure:
+    """A column for each model: draws, ways between held-out digits, and codes of these."""
+    drawn = Figure(figsize=(2 * len(models) + 0.3, 5.6), layout="constrained")
+    axes = drawn.subplots(3, len(models), height_ratios=(8, 5, 8))
+    for model, column in zip(models, axes.T, strict=True):
+        column[0].set_title(model.name, fontsize=11)
+        show_images(column[0], sheet(model))
+        show_images(column[1], between(model, digits))
+        show_codes(column[2], model, digits)
+    titles = ("draws", "interpolations", "codes")
+    for axis, title in zip(axes[:, 0], titles, strict=True):
+        axis.set_ylabel(title, fontsize=10)
+    return drawn
+
+
+def sheet(model: Model, side: int = 8) -> Tensor:
+    """Draws in rows, as many of each way."""
+    ways = model.draws().values()
+    drawn = torch.cat([draw(side * side // len(ways)) for draw in ways])
+    return drawn.unflatten(0, (side, side))
+
+
+def between(model: Model, digits: Digits, steps: int = 6) -> Tensor:
+    """A digit, what is decoded on the straight line from its code to another's, the other."""
+    ends = [[int((digits.held_out_labels == c).nonzero()[0]) for c in pair] for pair in LINES]
+    first, last = digits.held_out[torch.tensor(ends)].unbind(1)
+    weights = torch.linspace(0, 1, steps)[:, None]
+    codes = torch.lerp(model.encode(first)[:, None], model.encode(last)[:, None], weights)
+    return torch.cat([first[:, None], model.decode(codes), last[:, None]], 1)
+
+
+def show_images(axis: Axes, images: Tensor) -> None:
+    """Images of shape (rows, columns, pixels) as one, with a line between them."""
+    framed = F.pad(images.unflatten(-1, (8, 8)), (1, 1, 1, 1), value=0.35)
+    whole = framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+    axis.imshow(whole, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+
+
+def show_codes(axis: Axes, model: Model, digits: Digits) -> None:
+    """The plane in which the classes' means differ most, with draws of N(0, I) in grey."""
+    codes, labels = model.encode(digits.held_out), digits.held_out_labels
+    means = torch.stack([codes[labels == label].mean(0) for label in range(10)])
+    plane = torch.linalg.svd(means - means.mean(0)).Vh[:2].T
+    axis.scatter(*(torch.randn(1000, LATENT_DIM) @ plane).T, s=2, color="#c8c8c8", linewidths=0)
+    axis.scatter(*(codes @ plane).T, s=4, c=labels, cmap="tab10", linewidths=0)
+    for label, mean in enumerate(means @ plane):
+        axis.text(*mean, str(label), ha="center", va="center")
+    axis.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+
+
+KINDS = (
+    fit_autoencoder,
+    fit_vae,
+    fit_vae_without_kl,
+    fit_vae_without_scale,
+    fit_gan,
+    fit_vae_gan,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--out", default=OUT)
+    options = parser.parse_args()
+    digits = load()
+    found = [run(digits, options.epochs, seed) for seed in range(options.seeds)]
+    print(table([rows for rows, _ in found]))
+    path = Path(options.out) / "side-by-side.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    figure(digits, found[0][1]).savefig(path, dpi=100)
+    print(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    main()
