@@ -2,10 +2,12 @@
 
     python examples/autoencoder_vae_gan.py [--epochs 200] [--seeds 1]
 
-All have the same decoder, the same 1257 digits and as many steps of the decoder, and nobody is
-chosen by held-out data. `docs/autoencoders-and-gans.md` says what the table's numbers are.
+All have the same decoder, the same 1257 digits and as many steps of the decoder.
+docs/autoencoders-and-gans.md says what the table's numbers are, and shows them for three seeds.
 
-Expect: TODO
+Expect: coverage of held-out digits by draws from N(0, I) about 0.66 for the VAE, 0.78 for the GAN,
+0.02 for the autoencoder, which reconstructs better than the VAE; log p(x) about 36 nats per digit.
+Takes a minute and a quarter on one core.
 """
 
 import argparse
@@ -79,10 +81,10 @@ def load() -> Digits:
     data = pv.load_data("digits")
     held_out = torch.cat([data.validation.x, data.test.x])
     labels = torch.cat([data.validation.labels, data.test.labels])
-    return Digits(_pixels(data.train.x), data.train.labels, _pixels(held_out), labels)
+    return Digits(pixels_of(data.train.x), data.train.labels, pixels_of(held_out), labels)
 
 
-def _pixels(images: Tensor) -> Tensor:
+def pixels_of(images: Tensor) -> Tensor:
     return images.flatten(1) / 255
 
 
