@@ -11,6 +11,7 @@ RUNS = {
     "autoencoder_vae_gan.py": ["--epochs", "2", "--out", "OUT"],
     "completion.py": ["--epochs", "2", "--out", "OUT"],
     "conditional.py": ["--epochs", "2"],
+    "counts.py": ["--epochs", "1"],
     "digits.py": ["--epochs", "2", "--out", "OUT"],
     "own_pair.py": ["--epochs", "2"],
 }
