@@ -13,6 +13,7 @@ RUNS = {
     "conditional.py": ["--epochs", "2"],
     "counts.py": ["--epochs", "1"],
     "digits.py": ["--epochs", "2", "--out", "OUT"],
+    "hierarchical.py": ["--epochs", "2", "--out", "OUT"],
     "own_pair.py": ["--epochs", "2"],
 }
 
