@@ -153,7 +153,7 @@ def measure(pair: nn.Module, data: Data, num_samples: int) -> dict[str, Any]:
 def table() -> str:
     """What has been measured, as Markdown."""
     lines = [
-        "| row | published | NLL here (samples) | ELBO | KL by site | active units | epochs (best) | hours |",
+        "| row | published | NLL (samples) | ELBO | KL by site | active | epochs (best) | hours |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for path in sorted(RUNS.glob("*/result.json")):
