@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pyro_vae.flows import AutoregressiveLayer as AutoregressiveLayer
     from pyro_vae.flows import CouplingLayer as CouplingLayer
     from pyro_vae.flows import Spline as Spline
+    from pyro_vae.guides import bounds_table as bounds_table
+    from pyro_vae.guides import refine as refine
+    from pyro_vae.guides import refit_guide as refit_guide
     from pyro_vae.importance import log_likelihood as log_likelihood
     from pyro_vae.inference import decode as decode
     from pyro_vae.inference import encode as encode
@@ -146,6 +149,9 @@ _WHERE = {
     "traverse": "inference",
     "evaluate": "evaluation",
     "log_likelihood": "importance",
+    "refine": "guides",
+    "refit_guide": "guides",
+    "bounds_table": "guides",
     "write_report": "report",
     # data and runs
     "load_data": "datasets",

@@ -40,6 +40,7 @@ class Step(SVI):
             loss = self.loss_and_grads(self.model, self.guide, *batch)
         sites: Any = capture.trace.nodes.values()
         params = {site["value"].unconstrained() for site in sites}
+        params = {parameter for parameter in params if parameter.requires_grad}
         self.optim(params, norm=self.engine.numbers[1])
         zero_grads(params)
         return loss

@@ -57,6 +57,14 @@ class LogLikelihood(NamedTuple):
     """The Monte Carlo standard error of each, by the delta method, of shape (n,)."""
     effective_sample_size: Tensor
     """(sum w)^2 / sum w^2 of each datum's weights, of shape (n,)."""
+    elbo: float
+    """Mean over the data of the ELBO, the mean of the same weights' logarithms."""
+    elbo_standard_error: float
+    """Monte Carlo standard error of ``elbo``, for these data; NaN for one sample."""
+    elbo_per_datum: Tensor
+    """The ELBO of each datum, of shape (n,)."""
+    elbo_standard_errors: Tensor
+    """The Monte Carlo standard error of each, of shape (n,)."""
 
 
 def log_likelihood(
@@ -104,10 +112,10 @@ def estimate(
 ) -> LogLikelihood:
     """`log_likelihood` of rows that are already checked and binarised."""
     require_engine(engine)
-    values: list[tuple[Tensor, Tensor, Tensor]] = []
+    values: list[tuple[Tensor, ...]] = []
     with using(pair, seed):
         first = prepare(next(iter(rows.batches(2))))
-        nesting, vectorized, widest = _structure(pair, first)
+        nesting, vectorized, widest = structure(pair, first)
         batch_size = max(1, min(500, len(rows), CELLS // (widest * min(SAMPLES, num_samples))))
         chunk = max(1, CELLS // (widest * batch_size)) if vectorized else 1
         chunk = min(chunk, num_samples)
@@ -121,7 +129,7 @@ def estimate(
             for batch in rows.batches(batch_size):
                 values.append(_weigh(sums, prepare(batch), num_samples, chunk))
                 shown.update(len(batch[0]))
-    per_datum, errors, ess = (torch.cat(column) for column in zip(*values, strict=True))
+    per_datum, errors, ess, elbos, elbo_errors = map(torch.cat, zip(*values, strict=True))
     return LogLikelihood(
         per_datum.mean().item(),
         (errors.square().sum().sqrt() / len(errors)).item(),
@@ -129,6 +137,10 @@ def estimate(
         per_datum,
         errors,
         ess,
+        elbos.mean().item(),
+        (elbo_errors.square().sum().sqrt() / len(errors)).item(),
+        elbos,
+        elbo_errors,
     )
 
 
@@ -161,7 +173,7 @@ def _local_total(trace: poutine.Trace) -> Tensor:
     return sum((by_datum(log_prob(site), particles=True) for site in sites), torch.zeros(()))
 
 
-def _structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
+def structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
     """How many plates a pair nests, whether it takes a plate of samples, its widest site."""
     guide = trace_guide(pair, batch)
     model = trace_model(pair, batch, guide)
@@ -222,7 +234,8 @@ def _alone(
 def _sums(
     pair: nn.Module, nesting: int, vectorized: bool, engine: str, full: int
 ) -> Callable[..., Named]:
-    """What sums the weights of so many draws, and their squares, for each datum, in logarithms."""
+    """What sums the weights of so many draws and their squares, in logarithms, and the logarithms
+    and their squares, for each datum."""
 
     def function(draws: Tensor, *batch: Tensor) -> Named:
         if vectorized:
@@ -230,7 +243,12 @@ def _sums(
         else:
             weights = _alone(pair, batch, nesting)[None]
         weights = weights.double()
-        return {"weights": weights.logsumexp(0), "squares": (2 * weights).logsumexp(0)}
+        return {
+            "weights": weights.logsumexp(0),
+            "squares": (2 * weights).logsumexp(0),
+            "logs": weights.sum(0),
+            "squared logs": weights.square().sum(0),
+        }
 
     if engine == "eager":
         return function
@@ -254,20 +272,29 @@ def _sums(
 
 def _weigh(
     sums: Callable[..., Named], batch: Batch, num_samples: int, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Estimate, standard error and effective sample size of each datum, by chunks of samples."""
+) -> tuple[Tensor, ...]:
+    """Estimate, standard error and effective sample size of each datum, then its ELBO and the
+    standard error of that, by chunks of samples."""
     n = len(batch[0])
     first = torch.full((n,), -torch.inf, dtype=torch.float64)
     second = first.clone()
+    logs, squared_logs = torch.zeros_like(first), torch.zeros_like(first)
     for start in range(0, num_samples, chunk):
         found = sums(batch[0].new_empty(min(chunk, num_samples - start)), *batch)
         first = torch.logaddexp(first, found["weights"].cpu())
         second = torch.logaddexp(second, found["squares"].cpu())
+        logs += found["logs"].cpu()
+        squared_logs += found["squared logs"].cpu()
     ratio = torch.exp(second - 2 * first)  # sum w^2 / (sum w)^2, at least 1/K
     errors = (ratio - 1 / num_samples).clamp(min=0).sqrt()
     if num_samples == 1:
         errors = torch.full_like(errors, torch.nan)  # one sample tells nothing of its error
-    return first - log(num_samples), errors, 1 / ratio
+    elbo = logs / num_samples
+    spread = (squared_logs / num_samples - elbo.square()).clamp(min=0)
+    if num_samples == 1:
+        spread = torch.full_like(spread, torch.nan)
+    elbo_errors = (spread / max(1, num_samples - 1)).sqrt()
+    return first - log(num_samples), errors, 1 / ratio, elbo, elbo_errors
 
 
 def _total(trace: poutine.Trace) -> Tensor:

@@ -16,10 +16,11 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
+from torch.distributions import constraints, kl_divergence
 
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.rng import seeded
@@ -67,12 +68,34 @@ def _key(name: str) -> str:
 @contextmanager
 def scope(pair: nn.Module) -> Iterator[None]:
     """Run inside a parameter store that belongs to this pair alone."""
-    adopted = getattr(pair, _ADOPTED, None)
-    state = adopted.state() if isinstance(adopted, _Adopted) else None
+    states = [module.state() for module in pair.modules() if isinstance(module, _Adopted)]
+    frozen = _frozen(pair)
+    states.append({"params": frozen, "constraints": dict.fromkeys(frozen, constraints.real)})
+    state = {kind: _union(states, kind) for kind in ("params", "constraints")}
     with pyro.get_param_store().scope(cast(Any, state)), warnings.catch_warnings():
         # What is frozen is frozen on purpose: a decoder, while another guide is fitted to it.
         warnings.filterwarnings("ignore", message=".* was not registered in the param store")
         yield
+
+
+def _frozen(pair: nn.Module) -> dict[str, Any]:
+    """Parameters that take no gradients, by the names under which their PyroModules declare them.
+
+    The store would make them take gradients as it first meets them.
+    """
+    return {
+        module._pyro_get_fullname(name): parameter
+        for module in pair.modules()
+        if isinstance(module, PyroModule)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+        and not parameter.requires_grad
+        and not name.endswith("_unconstrained")
+    }
+
+
+def _union(states: Sequence[dict[str, dict[str, Any]]], kind: str) -> dict[str, Any]:
+    return {name: value for state in states for name, value in state[kind].items()}
 
 
 def adopt(pair: nn.Module, batch: Sequence[Tensor]) -> None:

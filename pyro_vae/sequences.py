@@ -200,6 +200,9 @@ class MarkovChain(_Remembering):
     (torch.Size([3, 4, 2]), torch.Size([3]))
     """
 
+    arg_constraints: ClassVar[dict[str, Any]] = {
+        "inputs": constraints.independent(constraints.real, 2)
+    }
     has_rsample = True
 
     def __init__(
