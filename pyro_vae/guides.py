@@ -349,8 +349,7 @@ class Encoders(nn.Module):
 
     def __init__(self, sites: Sequence[str], encoders: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.sites, self.encoders = tuple(sites), tuple(encoders)
-        self.modules_of_encoders = nn.ModuleList(encoders)
+        self.sites, self.encoders = tuple(sites), nn.ModuleList(encoders)
 
     def guide(self, *batch: Tensor) -> None:
         with pyro.plate("data", len(batch[0]), dim=-1):
