@@ -536,15 +536,16 @@ def _write(
     np.save(buffer, array.cpu().numpy())
     with runs.atomic(run / f"{name}.npy") as file:
         file.write(buffer.getvalue())
-    print(run / f"{name}.npy")
     if "vocabulary" in given:
         text = plots.lines(rows, given["vocabulary"], across)
         with runs.atomic(run / f"{name}.txt") as file:
             file.write(f"{text}\n".encode())
+        print(run / f"{name}.npy")
         print(run / f"{name}.txt", text, sep="\n\n")
         return
     with runs.atomic(run / runs.FIGURES / f"{name}.png") as file:
         file.write(plots.png(plots.grid(rows, name)))
+    print(run / f"{name}.npy")
     print(run / runs.FIGURES / f"{name}.png")
 
 

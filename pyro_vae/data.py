@@ -157,11 +157,10 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
     if isinstance(x, (Dataset, DataLoader)) and not isinstance(x, Tensor):
         width = len(pair.template(1)) if hasattr(pair, "template") else None  # type: ignore
         return Stream(x, width)
-    if not context and pair is not None and hasattr(x, "__len__"):
-        context = missing_context(pair, len(x))
-    tensors = [
-        as_tensor(value, "x" if i == 0 else f"context {i}") for i, value in enumerate((x, *context))
-    ]
+    data = as_tensor(x, "x")
+    if not context and pair is not None:
+        context = missing_context(pair, len(data))
+    tensors = [data, *(as_tensor(value, f"context {i}") for i, value in enumerate(context, 1))]
     for i, tensor in enumerate(tensors):
         if len(tensor) != len(tensors[0]):
             raise UsageError(

@@ -1128,6 +1128,7 @@ def shelf(tmp_path_factory):
     (folder / "option.json").write_text('{"epoch": 3}')
     (folder / "value.json").write_text('{"epochs": "many"}')
     (folder / "notes.txt").write_text("mine")
+    (folder / "page.html").write_text("mine")
     (folder / "empty").mkdir()
     words = "--epochs 1 --num-eval-samples 2 --latent-dim 2 --hidden 8 --no-report"
     main(["train", "digits", "--out", str(folder / "run"), *words.split()])
@@ -1214,7 +1215,8 @@ COMMANDS = {
     ),
     "no evaluation": ("train digits --epochs 1 --num-eval-samples 0", ["samples", "0"]),
     "no such file": ("train none.npy", ["none.npy", "no such file"]),
-    "another kind of file": ("train notes.txt", ["notes.txt", ".npy"]),
+    "another kind of file": ("train page.html", ["page.html", ".npy"]),
+    "a text too short to split": ("train notes.txt", ["notes has 1 rows", "10 or more"]),
     "a folder": ("train empty", ["'empty'", ".npy"]),
     "nan": ("train nan.npy", ["nan.npy", "not finite", "row 0"]),
     "few rows": ("train few.npy", ["few", "9 rows", "10 or more"]),
