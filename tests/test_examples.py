@@ -13,6 +13,7 @@ RUNS = {
     "conditional.py": ["--epochs", "2"],
     "counts.py": ["--epochs", "1"],
     "digits.py": ["--epochs", "2", "--out", "OUT"],
+    "guide_swap.py": ["--epochs", "1", "--steps", "2", "--num-samples", "5", "--out", "OUT"],
     "hierarchical.py": ["--epochs", "2", "--out", "OUT"],
     "own_pair.py": ["--epochs", "2"],
 }
