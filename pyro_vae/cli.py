@@ -90,7 +90,7 @@ def train(
     ----------
     data
         A name (digits, docstrings, mnist, fashion-mnist, kmnist, emnist, omniglot, cifar10, svhn)
-        or the path of a .npy or .npz file, or of a .txt file of lines.
+        or the path of a .npy or .npz file, of a .txt file of lines, or of music as .json.
     out
         The run folder; runs/DATA by default.
     num_eval_samples
@@ -116,6 +116,7 @@ def train(
         {"data": data, "data_shape": loaded.shape, "num_classes": loaded.num_classes}
         | {"context_shapes": configuration.context_shapes(model, loaded)}
         | ({} if loaded.vocabulary is None else {"vocabulary": loaded.vocabulary})
+        | ({} if loaded.train.lengths is None else {"ragged": True})
         | _plain(model)
         | _plain(objective)
         | _plain(source)
@@ -469,6 +470,8 @@ def _context(given: dict[str, Any], data: "Data", split: "Split") -> list["Tenso
         if not bool((totals > 0).all()):
             raise UsageError(f"{data.name} has a row of total {totals.min():g}: no library size")
         context.append(totals.log().float())
+    if split.lengths is not None:
+        context.append(split.lengths)
     return context
 
 
@@ -500,7 +503,7 @@ def _asked(
             raise UsageError(f"label is 0 to {classes - 1}, {label} came")
         labels = torch.arange(num) % classes if label is None else torch.full((num,), label)
         context.append(one_hot(labels, classes))
-    if "context" in condition or given.get("library_size"):
+    if "context" in condition or given.get("library_size") or given.get("ragged"):
         data = _open(run, model=model)[1]
         rows = torch.arange(num) % len(data.test.x)
         others = _context(given, data, data.test)[len(context) :]
@@ -529,9 +532,12 @@ def _write(
     import io
 
     import numpy as np
+    import torch
 
     from pyro_vae import plots, runs
 
+    like = torch.empty(1, *given.get("data_shape", ()))
+    array, rows = plots.alike(array, like), [(label, plots.alike(x, like)) for label, x in rows]
     buffer = io.BytesIO()
     np.save(buffer, array.cpu().numpy())
     with runs.atomic(run / f"{name}.npy") as file:
@@ -583,7 +589,7 @@ def _config_file(words: list[str]) -> tuple[list[str], Any]:
     known = [field.name for kind in (Model, Objective, Input, Settings) for field in fields(kind)]
     known += ["data", "out", "num_eval_samples", "report"]
     # What a run records of its data:
-    recorded = ("num_classes", "data_shape", "context_shapes", "vocabulary")
+    recorded = ("num_classes", "data_shape", "context_shapes", "vocabulary", "ragged")
     for name in options:
         if name not in (*known, *recorded):
             raise UsageError(f"{path}: there is no option '{name}'; {nearest(name, known)}")

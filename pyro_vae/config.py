@@ -117,8 +117,9 @@ class Model:
     Parameters
     ----------
     model
-        vae, hierarchical, or module:Class for a pair of your own, whose constructor gets those of
-        data_shape, latent_dim, hidden and context_shapes that it takes.
+        vae; hierarchical; deep-markov, for sequences, which are rows (steps, d) or images read from
+        the top; or module:Class for a pair of your own, whose constructor gets those of data_shape,
+        latent_dim, hidden and context_shapes that it takes.
     network
         Multilayer perceptrons, convolutions for images, or recurrent networks for text; auto takes
         the last for text and the first for other data.
@@ -127,7 +128,7 @@ class Model:
         hierarchical.
     hidden
         Widths of the encoder's hidden layers, from the data inwards; the decoder reverses them.
-        For text, the first is the number of units of each LSTM.
+        For text and deep-markov, the first is the width of each network.
     embedding_dim
         Width of the embedding of a character, for text.
     word_dropout
@@ -343,12 +344,16 @@ def make_pair(config: Model, data: Data) -> nn.Module:
             "context_shapes": context,
         }
         return make_user_pair(config.model, given)
+    if config.model == "deep-markov":
+        return _deep_markov_model(config, data)
     makers = {"vae": _make_vae, "hierarchical": _make_hierarchical}
     if config.model not in makers:
         raise UsageError(
-            f"no model is called '{config.model}'; {nearest(config.model, makers)} "
+            f"no model is called '{config.model}'; {nearest(config.model, [*makers, 'deep-markov'])} "
             "(or give module:Class)"
         )
+    if data.train.lengths is not None:
+        raise UsageError("rows of unequal lengths are for --model deep-markov")
     if data.vocabulary is not None:
         return _text_pair(config, data, context)
     if config.network == "recurrent":
@@ -408,15 +413,42 @@ def plain_dim(latent_dim: Sequence[int]) -> int | tuple[int, ...]:
     return latent_dim[0] if len(latent_dim) == 1 else tuple(latent_dim)
 
 
+def _deep_markov_model(config: Model, data: Data) -> nn.Module:
+    """The deep Markov model that a configuration asks for."""
+    _require_default(config, "--model deep-markov", "network", "prior", "condition", "activation")
+    _require_default(config, "--model deep-markov", "channels", "blocks", "library_size")
+    sequence = data.shape[1:] if len(data.shape) == 3 and data.shape[0] == 1 else data.shape
+    if data.vocabulary is not None or len(sequence) != 2:
+        raise UsageError(
+            "--model deep-markov is for sequences (n, steps, d), or images of one channel, "
+            f"{'text' if data.vocabulary else f'data of shape {data.shape}'} came"
+        )
+    from pyro_vae.models.sequence import DeepMarkovModel
+
+    return DeepMarkovModel.usual(
+        *sequence,
+        latent_dim=config.top_dim,
+        hidden=config.hidden[0],
+        likelihood=make_likelihood(config),
+        posterior=make_posterior(config),
+        ragged=data.train.lengths is not None,
+    )
+
+
+def _require_default(config: Model, what: str, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) != getattr(Model, name):
+            raise UsageError(f"{what} takes no {name}: {getattr(config, name)} came")
+
+
 def _text_pair(config: Model, data: Data, context: Sequence[tuple[int, ...]]) -> nn.Module:
     """The VAE of rows of characters that a configuration asks for."""
     if config.network not in ("auto", "recurrent"):
         raise UsageError(f"--network {config.network} is not for text: use recurrent")
     if config.model != "vae" or config.prior == "vamp":
         raise UsageError("text is for --model vae, and for priors other than vamp")
-    for name in ("likelihood", "activation", "channels", "blocks", "scale", "library_size"):
-        if getattr(config, name) != getattr(Model, name):
-            raise UsageError(f"text takes no {name}: {getattr(config, name)} came")
+    _require_default(config, "text", "likelihood", "scale", "library_size")
+    _require_default(config, "text", "activation", "channels", "blocks")
     from pyro_vae.models.vae import VAE
 
     return VAE.recurrent(

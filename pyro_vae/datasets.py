@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_vae.data import as_tensor
 from pyro_vae.errors import UsageError, nearest
+from pyro_vae.music import Piece, piano_rolls, read_pieces
 from pyro_vae.text import as_tokens, docstrings, read_lines, vocabulary_of
 
 
@@ -26,6 +27,8 @@ class Split(NamedTuple):
     """Integers (n,)."""
     context: Tensor | None = None
     """What a conditional pair is given, floats (n, *context_shape)."""
+    lengths: Tensor | None = None
+    """How many steps of each row count, integers (n,), where rows are sequences."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,17 @@ def load_data(
     length: int = 60,
     vocabulary: str | None = None,
 ) -> Data:
-    """A data set by name, or from a ``.npy``, ``.npz`` or ``.txt`` file, split into three parts.
+    """A data set by name, or from a file, split into three parts.
 
     Arguments:
         data: ``digits`` (embedded), a torchvision name (``mnist``, ``fashion-mnist``, ``kmnist``,
             ``emnist``, ``omniglot``, ``cifar10``, ``svhn``), or a path. A ``.npz`` holds ``x`` and
             maybe labels ``y`` and ``context``, or ``x_train``, ``x_test``, maybe ``x_validation``,
             and ``y_`` and ``context_`` likewise. Context is rows or images; 8-bit context becomes
-            floats in [0, 1]. A ``.txt`` holds a datum in each line; ``docstrings`` are sentences of
-            the same kind, from Python's standard library (see `pyro_vae.text.docstrings`).
+            floats in [0, 1]. Sequences are rows (n, steps, d), with their ``lengths`` beside them
+            where these differ. A ``.json`` holds music (see `pyro_vae.music`), a ``.txt``
+            a datum in each line; ``docstrings`` are sentences of the same kind, from Python's
+            standard library (see `pyro_vae.text.docstrings`).
         data_dir: where torchvision's files are; else the environment variable ``PYRO_VAE_DATA``,
             else ``~/.cache/pyro_vae``.
         length: of text, the greatest width of a row of tokens, the end counted.
@@ -81,6 +86,8 @@ def load_data(
     path, name = Path(data), str(data)
     if name == "docstrings":
         return _text(name, docstrings(length), length, vocabulary)
+    if path.suffix == ".json" and path.is_file():
+        return _music(path)
     if path.suffix == ".txt" and path.is_file():
         return _text(path.stem, read_lines(path), length, vocabulary)
     if name not in NAMES and (path.suffix in (".npy", ".npz") or path.is_file()):
@@ -92,7 +99,7 @@ def load_data(
         return _torchvision(name, Path(root).expanduser())
     raise UsageError(
         f"'{name}' is no data set and no file; {nearest(name, NAMES)} "
-        "(or give the path of a .npy, .npz or .txt file)"
+        "(or give the path of a .npy, .npz, .txt or .json file)"
     )
 
 
@@ -109,6 +116,17 @@ def one_hot(labels: Tensor, num_classes: int) -> Tensor:
             "came"
         )
     return nn.functional.one_hot(labels, num_classes).float()
+
+
+def _music(path: Path) -> Data:
+    pieces = read_pieces(path)
+    steps = max(len(piece) for part in pieces.values() for piece in part)
+    splits = {name: Split(*_rolls(part, steps)) for name, part in pieces.items()}
+    return Data(path.stem, splits["train"], splits["validation"], splits["test"])
+
+
+def _rolls(pieces: Sequence[Piece], steps: int) -> tuple[Tensor, None, None, Tensor]:
+    return piano_rolls(pieces, steps), None, None, torch.tensor([len(piece) for piece in pieces])
 
 
 def _text(name: str, lines: list[str], length: int, vocabulary: str | None) -> Data:
@@ -208,7 +226,7 @@ def _load_file(path: Path) -> Data:
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     if path.suffix not in (".npy", ".npz"):
-        raise UsageError(f"{path}: a .npy, .npz or .txt file is expected")
+        raise UsageError(f"{path}: a .npy, .npz, .txt or .json file is expected")
     try:
         with open(path, "rb") as file:
             loaded: Any = np.load(file, allow_pickle=False)
@@ -250,7 +268,18 @@ def _load_file(path: Path) -> Data:
 def _split(arrays: dict[str, np.ndarray], x: Tensor, suffix: str, path: Path) -> Split:
     """Rows with the labels and the context that a file holds for them."""
     labels = _labels(arrays.get(f"y{suffix}"), len(x), path)
-    return Split(x, labels, _context(arrays.get(f"context{suffix}"), len(x), path))
+    context = _context(arrays.get(f"context{suffix}"), len(x), path)
+    return Split(x, labels, context, _lengths(arrays.get(f"lengths{suffix}"), x, path))
+
+
+def _lengths(array: np.ndarray | None, x: Tensor, path: Path) -> Tensor | None:
+    lengths = _labels(array, len(x), path)  # whole numbers of 0 or more, as labels are
+    if lengths is not None and not 1 <= int(lengths.min()) <= int(lengths.max()) <= x.shape[-2]:
+        raise UsageError(
+            f"{path}: lengths must be 1 to {x.shape[-2]}, {int(lengths.min())} to "
+            f"{int(lengths.max())} came"
+        )
+    return lengths
 
 
 def _context(array: np.ndarray | None, n: int, path: Path) -> Tensor | None:

@@ -9,7 +9,9 @@ from pyro_vae.networks import MLP, Shape
 
 
 class TokenEncoder(nn.Module):
-    """An LSTM that reads a row of tokens from both ends, then an MLP that also sees the context.
+    """LSTMs that read a row of tokens from both ends; a linear map of the means of their states.
+
+    The last states alone would learn more slowly what to keep. The map sees the context too.
 
     Arguments:
         tokens: how many tokens there are; token 0 ends a row, and what follows it is not read.
@@ -45,12 +47,13 @@ class TokenEncoder(nn.Module):
         tokens = x.long().clamp(0, self.tokens - 1)
         lengths = token_lengths(tokens)
         inputs = self.embedding(tokens)
-        last = (lengths - 1)[..., None, None].expand(*lengths.shape, 1, self.hidden)
-        ends = [
-            recur(self.rightwards, inputs)[0].gather(-2, last).squeeze(-2),
-            recur(self.leftwards, backwards(inputs, lengths))[0].gather(-2, last).squeeze(-2),
-        ]
-        return self.head(torch.cat(ends, -1), *context)
+        inside = torch.arange(x.shape[-1], device=x.device) < lengths.unsqueeze(-1)
+        both = (
+            recur(self.rightwards, inputs)[0],
+            recur(self.leftwards, backwards(inputs, lengths))[0],
+        )
+        states = torch.where(inside.unsqueeze(-1), torch.cat(both, -1), 0.0)
+        return self.head(states.sum(-2) / lengths.unsqueeze(-1), *context)
 
 
 class BackwardLSTM(nn.Module):

@@ -448,9 +448,9 @@ def test_an_array_file_that_is_cut_short_is_one_error_of_use(name, share, tmp_pa
     ("name", "words"),
     [
         ("none.npy", ["none.npy", "no such file"]),
-        ("table.csv", ["table.csv", ".npz or .txt"]),
+        ("table.csv", ["table.csv", ".txt or .json"]),
         ("mnits", ["'mnits'", "did you mean 'mnist'?"]),
-        ("zzz", ["'zzz'", "digits", "svhn", ".npz or .txt"]),
+        ("zzz", ["'zzz'", "digits", "svhn", ".txt or .json"]),
     ],
 )
 def test_unknown_names_and_files(name, words, tmp_path, monkeypatch):

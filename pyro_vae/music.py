@@ -1,0 +1,65 @@
+"""Music as piano rolls: which of the 88 keys sound at each step.
+
+A file is JSON, as the JSB chorales (Boulanger-Lewandowski et al., 2012) are handed on: an object
+with the parts "train", "valid" (or "validation") and "test", each a list of pieces, a piece a list
+of steps, a step the list of the MIDI numbers that sound. Numbers off the keyboard are rests.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from pyro_vae.errors import UsageError
+
+Piece: TypeAlias = Sequence[Sequence[float]]
+
+LOWEST, KEYS = 21, 88
+"""The MIDI number of a piano's lowest key, and how many keys there are."""
+
+
+def read_pieces(path: Path) -> dict[str, list[Piece]]:
+    """The pieces of a file, by part: "train", "validation" and "test"."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is no JSON that can be read ({error})") from error
+    if isinstance(content, dict) and "valid" in content:
+        content["validation"] = content.pop("valid")
+    parts = ("train", "validation", "test")
+    if not (isinstance(content, dict) and all(_are_pieces(content.get(part)) for part in parts)):
+        raise UsageError(
+            f"{path}: an object of train, valid and test is expected, each a list of pieces, which "
+            "are lists of steps, which are lists of MIDI numbers"
+        )
+    return {part: content[part] for part in parts}
+
+
+def piano_rolls(pieces: Sequence[Piece], steps: int) -> Tensor:
+    """Pieces as zeros and ones of shape (n, steps, 88), zero beyond their lengths.
+
+    >>> piano_rolls([[[21, 23], [-1]]], 3)[0, :, :4]
+    tensor([[1., 0., 1., 0.],
+            [0., 0., 0., 0.],
+            [0., 0., 0., 0.]])
+    """
+    rolls = torch.zeros(len(pieces), steps, KEYS)
+    for roll, piece in zip(rolls, pieces, strict=True):
+        for row, sounding in zip(roll, piece, strict=False):
+            for number in sounding:
+                if 0 <= number - LOWEST < KEYS:
+                    row[int(number) - LOWEST] = 1
+    return rolls
+
+
+def _are_pieces(part: object) -> bool:
+    return (
+        isinstance(part, list)
+        and len(part) > 0
+        and all(isinstance(piece, list) and piece for piece in part)
+        and all(isinstance(step, list) for piece in part for step in piece)
+        and all(isinstance(note, (int, float)) for piece in part for step in piece for note in step)
+    )
