@@ -4,7 +4,7 @@
 
 Each digit is a sequence of eight rows of eight binary pixels. A latent vector moves from row to
 row; the guide reads the rows from the last one up (Krishnan, Shalit & Sontag, 2017). Sequences may
-end early: a digit that is cut after four rows has a likelihood and a code of its own, and from there the
+end early: a digit cut after four rows has a likelihood and a code of its own, and from there the
 chain goes on by its transition, which foretells the other four.
 
 Expect: NUMBERS

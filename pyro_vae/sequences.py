@@ -32,8 +32,9 @@ class Autoregressive(Family):
             of the one before. It must then ask z, which guards against collapse (Bowman et al.,
             2016, https://arxiv.org/abs/1511.06349).
 
-    The network gives what the LSTM knows of z: its first state, and what is added to each input,
-    ``embedding_dim + hidden`` outputs. Data are rows of tokens as numbers, of shape (length,).
+    The network gives what the LSTM knows of z: what is added to each input and to the logits of
+    each token, and its first state, ``embedding_dim + tokens + hidden`` outputs. Data are rows of
+    tokens as numbers, of shape (length,).
 
     >>> import torch
     >>> family = Autoregressive(5, embedding_dim=3, hidden=4)
@@ -57,7 +58,7 @@ class Autoregressive(Family):
     def outputs(self, shape: Shape) -> int:
         if len(shape) != 1:
             raise UsageError(f"a row of tokens has shape (length,), {tuple(shape)} came")
-        return self.embedding_dim + self.hidden
+        return self.embedding_dim + self.tokens + self.hidden
 
     def forward(self, raw: Tensor, shape: Shape) -> dist.TorchDistribution:
         kept = None
@@ -80,12 +81,12 @@ class Writer(nn.Module):
         self, read: Tensor, condition: Tensor, state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Logits after each token read, (..., length, tokens), and the state after the last."""
-        shift, first = condition.split([self.embedding_dim, self.hidden], -1)
+        shift, direct, first = condition.split([self.embedding_dim, self.tokens, self.hidden], -1)
         if state is None:
             state = (first.tanh(), torch.zeros_like(first))
         inputs = self.embedding(read) + shift.unsqueeze(-2)
         outputs, state = recur(self.lstm, inputs, state)
-        return self.head(outputs), state
+        return self.head(outputs) + direct.unsqueeze(-2), state
 
 
 class _Remembering(dist.TorchDistribution):

@@ -23,7 +23,7 @@ def family(tokens=3, **options):
     return made.eval()
 
 
-def condition(n, width=5, seed=1):
+def condition(n, width=8, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, width, generator=generator, dtype=torch.float64)
 
@@ -47,12 +47,12 @@ def test_a_row_is_scored_as_an_lstm_reads_it():
     """Against torch's own LSTM, one step after another."""
     made, raw = family(), condition(1)
     writer, row = made.writer, [2, 1, 1, 0]
-    state = (raw[:, 2:].tanh(), torch.zeros(1, 3).double())
+    state = (raw[:, 5:].tanh(), torch.zeros(1, 3).double())
     state, total, read = tuple(s[None] for s in state), 0.0, 0
     for token in row:
         inputs = writer.embedding(torch.tensor([[read]])) + raw[:, None, :2]
         output, state = writer.lstm(inputs, state)
-        total += writer.head(output)[0, 0].log_softmax(-1)[token].item()
+        total += (writer.head(output)[0, 0] + raw[0, 2:5]).log_softmax(-1)[token].item()
         read = token
     padded = torch.tensor([[*row, 0, 0]]).double()
     assert made(raw, (6,)).log_prob(padded).item() == pytest.approx(total)
@@ -86,7 +86,7 @@ def test_the_mean_is_the_greedy_decoding():
 
 
 def test_a_row_is_scored_under_every_batch_shape():
-    made, raw, rows = family(), condition(12).reshape(3, 4, 5), whole_rows(3, 3)[:4]
+    made, raw, rows = family(), condition(12).reshape(3, 4, 8), whole_rows(3, 3)[:4]
     together = made(raw, (3,)).log_prob(rows)
     assert together.shape == (3, 4)
     one = made(raw[1, 2], (3,))
