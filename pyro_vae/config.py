@@ -348,16 +348,15 @@ def make_pair(config: Model, data: Data) -> nn.Module:
         return _deep_markov_model(config, data)
     makers = {"vae": _make_vae, "hierarchical": _make_hierarchical}
     if config.model not in makers:
-        raise UsageError(
-            f"no model is called '{config.model}'; {nearest(config.model, [*makers, 'deep-markov'])} "
-            "(or give module:Class)"
-        )
+        known = nearest(config.model, [*makers, "deep-markov"])
+        raise UsageError(f"no model is called '{config.model}'; {known} (or give module:Class)")
     if data.train.lengths is not None:
         raise UsageError("rows of unequal lengths are for --model deep-markov")
     if data.vocabulary is not None:
         return _text_pair(config, data, context)
     if config.network == "recurrent":
         raise UsageError(f"--network recurrent is for text, {data.name} is none")
+    _require_default(config, f"{data.name} is no text and", "embedding_dim", "word_dropout")
     common: dict[str, Any] = {
         "data_shape": data.shape,
         "hidden": config.hidden,

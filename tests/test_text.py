@@ -138,3 +138,6 @@ def test_recurrent_networks_are_for_text(capsys):
     with pytest.raises(SystemExit):
         run("train", "digits", "--network", "recurrent")
     assert "--network recurrent is for text, digits is none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("train", "digits", "--word-dropout", 0.5)
+    assert "digits is no text and takes no word_dropout: 0.5 came" in capsys.readouterr().err
