@@ -1,6 +1,6 @@
 """Sentences as points: a VAE of text, what keeps its latent vector in use, and a language model.
 
-    python examples/text.py [--epochs 13]
+    python examples/text.py [--epochs 13] [--rows N]
 
 The data are first sentences of the docstrings of Python's standard library, read from the Python
 that runs this (licence PSF-2.0), as rows of characters. Three models have the same LSTM to write
@@ -44,19 +44,6 @@ class LanguageModel(nn.Module):
         pass
 
 
-def fitted(pair: nn.Module, text: pv.datasets.Data, epochs: int, beta: object) -> nn.Module:
-    pv.fit(
-        pair,
-        text.train.x,
-        validation=text.validation.x,
-        epochs=epochs,
-        batch_size=BATCH_SIZE,
-        learning_rate=LEARNING_RATE,
-        beta=beta,
-    )
-    return pair
-
-
 def perplexity(result: pv.evaluation.Evaluation) -> float:
     """Of each character, the end of a sentence counted as one."""
     return 2 ** (result.bits_per_dim or 0)
@@ -65,11 +52,15 @@ def perplexity(result: pv.evaluation.Evaluation) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=13)
+    parser.add_argument("--rows", type=int, help="how many sentences of each part; all by default")
     options = parser.parse_args()
 
     text = pv.load_data("docstrings", length=LENGTH)
-    vocabulary, test = text.vocabulary or "", text.test.x
-    print(f"{len(text.train.x)} sentences of {len(vocabulary) - 1} characters to learn from")
+    train, validation, test = (
+        part.x[: options.rows] for part in (text.train, text.validation, text.test)
+    )
+    vocabulary = text.vocabulary or ""
+    print(f"{len(train)} sentences of {len(vocabulary) - 1} characters to learn from")
 
     def vae(word_dropout: float) -> pv.VAE:
         torch.manual_seed(0)  # the first weights
@@ -77,10 +68,23 @@ def main() -> None:
             text.shape, len(vocabulary), LATENT_DIM, HIDDEN, EMBEDDING_DIM, word_dropout
         )
 
-    kept = fitted(vae(WORD_DROPOUT), text, options.epochs, pv.Linear(options.epochs - 1))
-    plain = fitted(vae(0.0), text, options.epochs, 1.0)
+    def fit(pair: nn.Module, beta: float | pv.Linear = 1.0) -> None:
+        pv.fit(
+            pair,
+            train,
+            validation=validation,
+            epochs=options.epochs,
+            batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            beta=beta,
+        )
+
+    kept, plain = vae(WORD_DROPOUT), vae(0.0)
     torch.manual_seed(0)
-    language = fitted(LanguageModel(len(vocabulary), text.shape[0]), text, options.epochs, 1.0)
+    language = LanguageModel(len(vocabulary), text.shape[0])
+    fit(kept, pv.Linear(options.epochs - 1))
+    fit(plain)
+    fit(language)
 
     print(f"{'':<28}{'log p(x) ≥':>11}{'perplexity':>12}{'KL':>7}{'share':>7}")
     named = {"VAE, dropout and warm-up": kept, "VAE without": plain, "language model": language}

@@ -15,6 +15,8 @@ RUNS = {
     "digits.py": ["--epochs", "2", "--out", "OUT"],
     "guide_swap.py": ["--epochs", "1", "--steps", "2", "--num-samples", "5", "--out", "OUT"],
     "hierarchical.py": ["--epochs", "2", "--out", "OUT"],
+    "sequence.py": ["--epochs", "1", "--out", "OUT"],
+    "text.py": ["--epochs", "2", "--rows", "64"],
     "own_pair.py": ["--epochs", "2"],
 }
 
