@@ -8,8 +8,8 @@ end early: a digit cut after four rows has a likelihood and a code of its own, a
 chain goes on by its transition, which foretells the other four.
 
 Expect: log p(x) of the test digits about -22.3 nats per example (0.50 bits per pixel), and of their
-last four rows -11.6 nats given the first four, where the mean of each pixel gives -13.1. Takes about
-half a minute on two cores.
+last four rows -11.6 nats given the first four, where the mean of each pixel gives -13.1. Takes
+about half a minute on two cores.
 """
 
 import argparse

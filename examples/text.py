@@ -44,11 +44,6 @@ class LanguageModel(nn.Module):
         pass
 
 
-def perplexity(result: pv.evaluation.Evaluation) -> float:
-    """Of each character, the end of a sentence counted as one."""
-    return 2 ** (result.bits_per_dim or 0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=13)
@@ -90,8 +85,9 @@ def main() -> None:
     named = {"VAE, dropout and warm-up": kept, "VAE without": plain, "language model": language}
     for name, pair in named.items():
         result = pv.evaluate(pair, test, num_samples=50)
+        perplexity = 2 ** (result.bits_per_dim or 0)  # of a character, the end counted as one
         share = f"{100 * result.kl / -result.elbo:.1f} %"
-        numbers = f"{result.log_likelihood:>11.2f}{perplexity(result):>12.2f}{result.kl:>7.2f}"
+        numbers = f"{result.log_likelihood:>11.2f}{perplexity:>12.2f}{result.kl:>7.2f}"
         print(f"{name:<28}{numbers}{share:>7}")
 
     print("\ndrawn from the prior")
