@@ -7,7 +7,7 @@ that runs this (licence PSF-2.0), as rows of characters. Three models have the s
 with: a VAE trained with word dropout and KL warm-up (Bowman et al., 2016), the same VAE without
 them, and a language model, which has no latent vector at all.
 
-Expect: NUMBERS
+Expect: a KL of three to four nats with word dropout and warm-up, and near 0 without them.
 """
 
 import argparse
