@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyro_vae.data import as_tensor
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.music import Piece, piano_rolls, read_pieces
+from pyro_vae.shapes import draw
 from pyro_vae.text import as_tokens, docstrings, read_lines, vocabulary_of
 
 
@@ -29,6 +30,8 @@ class Split(NamedTuple):
     """What a conditional pair is given, floats (n, *context_shape)."""
     lengths: Tensor | None = None
     """How many steps of each row count, integers (n,), where rows are sequences."""
+    factors: Tensor | None = None
+    """The index of each factor's value that a drawn datum was made from, integers (n, factors)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def load_data(
     """A data set by name, or from a file, split into three parts.
 
     Arguments:
-        data: ``digits`` (embedded), a torchvision name (``mnist``, ``fashion-mnist``, ``kmnist``,
+        data: ``digits`` (embedded), ``shapes`` (drawn, with factors; see `pyro_vae.shapes`), a
+            torchvision name (``mnist``, ``fashion-mnist``, ``kmnist``,
             ``emnist``, ``omniglot``, ``cifar10``, ``svhn``), or a path. A ``.npz`` holds ``x`` and
             maybe labels ``y`` and ``context``, or ``x_train``, ``x_test``, maybe ``x_validation``,
             and ``y_`` and ``context_`` likewise. Context is rows or images; 8-bit context becomes
@@ -94,6 +98,9 @@ def load_data(
         return _load_file(path)
     if name == "digits":
         return _digits()
+    if name == "shapes":
+        images, factors = draw()
+        return _three_ways("shapes", Split(images, factors[:, 0], factors=factors))
     if name in _TORCHVISION:
         root = data_dir or os.environ.get("PYRO_VAE_DATA") or Path.home() / ".cache" / "pyro_vae"
         return _torchvision(name, Path(root).expanduser())
@@ -195,7 +202,7 @@ _TORCHVISION: dict[str, tuple[Callable[[Path, bool, bool], Split], str]] = {
     "svhn": (_svhn, "train_32x32.mat and test_32x32.mat"),
 }
 
-NAMES = ("digits", "docstrings", *_TORCHVISION)
+NAMES = ("digits", "shapes", "docstrings", *_TORCHVISION)
 
 
 # What torchvision raises where files are absent, cut short, or of something else.
