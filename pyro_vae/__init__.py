@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_vae.datasets import load_data as load_data
     from pyro_vae.datasets import one_hot as one_hot
+    from pyro_vae.disentanglement import disentanglement_scores as disentanglement_scores
     from pyro_vae.errors import UsageError as UsageError
     from pyro_vae.evaluation import evaluate as evaluate
     from pyro_vae.factors import Factor as Factor
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pyro_vae.inference import reconstruct as reconstruct
     from pyro_vae.inference import sample as sample
     from pyro_vae.inference import traverse as traverse
+    from pyro_vae.latent import kl_parts as kl_parts
     from pyro_vae.likelihoods import Bernoulli as Bernoulli
     from pyro_vae.likelihoods import Categorical as Categorical
     from pyro_vae.likelihoods import ContinuousBernoulli as ContinuousBernoulli
@@ -152,6 +154,8 @@ _WHERE = {
     "refine": "guides",
     "refit_guide": "guides",
     "bounds_table": "guides",
+    "kl_parts": "latent",
+    "disentanglement_scores": "disentanglement",
     "write_report": "report",
     # data and runs
     "load_data": "datasets",

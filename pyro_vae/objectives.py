@@ -336,13 +336,14 @@ def log_aggregate(fn: Any, z: Tensor, log_shares: Tensor) -> tuple[Tensor, Tenso
     r"""Log densities of a mixture of posteriors, :math:`\sum_j s_{ij} q(z_i|x_j)`.
 
     Arguments:
-        fn: the posteriors of m data, with independent units.
+        fn: the posteriors of m data.
         z: n codes, of shape (n, *event_shape).
         log_shares: :math:`\log s_{ij}`, of shape (n, m).
 
-    Returns the density of each code, of shape (n,), and of each unit of it, of shape (n, units).
+    Returns the density of each code, of shape (n,), and of each unit of it, of shape (n, units):
+    one unit where units depend on each other.
     """
-    q = fn.base_dist if fn.event_shape else fn
+    q = fn.base_dist if factorizes(fn) else fn
     each = q.log_prob(z[:, None]).reshape(*log_shares.shape, -1)
     joint = (each.sum(-1) + log_shares).logsumexp(1)
     return joint, (each + log_shares[..., None]).logsumexp(1)
