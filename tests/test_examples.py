@@ -12,6 +12,7 @@ RUNS = {
     "completion.py": ["--epochs", "2", "--out", "OUT"],
     "conditional.py": ["--epochs", "2"],
     "counts.py": ["--epochs", "1"],
+    "disentanglement.py": ["--epochs", "1"],
     "digits.py": ["--epochs", "2", "--out", "OUT"],
     "guide_swap.py": ["--epochs", "1", "--steps", "2", "--num-samples", "5", "--out", "OUT"],
     "hierarchical.py": ["--epochs", "2", "--out", "OUT"],
