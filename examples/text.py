@@ -7,7 +7,9 @@ that runs this (licence PSF-2.0), as rows of characters. Three models have the s
 with: a VAE trained with word dropout and KL warm-up (Bowman et al., 2016), the same VAE without
 them, and a language model, which has no latent vector at all.
 
-Expect: a KL of three to four nats with word dropout and warm-up, and near 0 without them.
+Expect, on the test sentences: a KL of about 3.5 nats with word dropout and warm-up, and 0.1 without
+them. The vector has its price: a perplexity of 8.8 for each character against 4.8, and 4.9 of the
+language model. Takes about a minute and a half of one core's time.
 """
 
 import argparse
