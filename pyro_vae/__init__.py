@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyro_vae.datasets import hide_labels as hide_labels
     from pyro_vae.datasets import load_data as load_data
     from pyro_vae.datasets import one_hot as one_hot
     from pyro_vae.disentanglement import disentanglement_scores as disentanglement_scores
@@ -159,6 +160,7 @@ _WHERE = {
     "write_report": "report",
     # data and runs
     "load_data": "datasets",
+    "hide_labels": "datasets",
     "one_hot": "datasets",
     "as_tokens": "text",
     "as_text": "text",

@@ -130,7 +130,9 @@ def train(
             loaded.validation.x,
             *_context(given, loaded, loaded.validation),
         ),
-        objective=configuration.make_objective(objective, len(loaded.train.x)),
+        objective=configuration.make_objective(
+            objective, len(loaded.train.x), _enumerated(seeded_pair, given, loaded)
+        ),
         beta=configuration.make_beta(objective),
         learning_rate_schedule=configuration.make_learning_rate_schedule(
             objective, settings.epochs
@@ -192,8 +194,8 @@ def sample(
     num
         How many.
     label
-        Of this class, for a conditional pair; of each class in turn by default. Other context is
-        that of the test data, in turn.
+        Of this class, for a conditional pair; of each class in turn by default. Or of this value of
+        a discrete latent. Other context is that of the test data, in turn.
     means
         Means of the data given their latents, instead of draws.
     seed
@@ -203,10 +205,13 @@ def sample(
 
     _positive("num", num)
     pair, given = _pair(run, model)
-    if label is not None and "label" not in given.get("condition", ()):
-        raise UsageError(f"{run} is not conditional on a label: train with --condition label")
+    conditional = "label" in given.get("condition", ())
     context = _asked(run, given, num, label, model)
-    images = inference.sample(pair, num, context, means=means, seed=seed)
+    if label is None or conditional:
+        images = inference.sample(pair, num, context, means=means, seed=seed)
+    else:
+        values = _of_class(run, pair, num, label)
+        images = inference.decode(pair, values, context, means=means, seed=seed)
     _write(run, given, "samples", images, [("", part) for part in images[:100].split(10)])
 
 
@@ -430,6 +435,7 @@ def _user_pair(model: str, given: dict[str, Any]) -> "nn.Module":
         "latent_dim": configuration.plain_dim(given.get("latent_dim", Model.latent_dim)),
         "hidden": tuple(given.get("hidden", Model.hidden)),
         "context_shapes": tuple(map(tuple, given.get("context_shapes", ()))),
+        "num_classes": given.get("num_classes", 0),
     }
     return configuration.make_user_pair(model, arguments)
 
@@ -459,6 +465,11 @@ def _test(data: "Data", given: dict[str, Any], n: int) -> tuple["Tensor", list["
 def _context(given: dict[str, Any], data: "Data", split: "Split") -> list["Tensor"]:
     """What a run gives to its pair beside the data: labels, the file's context, library sizes."""
     context: list[Tensor] = []
+    if given.get("num_labels") is not None:
+        from pyro_vae.datasets import hide_labels
+
+        kept = given["num_labels"] if split is data.train else 0
+        context.append(hide_labels(_labels(given, data, split), kept, given.get("seed", 0)))
     if "label" in given.get("condition", ()):
         context.append(_one_hot(given, data, split))
     if "context" in given.get("condition", ()):
@@ -475,17 +486,52 @@ def _context(given: dict[str, Any], data: "Data", split: "Split") -> list["Tenso
     return context
 
 
+def _enumerated(pair: "nn.Module", given: dict[str, Any], data: "Data") -> bool:
+    """Whether a pair has discrete latents to be summed out; what is no pair has none."""
+    from pyro_vae.data import Preparation
+    from pyro_vae.enumeration import enumerates
+    from pyro_vae.pairs import placement
+
+    context = _context(given, data, data.train)
+    few = tuple(part[:2] for part in (data.train.x, *context))
+    try:
+        return enumerates(pair, Preparation(*placement(pair))(few))
+    except Exception:  # `fit` checks the pair, and says in words what is wrong
+        return False
+
+
 def _one_hot(given: dict[str, Any], data: "Data", split: "Split") -> "Tensor":
     from pyro_vae.datasets import one_hot
 
+    return one_hot(_labels(given, data, split), given["num_classes"])
+
+
+def _labels(given: dict[str, Any], data: "Data", split: "Split") -> "Tensor":
     if split.labels is None:
-        raise UsageError(f"--condition label needs labels, {data.name} has none")
+        raise UsageError(f"the run needs labels, {data.name} has none")
     classes = given["num_classes"]
     if data.num_classes > classes:
         raise UsageError(
             f"the run knows labels 0 to {classes - 1}, {data.name} goes to {data.num_classes - 1}"
         )
-    return one_hot(split.labels, classes)
+    return split.labels
+
+
+def _of_class(run: Path, pair: "nn.Module", num: int, label: int) -> dict[str, "Tensor"]:
+    """The first discrete latent of a pair, with this value in every row."""
+    from pyro_vae.enumeration import values
+    from pyro_vae.pairs import template
+
+    found = values(pair, template(pair, 2))
+    if not found:
+        raise UsageError(
+            f"{run} is not conditional on a label and has no classes: train with "
+            "--condition label, --model semi-supervised or --model mixture"
+        )
+    name, every = next(iter(found.items()))
+    if not 0 <= label < len(every):
+        raise UsageError(f"label is 0 to {len(every) - 1}, {label} came")
+    return {name: every[label].expand(num, *every.shape[1:])}
 
 
 def _asked(

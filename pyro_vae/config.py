@@ -117,9 +117,11 @@ class Model:
     Parameters
     ----------
     model
-        vae; hierarchical; deep-markov, for sequences, which are rows (steps, d) or images read from
-        the top; or module:Class for a pair of your own, whose constructor gets those of data_shape,
-        latent_dim, hidden and context_shapes that it takes.
+    if config.model == "deep-markov":
+        return _deep_markov_model(config, data)
+        vae, hierarchical, semi-supervised (labels of some rows), mixture (clusters), or
+        module:Class for a pair of your own, whose constructor gets those of data_shape,
+        latent_dim, hidden, context_shapes and num_classes that it takes.
     network
         Multilayer perceptrons, convolutions for images, or recurrent networks for text; auto takes
         the last for text and the first for other data.
@@ -161,10 +163,15 @@ class Model:
         Prior of z, or of the top level; "conditional" learns one that depends on the context,
         "vamp" is a mixture of posteriors of pseudo-inputs that start at data.
     components
-        Terms of --prior gaussian-mixture or vamp.
+        Terms of --prior gaussian-mixture or vamp; clusters of --model mixture.
     condition
         What encoder and decoder are given, in a conditional VAE: the labels, one-hot, the
         "context" of the data file, or both.
+    num_labels
+        How many training rows keep their label, as many of each class; the pair gets whole numbers,
+        -1 elsewhere. For --model semi-supervised, or a pair of your own.
+    classification_weight
+        Weight of the classifier's log q(y | x) on rows with labels, for --model semi-supervised.
     """
 
     model: str = "vae"
@@ -201,13 +208,18 @@ class Model:
     )
     components: int | None = None
     condition: tuple[Literal["label", "context"], ...] = ()
+    num_labels: int | None = None
+    classification_weight: float = 50.0
 
     def __post_init__(self) -> None:
+        self._require_discrete()
         for name in ("latent_dim", "hidden", "channels"):
             value = getattr(self, name)
             if any(width < 1 for width in value):
                 raise UsageError(f"{name} must be positive, {', '.join(map(str, value))} came")
         for name, (of, allowed) in _ONLY_FOR.items():
+            if name == "components" and self.model == "mixture":
+                continue
             value, chosen = getattr(self, name), getattr(self, of)
             if value != _DEFAULTS[name] and chosen not in allowed:
                 raise UsageError(
@@ -227,6 +239,19 @@ class Model:
         if self.components is not None and self.components < 1:
             raise UsageError(f"components must be 1 or more, {self.components} came")
 
+    def _require_discrete(self) -> None:
+        """Options that go with discrete latents, or do not."""
+        if self.model == "semi-supervised" and self.num_labels is None:
+            raise UsageError("--model semi-supervised needs --num-labels")
+        if self.num_labels is not None and self.model in ("vae", "hierarchical", "mixture"):
+            raise UsageError(f"num_labels are for --model semi-supervised, {self.model} came")
+        if self.model in ("semi-supervised", "mixture") and (self.condition or self.library_size):
+            raise UsageError(f"--model {self.model} takes no condition and no library size")
+        if self.model == "mixture" and self.prior != Model.prior:
+            raise UsageError(f"--model mixture has a prior of its own, --prior {self.prior} came")
+        if self.model == "semi-supervised" and self.prior == "vamp":
+            raise UsageError("--prior vamp is for pairs without classes")
+
     @property
     def top_dim(self) -> int:
         """The dimension of the latent vector, or of the top level's."""
@@ -237,6 +262,7 @@ _ONLY_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
     "blocks": ("network", ("conv",)),
     "guide": ("model", ("hierarchical",)),
     "normalize": ("model", ("hierarchical",)),
+    "classification_weight": ("model", ("semi-supervised",)),
     "components": ("prior", ("gaussian-mixture", "vamp")),
 }
 """Options that only some values of another option take."""
@@ -342,11 +368,21 @@ def make_pair(config: Model, data: Data) -> nn.Module:
             "latent_dim": plain_dim(config.latent_dim),
             "hidden": config.hidden,
             "context_shapes": context,
+            "num_classes": data.num_classes,
         }
         return make_user_pair(config.model, given)
+<<<<<<< HEAD
     if config.model == "deep-markov":
         return _deep_markov_model(config, data)
     makers = {"vae": _make_vae, "hierarchical": _make_hierarchical}
+=======
+    makers: dict[str, Callable[[Model, dict[str, Any]], tuple[Any, nn.Module | None]]] = {
+        "vae": _make_vae,
+        "hierarchical": _make_hierarchical,
+        "semi-supervised": lambda *given: _make_semisupervised(*given, data),
+        "mixture": _make_mixture,
+    }
+>>>>>>> 69869d4 (Semi-supervised and mixture models from the command line)
     if config.model not in makers:
         known = nearest(config.model, [*makers, "deep-markov"])
         raise UsageError(f"no model is called '{config.model}'; {known} (or give module:Class)")
@@ -361,7 +397,7 @@ def make_pair(config: Model, data: Data) -> nn.Module:
         "data_shape": data.shape,
         "hidden": config.hidden,
         "likelihood": make_likelihood(config),
-        "prior": make_prior(config, context),
+        "prior": None if config.model == "semi-supervised" else make_prior(config, context),
         "context_shapes": context,
         "activation": make_activation(config.activation),
     }
@@ -396,6 +432,37 @@ def _make_hierarchical(config: Model, common: dict[str, Any]) -> tuple[Any, nn.M
         latent_dim=config.latent_dim, top_down=top_down, normalize=config.normalize, **common
     )
     return pair, pair.inference.top() if top_down else None
+
+
+def _make_semisupervised(
+    config: Model, common: dict[str, Any], data: Data
+) -> tuple[Any, nn.Module | None]:
+    from pyro_vae.models.semisupervised import SemiSupervisedVAE
+
+    if data.num_classes < 2:
+        raise UsageError(f"--model semi-supervised needs labels, {data.name} has none")
+    own = {
+        "prior": make_prior(config, ((data.num_classes,),)),
+        "num_classes": data.num_classes,
+        "classification_weight": config.classification_weight,
+        "latent_dim": config.top_dim,
+        "posterior": make_posterior(config),
+    }
+    make: Any = SemiSupervisedVAE.conv if config.network == "conv" else SemiSupervisedVAE.mlp
+    return make(**{k: v for k, v in common.items() if k != "context_shapes"} | own), None
+
+
+def _make_mixture(config: Model, common: dict[str, Any]) -> tuple[Any, nn.Module | None]:
+    from pyro_vae.models.mixture import MixtureVAE
+
+    own = {
+        "components": config.components or 10,
+        "latent_dim": config.top_dim,
+        "posterior": make_posterior(config),
+    }
+    kept = {k: v for k, v in common.items() if k not in ("prior", "context_shapes")}
+    make: Any = MixtureVAE.conv if config.network == "conv" else MixtureVAE.mlp
+    return make(**kept | own), None
 
 
 def _make_vamp(config: Model, encoder: nn.Module, data: Data, context: Sequence[Any]) -> nn.Module:
@@ -624,8 +691,11 @@ def make_activation(name: str) -> type[nn.Module]:
     }[name]
 
 
-def make_objective(config: Objective, num_data: int) -> ELBO | None:
-    """The Pyro ELBO of a configuration, for so many training data; None leaves it to the pair."""
+def make_objective(config: Objective, num_data: int, enumerated: bool = False) -> ELBO | None:
+    """The Pyro ELBO of a configuration, for so many training data; None leaves it to the pair.
+
+    ``enumerated`` says whether the pair has discrete latents to be summed out.
+    """
     from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
     from pyro_vae import objectives
@@ -641,7 +711,8 @@ def make_objective(config: Objective, num_data: int) -> ELBO | None:
         )
     if config.objective is None and config.num_samples == 1 and config.gradient == "total":
         return None
-    kind = TraceMeanField_ELBO if config.objective == "analytic" else Trace_ELBO
+    usual = objectives.EnumeratedELBO if enumerated else Trace_ELBO
+    kind: Any = TraceMeanField_ELBO if config.objective == "analytic" else usual
     if config.gradient == "sticking-the-landing":
         kind = objectives.StickingTheLandingELBO
     return kind(

@@ -145,6 +145,31 @@ def _text(name: str, lines: list[str], length: int, vocabulary: str | None) -> D
     return replace(data, vocabulary=vocabulary)
 
 
+def hide_labels(labels: Tensor, num_labels: int, seed: int = 0) -> Tensor:
+    """Labels (n,) of which so many are kept, as many of each class, and the others are -1.
+
+    Arguments:
+        num_labels: how many to keep; 0 hides them all.
+        seed: of the draw of those that are kept.
+
+    >>> hide_labels(torch.tensor([0, 1, 0, 1]), 2, seed=1).sort().values
+    tensor([-1, -1,  0,  1])
+    """
+    labels = torch.as_tensor(labels).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    classes = labels.unique().tolist()
+    counts = [(num_labels + i) // len(classes) for i in range(len(classes))]
+    hidden = torch.full_like(labels, -1)
+    for label, count in zip(classes, counts, strict=True):
+        rows = order[labels[order] == label]
+        if len(rows) < count:
+            raise UsageError(
+                f"num_labels is {num_labels}, {count} of each class; class {label} has {len(rows)}"
+            )
+        hidden[rows[:count]] = label
+    return hidden
+
+
 def _digits() -> Data:
     from sklearn.datasets import load_digits
 

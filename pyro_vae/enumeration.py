@@ -112,6 +112,13 @@ def discrete(pair: nn.Module, batch: Batch) -> list[str]:
     return [name for name, site in sites.items() if _has_values(site["fn"])]
 
 
+def values(pair: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """All values (values, *event) of each latent site of a pair that has a finite list of them."""
+    guide, model = _glance(pair, batch)
+    sites = latents(model) | latents(guide)
+    return {name: _values(sites[name]) for name in discrete(pair, batch)}
+
+
 def is_named(pair: nn.Module, batch: Batch, name: str) -> bool:
     """Whether the values of an enumerated site are classes that the model is told the names of.
 

@@ -107,7 +107,8 @@ class SemiSupervisedVAE(PyroModule):
         """One of convolutions, for images; ``parts`` are the other arguments of `VAE.conv`."""
         vae = VAE.conv(data_shape, context_shapes=[(num_classes,)], **parts)
         own: ConvEncoder = vae.encoder.network  # type: ignore[assignment]
-        network = ConvEncoder([data_shape], own.channels, own.hidden, num_classes, own.activation)
+        sizes = own.channels, own.hidden, num_classes, own.activation, own.blocks
+        network = ConvEncoder([data_shape], *sizes)
         return cls._of(vae, network, num_classes, classification_weight)
 
     @classmethod
