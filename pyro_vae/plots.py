@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.inference import encode, interpolate, reconstruct, sample, traverse
+from pyro_vae.inference import decode, encode, interpolate, reconstruct, sample, traverse
 from pyro_vae.text import as_text
 
 if TYPE_CHECKING:
@@ -171,6 +171,29 @@ def samples(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = (), seed: in
     return grid(rows, "samples (means)")
 
 
+def by_value(
+    pair: nn.Module,
+    x: Tensor,
+    context: Sequence[Tensor],
+    latent: str,
+    values: Tensor,
+    seed: int = 0,
+) -> "Figure":
+    """Means of data for each value of a discrete latent, the other latents drawn.
+
+    Where those do not depend on it, each column shares a draw of them.
+    """
+    one = [part[:1] for part in context]
+    rows = [
+        (
+            f"{latent} = {i}",
+            alike(decode(pair, {latent: value.expand(10, *value.shape)}, one, seed=seed), x),
+        )
+        for i, value in enumerate(values)
+    ]
+    return grid(rows, f"samples (means), by {latent}")
+
+
 def traversals(
     pair: nn.Module, x: Tensor, context: Sequence[Tensor], units: Sequence[int], latent: str
 ) -> "Figure":
@@ -194,9 +217,9 @@ def interpolations(
 
 
 def codes(pair: nn.Module, x: Tensor, context: Sequence[Tensor]) -> tuple[str, Tensor]:
-    """The name and the codes of the latent site of most units."""
+    """The name and the codes of the latent site of most units, a discrete one only for want."""
     found = encode(pair, x, *context)
-    return max(found.items(), key=lambda item: item[1][0].numel())
+    return max(found.items(), key=lambda item: (item[1].is_floating_point(), item[1][0].numel()))
 
 
 def alike(made: Tensor, x: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae import plots, runs
+from pyro_vae import enumeration, plots, runs
 from pyro_vae.errors import UsageError
 from pyro_vae.inference import interpolate, reconstruct, sample
+from pyro_vae.pairs import missing_context, template
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +32,8 @@ _WORDS = {
     "curves": "The ELBO is the true bound, also where training weighed the KL otherwise.",
     "reconstructions": "Test data above, the means of their reconstructions beneath.",
     "samples": "Latents drawn from the prior, and the mean of the data given them.",
+    "classes": "A row for each value of a discrete latent, a class or a cluster; the other latents "
+    "are drawn.",
     "traversals": "One test datum's code, with one latent unit at a time set to values from -3 to "
     "3; the units with the greatest KL first.",
     "interpolations": "Straight lines between the codes of two test data.",
@@ -50,6 +53,7 @@ _TITLES = {
     "curves": "Training",
     "reconstructions": "Reconstructions",
     "samples": "Samples",
+    "classes": "Samples by class",
     "traversals": "Traversals",
     "interpolations": "Interpolations",
     "latent": "Latent space",
@@ -66,6 +70,10 @@ _NUMBERS = {
     "kl": "KL",
     "bits_per_dim": "bits per dimension",
     "probe_accuracy": "accuracy of a linear probe of the codes",
+    "accuracy": "accuracy of the most probable class",
+    "calibration_error": "expected calibration error of its probability",
+    "clustering_accuracy": "accuracy of the most probable cluster, each matched to a label",
+    "mutual_information": "normalised mutual information of cluster and label",
 }
 
 
@@ -125,8 +133,11 @@ def _figures(
     few = [part[:12] for part in context]
     made.append(("reconstructions", plots.reconstructions(pair, x[:12], few)))
     if hasattr(pair, "template"):
-        shown = _contexts(context, labels)
+        shown = [] if missing_context(pair, 1) else _contexts(context, labels)
         made.append(("samples", plots.samples(pair, x, shown, seed)))
+        found = enumeration.values(pair, template(pair, 2, [part[:1] for part in shown]))
+        for name, values in list(found.items())[:1]:
+            made.append(("classes", plots.by_value(pair, x, shown, name, values[:20], seed)))
     site, codes = plots.codes(pair, x, context)
     kl = metrics.get("kl_by_unit") or {}
     if codes.is_floating_point():

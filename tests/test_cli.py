@@ -610,3 +610,53 @@ def test_a_scalar_latent_is_one_unit(tmp_path, monkeypatch):
     assert len(metrics["kl_by_unit"]["b"]) == 1
     assert metrics["kl_by_unit"]["b"][0] == pytest.approx(metrics["kl"], abs=0.2)
     assert is_png(tmp_path / "run" / "figures" / "traversals.png")
+
+
+def test_a_semi_supervised_run(tmp_path, capsys):
+    run = train(tmp_path / "run", "--model semi-supervised --num-labels 20 --beta 0.5")
+    assert "classes" in capsys.readouterr().out
+    metrics = read(run / "metrics.json")
+    assert 0 <= metrics["accuracy"] <= 1
+    assert 0 <= metrics["calibration_error"] <= 1
+    assert set(metrics["kl_by_site"]) == {"y", "z"}
+    assert (run / "figures" / "classes.png").read_bytes().startswith(PNG)
+    assert "Samples by class" in (run / "report.html").read_text()
+    command("sample {run} --num 4 --label 3", run=run)
+    command("sample {run} --num 4", run=run)
+    command("encode {run} --part validation", run=run)
+    with np.load(run / "codes.npz") as codes:
+        assert codes["y_mean"].shape == (180,)
+        assert "y_scale" not in codes
+    with pytest.raises(SystemExit):
+        command("sample {run} --label 10", run=run)
+    assert "label is 0 to 9, 10 came" in capsys.readouterr().err
+
+
+def test_a_mixture_run(tmp_path, capsys):
+    run = train(tmp_path / "run", "--model mixture --components 4 --num-samples 2")
+    assert "clusters" in capsys.readouterr().out
+    assert 0 <= read(run / "metrics.json")["mutual_information"] <= 1
+    assert (run / "figures" / "classes.png").read_bytes().startswith(PNG)
+    command("sample {run} --num 4 --label 3", run=run)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--model semi-supervised", "needs --num-labels"),
+        ("--model mixture --num-labels 20", "num_labels are for --model semi-supervised"),
+        ("--model semi-supervised --num-labels 5000", "of each class; class 0 has"),
+        ("--model mixture --prior flow", "has a prior of its own"),
+        ("--components 3", "components are for --model mixture"),
+        ("--model mixture --condition label", "takes no condition"),
+        ("--model mixture --objective free-bits", "use pyro_vae.EnumeratedELBO"),
+    ],
+)
+def test_options_that_make_no_sense_together_with_discrete_latents(
+    options, words, tmp_path, capsys
+):
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", options)
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
