@@ -379,7 +379,7 @@ def make_pair(config: Model, data: Data) -> nn.Module:
     makers: dict[str, Callable[[Model, dict[str, Any]], tuple[Any, nn.Module | None]]] = {
         "vae": _make_vae,
         "hierarchical": _make_hierarchical,
-        "semi-supervised": lambda *given: _make_semisupervised(*given, data),
+        "semi-supervised": lambda of, common: _make_semisupervised(of, common, data),
         "mixture": _make_mixture,
     }
 >>>>>>> 69869d4 (Semi-supervised and mixture models from the command line)

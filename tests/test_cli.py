@@ -647,7 +647,6 @@ def test_a_mixture_run(tmp_path, capsys):
         ("--model mixture --num-labels 20", "num_labels are for --model semi-supervised"),
         ("--model semi-supervised --num-labels 5000", "of each class; class 0 has"),
         ("--model mixture --prior flow", "has a prior of its own"),
-        ("--components 3", "components are for --model mixture"),
         ("--model mixture --condition label", "takes no condition"),
         ("--model mixture --objective free-bits", "use pyro_vae.EnumeratedELBO"),
     ],
