@@ -6,7 +6,7 @@ M1 is a VAE of softplus layers 784-400-400-50 on all training images, binarised 
 without a label. M2 is fitted to the posterior means of the units that M1 uses (those with a KL over
 0.05 nats), with labels of 100 or 1,000 of the 50,000 training images, as many of each class, three
 draws each. The rows with labels are repeated, so that a tenth of each minibatch has some. Labels of
-the 10,000 validation images chose the settings; those of test images are used for the figures alone.
+the 10,000 validation images chose the settings; those of test images give the figures alone.
 
 Each stage writes a file into the folder, and is not run again where that is there: M1 its run
 folder, codes.pt, and a JSON of settings, seeds and results for each number of labels and draw. So a

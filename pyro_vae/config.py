@@ -371,18 +371,14 @@ def make_pair(config: Model, data: Data) -> nn.Module:
             "num_classes": data.num_classes,
         }
         return make_user_pair(config.model, given)
-<<<<<<< HEAD
     if config.model == "deep-markov":
         return _deep_markov_model(config, data)
-    makers = {"vae": _make_vae, "hierarchical": _make_hierarchical}
-=======
     makers: dict[str, Callable[[Model, dict[str, Any]], tuple[Any, nn.Module | None]]] = {
         "vae": _make_vae,
         "hierarchical": _make_hierarchical,
         "semi-supervised": lambda of, common: _make_semisupervised(of, common, data),
         "mixture": _make_mixture,
     }
->>>>>>> 69869d4 (Semi-supervised and mixture models from the command line)
     if config.model not in makers:
         known = nearest(config.model, [*makers, "deep-markov"])
         raise UsageError(f"no model is called '{config.model}'; {known} (or give module:Class)")
