@@ -117,9 +117,8 @@ class Model:
     Parameters
     ----------
     model
-    if config.model == "deep-markov":
-        return _deep_markov_model(config, data)
-        vae, hierarchical, semi-supervised (labels of some rows), mixture (clusters), or
+        vae; hierarchical; semi-supervised, with labels of some rows; mixture, which clusters;
+        deep-markov, for sequences, which are rows (steps, d) or images read from the top; or
         module:Class for a pair of your own, whose constructor gets those of data_shape,
         latent_dim, hidden, context_shapes and num_classes that it takes.
     network

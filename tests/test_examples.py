@@ -18,7 +18,9 @@ RUNS = {
     "hierarchical.py": ["--epochs", "2", "--out", "OUT"],
     "sequence.py": ["--epochs", "1", "--out", "OUT"],
     "text.py": ["--epochs", "2", "--rows", "64"],
+    "mixture.py": ["--epochs", "2"],
     "own_pair.py": ["--epochs", "2"],
+    "semisupervised.py": ["--epochs", "2"],
 }
 
 
