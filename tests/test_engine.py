@@ -122,7 +122,8 @@ def served(name, objective):
     if objective in FEW:
         return name in FEW[objective]
     if name in ENUMERATED or objective.startswith("enumerated"):
-        return name in ENUMERATED and objective.startswith("enumerated")
+        one = objective == "enumerated" or name == "semi-supervised"  # of particles one pair tells
+        return name in ENUMERATED and objective.startswith("enumerated") and one
     if name == "discrete":
         return objective in ("elbo", "particles", "vectorized")
     if name in LIKELIHOODS:  # an objective looks at no likelihood: one, and a plate of samples
