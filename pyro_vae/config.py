@@ -29,6 +29,10 @@ EngineName: TypeAlias = Literal["auto", "eager", "traced", "compiled"]
 ENGINES: tuple[str, ...] = get_args(EngineName)
 
 
+COUNTS = ("poisson", "negative-binomial", "zero-inflated-negative-binomial")
+"""Likelihoods of whole numbers, whose 8-bit data are no intensities."""
+
+
 def require_engine(name: str) -> str:
     """The name of an engine, or `UsageError` with the nearest."""
     if name not in ENGINES:
@@ -467,7 +471,8 @@ def _make_vamp(config: Model, encoder: nn.Module, data: Data, context: Sequence[
     if context:
         raise UsageError("--prior vamp is for pairs without context, --condition came with it")
     components = config.components or min(500, len(data.train.x))
-    return VampPrior.of_data(encoder, data.train.x, components=components)
+    x = data.train.x.float() if config.likelihood in COUNTS else data.train.x
+    return VampPrior.of_data(encoder, x, components=components)
 
 
 def plain_dim(latent_dim: Sequence[int]) -> int | tuple[int, ...]:
@@ -595,10 +600,9 @@ def make_likelihood(config: Model) -> Any:
 
     if config.likelihood != "gaussian" and config.scale != Model.scale:
         raise UsageError(f"scale is for --likelihood gaussian, {config.likelihood} came with it")
-    counts = ("poisson", "negative-binomial", "zero-inflated-negative-binomial")
-    if config.library_size and config.likelihood not in counts:
+    if config.library_size and config.likelihood not in COUNTS:
         raise UsageError(
-            f"library_size is for counts ({', '.join(counts)}), {config.likelihood} came with it"
+            f"library_size is for counts ({', '.join(COUNTS)}), {config.likelihood} came with it"
         )
     if config.likelihood == "gaussian":
         if config.scale in ("predicted", "learned"):

@@ -282,7 +282,7 @@ class Viewed(nn.Module):
 
 
 class Log1p(nn.Module):
-    """Counts x as log(1 + x).
+    """Counts x as log(1 + x), what is below 0 (a pseudo-input of `pyro_vae.VampPrior`) as 0.
 
     >>> Log1p()(torch.tensor([0.0, 1e6]))
     tensor([ 0.0000, 13.8155])
@@ -292,7 +292,7 @@ class Log1p(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.log1p(x)
+        return torch.log1p(x.clamp(min=0))
 
 
 class OneHot(nn.Module):

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.config import Model, make_pair
 from pyro_vae.data import preparation, source
+from pyro_vae.datasets import Data, Split
 from pyro_vae.factors import bounded_scale
 from pyro_vae.rng import seeded
 
@@ -140,6 +142,17 @@ def test_the_encoder_sees_counts_by_their_logarithm():
         x = torch.tensor([[0.0, 1.0, 50.0, 1e6]]).double()
     (linear,) = vae.encoder.network.network.layers
     torch.testing.assert_close(vae.encoder(x).base_dist.loc, linear(torch.log1p(x))[:, :2])
+
+
+def test_pseudo_inputs_of_a_vamp_prior_are_counts():
+    """They start at the data, bytes as whole numbers, and may go below 0 without harm."""
+    part = Split(torch.arange(60, dtype=torch.uint8).reshape(20, 3))
+    config = Model(likelihood="poisson", prior="vamp", components=20, hidden=(4,))
+    vae = make_pair(config, Data("cells", part, part, part))
+    (start,) = vae.prior.pseudo_inputs
+    assert torch.equal(start.sort(0).values, part.x.float())
+    start.data -= 30
+    assert bool(torch.isfinite(vae.prior().log_prob(torch.zeros(20))).all())
 
 
 COUNTS = torch.tensor([[0, 3, 200], [1, 0, 255], [7, 7, 7]], dtype=torch.uint8)
