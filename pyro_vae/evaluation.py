@@ -59,6 +59,8 @@ class Evaluation:
     kl_by_site: dict[str, float]
     kl_by_unit: dict[str, list[float]]
     """Mean KL of each unit of a latent site, where the site splits into units."""
+    num_units: dict[str, int]
+    """Units of each latent site that is not discrete."""
     active_units: dict[str, int]
     """Units whose posterior mean has a variance over 0.01 across the data, for each latent site."""
     log_likelihood: float
@@ -95,7 +97,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         active = ", ".join(
-            f"{count} of {len(self.kl_by_unit.get(site, [])) or '?'}"
+            f"{count} of {self.num_units[site]}"
             + (f" ({site})" if len(self.active_units) > 1 else "")
             for site, count in self.active_units.items()
         )
@@ -184,6 +186,7 @@ def evaluate(
         kl=sum(parts.kl.values()),
         kl_by_site=parts.kl,
         kl_by_unit={name: kl.tolist() for name, kl in units.items()},
+        num_units={name: code.shape[1] for name, code in codes.items()},
         active_units={
             name: int((code.var(0, correction=0) > ACTIVE).sum()) for name, code in codes.items()
         },

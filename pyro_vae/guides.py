@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import transform_to
@@ -24,6 +23,7 @@ from pyro_vae.errors import UsageError
 from pyro_vae.factors import Factor, Family
 from pyro_vae.importance import LogLikelihood, estimate, structure
 from pyro_vae.networks import MLP, Shape
+from pyro_vae.objectives import elbo
 from pyro_vae.optim import Optimizer
 from pyro_vae.pairs import (
     Batch,
@@ -181,10 +181,11 @@ class _Ascent:
         self, pair: nn.Module, first: Batch, num_particles: int, steps: int, engine: str
     ) -> None:
         with using(pair):
-            nesting, vectorized, _ = structure(pair, first)
+            _, vectorized, _ = structure(pair, first)
             self.pair = Refined(pair, _places(latents(trace_guide(pair, first))))
-        objective = Trace_ELBO(num_particles, nesting, vectorize_particles=vectorized)
         n = len(first[0])
+        named = (*first, torch.arange(n, device=first[0].device))
+        objective = elbo(self.pair, named, num_particles, vectorized)
         self.engine = Engine(self.pair, objective, engine, batch_size=n, steps=steps, declare=False)
         self.model, self.steps = registered(self.pair, self.pair.model), steps
 

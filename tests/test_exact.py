@@ -95,6 +95,7 @@ def test_kl_and_active_units_are_those_of_the_closed_form():
     )
     assert result.kl == pytest.approx(exact.mean().item(), abs=0.3)
     assert result.active_units == {"z": 2}
+    assert result.num_units == {"z": 2}
     assert result.bits_per_dim is None
     assert result.elbo == pytest.approx(result.reconstruction - result.kl, abs=1e-9)
 

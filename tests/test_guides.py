@@ -105,7 +105,7 @@ def test_without_offsets_a_refined_guide_is_the_guide(name):
         torch.testing.assert_close(codes[site], code)
 
 
-@pytest.mark.parametrize("name", ["flows", "params"])
+@pytest.mark.parametrize("name", ["flows", "params", "semi-supervised", "hierarchical"])
 def test_any_pair_is_refined_and_left_as_it_was(name):
     pair, batch = make(name), rows(name, 12)
     require(pair, batch)
