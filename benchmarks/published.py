@@ -5,7 +5,8 @@
 
 Each row is a run folder under runs/published, which is gone on with where it stopped (Ctrl-C, a
 kill) and keeps its results in result.json. ``--epochs`` makes a shorter run, kept apart and
-labelled by its epochs. ``--table`` prints what has been measured, for docs/benchmarks.md.
+labelled by its epochs. ``--table`` prints what has been measured, and ``--curves FILE`` draws it,
+for docs/benchmarks.md.
 
 Other rows have scripts of their own: pyro_example.py, semisupervised.py, missing_data.py.
 
@@ -14,6 +15,7 @@ Binary MNIST is "dynamic": pixels are drawn anew at each visit as Bernoulli(inte
 """
 
 import argparse
+import csv
 import json
 import platform
 import time
@@ -202,6 +204,21 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def curves(path: Path) -> None:
+    """The validation ELBO of every row by epoch, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    for folder in sorted(path.parent for path in RUNS.glob("*/history.csv")):
+        with open(folder / "history.csv", newline="") as file:
+            elbo = [float(row["validation_elbo"]) for row in csv.DictReader(file)]
+        axis.plot(range(1, len(elbo) + 1), elbo, label=folder.name, linewidth=1.2)
+    axis.set(xlabel="epoch", ylabel="validation ELBO, nats per example", ylim=(-96, -85))
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
@@ -209,6 +226,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--samples", type=int, default=5000, help="for the NLL; 0: only fit")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--curves", type=Path, help="a picture of the validation ELBO")
     options = parser.parse_args()
     if unknown := [name for name in options.rows if name not in ROWS]:
         parser.error(f"no row is called '{unknown[0]}'; known: {', '.join(ROWS)}")
@@ -217,6 +235,8 @@ def main() -> None:
         for name in options.rows or ROWS:
             run(name, data, options.epochs, options.samples)
     print(table())
+    if options.curves:
+        curves(options.curves)
 
 
 if __name__ == "__main__":

@@ -121,23 +121,14 @@ class HierarchicalVAE(PyroModule):
             context_shapes: the shape of one row of each context tensor.
             activation: makes the nonlinearity.
         """
-        likelihood, data_shape = made(likelihood), tuple(data_shape)
-        _require_levels(data_shape, latent_dim, hidden)
-        context = [tuple(shape) for shape in context_shapes]
-        given = context[: len(context) - likelihood.context]
-        seen: list[int | Shape] = [*(latent_dim[:1] if markov else latent_dim), *given]
         style: dict[str, Any] = {"activation": activation, "normalize": normalize}
-        first = viewed(
-            lambda shape: MLP([shape, *context], hidden, None, **style), likelihood, data_shape
-        )
-        decoder = MLP(seen, tuple(hidden)[::-1], likelihood.outputs(data_shape), **style)
-        return cls(
-            _inference(first, latent_dim, hidden, context, top_down, style),
-            Factor(decoder, likelihood, data_shape),
-            _levels(latent_dim, hidden, context, markov, style),
-            prior if isinstance(prior, nn.Module) else prior(latent_dim[-1]),
-            markov,
-            context,
+        family = made(likelihood)
+        _require_levels(data_shape, latent_dim, hidden)
+        return cls._of(
+            lambda inputs: MLP(inputs, hidden, None, **style),
+            lambda inputs, outputs: MLP(inputs, tuple(hidden)[::-1], outputs, **style),
+            *(tuple(data_shape), latent_dim, hidden, family, prior),
+            *(top_down, markov, context_shapes, style),
         )
 
     @classmethod
@@ -161,23 +152,40 @@ class HierarchicalVAE(PyroModule):
         Arguments as those of `HierarchicalVAE.mlp`; ``channels`` and ``blocks`` as those of
         `VAE.conv`.
         """
-        likelihood, data_shape = made(likelihood), tuple(data_shape)
+        style: dict[str, Any] = {"activation": activation, "normalize": normalize}
+        family = made(likelihood)
         _require_levels(data_shape, latent_dim, hidden)
+        image, up = image_of(family, tuple(data_shape)), tuple(channels)[::-1]
+        return cls._of(
+            lambda inputs: ConvEncoder(inputs, channels, hidden, None, activation, blocks),
+            lambda inputs, _: ConvDecoder(
+                inputs, tuple(hidden)[::-1], up, image, activation, blocks
+            ),
+            *(tuple(data_shape), latent_dim, hidden, family, prior),
+            *(top_down, markov, context_shapes, style),
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        encode: Callable[[Sequence[int | Shape]], nn.Module],
+        decode: Callable[[Sequence[int | Shape], int], nn.Module],
+        data_shape: Shape,
+        latent_dim: Sequence[int],
+        hidden: Sequence[int],
+        likelihood: Family,
+        prior: nn.Module | Callable[[int], nn.Module],
+        top_down: bool,
+        markov: bool,
+        context_shapes: Sequence[Shape],
+        style: dict[str, Any],
+    ) -> "HierarchicalVAE":
+        """A pair of what makes the networks next to the data, from the shapes that they see."""
         context = [tuple(shape) for shape in context_shapes]
         given = context[: len(context) - likelihood.context]
+        first = viewed(lambda shape: encode([shape, *context]), likelihood, data_shape)
         seen: list[int | Shape] = [*(latent_dim[:1] if markov else latent_dim), *given]
-        style: dict[str, Any] = {"activation": activation, "normalize": normalize}
-        image = image_of(likelihood, data_shape)
-        first = viewed(
-            lambda shape: ConvEncoder(
-                [shape, *context], channels, hidden, None, activation, blocks
-            ),
-            likelihood,
-            data_shape,
-        )
-        decoder = ConvDecoder(
-            seen, tuple(hidden)[::-1], tuple(channels)[::-1], image, activation, blocks
-        )
+        decoder = decode(seen, likelihood.outputs(data_shape))
         return cls(
             _inference(first, latent_dim, hidden, context, top_down, style),
             Factor(decoder, likelihood, data_shape),
