@@ -1,4 +1,4 @@
-"""Why is the bound loose? One VAE, four guides for it, one table of bounds.
+"""Why is the bound loose? One VAE, six guides for it, one table of bounds.
 
     python examples/guide_swap.py [--epochs 40] [--steps 300] [--num-samples 500] [--out FILE]
 

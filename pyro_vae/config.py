@@ -228,10 +228,15 @@ class Model:
                 raise UsageError(
                     f"{name} is for --{of} {' or '.join(allowed)}, {of} {chosen} came with it"
                 )
-        if len(self.latent_dim) > 1 and self.model == "vae":
+        if len(self.latent_dim) > 1 and self.model != "hierarchical" and ":" not in self.model:
             raise UsageError(
-                f"latent_dim of --model vae is one number, {len(self.latent_dim)} came: several "
-                "levels are for --model hierarchical"
+                f"latent_dim of --model {self.model} is one number, {len(self.latent_dim)} came: "
+                "several levels are for --model hierarchical"
+            )
+        if len(self.latent_dim) < 2 and self.model == "hierarchical":
+            raise UsageError(
+                "--model hierarchical needs two levels or more, from the data upwards: "
+                f"--latent-dim 32 16, say; {self.top_dim} came"
             )
         if self.prior == "vamp" and self.guide == "bottom-up":
             raise UsageError(
@@ -333,7 +338,9 @@ class Objective:
             "importance-weighted": ("total", "sticking-the-landing", "doubly-reparametrized"),
         }
         if self.gradient not in gradients.get(self.objective or "elbo", ("total",)):
-            raise UsageError(f"gradient {self.gradient} is not for --objective {self.objective}")
+            raise UsageError(
+                f"gradient {self.gradient} is not for --objective {self.objective or 'elbo'}"
+            )
         weights = ("beta", "free_bits", "mutual_information", "total_correlation", "dimension_kl")
         for name in weights:
             if getattr(self, name) < 0:
@@ -469,7 +476,7 @@ def _make_vamp(config: Model, encoder: nn.Module, data: Data, context: Sequence[
     from pyro_vae.priors import VampPrior
 
     if context:
-        raise UsageError("--prior vamp is for pairs without context, --condition came with it")
+        raise UsageError("--prior vamp is for pairs without context here, --condition came with it")
     components = config.components or min(500, len(data.train.x))
     x = data.train.x.float() if config.likelihood in COUNTS else data.train.x
     return VampPrior.of_data(encoder, x, components=components)

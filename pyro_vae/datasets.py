@@ -155,9 +155,11 @@ def hide_labels(labels: Tensor, num_labels: int, seed: int = 0) -> Tensor:
     >>> hide_labels(torch.tensor([0, 1, 0, 1]), 2, seed=1).sort().values
     tensor([-1, -1,  0,  1])
     """
+    if num_labels < 0:
+        raise UsageError(f"num_labels must be 0 or more, {num_labels} came")
     labels = torch.as_tensor(labels).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    classes = labels.unique().tolist()
+    classes = labels[labels >= 0].unique().tolist()
     counts = [(num_labels + i) // len(classes) for i in range(len(classes))]
     hidden = torch.full_like(labels, -1)
     for label, count in zip(classes, counts, strict=True):

@@ -71,7 +71,7 @@ def disentanglement_scores(codes: Tensor, factors: Tensor, *, seed: int = 0) -> 
 
 
 def _checked(codes: Tensor, factors: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays, without units that do not vary."""
+    """Both as arrays."""
     if codes.dim() != 2 or factors.dim() != 2 or len(codes) != len(factors):
         raise UsageError(
             "codes (n, units) and factors (n, factors) are expected, tensors of shapes "
@@ -85,8 +85,7 @@ def _checked(codes: Tensor, factors: Tensor) -> tuple[np.ndarray, np.ndarray]:
     for k in range(v.shape[1]):
         if (v[:, k] == v[0, k]).all():
             raise UsageError(f"factor {k} has one value only, two or more are expected")
-    varying = z.std(0) > 0
-    if z.shape[1] < 2 or not varying.any():
+    if z.shape[1] < 2 or not (z.std(0) > 0).any():
         raise UsageError(f"two units or more, of which one varies, are expected; {z.shape[1]} came")
     return z, v
 
@@ -144,6 +143,8 @@ def _entropy(rows: np.ndarray) -> np.ndarray:
     """Of each row as a distribution, over that of the uniform one."""
     from scipy.stats import entropy
 
+    if rows.shape[1] == 1:
+        return np.zeros(len(rows))
     total = rows.sum(1, keepdims=True)
     uniform = np.full_like(rows, 1 / rows.shape[1])
     return entropy(np.where(total > 0, rows, uniform), axis=1) / np.log(rows.shape[1])

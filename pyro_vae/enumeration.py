@@ -287,6 +287,10 @@ def _layout(model: Trace, guide: Trace) -> tuple[list[int], dict[str, int]]:
             f"the enumerated sites {', '.join(dims)} share dimensions (pyro.markov), and their sum "
             "is no sum over all combinations: use TraceEnum_ELBO by itself"
         )
+    if len({frozenset(_plates([site])) for site in sites.values()}) > 1:
+        raise UsageError(
+            f"the enumerated sites {', '.join(dims)} are in different plates: use TraceEnum_ELBO"
+        )
     everywhere = _plates(sample_sites(model).values()) | _plates(sample_sites(guide).values())
     own = _plates(sites.values()) if sites else everywhere
     return sorted(everywhere - own), dims

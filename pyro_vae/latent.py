@@ -104,8 +104,9 @@ def kl_parts(
         binarize, seed: as in `pyro_vae.evaluate`.
 
     Returns a dictionary by latent site. Sites are left out, with a warning, whose posterior given x
-    alone is not in closed form, because it depends on another site's draw, and those that are not
-    in the data plate alone. Raises `UsageError` where none is left.
+    alone is not in closed form, because it depends on another site's draw, whose prior is not one
+    for all data, and those that are not in the data plate alone. Raises `UsageError` where none
+    is left.
     Hoffman & Johnson, ELBO surgery, 2016; Chen et al., 2018 (https://arxiv.org/abs/1802.04942); the
     two bounds of the mutual information: Poole et al., 2019 (https://arxiv.org/abs/1905.06922).
 
@@ -137,12 +138,16 @@ def _split_sites(pair: nn.Module, batch: Batch) -> list[str]:
     """The latent sites whose KL can be split; the others are named in a warning."""
     sites, others = _run(pair, batch), _run(pair, batch)
     faults = {}
-    for name, (site, _) in sites.items():
+    for name, (site, prior) in sites.items():
         fn, again = site["fn"], others[name][0]["fn"]
+        same = site["value"][:1].expand(site["value"].shape)
+        priors = torch.stack([p["fn"].log_prob(same) for p in (prior, others[name][1])])
         if not is_local(site) or len(fn.batch_shape) > 1 or site["mask"] is not None:
             faults[name] = "is not in the data plate alone, without a mask"
         elif not torch.allclose(fn.log_prob(site["value"]), again.log_prob(site["value"])):
             faults[name] = "depends on another draw given x"
+        elif not torch.allclose(priors, priors[:1, :1].expand(priors.shape)):
+            faults[name] = "has a prior that is not one for all data"
     if len(faults) == len(sites):
         reasons = ", ".join(f"'{name}' {reason}" for name, reason in faults.items())
         raise UsageError(f"the KL of no latent site can be split: {reasons or 'there is none'}")

@@ -27,6 +27,7 @@ from pyro_vae.pairs import (
     Site,
     by_datum,
     factorizes,
+    is_auxiliary,
     is_local,
     latents,
     observed,
@@ -202,9 +203,12 @@ class ImportanceWeightedELBO(_PathELBO):
         (scale, *_) = (site["scale"] for site in observed(model_trace).values())
         particles = self.num_particles > 1
         log_p, log_q = (_total(t, particles, scale) for t in (model_trace, guide_trace))
+        # What is no part of p(x) is no part of the weights either.
+        beside = sum(s["log_prob_sum"] for s in _scored(model_trace) if is_auxiliary(s))
+        beside = beside / self.num_particles
         if self.gradient == Gradient.TOTAL:
-            return -(self._bound(log_p - log_q) * scale).sum()
-        bound = (self._bound(log_p - log_q.detach()) * scale).sum()
+            return -(self._bound(log_p - log_q) * scale).sum() - beside
+        bound = (self._bound(log_p - log_q.detach()) * scale).sum() + beside
         shares = self._shares((log_p - log_q).detach())
         for site, slope in _paths(log_p - log_q, sites):
             share = shares[(...,) + (None,) * len(site["fn"].event_shape)]
@@ -255,7 +259,7 @@ class FreeBitsELBO(_DifferentiableELBO):
         ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
         loss: Any = 0.0
         closed = same_order(model_trace, guide_trace)
-        for site in observed(model_trace).values():
+        for site in _scored(model_trace):
             loss = loss - site["log_prob_sum"]
         _require_reparametrized(list(latents(guide_trace).values()), "free bits need")
         for name, site in latents(guide_trace).items():
@@ -264,7 +268,9 @@ class FreeBitsELBO(_DifferentiableELBO):
             kl = site_kl(sample_sites(model_trace)[name], site, closed)
             batch = site["fn"].batch_shape
             kl = kl.expand(torch.broadcast_shapes(kl.shape, batch + (1,) * (kl.dim() - len(batch))))
-            floor = self.free_bits * batch.numel()
+            mask = site["mask"]
+            live = mask.expand(batch).sum() if isinstance(mask, Tensor) else batch.numel()
+            floor = self.free_bits * live
             units = kl.reshape(batch.numel(), -1).sum(0)
             loss = loss + (units.clamp(min=floor) * site["scale"]).sum()
         return loss
@@ -290,8 +296,9 @@ class TotalCorrelationELBO(_DifferentiableELBO):
     biased downwards, the more the fewer rows of the minibatch are near. A weight on the KL from
     outside multiplies all three.
 
-    Raises `UsageError` unless guide and model have one latent site, in the data plate alone, whose
-    units are independent in posterior and prior. Chen et al., Isolating Sources of
+    The prior must be one for all data, whatever the context. Raises `UsageError` unless guide and
+    model have one latent site, in the data plate alone, whose units are independent in posterior
+    and prior. Chen et al., Isolating Sources of
     Disentanglement in VAEs, 2018 (https://arxiv.org/abs/1802.04942), appendix C.
 
     >>> import torch, pyro_vae as pv
@@ -322,7 +329,7 @@ class TotalCorrelationELBO(_DifferentiableELBO):
             + self.total_correlation * (joint - units)
             + self.dimension_kl * (units - prior["fn"].log_prob(site["value"]))
         )
-        reconstruction = sum(s["log_prob_sum"] for s in observed(model_trace).values())
+        reconstruction = sum(s["log_prob_sum"] for s in _scored(model_trace))
         return (kl * site["scale"]).sum() - reconstruction
 
     def _log_shares(self, z: Tensor) -> Tensor:
@@ -607,8 +614,14 @@ def _one_factorized(model_trace: Trace, guide_trace: Trace) -> tuple[Site, Site]
     return site, prior
 
 
+def _scored(model_trace: Trace) -> list[Site]:
+    """The sites that the model scores values at that it is given, auxiliary ones among them."""
+    return [site for site in sample_sites(model_trace).values() if site["is_observed"]]
+
+
 def _total(trace: Trace, particles: bool, scale: Any) -> Tensor:
-    terms = (site["log_prob"] / scale for site in sample_sites(trace).values())
+    sites = [s for s in sample_sites(trace).values() if not (s["is_observed"] and is_auxiliary(s))]
+    terms = (site["log_prob"] / scale for site in sites)
     return sum((by_datum(term, particles) for term in terms), torch.zeros(()))
 
 

@@ -204,8 +204,13 @@ def observed(trace: Trace) -> dict[str, Site]:
         name: site
         for name, site in sample_sites(trace).items()
         if (site["is_observed"] or site["infer"].get("was_observed", False))
-        and not site["infer"].get("is_auxiliary")
+        and not is_auxiliary(site)
     }
+
+
+def is_auxiliary(site: Site) -> bool:
+    """Whether a site is a term of the objective alone; of the guide, one without a prior."""
+    return bool(site["infer"].get("is_auxiliary"))
 
 
 def data_site(trace: Trace, name: str | None = None) -> Site:

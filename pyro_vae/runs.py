@@ -93,9 +93,12 @@ def load(run: str | Path, pair: nn.Module | type[nn.Module] | None = None) -> nn
             f"{run / CONFIG} does not describe a pair that can be made: {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
-    floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+    floating = {name: value.dtype for name, value in state.items() if value.is_floating_point()}
     if floating:
-        pair.to(max(floating, key=lambda dtype: torch.finfo(dtype).bits))
+        pair.to(max(floating.values(), key=lambda dtype: torch.finfo(dtype).bits))
+    for name, tensor in _distinct(pair).items():  # others, kept in no file, have the widest type
+        if name in floating and tensor.is_floating_point():
+            tensor.data = tensor.data.to(floating[name])
     if config.get("adopted_batch"):
         _declare(pair, config["adopted_batch"], run / CONFIG)
     fill(pair, state, run / MODEL)

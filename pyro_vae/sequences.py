@@ -94,12 +94,13 @@ class _Remembering(dist.TorchDistribution):
 
     has_rsample = False
     arg_constraints: ClassVar[dict[str, Any]] = {}
-    _seen: tuple[Tensor, Tensor] | None = None
+    _seen: tuple[Tensor, tuple[bool, int], Tensor] | None = None
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if self._seen is None or self._seen[0] is not value:
-            self._seen = (value, self._log_prob(value))
-        return self._seen[1]
+        state = (torch.is_grad_enabled(), value._version)
+        if self._seen is None or self._seen[0] is not value or self._seen[1] != state:
+            self._seen = (value, state, self._log_prob(value))
+        return self._seen[2]
 
     def _log_prob(self, value: Tensor) -> Tensor:
         raise NotImplementedError

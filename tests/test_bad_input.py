@@ -1235,17 +1235,26 @@ COMMANDS = {
         "train digits --latent-dim 3 2",
         ["one number", "2 came", "hierarchical"],
     ),
+    "levels of a mixture": (
+        "train digits --model mixture --latent-dim 3 2",
+        ["--model mixture", "2 came", "hierarchical"],
+    ),
+    "one level": ("train digits --model hierarchical --latent-dim 3", ["two levels", "3 came"]),
+    "fewer labels than none": (
+        "train digits --model semi-supervised --num-labels -5",
+        ["num_labels", "-5"],
+    ),
     "a guide of a vae": ("train digits --guide bottom-up", ["--model hierarchical", "vae"]),
     "components of no mixture": (
         "train digits --components 3",
         ["--prior gaussian-mixture or vamp", "standard-normal"],
     ),
     "a vamp prior without q of the top": (
-        "train digits --model hierarchical --prior vamp --guide bottom-up",
+        "train digits --model hierarchical --latent-dim 3 2 --prior vamp --guide bottom-up",
         ["--guide top-down"],
     ),
     "another posterior of levels": (
-        "train digits --model hierarchical --posterior iaf",
+        "train digits --model hierarchical --latent-dim 3 2 --posterior iaf",
         ["diagonal-normal", "iaf"],
     ),
     "a vamp prior with context": (

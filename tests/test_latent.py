@@ -299,3 +299,20 @@ def test_shapes_as_a_data_set():
     place = {tuple(row): i for i, row in enumerate(factors.tolist())}
     for image, row in zip(data.test.x[:50], data.test.factors[:50].tolist(), strict=True):
         assert torch.equal(image, images[place[tuple(row)]])
+
+
+def test_a_prior_that_is_not_one_for_all_data_is_not_split():
+    with seeded(0):
+        mixture = pv.MixtureVAE.mlp((6,), components=3, latent_dim=2, hidden=(5,))
+        factor = pv.Factor(pv.MLP(3, (4,), 4), pv.DiagonalNormal(), (2,))
+        conditional = pv.VAE.mlp((6,), 2, (5,), prior=factor, context_shapes=[(3,)])
+    x, context = torch.rand(40, 6).round(), torch.eye(3)[torch.arange(40) % 3]
+    for pair, batch in ((mixture, (x,)), (conditional, (x, context))):
+        with pytest.raises(pv.UsageError, match="'z' has a prior that is not one for all data"):
+            pv.kl_parts(pair, *batch)
+
+
+def test_units_cannot_mix_one_factor_with_others():
+    codes = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    found = pv.disentanglement_scores(codes, torch.arange(60)[:, None] % 4)
+    assert found.disentanglement == 1

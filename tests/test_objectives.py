@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pairs import PlainAttributes, rows
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
@@ -643,3 +644,64 @@ def test_fit_takes_the_learning_rate_from_a_schedule():
     )
     expected = [0.01, 0.01 * (2 + sqrt(2)) / 4, 0.005, 0.01 * (2 - sqrt(2)) / 4, 0]
     assert history["learning_rate"] == pytest.approx(expected, abs=1e-12)
+
+
+class Auxiliary(PlainAttributes):
+    """A classifier of the first pixel, trained by a term that is no part of p(x)."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(6, 2)
+
+    def model(self, x):
+        super().model(x)
+        with pyro.plate("rows", len(x), dim=-1):
+            label = dist.Categorical(logits=self.classifier(x))
+            pyro.sample("label", label, obs=x[:, 0].long(), infer={"is_auxiliary": True})
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Trace_ELBO(),
+        pv.FreeBitsELBO(0.0),
+        pv.ImportanceWeightedELBO(1),
+        pv.ImportanceWeightedELBO(5),
+        pv.TotalCorrelationELBO(50, 1.0),
+    ],
+)
+def test_every_objective_adds_what_is_marked_auxiliary(objective):
+    with seeded(0):
+        pair = Auxiliary().double()
+    (x,) = rows("plain", 50)
+    terms = dist.Categorical(logits=pair.classifier(x)).log_prob(x[:, 0].long())
+    losses = []
+    for model in (pair.model, lambda x: PlainAttributes.model(pair, x)):
+        with seeded(1):
+            losses.append(objective.loss(model, pair.guide, x))
+    assert losses[0] - losses[1] == pytest.approx(-terms.sum().item())
+
+
+def test_rows_that_are_masked_have_no_floor():
+    live = torch.arange(10) < 5
+
+    class Masked(PlainAttributes):
+        def model(self, x):
+            with poutine.mask(mask=live):
+                super().model(x)
+
+        def guide(self, x):
+            with poutine.mask(mask=live):
+                super().guide(x)
+
+    with seeded(0):
+        pair = Masked().double()
+    (x,) = rows("plain", 10)
+    losses = []
+    for floor in (0.0, 3.0):
+        with seeded(1):
+            losses.append(pv.FreeBitsELBO(floor).loss(pair.model, pair.guide, x))
+    loc, raw = pair.encoder(x[live]).chunk(2, -1)
+    q = dist.Normal(loc, nn.functional.softplus(raw))
+    kl = kl_divergence(q, dist.Normal(0.0, 1.0)).sum()
+    assert losses[1] - losses[0] == pytest.approx(5 * 2 * 3.0 - kl.item())
