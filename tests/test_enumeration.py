@@ -8,7 +8,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pairs import ENUMERATED, make, rows
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
 from torch import nn
 from torch.nn.functional import one_hot
 
@@ -522,3 +528,16 @@ def test_training_raises_the_likelihood_of_labelled_and_unlabelled_rows():
     result = pv.evaluate(pair, x[6:], labels=labels[6:], num_samples=50)
     assert result.accuracy > 0.95
     assert result.elbo < result.log_likelihood
+
+
+def test_sums_over_different_plates_are_refused():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            y = pyro.sample("y", dist.Categorical(torch.ones(2) / 2))
+            with pyro.plate("inner", 4, dim=-2):
+                k = pyro.sample("k", dist.Categorical(torch.ones(3) / 3))
+                pyro.sample("x", dist.Normal((y + k).float(), 1.0), obs=x.expand(4, 5))
+
+    program = config_enumerate(model)
+    with pytest.raises(pv.UsageError, match="the enumerated sites y, k are in different plates"):
+        pv.EnumeratedELBO(max_plate_nesting=2).loss(program, lambda x: None, torch.zeros(5))

@@ -6,6 +6,7 @@ import pyro.distributions as dist
 import pytest
 import safetensors.torch
 import torch
+from pairs import PlainAttributes
 from pyro.infer import Trace_ELBO
 from torch import nn
 
@@ -212,3 +213,15 @@ def test_a_chain_without_an_output_layer_ends_with_features():
 def test_levels_that_make_no_sense_are_refused(latent_dim):
     with pytest.raises(pv.UsageError, match="dimension of each level, from the data upwards"):
         pv.HierarchicalVAE.mlp((6,), latent_dim)
+
+
+def test_a_loaded_pair_keeps_the_type_of_each_tensor(tmp_path):
+    class Mixed(PlainAttributes):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.ones(2, dtype=torch.float64))
+
+    pv.save(Mixed(), tmp_path / "run")
+    loaded = pv.load(tmp_path / "run", Mixed())
+    assert loaded.table.dtype == torch.float64
+    assert loaded.encoder.weight.dtype == torch.float32

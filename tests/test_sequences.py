@@ -360,3 +360,16 @@ def test_a_graph_in_float32_runs_the_kernel_of_an_lstm():
         fitted[engine] = [history["elbo"], *(p.flatten().tolist() for p in pair.parameters())]
     for ours, stock in zip(fitted["traced"], fitted["eager"], strict=True):
         assert ours == pytest.approx(stock, rel=1e-4, abs=1e-6)
+
+
+def test_a_remembered_density_is_computed_again_where_it_no_longer_holds():
+    with seeded(0):
+        vae = pv.VAE.recurrent((6,), tokens=4, latent_dim=2, hidden=5)
+        fn, x = vae.decoder(torch.zeros(3, 2)), torch.randint(1, 4, (3, 6)).float()
+    with torch.no_grad():
+        before = fn.log_prob(x)
+    assert fn.log_prob(x).requires_grad
+    x[:, 3:] = 0
+    after = fn.log_prob(x)
+    assert bool((after > before).all())
+    torch.testing.assert_close(after, vae.decoder(torch.zeros(3, 2)).log_prob(x))
