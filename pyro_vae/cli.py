@@ -89,8 +89,8 @@ def train(
     Parameters
     ----------
     data
-        A name (digits, docstrings, mnist, fashion-mnist, kmnist, emnist, omniglot, cifar10, svhn)
-        or the path of a .npy or .npz file, of a .txt file of lines, or of music as .json.
+        A name (digits, docstrings, shapes, mnist, fashion-mnist, kmnist, emnist, omniglot, cifar10,
+        svhn) or the path of a .npy or .npz file, of a .txt file of lines, or of music as .json.
     out
         The run folder; runs/DATA by default.
     num_eval_samples
