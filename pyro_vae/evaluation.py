@@ -308,13 +308,13 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> floa
 
     Naeini et al., 2015; Guo et al., 2017 (https://arxiv.org/abs/1706.04599).
 
-    >>> calibration_error(torch.tensor([0.9, 0.9]), torch.tensor([1.0, 0.0]))
-    0.4
+    >>> calibration_error(torch.tensor([0.75, 0.75]), torch.tensor([1.0, 0.0]))
+    0.25
     """
     which = (confidence.double() * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64)
     gaps.index_add_(0, which, right.double() - confidence.double())
-    return round(gaps.abs().sum().item() / len(right), 12)
+    return gaps.abs().sum().item() / len(right)
 
 
 def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:

@@ -206,12 +206,12 @@ def test_sizes_that_make_no_sense_are_refused():
 
 
 def test_the_command_line_names_flows():
-    chosen = config.Model(latent_dim=70, posterior="spline", prior="flow")
+    chosen = config.Model(latent_dim=(70,), posterior="spline", prior="flow")
     posterior = config.make_posterior(chosen)
     assert isinstance(posterior.bijection, pv.Spline)
     assert posterior.outputs((70,)) == 2 * 70 + posterior.context_dim
     assert isinstance(config.make_prior(chosen), pv.FlowPrior)
-    iaf = config.make_posterior(config.Model(latent_dim=3, posterior="iaf"))
+    iaf = config.make_posterior(config.Model(latent_dim=(3,), posterior="iaf"))
     assert (iaf.layer, type(iaf.bijection)) == (pv.AutoregressiveLayer, pv.Affine)
 
 
