@@ -98,18 +98,39 @@ def require_summed(*traces: Trace) -> None:
             )
 
 
+def misplaced(site: Site) -> str | None:
+    """Why a site of a plain trace cannot be summed out for each datum by where it is, or None."""
+    if _placed(site):
+        return None
+    return (
+        f"latent site '{site['name']}' is to be enumerated, and is not in the data plate alone: it "
+        "is summed out for each datum"
+    )
+
+
+def require_placed(*traces: Trace) -> None:
+    """Raise `UsageError` for a site of plain traces that is to be summed out and is misplaced."""
+    sites = {name: site for trace in traces for name, site in latents(trace).items()}
+    for name in to_enumerate(*traces):
+        if fault := misplaced(sites[name]):
+            raise UsageError(fault)
+
+
 def enumerates(pair: nn.Module, batch: Batch) -> bool:
     """Whether a pair has sites that are marked so, found by running it on two rows."""
     return bool(to_enumerate(*_glance(pair, batch)))
 
 
 def discrete(pair: nn.Module, batch: Batch) -> list[str]:
-    """The latent sites of a pair that have a finite list of values, those of the guide first."""
+    """The latent sites of a pair that have a finite list of values, those of the guide first.
+
+    Those in the data plate alone: of others a datum has more than one.
+    """
     guide, model = _glance(pair, batch)
     sites = latents(guide) | {
         name: site for name, site in latents(model).items() if site["infer"].get("enumerate")
     }
-    return [name for name, site in sites.items() if _has_values(site["fn"])]
+    return [name for name, site in sites.items() if _placed(site) and _has_values(site["fn"])]
 
 
 def values(pair: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -270,7 +291,9 @@ def _glance(pair: nn.Module, batch: Batch) -> tuple[Trace, Trace]:
     few = tuple(tensor[:2] for tensor in batch)
     with using(pair, seed=0):
         guide = trace_guide(pair, few)
-        return guide, trace_model(pair, few, guide)
+        model = trace_model(pair, few, guide)
+    require_placed(guide, model)
+    return guide, model
 
 
 def _enumerated_model(pair: nn.Module, batch: Batch, guide: Trace) -> Trace:
@@ -294,6 +317,11 @@ def _layout(model: Trace, guide: Trace) -> tuple[list[int], dict[str, int]]:
     everywhere = _plates(sample_sites(model).values()) | _plates(sample_sites(guide).values())
     own = _plates(sites.values()) if sites else everywhere
     return sorted(everywhere - own), dims
+
+
+def _placed(site: Site) -> bool:
+    """Whether a site of a plain trace is in the data plate alone."""
+    return [frame.dim for frame in site["cond_indep_stack"] if frame.vectorized] == [-1]
 
 
 def _plates(sites: Iterable[Site]) -> set[int]:

@@ -95,6 +95,12 @@ class Evaluation:
             k: None if isinstance(v, float) and isnan(v) else v for k, v in asdict(self).items()
         }
 
+    def _estimate(self) -> str:
+        if self.num_samples == 1:
+            return f"{self.log_likelihood:.3f}, 1 sample, which tells nothing of its error"
+        error = self.log_likelihood_standard_error
+        return f"{self.log_likelihood:.3f} ± {error:.3f}, {self.num_samples} samples"
+
     def __str__(self) -> str:
         active = ", ".join(
             f"{count} of {self.num_units[site]}"
@@ -104,11 +110,7 @@ class Evaluation:
         lines = [
             ("examples", f"{self.num_examples}"),
             ("ELBO", f"{self.elbo:.3f} nats per example"),
-            (
-                "log p(x) ≥",
-                f"{self.log_likelihood:.3f} ± {self.log_likelihood_standard_error:.3f}, "
-                f"{self.num_samples} samples",
-            ),
+            ("log p(x) ≥", self._estimate()),
             ("reconstruction", f"{self.reconstruction:.3f}"),
             ("KL", f"{self.kl:.3f}"),
             ("active units", active or "none"),

@@ -177,6 +177,7 @@ def structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
     """How many plates a pair nests, whether it takes a plate of samples, its widest site."""
     guide = trace_guide(pair, batch)
     model = trace_model(pair, batch, guide)
+    enumeration.require_placed(guide, model)
     sites = [*latents(guide).values(), *observed(model).values()]
     nesting = enumeration.nesting_of(model, guide)
     widest = max(prod(site["fn"].event_shape) for site in sites)

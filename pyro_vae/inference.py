@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_vae import enumeration
 from pyro_vae.data import Rows, held_out, preparation, source
-from pyro_vae.errors import UsageError
+from pyro_vae.errors import UsageError, nearest
 from pyro_vae.pairs import (
     Batch,
     Means,
@@ -139,11 +139,7 @@ def predict(
         for batch in _prepared(pair, x, context, binarize):
             names = enumeration.discrete(pair, batch)
             if not names or (site is not None and site not in names):
-                raise UsageError(
-                    f"{'no latent site' if site is None else repr(site)} of "
-                    f"{type(pair).__name__} is discrete with a list of values; "
-                    f"{', '.join(names) or 'none'} is"
-                )
+                raise UsageError(_without(pair, site, names))
             parts.append(enumeration.probabilities(pair, batch, site or names[0], num_samples))
     return torch.cat(parts)
 
@@ -312,6 +308,17 @@ def _generate(
         traced.nodes[name]["is_observed"] = False
     found = data_site(traced, site)
     return mean(found["fn"]) if means else found["value"]
+
+
+def _without(pair: nn.Module, site: str | None, names: Sequence[str]) -> str:
+    """Why probabilities of a site are not to be had, where these are those that are."""
+    kind = type(pair).__name__
+    if not names:
+        return (
+            "predict gives the probabilities of a discrete latent that is in the data plate alone "
+            f"and has a finite list of values, {kind} has none; encode serves other latents"
+        )
+    return f"predict needs a discrete latent of {kind}, '{site}' came; {nearest(str(site), names)}"
 
 
 def _latent_values(pair: nn.Module, batch: Batch, means: bool) -> dict[str, Tensor]:

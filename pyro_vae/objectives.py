@@ -18,6 +18,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_vae import enumeration
@@ -41,7 +42,8 @@ class KLWeight(Messenger):
     r"""Weigh the KL from outside: multiplies the scale of every unobserved site of model and guide.
 
     Around a pair, ``Trace_ELBO`` becomes :math:`E_q[\log p(x|z)] - \beta\,\mathrm{KL}(q \| p)`
-    (Higgins et al., β-VAE, 2017). The weight may be 0, and may be a tensor.
+    (Higgins et al., β-VAE, 2017). The weight may be 0, and may be a tensor. A weighed site keeps it
+    as ``kl_weight``, beside its scale.
 
     >>> from pyro.infer import SVI, Trace_ELBO
     >>> import pyro_vae as pv, pyro.optim
@@ -56,6 +58,7 @@ class KLWeight(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not site_is_subsample(msg):
             msg["scale"] = msg["scale"] * self.weight
+            msg["kl_weight"] = msg.get("kl_weight", 1.0) * self.weight
 
 
 class _DifferentiableELBO(Trace_ELBO):
@@ -100,10 +103,13 @@ class _Cut(Messenger):
 class _PathELBO(_DifferentiableELBO):
     """An ELBO that can tell how a loss depends on the guide through its draws alone."""
 
-    def _get_cut_trace(self, model: Any, guide: Any, *args: Any) -> tuple[Trace, Trace]:
+    def _get_cut_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         try:
-            return super()._get_trace(model, _Cut()(guide), *args)
+            return super()._get_trace(model, _Cut()(guide), args, kwargs)
         except (NotImplementedError, KeyError) as error:
+            # A fault of the programs themselves comes again as it is.
+            drawn = poutine.trace(_Cut()(guide)).get_trace(*args, **kwargs)
+            poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
             raise UsageError(
                 "the guide has no density at given draws, which a gradient through the draws "
                 f"alone needs ({first_line(error)}); use Gradient.TOTAL or Trace_ELBO"
@@ -156,7 +162,9 @@ class ImportanceWeightedELBO(_PathELBO):
             :math:`\tilde w_k^2` for ``Gradient.DOUBLY_REPARAMETRIZED``, which is unbiased.
 
     Raises `UsageError` for a site outside the data plate, which would make the bound a joint one
-    over the whole batch, and for a latent that is not reparametrised.
+    over the whole batch, for a latent that is not reparametrised, and for a site that is scaled
+    (``poutine.scale``) otherwise than the others: a scale of all, of subsampling say, weighs whole
+    data, not their weights. A weight on the KL is `KLWeight`'s.
     Burda, Grosse & Salakhutdinov, 2016 (https://arxiv.org/abs/1509.00519); Tucker et al., Doubly
     Reparameterized Gradient Estimators, 2019 (https://arxiv.org/abs/1810.04152).
 
@@ -199,8 +207,7 @@ class ImportanceWeightedELBO(_PathELBO):
                 )
         sites = list(latents(guide_trace).values())
         _require_reparametrized(sites, "the importance-weighted bound needs")
-        # The scale of observed sites, of subsampling say, weighs whole data, not their weights.
-        (scale, *_) = (site["scale"] for site in observed(model_trace).values())
+        scale = _common_scale(model_trace, guide_trace)
         particles = self.num_particles > 1
         log_p, log_q = (_total(t, particles, scale) for t in (model_trace, guide_trace))
         # What is no part of p(x) is no part of the weights either.
@@ -296,9 +303,9 @@ class TotalCorrelationELBO(_DifferentiableELBO):
     biased downwards, the more the fewer rows of the minibatch are near. A weight on the KL from
     outside multiplies all three.
 
-    The prior must be one for all data, whatever the context. Raises `UsageError` unless guide and
-    model have one latent site, in the data plate alone, whose units are independent in posterior
-    and prior. Chen et al., Isolating Sources of
+    Raises `UsageError` unless guide and model have one latent site, in the data plate alone, whose
+    units are independent in posterior and prior, and whose prior is one for all data, whatever the
+    context. Chen et al., Isolating Sources of
     Disentanglement in VAEs, 2018 (https://arxiv.org/abs/1802.04942), appendix C.
 
     >>> import torch, pyro_vae as pv
@@ -611,7 +618,34 @@ def _one_factorized(model_trace: Trace, guide_trace: Trace) -> tuple[Site, Site]
                 f"({type(fn).__name__}); use Trace_ELBO"
             )
     _require_reparametrized([site], "total correlation needs")
+    same = site["value"].detach()[:1].expand(site["value"].shape)
+    if not _equal(log_p := prior["fn"].log_prob(same), log_p[..., :1]):
+        raise UsageError(
+            f"total correlation needs one prior for all data, that of '{name}' differs from row to "
+            "row with the context; use Trace_ELBO"
+        )
     return site, prior
+
+
+def _common_scale(model_trace: Trace, guide_trace: Trace) -> Any:
+    """The scale that all sites have, weights on the KL left out."""
+    first, *others = observed(model_trace).values()
+    for site in (*others, *latents(model_trace).values(), *latents(guide_trace).values()):
+        if not _equal(site["scale"], first["scale"] * site.get("kl_weight", 1.0)):
+            raise UsageError(
+                f"site '{site['name']}' is scaled otherwise than site '{first['name']}', and the "
+                "importance-weighted bound is of data weighed as a whole: weigh the KL by beta "
+                "(KLWeight), or use Trace_ELBO"
+            )
+    return first["scale"]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two numbers or tensors are equal up to rounding; in a graph there are no values."""
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    if isinstance(a, FakeTensor) or isinstance(b, FakeTensor):
+        return True
+    return bool(torch.isclose(a, b.to(a), rtol=1e-4, equal_nan=True).all())
 
 
 def _scored(model_trace: Trace) -> list[Site]:

@@ -195,8 +195,8 @@ def _summable(site: Site) -> list[str]:
         return [start + 'which is served as infer={"enumerate": "parallel"} alone: nothing else']
     if site["infer"].get("is_auxiliary"):
         return [start + "and the guide alone has it: drop the mark, or add it to the model"]
-    if [frame.dim for frame in site["cond_indep_stack"] if frame.vectorized] != [-1]:
-        return [start + "and is not in the data plate alone: it is summed out for each datum"]
+    if fault := enumeration.misplaced(site):
+        return [fault]
     try:
         fn.enumerate_support(expand=False)
     except NotImplementedError:

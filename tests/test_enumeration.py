@@ -449,6 +449,28 @@ def test_check_says_why_a_site_cannot_be_summed_out(changes, words):
     assert "\n" not in error
 
 
+@pytest.mark.parametrize("tool", [pv.log_likelihood, pv.predict, pv.evaluate])
+def test_a_site_in_an_inner_plate_is_refused_by_every_tool(tool):
+    with pytest.raises(pv.UsageError) as caught:
+        tool(broken(plate=True), torch.ones(4, 6))
+    (error, *_) = check(broken(plate=True), torch.ones(4, 6)).errors
+    assert str(caught.value) == error
+
+
+def test_predict_says_what_a_pair_lacks():
+    x = torch.ones(4, 6)
+    inner, given = broken(plate=True, infer={}), make("mixture").float()
+    assert pv.predict(inner, x, num_samples=1).shape == (4, 3)
+    for pair, site, words in (
+        (make("bernoulli").float(), None, "VAE has none; encode serves other latents"),
+        (inner, "inside", "of Broken, 'inside' came; known: k"),
+        (given, "z", "of MixtureVAE, 'z' came; known: k"),
+    ):
+        with pytest.raises(pv.UsageError) as caught:
+            pv.predict(pair, x, site=site)
+        assert str(caught.value).endswith(words)
+
+
 def test_a_latent_that_is_neither_enumerated_nor_reparametrised_is_refused():
     class Drawn(Table):
         def guide(self, x):

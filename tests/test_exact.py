@@ -173,3 +173,12 @@ def test_the_linear_probe_reads_what_is_in_the_codes_and_nothing_else():
     assert wrong == pytest.approx(1 - right)
     with pytest.raises(pv.UsageError, match="3 labels came for 200 rows of x"):
         pv.evaluate(pair, held, labels=held_labels[:3], **options)
+
+
+def test_one_sample_is_printed_without_an_error():
+    pair = linear_gaussian()
+    result = pv.evaluate(pair, data(pair, 5), num_samples=1)
+    assert math.isnan(result.log_likelihood_standard_error)
+    assert "1 sample, which tells nothing of its error" in str(result)
+    assert "nan" not in str(result)
+    assert result.as_dict()["log_likelihood_standard_error"] is None

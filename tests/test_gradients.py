@@ -218,6 +218,19 @@ def test_gradients_that_are_not_to_be_had_are_refused():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("program", ["model", "guide"])
+@pytest.mark.parametrize("kind", [KeyError, NotImplementedError])
+def test_a_fault_of_the_programs_themselves_is_no_want_of_a_density(program, kind):
+    pair, x = TwoLevels(), torch.zeros(4).double()
+
+    def fail(x):
+        raise kind("of their own")
+
+    setattr(pair, program, fail)
+    with pytest.raises(kind, match="of their own"):
+        run(pair, x, pv.StickingTheLandingELBO())
+
+
 class Linear(nn.Module):
     """z ~ N(0, I), x | z normal; the guide is N(A x + c, diag t^2), and x ~ N(0, S)."""
 

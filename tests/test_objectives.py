@@ -11,6 +11,7 @@ import torch
 from pairs import PlainAttributes, rows
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.distributions import kl_divergence
 
@@ -258,6 +259,46 @@ def test_importance_weighted_bound_scales_with_the_plate(k):
     objective = pv.ImportanceWeightedELBO(k)
     found = run(around(poutine.scale(scale=2.5), pair), x, objective)
     assert_same(found, 2.5 * run(pair, x, objective), pair)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, torch.tensor(2.0)])
+@pytest.mark.parametrize("outermost", ["weight", "scale"])
+def test_importance_weights_take_a_weighed_kl_and_a_common_scale(beta, outermost):
+    pair, x = linear()
+    inner, outer = poutine.scale(scale=4.0), pv.KLWeight(beta)
+    if outermost == "scale":
+        inner, outer = outer, inner
+    weighted = around(outer, around(inner, pair))
+    loss, [[z]] = watched(weighted, x, pv.ImportanceWeightedELBO(3))
+    log_weights = []
+    for draw in z:
+        reconstruction, log_ratio = by_hand(pair, x, draw)
+        log_weights.append(reconstruction - beta * log_ratio)
+    bound = torch.stack(log_weights).logsumexp(0) - log(3)
+    assert_same(loss, -4 * bound.sum(), pair)
+
+
+class ScaleOf(Messenger):
+    """Scales one site alone."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def _pyro_sample(self, msg):
+        if msg["name"] == self.name:
+            msg["scale"] = msg["scale"] * 0.5
+
+
+@pytest.mark.parametrize("site", ["x", "z"])
+@pytest.mark.parametrize("gradient", pv.Gradient)
+def test_importance_weights_refuse_a_site_of_a_scale_of_its_own(site, gradient):
+    pair, x = linear()
+    objective = pv.ImportanceWeightedELBO(3, gradient=gradient)
+    tempered = around(ScaleOf(site), around(pv.KLWeight(0.7), pair))
+    with pytest.raises(pv.UsageError, match="'z' is scaled otherwise than site 'x'") as caught:
+        run(tempered, x, objective)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("k", [1, 7])
@@ -658,6 +699,19 @@ class Auxiliary(PlainAttributes):
         with pyro.plate("rows", len(x), dim=-1):
             label = dist.Categorical(logits=self.classifier(x))
             pyro.sample("label", label, obs=x[:, 0].long(), infer={"is_auxiliary": True})
+
+
+def test_total_correlation_refuses_a_prior_that_depends_on_context():
+    with seeded(0):
+        factor = pv.Factor(pv.MLP([3], (), 4), pv.DiagonalNormal(), (2,))
+        pair = pv.VAE.mlp((6,), 2, (5,), prior=factor, context_shapes=[(3,)])
+    x, context = torch.rand(6, 6).round(), torch.eye(3)[torch.arange(6) % 3]
+    words = "needs one prior for all data, that of 'z' differs from row to row"
+    objective = pv.TotalCorrelationELBO(6)
+    with pytest.raises(pv.UsageError, match=words):
+        objective.loss(pair.model, pair.guide, x, context)
+    assert words in pv.check(pair, (x, context), objective).errors[0]
+    assert objective.loss(pair.model, pair.guide, x, context[:1].expand(6, 3)) > 0
 
 
 @pytest.mark.parametrize(
