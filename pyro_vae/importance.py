@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from math import log, prod
+from math import isfinite, log, prod
 from typing import Any, NamedTuple
 
 import pyro
@@ -26,6 +26,7 @@ from pyro_vae.pairs import (
     trace_model,
     using,
 )
+from pyro_vae.pareto import LEAST, Greatest, shape_of_greatest, tail_length, threshold
 from pyro_vae.progress import bar
 
 CELLS = 2**20
@@ -65,6 +66,86 @@ class LogLikelihood(NamedTuple):
     """The ELBO of each datum, of shape (n,)."""
     elbo_standard_errors: Tensor
     """The Monte Carlo standard error of each, of shape (n,)."""
+    pareto_k: Tensor
+    """The Pareto shape of the tail of each datum's weights (see `pyro_vae.pareto`), of shape (n,):
+    over 0.7 neither estimate nor error can be believed. 0 where the weights are constant up to
+    rounding, infinite where one is, NaN for fewer than 21 samples, which have no tail."""
+    infinite_weights: Tensor
+    """How many of each datum's weights are infinite or NaN, of shape (n,): where the guide drew
+    what it gives no density itself. The estimate is then infinite or NaN too."""
+
+    def worst(self, number: int = 10) -> Tensor:
+        """The indices of the data whose estimates are least to be trusted, the worst first.
+
+        By k-hat, and by standard error where that is the same. Raises `UsageError` for fewer than
+        21 samples.
+        """
+        self._require_tails()
+        by_error = self.standard_errors.nan_to_num(torch.inf).argsort(descending=True)
+        return by_error[self.pareto_k[by_error].argsort(descending=True, stable=True)][:number]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Means, fractions and errors, as metrics.json holds them; what is not finite is None."""
+        fractions = {
+            "median_relative_sample_size": self.effective_sample_size.median() / self.num_samples,
+            "fraction_k_over_0.7": (self.pareto_k > 0.7).double().mean(),
+            "fraction_k_over_1": (self.pareto_k > 1).double().mean(),
+            "fraction_k_over_threshold": (self.pareto_k > self.k_threshold).double().mean(),
+            "median_k": self.pareto_k.median(),
+        }
+        if self.num_samples < LEAST:
+            fractions = {name: torch.tensor(torch.nan) for name in fractions}
+        found = {
+            "log_likelihood": self.value,
+            "log_likelihood_standard_error": self.standard_error,
+            "elbo": self.elbo,
+            "elbo_standard_error": self.elbo_standard_error,
+            **{name: fraction.item() for name, fraction in fractions.items()},
+        }
+        return {
+            "num_examples": len(self.per_datum),
+            "num_samples": self.num_samples,
+            "k_threshold": self.k_threshold,
+            **{name: value if isfinite(value) else None for name, value in found.items()},
+            "infinite_weights": int(self.infinite_weights.sum()),
+        }
+
+    @property
+    def k_threshold(self) -> float:
+        """The k-hat up to which so many samples are enough (`pyro_vae.pareto.threshold`)."""
+        return threshold(self.num_samples)
+
+    def __str__(self) -> str:
+        k, n = self.pareto_k, len(self.pareto_k)
+        size = (self.effective_sample_size / self.num_samples).median().item()
+        lines = [
+            ("log p(x) ≥", f"{self.value:.3f} ± {self.standard_error:.3f} nats per example"),
+            ("ELBO", f"{self.elbo:.3f} ± {self.elbo_standard_error:.3f}"),
+            ("samples", f"{self.num_samples} for each of {n} data"),
+            ("effective samples", f"{100 * size:.1f} % in the median"),
+        ]
+        if self.num_samples < LEAST:
+            lines.append(("Pareto k", f"takes {LEAST} samples or more"))
+        else:
+            limits = {f"{self.k_threshold:.2f} (enough samples)": self.k_threshold}
+            limits = limits if self.k_threshold < 0.7 else {}
+            limits |= {"0.7 (not to be trusted)": 0.7, "1 (no mean)": 1.0}
+            lines.append(("Pareto k", f"{k.median().item():.2f} in the median"))
+            lines += [
+                (f"  over {words}", f"{int((k > limit).sum())} of {n}")
+                for words, limit in limits.items()
+            ]
+        if bool(self.infinite_weights.any()):
+            count = int((self.infinite_weights > 0).sum())
+            lines.append(("infinite weights", f"{int(self.infinite_weights.sum())}, {count} data"))
+        return "\n".join(f"{name:<32}{value}" for name, value in lines)
+
+    def _require_tails(self) -> None:
+        if self.num_samples < LEAST:
+            raise UsageError(
+                f"the tail of a datum's weights takes {LEAST} samples or more (num_samples), "
+                f"{self.num_samples} came"
+            )
 
 
 def log_likelihood(
@@ -85,7 +166,7 @@ def log_likelihood(
     each weight; where there are no others, the estimate is log p(x) itself.
 
     Arguments:
-        num_samples: K for each datum, any number: memory does not grow with it.
+        num_samples: K for each datum, any number: memory grows with its root at most.
         engine: "eager", "traced", "compiled" or "auto", as in `pyro_vae.fit`.
 
     Raises `UsageError` for a pair with sites outside the data plate, for which log p(x) of a
@@ -129,7 +210,9 @@ def estimate(
             for batch in rows.batches(batch_size):
                 values.append(_weigh(sums, prepare(batch), num_samples, chunk))
                 shown.update(len(batch[0]))
-    per_datum, errors, ess, elbos, elbo_errors = map(torch.cat, zip(*values, strict=True))
+    per_datum, errors, ess, elbos, elbo_errors, shapes, infinite = map(
+        torch.cat, zip(*values, strict=True)
+    )
     return LogLikelihood(
         per_datum.mean().item(),
         (errors.square().sum().sqrt() / len(errors)).item(),
@@ -141,6 +224,8 @@ def estimate(
         (elbo_errors.square().sum().sqrt() / len(errors)).item(),
         elbos,
         elbo_errors,
+        shapes,
+        infinite,
     )
 
 
@@ -235,8 +320,8 @@ def _alone(
 def _sums(
     pair: nn.Module, nesting: int, vectorized: bool, engine: str, full: int
 ) -> Callable[..., Named]:
-    """What sums the weights of so many draws and their squares, in logarithms, and the logarithms
-    and their squares, for each datum."""
+    """What gives the log weights of so many draws for each datum, the weights and their squares
+    summed, in logarithms, and the logarithms and their squares summed."""
 
     def function(draws: Tensor, *batch: Tensor) -> Named:
         if vectorized:
@@ -245,6 +330,7 @@ def _sums(
             weights = _alone(pair, batch, nesting)[None]
         weights = weights.double()
         return {
+            "log weights": weights,
             "weights": weights.logsumexp(0),
             "squares": (2 * weights).logsumexp(0),
             "logs": weights.sum(0),
@@ -275,17 +361,21 @@ def _weigh(
     sums: Callable[..., Named], batch: Batch, num_samples: int, chunk: int
 ) -> tuple[Tensor, ...]:
     """Estimate, standard error and effective sample size of each datum, then its ELBO and the
-    standard error of that, by chunks of samples."""
+    standard error of that, the shape of its tail and its infinite weights, by chunks of samples."""
     n = len(batch[0])
     first = torch.full((n,), -torch.inf, dtype=torch.float64)
     second = first.clone()
-    logs, squared_logs = torch.zeros_like(first), torch.zeros_like(first)
+    logs, squared_logs, infinite = (torch.zeros_like(first) for _ in range(3))
+    greatest = Greatest(tail_length(num_samples) + 1)
     for start in range(0, num_samples, chunk):
         found = sums(batch[0].new_empty(min(chunk, num_samples - start)), *batch)
         first = torch.logaddexp(first, found["weights"].cpu())
         second = torch.logaddexp(second, found["squares"].cpu())
         logs += found["logs"].cpu()
         squared_logs += found["squared logs"].cpu()
+        log_weights = found["log weights"].cpu()
+        infinite += (~(log_weights < torch.inf)).sum(0)
+        greatest.add(log_weights)
     ratio = torch.exp(second - 2 * first)  # sum w^2 / (sum w)^2, at least 1/K
     errors = (ratio - 1 / num_samples).clamp(min=0).sqrt()
     if num_samples == 1:
@@ -295,7 +385,17 @@ def _weigh(
     if num_samples == 1:
         spread = torch.full_like(spread, torch.nan)
     elbo_errors = (spread / max(1, num_samples - 1)).sqrt()
-    return first - log(num_samples), errors, 1 / ratio, elbo, elbo_errors
+    shapes = torch.full_like(first, torch.nan)
+    if num_samples >= LEAST:
+        shapes = _shapes(greatest.values(), torch.finfo(batch[0].dtype).eps)
+    return first - log(num_samples), errors, 1 / ratio, elbo, elbo_errors, shapes, infinite.long()
+
+
+def _shapes(greatest: Tensor, rounding: float) -> Tensor:
+    """The shapes of the tails of log weights; 0 where these differ by rounding alone."""
+    spread, size = greatest[:, 0] - greatest[:, -1], greatest[:, 0].abs().clamp(min=1)
+    constant = torch.isfinite(size) & (spread <= 100 * rounding * size)
+    return torch.where(constant, 0.0, shape_of_greatest(greatest))
 
 
 def _total(trace: poutine.Trace) -> Tensor:
