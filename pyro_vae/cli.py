@@ -30,7 +30,16 @@ Run = Annotated[Path, Parameter(help="A run folder.")]
 UserClass = Annotated[
     str | None, Parameter(help="module:Class, where the run's pair is one of your own.")
 ]
-MANY = Parameter(consume_multiple=True)
+
+
+def _default(value: Any) -> str | None:
+    """A default as it would be typed; of one that is None, the help says what it means."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return None if value is None else str(value)
+
+
+MANY = Parameter(consume_multiple=True, show_default=_default)
 
 app = App(
     name="pyro-vae",

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -49,7 +49,7 @@ class Settings:
     epochs
         Passes over the training data.
     batch_size
-        Rows of a minibatch.
+        Rows of a minibatch; by default 128, or all where there are fewer.
     learning_rate
         Step size of the optimiser.
     clip_norm
@@ -72,7 +72,7 @@ class Settings:
     """
 
     epochs: int = 100
-    batch_size: int = 128
+    batch_size: int | None = None
     learning_rate: float = 1e-3
     clip_norm: float | None = None
     patience: int | None = None
@@ -97,6 +97,14 @@ class Settings:
         if self.precision not in ("float32", "bfloat16"):
             raise UsageError(f"precision is float32 or bfloat16, '{self.precision}' came")
         require_engine(self.engine)
+
+    def for_rows(self, n: int) -> Settings:
+        """These settings, with what goes by the number of rows decided.
+
+        >>> Settings().for_rows(1000).batch_size, Settings().for_rows(40).batch_size
+        (128, 40)
+        """
+        return self if self.batch_size is not None else replace(self, batch_size=min(128, n))
 
     @classmethod
     def of(cls, keywords: dict[str, Any]) -> Settings:
@@ -166,13 +174,15 @@ class Model:
         Prior of z, or of the top level; "conditional" learns one that depends on the context,
         "vamp" is a mixture of posteriors of pseudo-inputs that start at data.
     components
-        Terms of --prior gaussian-mixture or vamp; clusters of --model mixture.
+        Terms of --prior gaussian-mixture, 10 by default, or vamp, 500, or all rows where there are
+        fewer; clusters of --model mixture, 10.
     condition
         What encoder and decoder are given, in a conditional VAE: the labels, one-hot, the
         "context" of the data file, or both.
     num_labels
         How many training rows keep their label, as many of each class; the pair gets whole numbers,
-        -1 elsewhere. For --model semi-supervised, or a pair of your own.
+        -1 elsewhere. For --model semi-supervised, which needs it, or a pair of your own, which
+        gets no labels by default.
     classification_weight
         Weight of the classifier's log q(y | x) on rows with labels, for --model semi-supervised.
     """
@@ -312,9 +322,9 @@ class Objective:
         Course of the learning rate over all epochs.
     """
 
-    objective: Literal[
-        "elbo", "analytic", "importance-weighted", "free-bits", "total-correlation", None
-    ] = None
+    objective: (
+        Literal["elbo", "analytic", "importance-weighted", "free-bits", "total-correlation"] | None
+    ) = None
     num_samples: int = 1
     gradient: Literal["total", "sticking-the-landing", "doubly-reparametrized"] = "total"
     free_bits: float = 0.1
@@ -322,7 +332,7 @@ class Objective:
     total_correlation: float = 6.0
     dimension_kl: float = 1.0
     beta: float = 1.0
-    warm_up: Literal["none", "linear", "cyclical", None] = None
+    warm_up: Literal["none", "linear", "cyclical"] | None = None
     warm_up_epochs: float = 10.0
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
 
@@ -477,9 +487,8 @@ def _make_vamp(config: Model, encoder: nn.Module, data: Data, context: Sequence[
 
     if context:
         raise UsageError("--prior vamp is for pairs without context here, --condition came with it")
-    components = config.components or min(500, len(data.train.x))
-    x = data.train.x.float() if config.likelihood in COUNTS else data.train.x
-    return VampPrior.of_data(encoder, x, components=components)
+    whole = config.likelihood in COUNTS
+    return VampPrior.of_data(encoder, data.train.x, components=config.components, whole=whole)
 
 
 def plain_dim(latent_dim: Sequence[int]) -> int | tuple[int, ...]:

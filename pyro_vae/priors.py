@@ -161,20 +161,28 @@ class VampPrior(PyroModule):
         encoder: nn.Module,
         x: Tensor,
         *context: Tensor,
-        components: int = 500,
+        components: int | None = None,
+        whole: bool = False,
         seed: int = 0,
     ) -> "VampPrior":
         """A prior whose pseudo-inputs start at rows of the data, drawn with a seed.
 
-        8-bit intensities become floats in [0, 1], as in `pyro_vae.fit`.
+        Arguments:
+            components: at most as many as there are rows; 500 by default, or all rows where there
+                are fewer.
+            whole: 8-bit x are whole numbers, such as counts, and stay so. Without it they are
+                intensities and become floats in [0, 1], as `pyro_vae.fit` shows them to the pair.
         """
-        rows = [torch.as_tensor(tensor) for tensor in (x, *context)]
+        components = min(500, len(x)) if components is None else components
         if len(x) < components:
             raise UsageError(f"{components} pseudo-inputs cannot start at {len(x)} rows of data")
-        prior = cls(encoder, [tuple(tensor.shape[1:]) for tensor in rows], components)
-        with seeded(seed), torch.no_grad():
+        with seeded(seed):
             chosen = torch.randperm(len(x))[:components]
+        rows = [torch.as_tensor(tensor)[chosen] for tensor in (x, *context)]
+        if rows[0].dtype == torch.uint8 and not whole:
+            rows[0] = rows[0] / 255
+        prior = cls(encoder, [tuple(tensor.shape[1:]) for tensor in rows], components)
+        with torch.no_grad():
             for start, tensor in zip(prior.pseudo_inputs, rows, strict=True):
-                scale = 255 if tensor.dtype == torch.uint8 else 1
-                start.copy_(tensor[chosen] / scale)
+                start.copy_(tensor)
         return prior

@@ -124,9 +124,9 @@ def fit(
     beta = recipe.get("beta", 1.0) if beta is None else beta
     require_weighable(objective, beta)
     with seeded(chosen.seed):  # a loader draws as it begins
-        rows, prepare, objective = _training_rows(
-            pair, source(x, context, pair), objective, binarize, chosen
-        )
+        rows = source(x, context, pair)
+        chosen = chosen.for_rows(len(rows))
+        rows, prepare, objective = _training_rows(pair, rows, objective, binarize, chosen)
         held = None
         if validation is not None:
             parts = validation if isinstance(validation, (tuple, list)) else (validation,)
@@ -212,7 +212,8 @@ class _Run:
         self.optimizer = Optimizer(
             self.constructor, trained, settings.learning_rate, settings.clip_norm
         )
-        size = self.rows.batch_size(settings.batch_size)
+        self.batch_size = cast(int, settings.batch_size)
+        size = self.rows.batch_size(self.batch_size)
         self.engine = Engine(
             self.pair,
             self.objective,
@@ -271,7 +272,7 @@ class _Run:
         now = rng.state()
         rng.restore(self.generators)
         self.pair.train()
-        batches = iter(self.rows.batches(self.settings.batch_size, shuffle=True))
+        batches = iter(self.rows.batches(self.batch_size, shuffle=True))
         if self.batches:
             for _ in itertools.islice(batches, self.batches):
                 pass
@@ -460,7 +461,7 @@ class _Run:
         self.shown.set_postfix_str(words)
 
     def _bar(self, progress: bool) -> tqdm:
-        steps = max(1, math.ceil(len(self.rows) / self.settings.batch_size))
+        steps = max(1, math.ceil(len(self.rows) / self.batch_size))
         done = len(self.epochs) * steps + self.batches
         return bar(progress, self.settings.epochs * steps, "fit", initial=done)
 
@@ -514,7 +515,7 @@ def _training_rows(
     """The training data, checked together with the pair, how they are prepared, the objective."""
     if len(rows) < 2:
         raise UsageError(f"{len(rows)} row of data came, 2 or more are expected")
-    if isinstance(rows, Arrays) and len(rows) < settings.batch_size:
+    if isinstance(rows, Arrays) and len(rows) < cast(int, settings.batch_size):
         raise UsageError(
             f"batch_size is {settings.batch_size}, the data have {len(rows)} rows: "
             "choose at most that"

@@ -1225,7 +1225,10 @@ COMMANDS = {
     "pickle": ("train pickle.npy", ["pickle.npy"]),
     "floats to 255": ("train floats.npy --batch-size 8", ["outside the support", "uint8"]),
     "reals as bernoulli": ("train table.npy --batch-size 8", ["outside the support", "Gaussian"]),
-    "batch of more than all": ("train table.npy --likelihood gaussian", ["128", "42 rows"]),
+    "batch of more than all": (
+        "train table.npy --likelihood gaussian --batch-size 43",
+        ["43", "42 rows"],
+    ),
     "convolutions of rows": ("train table.npy --network conv", ["(4,)", "height"]),
     "condition without labels": ("train table.npy --condition label", ["labels", "table"]),
     "context without context": ("train table.npy --condition context", ["'context'", "table"]),

@@ -113,6 +113,7 @@ def test_each_command_has_help(name, capsys):
     main([name, "--help"])
     out, err = capsys.readouterr()
     assert f"pyro-vae {name}" in out
+    assert not re.search(r"\bNone\b|\(\)|,\)", out), "a default as Python has it"
     assert err == ""
 
 

@@ -151,6 +151,8 @@ def test_pseudo_inputs_of_a_vamp_prior_are_counts():
     vae = make_pair(config, Data("cells", part, part, part))
     (start,) = vae.prior.pseudo_inputs
     assert torch.equal(start.sort(0).values, part.x.float())
+    (direct,) = pv.VampPrior.of_data(vae.encoder, part.x, whole=True).pseudo_inputs
+    assert torch.equal(direct, start)
     start.data -= 30
     assert bool(torch.isfinite(vae.prior().log_prob(torch.zeros(20))).all())
 

@@ -145,6 +145,8 @@ def test_a_vamp_prior_is_the_mixture_of_the_posteriors_of_its_pseudo_inputs():
     torch.testing.assert_close(start.sort(0)[0], (bytes_ / 255).sort(0)[0])
     with pytest.raises(pv.UsageError, match="30 pseudo-inputs cannot start at 20 rows"):
         pv.VampPrior.of_data(vae.encoder, x, components=30)
+    assert pv.VampPrior.of_data(vae.encoder, x).components == 20
+    assert pv.VampPrior.of_data(vae.encoder, x.repeat(30, 1)).components == 500
 
 
 def test_a_conditional_pair_has_pseudo_inputs_with_context():
@@ -153,6 +155,9 @@ def test_a_conditional_pair_has_pseudo_inputs_with_context():
     vae.prior = pv.VampPrior.of_data(vae.encoder, x, context, components=4)
     assert [tuple(rows.shape) for rows in vae.prior.pseudo_inputs] == [(4, 6), (4, 3)]
     assert str(pv.check(vae, (x, context))) == "the pair is sound"
+    bytes_ = context.to(torch.uint8)  # of context whole numbers are never intensities
+    start = pv.VampPrior.of_data(vae.encoder, x, bytes_).pseudo_inputs[1]
+    assert torch.equal(start.sum(1), torch.ones(20))
 
 
 def test_a_part_that_is_shared_is_kept_once_and_rebuilt_as_one(tmp_path):

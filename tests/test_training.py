@@ -1,5 +1,6 @@
 """`fit`: resuming, schedules, early stopping, precision, and what it leaves alone."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -325,3 +326,19 @@ def test_a_resumed_run_that_overflows_goes_back_to_the_weights_of_its_checkpoint
     for name, value in pair.state_dict().items():
         assert torch.equal(value, good[name])
         assert torch.equal(value, runs.read_model(tmp_path)[name])
+
+
+def test_a_minibatch_is_no_larger_than_the_data_unless_it_is_asked_for(tmp_path):
+    (x,) = rows("bernoulli", 40)
+    options = {"progress": False, "out": tmp_path / "run"}
+    history = pv.fit(make("bernoulli"), x, epochs=1, **options)
+    assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["batch_size"] == 40
+    assert len(pv.fit(make("bernoulli"), x, epochs=2, resume=True, **options).epochs) == 2
+    assert (
+        history["elbo"]
+        == pv.fit(make("bernoulli"), x, epochs=1, batch_size=40, progress=False)["elbo"]
+    )
+    with pytest.raises(pv.UsageError, match="batch_size is 41, the data have 40 rows"):
+        pv.fit(make("bernoulli"), x, epochs=1, batch_size=41, progress=False)
+    with pytest.raises(pv.UsageError, match="with batch_size = 40, 20 came"):
+        pv.fit(make("bernoulli"), x, epochs=3, resume=True, batch_size=20, **options)
