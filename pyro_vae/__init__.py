@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pyro_vae.inference import reconstruct as reconstruct
     from pyro_vae.inference import sample as sample
     from pyro_vae.inference import traverse as traverse
+    from pyro_vae.inference_gaps import gaps as gaps
     from pyro_vae.latent import kl_parts as kl_parts
     from pyro_vae.likelihoods import Bernoulli as Bernoulli
     from pyro_vae.likelihoods import Categorical as Categorical
@@ -155,6 +156,7 @@ _WHERE = {
     "refine": "guides",
     "refit_guide": "guides",
     "bounds_table": "guides",
+    "gaps": "inference_gaps",
     "kl_parts": "latent",
     "disentanglement_scores": "disentanglement",
     "write_report": "report",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.importance import LogLikelihood
+from pyro_vae.inference_gaps import Gaps
 from pyro_vae.plots import BLUE, GREY, ORANGE, _figure, _strip, intensity, is_picture
 
 if TYPE_CHECKING:
@@ -49,4 +50,37 @@ def reliability(estimate: LogLikelihood, x: Tensor, number: int = 8) -> "Figure"
             axis.plot(image.detach().cpu().float().flatten(), color=BLUE, linewidth=0.8)
         axis.set_title(f"row {row}\nk {estimate.pareto_k[row]:.2f}", fontsize=7)
     below.suptitle("least to be trusted", fontsize=9)
+    return figure
+
+
+def gap_bars(found: Gaps) -> "Figure":
+    """Approximation and amortisation gap: stacked by datum in the order of their sum, and spread.
+
+    Arguments:
+        found: of `pyro_vae.gaps`; data whose gaps are not finite are left out.
+    """
+    kept = torch.isfinite(found.inference.per_datum)
+    order = found.inference.per_datum[kept].argsort(descending=True)
+    parts = [
+        ("approximation gap", found.approximation, BLUE),
+        ("amortisation gap", found.amortisation, ORANGE),
+    ]
+    figure = _figure(8, 3.2)
+    left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
+    base = np.zeros(len(order))
+    for name, gap, color in parts:
+        values = gap.per_datum[kept].numpy()
+        height = values[order.numpy()].clip(min=0)  # noise about 0 cannot be stacked
+        left.fill_between(np.arange(len(order)), base, base + height, step="mid", color=color)
+        label = f"{name}: {gap.value:.2f} ± {gap.standard_error:.2f}"
+        right.hist(values, bins=40, histtype="step", color=color, label=label)
+        base = base + height
+    left.set_xlabel("data, in the order of the sum", fontsize=8)
+    left.set_ylabel("nats", fontsize=8)
+    left.set_title("log p(x) - ELBO", fontsize=9)
+    right.set_xlabel("nats", fontsize=8)
+    right.set_ylabel("data", fontsize=8)
+    right.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.25))
+    for axis in (left, right):
+        axis.tick_params(labelsize=7)
     return figure

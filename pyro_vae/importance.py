@@ -234,6 +234,23 @@ def log_weights(pair: nn.Module, batch: Batch, num_samples: int, nesting: int = 
     return _weights(*_sampled(pair, batch, num_samples, nesting), nesting)
 
 
+def all_log_weights(pair: nn.Module, batch: Batch, num_samples: int) -> Tensor:
+    """The log weights of so many draws for each datum of a prepared batch, all of them, in float64:
+    of shape (num_samples, batch). To be called where the pair is in use (`pyro_vae.pairs.using`).
+
+    For what needs more than `log_likelihood` keeps: differences of draws, tails, resampling.
+    """
+    nesting, vectorized, widest = structure(pair, tuple(tensor[:2] for tensor in batch))
+    chunk = max(1, CELLS // (widest * len(batch[0]))) if vectorized else 1
+    parts = [
+        log_weights(pair, batch, min(chunk, num_samples - start), nesting)
+        if vectorized
+        else _alone(pair, batch, nesting)[None]
+        for start in range(0, num_samples, chunk)
+    ]
+    return torch.cat(parts).double()
+
+
 def _sampled(
     pair: nn.Module, batch: Batch, num_samples: int, nesting: int
 ) -> tuple[poutine.Trace, poutine.Trace]:

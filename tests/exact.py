@@ -60,6 +60,51 @@ def linear_gaussian(data_dim: int = 6, latent_dim: int = 2, spread: float = 1.0)
     return LinearGaussian(weight, noise=0.5, spread=spread)
 
 
+WEIGHT = torch.tensor([[1.0, 0.9], [0.8, 1.1], [1.2, 1.0], [0.2, -0.3]]).double()
+
+
+class Spoiled(LinearGaussian):
+    """The linear-Gaussian pair; its guide is the best of its family, each datum's spoiled."""
+
+    def __init__(
+        self, family: str, shift: float = 0.0, stretch: float = 1.0, weight: Tensor = WEIGHT
+    ) -> None:
+        super().__init__(weight, 0.6)
+        self.family, self.shift, self.stretch = family, shift, stretch
+
+    def factor(self, x: Tensor) -> Tensor:
+        """The factor of the covariance of the best normal of the family: (d, d)."""
+        _, covariance = self.posterior(x)
+        if self.family == "diagonal":
+            return torch.linalg.inv(covariance).diagonal().rsqrt().diag()
+        return torch.linalg.cholesky(covariance)
+
+    def q(self, x: Tensor) -> dist.MultivariateNormal:
+        """The guide as a normal, whose mean is off by more for some data than for others."""
+        mean, _ = self.posterior(x)
+        off = self.shift * x[:, :1].tanh()
+        return dist.MultivariateNormal(mean + off, scale_tril=self.stretch * self.factor(x))
+
+    def guide(self, x: Tensor) -> None:
+        q = self.q(x)
+        if self.family == "diagonal":
+            q = dist.Normal(q.loc, q.scale_tril.diagonal(dim1=-2, dim2=-1)).to_event(1)
+        elif self.family == "low-rank":
+            # A covariance of rank one and a diagonal, from the factor: exact in two dimensions.
+            (a, b), (_, c) = q.covariance_matrix[0]
+            left = (b.abs() * (a / c).sqrt()).sqrt(), -(b.abs() * (c / a).sqrt()).sqrt()
+            rest = torch.stack([a - left[0] ** 2, c - left[1] ** 2])
+            q = dist.LowRankMultivariateNormal(q.loc, torch.stack(left)[:, None], rest)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", q)
+
+    def kl(self, x: Tensor, q: dist.MultivariateNormal) -> Tensor:
+        """From a normal to the posterior, for each datum."""
+        mean, covariance = self.posterior(x)
+        exact = dist.MultivariateNormal(mean, covariance)
+        return torch.distributions.kl_divergence(q, exact).detach()
+
+
 def ppca_log_likelihood(x: Tensor, latent_dim: int) -> float:
     """The greatest mean log p(x) that probabilistic PCA can reach on these rows, in nats."""
     n, d = x.shape

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact import LinearGaussian, linear_gaussian
+from exact import Spoiled, linear_gaussian
 from pairs import ALL, make, rows
 from torch import nn
 
@@ -15,48 +15,6 @@ from pyro_vae.guides import Encoders, Grafted, Refined, _places
 from pyro_vae.pairs import latents, trace_guide, using
 from pyro_vae.preflight import require
 from pyro_vae.rng import seeded
-
-WEIGHT = torch.tensor([[1.0, 0.9], [0.8, 1.1], [1.2, 1.0], [0.2, -0.3]]).double()
-
-
-class Spoiled(LinearGaussian):
-    """The linear-Gaussian pair; its guide is the best of its family, each datum's spoiled."""
-
-    def __init__(self, family, shift=0.0, stretch=1.0):
-        super().__init__(WEIGHT, 0.6)
-        self.family, self.shift, self.stretch = family, shift, stretch
-
-    def factor(self, x):
-        """The factor of the covariance of the best normal of the family: (d, d)."""
-        _, covariance = self.posterior(x)
-        if self.family == "diagonal":
-            return torch.linalg.inv(covariance).diagonal().rsqrt().diag()
-        return torch.linalg.cholesky(covariance)
-
-    def q(self, x):
-        """The guide as a normal, whose mean is off by more for some data than for others."""
-        mean, _ = self.posterior(x)
-        off = self.shift * x[:, :1].tanh()
-        return dist.MultivariateNormal(mean + off, scale_tril=self.stretch * self.factor(x))
-
-    def guide(self, x):
-        q = self.q(x)
-        if self.family == "diagonal":
-            q = dist.Normal(q.loc, q.scale_tril.diagonal(dim1=-2, dim2=-1)).to_event(1)
-        elif self.family == "low-rank":
-            # A covariance of rank one and a diagonal, from the factor: exact in two dimensions.
-            (a, b), (_, c) = q.covariance_matrix[0]
-            left = (b.abs() * (a / c).sqrt()).sqrt(), -(b.abs() * (c / a).sqrt()).sqrt()
-            rest = torch.stack([a - left[0] ** 2, c - left[1] ** 2])
-            q = dist.LowRankMultivariateNormal(q.loc, torch.stack(left)[:, None], rest)
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", q)
-
-    def kl(self, x, q):
-        """From a normal to the posterior, for each datum."""
-        mean, covariance = self.posterior(x)
-        exact = dist.MultivariateNormal(mean, covariance)
-        return torch.distributions.kl_divergence(q, exact).detach()
 
 
 def data(pair, n=40):
