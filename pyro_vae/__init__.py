@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyro_vae.arviz_export import to_arviz as to_arviz
     from pyro_vae.datasets import hide_labels as hide_labels
     from pyro_vae.datasets import load_data as load_data
     from pyro_vae.datasets import one_hot as one_hot
@@ -159,6 +160,7 @@ _WHERE = {
     "gaps": "inference_gaps",
     "kl_parts": "latent",
     "disentanglement_scores": "disentanglement",
+    "to_arviz": "arviz_export",
     "write_report": "report",
     # data and runs
     "load_data": "datasets",

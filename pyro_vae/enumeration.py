@@ -223,14 +223,21 @@ def evidence(model: Trace, guide: Trace) -> Tensor:
     sites. Its exponential has the mean p(x) whatever the draws z, and q(e|x) takes no part.
     """
     inner, dims = _layout(model, guide)
+    total = log_ratio(model, guide)
+    total = total.logsumexp(list(dims.values())) if dims else total
+    return total.squeeze(inner)
+
+
+def log_ratio(model: Trace, guide: Trace) -> Tensor:
+    """The terms of `evidence` before their sum, with the enumerated dimensions first."""
+    inner, dims = _layout(model, guide)
     total = _zero({})
     for name, site in (latents(model) | observed(model)).items():
         total = total + _term(site, inner, name not in dims)
     for name, site in latents(guide).items():
         if name not in dims:
             total = total - _term(site, inner)
-    total = total.logsumexp(list(dims.values())) if dims else total
-    return total.squeeze(inner)
+    return total
 
 
 def probabilities(pair: nn.Module, batch: Batch, name: str, num_samples: int) -> Tensor:

@@ -1,0 +1,226 @@
+"""To ArviZ: draws of the latents, data drawn anew, and log p(x) of each datum."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from inspect import signature
+from math import log
+from types import ModuleType
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+from pyro.poutine import condition, uncondition
+from torch import Tensor, nn
+
+from pyro_vae import enumeration
+from pyro_vae.data import Rows, held_rows
+from pyro_vae.errors import UsageError
+from pyro_vae.importance import structure
+from pyro_vae.pairs import (
+    Batch,
+    Pair,
+    Site,
+    data_site,
+    latents,
+    observed,
+    trace,
+    trace_guide,
+    trace_model,
+    using,
+)
+from pyro_vae.progress import bar
+
+CELLS = 2**22
+"""Numbers in the greatest tensor that is made at once."""
+
+Statistics: TypeAlias = Mapping[str, Callable[[Tensor], Tensor]]
+
+Groups: TypeAlias = dict[str, dict[str, Tensor]]
+"""Tensors by group and name, of dimensions (draws, data, ...)."""
+
+
+def to_arviz(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    num_samples: int = 200,
+    num_particles: int = 50,
+    new_latents: bool = True,
+    statistics: Statistics | None = None,
+    binarize: str = "dynamic",
+    seed: int = 0,
+    progress: bool = True,
+) -> Any:
+    r"""Draws of a fitted pair for ArviZ's plots and its leave-one-out cross-validation.
+
+    For each datum and each draw s, the guide gives K proposals, of which one is kept with
+    probability proportional to its weight :math:`w_k = p(x, z_k)/q(z_k|x)`: a draw from the
+    posterior as K grows, and from the guide itself with K = 1. Its ``log_likelihood`` is
+    :math:`\log \tfrac1K \sum_k w_k`, an estimate of log p(x) with the local latents integrated out,
+    which is what is left of a datum when it is left out: ``loo`` on :math:`\log p(x|z)` would
+    weigh draws of a posterior into draws of a prior, and fail.
+
+    Arguments:
+        pair: any pair whose latents are all in the data plate.
+        x, context: data; a few hundred rows, since every draw of every datum is kept.
+        num_samples: draws for each datum.
+        num_particles: K, weights for each draw.
+        new_latents: whether data are drawn anew with latents from their prior, as leave-one-out
+            takes them; else with those of ``posterior``, as `pyro_vae.reconstruct` does.
+        statistics: by name, functions of data (n, *data_shape) that give a number for each row,
+            of shape (n,): further variables of data and draws, for plots of what matters.
+        binarize, seed, progress: as in `pyro_vae.log_likelihood`.
+
+    Returns an ArviZ ``InferenceData`` (a ``DataTree`` from version 1.0) with the groups
+
+    - ``posterior``: latent sites, of dimensions (chain, draw, data, ...), also those summed out;
+    - ``posterior_predictive``: observed sites, likewise, and the statistics;
+    - ``log_likelihood``: under the name of the data's site, of dimensions (chain, draw, data), in
+      nats;
+    - ``observed_data``: what the pair observes, and the statistics; ``constant_data``: the context.
+
+    Raises `UsageError` where ArviZ is missing, for latents outside the data plate, and where a
+    weight is infinite or all weights of a datum are 0. Vehtari, Gelman & Gabry, 2017; local latents
+    integrated out: Merkle, Furr & Rabe-Hesketh, 2019.
+
+    >>> import torch, pyro_vae as pv
+    >>> data = pv.to_arviz(pv.VAE.mlp((4,), latent_dim=2), torch.ones(3, 4), num_samples=5)
+    >>> data.posterior["z"].shape, data.log_likelihood["x"].shape
+    ((1, 5, 3, 2), (1, 5, 3))
+    """
+    for name, value in (("num_samples", num_samples), ("num_particles", num_particles)):
+        if value < 1:
+            raise UsageError(f"{name} must be 1 or more, {value} came")
+    arviz = _arviz()
+    rows, prepare = held_rows(pair, x, context, binarize)
+    parts = []
+    with using(pair, seed), bar(progress, len(rows) * num_samples, "draws", delay=2) as shown:
+        nesting, _, widest = structure(pair, prepare(rows.first(2)))
+        at_once = max(1, CELLS // (widest * num_particles))
+        for given in rows.batches(min(at_once, 500)):
+            batch, draws = prepare(given), []
+            chunk = max(1, at_once // len(batch[0]))
+            for start in range(0, num_samples, chunk):
+                size = min(chunk, num_samples - start)
+                draws.append(_draws(pair, batch, size, num_particles, nesting, new_latents))
+                shown.update(size * len(batch[0]))
+            parts.append(_joined(draws, 0) | _data(pair, batch))
+    groups = _joined(parts, 1)
+    for group in ("posterior_predictive", "observed_data"):
+        groups[group] |= _statistics(statistics or {}, groups[group])
+    return _converted(arviz, groups)
+
+
+def _draws(
+    pair: nn.Module, batch: Batch, size: int, particles: int, nesting: int, new_latents: bool
+) -> Groups:
+    """So many draws of each datum, their estimates of log p(x), and data drawn anew."""
+    n = len(batch[0])
+    # Rows are repeated, not put into a plate of samples, which not every pair takes.
+    repeated = tuple(tensor.repeat(size * particles, *[1] * (tensor.dim() - 1)) for tensor in batch)
+    model, guide = enumeration.traces(pair, repeated, nesting)
+    ratio = enumeration.log_ratio(model, guide)
+    weights = ratio.reshape(-1, particles, size, n).double().flatten(0, 1)
+    estimates = weights.logsumexp(0) - log(particles)
+    if not bool(estimates.isfinite().all()):
+        raise UsageError(
+            f"{int((~estimates.isfinite()).any(0).sum())} data have weights that are infinite, or "
+            "all 0: the guide gives them no draws of a posterior"
+        )
+    kept = torch.distributions.Categorical(logits=weights.permute(1, 2, 0)).sample()
+    index = torch.arange(size * n, device=kept.device)
+    posterior = {
+        name: _data_first(site, ratio.shape)
+        .unflatten(1, (particles, size * n))
+        .flatten(0, 1)[kept.flatten(), index]
+        .unflatten(0, (size, n))
+        for name, site in (latents(model) | latents(guide)).items()
+    }
+    again = tuple(tensor[: size * n] for tensor in repeated)
+    program: Any = uncondition(cast(Pair, pair).model)
+    if not new_latents:
+        sites = latents(model) | latents(guide)
+        program = condition(program, data=_data_last(posterior, sites))
+    drawn = observed(trace(program, again))
+    return {
+        "posterior": posterior,
+        "posterior_predictive": {
+            name: _data_first(site)[0].unflatten(0, (size, n))
+            for name, site in drawn.items()
+            if name not in posterior
+        },
+        "log_likelihood": {data_site(model)["name"]: estimates},
+    }
+
+
+def _data(pair: nn.Module, batch: Batch) -> Groups:
+    """What the pair observes in a batch, and its context, as one draw."""
+    sites = observed(trace_model(pair, batch, trace_guide(pair, batch)))
+    return {
+        "observed_data": {name: _data_first(site) for name, site in sites.items()},
+        "constant_data": {f"context_{i}": part[None] for i, part in enumerate(batch[1:], 1)},
+    }
+
+
+def _data_first(site: Site, like: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    """A site's values (values of enumerated sites, data, plates within a datum, event)."""
+    value, events = site["value"], site["fn"].event_dim
+    shape, event = value.shape[: value.dim() - events], value.shape[value.dim() - events :]
+    shape = torch.broadcast_shapes(shape, like)
+    plates = max(-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized)
+    value = value.expand(*shape, *event)
+    value = value.reshape(-1, *shape[len(shape) - plates :], *event)
+    return value.movedim(-1 - events, 1)
+
+
+def _data_last(values: dict[str, Tensor], sites: dict[str, Site]) -> dict[str, Tensor]:
+    """Draws (draws, data, ...) as a model takes them, the data right of the plates within one."""
+    return {
+        name: value.flatten(0, 1).movedim(0, value.dim() - 2 - sites[name]["fn"].event_dim)
+        for name, value in values.items()
+    }
+
+
+def _joined(parts: Sequence[Groups], dim: int) -> Groups:
+    return {
+        group: {name: torch.cat([part[group][name] for part in parts], dim) for name in variables}
+        for group, variables in parts[0].items()
+    }
+
+
+def _statistics(statistics: Statistics, sites: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Statistics (draws, data) of the first observed site (draws, data, ...)."""
+    data = next(iter(sites.values()))
+    found = {name: function(data.flatten(0, 1)) for name, function in statistics.items()}
+    for name, value in found.items():
+        if value.shape != (data.shape[:2].numel(),):
+            raise UsageError(
+                f"the statistic '{name}' of {data.shape[:2].numel()} rows is to be a tensor of as "
+                f"many numbers, one of shape {tuple(value.shape)} came"
+            )
+    return {name: value.unflatten(0, data.shape[:2]) for name, value in found.items()}
+
+
+def _converted(arviz: ModuleType, groups: Groups) -> Any:
+    """Groups of tensors (draws, data, ...) as an object of ArviZ, of either line of versions."""
+    arrays: dict[str, dict[str, np.ndarray]] = {}
+    for group, variables in groups.items():
+        for name, value in variables.items():
+            array = value.cpu().numpy()
+            arrays.setdefault(group, {})[name] = array[0] if "data" in group else array[None]
+    dims = {name: ["data"] for variables in arrays.values() for name in variables}
+    if "posterior" in signature(arviz.from_dict).parameters:
+        return arviz.from_dict(**arrays, dims=dims)
+    return arviz.from_dict(arrays, dims=dims)
+
+
+def _arviz() -> ModuleType:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ArviZ announces its next version as it is imported
+        try:
+            return import_module("arviz")
+        except ImportError as error:
+            raise UsageError(
+                "to_arviz takes ArviZ, which is not installed: pip install 'pyro-vae[arviz]'"
+            ) from error
