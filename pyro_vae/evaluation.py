@@ -31,7 +31,10 @@ from pyro_vae.pairs import (
 from pyro_vae.sequences import elements
 
 ACTIVE = 0.01
-"""A unit is active where its posterior mean varies over the data by more (Burda et al., 2016)."""
+"""A unit is active where its posterior mean varies over the data by more (Burda et al., 2016).
+
+Of a latent whose prior depends on others or on the context, what varies is taken from the mean of
+that prior: else each unit of a level would pass for active that only follows the one above."""
 
 PARTICLES = 10
 """Draws for each datum from which `evaluate` estimates the ELBO."""
@@ -62,7 +65,8 @@ class Evaluation:
     num_units: dict[str, int]
     """Units of each latent site that is not discrete."""
     active_units: dict[str, int]
-    """Units whose posterior mean has a variance over 0.01 across the data, for each latent site."""
+    """Units whose posterior mean, from the prior's, has a variance over 0.01 across the data, for
+    each latent site."""
     log_likelihood: float
     log_likelihood_standard_error: float
     """Monte Carlo standard error of ``log_likelihood``, not that of the choice of test data."""
@@ -174,7 +178,7 @@ def evaluate(
     objective = elbo(pair, prepare(rows.first(2)), PARTICLES)
     parts = bound(pair, rows, prepare, objective, batch_size, seed)
     likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress)
-    units, codes, discrete, dims = _units(pair, rows, prepare, batch_size, seed)
+    units, codes, moves, discrete, dims = _units(pair, rows, prepare, batch_size, seed)
     accuracy = None
     if labels is not None and known is not None and train_labels is not None:
         train_codes = _units(pair, *known, batch_size, seed)[1]
@@ -190,7 +194,7 @@ def evaluate(
         kl_by_unit={name: kl.tolist() for name, kl in units.items()},
         num_units={name: code.shape[1] for name, code in codes.items()},
         active_units={
-            name: int((code.var(0, correction=0) > ACTIVE).sum()) for name, code in codes.items()
+            name: int((move.var(0, correction=0) > ACTIVE).sum()) for name, move in moves.items()
         },
         log_likelihood=likelihood.value,
         log_likelihood_standard_error=likelihood.standard_error,
@@ -223,10 +227,12 @@ def bound(
 
 def _units(
     pair: nn.Module, rows: Source, prepare: Preparation, batch_size: int, seed: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor], bool, float]:
-    """KL by unit, codes by site, whether the data are discrete, and how many numbers they hold."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], bool, float]:
+    """KL by unit, codes by site, the same from the prior's means, whether the data are discrete,
+    and how many numbers they hold."""
     kl: dict[str, Tensor] = {}
     codes: dict[str, list[Tensor]] = {}
+    moves: dict[str, list[Tensor]] = {}
     count, discrete, dims = 0, False, 0.0
     nesting = enumeration.nesting(pair, prepare(rows.first(2)))
     with using(pair, seed):
@@ -242,8 +248,11 @@ def _units(
                 if each is not None:
                     kl[name] = kl.get(name, 0) + each.reshape(n, -1).sum(0).cpu()
                 if is_local(site):
-                    code = terms.units(mean(site["fn"]), len(site["fn"].event_shape))
-                    codes.setdefault(name, []).append(code.reshape(n, -1).cpu())
+                    right, loc = len(site["fn"].event_shape), mean(site["fn"])
+                    centre = _closed_mean(sample_sites(model).get(name))
+                    for found, value in ((codes, loc), (moves, loc - centre)):
+                        value = terms.units(value, right)
+                        found.setdefault(name, []).append(value.reshape(n, -1).cpu())
             data = data_site(model)
             discrete = data["fn"].support.is_discrete
             dims += elements(data["fn"], data["value"]).sum().item()
@@ -251,9 +260,19 @@ def _units(
     return (
         {name: total / count for name, total in kl.items()},
         {name: torch.cat(parts) for name, parts in codes.items()},
+        {name: torch.cat(parts) for name, parts in moves.items()},
         discrete,
         dims,
     )
+
+
+def _closed_mean(prior: Any) -> Tensor | float:
+    """The mean of a prior that is in closed form, else 0."""
+    try:
+        loc = 0.0 if prior is None else prior["fn"].mean
+    except NotImplementedError:
+        return 0.0
+    return 0.0 if isinstance(loc, Tensor) and bool(loc.isnan().any()) else loc
 
 
 def _kl_of_units(terms: enumeration.Terms, prior: Any, site: Any, closed: bool) -> Tensor | None:

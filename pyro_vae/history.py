@@ -69,6 +69,8 @@ class History:
     best_epoch: int
     """The epoch of the greatest validation bound; the last one without validation data."""
     stopped_early: bool
+    collapsed: tuple[str, ...] = ()
+    """Latent sites whose posterior had collapsed when training ended; see docs/collapse.md."""
 
     def __getitem__(self, column: str) -> list[float]:
         """A column of history.csv as a list: ``history["validation_elbo"]``."""

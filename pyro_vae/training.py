@@ -18,7 +18,7 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae import rng, runs
+from pyro_vae import collapse, rng, runs
 from pyro_vae.config import Settings
 from pyro_vae.data import Arrays, Preparation, Rows, Source, held_out, preparation, source
 from pyro_vae.engine import Engine, Step
@@ -95,6 +95,8 @@ def fit(
     checkpoint, and given back to the caller as they were: a resumed run ends, on a CPU,
     bit-identical to one that was never interrupted.
 
+    A warning says where the posterior of a latent site has collapsed (docs/collapse.md).
+
     Raises `UsageError` for data or a pair that cannot be trained, `NonFiniteError` where loss or
     gradient stop being finite, `Interrupted` (a ``KeyboardInterrupt``) after Ctrl-C or SIGTERM.
 
@@ -126,7 +128,7 @@ def fit(
     with seeded(chosen.seed):  # a loader draws as it begins
         rows = source(x, context, pair)
         chosen = chosen.for_rows(len(rows))
-        rows, prepare, objective = _training_rows(pair, rows, objective, binarize, chosen)
+        rows, prepare, objective, units = _training_rows(pair, rows, objective, binarize, chosen)
         held = None
         if validation is not None:
             parts = validation if isinstance(validation, (tuple, list)) else (validation,)
@@ -157,6 +159,7 @@ def fit(
             rows,
             prepare,
             held,
+            units,
             objective,
             beta if callable(beta) else lambda _: float(cast(float, beta)),
             learning_rate_schedule or (lambda _: 1.0),
@@ -197,6 +200,7 @@ class _Run:
     rows: Source
     prepare: Preparation
     held: tuple[Source, Preparation] | None
+    units: dict[str, int]
     objective: ELBO
     beta: Schedule
     rate: Schedule
@@ -228,6 +232,7 @@ class _Run:
         self.svi = Step(
             registered(self.pair, pair.model), pair.guide, self.optimizer, loss=self.engine
         )
+        self.alarm = collapse.CollapseAlarm(self.units, settings.epochs, self._steps())
         self.epochs: list[Epoch] = []
         self.best: dict[str, Tensor] | None = None
         self.best_epoch = 0
@@ -256,16 +261,23 @@ class _Run:
                     if stop:
                         self._interrupt()
                 self._end_epoch()
+                self._warn(self.alarm.heard(self.epochs[-1]))
                 if board is not None:
                     for name, value in self.epochs[-1].row().items():
                         board.add_scalar(name, value, len(self.epochs))
                 if time.monotonic() - self.written > self.settings.checkpoint_seconds:
                     self.write()
+        self._warn(self.alarm.over())
         self.write()
         if self.best is not None:
             self.pair.load_state_dict(self.best, strict=False)
         self.pair.eval()
-        return History(tuple(self.epochs), self.best_epoch, self._waited())
+        return History(tuple(self.epochs), self.best_epoch, self._waited(), self.alarm.collapsed)
+
+    def _warn(self, collapsed: Sequence[str]) -> None:
+        for name in collapsed:
+            with tqdm.external_write_mode():  # a line of its own, above the bar
+                warnings.warn(self.alarm.words(name), stacklevel=4)
 
     def _remaining(self) -> Iterator[Batch]:
         """The minibatches of this epoch that are left, whether it begins or is gone on with."""
@@ -450,6 +462,8 @@ class _Run:
         self.optimizer.set_state(saved["optimizer"])
         self.best, self.best_epoch = saved["best"], saved["best_epoch"]
         self.epochs = [Epoch.of(epoch) for epoch in saved["epochs"]]
+        for epoch in self.epochs:
+            self.alarm.heard(epoch)
         for name in ("batches", "examples", "sums", "seconds"):
             setattr(self, name, saved[name])
         if self.settings.engine == saved["job"]["settings"].get("engine"):
@@ -460,8 +474,12 @@ class _Run:
     def _say(self, words: str) -> None:
         self.shown.set_postfix_str(words)
 
+    def _steps(self) -> int:
+        """The steps of an epoch."""
+        return max(1, math.ceil(len(self.rows) / self.batch_size))
+
     def _bar(self, progress: bool) -> tqdm:
-        steps = max(1, math.ceil(len(self.rows) / self.batch_size))
+        steps = self._steps()
         done = len(self.epochs) * steps + self.batches
         return bar(progress, self.settings.epochs * steps, "fit", initial=done)
 
@@ -511,8 +529,9 @@ def _summary_writer() -> Any:
 
 def _training_rows(
     pair: nn.Module, rows: Source, objective: ELBO | None, binarize: str, settings: Settings
-) -> tuple[Source, Preparation, ELBO]:
-    """The training data, checked together with the pair, how they are prepared, the objective."""
+) -> tuple[Source, Preparation, ELBO, dict[str, int]]:
+    """The training data, checked together with the pair, how they are prepared, the objective, and
+    how many units each latent site has."""
     if len(rows) < 2:
         raise UsageError(f"{len(rows)} row of data came, 2 or more are expected")
     if isinstance(rows, Arrays) and len(rows) < cast(int, settings.batch_size):
@@ -533,7 +552,7 @@ def _training_rows(
             stacklevel=3,
         )
     rows = rows.to(prepare.device) if isinstance(rows, Arrays) else rows
-    return rows, prepare, objective or elbo(pair, first)
+    return rows, prepare, objective or elbo(pair, first), collapse.units(pair, first)
 
 
 def _validation_rows(
