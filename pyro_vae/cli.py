@@ -6,6 +6,7 @@ command runs.
 
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; an error of use is one line on standard error and status 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        words, app.config = _config_file(words)
+        words, file = _config_file(words)
+        app.config = [*([] if file is None else [file]), _require_heard]
         with warnings.catch_warnings():
             show = warnings.showwarning
 
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             warnings.showwarning = one_line
             app(words, exit_on_error=False, print_error=False)
     except UsageError as error:
-        _fail(str(error))
+        _fail(_as_options(str(error), words))
     except CycloptsError as error:
         _fail(_one_line(str(error)))
     except BrokenPipeError:
@@ -120,6 +122,7 @@ def train(
     _positive("num_eval_samples", num_eval_samples)
     run = out or Path("runs") / Path(data).stem
     loaded = load_data(data, source.data_dir, source.length)
+    configuration.require_data(source, loaded)
     seeded_pair = _seeded_pair(model, loaded, settings.seed)
     given = (
         {"data": data, "data_shape": loaded.shape, "num_classes": loaded.num_classes}
@@ -653,6 +656,38 @@ def _config_file(words: list[str]) -> tuple[list[str], Any]:
     if kept.pop("report", True) is False and "--report" not in words:
         words = [*words, "--no-report"]
     return words[:at] + words[at + 2 :], ConfigDict(kept, use_commands_as_keys=False)
+
+
+def _require_heard(_: App, commands: Sequence[str], arguments: Any) -> None:
+    """Refuse options that nothing hears of what is chosen, typed as they are by default too."""
+    if tuple(commands) != ("train",):
+        return
+    named = {_python(argument.name): argument for argument in arguments}
+    configuration.require_heard(
+        [name for name, one in named.items() if any(token.source == "cli" for token in one.tokens)],
+        {
+            name: one.tokens[-1].value if one.tokens else one.field_info.default
+            for name, one in named.items()
+        },
+    )
+
+
+def _as_options(message: str, words: Sequence[str]) -> str:
+    """A message in which arguments of Python stand as the options of the command that give them."""
+    command = words[0] if words else ""
+    options = app[command].assemble_argument_collection() if command in list(app) else []
+    for name in (one.name for one in options if one.name.startswith("--")):
+        word = _python(name)
+        free = (
+            rf"(?<![\w'\"./-]){word}(?![\w'\"./=(])" if "_" in word else rf"^{word}(?= (is|must) )"
+        )
+        message = re.sub(free, name, message)
+    elbo = r"\b(use|or) (Trace_ELBO|pyro_vae\.EnumeratedELBO)\b"
+    return re.sub(elbo, r"\1 --objective elbo", message)
+
+
+def _python(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
 
 
 def _split(word: str) -> list[str]:

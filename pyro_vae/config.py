@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf
 from pathlib import Path
@@ -132,7 +132,8 @@ class Model:
         vae; hierarchical; semi-supervised, with labels of some rows; mixture, which clusters;
         deep-markov, for sequences, which are rows (steps, d) or images read from the top; or
         module:Class for a pair of your own, whose constructor gets those of data_shape,
-        latent_dim, hidden, context_shapes and num_classes that it takes.
+        latent_dim, hidden, context_shapes and num_classes that it takes; what else builds our
+        models is refused beside it.
     network
         Multilayer perceptrons, convolutions for images, or recurrent networks for text; auto takes
         the last for text and the first for other data.
@@ -225,19 +226,13 @@ class Model:
     classification_weight: float = 50.0
 
     def __post_init__(self) -> None:
+        _require_heard_fields(self)
         self._require_discrete()
-        for name in ("latent_dim", "hidden", "channels"):
+        for name in ("latent_dim", "hidden", "channels", "embedding_dim", "logistics"):
             value = getattr(self, name)
-            if any(width < 1 for width in value):
-                raise UsageError(f"{name} must be positive, {', '.join(map(str, value))} came")
-        for name, (of, allowed) in _ONLY_FOR.items():
-            if name == "components" and self.model == "mixture":
-                continue
-            value, chosen = getattr(self, name), getattr(self, of)
-            if value != _DEFAULTS[name] and chosen not in allowed:
-                raise UsageError(
-                    f"{name} is for --{of} {' or '.join(allowed)}, {of} {chosen} came with it"
-                )
+            sizes = value if isinstance(value, tuple) else (value,)
+            if any(size < 1 for size in sizes):
+                raise UsageError(f"{name} must be positive, {', '.join(map(str, sizes))} came")
         if len(self.latent_dim) > 1 and self.model != "hierarchical" and ":" not in self.model:
             raise UsageError(
                 f"latent_dim of --model {self.model} is one number, {len(self.latent_dim)} came: "
@@ -252,6 +247,10 @@ class Model:
             raise UsageError(
                 "--prior vamp needs q of the top level given the data: --guide top-down"
             )
+        if self.prior == "flow" and self.top_dim < 2:
+            raise UsageError(f"--prior flow needs a latent_dim of 2 or more, {self.top_dim} came")
+        if self.network == "conv" and self.activation == "glu":
+            raise UsageError("--activation glu is for --network mlp, conv came")
         if self.blocks < 0:
             raise UsageError(f"blocks must not be negative, {self.blocks} came")
         if self.components is not None and self.components < 1:
@@ -275,18 +274,6 @@ class Model:
     def top_dim(self) -> int:
         """The dimension of the latent vector, or of the top level's."""
         return self.latent_dim[-1]
-
-
-_ONLY_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
-    "blocks": ("network", ("conv",)),
-    "guide": ("model", ("hierarchical",)),
-    "normalize": ("model", ("hierarchical",)),
-    "classification_weight": ("model", ("semi-supervised",)),
-    "components": ("prior", ("gaussian-mixture", "vamp")),
-}
-"""Options that only some values of another option take."""
-
-_DEFAULTS = {field.name: field.default for field in fields(Model)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +324,7 @@ class Objective:
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
 
     def __post_init__(self) -> None:
+        _require_heard_fields(self)
         if self.num_samples < 1:
             raise UsageError(f"num_samples must be 1 or more, {self.num_samples} came")
         if self.objective in ("free-bits", "total-correlation") and self.num_samples > 1:
@@ -380,6 +368,77 @@ class Input:
     length: int = 60
 
 
+_ONLY_FOR: dict[str, dict[str, tuple[str, ...]]] = {
+    "embedding_dim": {"network": ("auto", "recurrent")},
+    "word_dropout": {"network": ("auto", "recurrent")},
+    "channels": {"network": ("conv",)},
+    "blocks": {"network": ("conv",)},
+    "guide": {"model": ("hierarchical",)},
+    "normalize": {"model": ("hierarchical",)},
+    "classification_weight": {"model": ("semi-supervised",)},
+    "components": {"prior": ("gaussian-mixture", "vamp"), "model": ("mixture",)},
+    "scale": {"likelihood": ("gaussian",)},
+    "logistics": {"likelihood": ("discretized-logistic-mixture",)},
+    "library_size": {"likelihood": COUNTS},
+    "binarize": {"likelihood": ("bernoulli",)},
+    "free_bits": {"objective": ("free-bits",)},
+    "mutual_information": {"objective": ("total-correlation",)},
+    "total_correlation": {"objective": ("total-correlation",)},
+    "dimension_kl": {"objective": ("total-correlation",)},
+    "warm_up_epochs": {"warm_up": ("linear", "cyclical")},
+}
+"""Options that only some values of another option hear, or of either of two."""
+
+_ANY_PAIR = ("model", "latent_dim", "hidden", "library_size", "condition", "num_labels")
+"""Options of `Model` that a pair of a user's own hears."""
+
+_OF_MODELS = {field.name for field in fields(Model)}
+
+
+def require_heard(given: Iterable[str], chosen: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for a given option that nothing hears of what is chosen."""
+    model = chosen.get("model") or ""
+    unheard = _OF_MODELS - set(_ANY_PAIR) if ":" in model else set()
+    for name in given:
+        if name in unheard:
+            raise UsageError(f"{_option(name)} is not for a pair of your own, --model {model} came")
+        goes_with = _ONLY_FOR.get(name, {})
+        known = {of: chosen[of] for of in goes_with if of in chosen and of not in unheard}
+        if known and not any(value in goes_with[of] for of, value in known.items()):
+            kinds = (f"{_option(of)} {' or '.join(goes_with[of])}" for of in goes_with)
+            came = (
+                f"{_option(of)} {value}" if value else f"no {_option(of)}"
+                for of, value in known.items()
+            )
+            raise UsageError(
+                f"{_option(name)} goes with {', or with '.join(kinds)}; {' and '.join(came)} came"
+            )
+
+
+def _require_heard_fields(config: Model | Objective) -> None:
+    own = {field.name: getattr(config, field.name) for field in fields(config)}
+    require_heard((f.name for f in fields(config) if own[f.name] != f.default), own)
+
+
+def require_data(source: Input, data: Data) -> None:
+    """Raise `UsageError` for options of data that these data do not hear."""
+    from pyro_vae.datasets import TORCHVISION
+
+    if source.length != Input.length and data.vocabulary is None:
+        raise UsageError(f"--length is for text, {data.name} is none")
+    if source.data_dir is not None and data.name not in TORCHVISION:
+        raise UsageError(f"--data-dir is for {', '.join(TORCHVISION)}, {data.name} came")
+
+
+def _option(name: str) -> str:
+    """The option that gives an argument of this name.
+
+    >>> _option("free_bits")
+    '--free-bits'
+    """
+    return f"--{name.replace('_', '-')}"
+
+
 def make_pair(config: Model, data: Data) -> nn.Module:
     """The pair that a configuration asks for, on data of this shape."""
     context = context_shapes(config, data)
@@ -391,7 +450,11 @@ def make_pair(config: Model, data: Data) -> nn.Module:
             "context_shapes": context,
             "num_classes": data.num_classes,
         }
-        return make_user_pair(config.model, given)
+        pair = make_user_pair(config.model, given)
+        takes = inspect.signature(type(pair).__init__).parameters
+        untaken = [name for name in ("latent_dim", "hidden") if name not in takes]
+        _require_default(config, config.model, *untaken)
+        return pair
     if config.model == "deep-markov":
         return _deep_markov_model(config, data)
     makers: dict[str, Callable[[Model, dict[str, Any]], tuple[Any, nn.Module | None]]] = {
@@ -499,7 +562,8 @@ def plain_dim(latent_dim: Sequence[int]) -> int | tuple[int, ...]:
 def _deep_markov_model(config: Model, data: Data) -> nn.Module:
     """The deep Markov model that a configuration asks for."""
     _require_default(config, "--model deep-markov", "network", "prior", "condition", "activation")
-    _require_default(config, "--model deep-markov", "channels", "blocks", "library_size")
+    _require_default(config, "--model deep-markov", "library_size", "embedding_dim", "word_dropout")
+    _require_one_width(config, "--model deep-markov")
     sequence = data.shape[1:] if len(data.shape) == 3 and data.shape[0] == 1 else data.shape
     if data.vocabulary is not None or len(sequence) != 2:
         raise UsageError(
@@ -521,7 +585,12 @@ def _deep_markov_model(config: Model, data: Data) -> nn.Module:
 def _require_default(config: Model, what: str, *names: str) -> None:
     for name in names:
         if getattr(config, name) != getattr(Model, name):
-            raise UsageError(f"{what} takes no {name}: {getattr(config, name)} came")
+            raise UsageError(f"{what} takes no {_option(name)}: {getattr(config, name)} came")
+
+
+def _require_one_width(config: Model, what: str) -> None:
+    if config.hidden != Model.hidden and len(config.hidden) != 1:
+        raise UsageError(f"{what} takes one width as --hidden, {len(config.hidden)} came")
 
 
 def _text_pair(config: Model, data: Data, context: Sequence[tuple[int, ...]]) -> nn.Module:
@@ -531,7 +600,8 @@ def _text_pair(config: Model, data: Data, context: Sequence[tuple[int, ...]]) ->
     if config.model != "vae" or config.prior == "vamp":
         raise UsageError("text is for --model vae, and for priors other than vamp")
     _require_default(config, "text", "likelihood", "scale", "library_size")
-    _require_default(config, "text", "activation", "channels", "blocks")
+    _require_default(config, "text", "activation")
+    _require_one_width(config, "text")
     from pyro_vae.models.vae import VAE
 
     return VAE.recurrent(
@@ -614,12 +684,6 @@ def make_likelihood(config: Model) -> Any:
     """The likelihood family of a configuration."""
     from pyro_vae import likelihoods
 
-    if config.likelihood != "gaussian" and config.scale != Model.scale:
-        raise UsageError(f"scale is for --likelihood gaussian, {config.likelihood} came with it")
-    if config.library_size and config.likelihood not in COUNTS:
-        raise UsageError(
-            f"library_size is for counts ({', '.join(COUNTS)}), {config.likelihood} came with it"
-        )
     if config.likelihood == "gaussian":
         if config.scale in ("predicted", "learned"):
             return likelihoods.Gaussian(learned=config.scale == "learned")

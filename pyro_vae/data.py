@@ -241,13 +241,13 @@ def _outside(value: float, x: Tensor, site: dict[str, Any]) -> str:
     low, high = x.min().item(), x.max().item()
     whole = bool((x == x.round()).all())
     if eight_bit or (low >= 0 and high <= 1):
-        fit = "ContinuousBernoulli or Gaussian would fit values in [0, 1]"
+        fit = "a ContinuousBernoulli or Gaussian likelihood would fit values in [0, 1]"
     elif whole and low >= 0 and high <= 255:
         fit = "whole numbers up to 255 look like 8-bit pixels: pass them as uint8"
     elif whole and low >= 0:
-        fit = "Poisson or NegativeBinomial would fit counts"
+        fit = "a Poisson or NegativeBinomial likelihood would fit counts"
     else:
-        fit = "Gaussian would fit real values"
+        fit = "a Gaussian likelihood would fit real values"
     name = type(getattr(site["fn"], "base_dist", site["fn"])).__name__
     name = _FAMILIES.get(name, name)
     return (

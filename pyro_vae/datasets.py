@@ -149,8 +149,11 @@ def hide_labels(labels: Tensor, num_labels: int, seed: int = 0) -> Tensor:
     """Labels (n,) of which so many are kept, as many of each class, and the others are -1.
 
     Arguments:
-        num_labels: how many to keep; 0 hides them all.
+        num_labels: how many to keep, one of each class at least; 0 hides them all. Where they do
+            not divide evenly, the greatest labels keep one more.
         seed: of the draw of those that are kept.
+
+    Raises `UsageError` for fewer labels than classes, and for more of a class than there are.
 
     >>> hide_labels(torch.tensor([0, 1, 0, 1]), 2, seed=1).sort().values
     tensor([-1, -1,  0,  1])
@@ -160,6 +163,10 @@ def hide_labels(labels: Tensor, num_labels: int, seed: int = 0) -> Tensor:
     labels = torch.as_tensor(labels).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     classes = labels[labels >= 0].unique().tolist()
+    if 0 < num_labels < len(classes):
+        raise UsageError(
+            f"num_labels is 0, or {len(classes)} or more, one for each class: {num_labels} came"
+        )
     counts = [(num_labels + i) // len(classes) for i in range(len(classes))]
     hidden = torch.full_like(labels, -1)
     for label, count in zip(classes, counts, strict=True):
@@ -229,7 +236,9 @@ _TORCHVISION: dict[str, tuple[Callable[[Path, bool, bool], Split], str]] = {
     "svhn": (_svhn, "train_32x32.mat and test_32x32.mat"),
 }
 
-NAMES = ("digits", "shapes", "docstrings", *_TORCHVISION)
+TORCHVISION = tuple(_TORCHVISION)
+
+NAMES = ("digits", "shapes", "docstrings", *TORCHVISION)
 
 
 # What torchvision raises where files are absent, cut short, or of something else.

@@ -81,6 +81,19 @@ def made(family: Family | type[Family]) -> Family:
     return found
 
 
+def made_prior(prior: nn.Module | Callable[[int], nn.Module], latent_dim: int) -> nn.Module:
+    """A prior from a prior, or from what makes one for this dimension; `UsageError` for others."""
+    if isinstance(prior, nn.Module):
+        return prior
+    if not callable(prior):
+        raise UsageError(
+            "prior is a module, or what makes one for a latent_dim, such as "
+            f"pyro_vae.GaussianMixture or pyro_vae.FlowPrior, {prior!r} came; a VampPrior is set "
+            "afterwards: pair.prior = pyro_vae.VampPrior.of_data(pair.encoder, x)"
+        )
+    return prior(latent_dim)
+
+
 def image_of(family: Family, shape: Shape) -> Shape:
     """The image that a convolutional decoder gives for data of this shape: channels of outputs."""
     if len(shape) != 3:

@@ -49,6 +49,7 @@ class MLP(nn.Module):
         self.inputs, self.hidden, self.outputs = inputs, tuple(hidden), outputs
         self.activation, self.normalize = activation, normalize
         self.shapes = shapes_of(inputs)
+        _require_maker(activation)
         widths = [sum(map(prod, self.shapes)), *hidden]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -316,7 +317,13 @@ class OneHot(nn.Module):
         return rows.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
 
 
+def _require_maker(activation: Any) -> None:
+    if not callable(activation):
+        raise UsageError(f"activation is a class such as torch.nn.ReLU, {activation!r} came")
+
+
 def _require_ungated(activation: Callable[[], nn.Module]) -> None:
+    _require_maker(activation)
     if activation is nn.GLU:
         raise UsageError("nn.GLU is for multilayer perceptrons, convolutions take another one")
 

@@ -417,7 +417,7 @@ def given(*data, pair=small, **options):
 
 
 OUTSIDE = ["outside the support", "site 'x'"]
-AS_BYTES, AS_REAL = [*OUTSIDE, "uint8", "8-bit"], [*OUTSIDE, "Gaussian would fit"]
+AS_BYTES, AS_REAL = [*OUTSIDE, "uint8", "8-bit"], [*OUTSIDE, "Gaussian likelihood would fit"]
 AS_GREY = [*OUTSIDE, "ContinuousBernoulli"]
 
 REFUSED = {
@@ -538,6 +538,22 @@ def test_fit_refuses_and_neither_writes_nor_clears(call, words, run, tmp_path):
     assert snapshot(tmp_path) == before
     refused(lambda: fit(out=run, overwrite=True), *words)
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("make", [pv.VAE.mlp, pv.HierarchicalVAE.mlp])
+def test_names_of_parts_are_for_the_command_line(make):
+    refused(lambda: make((4,), prior="vamp"), "GaussianMixture", "'vamp'", "VampPrior.of_data")
+    refused(lambda: make((4,), likelihood="bernoulli"), "pyro_vae.Bernoulli", "'bernoulli'")
+    refused(lambda: make((4,), activation="relu"), "torch.nn.ReLU", "'relu'")
+    refused(lambda: pv.VAE.conv((1, 4, 4), activation="relu"), "torch.nn.ReLU", "'relu'")
+
+
+def test_fewer_labels_than_classes_are_refused():
+    labels = torch.arange(30) % 5
+    refused(lambda: pv.hide_labels(labels, 4), "0, or 5 or more", "4 came")
+    kept = pv.hide_labels(labels, 6)
+    assert kept[kept >= 0].bincount().tolist() == [1, 1, 1, 1, 2]
+    assert bool((pv.hide_labels(labels, 0) == -1).all())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -1169,7 +1185,7 @@ def complaint(words, capsys):
     return err
 
 
-TABLE = "table.npy --likelihood gaussian --batch-size 8 --epochs 2 --num-eval-samples 2"
+TABLE = "table.npy --batch-size 8 --epochs 2 --num-eval-samples 2"
 
 COMMANDS = {
     "unknown command": ("trian digits", ["trian", "train"]),
@@ -1190,7 +1206,7 @@ COMMANDS = {
     "no data": ("train", ["data"]),
     "epochs in words": ("train digits --epochs three", ["--epochs", "three"]),
     "negative epochs": ("train digits --epochs -1", ["epochs", "-1"]),
-    "no latents": ("train digits --latent-dim 0", ["latent_dim", "0"]),
+    "no latents": ("train digits --latent-dim 0", ["--latent-dim", "0"]),
     "no width": ("train digits --hidden 8 0", ["hidden", "0"]),
     "scale in words": ("train digits --likelihood gaussian --scale wide", ["scale", "'wide'"]),
     "scale of 0": ("train digits --likelihood gaussian --scale 0", ["scale", "0", "positive"]),
@@ -1207,11 +1223,11 @@ COMMANDS = {
     ),
     "negative weight": (
         "train digits --objective total-correlation --total-correlation -1",
-        ["total_correlation", "-1"],
+        ["--total-correlation", "-1"],
     ),
     "total correlation of units that are not independent": (
         "train digits --objective total-correlation --posterior full-rank-normal",
-        ["independent units", "posterior of 'z'"],
+        ["independent units", "posterior of 'z'", "use --objective elbo"],
     ),
     "no evaluation": ("train digits --epochs 1 --num-eval-samples 0", ["samples", "0"]),
     "no such file": ("train none.npy", ["none.npy", "no such file"]),
@@ -1227,13 +1243,16 @@ COMMANDS = {
     "reals as bernoulli": ("train table.npy --batch-size 8", ["outside the support", "Gaussian"]),
     "batch of more than all": (
         "train table.npy --likelihood gaussian --batch-size 43",
-        ["43", "42 rows"],
+        ["--batch-size", "43", "42 rows"],
     ),
     "convolutions of rows": ("train table.npy --network conv", ["(4,)", "height"]),
     "condition without labels": ("train table.npy --condition label", ["labels", "table"]),
     "context without context": ("train table.npy --condition context", ["'context'", "table"]),
     "conditional on nothing": ("train digits --prior conditional", ["--condition"]),
-    "library size of pixels": ("train digits --library-size", ["library_size", "bernoulli"]),
+    "library size of pixels": (
+        "train digits --library-size",
+        ["--library-size", "--likelihood poisson", "bernoulli"],
+    ),
     "levels of a vae": (
         "train digits --latent-dim 3 2",
         ["one number", "2 came", "hierarchical"],
@@ -1245,7 +1264,7 @@ COMMANDS = {
     "one level": ("train digits --model hierarchical --latent-dim 3", ["two levels", "3 came"]),
     "fewer labels than none": (
         "train digits --model semi-supervised --num-labels -5",
-        ["num_labels", "-5"],
+        ["--num-labels", "-5"],
     ),
     "a guide of a vae": ("train digits --guide bottom-up", ["--model hierarchical", "vae"]),
     "components of no mixture": (
@@ -1266,12 +1285,12 @@ COMMANDS = {
     ),
     "gated convolutions": (
         "train digits --network conv --activation glu",
-        ["nn.GLU", "multilayer perceptrons"],
+        ["--activation glu", "--network mlp"],
     ),
     "blocks of no convolutions": ("train digits --blocks 2", ["--network conv", "auto"]),
     "no logistics": (
         "train digits --likelihood discretized-logistic-mixture --logistics 0",
-        ["components", "0"],
+        ["--logistics", "0"],
     ),
     "reals as counts": (
         "train table.npy --likelihood poisson --batch-size 8",
@@ -1291,7 +1310,7 @@ COMMANDS = {
     "value of configuration": ("train digits --config value.json", ["epochs", "many"]),
     "evaluate an empty folder": ("evaluate empty", ["config.json", "missing"]),
     "evaluate other data": ("evaluate run --data wide.npy", ["(12, 6)", "1, 8, 8"]),
-    "evaluate without samples": ("evaluate run --num-samples 0", ["num_samples", "0"]),
+    "evaluate without samples": ("evaluate run --num-samples 0", ["--num-samples", "0"]),
     "evaluate as another pair": ("evaluate run --model own:Sound", ["encoder"]),
     "sample nothing": ("sample run --num 0", ["num", "0"]),
     "label of no condition": ("sample run --label 1", ["run", "--condition label"]),
@@ -1382,3 +1401,73 @@ def test_a_process_ends_with_status_2_and_no_traceback(tmp_path):
     assert done.stderr.startswith("pyro-vae: 'digts'")
     assert done.stderr.count("\n") == 1
     assert snapshot(tmp_path) == {}
+
+
+UNHEARD = {
+    # Typed as they are by default, they would be passed over just as silently.
+    "--free-bits 0.1": "--free-bits goes with --objective free-bits; no --objective came",
+    "--objective elbo --free-bits 0.3": "with --objective free-bits; --objective elbo came",
+    "--mutual-information 2": "goes with --objective total-correlation",
+    "--total-correlation 6": "goes with --objective total-correlation",
+    "--dimension-kl 2": "goes with --objective total-correlation",
+    "--warm-up-epochs 3": "goes with --warm-up linear or cyclical; no --warm-up came",
+    "--warm-up none --warm-up-epochs 3": "cyclical; --warm-up none came",
+    "--embedding-dim 8 --network mlp": "goes with --network auto or recurrent; --network mlp came",
+    "--embedding-dim 8": "digits is no text and takes no --embedding-dim: 8 came",
+    "--word-dropout 0.2": "digits is no text and takes no --word-dropout: 0.2 came",
+    "--channels 8": "--channels goes with --network conv; --network auto came",
+    "--blocks 0": "--blocks goes with --network conv; --network auto came",
+    "--guide top-down": "--guide goes with --model hierarchical; --model vae came",
+    "--no-normalize": "--normalize goes with --model hierarchical; --model vae came",
+    "--classification-weight 3": "goes with --model semi-supervised; --model vae came",
+    "--components 3": (
+        "--components goes with --prior gaussian-mixture or vamp, or with --model mixture; "
+        "--prior standard-normal and --model vae came"
+    ),
+    "--scale 0.1": "--scale goes with --likelihood gaussian; --likelihood bernoulli came",
+    "--logistics 3": "goes with --likelihood discretized-logistic-mixture",
+    "--binarize fixed --likelihood gaussian": "goes with --likelihood bernoulli",
+    "--length 30": "--length is for text, digits is none",
+    "--data-dir runs": "--data-dir is for mnist,",
+    "--prior flow --latent-dim 1": "--prior flow needs a --latent-dim of 2 or more, 1 came",
+    "--model own:Sound --network mlp": "--network is not for a pair of your own, --model own:Sound",
+    "--model own:Sound --hidden 8": "own:Sound takes no --hidden: (8,) came",
+    "--model deep-markov --embedding-dim 3": "deep-markov takes no --embedding-dim: 3 came",
+    "--model deep-markov --hidden 3 2": "deep-markov takes one width as --hidden, 2 came",
+}
+
+
+@pytest.mark.parametrize(("options", "words"), UNHEARD.items(), ids=UNHEARD)
+def test_an_option_that_nothing_hears_is_refused(options, words, here, capsys):
+    before = snapshot(here)
+    assert words in complaint(f"train digits {options}", capsys)
+    assert snapshot(here) == before
+
+
+def test_every_option_of_a_part_is_heard_with_that_part(here):
+    """What the table says goes together is taken."""
+    from pyro_vae.config import Model, Objective
+
+    Model(prior="vamp", components=3)
+    Model(model="mixture", components=3)
+    Model(model="own:Sound", library_size=True, latent_dim=(3, 2))
+    Model(likelihood="negative-binomial", library_size=True)
+    Objective(objective="total-correlation", dimension_kl=2.0)
+    Objective(warm_up="cyclical", warm_up_epochs=3.0)
+
+
+def test_what_a_file_of_options_holds_by_default_is_no_choice(here, capsys):
+    """A run's config.json names every option, those that its parts do not hear too."""
+    options = {"data": "digits", "objective": "elbo", "free_bits": 0.1, "epochs": 0}
+    (here / "options.json").write_text(json.dumps(options))
+    assert "--epochs must be" in complaint("train digits --config options.json", capsys)
+    (here / "options.json").write_text(json.dumps(options | {"free_bits": 0.3}))
+    words = "--free-bits goes with --objective free-bits"
+    assert words in complaint("train digits --config options.json", capsys)
+
+
+def test_an_error_names_options_and_leaves_other_words(here, capsys):
+    assert "'epoch'; did you mean 'epochs'" in complaint(
+        "train digits --config option.json", capsys
+    )
+    assert "there is no run 'num_samples'" in complaint("evaluate num_samples", capsys)

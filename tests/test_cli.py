@@ -21,7 +21,8 @@ from pyro_vae.datasets import load_data
 
 COMMANDS = [name for name in app if not name.startswith("-")]
 PNG = b"\x89PNG\r\n\x1a\n"
-QUICK = "--epochs 2 --num-eval-samples 5 --latent-dim 2 --hidden 16"
+SHORT = "--epochs 2 --num-eval-samples 5"
+QUICK = f"{SHORT} --latent-dim 2 --hidden 16"
 
 
 def command(line, **paths):
@@ -557,7 +558,8 @@ def own(tmp_path, monkeypatch):
 def test_a_pair_of_ones_own_is_trained_evaluated_and_used(kind, own):
     path = f"own_pair:{kind}"
     command(f"check {path}")
-    train(Path("run"), f"--model {path} --no-report")
+    size = "" if kind == "Fixed" else "--latent-dim 2"
+    command(f"train digits --out run --model {path} {SHORT} {size} --no-report")
     before = (own / "run" / "metrics.json").read_text()
     assert read(own / "run" / "metrics.json")["active_units"]["z"] <= 2
     command(f"evaluate run --model {path} --num-samples 5")
@@ -571,7 +573,7 @@ def test_a_pair_of_ones_own_is_trained_evaluated_and_used(kind, own):
 
 
 def test_the_report_of_a_pair_of_ones_own(own):
-    train(Path("run"), "--model own_pair:Flat")
+    command(f"train digits --out run --model own_pair:Flat {SHORT} --latent-dim 2")
     assert "data:image/png;base64," in (own / "run" / "report.html").read_text()
 
 
@@ -645,11 +647,11 @@ def test_a_mixture_run(tmp_path, capsys):
     ("options", "words"),
     [
         ("--model semi-supervised", "needs --num-labels"),
-        ("--model mixture --num-labels 20", "num_labels are for --model semi-supervised"),
+        ("--model mixture --num-labels 20", "--num-labels are for --model semi-supervised"),
         ("--model semi-supervised --num-labels 5000", "of each class; class 0 has"),
         ("--model mixture --prior flow", "has a prior of its own"),
         ("--model mixture --condition label", "takes no condition"),
-        ("--model mixture --objective free-bits", "use pyro_vae.EnumeratedELBO"),
+        ("--model mixture --objective free-bits", "use --objective elbo"),
     ],
 )
 def test_options_that_make_no_sense_together_with_discrete_latents(

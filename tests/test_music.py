@@ -86,9 +86,9 @@ def test_lengths_come_with_a_file_of_arrays(tmp_path, capsys):
     ("words", "message"),
     [
         (("docstrings",), "is for sequences (n, steps, d), or images of one channel, text came"),
-        (("digits", "--network", "conv"), "--model deep-markov takes no network: conv came"),
-        (("digits", "--condition", "label"), "--model deep-markov takes no condition"),
-        (("digits", "--prior", "gaussian-mixture"), "--model deep-markov takes no prior"),
+        (("digits", "--network", "conv"), "--model deep-markov takes no --network: conv came"),
+        (("digits", "--condition", "label"), "--model deep-markov takes no --condition"),
+        (("digits", "--prior", "gaussian-mixture"), "--model deep-markov takes no --prior"),
     ],
 )
 def test_what_makes_no_sense_for_a_deep_markov_model_is_refused(capsys, words, message):

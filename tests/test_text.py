@@ -122,9 +122,9 @@ def test_the_command_line_serves_text(file, tmp_path, capsys):
     ("words", "message"),
     [
         (("--network", "conv"), "--network conv is not for text: use recurrent"),
-        (("--likelihood", "gaussian"), "text takes no likelihood: gaussian came"),
+        (("--likelihood", "gaussian"), "text takes no --likelihood: gaussian came"),
         (("--length", 1), "length must be 2 or more, 1 came"),
-        (("--word-dropout", 2), "word_dropout is a rate from 0 to 1, 2.0 came"),
+        (("--word-dropout", 2), "--word-dropout is a rate from 0 to 1, 2.0 came"),
     ],
 )
 def test_what_makes_no_sense_for_text_is_refused(file, words, message, capsys):
@@ -140,4 +140,4 @@ def test_recurrent_networks_are_for_text(capsys):
     assert "--network recurrent is for text, digits is none" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("train", "digits", "--word-dropout", 0.5)
-    assert "digits is no text and takes no word_dropout: 0.5 came" in capsys.readouterr().err
+    assert "digits is no text and takes no --word-dropout: 0.5 came" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
-from pyro_vae.factors import Factor, Family, image_of, made, viewed
+from pyro_vae.factors import Factor, Family, image_of, made, made_prior, viewed
 from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.networks import MLP, Chain, ConvDecoder, ConvEncoder, Shape, require_sizes
 from pyro_vae.objectives import FreeBitsELBO
@@ -190,7 +190,7 @@ class HierarchicalVAE(PyroModule):
             _inference(first, latent_dim, hidden, context, top_down, style),
             Factor(decoder, likelihood, data_shape),
             _levels(latent_dim, hidden, context, markov, style),
-            prior if isinstance(prior, nn.Module) else prior(latent_dim[-1]),
+            made_prior(prior, latent_dim[-1]),
             markov,
             context,
         )

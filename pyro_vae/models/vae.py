@@ -7,7 +7,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.factors import Factor, Family, image_of, made, viewed
+from pyro_vae.factors import Factor, Family, image_of, made, made_prior, viewed
 from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, Shape, require_sizes
 from pyro_vae.posteriors import DiagonalNormal
@@ -97,7 +97,7 @@ class VAE(PyroModule):
         return cls(
             Factor(viewed(encoder, likelihood, data_shape), posterior, (latent_dim,)),
             Factor(decoder, likelihood, data_shape),
-            prior if isinstance(prior, nn.Module) else prior(latent_dim),
+            made_prior(prior, latent_dim),
             context,
         )
 
@@ -143,7 +143,7 @@ class VAE(PyroModule):
         return cls(
             Factor(viewed(encoder, likelihood, data_shape), posterior, (latent_dim,)),
             Factor(decoder, likelihood, data_shape),
-            prior if isinstance(prior, nn.Module) else prior(latent_dim),
+            made_prior(prior, latent_dim),
             context,
         )
 
@@ -186,6 +186,6 @@ class VAE(PyroModule):
         return cls(
             Factor(encoder, posterior, (latent_dim,)),
             Factor(decoder, likelihood, data_shape),
-            prior if isinstance(prior, nn.Module) else prior(latent_dim),
+            made_prior(prior, latent_dim),
             context,
         )
