@@ -1,7 +1,9 @@
 """Every tool serves every pair: ours, and users' own in each style."""
 
 import copy
+import re
 import warnings
+from pathlib import Path
 
 import pyro
 import pyro.optim
@@ -261,3 +263,18 @@ def test_validation_bound_is_the_same_at_each_call():
     prepare = Preparation(torch.device("cpu"), torch.float64)
     args = (pair, Arrays(batch), prepare, Trace_ELBO())
     assert bound(*args) == bound(*args)
+
+
+def test_imports_run_the_way_that_contributing_says():
+    """A module imports none that stands beside or after it in its chain; functions may."""
+    package = Path(pv.__file__).parent
+    text = (package.parent / "CONTRIBUTING.md").read_text()
+    for chain in re.findall(r"(?:Parts|Tools): ([^.]*)\.", text):
+        groups = [re.findall(r"\w+", group) for group in chain.split("→")]
+        place = {name: i for i, group in enumerate(groups) for name in group}
+        assert len(place) > 10
+        for path in package.rglob("*.py"):
+            name = path.parent.name if path.parent != package else path.stem
+            for line in re.findall(r"^from pyro_vae.*", path.read_text(), re.MULTILINE):
+                for word in {*re.findall(r"\w+", line)} & place.keys() - {name}:
+                    assert place[word] < place.get(name, len(place)), f"{path}: {line}"
