@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from pyro_vae.schedules import Cosine as Cosine
     from pyro_vae.schedules import Cyclical as Cyclical
     from pyro_vae.schedules import Linear as Linear
+    from pyro_vae.self_test import selftest as selftest
     from pyro_vae.sequences import Autoregressive as Autoregressive
     from pyro_vae.sequences import MarkovChain as MarkovChain
     from pyro_vae.text import as_text as as_text
@@ -161,6 +162,7 @@ _WHERE = {
     "kl_parts": "latent",
     "disentanglement_scores": "disentanglement",
     "to_arviz": "arviz_export",
+    "selftest": "self_test",
     "write_report": "report",
     # data and runs
     "load_data": "datasets",

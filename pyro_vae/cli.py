@@ -391,6 +391,17 @@ def check(
     print(found)
 
 
+@app.command
+def selftest() -> None:
+    """Hold every estimator against exact answers on this machine; status 1 where one is wrong."""
+    from pyro_vae.self_test import selftest as run_selftest
+
+    found = run_selftest()
+    print(found)
+    if not found.passed:
+        sys.exit(1)
+
+
 def _seeded_pair(model: Model, data: "Data", seed: int) -> "nn.Module":
     from pyro_vae.rng import seeded
 
