@@ -106,6 +106,7 @@ def test_the_commands():
         "traverse",
         "report",
         "check",
+        "selftest",
     ]
 
 
