@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyro_vae.annealing import anneal as anneal
+    from pyro_vae.annealing import sandwich as sandwich
     from pyro_vae.arviz_export import to_arviz as to_arviz
     from pyro_vae.datasets import hide_labels as hide_labels
     from pyro_vae.datasets import load_data as load_data
@@ -160,6 +162,8 @@ _WHERE = {
     "bounds_table": "guides",
     "gaps": "inference_gaps",
     "kl_parts": "latent",
+    "anneal": "annealing",
+    "sandwich": "annealing",
     "disentanglement_scores": "disentanglement",
     "to_arviz": "arviz_export",
     "selftest": "self_test",

@@ -240,6 +240,28 @@ def log_ratio(model: Trace, guide: Trace) -> Tensor:
     return total
 
 
+def joint(model: Trace, guide: Trace) -> Tensor:
+    r"""log p(x, z) of latents z that are given, :math:`\log \sum_{e,m} p(x, z, e, m)`.
+
+    Its exponential is the density of the data and of all latents that are not enumerated.
+    """
+    return _marginal(latents(model) | observed(model), *_layout(model, guide))
+
+
+def proposal(model: Trace, guide: Trace) -> Tensor:
+    r"""log q(z|x) of latents z that are given, :math:`\log \sum_e q(z, e|x)`."""
+    inner, dims = _layout(model, guide)
+    return _marginal(latents(guide), inner, {name: dims[name] for name in enumerated(guide)})
+
+
+def _marginal(sites: dict[str, Site], inner: list[int], dims: dict[str, int]) -> Tensor:
+    total = _zero({})
+    for name, site in sites.items():
+        total = total + _term(site, inner, name not in dims)
+    total = total.logsumexp(list(dims.values())) if dims else total
+    return total.squeeze(inner)
+
+
 def probabilities(pair: nn.Module, batch: Batch, name: str, num_samples: int) -> Tensor:
     """The posterior probabilities (batch, values) of one discrete site, averaged over draws.
 

@@ -231,6 +231,35 @@ class Graphs:
         return [*found.items(), *left]
 
 
+def traced(
+    pair: nn.Module, function: Callable[..., Named], engine: str, done: str
+) -> Callable[..., Named]:
+    """A function of a pair as this engine runs it: "eager", as it is; "traced", as a graph that is
+    replayed; "compiled". What cannot be traced is run eagerly, and a warning says why.
+
+    Arguments:
+        done: what is done to the pair, a participle for the warning.
+    """
+    if engine == "eager":
+        return function
+    graphs: Graphs | None = Graphs(pair, function, lambda inputs, _: engine == "compiled")
+
+    def run(*inputs: Tensor) -> Named:
+        nonlocal graphs
+        if graphs is not None:
+            try:
+                return graphs(*inputs)
+            except NotTraceable as error:
+                graphs = None
+                warnings.warn(
+                    f"{type(pair).__name__} is {done} by the eager engine, because {error}",
+                    stacklevel=2,
+                )
+        return function(*inputs)
+
+    return run
+
+
 def _require_same(
     eager: list[tuple[str, Tensor]], replayed: list[tuple[str, Tensor]], tolerance: float
 ) -> None:

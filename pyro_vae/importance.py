@@ -1,6 +1,5 @@
 """log p(x) by importance sampling, with the guide as proposal."""
 
-import warnings
 from collections.abc import Callable
 from math import isfinite, log, prod
 from typing import Any, NamedTuple
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from pyro_vae import enumeration
 from pyro_vae.config import require_engine
 from pyro_vae.data import Preparation, Rows, Source, held_rows
-from pyro_vae.errors import NotTraceable, UsageError
-from pyro_vae.graphs import Graphs, Named
+from pyro_vae.errors import UsageError
+from pyro_vae.graphs import Named, traced
 from pyro_vae.pairs import (
     Batch,
+    Given,
     by_datum,
     is_local,
     latents,
@@ -312,23 +312,11 @@ def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
     return together.shape == (3, len(batch[0]))
 
 
-class _Given(poutine.messenger.Messenger):
-    """Some sites are given these values as if they had been drawn."""
-
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
-
-
 def _alone(
     pair: nn.Module, batch: Batch, nesting: int, draw: dict[str, Tensor] | None = None
 ) -> Tensor:
     """The weight of one draw for each datum, of the guide or a given one."""
-    model, guide = enumeration.traces(pair, batch, nesting, _Given(draw or {}))
+    model, guide = enumeration.traces(pair, batch, nesting, Given(draw or {}))
     if enumeration.enumerated(model):
         return enumeration.evidence(model, guide)
     return _total(model) - _total(guide)
@@ -354,22 +342,11 @@ def _sums(
             "squared logs": weights.square().sum(0),
         }
 
-    if engine == "eager":
-        return function
-    graphs: Graphs | None = Graphs(pair, function, lambda inputs, _: engine == "compiled")
+    graph = traced(pair, function, engine, "weighed")
 
     def run(draws: Tensor, *batch: Tensor) -> Named:
-        nonlocal graphs
-        if graphs is not None and len(draws) * len(batch[0]) == full:  # what is over is seldom
-            try:
-                return graphs(draws, *batch)
-            except NotTraceable as error:
-                graphs = None
-                warnings.warn(
-                    f"{type(pair).__name__} is weighed by the eager engine, because {error}",
-                    stacklevel=2,
-                )
-        return function(draws, *batch)
+        whole = len(draws) * len(batch[0]) == full  # what is over is seldom
+        return (graph if whole else function)(draws, *batch)
 
     return run
 

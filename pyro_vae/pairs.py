@@ -362,3 +362,15 @@ class Means(poutine.messenger.Messenger):
             fn = msg["fn"]
             msg["value"] = fn.mode if fn.support.is_discrete else mean(fn)
             msg["done"] = True
+
+
+class Given(poutine.messenger.Messenger):
+    """Some sites are given these values as if they had been drawn."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
