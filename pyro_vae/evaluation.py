@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_vae import enumeration
 from pyro_vae.data import Preparation, Rows, Source, held_rows
 from pyro_vae.errors import UsageError
-from pyro_vae.importance import estimate
+from pyro_vae.importance import estimate, with_error
 from pyro_vae.inference import DRAWS
 from pyro_vae.objectives import Parts, elbo, recorded
 from pyro_vae.pairs import (
@@ -100,10 +100,10 @@ class Evaluation:
         }
 
     def _estimate(self) -> str:
+        found = with_error(self.log_likelihood, self.log_likelihood_standard_error)
         if self.num_samples == 1:
-            return f"{self.log_likelihood:.3f}, 1 sample, which tells nothing of its error"
-        error = self.log_likelihood_standard_error
-        return f"{self.log_likelihood:.3f} ± {error:.3f}, {self.num_samples} samples"
+            return f"{found}, 1 sample, which tells nothing of its error"
+        return f"{found}, {self.num_samples} samples"
 
     def __str__(self) -> str:
         active = ", ".join(

@@ -21,7 +21,7 @@ from pyro_vae.data import Arrays, Preparation, Rows, held_rows
 from pyro_vae.engine import Engine, Step
 from pyro_vae.errors import UsageError
 from pyro_vae.factors import Factor, Family
-from pyro_vae.importance import LogLikelihood, estimate, structure
+from pyro_vae.importance import LogLikelihood, estimate, structure, with_error
 from pyro_vae.networks import MLP, Shape
 from pyro_vae.objectives import elbo
 from pyro_vae.optim import Optimizer
@@ -424,8 +424,8 @@ def bounds_table(results: Mapping[str, LogLikelihood]) -> str:
     """
     title = f"{'guide':<24}{'ELBO':>17}{'log p(x) >=':>19}{'apart':>8}{'effective':>11}"
     lines = [
-        f"{name:<24}{one.elbo:>10.3f} ± {one.elbo_standard_error:.3f}"
-        f"{one.value:>12.3f} ± {one.standard_error:.3f}{one.value - one.elbo:>8.3f}"
+        f"{name:<24}{with_error(one.elbo, one.elbo_standard_error, 10):<18}"
+        f"{with_error(one.value, one.standard_error, 12):<20}{one.value - one.elbo:>8.3f}"
         f"{100 * (one.effective_sample_size / one.num_samples).median().item():>9.1f} %"
         for name, one in results.items()
     ]

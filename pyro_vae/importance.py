@@ -1,7 +1,7 @@
 """log p(x) by importance sampling, with the guide as proposal."""
 
 from collections.abc import Callable
-from math import isfinite, log, prod
+from math import isfinite, isnan, log, prod
 from typing import Any, NamedTuple
 
 import pyro
@@ -119,8 +119,8 @@ class LogLikelihood(NamedTuple):
         k, n = self.pareto_k, len(self.pareto_k)
         size = (self.effective_sample_size / self.num_samples).median().item()
         lines = [
-            ("log p(x) ≥", f"{self.value:.3f} ± {self.standard_error:.3f} nats per example"),
-            ("ELBO", f"{self.elbo:.3f} ± {self.elbo_standard_error:.3f}"),
+            ("log p(x) ≥", f"{with_error(self.value, self.standard_error)} nats per example"),
+            ("ELBO", with_error(self.elbo, self.elbo_standard_error)),
             ("samples", f"{self.num_samples} for each of {n} data"),
             ("effective samples", f"{100 * size:.1f} % in the median"),
         ]
@@ -146,6 +146,15 @@ class LogLikelihood(NamedTuple):
                 f"the tail of a datum's weights takes {LEAST} samples or more (num_samples), "
                 f"{self.num_samples} came"
             )
+
+
+def with_error(value: float, error: float, width: int = 0) -> str:
+    """A number and its standard error; the number alone where one sample tells no error.
+
+    >>> with_error(-4.5, 0.1), with_error(-4.5, float("nan"))
+    ('-4.500 ± 0.100', '-4.500')
+    """
+    return f"{value:>{width}.3f}" + ("" if isnan(error) else f" ± {error:.3f}")
 
 
 def log_likelihood(

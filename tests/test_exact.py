@@ -182,3 +182,7 @@ def test_one_sample_is_printed_without_an_error():
     assert "1 sample, which tells nothing of its error" in str(result)
     assert "nan" not in str(result)
     assert result.as_dict()["log_likelihood_standard_error"] is None
+    found = pv.log_likelihood(pair, data(pair, 5), num_samples=1)
+    tables = [str(found), pv.bounds_table({"one": found})]
+    assert "nan" not in "".join(tables)
+    assert "±" not in "".join(tables)
