@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyro_vae.flows import AutoregressiveLayer as AutoregressiveLayer
     from pyro_vae.flows import CouplingLayer as CouplingLayer
     from pyro_vae.flows import Spline as Spline
+    from pyro_vae.guide_calibration import calibration as calibration
     from pyro_vae.guides import bounds_table as bounds_table
     from pyro_vae.guides import refine as refine
     from pyro_vae.guides import refit_guide as refit_guide
@@ -161,6 +162,7 @@ _WHERE = {
     "refit_guide": "guides",
     "bounds_table": "guides",
     "gaps": "inference_gaps",
+    "calibration": "guide_calibration",
     "kl_parts": "latent",
     "anneal": "annealing",
     "sandwich": "annealing",

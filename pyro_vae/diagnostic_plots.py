@@ -1,11 +1,13 @@
 """Figures of what the diagnostics found: each function returns a matplotlib ``Figure``."""
 
-from typing import TYPE_CHECKING
+from math import ceil
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.guide_calibration import INTERVALS, Calibration
 from pyro_vae.importance import LogLikelihood
 from pyro_vae.inference_gaps import Gaps
 from pyro_vae.plots import BLUE, GREY, ORANGE, _figure, _strip, intensity, is_picture
@@ -84,3 +86,46 @@ def gap_bars(found: Gaps) -> "Figure":
     for axis in (left, right):
         axis.tick_params(labelsize=7)
     return figure
+
+
+def calibration_bands(found: Calibration, number: int = 7) -> "Figure":
+    """Distribution functions of ranks less the uniform one, within their bands, and coverage.
+
+    Arguments:
+        found: of `pyro_vae.calibration`.
+        number: how many quantities are shown, those that leave their bands by most first.
+    """
+    low, high = found.band
+    excess = (found.differences - (low + high)[:, None] / 2).abs() / (high - low)[:, None]
+    shown = excess.amax(0).argsort(descending=True)[:number].tolist()
+    columns = min(4, len(shown) + 1)
+    lines = ceil((len(shown) + 1) / columns)
+    figure = _figure(2.4 * columns, 2.2 * lines)
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    failures = found.failures
+    for axis, which in zip(axes, shown, strict=False):
+        name = found.names[which]
+        color = ORANGE if name in failures else BLUE
+        axis.fill_between(found.points, low, high, color=GREY, alpha=0.3, linewidth=0)
+        axis.plot(found.points, found.differences[:, which], color=color, linewidth=1.2)
+        words = failures.get(name, "uniform").removeprefix("draws are ").replace(" and ", ",\n")
+        axis.set_title(f"{name}\n{words}", fontsize=7)
+        axis.set_xlabel("rank / (draws + 1)", fontsize=7)
+        axis.tick_params(labelsize=6)
+    _coverage(axes[len(shown)], found)
+    for axis in axes[len(shown) + 1 :]:
+        axis.remove()
+    return figure
+
+
+def _coverage(axis: Any, found: Calibration) -> None:
+    """Shares of truths within central intervals, against their probabilities, by quantity."""
+    nominal, failures = np.array(INTERVALS), found.failures
+    error = 2 * np.sqrt(nominal * (1 - nominal) / found.num_simulations)
+    axis.fill_between(nominal, nominal - error, nominal + error, color=GREY, alpha=0.3, linewidth=0)
+    for name, shares in zip(found.names, found.coverage.numpy(), strict=True):
+        color = ORANGE if name in failures else BLUE
+        axis.plot(nominal, shares, color=color, linewidth=0.8, marker=".", markersize=4)
+    axis.set_title("coverage", fontsize=7)
+    axis.set_xlabel("central interval", fontsize=7)
+    axis.tick_params(labelsize=6)
