@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from pyro_vae.likelihoods import NegativeBinomial as NegativeBinomial
     from pyro_vae.likelihoods import Poisson as Poisson
     from pyro_vae.likelihoods import StudentT as StudentT
+    from pyro_vae.mcmc import nuts as nuts
     from pyro_vae.models.hierarchical import BottomUp as BottomUp
     from pyro_vae.models.hierarchical import HierarchicalVAE as HierarchicalVAE
     from pyro_vae.models.hierarchical import TopDown as TopDown
@@ -164,6 +165,7 @@ _WHERE = {
     "gaps": "inference_gaps",
     "calibration": "guide_calibration",
     "kl_parts": "latent",
+    "nuts": "mcmc",
     "anneal": "annealing",
     "sandwich": "annealing",
     "disentanglement_scores": "disentanglement",

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_vae.guide_calibration import INTERVALS, Calibration
 from pyro_vae.importance import LogLikelihood
 from pyro_vae.inference_gaps import Gaps
+from pyro_vae.mcmc import Moments, Posterior
 from pyro_vae.plots import BLUE, GREY, ORANGE, _figure, _strip, intensity, is_picture
 
 if TYPE_CHECKING:
@@ -129,3 +130,43 @@ def _coverage(axis: Any, found: Calibration) -> None:
     axis.set_title("coverage", fontsize=7)
     axis.set_xlabel("central interval", fontsize=7)
     axis.tick_params(labelsize=6)
+
+
+def posteriors(result: Posterior, number: int = 4) -> "Figure":
+    """Posteriors by NUTS and the guide's, of the data on which they agree least, in the two units
+    on which they do: draws of NUTS, and ellipses of two standard deviations.
+
+    Arguments:
+        result: of `pyro_vae.nuts`.
+        number: how many data are shown.
+    """
+    apart = result.disagreement.nan_to_num(0.0)
+    rows = apart.sum(1).argsort(descending=True)[:number].tolist()
+    figure = _figure(2.7 * len(rows) + 0.3, 3)
+    draws = torch.cat(
+        [v.reshape(-1, len(apart), v[0, 0, 0].numel()) for v in result.draws.values()], 2
+    )
+    for axis, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+        first, second = (apart[row].argsort(descending=True).tolist() * 2)[:2]
+        few = draws[:: max(1, len(draws) // 1000), row]
+        axis.scatter(few[:, first], few[:, second], s=3, color=GREY, alpha=0.4, linewidths=0)
+        for name, color, moments in (
+            ("NUTS", "black", result.moments),
+            ("guide", ORANGE, result.guide_moments),
+        ):
+            axis.plot(*_ellipse(moments, row, [first, second]), color, linewidth=1.2, label=name)
+        axis.set_xlabel(result.units[first], fontsize=8)
+        axis.set_ylabel(result.units[second], fontsize=8)
+        axis.set_title(f"row {row}: {apart[row, first]:.2f} nats", fontsize=8)
+        axis.tick_params(labelsize=6)
+    figure.axes[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _ellipse(moments: Moments, row: int, units: list[int]) -> Tensor:
+    """The points (2, points) two standard deviations from the mean of two units."""
+    turn = torch.linspace(0, 2 * torch.pi, 100, dtype=torch.float64)
+    rho = moments.correlation[row, units[0], units[1]].clamp(-1, 1)
+    circle = torch.stack([turn.cos(), rho * turn.cos() + (1 - rho**2).sqrt() * turn.sin()])
+    scale = moments.standard_deviation[row, units, None]
+    return moments.mean[row, units, None] + 2 * scale * circle

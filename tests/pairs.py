@@ -206,3 +206,63 @@ def rows(name: str, n: int = 40, seed: int = 1) -> tuple[Tensor, ...]:
     if not name.startswith("conditional"):
         return (x,)
     return x, torch.eye(3)[torch.randint(3, (n,), generator=generator)].double()
+
+
+class Counts(nn.Module):
+    """Three counts of each datum, in a plate of their own, each of a rate of its own: p(x) is a
+    negative binomial."""
+
+    def __init__(self):
+        super().__init__()
+        self.shape = nn.Parameter(torch.tensor(2.0).double())
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("parts", 3, dim=-2):
+            rate = pyro.sample("rate", dist.Gamma(self.shape, 0.5))
+            pyro.sample("x", dist.Poisson(rate), obs=x.T)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("parts", 3, dim=-2):
+            pyro.sample("rate", dist.LogNormal((x.T + 0.5).log() - 0.2, 0.6))
+
+    def truth(self, x):
+        fn = dist.NegativeBinomial(self.shape.detach(), probs=torch.tensor(1 / 1.5).double())
+        return fn.log_prob(x).sum(1)
+
+
+class Fault(nn.Module):
+    """A pair with a latent that no vector of a datum holds."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.ones(()).double())
+
+    def model(self, x):
+        if self.kind == "global":
+            pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            if self.kind == "discrete":
+                z = z + pyro.sample("k", dist.Bernoulli(x.new_full((), 0.3)))
+            pyro.sample("x", dist.Normal((self.weight * z)[..., None], 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        if self.kind == "global":
+            pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            if self.kind == "auxiliary":
+                fn, marked = dist.Normal(x.new_zeros(()), 1.0), {"is_auxiliary": True}
+                pyro.sample("u", fn, infer=marked)
+            if self.kind == "discrete":
+                pyro.sample("k", dist.Bernoulli(x.new_full((), 0.3)))
+            pyro.sample("z", dist.Normal(x.new_full((), 0.5), 1.0))
+
+    def template(self, n):
+        return (torch.zeros(n, 1).double(),)
+
+
+FAULTS = {
+    "global": "site 'w' is outside the data plate",
+    "discrete": "site 'k' is discrete and not summed out",
+    "auxiliary": "site 'u' is one of the guide alone",
+}
