@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_vae.config import require_engine
 from pyro_vae.data import Rows, held_rows
 from pyro_vae.errors import UsageError
-from pyro_vae.importance import CELLS, COMPILED_CELLS
+from pyro_vae.importance import CELLS, COMPILED_CELLS, with_error
 from pyro_vae.joint import Joint, simulate
 from pyro_vae.pairs import Batch, using
 from pyro_vae.progress import bar
@@ -106,12 +106,12 @@ class Sandwich:
 
     def __str__(self) -> str:
         table = _table({"log p(x) ≥": self.lower, "log p(x) ≤": self.upper})
-        return f"{table}\n{'gap':<20}{self.gap:.3f} ± {self.gap_standard_error:.3f}"
+        return f"{table}\n{'gap':<20}{with_error(self.gap, self.gap_standard_error)}"
 
 
 def _table(results: dict[str, Annealing]) -> str:
     lines = [
-        (words, f"{one.value:.3f} ± {one.standard_error:.3f} nats per example")
+        (words, f"{with_error(one.value, one.standard_error)} nats per example")
         for words, one in results.items()
     ]
     one = next(iter(results.values()))
