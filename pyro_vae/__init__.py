@@ -70,6 +70,8 @@ if TYPE_CHECKING:
     from pyro_vae.posteriors import FlowPosterior as FlowPosterior
     from pyro_vae.posteriors import FullRankNormal as FullRankNormal
     from pyro_vae.posteriors import LowRankNormal as LowRankNormal
+    from pyro_vae.predictive import outlier_scores as outlier_scores
+    from pyro_vae.predictive import predictive_check as predictive_check
     from pyro_vae.preflight import check as check
     from pyro_vae.priors import FlowPrior as FlowPrior
     from pyro_vae.priors import GaussianMixture as GaussianMixture
@@ -163,6 +165,8 @@ _WHERE = {
     "refit_guide": "guides",
     "bounds_table": "guides",
     "gaps": "inference_gaps",
+    "predictive_check": "predictive",
+    "outlier_scores": "predictive",
     "calibration": "guide_calibration",
     "kl_parts": "latent",
     "nuts": "mcmc",

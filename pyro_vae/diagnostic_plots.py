@@ -5,13 +5,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.guide_calibration import INTERVALS, Calibration
 from pyro_vae.importance import LogLikelihood
+from pyro_vae.inference import reconstruct
 from pyro_vae.inference_gaps import Gaps
 from pyro_vae.mcmc import Moments, Posterior
-from pyro_vae.plots import BLUE, GREY, ORANGE, _figure, _strip, intensity, is_picture
+from pyro_vae.plots import (
+    BLUE,
+    GREY,
+    ORANGE,
+    _figure,
+    _strip,
+    alike,
+    grid,
+    intensity,
+    is_picture,
+)
+from pyro_vae.predictive import OutlierScores, PredictiveCheck
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,3 +182,75 @@ def _ellipse(moments: Moments, row: int, units: list[int]) -> Tensor:
     circle = torch.stack([turn.cos(), rho * turn.cos() + (1 - rho**2).sqrt() * turn.sin()])
     scale = moments.standard_deviation[row, units, None]
     return moments.mean[row, units, None] + 2 * scale * circle
+
+
+def predictive_statistics(found: PredictiveCheck) -> "Figure":
+    """The mean statistics of the data among those of the replicated data sets.
+
+    Arguments:
+        found: of `pyro_vae.predictive_check`.
+    """
+    figure = _figure(2.4 * len(found.names), 2.2)
+    for i, axis in enumerate(figure.subplots(1, len(found.names), squeeze=False)[0]):
+        name = found.names[i]
+        axis.hist(found.whole[:, i].numpy(), bins=20, color=BLUE)
+        axis.axvline(found.observed[:, i].mean().item(), color=ORANGE, linewidth=1.5)
+        axis.set_title(f"{name}\np {found.whole_p_values[name]:.3f}", fontsize=8)
+        axis.locator_params(axis="x", nbins=4)
+        axis.tick_params(labelsize=6)
+    return figure
+
+
+def predictive_worst(
+    pair: nn.Module,
+    found: PredictiveCheck,
+    x: Tensor,
+    *context: Tensor,
+    statistic: str | None = None,
+    number: int = 5,
+    replicates: int = 8,
+) -> "Figure":
+    """The data that lie farthest from their replicates, and some of these to their right.
+
+    Arguments:
+        pair, found, x, context: of `pyro_vae.predictive_check`, and what it was made from.
+        statistic: by which the worst are chosen; by any of them by default.
+        number: how many data. replicates: how many of each.
+    """
+    worst = found.worst(statistic, number)
+    rows, given = x[worst], [part[worst] for part in context]
+    made = [
+        alike(reconstruct(pair, rows, *given, means=False, seed=seed), rows)
+        for seed in range(replicates)
+    ]
+    shown = torch.stack([intensity(rows).to(made[0]), *made], 1)
+    off = found.distances[worst].nan_to_num(0.0).abs()
+    which = off.argmax(1).tolist() if statistic is None else [found.names.index(statistic)] * number
+    labels = [
+        f"row {row}: {found.names[i]},\np {found.p_values[row, i]:.3f}"
+        for row, i in zip(worst.tolist(), which, strict=False)
+    ]
+    return grid(list(zip(labels, shown, strict=True)), "data, and replicates to their right")
+
+
+def outlier_histograms(found: OutlierScores) -> "Figure":
+    """Each score of the data, and of the other data where there are any.
+
+    Arguments:
+        found: of `pyro_vae.outlier_scores`; scores that are not finite are left out.
+    """
+    inside = found.inside.as_outlying()
+    other = {} if found.other is None else found.other.as_outlying()
+    figure = _figure(2.8 * len(inside), 2.4)
+    for axis, name in zip(figure.subplots(1, len(inside), squeeze=False)[0], inside, strict=True):
+        kept = [scores[name][torch.isfinite(scores[name])] for scores in (inside, other) if scores]
+        bins = np.linspace(*torch.cat(kept).aminmax(), 40)
+        for scores, color, label in zip(kept, (BLUE, ORANGE), ("x", "other"), strict=False):
+            axis.hist(scores.numpy(), bins=bins, color=color, alpha=0.6, label=label, density=True)
+        area = "" if found.auroc is None else f"\nAUROC {found.auroc[name]:.3f}"
+        axis.set_title(name + area, fontsize=8)
+        axis.set_xlabel("nats", fontsize=7)
+        axis.set_yticks([])
+        axis.tick_params(labelsize=6)
+    axis.legend(fontsize=7, frameon=False)
+    return figure
