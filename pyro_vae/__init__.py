@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pyro_vae.datasets import hide_labels as hide_labels
     from pyro_vae.datasets import load_data as load_data
     from pyro_vae.datasets import one_hot as one_hot
+    from pyro_vae.diagnosis import diagnose as diagnose
     from pyro_vae.disentanglement import disentanglement_scores as disentanglement_scores
     from pyro_vae.errors import UsageError as UsageError
     from pyro_vae.evaluation import evaluate as evaluate
@@ -174,6 +175,7 @@ _WHERE = {
     "sandwich": "annealing",
     "disentanglement_scores": "disentanglement",
     "to_arviz": "arviz_export",
+    "diagnose": "diagnosis",
     "selftest": "self_test",
     "write_report": "report",
     # data and runs

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -185,8 +185,84 @@ def evaluate(
     engine
         How log p(x) is computed: eager, traced or compiled; auto goes by the work to be done.
     """
+    from pyro_vae import runs
+
     pair, loaded, given = _open(run, data, data_dir, model)
-    _evaluate(run, pair, loaded, given, num_samples, engine)
+    known = runs.read_json(run / runs.METRICS) if (run / runs.METRICS).exists() else {}
+    kept = {name: known[name] for name in ("diagnostics",) if name in known}
+    _evaluate(run, pair, loaded, given, num_samples, engine, kept)
+
+
+@app.command
+def diagnose(
+    run: Run,
+    *,
+    num: int = 1000,
+    budget: float = 200.0,
+    data: str | None = None,
+    other: str | None = None,
+    data_dir: Path | None = None,
+    model: UserClass = None,
+    engine: EngineName = "auto",
+    seed: int = 0,
+    report: bool = True,
+) -> None:
+    """Say whether a run's inference can be believed, into metrics.json, figures and the report.
+
+    Parameters
+    ----------
+    num
+        How many test data.
+    budget
+        Seconds; what is left out for lack of time is said.
+    data
+        Other data than those of training.
+    other
+        Data that do not belong, whose outlier scores are held against those of the test data.
+    data_dir
+        Folder of torchvision's files.
+    engine
+        How weights and gradients are computed: eager, traced or compiled; auto goes by the work to
+        be done.
+    seed
+        Of all draws.
+    report
+        Write report.html anew.
+    """
+    from pyro_vae import plots, runs
+    from pyro_vae.diagnosis import diagnose as run_diagnose
+
+    _positive("num", num)
+    pair, loaded, given = _open(run, data, data_dir, model)
+    x, context = _test(loaded, given, num)
+    strangers = None
+    if other is not None:
+        rows, others = _test(_open(run, other, data_dir, model)[1], given, num)
+        strangers = (rows, *others)
+    found = run_diagnose(
+        pair,
+        x,
+        *context,
+        other=strangers,
+        budget=budget,
+        binarize=_binarize(given),
+        engine=engine,
+        seed=seed,
+    )
+    record = {"data": loaded.name} | found.as_dict()
+    if "vocabulary" in given and "log_likelihood" in found.results:
+        worst = plots.lines([("", x[found.worst()])], given["vocabulary"])
+        record["worst_data"] = worst
+    for name, figure in found.figures.items():
+        with runs.atomic(run / runs.FIGURES / f"{runs.DIAGNOSIS}{name}.png") as file:
+            file.write(plots.png(figure))
+    metrics = runs.read_json(run / runs.METRICS) if (run / runs.METRICS).exists() else {}
+    runs.write_json(run / runs.METRICS, metrics | {"diagnostics": record})
+    if report:
+        _report(run, pair, loaded, given)
+    print(found)
+    if report:
+        print(f"\n{'report':<20}{run / 'report.html'}")
 
 
 @app.command
@@ -416,6 +492,7 @@ def _evaluate(
     given: dict[str, Any],
     num_samples: int,
     engine: str,
+    kept: Mapping[str, Any] | None = None,
 ) -> None:
     from pyro_vae import runs
     from pyro_vae.evaluation import evaluate as measure
@@ -432,7 +509,7 @@ def _evaluate(
         engine=engine,
         progress=True,
     )
-    runs.write_json(run / runs.METRICS, {"data": data.name} | result.as_dict())
+    runs.write_json(run / runs.METRICS, {"data": data.name} | result.as_dict() | dict(kept or {}))
     print(result)
 
 

@@ -29,13 +29,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def reliability(estimate: LogLikelihood, x: Tensor, number: int = 8) -> "Figure":
+def reliability(
+    estimate: LogLikelihood, x: Tensor, number: int = 8, rows: Tensor | None = None
+) -> "Figure":
     """Pareto k of each datum's weights, and the data least to be trusted with theirs.
 
     Arguments:
         estimate: of `pyro_vae.log_likelihood`, from 21 samples or more.
         x: the data it was made from, of shape (n, *data_shape).
         number: how many of the worst are shown.
+        rows: what the data are numbered by; from 0 on by default.
     """
     worst = estimate.worst(min(number, len(x)))
     figure = _figure(8, 4.4)
@@ -57,13 +60,14 @@ def reliability(estimate: LogLikelihood, x: Tensor, number: int = 8) -> "Figure"
     axis.tick_params(labelsize=7)
     shown = intensity(x[worst])
     axes = below.subplots(1, len(worst), squeeze=False)[0]
+    numbers = torch.arange(len(x)) if rows is None else rows
     for axis, row, image in zip(axes, worst.tolist(), shown, strict=True):
         axis.set_axis_off()
         if is_picture(shown):
             axis.imshow(_strip(image[None], 1), vmin=0, vmax=1, interpolation="nearest")
         else:
             axis.plot(image.detach().cpu().float().flatten(), color=BLUE, linewidth=0.8)
-        axis.set_title(f"row {row}\nk {estimate.pareto_k[row]:.2f}", fontsize=7)
+        axis.set_title(f"row {numbers[row]}\nk {estimate.pareto_k[row]:.2f}", fontsize=7)
     below.suptitle("least to be trusted", fontsize=9)
     return figure
 
@@ -144,21 +148,23 @@ def _coverage(axis: Any, found: Calibration) -> None:
     axis.tick_params(labelsize=6)
 
 
-def posteriors(result: Posterior, number: int = 4) -> "Figure":
+def posteriors(result: Posterior, number: int = 4, rows: Tensor | None = None) -> "Figure":
     """Posteriors by NUTS and the guide's, of the data on which they agree least, in the two units
     on which they do: draws of NUTS, and ellipses of two standard deviations.
 
     Arguments:
         result: of `pyro_vae.nuts`.
         number: how many data are shown.
+        rows: what the data are numbered by; from 0 on by default.
     """
     apart = result.disagreement.nan_to_num(0.0)
-    rows = apart.sum(1).argsort(descending=True)[:number].tolist()
-    figure = _figure(2.7 * len(rows) + 0.3, 3)
+    numbers = torch.arange(len(apart)) if rows is None else rows
+    shown = apart.sum(1).argsort(descending=True)[:number].tolist()
+    figure = _figure(2.7 * len(shown) + 0.3, 3)
     draws = torch.cat(
         [v.reshape(-1, len(apart), v[0, 0, 0].numel()) for v in result.draws.values()], 2
     )
-    for axis, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+    for axis, row in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         first, second = (apart[row].argsort(descending=True).tolist() * 2)[:2]
         few = draws[:: max(1, len(draws) // 1000), row]
         axis.scatter(few[:, first], few[:, second], s=3, color=GREY, alpha=0.4, linewidths=0)
@@ -169,7 +175,7 @@ def posteriors(result: Posterior, number: int = 4) -> "Figure":
             axis.plot(*_ellipse(moments, row, [first, second]), color, linewidth=1.2, label=name)
         axis.set_xlabel(result.units[first], fontsize=8)
         axis.set_ylabel(result.units[second], fontsize=8)
-        axis.set_title(f"row {row}: {apart[row, first]:.2f} nats", fontsize=8)
+        axis.set_title(f"row {numbers[row]}: {apart[row, first]:.2f} nats", fontsize=8)
         axis.tick_params(labelsize=6)
     figure.axes[0].legend(fontsize=7, frameon=False)
     return figure
@@ -209,6 +215,7 @@ def predictive_worst(
     statistic: str | None = None,
     number: int = 5,
     replicates: int = 8,
+    rows: Tensor | None = None,
 ) -> "Figure":
     """The data that lie farthest from their replicates, and some of these to their right.
 
@@ -216,18 +223,20 @@ def predictive_worst(
         pair, found, x, context: of `pyro_vae.predictive_check`, and what it was made from.
         statistic: by which the worst are chosen; by any of them by default.
         number: how many data. replicates: how many of each.
+        rows: what the data are numbered by; from 0 on by default.
     """
     worst = found.worst(statistic, number)
-    rows, given = x[worst], [part[worst] for part in context]
+    numbers = torch.arange(len(x)) if rows is None else rows
+    data, given = x[worst], [part[worst] for part in context]
     made = [
-        alike(reconstruct(pair, rows, *given, means=False, seed=seed), rows)
+        alike(reconstruct(pair, data, *given, means=False, seed=seed), data)
         for seed in range(replicates)
     ]
-    shown = torch.stack([intensity(rows).to(made[0]), *made], 1)
+    shown = torch.stack([intensity(data).to(made[0]), *made], 1)
     off = found.distances[worst].nan_to_num(0.0).abs()
     which = off.argmax(1).tolist() if statistic is None else [found.names.index(statistic)] * number
     labels = [
-        f"row {row}: {found.names[i]},\np {found.p_values[row, i]:.3f}"
+        f"row {numbers[row]}: {found.names[i]},\np {found.p_values[row, i]:.3f}"
         for row, i in zip(worst.tolist(), which, strict=False)
     ]
     return grid(list(zip(labels, shown, strict=True)), "data, and replicates to their right")

@@ -60,6 +60,17 @@ class KLParts:
     unit_information: Tensor | None
     """Mutual information of datum and each unit by itself, of shape (units,); None as above."""
 
+    def as_dict(self) -> dict[str, Any]:
+        """Values, errors and units, as metrics.json holds them."""
+        return {
+            name: value._asdict()
+            if isinstance(value, Estimate)
+            else value.tolist()
+            if isinstance(value, Tensor)
+            else value
+            for name, value in vars(self).items()
+        }
+
     def __str__(self) -> str:
         upper = self.mutual_information_upper.value
         rows = [

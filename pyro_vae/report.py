@@ -19,6 +19,16 @@ from pyro_vae.pairs import missing_context, template
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+KINDS = {"trust": "Can be trusted", "doubt": "Cannot be trusted", "next": "To try next"}
+"""The kinds of findings of `pyro_vae.diagnose`, as a reader sees them."""
+
+REASONS = {
+    "does not apply": "not_applicable",
+    "failed": "failed",
+    "is cut short for lack of time": "left_out",
+}
+"""Why a diagnostic is missing or small, and where `pyro_vae.diagnose` keeps the reasons."""
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
        color: #222; background: #fff }
@@ -108,7 +118,8 @@ def write_report(
         if isinstance(made, bytes):
             with runs.atomic(run / runs.FIGURES / f"{name}.png") as file:
                 file.write(made)
-    page = _page(run.resolve().name, config, metrics, figures)
+    believed = _diagnostics(run, metrics.get("diagnostics"))
+    page = _page(run.resolve().name, config, metrics, figures, believed)
     with runs.atomic(run / runs.REPORT) as file:
         file.write(page.encode())
     return run / runs.REPORT
@@ -205,8 +216,44 @@ def _history(path: Path) -> dict[str, list[float]]:
         raise UsageError(f"{path} is cut short or no table of numbers") from error
 
 
+def _diagnostics(run: Path, found: dict[str, Any] | None) -> str:
+    """What `diagnose` found, as a part of the page: the summary first."""
+    if found is None:
+        return ""
+    lines = ["<h2>Whether the inference can be believed</h2>"]
+    for kind, title in KINDS.items():
+        words = [part["words"] for part in found["findings"] if part["kind"] == kind]
+        if words:
+            told = html.escape("; ".join(dict.fromkeys(words)))
+            lines.append(f"<p><b>{title}:</b> {told}.</p>")
+    if found.get("worst_data"):
+        lines.append("<p>The data whose log p(x) is least to be trusted:</p>")
+        lines.append(f"<pre>{html.escape(found['worst_data'])}</pre>")
+    for name, table in found["tables"].items():
+        paths = {
+            picture: run / runs.FIGURES / f"{runs.DIAGNOSIS}{picture}.png"
+            for picture in found["pictures"].get(name, [])
+        }
+        picture = "".join(
+            _picture(what, path.read_bytes()) for what, path in paths.items() if path.exists()
+        )
+        notes = "".join(f"\nnote: {note}" for note in found["notes"].get(name, []))
+        lines.append(
+            f"<details{' open' if picture else ''}><summary>{html.escape(name)}</summary>"
+            f"{picture}<pre>{html.escape(table + notes)}</pre></details>"
+        )
+    for title, reasons in REASONS.items():
+        for name, why in found[reasons].items():
+            lines.append(f"<p>{html.escape(f'{name} {title}: {why}')}</p>")
+    return "".join(lines)
+
+
 def _page(
-    title: str, config: dict[str, Any], metrics: dict[str, Any], figures: dict[str, bytes | str]
+    title: str,
+    config: dict[str, Any],
+    metrics: dict[str, Any],
+    figures: dict[str, bytes | str],
+    believed: str,
 ) -> str:
     numbers = "".join(
         f"<tr><td>{label}</td><td>{_number(metrics[name])}</td></tr>"
@@ -225,7 +272,7 @@ def _page(
         f"<p>{html.escape(config['pair']['class'].rpartition(':')[2])} on "
         f"{html.escape(str(config.get('train', {}).get('data', 'data of its own')))}. "
         "Bounds, likelihoods and KL in nats per example, on test data.</p>"
-        f"<table>{numbers}</table>{pictures}"
+        f"<table>{numbers}</table>{believed}{pictures}"
         f"<h2>configuration</h2><details><summary>config.json</summary><pre>{settings}</pre>"
         f"</details></body></html>\n"
     )
@@ -234,8 +281,12 @@ def _page(
 def _shown(name: str, made: bytes | str) -> str:
     if isinstance(made, str):
         return f"<p>{_TEXT_WORDS[name]}</p><pre>{html.escape(made)}</pre>"
-    picture = base64.b64encode(made).decode()
-    return f'<p>{_WORDS[name]}</p><img alt="{name}" src="data:image/png;base64,{picture}">'
+    return f"<p>{_WORDS[name]}</p>{_picture(name, made)}"
+
+
+def _picture(name: str, made: bytes) -> str:
+    data = base64.b64encode(made).decode()
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
 
 
 def _number(value: Any) -> str:

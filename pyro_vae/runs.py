@@ -38,6 +38,8 @@ from pyro_vae.rng import seeded
 CONFIG, MODEL, CHECKPOINT = "config.json", "model.safetensors", "checkpoint.pt"
 HISTORY, METRICS, FIGURES, REPORT = "history.csv", "metrics.json", "figures", "report.html"
 TENSORBOARD = "tensorboard"
+DIAGNOSIS = "diagnosis-"
+"""How the names of the figures of `pyro_vae.diagnose` begin."""
 ARRAYS = (
     "codes.npz",
     *(

@@ -99,6 +99,7 @@ def test_the_commands():
     assert COMMANDS == [
         "train",
         "evaluate",
+        "diagnose",
         "sample",
         "reconstruct",
         "encode",

@@ -1,0 +1,226 @@
+"""`diagnose`: everything that says whether an inference can be believed, within a time budget."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter as _now
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.data import Rows, held_rows
+from pyro_vae.errors import UsageError, first_line
+from pyro_vae.pairs import Batch, trace_guide, trace_model, using
+from pyro_vae.progress import bar
+from pyro_vae.report import KINDS, REASONS
+from pyro_vae.studies import STUDIES, Bench, Finding, Study
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SAFETY = 1.5
+"""What the slope of seconds over costs is multiplied by, before it is relied on."""
+
+ROWS = 500
+"""Rows on which the time of a pass is taken."""
+
+BUDGET = 200.0
+"""Seconds that `diagnose` may take by default."""
+
+
+@dataclass
+class Diagnosis:
+    """What `diagnose` found."""
+
+    rows: Tensor
+    """The number of the row, among those that came, to which each datum of a result belongs."""
+    budget: float
+    """Seconds that it might take."""
+    results: dict[str, Any] = field(default_factory=dict)
+    """What each diagnostic returned, by its name, at the greatest size that it was run at."""
+    findings: list[Finding] = field(default_factory=list)
+    not_applicable: dict[str, str] = field(default_factory=dict)
+    """Diagnostics that do not apply to the pair, and why."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Diagnostics that ended with an error which is none of use."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Diagnostics that were left out, or run at less than their full size, for lack of time."""
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    """What diagnostics warned of."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long each took."""
+    figures: dict[str, "Figure"] = field(default_factory=dict)
+    pictures: dict[str, list[str]] = field(default_factory=dict)
+    """The names of the figures of each diagnostic."""
+
+    @property
+    def summary(self) -> str:
+        """What can be trusted, what cannot, and what to try next, in plain words."""
+        parts = []
+        for kind, title in KINDS.items():
+            words = [finding.words for finding in self.findings if finding.kind == kind]
+            if words:
+                parts.append(f"{title}: {'; '.join(dict.fromkeys(words))}.")
+        return " ".join(parts) or "Nothing could be measured."
+
+    def worst(self, number: int = 10) -> Tensor:
+        """The rows of the data whose log p(x) is least to be trusted, the worst first."""
+        return self.rows[self.results["log_likelihood"].worst(number)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Summary and results, as metrics.json holds them."""
+        return {
+            "summary": self.summary,
+            "findings": [finding._asdict() for finding in self.findings],
+            "worst_rows": self.worst().tolist() if "log_likelihood" in self.results else [],
+            "num_examples": len(self.rows),
+            "budget": self.budget,
+            "seconds": self.seconds,
+            "results": {name: result.as_dict() for name, result in self.results.items()},
+            "tables": {name: str(result) for name, result in self.results.items()},
+            "not_applicable": self.not_applicable,
+            "failed": self.failed,
+            "left_out": self.left_out,
+            "notes": self.notes,
+            "pictures": self.pictures,
+        }
+
+    def __str__(self) -> str:
+        lines = [self.summary]
+        for name, result in self.results.items():
+            lines += ["", f"{name} ({self.seconds[name]:.0f} s)", str(result)]
+            lines += [f"note: {note}" for note in self.notes.get(name, [])]
+        for title, reasons in REASONS.items():
+            lines += [f"\n{name} {title}: {why}" for name, why in getattr(self, reasons).items()]
+        return "\n".join(lines)
+
+
+def diagnose(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    other: Sequence[Any] | None = None,
+    budget: float = BUDGET,
+    binarize: str = "dynamic",
+    seed: int = 0,
+    engine: str = "auto",
+    progress: bool = True,
+) -> Diagnosis:
+    """Say whether the inference of a fitted pair can be believed: all that applies, within a time.
+
+    Each diagnostic is run small first. From the seconds that took, and from the time that is left,
+    comes the size at which it is run again: rows of data, draws, steps, temperatures. What is left
+    out, or done on less than all, is said; one that does not apply to the pair is named with its
+    reason, and the rest goes on.
+
+    Arguments:
+        pair: any pair.
+        x, context: held-out data, as `pyro_vae.evaluate` takes them; 1,000 rows are plenty.
+        other: a tuple of x and context known not to belong, for the AUROC of outlier scores.
+        budget: seconds. What cannot be done within them, at its smallest, is left out.
+        binarize, seed, engine: as in `pyro_vae.evaluate`.
+
+    Returns a summary in words, with what each diagnostic returned, and figures.
+
+    >>> import torch, pyro_vae as pv
+    >>> found = pv.diagnose(pv.VAE.mlp((4,), latent_dim=2), torch.ones(30, 4), budget=0.1)
+    >>> len(found.rows)
+    30
+    """
+    if not budget > 0:
+        raise UsageError(f"budget must be above 0 seconds, {budget} came")
+    batch = _prepared(pair, x, context, binarize)
+    order = torch.randperm(len(batch[0]), generator=torch.Generator().manual_seed(seed))
+    shuffled = tuple(tensor[order.to(tensor.device)] for tensor in batch)
+    strangers = None if other is None else _prepared(pair, other[0], other[1:], binarize)
+    end = _now() + budget
+    costs = _pass_seconds(pair, shuffled, seed)
+    bench = Bench(pair, shuffled, order, seed, engine, *costs, strangers)
+    found = Diagnosis(order, budget)
+    studies = [study for make in STUDIES if (study := make(bench)) is not None]
+    with bar(progress, len(studies), "diagnose") as shown:
+        for i, study in enumerate(studies):
+            shown.set_postfix_str(f" {study.name}")
+            share = study.weight / sum(other.weight for other in studies[i:])
+            _study(study, share * (end - _now()), found)
+            shown.update()
+    return found
+
+
+def _prepared(pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str) -> Batch:
+    rows, prepare = held_rows(pair, x, context, binarize)
+    parts = [prepare(batch) for batch in rows.batches(1000)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, float]:
+    """Seconds of a pass of one row, and for each further one."""
+
+    def seconds(rows: int) -> float:
+        part = tuple(t[torch.arange(rows, device=t.device) % len(t)] for t in batch)
+        start = _now()
+        trace_model(pair, part, trace_guide(pair, part))
+        return _now() - start
+
+    with using(pair, seed):
+        seconds(ROWS)  # what is done once only is not counted
+        one, many = seconds(1), seconds(ROWS)
+    return one, max(0.0, many - one) / (ROWS - 1)
+
+
+def _study(study: Study, allotted: float, found: Diagnosis) -> None:
+    """Run a diagnostic at growing sizes while the next is sure to fit into its time."""
+    start = _now()
+    if study.rungs[0].cost > allotted:
+        found.left_out[study.name] = "not run"
+        return
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            result = _climb(study, start + allotted, found)
+            found.results[study.name] = result
+            found.findings += study.judge(result, found.results)
+            for name, figure in study.figures.items():
+                found.figures[name] = figure(result)
+                found.pictures.setdefault(study.name, []).append(name)
+        except UsageError as error:
+            found.not_applicable[study.name] = str(error)
+        except Exception as error:  # a user's own pair may raise anything; the rest goes on
+            found.failed[study.name] = f"{type(error).__name__}: {first_line(error)}"
+    found.seconds[study.name] = _now() - start
+    notes = list(dict.fromkeys(str(warning.message) for warning in heard))
+    if notes:
+        found.notes[study.name] = notes
+
+
+def _climb(study: Study, end: float, found: Diagnosis) -> Any:
+    rungs, at = study.rungs, 0
+    known: list[tuple[float, float]] = []
+    while True:
+        start = _now()
+        result = rungs[at].run()
+        known.append((rungs[at].cost, _now() - start))
+        left = end - _now()
+        larger = range(at + 1, len(rungs))
+        fits = [i for i in larger if _predicted(known, rungs[i].cost) <= left]
+        if not fits:
+            break
+        at = fits[-1]
+    if at < len(rungs) - 1:
+        found.left_out[study.name] = f"run at size {at + 1} of {len(rungs)}"
+    return result
+
+
+def _predicted(known: Sequence[tuple[float, float]], cost: float) -> float:
+    """The seconds of a run of this cost, from costs and seconds of those before it.
+
+    A part of what the first took, tracing say, does not grow: at first costs are believed, then
+    the slope of the last two.
+    """
+    last, seconds = known[-1]
+    slope = 1.0
+    if len(known) > 1:
+        first, before = known[-2]
+        slope = SAFETY * max(0.0, seconds - before) / (last - first)
+    return min(seconds * cost / last, seconds + slope * (cost - last))
