@@ -165,7 +165,7 @@ def refine(
     whole = (*batch, torch.arange(len(batch[0]), device=batch[0].device))
     ready = Preparation(prepare.device, prepare.dtype)
     before = estimate(pair, Arrays(batch), ready, num_samples, seed, engine, False)
-    with _frozen(pair), seeded(seed), bar(progress, steps * len(parts), "refine", 2) as shown:
+    with _frozen(pair), seeded(seed), bar(progress, steps * len(parts), "refine", delay=2) as shown:
         ascent = _Ascent(pair, parts[0], num_particles, steps, engine)
         found = [ascent(block, learning_rate, shown.update) for block in parts]
     joined = {place: torch.cat([own[place] for own in found], place.dim) for place in found[0]}

@@ -390,12 +390,12 @@ def _weigh(
     elbo_errors = (spread / max(1, num_samples - 1)).sqrt()
     shapes = torch.full_like(first, torch.nan)
     if num_samples >= LEAST:
-        shapes = _shapes(greatest.values(), torch.finfo(batch[0].dtype).eps)
+        shapes = tail_shapes(greatest.values(), torch.finfo(batch[0].dtype).eps)
     return first - log(num_samples), errors, 1 / ratio, elbo, elbo_errors, shapes, infinite.long()
 
 
-def _shapes(greatest: Tensor, rounding: float) -> Tensor:
-    """The shapes of the tails of log weights; 0 where these differ by rounding alone."""
+def tail_shapes(greatest: Tensor, rounding: float) -> Tensor:
+    """The Pareto shapes of the greatest log weights (n, M+1); 0 where they differ by rounding."""
     spread, size = greatest[:, 0] - greatest[:, -1], greatest[:, 0].abs().clamp(min=1)
     constant = torch.isfinite(size) & (spread <= 100 * rounding * size)
     return torch.where(constant, 0.0, shape_of_greatest(greatest))
