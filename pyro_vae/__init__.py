@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from pyro_vae.annealing import anneal as anneal
     from pyro_vae.annealing import sandwich as sandwich
     from pyro_vae.arviz_export import to_arviz as to_arviz
+    from pyro_vae.bayesian import BayesianDecoder as BayesianDecoder
+    from pyro_vae.bayesian import uncertainty as uncertainty
     from pyro_vae.datasets import hide_labels as hide_labels
     from pyro_vae.datasets import load_data as load_data
     from pyro_vae.datasets import one_hot as one_hot
@@ -164,6 +166,8 @@ _WHERE = {
     "log_likelihood": "importance",
     "refine": "guides",
     "refit_guide": "guides",
+    "BayesianDecoder": "bayesian",
+    "uncertainty": "bayesian",
     "bounds_table": "guides",
     "gaps": "inference_gaps",
     "predictive_check": "predictive",

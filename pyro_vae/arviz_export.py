@@ -24,6 +24,7 @@ from pyro_vae.pairs import (
     data_site,
     latents,
     observed,
+    require_local,
     trace,
     trace_guide,
     trace_model,
@@ -96,6 +97,7 @@ def to_arviz(
     rows, prepare = held_rows(pair, x, context, binarize)
     parts = []
     with using(pair, seed), bar(progress, len(rows) * num_samples, "draws", delay=2) as shown:
+        require_local(pair, prepare(rows.first(2)), "it is no posterior of a datum")
         nesting, _, widest = structure(pair, prepare(rows.first(2)))
         at_once = max(1, CELLS // (widest * num_particles))
         for given in rows.batches(min(at_once, 500)):

@@ -113,7 +113,8 @@ def calibration_bands(found: Calibration, number: int = 7) -> "Figure":
         number: how many quantities are shown, those that leave their bands by most first.
     """
     low, high = found.band
-    shown = found.worst(number).tolist()
+    excess = (found.differences - (low + high)[:, None] / 2).abs() / (high - low)[:, None]
+    shown = excess.amax(0).argsort(descending=True)[:number].tolist()
     columns = min(4, len(shown) + 1)
     lines = ceil((len(shown) + 1) / columns)
     figure = _figure(2.4 * columns, 2.2 * lines)

@@ -58,6 +58,8 @@ class Engine(ELBO):
         precision: "bfloat16" runs the networks under autocast.
         batch_size: rows of a full minibatch; shorter ones are never compiled.
         steps: how many full minibatches are to come, for "auto".
+        num_data: how many data there are, of which each batch has its share of the KL of latents
+            outside the data plate; by default each batch is all data, as for ``Trace_ELBO``.
         declare: make every parameter a site that SVI sees. An optimiser that knows its parameters,
             such as `pyro_vae.optim.Optimizer`, needs none.
         say: shows a few words while something takes seconds.
@@ -85,6 +87,7 @@ class Engine(ELBO):
         precision: str = "float32",
         batch_size: int = 0,
         steps: int = 0,
+        num_data: int | None = None,
         declare: bool = True,
         say: Callable[[str], None] = lambda words: None,
     ) -> None:
@@ -97,6 +100,7 @@ class Engine(ELBO):
         self.prepare = prepare or tuple
         self.precision, self.declare = precision, declare
         self.batch_size, self.steps, self.say = batch_size, steps, say
+        self.num_data = num_data
         self.names: list[tuple[str, str]] = []
         self.numbers = torch.zeros(0)
         self._programs: tuple[Any, Any] = (None, None)
@@ -117,6 +121,7 @@ class Engine(ELBO):
 
     def loss(self, model: Any, guide: Any, *batch: Tensor) -> float:
         """The objective's loss, eagerly."""
+        self._take_share(batch)
         return self.objective.loss(self.weight(model), self.weight(guide), *self.prepare(batch))
 
     def loss_and_grads(self, model: Any, guide: Any, *batch: Tensor) -> Tensor | float:
@@ -133,6 +138,7 @@ class Engine(ELBO):
                     stacklevel=2,
                 )
         self.parts.clear()
+        self._take_share(batch)
         programs = (self.weight(model), self.weight(guide))
         with self._autocast(batch):
             loss = self.objective.loss_and_grads(*programs, *self.prepare(batch))
@@ -168,6 +174,7 @@ class Engine(ELBO):
         def function(beta: Tensor, *batch: Tensor) -> Named:
             before, self.beta = self.beta, beta
             self.parts.clear()
+            self._take_share(batch)
             try:
                 with self._autocast(batch):
                     loss, differentiable = surrogate(
@@ -189,6 +196,12 @@ class Engine(ELBO):
             return found
 
         return function
+
+    def _take_share(self, batch: Sequence[Tensor]) -> None:
+        """Set what of the KL of latents outside the data plate is this batch's."""
+        if self.num_data is not None:
+            share = len(batch[0]) / self.num_data
+            self.parts.global_share = self.weight.global_weight = share
 
     def _sums(self, loss: Tensor, norm: Tensor) -> tuple[list[tuple[str, str]], list[Tensor]]:
         """The names and values of ``numbers``."""

@@ -22,6 +22,7 @@ from pyro_vae.pairs import (
     Batch,
     Pair,
     Site,
+    is_local,
     latents,
     log_prob,
     observed,
@@ -219,6 +220,8 @@ def terms(model: Trace, guide: Trace) -> Terms:
 def evidence(model: Trace, guide: Trace) -> Tensor:
     r"""The log weight of each draw for log p(x), every enumerated site summed out.
 
+    Given the draws of latents outside the data plate, which take no part.
+
     :math:`\log \sum_{e,m} p(x, z, e, m) / q(z|x, e)`, of the shape of the plates of the enumerated
     sites. Its exponential has the mean p(x) whatever the draws z, and q(e|x) takes no part.
     """
@@ -233,9 +236,10 @@ def log_ratio(model: Trace, guide: Trace) -> Tensor:
     inner, dims = _layout(model, guide)
     total = _zero({})
     for name, site in (latents(model) | observed(model)).items():
-        total = total + _term(site, inner, name not in dims)
+        if is_local(site):
+            total = total + _term(site, inner, name not in dims)
     for name, site in latents(guide).items():
-        if name not in dims:
+        if is_local(site) and name not in dims:
             total = total - _term(site, inner)
     return total
 

@@ -41,9 +41,6 @@ LEAST_SIMULATIONS, LEAST_DRAWS = 100, 19
 JOINT, LIKELIHOOD = "log p(x, z)", "log p(x | z)"
 """The test quantities that are always ranked beside the latents."""
 
-SHOWN = 12
-"""Quantities that are printed, those that go farthest from uniform."""
-
 Quantity: TypeAlias = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
@@ -111,21 +108,12 @@ class Calibration:
         return torch.from_numpy(generator.random(self.ranks.shape))
 
     @property
-    def excess(self) -> Tensor:
-        """The greatest distance of each quantity's ``differences`` from the middle of the band, in
-        halves of its width, of shape (quantities,): over 1 they leave it."""
-        low, high = (bound[:, None] for bound in self.band)
-        half = ((high - low) / 2).clamp(min=0.5 / self.num_simulations)
-        return ((self.differences - (low + high) / 2).abs() / half).amax(0)
-
-    def worst(self, number: int = 10) -> Tensor:
-        """The indices of the quantities that go farthest, the worst first."""
-        return self.excess.argsort(descending=True, stable=True)[:number]
-
-    @property
     def failures(self) -> dict[str, str]:
         """The quantities whose ranks leave the band, and how, in words."""
-        which = (self.excess > 1 + 1e-9).nonzero().flatten().tolist()
+        low, high = (bound[:, None] for bound in self.band)
+        slack = 1e-9
+        outside = (self.differences < low - slack) | (self.differences > high + slack)
+        which = outside.any(0).nonzero().flatten().tolist()
         return {self.names[i]: _in_words(self.ranks[:, i], self.num_draws) for i in which}
 
     @property
@@ -150,23 +138,17 @@ class Calibration:
         }
 
     def __str__(self) -> str:
-        failures, coverage, shown = (
-            self.failures,
-            self.coverage.tolist(),
-            self.worst(SHOWN).sort().values.tolist(),
-        )
+        failures = self.failures
+        verdict = "not rejected" if not failures else f"rejected by {len(failures)}"
         title = "".join(f"{100 * interval:>7.0f} %" for interval in INTERVALS)
         lines = [
-            f"{'not ' if failures else ''}calibrated at level {self.level:g}: {len(failures)} of "
-            f"{len(self.names)} quantities rejected ({self.num_simulations} simulations, "
-            f"{self.num_draws} draws)",
+            f"calibration {verdict} of {len(self.names)} quantities at level {self.level:g}, "
+            f"{self.num_simulations} simulations of {self.num_draws} draws",
             f"{'coverage of':<20}{title}   ranks",
         ]
-        for i in shown:
-            numbers = "".join(f"{100 * share:>7.1f} %" for share in coverage[i])
-            lines.append(f"{self.names[i]:<20}{numbers}   {failures.get(self.names[i], 'uniform')}")
-        if len(shown) < len(self.names):
-            lines.append(f"and {len(self.names) - len(shown)} quantities that go less far")
+        for name, shares in zip(self.names, self.coverage.tolist(), strict=True):
+            numbers = "".join(f"{100 * share:>7.1f} %" for share in shares)
+            lines.append(f"{name:<20}{numbers}   {failures.get(name, 'uniform')}")
         lines += [f"'{name}' is left out: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)
 

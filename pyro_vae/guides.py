@@ -146,8 +146,8 @@ def refine(
         seed: of all draws. engine: as in `pyro_vae.fit`.
         progress: show a bar, where it takes over two seconds.
 
-    Latents that are discrete are left as the guide has them. Raises `UsageError` for a pair with
-    sites outside the data plate, and where no parameter can be refined.
+    Latents that are discrete, or outside the data plate, are left as the guide has them. Raises
+    `UsageError` where no parameter can be refined.
     Kim et al., Semi-amortized variational autoencoders, 2018 (https://arxiv.org/abs/1802.02550).
 
     >>> import torch, pyro_vae as pv
@@ -165,7 +165,7 @@ def refine(
     whole = (*batch, torch.arange(len(batch[0]), device=batch[0].device))
     ready = Preparation(prepare.device, prepare.dtype)
     before = estimate(pair, Arrays(batch), ready, num_samples, seed, engine, False)
-    with _frozen(pair), seeded(seed), bar(progress, steps * len(parts), "refine", delay=2) as shown:
+    with _frozen(pair), seeded(seed), bar(progress, steps * len(parts), "refine", 2) as shown:
         ascent = _Ascent(pair, parts[0], num_particles, steps, engine)
         found = [ascent(block, learning_rate, shown.update) for block in parts]
     joined = {place: torch.cat([own[place] for own in found], place.dim) for place in found[0]}

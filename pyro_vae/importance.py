@@ -17,7 +17,9 @@ from pyro_vae.graphs import Named, traced
 from pyro_vae.pairs import (
     Batch,
     Given,
+    Site,
     by_datum,
+    global_latents,
     is_local,
     latents,
     log_prob,
@@ -178,8 +180,13 @@ def log_likelihood(
         num_samples: K for each datum, any number: memory grows with its root at most.
         engine: "eager", "traced", "compiled" or "auto", as in `pyro_vae.fit`.
 
-    Raises `UsageError` for a pair with sites outside the data plate, for which log p(x) of a
-    datum is not defined by these weights. Burda, Grosse & Salakhutdinov, 2016.
+    Latents w outside the data plate, such as weights of a decoder, are drawn with z, and the
+    weights are :math:`p(x, z|w)/q(z|x)`: the estimate is of the posterior predictive density
+    :math:`\log E_{q(w)}[p(x|w)]`, given the data that q(w) was fitted to, and no bound on log p(x)
+    under the prior of w. Data then share draws of w, and ``standard_error`` is an upper bound.
+
+    Raises `UsageError` for a pair that observes data outside the data plate, for which log p(x) of
+    a datum is not defined by these weights. Burda, Grosse & Salakhutdinov, 2016.
 
     >>> import torch, pyro_vae as pv
     >>> pv.log_likelihood(pv.VAE.mlp((4,)), torch.ones(8, 4), num_samples=100).per_datum.shape
@@ -219,23 +226,29 @@ def estimate(
             for batch in rows.batches(batch_size):
                 values.append(_weigh(sums, prepare(batch), num_samples, chunk))
                 shown.update(len(batch[0]))
+        shared = bool(global_latents(pair, first))
     per_datum, errors, ess, elbos, elbo_errors, shapes, infinite = map(
         torch.cat, zip(*values, strict=True)
     )
     return LogLikelihood(
         per_datum.mean().item(),
-        (errors.square().sum().sqrt() / len(errors)).item(),
+        _error_of_mean(errors, shared),
         num_samples,
         per_datum,
         errors,
         ess,
         elbos.mean().item(),
-        (elbo_errors.square().sum().sqrt() / len(errors)).item(),
+        _error_of_mean(elbo_errors, shared),
         elbos,
         elbo_errors,
         shapes,
         infinite,
     )
+
+
+def _error_of_mean(errors: Tensor, shared: bool) -> float:
+    """The error of the mean over data, at most, where all data share draws."""
+    return (errors.mean() if shared else errors.square().sum().sqrt() / len(errors)).item()
 
 
 def log_weights(pair: nn.Module, batch: Batch, num_samples: int, nesting: int = 1) -> Tensor:
@@ -271,7 +284,7 @@ def _sampled(
 def _weights(model: poutine.Trace, guide: poutine.Trace, nesting: int) -> Tensor:
     """The weights of traces under a plate of samples."""
     summed = len(enumeration.enumerated(model) | enumeration.enumerated(guide))
-    for name, site in (latents(guide) | observed(model)).items():
+    for name, site in (_local(guide) | observed(model)).items():
         if not nesting < log_prob(site).dim() <= nesting + 1 + summed:
             raise ValueError(f"site '{name}' does not take a plate of samples")
     if summed:
@@ -279,8 +292,13 @@ def _weights(model: poutine.Trace, guide: poutine.Trace, nesting: int) -> Tensor
     return _local_total(model) - _local_total(guide)
 
 
+def _local(trace: poutine.Trace) -> dict[str, Site]:
+    """The latents that each datum has of its own: what others draw is given."""
+    return {name: site for name, site in latents(trace).items() if is_local(site)}
+
+
 def _local_total(trace: poutine.Trace) -> Tensor:
-    sites = (latents(trace) | observed(trace)).values()
+    sites = (_local(trace) | observed(trace)).values()
     return sum((by_datum(log_prob(site), particles=True) for site in sites), torch.zeros(()))
 
 
@@ -292,7 +310,7 @@ def structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
     sites = [*latents(guide).values(), *observed(model).values()]
     nesting = enumeration.nesting_of(model, guide)
     widest = max(prod(site["fn"].event_shape) for site in sites)
-    for name, site in (latents(guide) | observed(model)).items():
+    for name, site in observed(model).items():
         if not is_local(site):
             raise UsageError(
                 f"site '{name}' is outside the data plate: log p(x) of a datum is not defined by "
@@ -308,12 +326,17 @@ def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
         model, guide = _sampled(pair, batch, 3, nesting)
         together = _weights(model, guide, nesting)
         drawn = {
-            name: (site["value"], -1 - nesting - site["fn"].event_dim)
+            name: (site["value"], -1 - nesting - site["fn"].event_dim, site)
             for name, site in latents(guide).items()
             if name not in enumeration.enumerated(guide)
         }
         for k in range(3):
-            draw = {name: value.select(dim, k) for name, (value, dim) in drawn.items()}
+            draw = {
+                name: value.select(dim, k)
+                if is_local(site)
+                else value.select(dim, k).reshape(site["fn"].event_shape)
+                for name, (value, dim, site) in drawn.items()
+            }
             if not torch.allclose(together[k], _alone(pair, batch, nesting, draw), 1e-3, 1e-3):
                 return False
     except (RuntimeError, ValueError, IndexError, AssertionError):
@@ -390,17 +413,17 @@ def _weigh(
     elbo_errors = (spread / max(1, num_samples - 1)).sqrt()
     shapes = torch.full_like(first, torch.nan)
     if num_samples >= LEAST:
-        shapes = tail_shapes(greatest.values(), torch.finfo(batch[0].dtype).eps)
+        shapes = _shapes(greatest.values(), torch.finfo(batch[0].dtype).eps)
     return first - log(num_samples), errors, 1 / ratio, elbo, elbo_errors, shapes, infinite.long()
 
 
-def tail_shapes(greatest: Tensor, rounding: float) -> Tensor:
-    """The Pareto shapes of the greatest log weights (n, M+1); 0 where they differ by rounding."""
+def _shapes(greatest: Tensor, rounding: float) -> Tensor:
+    """The shapes of the tails of log weights; 0 where these differ by rounding alone."""
     spread, size = greatest[:, 0] - greatest[:, -1], greatest[:, 0].abs().clamp(min=1)
     constant = torch.isfinite(size) & (spread <= 100 * rounding * size)
     return torch.where(constant, 0.0, shape_of_greatest(greatest))
 
 
 def _total(trace: poutine.Trace) -> Tensor:
-    sites = (latents(trace) | observed(trace)).values()
+    sites = (_local(trace) | observed(trace)).values()
     return sum((by_datum(log_prob(site), particles=False) for site in sites), torch.zeros(()))

@@ -19,7 +19,9 @@ from pyro_vae.pairs import (
     Batch,
     Means,
     Pair,
+    Site,
     data_site,
+    global_latents,
     is_category,
     is_local,
     latents,
@@ -36,6 +38,9 @@ CHUNK = 1000
 DRAWS = 10
 """Draws of the other latents over which the posterior of a discrete one is averaged."""
 
+GROUPS = 100
+"""Parts of the rows of `sample` that have a draw of the latents outside the data plate each."""
+
 
 def sample(
     pair: nn.Module,
@@ -47,6 +52,10 @@ def sample(
     seed: int | None = None,
 ) -> Tensor:
     """Draw n data from the model: latents from their priors, then data given them.
+
+    Latents outside the data plate, such as weights of a decoder, are drawn from the guide, their
+    posterior: data are those that the fitted model predicts. A hundred parts of the rows have a
+    draw of their own.
 
     Arguments:
         pair: a pair with ``template(n)``.
@@ -65,8 +74,13 @@ def sample(
     if n < 1:
         raise UsageError(f"n must be 1 or more, {n} came")
     batch = template(pair, n, context)
+    shared = global_latents(pair, batch)
+    size = min(CHUNK, -(-n // GROUPS)) if shared else CHUNK
+    parts = []
     with using(pair, seed):
-        parts = [_generate(pair, part, {}, means, site) for part in _chunks(batch)]
+        for part in _chunks(batch, size):
+            own = _global_values(pair, part, False, shared)
+            parts.append(_generate(pair, part, own, means, site))
     return torch.cat(parts)
 
 
@@ -156,7 +170,9 @@ def decode(
     """The data that the model gives for these latents, as means or as draws.
 
     Arguments:
-        values: a tensor (n, *event_shape) for each latent site; sites left out are drawn.
+        values: a tensor (n, *event_shape) for each latent site; sites left out are drawn. Those
+            outside the data plate are at the guide's means where ``means`` are asked for, else
+            drawn from the guide.
         context: context tensors of n rows, or of one row for all.
 
     Returns a tensor of shape (n, *data_shape).
@@ -167,10 +183,11 @@ def decode(
     """
     if not values:
         raise UsageError("values must give at least one latent site, none came")
-    n = len(next(iter(values.values())))
-    batch = template(pair, n, context)
+    batch = template(pair, len(next(iter(values.values()))), context)
+    shared = global_latents(pair, batch)
     with using(pair, seed):
-        return _generate(pair, batch, values, means, site)
+        own = _global_values(pair, batch, means, shared)
+        return _generate(pair, batch, own | dict(values), means, site)
 
 
 def reconstruct(
@@ -183,6 +200,9 @@ def reconstruct(
     seed: int = 0,
 ) -> Tensor:
     """Encode data and decode them again: by means throughout, or by draws throughout.
+
+    Latents outside the data plate are at their means too, or drawn once for each thousand rows;
+    `pyro_vae.uncertainty` says what their spread does.
 
     Returns a tensor of shape (n, *data_shape).
 
@@ -229,11 +249,12 @@ def interpolate(
         (batch,) = _prepared(pair, start, context, binarize, at_once=True)
         (other,) = _prepared(pair, end, context, binarize, at_once=True)
         first, last = (_latent_values(pair, part, True) for part in (batch, other))
+        shared = global_latents(pair, batch)
         frames = []
         for t in torch.linspace(0, 1, steps).tolist():
             values = {
                 name: torch.lerp(a, last[name], t)
-                if a.is_floating_point()
+                if a.is_floating_point() and name not in shared
                 else (a if t < 0.5 else last[name])
                 for name, a in first.items()
             }
@@ -272,7 +293,9 @@ def traverse(
         (batch,) = _prepared(pair, x, context, binarize, at_once=True)
         if len(batch[0]) != 1:
             raise UsageError(f"traverse starts from one datum, {len(batch[0])} came")
-        codes = _latent_values(pair, batch, True)
+        shared = global_latents(pair, batch)
+        given = _latent_values(pair, batch, True)
+        codes = {name: value for name, value in given.items() if name not in shared}
         real = [name for name, code in codes.items() if code.is_floating_point()]
         chosen = latent or (real or list(codes))[0]
         if chosen not in codes:
@@ -288,6 +311,7 @@ def traverse(
         )
         wide = {name: code.expand(n, *code.shape[1:]) for name, code in codes.items()}
         wide[chosen] = moved.reshape(n, *codes[chosen].shape[1:])
+        wide |= {name: given[name] for name in shared}
         repeated = tuple(tensor.expand(n, *tensor.shape[1:]) for tensor in batch)
         images = _generate(pair, repeated, wide, True, site)
     return images.reshape(len(units), len(values), *images.shape[1:])
@@ -296,6 +320,14 @@ def traverse(
 def _generate(
     pair: nn.Module, batch: Batch, values: Mapping[str, Tensor], means: bool, site: str | None
 ) -> Tensor:
+    """The mean or a draw of the data, with latents given or drawn."""
+    found = observation(pair, batch, values, site)
+    return mean(found["fn"]) if means else found["value"]
+
+
+def observation(
+    pair: nn.Module, batch: Batch, values: Mapping[str, Tensor], site: str | None = None
+) -> Site:
     """The data site of the unconditioned model, with latents given or drawn."""
     program: Any = poutine.uncondition(cast(Pair, pair).model)
     if values:
@@ -306,8 +338,7 @@ def _generate(
             raise UsageError(f"the model has no site '{name}'")
         # A latent that was given is no datum.
         traced.nodes[name]["is_observed"] = False
-    found = data_site(traced, site)
-    return mean(found["fn"]) if means else found["value"]
+    return data_site(traced, site)
 
 
 def _without(pair: nn.Module, site: str | None, names: Sequence[str]) -> str:
@@ -325,6 +356,14 @@ def _latent_values(pair: nn.Module, batch: Batch, means: bool) -> dict[str, Tens
     guide = _guide(pair, batch, means)
     values = {name: site["value"] for name, site in latents(guide).items()}
     return values | _summed(pair, batch, guide, means)
+
+
+def _global_values(
+    pair: nn.Module, batch: Batch, means: bool, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """The guide's means or draws of these latents, which are outside the data plate."""
+    guide = latents(_guide(pair, batch, means)) if names else {}
+    return {name: guide[name]["value"] for name in names}
 
 
 def _guide(pair: nn.Module, batch: Batch, means: bool) -> Trace:
@@ -345,8 +384,8 @@ def _prepared(
         yield prepare(batch)
 
 
-def _chunks(batch: Batch) -> Iterator[Batch]:
-    return zip(*(tensor.split(CHUNK) for tensor in batch), strict=True)
+def _chunks(batch: Batch, size: int) -> Iterator[Batch]:
+    return zip(*(tensor.split(size) for tensor in batch), strict=True)
 
 
 def _scale(fn: Any) -> Tensor | None:

@@ -1,17 +1,25 @@
 """Where the slack of the ELBO goes: what the family leaves, and what amortisation leaves."""
 
-from math import isfinite, log
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data import Rows
+from pyro_vae.data import Rows, held_rows
 from pyro_vae.errors import UsageError
 from pyro_vae.guides import Refinement, refine
-from pyro_vae.importance import all_log_weights, tail_shapes
-from pyro_vae.pairs import Batch, latents, sample_sites, trace_guide, trace_model, using
-from pyro_vae.pareto import LEAST, tail_length
+from pyro_vae.importance import all_log_weights
+from pyro_vae.pairs import (
+    Batch,
+    latents,
+    require_local,
+    sample_sites,
+    trace_guide,
+    trace_model,
+    using,
+)
+from pyro_vae.pareto import LEAST, pareto_shape
 
 BLOCK = 500
 """Data whose weights are held at once."""
@@ -144,9 +152,9 @@ def gaps(
         x, context: data, as `pyro_vae.log_likelihood` takes them.
         num_samples: draws for each datum from which bounds and errors are measured.
         steps, learning_rate, num_particles, engine, progress: as in `pyro_vae.refine`.
-        log_likelihood: a better lower bound of log p(x) for the same rows, from draws of its own:
-            what `pyro_vae.anneal` gives, or anything with the fields ``per_datum`` and
-            ``standard_errors`` of shape (n,).
+        log_likelihood: a better lower bound of log p(x) for the same rows, with the fields
+            ``per_datum`` and ``standard_errors`` of shape (n,), from draws of its own, such as
+            annealing gives.
         seed: of all draws.
 
     Errors are those of differences: the two bounds share their draws, one by one, and so does log
@@ -168,6 +176,9 @@ def gaps(
             f"the gaps and their errors take {LEAST} samples or more (num_samples), "
             f"{num_samples} came"
         )
+    held, prepare = held_rows(pair, x, context, binarize)
+    shared = "log p(x) is given its draws, and no part of the slack of a datum"
+    require_local(pair, prepare(held.first(2)), shared)
     refined = refine(
         pair,
         x,
@@ -190,7 +201,7 @@ def gaps(
         batch = tuple(part[rows] for part in refined.batch)
         before = _weights(pair, batch[:-1], num_samples, seed + 1)
         after = _weights(refined.pair, batch, num_samples, seed + 1)
-        parts.append(_split(before, after, chosen[rows], torch.finfo(batch[0].dtype).eps))
+        parts.append(_split(before, after, chosen[rows]))
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
     *pairs, pareto_k = columns
     log_p, bound, amortised, approximation, amortisation, inference = (
@@ -221,16 +232,15 @@ def _weights(pair: nn.Module, batch: Batch, num_samples: int, seed: int) -> Tens
         return all_log_weights(pair, batch, num_samples).cpu()
 
 
-def _split(before: Tensor, after: Tensor, chosen: Tensor, rounding: float) -> tuple[Tensor, ...]:
+def _split(before: Tensor, after: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
     """Values and errors of the bounds and gaps of some data, and the Pareto k of their log p(x).
 
     Of every quantity each draw's share in the error is kept, so that those of a difference
     are the differences: of an ELBO the log weight, of log p(x) the weight over its mean.
     """
     weights = torch.where(chosen, after, before)
-    log_p = weights.logsumexp(0) - log(len(weights))
+    log_p = weights.logsumexp(0) - torch.tensor(float(len(weights))).log()
     relative = (weights - log_p).exp()
-    greatest = weights.T.topk(tail_length(len(weights)) + 1).values
     return (
         log_p,
         _error(relative),
@@ -244,7 +254,7 @@ def _split(before: Tensor, after: Tensor, chosen: Tensor, rounding: float) -> tu
         _error(after - before),
         log_p - before.mean(0),
         _error(relative - before),
-        tail_shapes(greatest, rounding),
+        pareto_shape(weights.T),
     )
 
 

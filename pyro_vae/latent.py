@@ -139,10 +139,14 @@ def kl_parts(
 
 
 def _run(pair: nn.Module, batch: Batch) -> dict[str, tuple[Site, Site]]:
-    """Each latent site as guide and model have it."""
+    """Each latent site in the data plate as guide and model have it."""
     guide = trace_guide(pair, batch)
     priors = sample_sites(trace_model(pair, batch, guide))
-    return {name: (site, priors[name]) for name, site in latents(guide).items() if name in priors}
+    return {
+        name: (site, priors[name])
+        for name, site in latents(guide).items()
+        if name in priors and is_local(site)
+    }
 
 
 def _split_sites(pair: nn.Module, batch: Batch) -> list[str]:

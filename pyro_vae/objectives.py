@@ -45,20 +45,27 @@ class KLWeight(Messenger):
     (Higgins et al., β-VAE, 2017). The weight may be 0, and may be a tensor. A weighed site keeps it
     as ``kl_weight``, beside its scale.
 
+    Arguments:
+        weight: of latents in the data plate, of which each datum has its own.
+        global_weight: of latents outside it, of which all N data have one, such as weights of a
+            decoder. The bound on a minibatch of M has the share M / N of their KL, so that over
+            an epoch it adds up to that of all data; on held-out data it has none.
+
     >>> from pyro.infer import SVI, Trace_ELBO
     >>> import pyro_vae as pv, pyro.optim
     >>> vae, weight = pv.VAE.mlp((4,)), KLWeight(0.5)
     >>> svi = SVI(weight(vae.model), weight(vae.guide), pyro.optim.Adam({}), Trace_ELBO())
     """
 
-    def __init__(self, weight: float | Tensor = 1.0) -> None:
+    def __init__(self, weight: float | Tensor = 1.0, global_weight: float = 1.0) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.global_weight = weight, global_weight
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not site_is_subsample(msg):
-            msg["scale"] = msg["scale"] * self.weight
-            msg["kl_weight"] = msg.get("kl_weight", 1.0) * self.weight
+            weight = self.weight if is_local(msg) else self.global_weight
+            msg["scale"] = msg["scale"] * weight
+            msg["kl_weight"] = msg.get("kl_weight", 1.0) * weight
 
 
 class _DifferentiableELBO(Trace_ELBO):
@@ -245,6 +252,7 @@ class FreeBitsELBO(_DifferentiableELBO):
     :math:`E_q[\log p(x|z)] - \sum_j \max(\lambda, \mathrm{KL}_j)`, with :math:`\mathrm{KL}_j` the
     mean over the minibatch of the KL of unit j (of the whole site where its distributions do not
     split into units), in closed form where torch has it and model and guide draw in one order.
+    Latents outside the data plate are no codes, and have no floor.
 
     Arguments:
         free_bits: the floor :math:`\lambda`, in nats for each unit.
@@ -273,6 +281,9 @@ class FreeBitsELBO(_DifferentiableELBO):
             if name not in model_trace.nodes:
                 raise UsageError(f"site '{name}' of the guide has no prior: use Trace_ELBO")
             kl = site_kl(sample_sites(model_trace)[name], site, closed)
+            if not is_local(site):
+                loss = loss + (kl * site["scale"]).sum()
+                continue
             batch = site["fn"].batch_shape
             kl = kl.expand(torch.broadcast_shapes(kl.shape, batch + (1,) * (kl.dim() - len(batch))))
             mask = site["mask"]
@@ -379,8 +390,8 @@ class EnumeratedELBO(TraceEnum_ELBO):
     Loss and gradients are those of Pyro's ``TraceEnum_ELBO``. A weight on the KL (`KLWeight`)
     weighs the KL of every latent, and leaves r what it is.
 
-    Raises `UsageError` for a site outside the data plate, and for a latent that is neither
-    enumerated nor reparametrised. Kingma et al., 2014 (https://arxiv.org/abs/1406.5298).
+    Raises `UsageError` for an observed site outside the data plate, and for a latent that is
+    neither enumerated nor reparametrised. Kingma et al., 2014 (https://arxiv.org/abs/1406.5298).
 
     >>> import torch, pyro_vae as pv
     >>> mixture = pv.MixtureVAE.mlp((4,), components=3)
@@ -422,7 +433,7 @@ class EnumeratedELBO(TraceEnum_ELBO):
         return loss / self.num_particles
 
     def _require(self, model: Trace, guide: Trace) -> None:
-        for name, site in (latents(guide) | observed(model)).items():
+        for name, site in observed(model).items():
             if not is_local(site):
                 raise UsageError(
                     f"site '{name}' is outside the data plate: sums over discrete latents are "
@@ -466,9 +477,12 @@ class Parts:
 
     The sums of :math:`\\log p` of observed sites and of :math:`\\log q - \\log p` of latent sites
     leave every scale out: they are those of the ELBO whatever the weight on the KL.
+    ``global_share`` is the minibatch's share of the KL of latents outside the data plate; 0 leaves
+    these out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, global_share: float = 1.0) -> None:
+        self.global_share = global_share
         self.reconstruction: dict[str, Tensor] = {}
         self.kl: dict[str, Tensor] = {}
         self.validated: set[str] = set()
@@ -489,11 +503,15 @@ class Parts:
                 _add(self.outside, name, inside.logical_not().sum())
             elif _validates(site["fn"]):
                 self.validated.add(name)
+        sites = latents(model_trace) | latents(guide_trace)
         for name, log_q in terms.posterior.items():
+            own = 1.0 if is_local(sites[name]) else self.global_share
+            if own == 0:
+                continue
             term = terms.mean(log_q).detach().sum()
             if name in terms.prior:  # an auxiliary site of the guide has no prior
                 term = term - terms.mean(terms.prior[name]).detach().sum()
-            _add(self.kl, name, term * share)
+            _add(self.kl, name, term * (share * own))
 
     def clear(self) -> None:
         """Forget everything."""

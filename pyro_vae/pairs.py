@@ -285,6 +285,24 @@ def is_local(site: Site) -> bool:
     return any(frame.vectorized and frame.dim == -1 for frame in site["cond_indep_stack"])
 
 
+def global_latents(pair: nn.Module, batch: Sequence[Tensor]) -> list[str]:
+    """The latent sites of a pair that are outside the data plate: all data have one of each.
+
+    Found by running its model on two rows of a batch.
+    """
+    few = [tensor[:2] for tensor in batch]
+    with using(pair, seed=0):
+        drawn = trace(poutine.uncondition(cast(Pair, pair).model), few)
+    sites = {name: site for name, site in latents(drawn).items() if not is_local(site)}
+    return [name for name, site in sites.items() if not site["infer"].get("was_observed")]
+
+
+def require_local(pair: nn.Module, batch: Sequence[Tensor], why: str) -> None:
+    """Raise `UsageError` for a pair with a latent outside the data plate, and say why."""
+    for name in global_latents(pair, batch):
+        raise UsageError(f"latent site '{name}' is outside the data plate: {why}")
+
+
 def log_prob(site: Site) -> Tensor:
     """The log density of a site, masked but not scaled: KL weights and subsampling left out."""
     return scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])

@@ -9,7 +9,13 @@ from typing import Any, cast
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    ELBO,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -17,12 +23,13 @@ from torch import Tensor, nn
 from pyro_vae import enumeration
 from pyro_vae.data import Preparation
 from pyro_vae.errors import UsageError, first_line
-from pyro_vae.objectives import EnumeratedELBO
+from pyro_vae.objectives import EnumeratedELBO, ImportanceWeightedELBO
 from pyro_vae.pairs import (
     Pair,
     Site,
     adopt,
     evaluation_mode,
+    is_local,
     latents,
     log_prob,
     observed,
@@ -223,7 +230,7 @@ def _enumerated(pair: nn.Module, batch: Sequence[Tensor], model: Trace, guide: T
     for where, traced in (("model", model), ("guide", guide)):
         for name, site in sample_sites(traced).items():
             shape = log_prob(site).shape
-            if shape[-1] != n:
+            if is_local(site) and shape[-1] != n:
                 return [f"{said}site '{name}' of the {where} has batch shape {tuple(shape)}"]
     return []
 
@@ -233,6 +240,7 @@ def _shapes(model: Trace, guide: Trace, batch: Sequence[Tensor]) -> list[str]:
     for where, traced in (("model", model), ("guide", guide)):
         for name, site in (observed(traced) | latents(traced)).items():
             errors += _placement(where, name, site, n, _subsampled(traced))
+    errors = errors or _global(model, guide)
     in_model, in_guide = _plates(model), _plates(guide)
     for name in in_model.keys() & in_guide.keys():
         if in_model[name] != in_guide[name]:
@@ -266,11 +274,9 @@ def _placement(where: str, name: str, site: Site, n: int, subsampled: bool) -> l
     shape = tuple(site["fn"].batch_shape)
     sizes = {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized}
     extra = len(shape) - max((-dim for dim in sizes), default=0)
-    depends = site["is_observed"] or (not sizes and shape == (n,))
-    if not sizes and (depends or not shape):
-        why = "" if depends else ", a global latent, which Trace_ELBO fits but no report is fair to"
+    if not sizes and (site["is_observed"] or shape == (n,)):
         return [
-            f"site '{name}' of the {where} is outside the data plate{why}: put it under "
+            f"site '{name}' of the {where} is outside the data plate: put it under "
             'with pyro.plate("data", len(x), dim=-1)'
         ]
     if extra > 0:
@@ -288,6 +294,26 @@ def _placement(where: str, name: str, site: Site, n: int, subsampled: bool) -> l
             f"the data plate of the {where} has size {sizes[-1]}, the batch {n} rows: "
             'use pyro.plate("data", len(x), dim=-1)'
         ]
+    return []
+
+
+def _global(model: Trace, guide: Trace) -> list[str]:
+    """What is wrong with latents outside the data plate, of which all data have one."""
+    in_model = sample_sites(model)
+    for name, site in latents(guide).items():
+        outside = [not is_local(at) for at in (site, in_model.get(name, site))]
+        if outside[0] != outside[1]:
+            where, other = ("guide", "model") if outside[0] else ("model", "guide")
+            return [
+                f"site '{name}' of the {where} is outside the data plate, and under it in the "
+                f'{other}: put it under with pyro.plate("data", len(x), dim=-1) in both'
+            ]
+        if outside[0] and (_subsampled(model) or _subsampled(guide)):
+            return [
+                f"site '{name}' is outside a data plate that takes the batch for a part of the "
+                "data: fit itself cuts minibatches and weighs such a site's KL by them; use "
+                'pyro.plate("data", len(x), dim=-1)'
+            ]
     return []
 
 
@@ -376,6 +402,13 @@ def _objective(
         return [
             f"site '{summed[0]}' is to be summed out (enumerated), which "
             f"{type(objective).__name__} does not do: use pyro_vae.EnumeratedELBO"
+        ]
+    whole = [name for name, site in latents(guide).items() if not is_local(site)]
+    joint = (ImportanceWeightedELBO, RenyiELBO, ReweightedWakeSleep)
+    if whole and isinstance(objective, joint):
+        return [
+            f"site '{whole[0]}' is outside the data plate, where {type(objective).__name__} weighs "
+            "samples for the whole batch, not for each datum: use Trace_ELBO"
         ]
     order = [name for name in sample_sites(model) if name in latents(guide)]
     if isinstance(objective, TraceMeanField_ELBO) and order != list(latents(guide)):

@@ -226,6 +226,7 @@ class _Run:
             precision=settings.precision,
             batch_size=size,
             steps=settings.epochs * (len(self.rows) // size),
+            num_data=len(self.rows),
             declare=False,
             say=self._say,
         )

@@ -3,7 +3,7 @@
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -107,6 +107,46 @@ class Bags(nn.Module):
         return (torch.zeros(n, 6),)
 
 
+class _Uncertain(PyroModule):
+    """The weights of a linear map as ``PyroSample``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("zero", torch.zeros(2, 6))
+        self.weight = PyroSample(lambda own: dist.Normal(own.zero, 1.0).to_event(2))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class Weights(PyroModule):
+    """Weights with a mean-field guide, which z's sees; the model stands a plate of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(6, 4)
+        self.decoder = _Uncertain()
+        self.loc = nn.Parameter(torch.randn(2, 6))
+        self.scale = PyroParam(torch.full((2, 6), 0.2), constraints.positive)
+
+    def model(self, x: Tensor) -> None:
+        weight = self.decoder()
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            logits = (z[..., None, :] @ weight)[..., 0, :]
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        weight = pyro.sample("decoder.weight", dist.Normal(self.loc, self.scale).to_event(2))
+        loc, scale = self.encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x), dim=-1):
+            shift = 0.1 * weight.mean(-1)
+            pyro.sample("z", dist.Normal(loc + shift, nn.functional.softplus(scale)).to_event(1))
+
+    def template(self, n: int) -> tuple[Tensor, ...]:
+        return (torch.zeros(n, 6),)
+
+
 def _vae(**keywords: object) -> pv.VAE:
     return pv.VAE.mlp((6,), latent_dim=2, hidden=(5,), activation=nn.Tanh, **keywords)
 
@@ -180,6 +220,13 @@ SHAPES = {"convolutional": (1, 2, 3), "text": (3,), "deep-markov": (3, 2)}
 
 USERS = {"plain": PlainAttributes, "registered": Registered, "params": Params, "bags": Bags}
 ALL = OURS | USERS
+GLOBAL = {
+    "bayesian": lambda: pv.BayesianDecoder(_vae()),
+    "bayesian-conditional": lambda: pv.BayesianDecoder(_vae(context_shapes=[(3,)])),
+    "bayesian-mixture": lambda: pv.BayesianDecoder(OURS["mixture"]()),
+    "weights": Weights,
+}
+"""Pairs with latents outside the data plate, which not every tool takes."""
 ENUMERATED = ("semi-supervised", "mixture", "bags")
 """Pairs with latents that are summed out."""
 
@@ -187,7 +234,7 @@ ENUMERATED = ("semi-supervised", "mixture", "bags")
 def make(name: str, seed: int = 0) -> nn.Module:
     """A pair of this name in float64, its first parameters always the same."""
     torch.manual_seed(seed)
-    return ALL[name]().double()
+    return (ALL | GLOBAL)[name]().double()
 
 
 def rows(name: str, n: int = 40, seed: int = 1) -> tuple[Tensor, ...]:
@@ -203,7 +250,7 @@ def rows(name: str, n: int = 40, seed: int = 1) -> tuple[Tensor, ...]:
         return x, torch.randint(1, 4, (n,), generator=generator)
     if name == "semi-supervised":
         return x, torch.randint(-1, 3, (n,), generator=generator)
-    if not name.startswith("conditional"):
+    if "conditional" not in name:
         return (x,)
     return x, torch.eye(3)[torch.randint(3, (n,), generator=generator)].double()
 

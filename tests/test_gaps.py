@@ -17,7 +17,7 @@ from pyro_vae.inference_gaps import _split
 from pyro_vae.preflight import require
 from pyro_vae.rng import seeded
 
-OPTIONS = {"steps": 120, "num_samples": 2000, "progress": False}
+OPTIONS = {"steps": 150, "num_samples": 2000, "progress": False}
 MILD = torch.tensor([[1.0, 0.2], [0.8, 1.1], [0.1, 1.0], [0.2, -0.3]]).double()
 """Of a posterior whose correlation is such that weights of the diagonal family have a variance."""
 
@@ -34,7 +34,7 @@ def closed_forms(pair, x):
     return pair.marginal().log_prob(x).detach(), least, pair.kl(x, pair.q(x)) - least
 
 
-@pytest.mark.parametrize(("shift", "stretch"), [(0.0, 1.0), (0.6, 1.4)])
+@pytest.mark.parametrize(("shift", "stretch"), [(0.0, 1.0), (0.6, 1.4), (-0.4, 0.7)])
 def test_a_diagonal_family_on_a_correlated_posterior(shift, stretch):
     pair = Spoiled("diagonal", shift, stretch, MILD)
     x = data(pair)
@@ -66,10 +66,6 @@ def test_an_exact_family_leaves_nothing():
         closed_forms(pair, x)[2].mean().item(), abs=0.01 + 4 * found.amortisation.standard_error
     )
     assert found.from_refined.double().mean() > 0.5
-    exact = Spoiled("full")
-    untouched = pv.gaps(exact, x, steps=1, learning_rate=1e-300, num_samples=100, progress=False)
-    assert untouched.inference.per_datum.abs().max() < 1e-9
-    assert bool((untouched.pareto_k == 0).all())
 
 
 def test_errors_are_those_of_differences():
@@ -79,7 +75,7 @@ def test_errors_are_those_of_differences():
     before = 0.9 * common + 0.2 * own - 1
     after = 0.5 * common
     chosen = torch.arange(3000) % 2 == 0
-    found = _split(before, after, chosen, 1e-16)[:12]
+    found = _split(before, after, chosen)[:12]
     for value, error in zip(found[::2], found[1::2], strict=True):
         for half in (chosen, ~chosen):
             ratio = value[half].std() / error[half].square().mean().sqrt()
@@ -89,34 +85,17 @@ def test_errors_are_those_of_differences():
 
 
 def test_choosing_the_better_proposal_does_not_lift_the_bound():
-    """The greater of the two bounds of the same draws would be 0.03 nats above log p(x) here."""
-    pair = Spoiled("full", 0.1, 1.5)
-    x = data(pair, 300)
-    log_p = pair.marginal().log_prob(x).mean().item()
-    options = {"steps": 15, "num_samples": 50, "engine": "eager", "progress": False}
-    runs = [pv.gaps(pair, x, seed=seed, **options) for seed in range(4)]
-    for run in runs:
-        better = run.refinement.after.per_datum >= run.refinement.before.per_datum
-        assert torch.equal(run.from_refined, better)
-    found = [run.log_likelihood for run in runs]
-    error = torch.tensor([one.standard_error for one in found]).square().sum().sqrt() / 4
-    assert sum(one.value for one in found) / 4 < log_p + 3 * error
-    assert error < 0.005
-
-
-def test_annealing_gives_what_weights_cannot():
-    """At this correlation the weights of the best diagonal normal have no variance."""
-    pair = Spoiled("diagonal")
-    x = data(pair, 20)
-    _, least, _ = closed_forms(pair, x)
-    assert least.min() > 0.5
-    by_weights = pv.gaps(pair, x, steps=40, num_samples=500, progress=False)
-    assert by_weights.approximation.value < least.mean().item() - 0.02
-    assert (by_weights.pareto_k > 0.7).double().mean() > 0.3
-    bound = pv.anneal(pair, x, num_temperatures=100, num_chains=64, progress=False)
-    found = pv.gaps(pair, x, log_likelihood=bound, steps=40, num_samples=2000, progress=False)
-    assert found.approximation.value == pytest.approx(least.mean().item(), abs=0.02)
-    assert torch.equal(found.log_likelihood.per_datum, bound.per_datum)
+    """Heavy noise in both: the greater of two such bounds would exceed log p(x), as max does."""
+    pair = Spoiled("diagonal", 0.9, 0.6)
+    x = data(pair, 200)
+    log_p = pair.marginal().log_prob(x).detach()
+    runs = [
+        pv.gaps(pair, x, steps=1, num_samples=21, seed=seed, progress=False).log_likelihood
+        for seed in range(8)
+    ]
+    off = torch.stack([run.per_datum - log_p for run in runs])
+    error = off.mean(1).std() / len(runs) ** 0.5
+    assert off.mean() < 4 * error
 
 
 class Given(NamedTuple):
@@ -140,7 +119,7 @@ def test_a_better_bound_is_taken_as_it_is():
         pv.gaps(pair, x, log_likelihood=Given(log_p[:3], log_p[:3]), **OPTIONS)
 
 
-@pytest.mark.parametrize("name", ["params", "flows", "deep-markov", "bags"])
+@pytest.mark.parametrize("name", ["params", "flows", "hierarchical", "semi-supervised", "bags"])
 def test_any_pair(name, monkeypatch):
     pair, batch = make(name), rows(name, 7)
     require(pair, batch)
@@ -155,9 +134,8 @@ def test_any_pair(name, monkeypatch):
     off = (found.amortised.per_datum - estimate.elbo_per_datum).abs()
     assert bool(off.le(5 * error + 1e-6).all())
     assert found.amortisation.value > -3 * found.amortisation.standard_error
-    if name == "params":
-        again = pv.gaps(pair, *batch, steps=30, num_samples=60, progress=False)
-        assert torch.equal(again.inference.per_datum, found.inference.per_datum)
+    again = pv.gaps(pair, *batch, steps=30, num_samples=60, progress=False)
+    assert torch.equal(again.inference.per_datum, found.inference.per_datum)
 
 
 class Auxiliary(nn.Module):
