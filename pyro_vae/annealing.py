@@ -391,7 +391,7 @@ class _Path:
     def _state(self, z: Tensor) -> _State:
         found = self.joint.gradients(z, *self.batch)
         names = ("joint", "guide", "joint gradient", "guide gradient")
-        return _State(z, *(found[name] for name in names))
+        return _State(z, *(found[name].clone() for name in names))  # a graph may write there again
 
 
 def _where(moved: Tensor, new: Tensor, old: Tensor) -> Tensor:

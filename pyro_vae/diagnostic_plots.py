@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.annealing import Sandwich
 from pyro_vae.guide_calibration import INTERVALS, Calibration
 from pyro_vae.importance import LogLikelihood
 from pyro_vae.inference import reconstruct
@@ -146,6 +147,43 @@ def _coverage(axis: Any, found: Calibration) -> None:
     axis.set_title("coverage", fontsize=7)
     axis.set_xlabel("central interval", fontsize=7)
     axis.tick_params(labelsize=6)
+
+
+def bounds(found: Sandwich) -> "Figure":
+    """The gap between upper and lower bound of log p(x), by simulated datum, from the least up.
+
+    Arguments:
+        found: of `pyro_vae.sandwich`; bars are two standard errors of the chains.
+    """
+    gaps = found.upper.per_datum - found.lower.per_datum
+    errors = (found.upper.standard_errors**2 + found.lower.standard_errors**2).sqrt()
+    order = gaps.argsort()
+    figure = _figure(6, 3)
+    axis = figure.subplots()
+    places = np.arange(len(gaps))
+    axis.errorbar(
+        places,
+        gaps[order],
+        2 * errors[order].nan_to_num(0.0),
+        fmt=".",
+        color=BLUE,
+        ecolor=GREY,
+        elinewidth=0.8,
+        markersize=4,
+    )
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axhline(found.gap, color=ORANGE, linewidth=1, linestyle="--", label="mean")
+    axis.set_xlabel("simulated data, from the least gap up", fontsize=8)
+    axis.set_ylabel("upper less lower bound, nats", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=7, frameon=False)
+    lower = found.lower
+    axis.set_title(
+        f"{lower.num_temperatures} temperatures, {lower.num_chains} chains: mean gap "
+        f"{found.gap:.3f} ± {found.gap_standard_error:.3f} nats",
+        fontsize=9,
+    )
+    return figure
 
 
 def posteriors(result: Posterior, number: int = 4, rows: Tensor | None = None) -> "Figure":

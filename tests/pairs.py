@@ -313,3 +313,23 @@ FAULTS = {
     "discrete": "site 'k' is discrete and not summed out",
     "auxiliary": "site 'u' is one of the guide alone",
 }
+
+
+class TwoModes(nn.Module):
+    """x ~ N(z^2, 0.1): the posterior of z has two modes, far apart, of which the guide has one."""
+
+    def __init__(self, noise=0.1):
+        super().__init__()
+        self.noise = nn.Parameter(torch.tensor(noise).double())
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 3.0))
+            pyro.sample("x", dist.Normal(z[..., None] ** 2, self.noise).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x[:, 0].clamp(min=0.01).sqrt(), 0.1))
+
+    def template(self, n):
+        return (torch.zeros(n, 1).double(),)

@@ -1,17 +1,18 @@
 """Latents as one vector per datum, and bounds on log p(x) by annealing, against closed forms."""
 
 import json
+from math import log
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from exact import LinearGaussian, linear_gaussian
-from pairs import ALL, ENUMERATED, FAULTS, Counts, Fault, make, rows
+from pairs import ALL, ENUMERATED, FAULTS, Counts, Fault, TwoModes, make, rows
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import rng
+from pyro_vae import annealing, diagnostic_plots, rng
 from pyro_vae.importance import log_weights
 from pyro_vae.joint import Joint, simulate
 from pyro_vae.pairs import using
@@ -207,6 +208,28 @@ def test_forward_and_reverse_bracket_the_truth(scale):
     assert abs(both.gap) < 0.05
 
 
+def test_a_transition_leaves_its_density_as_it_is():
+    """Draws of the posterior stay such, by steps so long that a third of them is refused."""
+    pair = Spoiled(4, 2, 0.8)
+    with seeded(0):
+        x = pair.marginal().sample((2,)).detach()
+    mean, covariance = (part.detach() for part in pair.posterior(x))
+    settings = annealing._Settings(num_temperatures=1, num_chains=6000, leapfrog_steps=3)
+    run = annealing._Run(pair, (x,), settings, 2, "eager")
+    with using(pair, 0):
+        path = run.path((x,), lambda n: None)
+        state = path._state(dist.MultivariateNormal(mean, covariance).sample((6000,)))
+        for _ in range(4):
+            state, accept = path._transition(state, 1.0, torch.full((2,), 1.9).double())
+            assert 0.4 < accept.mean() < 0.85
+    off = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(covariance), (state.z - mean)[..., None], upper=False
+    )[..., 0]
+    assert off.mean(0).abs().max() < 5 / 6000**0.5
+    second = torch.einsum("cni,cnj->nij", off, off) / 6000
+    assert (second - torch.eye(2)).abs().max() < 5 * (2 / 6000) ** 0.5
+
+
 def test_weights_of_few_temperatures_have_the_right_mean():
     """w / p(x) and p(x) / w have mean 1 however badly chains mix: every step is exact."""
     pair = Spoiled(4, 2, 0.8)
@@ -244,6 +267,24 @@ def test_one_temperature_is_importance_sampling():
     torch.testing.assert_close(found.per_datum, truth)
     assert found.standard_error < 1e-6
     torch.testing.assert_close(found.effective_sample_size, torch.full((5,), 3.0).double())
+
+
+def test_a_mode_that_the_guide_misses_shows_in_the_gap_alone():
+    """From below half of p(x) is found, by weights that look well; from above it is far off."""
+    pair = TwoModes(0.5)
+    options = {"num_temperatures": 40, "leapfrog_steps": 3, "progress": False}
+    both = pv.sandwich(pair, 40, engine="traced", **options)
+    grid = torch.arange(-15, 15, 0.01).double()[:, None]
+    fit = dist.Normal(grid**2, 0.5).log_prob(both.batch[0][:, 0])
+    truth = (dist.Normal(0.0, 3.0).log_prob(grid) + fit).logsumexp(0) + torch.tensor(0.01).log()
+    apart = both.batch[0][:, 0] > 6
+    assert 10 < apart.sum() < 40
+    missing = (truth - both.lower.per_datum)[apart]
+    assert bool(((missing - log(2)).abs() < 5 * both.lower.standard_errors[apart]).all())
+    assert missing.mean().item() == pytest.approx(log(2), abs=0.1)
+    assert both.lower.effective_sample_size[apart].min() > 4
+    assert both.gap - 4 * both.gap_standard_error > 0
+    assert both.gap > 1
 
 
 PAIRS = ("flows", "hierarchical", "deep-markov", "semi-supervised", "bags", "params", "conditional")
@@ -322,6 +363,8 @@ def test_tables_records_and_misuse():
         "log p(x) ≥", "log p(x) ≤", "chains", "effective chains", "acceptance", "gap"
     ]  # fmt: skip
     assert str(both.lower).count("\n") == 3
+    figure = diagnostic_plots.bounds(both)
+    assert f"mean gap {both.gap:.3f}" in figure.axes[0].get_title()
     record = both.as_dict()
     assert record["gap"] == pytest.approx(both.gap)
     assert record["upper"]["num_temperatures"] == 5

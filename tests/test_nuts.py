@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import LinearGaussian
-from pairs import FAULTS, Counts, Fault, make, rows
+from pairs import FAULTS, Counts, Fault, TwoModes, make, rows
 from torch import nn
 
 import pyro_vae as pv
@@ -108,23 +108,6 @@ def test_padding_stays_where_it_is():
     assert result.units[:3] == ("z[0][0]", "z[0][1]", "z[1][0]")
     assert torch.equal(result.r_hat.isnan()[1], torch.tensor([False] * 2 + [True] * 4))
     diagnostic_plots.posteriors(result)
-
-
-class TwoModes(nn.Module):
-    """x ~ N(z^2, 0.1): the posterior of z has two modes, far apart, of which the guide has one."""
-
-    def __init__(self, noise=0.1):
-        super().__init__()
-        self.noise = nn.Parameter(torch.tensor(noise).double())
-
-    def model(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 3.0))
-            pyro.sample("x", dist.Normal(z[..., None] ** 2, self.noise).to_event(1), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", dist.Normal(x[:, 0].sqrt(), 0.02))
 
 
 def test_chains_that_disagree_are_reported():
