@@ -260,17 +260,23 @@ def all_log_weights(pair: nn.Module, batch: Batch, num_samples: int) -> Tensor:
     """The log weights of so many draws for each datum of a prepared batch, all of them, in float64:
     of shape (num_samples, batch). To be called where the pair is in use (`pyro_vae.pairs.using`).
 
-    For what needs more than `log_likelihood` keeps: differences of draws, tails, resampling.
+    For what needs more than `log_likelihood` keeps: differences of draws, and tails.
     """
     nesting, vectorized, widest = structure(pair, tuple(tensor[:2] for tensor in batch))
-    chunk = max(1, CELLS // (widest * len(batch[0]))) if vectorized else 1
-    parts = [
-        log_weights(pair, batch, min(chunk, num_samples - start), nesting)
-        if vectorized
-        else _alone(pair, batch, nesting)[None]
-        for start in range(0, num_samples, chunk)
-    ]
-    return torch.cat(parts).double()
+    beside = min(SAMPLES, num_samples) if vectorized else 1
+    rows = max(1, min(len(batch[0]), CELLS // (widest * beside)))
+    if vectorized:
+        beside = max(1, min(num_samples, CELLS // (widest * rows)))
+
+    def some(part: Batch, draws: int) -> Tensor:
+        if vectorized:
+            return log_weights(pair, part, draws, nesting)
+        return _alone(pair, part, nesting)[None]
+
+    draws = [min(beside, num_samples - start) for start in range(0, num_samples, beside)]
+    parts = zip(*(tensor.split(rows) for tensor in batch), strict=True)
+    found = [torch.cat([some(part, number) for number in draws]) for part in parts]
+    return torch.cat(found, 1).double()
 
 
 def _sampled(

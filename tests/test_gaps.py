@@ -124,6 +124,7 @@ def test_any_pair(name, monkeypatch):
     pair, batch = make(name), rows(name, 7)
     require(pair, batch)
     monkeypatch.setattr("pyro_vae.inference_gaps.BLOCK", 4)
+    monkeypatch.setattr("pyro_vae.importance.CELLS", 6 * 3 * 20)  # blocks of rows and of draws
     state = torch.get_rng_state()
     found = pv.gaps(pair, *batch, steps=30, num_samples=60, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
