@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from textwrap import fill
 from time import perf_counter as _now
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ class Diagnosis:
             words = [finding.words for finding in self.findings if finding.kind == kind]
             if words:
                 parts.append(f"{title}: {'; '.join(dict.fromkeys(words))}.")
-        return " ".join(parts) or "Nothing could be measured."
+        return "\n".join(parts) or "Nothing could be measured."
 
     def worst(self, number: int = 10) -> Tensor:
         """The rows of the data whose log p(x) is least to be trusted, the worst first."""
@@ -87,7 +88,7 @@ class Diagnosis:
         }
 
     def __str__(self) -> str:
-        lines = [self.summary]
+        lines = [fill(line, 100) for line in self.summary.split("\n")]
         for name, result in self.results.items():
             lines += ["", f"{name} ({self.seconds[name]:.0f} s)", str(result)]
             lines += [f"note: {note}" for note in self.notes.get(name, [])]

@@ -14,17 +14,20 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vae
+from pyro_vae.annealing import anneal, sandwich
 from pyro_vae.distributions import LevelLogistic
 from pyro_vae.engine import Engine
 from pyro_vae.errors import first_line
 from pyro_vae.evaluation import evaluate
 from pyro_vae.exact import LinearGaussian, Spoiled, linear_gaussian, ppca_log_likelihood
 from pyro_vae.flows import Affine, AutoregressiveLayer, CouplingLayer, Spline
+from pyro_vae.guide_calibration import calibration
 from pyro_vae.importance import log_likelihood
 from pyro_vae.inference import encode, predict, reconstruct, sample
 from pyro_vae.inference_gaps import gaps
 from pyro_vae.latent import kl_parts
 from pyro_vae.likelihoods import Gaussian
+from pyro_vae.mcmc import nuts
 from pyro_vae.models.vae import VAE
 from pyro_vae.objectives import EnumeratedELBO, ImportanceWeightedELBO
 from pyro_vae.pairs import registered, scope
@@ -183,7 +186,7 @@ def _log_likelihoods() -> Iterator[Check]:
     for spread in (0.8, 1.3):
         pair, x, log_p = _exact(spread)
         found = log_likelihood(pair, x, num_samples=5000)
-        words = f"log p(x), guide of {spread} times the width"
+        words = f"log p(x), guide {spread} times as wide"
         yield _check(words, found.per_datum, log_p, 5 * found.standard_errors)
     uniform = torch.arange(0.5, 5000, dtype=torch.float64) / 5000
     for k in (0.3, 0.7):
@@ -204,6 +207,42 @@ def _information() -> Iterator[Check]:
     middle, half = (high.value + low.value) / 2, (high.value - low.value) / 2
     errors = 5 * max(low.standard_error, high.standard_error)
     yield _check("mutual information", middle, pair.information(), half + errors)
+
+
+def _annealing() -> Iterator[Check]:
+    pair, x, log_p = _exact(spread=1.3, n=10)
+    found = anneal(pair, x, num_temperatures=100, num_chains=8, progress=False)
+    yield _check("annealing, a lower bound", found.value, log_p.mean(), 5 * found.standard_error)
+    both = sandwich(pair, 10, num_temperatures=100, num_chains=8, progress=False)
+    truth = pair.marginal().log_prob(both.batch[0]).mean()
+    slack = 5 * both.upper.standard_error
+    yield _check("reverse annealing, an upper bound", both.upper.value, truth, slack)
+
+
+def _nuts() -> Iterator[Check]:
+    pair, x, _ = _exact(n=1)
+    found = nuts(pair, x, num_draws=200, warmup=100, num_chains=2, progress=False)
+    mean, covariance = pair.posterior(x)
+    scale = covariance.diagonal().sqrt().expand_as(mean)
+    moments = found.moments
+    yield _check("NUTS, means", moments.mean, mean, 5 * found.mean_standard_error)
+    slack = 5 * scale / (2 * found.effective_sample_size).sqrt()
+    yield _check("NUTS, scales", moments.standard_deviation, scale, slack)
+    yield _check("NUTS, split R-hat", found.r_hat, 1.0, 0.05)
+
+
+def _calibration() -> Iterator[Check]:
+    for spread, words in ((1.0, "exact guide"), (0.8, "guide 0.8 times as wide")):
+        pair, _, _ = _exact(spread)
+        found = calibration(pair, num_simulations=1000, num_draws=39, progress=False)
+        # A truth within c standard deviations of a normal, of which intervals have c / spread.
+        normal = dist.Normal(0.0, 1.0)
+        half = spread * normal.icdf(torch.tensor(0.95))
+        truth = 2 * normal.cdf(half) - 1
+        slack = 5 * (truth * (1 - truth) / 1000).sqrt() + 0.01
+        yield _check(f"coverage of 90 %, {words}", found.coverage[:2, 2], truth, slack)
+        rejected = float(len(found.failures) > 0)
+        yield _check(f"rejected, {words}", rejected, float(spread != 1), EXACT)
 
 
 def _gaps() -> Iterator[Check]:
@@ -325,6 +364,9 @@ GROUPS: dict[str, Callable[[], Iterator[Check]]] = {
     "log p(x)": _log_likelihoods,
     "information": _information,
     "gaps": _gaps,
+    "annealing": _annealing,
+    "NUTS": _nuts,
+    "calibration": _calibration,
     "enumeration": _enumeration,
     "use": _use,
     "fit": _fit,
