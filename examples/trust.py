@@ -3,7 +3,7 @@
     python examples/trust.py [--epochs 60] [--num-samples 1000] [--out FOLDER]
 
 A VAE is fitted to the digits. A second pair takes the same model, with a guide whose standard
-deviations are 0.6 times those of the first. Its samples and its reconstructions are as good as ever,
+deviations are 0.6 times those of the first. Its samples and reconstructions are as good as ever,
 and so is its ELBO, nearly. What the tools say of it is another matter.
 
 Expect, as trained and spoiled: log p(x) by importance weights of about -165.3 and -166.3 nats per
