@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_vae import collapse, diagnostic_plots
 from pyro_vae.annealing import Annealing, Sandwich, anneal, sandwich
+from pyro_vae.bayesian import Uncertainty, uncertainty
 from pyro_vae.evaluation import Evaluation, evaluate
 from pyro_vae.guide_calibration import Calibration, calibration
 from pyro_vae.importance import LogLikelihood, log_likelihood
@@ -44,6 +45,9 @@ TELLS = 0.9
 
 COVERAGE = 0.02
 """How far the coverage of 95 % intervals may be off: no approximate guide is exact."""
+
+EPISTEMIC = 0.1
+"""The share of the weights in the variance of a prediction from which on more data would help."""
 
 AGREE = 0.1
 """Nats per example within which two estimates of log p(x) are one."""
@@ -464,10 +468,31 @@ def _outliers(bench: Bench) -> Study | None:
     return Study("outliers", 3, rungs, judge, {"outliers": diagnostic_plots.outlier_histograms})
 
 
+def _uncertainty(bench: Bench) -> Study:
+    def run(rows: int, weights: int) -> Uncertainty:
+        return uncertainty(
+            bench.pair, *bench.some(rows), num_weights=weights, progress=False, **bench.settings
+        )
+
+    def judge(found: Uncertainty, _: Mapping[str, Any]) -> list[Finding]:
+        share = (found.epistemic.mean() / found.total.mean()).item()
+        words = f"of the variance of what is predicted {share:.0%} is of the weights that data share"
+        return [Finding("trust" if share < EPISTEMIC else "doubt", words)] + [
+            Finding("next", "more data, which would take the variance of the weights away")
+        ] * (share >= EPISTEMIC)
+
+    rungs = [
+        Rung(bench.cost(w, 10 * n), partial(run, n, w))
+        for n, w in sizes(bench, (20, 5), (200, 30), (1000, 30))
+    ]
+    return Study("uncertainty", 1, rungs, judge)
+
+
 STUDIES: list[Callable[[Bench], Study | None]] = [
     _latents,
     _information,
     _predictive,
+    _uncertainty,
     _calibration,
     _reliability,
     _outliers,
