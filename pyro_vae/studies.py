@@ -476,7 +476,9 @@ def _uncertainty(bench: Bench) -> Study:
 
     def judge(found: Uncertainty, _: Mapping[str, Any]) -> list[Finding]:
         share = (found.epistemic.mean() / found.total.mean()).item()
-        words = f"of the variance of what is predicted {share:.0%} is of the weights that data share"
+        words = (
+            f"of the variance of what is predicted {share:.0%} is of the weights that data share"
+        )
         return [Finding("trust" if share < EPISTEMIC else "doubt", words)] + [
             Finding("next", "more data, which would take the variance of the weights away")
         ] * (share >= EPISTEMIC)
