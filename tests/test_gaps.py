@@ -1,19 +1,22 @@
 """Where the slack goes: both gaps are the closed forms, and so are their errors."""
 
 import json
+from math import log
 from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact import Spoiled
+from exact import Spoiled, linear_gaussian
 from pairs import make, rows
 from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae import diagnostic_plots
+from pyro_vae.importance import all_log_weights
 from pyro_vae.inference_gaps import _split
+from pyro_vae.pairs import using
 from pyro_vae.preflight import require
 from pyro_vae.rng import seeded
 
@@ -124,7 +127,6 @@ def test_any_pair(name, monkeypatch):
     pair, batch = make(name), rows(name, 7)
     require(pair, batch)
     monkeypatch.setattr("pyro_vae.inference_gaps.BLOCK", 4)
-    monkeypatch.setattr("pyro_vae.importance.CELLS", 6 * 3 * 20)  # blocks of rows and of draws
     state = torch.get_rng_state()
     found = pv.gaps(pair, *batch, steps=30, num_samples=60, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
@@ -137,6 +139,20 @@ def test_any_pair(name, monkeypatch):
     assert found.amortisation.value > -3 * found.amortisation.standard_error
     again = pv.gaps(pair, *batch, steps=30, num_samples=60, progress=False)
     assert torch.equal(again.inference.per_datum, found.inference.per_datum)
+
+
+@pytest.mark.parametrize("cells", [2**20, 6 * 64 * 5, 7])
+def test_weights_in_blocks_of_rows_and_draws(cells, monkeypatch):
+    monkeypatch.setattr("pyro_vae.importance.CELLS", cells)
+    pair = linear_gaussian(spread=1.3)
+    x = data(pair, 23)
+    with using(pair, 0):
+        weights = all_log_weights(pair, (x,), 70)
+    assert weights.shape == (70, 23)
+    log_p = pair.marginal().log_prob(x).detach()
+    elbo = log_p - (1.3**2 - 1) + 2 * log(1.3)
+    off = (weights.mean(0) - elbo) / (weights.std(0) / 70**0.5)
+    assert off.square().mean() == pytest.approx(1, abs=4 * (2 / 23) ** 0.5)
 
 
 class Auxiliary(nn.Module):
