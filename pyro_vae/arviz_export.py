@@ -19,12 +19,14 @@ from pyro_vae.errors import UsageError
 from pyro_vae.importance import structure
 from pyro_vae.pairs import (
     Batch,
+    Given,
     Pair,
     Site,
     data_site,
+    global_latents,
+    is_local,
     latents,
     observed,
-    require_local,
     trace,
     trace_guide,
     trace_model,
@@ -60,10 +62,12 @@ def to_arviz(
     posterior as K grows, and from the guide itself with K = 1. Its ``log_likelihood`` is
     :math:`\log \tfrac1K \sum_k w_k`, an estimate of log p(x) with the local latents integrated out,
     which is what is left of a datum when it is left out: ``loo`` on :math:`\log p(x|z)` would
-    weigh draws of a posterior into draws of a prior, and fail.
+    weigh draws of a posterior into draws of a prior, and fail. Latents w that all data share are
+    drawn from the guide once for each s, and all of this is given w: then ``loo`` estimates
+    :math:`\log p(x_i | x_{-i})` over the posterior of w, as in any Bayesian model.
 
     Arguments:
-        pair: any pair whose latents are all in the data plate.
+        pair: any pair.
         x, context: data; a few hundred rows, since every draw of every datum is kept.
         num_samples: draws for each datum.
         num_particles: K, weights for each draw.
@@ -76,13 +80,14 @@ def to_arviz(
     Returns an ArviZ ``InferenceData`` (a ``DataTree`` from version 1.0) with the groups
 
     - ``posterior``: latent sites, of dimensions (chain, draw, data, ...), also those summed out;
+      (chain, draw, ...) those that all data share;
     - ``posterior_predictive``: observed sites, likewise, and the statistics;
     - ``log_likelihood``: under the name of the data's site, of dimensions (chain, draw, data), in
       nats;
     - ``observed_data``: what the pair observes, and the statistics; ``constant_data``: the context.
 
-    Raises `UsageError` where ArviZ is missing, for latents outside the data plate, and where a
-    weight is infinite or all weights of a datum are 0. Vehtari, Gelman & Gabry, 2017; local latents
+    Raises `UsageError` where ArviZ is missing, and where a weight is infinite or all weights of a
+    datum are 0. Vehtari, Gelman & Gabry, 2017; local latents
     integrated out: Merkle, Furr & Rabe-Hesketh, 2019.
 
     >>> import torch, pyro_vae as pv
@@ -95,33 +100,49 @@ def to_arviz(
             raise UsageError(f"{name} must be 1 or more, {value} came")
     arviz = _arviz()
     rows, prepare = held_rows(pair, x, context, binarize)
-    parts = []
+    parts, few = [], prepare(rows.first(2))
+    shared = _shared(pair, few, num_samples, seed)
     with using(pair, seed), bar(progress, len(rows) * num_samples, "draws", delay=2) as shown:
-        require_local(pair, prepare(rows.first(2)), "it is no posterior of a datum")
-        nesting, _, widest = structure(pair, prepare(rows.first(2)))
+        nesting, _, widest = structure(pair, few)
         at_once = max(1, CELLS // (widest * num_particles))
         for given in rows.batches(min(at_once, 500)):
             batch, draws = prepare(given), []
-            chunk = max(1, at_once // len(batch[0]))
+            chunk = 1 if shared else max(1, at_once // len(batch[0]))
             for start in range(0, num_samples, chunk):
                 size = min(chunk, num_samples - start)
-                draws.append(_draws(pair, batch, size, num_particles, nesting, new_latents))
+                around = Given({name: value[start] for name, value in shared.items()})
+                found = _draws(pair, batch, size, num_particles, nesting, new_latents, around)
+                draws.append(found)
                 shown.update(size * len(batch[0]))
             parts.append(_joined(draws, 0) | _data(pair, batch))
     groups = _joined(parts, 1)
     for group in ("posterior_predictive", "observed_data"):
         groups[group] |= _statistics(statistics or {}, groups[group])
-    return _converted(arviz, groups)
+    return _converted(arviz, groups, shared)
+
+
+def _shared(pair: nn.Module, few: Batch, number: int, seed: int) -> dict[str, Tensor]:
+    """So many draws of the guide for each latent that all data share."""
+    names = global_latents(pair, few)
+    with using(pair, seed):
+        drawn = [latents(trace_guide(pair, few)) for _ in range(number if names else 0)]
+    return {name: torch.stack([sites[name]["value"] for sites in drawn]) for name in names}
 
 
 def _draws(
-    pair: nn.Module, batch: Batch, size: int, particles: int, nesting: int, new_latents: bool
+    pair: nn.Module,
+    batch: Batch,
+    size: int,
+    particles: int,
+    nesting: int,
+    new_latents: bool,
+    around: Given,
 ) -> Groups:
     """So many draws of each datum, their estimates of log p(x), and data drawn anew."""
     n = len(batch[0])
     # Rows are repeated, not put into a plate of samples, which not every pair takes.
     repeated = tuple(tensor.repeat(size * particles, *[1] * (tensor.dim() - 1)) for tensor in batch)
-    model, guide = enumeration.traces(pair, repeated, nesting)
+    model, guide = enumeration.traces(pair, repeated, nesting, around)
     ratio = enumeration.log_ratio(model, guide)
     weights = ratio.reshape(-1, particles, size, n).double().flatten(0, 1)
     estimates = weights.logsumexp(0) - log(particles)
@@ -132,19 +153,22 @@ def _draws(
         )
     kept = torch.distributions.Categorical(logits=weights.permute(1, 2, 0)).sample()
     index = torch.arange(size * n, device=kept.device)
+    sites = {
+        name: site for name, site in (latents(model) | latents(guide)).items() if is_local(site)
+    }
     posterior = {
         name: _data_first(site, ratio.shape)
         .unflatten(1, (particles, size * n))
         .flatten(0, 1)[kept.flatten(), index]
         .unflatten(0, (size, n))
-        for name, site in (latents(model) | latents(guide)).items()
+        for name, site in sites.items()
     }
     again = tuple(tensor[: size * n] for tensor in repeated)
     program: Any = uncondition(cast(Pair, pair).model)
     if not new_latents:
-        sites = latents(model) | latents(guide)
         program = condition(program, data=_data_last(posterior, sites))
-    drawn = observed(trace(program, again))
+    with around:
+        drawn = observed(trace(program, again))
     return {
         "posterior": posterior,
         "posterior_predictive": {
@@ -204,14 +228,17 @@ def _statistics(statistics: Statistics, sites: dict[str, Tensor]) -> dict[str, T
     return {name: value.unflatten(0, data.shape[:2]) for name, value in found.items()}
 
 
-def _converted(arviz: ModuleType, groups: Groups) -> Any:
-    """Groups of tensors (draws, data, ...) as an object of ArviZ, of either line of versions."""
+def _converted(arviz: ModuleType, groups: Groups, shared: dict[str, Tensor]) -> Any:
+    """Groups of tensors (draws, data, ...), and draws of what all data share, as an object of
+    ArviZ, of either line of versions."""
     arrays: dict[str, dict[str, np.ndarray]] = {}
     for group, variables in groups.items():
         for name, value in variables.items():
             array = value.cpu().numpy()
             arrays.setdefault(group, {})[name] = array[0] if "data" in group else array[None]
     dims = {name: ["data"] for variables in arrays.values() for name in variables}
+    for name, value in shared.items():
+        arrays.setdefault("posterior", {})[name] = value.cpu().numpy()[None]
     if "posterior" in signature(arviz.from_dict).parameters:
         return arviz.from_dict(**arrays, dims=dims)
     return arviz.from_dict(arrays, dims=dims)

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import linear_gaussian
-from pairs import ALL, ENUMERATED, make, rows
+from pairs import ALL, ENUMERATED, GLOBAL, make, rows
 
 import pyro_vae as pv
 from pyro_vae.cli import main
@@ -130,7 +130,7 @@ def test_two_models_are_compared():
     assert list(found.index) == ["right", "wrong"]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ALL | GLOBAL)
 def test_every_pair(name):
     batch = rows(name, 7)
     data = pv.to_arviz(make(name), *batch, num_samples=3, num_particles=2)
@@ -141,6 +141,41 @@ def test_every_pair(name):
     assert np.array_equal(data.observed_data["x"], batch[0])
     assert np.isfinite(data.log_likelihood["x"]).all()
     assert len(batch) == 1 or "context_1" in data.constant_data or name in ENUMERATED
+
+
+class Shared(torch.nn.Module):
+    """One unknown mean for all data, with its exact posterior given these, and a latent of each."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.register_buffer("precision", 1 + len(x) / x.new_tensor(1.0 + 0.25))
+        self.register_buffer("mean", x.sum() / 1.25 / self.precision)
+
+    def model(self, x):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(w + z, 0.5), obs=x)
+
+    def guide(self, x):
+        w = pyro.sample("w", dist.Normal(self.mean, self.precision**-0.5))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal((x - w) / 1.25, 0.5))
+
+
+def test_loo_leaves_a_datum_out_of_what_all_share():
+    x = torch.tensor([-1.0, 0.4, 3.0, 1.1], dtype=torch.float64)
+    data = pv.to_arviz(Shared(x), x, num_samples=3000, num_particles=10)
+    assert data.posterior["w"].dims == ("chain", "draw")
+    others = x.sum() - x  # each datum predicted from the other three
+    precision = 1 + 3 / 1.25
+    exact = dist.Normal(others / 1.25 / precision, (1.25 + 1 / precision) ** 0.5).log_prob(x)
+    found = arviz.loo(data, pointwise=True)
+    assert np.allclose(found.loo_i, exact, atol=0.06)
+    within = dist.Normal(Shared(x).mean, (1.25 + 1 / Shared(x).precision) ** 0.5).log_prob(x)
+    assert found.elpd_loo < within.sum().item() - 0.3  # what each datum tells of itself
+    w = data.posterior["w"].values
+    assert w.mean() == pytest.approx(Shared(x).mean.item(), abs=0.04)
 
 
 def test_changes_nothing_and_repeats_itself():

@@ -334,7 +334,7 @@ def test_what_is_refused():
     assert str(check(pair, batch, pv.FreeBitsELBO(0.1))) == "the pair is sound"
     with pytest.raises(pv.UsageError, match=r"'decoder.* is outside the data plate: so it is"):
         require_local(pair, batch, "so it is")
-    for tool in (pv.gaps, pv.to_arviz, pv.anneal):
+    for tool in (pv.gaps, pv.anneal):
         with pytest.raises(pv.UsageError, match=r"'decoder.*outside the data plate"):
             tool(pair, *batch)
     parts = pv.kl_parts(pair, *batch)

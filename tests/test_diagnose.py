@@ -182,9 +182,10 @@ QUICK = ("latents", "information", "calibration", "log_likelihood")
 )
 def test_any_pair(name, which, monkeypatch):
     found = found_at(monkeypatch, make(name), rows(name, 6), **dict.fromkeys(which, 0))
+    assert ("uncertainty" in found.results) == (name == "weights")
     assert not found.failed | found.left_out
     assert {"latents", "log_likelihood"} <= set(found.results)
-    assert set(found.results) | set(found.not_applicable) == set(which)
+    assert set(found.results) | set(found.not_applicable) | {"outliers"} == {*which, "outliers"}
     json.dumps(found.as_dict(), allow_nan=False)
     for place, why in found.not_applicable.items():
         assert f"{place} does not apply: {why}" in str(found)
