@@ -345,7 +345,7 @@ def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
             }
             if not torch.allclose(together[k], _alone(pair, batch, nesting, draw), 1e-3, 1e-3):
                 return False
-    except (RuntimeError, ValueError, IndexError, AssertionError):
+    except (RuntimeError, ValueError, LookupError, AssertionError):
         return False
     return together.shape == (3, len(batch[0]))
 

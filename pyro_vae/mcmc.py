@@ -22,6 +22,9 @@ from pyro_vae.progress import bar
 STARTS = 10
 """Draws of the prior for each chain, the first finite ones of which are where chains start."""
 
+PER_UNIT = 5
+"""Transitions of the warm-up for each unit from which on all correlations are adapted to."""
+
 AGREE = 1.01
 """The R-hat up to which chains agree (Vehtari et al., 2021, https://arxiv.org/abs/1903.08008)."""
 
@@ -164,8 +167,9 @@ def nuts(
     Arguments:
         x, context: the data, a few: each takes chains times (warm-up + draws) transitions of a
             few to some hundred evaluations of the gradient, about a millisecond each.
-        num_draws: of each chain. warmup: transitions before, in which the step size and a diagonal
-            mass matrix are adapted.
+        num_draws: of each chain.
+        warmup: transitions before, in which the step size and the mass matrix are adapted: a full
+            one where there are five of them for each unit, else a diagonal one.
         target_acceptance: greater values take smaller steps, against divergences.
         engine: how gradients are computed: "auto" traces a graph of them.
 
@@ -191,7 +195,10 @@ def nuts(
     batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     joint = Joint(pair, tuple(tensor[:2] for tensor in batch))
     joint.use("traced" if require_engine(engine) == "auto" else engine)
-    kernel = {"target_accept_prob": target_acceptance}
+    kernel = {
+        "target_accept_prob": target_acceptance,
+        "full_mass": PER_UNIT * joint.dim <= warmup,
+    }
     n, steps = len(batch[0]), num_chains * (warmup + num_draws)
     with using(pair, seed), bar(progress, n * steps, "NUTS", delay=2) as shown:
         starts, counts = _starts(joint, batch, num_chains), joint.counts(*batch)

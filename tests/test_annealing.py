@@ -9,6 +9,7 @@ import pytest
 import torch
 from exact import LinearGaussian, linear_gaussian
 from pairs import ALL, ENUMERATED, FAULTS, Counts, Fault, TwoModes, make, rows
+from pyro.distributions.transforms import Planar
 from torch import nn
 
 import pyro_vae as pv
@@ -189,6 +190,55 @@ def test_what_does_not_apply_is_told_by_its_site(kind):
         pv.sandwich(Fault(kind), progress=False)
 
 
+class Bent(Fault):
+    """A guide whose density is known at its own draws alone."""
+
+    def __init__(self):
+        super().__init__("")
+        self.bend = Planar(2)
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., :1], self.weight).to_event(1), obs=x)
+
+    def guide(self, x):
+        base = dist.Normal(x.new_zeros(2), 1.0).to_event(1)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.TransformedDistribution(base.expand([len(x)]), [self.bend]))
+
+
+def test_a_guide_without_a_density_is_told_and_its_model_has_nuts():
+    pair, x = Bent().double(), torch.tensor([[0.0], [1.0]]).double()
+    with pytest.raises(pv.UsageError, match="density of site 'z' of the guide cannot be evaluated"):
+        pv.anneal(pair, x, progress=False)
+    result = pv.nuts(pair, x, num_draws=4, warmup=4, num_chains=2, engine="eager", progress=False)
+    assert result.moments.mean.shape == (2, 2)
+
+
+class Reads(Bent):
+    """A model that reads values, which no graph can, and does not take a plate of samples."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+            loc = z.reshape(len(x), 2)[:, :1] + (0.0 if z.sum().item() < 1e9 else 1.0)
+            pyro.sample("x", dist.Normal(loc, self.weight).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.expand(len(x), 2) / 2, 0.8).to_event(1))
+
+
+def test_a_pair_without_graph_and_plate_is_moved_particle_by_particle():
+    pair, x = Reads().double(), torch.tensor([[0.0], [1.0]]).double()
+    options = {"num_temperatures": 10, "num_chains": 8, "leapfrog_steps": 2, "progress": False}
+    with pytest.warns(UserWarning, match="Reads is moved by the eager engine, because a branch"):
+        found = pv.anneal(pair, x, **options)
+    truth = dist.Normal(0.0, 2**0.5).log_prob(x[:, 0])
+    assert bool(((found.per_datum - truth).abs() < 5 * found.standard_errors).all())
+
+
 # Bounds
 
 
@@ -196,7 +246,7 @@ def test_what_does_not_apply_is_told_by_its_site(kind):
 def test_forward_and_reverse_bracket_the_truth(scale):
     """In ten dimensions, 1,000 temperatures; the guide's own bound is off by three nats or more."""
     pair = Spoiled(20, 10, scale)
-    both = pv.sandwich(pair, 8, num_temperatures=1000, leapfrog_steps=3, progress=False)
+    both = pv.sandwich(pair, 8, num_temperatures=1000, leapfrog_steps=2, progress=False)
     truth = pair.marginal().log_prob(both.batch[0]).detach()
     assert pv.log_likelihood(pair, *both.batch, num_samples=50).elbo < truth.mean() - 3
     for side in (both.lower, both.upper):
