@@ -15,13 +15,16 @@ from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import Batch, trace_guide, trace_model, using
 from pyro_vae.progress import bar
 from pyro_vae.report import KINDS, REASONS
-from pyro_vae.studies import STUDIES, Bench, Finding, Study
+from pyro_vae.studies import STUDIES, Bench, Finding, Rung, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SAFETY = 1.5
 """What the slope of seconds over costs is multiplied by, before it is relied on."""
+
+ROUNDS = 2
+"""In the first each diagnostic has its share of the time; what is left goes to a second."""
 
 ROWS = 500
 """Rows on which the time of a pass is taken."""
@@ -138,14 +141,19 @@ def diagnose(
     end = _now() + budget
     costs = _pass_seconds(pair, shuffled, seed)
     bench = Bench(pair, shuffled, order, seed, engine, *costs, strangers)
+    climbs = [_Climb(study) for make in STUDIES if (study := make(bench)) is not None]
+    with bar(progress, ROUNDS * len(climbs), "diagnose") as shown:
+        for _ in range(ROUNDS):
+            for i, climb in enumerate(climbs):
+                shown.set_postfix_str(f" {climb.study.name}")
+                rest = sum(other.study.weight for other in climbs[i:] if not other.over)
+                if not climb.over:
+                    left = end - _now()
+                    climb.go(left * climb.study.weight / rest)
+                shown.update()
     found = Diagnosis(order, budget)
-    studies = [study for make in STUDIES if (study := make(bench)) is not None]
-    with bar(progress, len(studies), "diagnose") as shown:
-        for i, study in enumerate(studies):
-            shown.set_postfix_str(f" {study.name}")
-            share = study.weight / sum(other.weight for other in studies[i:])
-            _study(study, share * (end - _now()), found)
-            shown.update()
+    for climb in climbs:
+        climb.tell(found)
     return found
 
 
@@ -170,47 +178,69 @@ def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, floa
     return one, max(0.0, many - one) / (ROWS - 1)
 
 
-def _study(study: Study, allotted: float, found: Diagnosis) -> None:
-    """Run a diagnostic at growing sizes while the next is sure to fit into its time."""
-    start = _now()
-    if study.rungs[0].cost > allotted:
-        found.left_out[study.name] = "not run"
-        return
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always", UserWarning)
-        try:
-            result = _climb(study, start + allotted, found)
-            found.results[study.name] = result
-            found.findings += study.judge(result, found.results)
-            for name, figure in study.figures.items():
-                found.figures[name] = figure(result)
-                found.pictures.setdefault(study.name, []).append(name)
-        except UsageError as error:
-            found.not_applicable[study.name] = str(error)
-        except Exception as error:  # a user's own pair may raise anything; the rest goes on
-            found.failed[study.name] = f"{type(error).__name__}: {first_line(error)}"
-    found.seconds[study.name] = _now() - start
-    notes = list(dict.fromkeys(str(warning.message) for warning in heard))
-    if notes:
-        found.notes[study.name] = notes
+class _Climb:
+    """A diagnostic run at growing sizes, while the next is sure to fit into its time."""
 
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.at, self.result, self.seconds = -1, None, 0.0
+        self.known: list[tuple[float, float]] = []
+        """Costs and seconds of the sizes that were run."""
+        self.fault: Exception | None = None
+        self.notes: dict[str, None] = {}
 
-def _climb(study: Study, end: float, found: Diagnosis) -> Any:
-    rungs, at = study.rungs, 0
-    known: list[tuple[float, float]] = []
-    while True:
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing more to run."""
+        return self.fault is not None or self.at == len(self.study.rungs) - 1
+
+    def go(self, allotted: float) -> None:
+        """Run further sizes within so many seconds."""
         start = _now()
-        result = rungs[at].run()
-        known.append((rungs[at].cost, _now() - start))
-        left = end - _now()
-        larger = range(at + 1, len(rungs))
-        fits = [i for i in larger if _predicted(known, rungs[i].cost) <= left]
-        if not fits:
-            break
-        at = fits[-1]
-    if at < len(rungs) - 1:
-        found.left_out[study.name] = f"run at size {at + 1} of {len(rungs)}"
-    return result
+        while not self.over and (fits := self._fits(start + allotted - _now())):
+            self.at = fits[-1]
+            self._run(self.study.rungs[self.at])
+        self.seconds += _now() - start
+
+    def _fits(self, left: float) -> list[int]:
+        rungs = self.study.rungs
+        if not self.known:
+            return [0] if rungs[0].cost <= left else []
+        larger = range(self.at + 1, len(rungs))
+        return [i for i in larger if _predicted(self.known, rungs[i].cost) <= left]
+
+    def _run(self, rung: Rung) -> None:
+        start = _now()
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                self.result = rung.run()
+            except Exception as error:  # a user's own pair may raise anything; the rest goes on
+                self.fault = error
+        self.notes |= dict.fromkeys(str(warning.message) for warning in heard)
+        self.known.append((rung.cost, _now() - start))
+
+    def tell(self, found: Diagnosis) -> None:
+        """Put what was found, or why nothing was, into the diagnosis."""
+        study, name, sizes = self.study, self.study.name, len(self.study.rungs)
+        if self.known:
+            found.seconds[name] = self.seconds
+        if isinstance(self.fault, UsageError):
+            found.not_applicable[name] = str(self.fault)
+        elif self.fault is not None:
+            found.failed[name] = f"{type(self.fault).__name__}: {first_line(self.fault)}"
+        elif not self.known:
+            found.left_out[name] = "not run"
+        elif not self.over:
+            found.left_out[name] = f"run at size {self.at + 1} of {sizes}"
+        if self.result is not None:
+            found.results[name] = self.result
+            found.findings += study.judge(self.result, found.results)
+            for title, figure in study.figures.items():
+                found.figures[title] = figure(self.result)
+                found.pictures.setdefault(name, []).append(title)
+        if self.notes:
+            found.notes[name] = list(self.notes)
 
 
 def _predicted(known: Sequence[tuple[float, float]], cost: float) -> float:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 GRADIENT = 3
 """How many rows of a pass one with its gradient takes as long as; a graph spares its overhead."""
 
+LEAPFROG = 60
+"""Gradients that a transition of NUTS takes, about."""
+
 UNRELIABLE = 0.05
 """The share of data with a Pareto k over 0.7 from which on their mean is not to be believed."""
 
@@ -141,7 +144,10 @@ def _latents(bench: Bench) -> Study:
                 findings.append(Finding("trust", words))
         return findings
 
-    rungs = [Rung(bench.cost(12, n), partial(run, n)) for (n,) in sizes(bench, (100,), (10_000,))]
+    rungs = [
+        Rung(bench.cost(12, n), partial(run, n))
+        for (n,) in sizes(bench, (100,), (1000,), (10_000,))
+    ]
     return Study("latents", 1, rungs, judge)
 
 
@@ -208,7 +214,15 @@ def _reliability(bench: Bench) -> Study:
             ]
         return findings
 
-    wanted = ((50, 100), (250, 250), (1000, 500), (10_000, 2000), (10_000, 5000))
+    wanted = (
+        (50, 100),
+        (100, 250),
+        (250, 250),
+        (500, 500),
+        (2000, 500),
+        (2000, 2000),
+        (10_000, 5000),
+    )
     return Study(
         "log_likelihood",
         2,
@@ -253,7 +267,14 @@ def _gaps(bench: Bench) -> Study:
             findings.append(Finding("next", RICHER))
         return findings
 
-    wanted = ((20, 50, 100), (50, 150, 200), (100, 300, 500), (300, 300, 500), (1000, 300, 500))
+    wanted = (
+        (20, 50, 100),
+        (40, 100, 200),
+        (60, 200, 300),
+        (100, 300, 500),
+        (300, 300, 500),
+        (1000, 300, 500),
+    )
     return Study(
         "gaps",
         4,
@@ -292,7 +313,7 @@ def _calibration(bench: Bench) -> Study:
             return [Finding("trust", words)]
         return [Finding("doubt", words), Finding("next", RICHER)]
 
-    wanted = ((100, 19), (500, 49), (2000, 99))
+    wanted = ((100, 19), (250, 29), (500, 49), (1000, 99), (2000, 99))
     rungs = [Rung(bench.cost(2, n * draws), partial(run, n, draws)) for n, draws in wanted]
     return Study(
         "calibration", 2, rungs, judge, {"calibration": diagnostic_plots.calibration_bands}
@@ -353,7 +374,7 @@ def _sandwich(bench: Bench) -> Study:
 
 
 def _annealed(bench: Bench, run: Callable[..., Any], sides: int = 1) -> list[Rung]:
-    wanted = ((10, 20, 4), (20, 100, 8), (50, 200, 8), (50, 500, 16), (100, 1000, 16))
+    wanted = ((10, 20, 4), (20, 50, 8), (20, 100, 8), (50, 200, 8), (50, 500, 16), (100, 1000, 16))
     return [
         Rung(bench.cost(sides * 5 * (t + 70), GRADIENT * n * c), partial(run, n, t, c))
         for n, t, c in sizes(bench, *wanted)
@@ -390,9 +411,10 @@ def _nuts(bench: Bench) -> Study:
         )
         return [Finding("trust" if apart < GAP else "doubt", words)]
 
-    wanted = sizes(bench, (2, 100, 2), (4, 300, 4), (8, 500, 4))
+    wanted = sizes(bench, (1, 100, 2), (2, 200, 4), (4, 300, 4), (8, 500, 4))
     rungs = [
-        Rung(bench.cost(15 * n * c * 2 * d, GRADIENT), partial(run, n, d, c)) for n, d, c in wanted
+        Rung(bench.cost(LEAPFROG * n * c * 2 * d, GRADIENT), partial(run, n, d, c))
+        for n, d, c in wanted
     ]
     figure = partial(diagnostic_plots.posteriors, rows=bench.rows)
     return Study("nuts", 3, rungs, judge, {"nuts": figure})
@@ -426,7 +448,7 @@ def _predictive(bench: Bench) -> Study:
     figures: dict[str, Any] = {"predictive": diagnostic_plots.predictive_statistics}
     if is_picture(bench.batch[0]):
         figures["predictive-worst"] = worst
-    wanted = sizes(bench, (100, 20), (500, 50), (2000, 100))
+    wanted = sizes(bench, (100, 20), (250, 30), (500, 50), (2000, 100))
     rungs = [Rung(bench.cost(2, n * r), partial(run, n, r)) for n, r in wanted]
     return Study("predictive", 1, rungs, judge, figures)
 

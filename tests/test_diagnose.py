@@ -49,7 +49,7 @@ def found_at(monkeypatch, pair, batch, other=None, **rungs):
     ]
     assert len(chosen) == len(rungs)
     monkeypatch.setattr(diagnosis, "STUDIES", chosen)
-    return pv.diagnose(pair, *batch, other=other, engine="eager", budget=1e6, progress=False)
+    return pv.diagnose(pair, *batch, other=other, budget=1e6, progress=False)
 
 
 def words(found, kind):
@@ -249,6 +249,15 @@ def test_what_a_study_leaves_goes_to_the_next(run):
     found, _ = run(12, quick={1: 1}, slow={1: 1, 8: 8, 100: 100})
     assert found.results == {"quick": 1, "slow": 8}
     assert run(12, other={1: 6}, slow={1: 1, 8: 8, 100: 100})[0].results["slow"] == 1
+
+
+def test_time_that_is_left_in_the_end_goes_to_a_second_round(run):
+    found, seconds = run(20, slow={1: 1, 12: 12}, quick={1: 1})
+    assert found.results == {"slow": 12, "quick": 1}
+    assert seconds == 14
+    assert found.seconds == {"slow": 13, "quick": 1}
+    late, _ = run(20, slow={12: 12}, quick={1: 1})
+    assert late.results == {"slow": 12, "quick": 1}
 
 
 def test_what_cannot_fit_is_left_out_and_said(run):
