@@ -274,7 +274,7 @@ def predictive_worst(
     off = found.distances[worst].nan_to_num(0.0).abs()
     which = off.argmax(1).tolist() if statistic is None else [found.names.index(statistic)] * number
     labels = [
-        f"row {numbers[row]}: {found.names[i]},\np {found.p_values[row, i]:.3f}"
+        f"row {numbers[row]}\n{found.names[i]}\np {found.p_values[row, i]:.3f}"
         for row, i in zip(worst.tolist(), which, strict=False)
     ]
     return grid(list(zip(labels, shown, strict=True)), "data, and replicates to their right")

@@ -303,7 +303,8 @@ def _calibration(bench: Bench) -> Study:
 
     def judge(found: Calibration, _: Mapping[str, Any]) -> list[Finding]:
         held = found.coverage[:, -1].mean().item()
-        words = f"the guide's uncertainty on the model's own data: 95 % intervals hold {held:.0%}"
+        words = "the guide's uncertainty on the model's own data: 95 % intervals hold "
+        words += f"{100 * held:.0f} %"
         if found.calibrated:
             return [Finding("trust", words)]
         most = Counter(found.failures.values()).most_common(1)[0][0]
@@ -365,7 +366,7 @@ def _sandwich(bench: Bench) -> Study:
 
     def judge(found: Sandwich, _: Mapping[str, Any]) -> list[Finding]:
         wide = f"{found.gap:.2f} ± {found.gap_standard_error:.2f} nats"
-        words = f"log p(x) of the model's own data, between annealing's bounds: {wide}"
+        words = f"log p(x) of the model's own data: annealing's bounds are {wide} apart"
         if found.gap + 2 * found.gap_standard_error < GAP:
             return [Finding("trust", words)]
         return [Finding("doubt", words), Finding("next", "annealing at more temperatures")]
@@ -498,12 +499,10 @@ def _uncertainty(bench: Bench) -> Study:
 
     def judge(found: Uncertainty, _: Mapping[str, Any]) -> list[Finding]:
         share = (found.epistemic.mean() / found.total.mean()).item()
-        words = (
-            f"of the variance of what is predicted {share:.0%} is of the weights that data share"
-        )
-        return [Finding("trust" if share < EPISTEMIC else "doubt", words)] + [
-            Finding("next", "more data, which would take the variance of the weights away")
-        ] * (share >= EPISTEMIC)
+        words = f"predictions: {100 * share:.0f} % of their variance is that of the shared latents"
+        if share < EPISTEMIC:
+            return [Finding("trust", words)]
+        return [Finding("doubt", words), Finding("next", "more data of the same kind")]
 
     rungs = [
         Rung(bench.cost(w, 10 * n), partial(run, n, w))
