@@ -379,7 +379,6 @@ def _annealed(bench: Bench, run: Callable[..., Any], sides: int = 1) -> list[Run
     return [
         Rung(bench.cost(sides * 5 * (t + 70), GRADIENT * n * c), partial(run, n, t, c))
         for n, t, c in sizes(bench, *wanted)
-        if n > 1
     ]
 
 

@@ -311,6 +311,14 @@ def test_rows_are_told_by_their_own_numbers(monkeypatch):
     assert found.as_dict()["worst_rows"][0] == found.worst(1).item()
 
 
+def test_one_row_has_what_one_row_can_have(monkeypatch):
+    pair = linear_gaussian()
+    found = found_at(monkeypatch, pair, [data(pair, 1)], information=0, annealing=0, sandwich=0)
+    assert set(found.results) == {"annealing"}
+    assert "2 rows of data or more, 1 came" in found.not_applicable["information"]
+    assert "num_examples must be 2 or more, 1 came" in found.not_applicable["sandwich"]
+
+
 def test_words_for_a_budget_that_is_none():
     with pytest.raises(pv.UsageError, match="budget must be above 0 seconds, 0 came"):
         pv.diagnose(linear_gaussian(), torch.zeros(4, 6), budget=0)
