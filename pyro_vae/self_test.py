@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import pyro_vae
 from pyro_vae.annealing import anneal, sandwich
+from pyro_vae.bayesian import uncertainty
 from pyro_vae.distributions import LevelLogistic
 from pyro_vae.engine import Engine
 from pyro_vae.errors import first_line
@@ -307,6 +308,40 @@ def _enumeration() -> Iterator[Check]:
         yield _check(f"posterior of that class, {where}", predict(pair, x), posterior, EXACT)
 
 
+class _SharedMean(nn.Module):
+    """A mean w that all data share, with a posterior that is given, and a latent of each datum."""
+
+    spread: Tensor
+
+    def __init__(self, spread: float) -> None:
+        super().__init__()
+        self.register_buffer("spread", torch.tensor(spread, dtype=torch.float64))
+
+    def model(self, x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(w + z, 0.5), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_ones(()), self.spread))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal((x - w) / 1.25, 0.2**0.5))
+
+
+def _shared() -> Iterator[Check]:
+    """E[x' | w] is w + (x - w) / 1.25, so that a fifth of w's deviation is left."""
+    pair, x = _SharedMean(2.0), torch.linspace(-2, 3, 20, dtype=torch.float64)
+    found = uncertainty(pair, x, num_weights=1000, num_samples=20, progress=False)
+    # The relative error of a variance of so many draws is sqrt(2 / 999).
+    yield _check("variance from shared latents", found.weights, 0.16, 5 * 0.16 * 0.045)
+    yield _check("variance from latents of a datum", found.latent, 0.2, 0.02)
+    yield _check("variance from noise", found.noise, 0.25, EXACT)
+    density = log_likelihood(pair, x, num_samples=20_000)
+    truth = dist.Normal(1.0, (4 + 1.25) ** 0.5).log_prob(x)
+    yield _check("predictive density", density.per_datum, truth, 5 * density.standard_errors)
+
+
 def _use() -> Iterator[Check]:
     pair, x, _ = _exact()
     mean, covariance = pair.posterior(x)
@@ -368,6 +403,7 @@ GROUPS: dict[str, Callable[[], Iterator[Check]]] = {
     "NUTS": _nuts,
     "calibration": _calibration,
     "enumeration": _enumeration,
+    "shared latents": _shared,
     "use": _use,
     "fit": _fit,
     "densities": _densities,
