@@ -177,6 +177,8 @@ class Model:
     components
         Terms of --prior gaussian-mixture, 10 by default, or vamp, 500, or all rows where there are
         fewer; clusters of --model mixture, 10.
+    bayesian_decoder
+        Give the decoder's weights a prior and a posterior of their own.
     condition
         What encoder and decoder are given, in a conditional VAE: the labels, one-hot, the
         "context" of the data file, or both.
@@ -221,6 +223,7 @@ class Model:
         "standard-normal"
     )
     components: int | None = None
+    bayesian_decoder: bool = False
     condition: tuple[Literal["label", "context"], ...] = ()
     num_labels: int | None = None
     classification_weight: float = 50.0
@@ -441,6 +444,15 @@ def _option(name: str) -> str:
 
 def make_pair(config: Model, data: Data) -> nn.Module:
     """The pair that a configuration asks for, on data of this shape."""
+    pair = _make_pair(config, data)
+    if not config.bayesian_decoder:
+        return pair
+    from pyro_vae.bayesian import BayesianDecoder
+
+    return BayesianDecoder(pair)
+
+
+def _make_pair(config: Model, data: Data) -> nn.Module:
     context = context_shapes(config, data)
     if ":" in config.model:
         given = {

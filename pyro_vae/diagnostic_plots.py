@@ -1,5 +1,6 @@
 """Figures of what the diagnostics found: each function returns a matplotlib ``Figure``."""
 
+from collections.abc import Mapping
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.annealing import Sandwich
+from pyro_vae.bayesian import Uncertainty
 from pyro_vae.guide_calibration import INTERVALS, Calibration
 from pyro_vae.importance import LogLikelihood
 from pyro_vae.inference import reconstruct
@@ -301,3 +303,27 @@ def outlier_histograms(found: OutlierScores) -> "Figure":
         axis.tick_params(labelsize=6)
     axis.legend(fontsize=7, frameon=False)
     return figure
+
+
+def uncertainty(found: Mapping[str, Uncertainty], x: Tensor, number: int = 12) -> "Figure":
+    """Some data, what pairs predict in their place, and what of its spread codes and weights bring.
+
+    Arguments:
+        found: of `pyro_vae.uncertainty` for the same rows, by the name of each pair.
+        x: those rows, of shape (n, *data_shape).
+        number: how many rows are shown, the first ones.
+
+    Standard deviations are white at the greatest of all that are shown.
+    """
+    rows = [("data", intensity(x[:number]))]
+    spreads = {
+        (name, kind): getattr(one, kind)[:number].clamp(min=0).sqrt()
+        for name, one in found.items()
+        for kind in ("latent", "weights")
+    }
+    greatest = max(spread.max().item() for spread in spreads.values())
+    for name, one in found.items():
+        rows.append((f"{name}:\nmean", alike(one.mean[:number], x)))
+        for kind, words in (("latent", "codes,\naleatoric"), ("weights", "weights,\nepistemic")):
+            rows.append((words, alike(spreads[name, kind] / greatest, x)))
+    return grid(rows, f"standard deviations by source, white is {greatest:.2g}")

@@ -11,6 +11,7 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.config import Model, make_pair
 from pyro_vae.data import Arrays, Preparation
 from pyro_vae.engine import Engine
 from pyro_vae.evaluation import bound
@@ -381,6 +382,15 @@ def test_a_latent_is_in_the_plate_in_both_or_in_neither():
     assert str(check(Misplaced(inside=False), (x,))) == "the pair is sound"
     found = str(check(Misplaced(size=50, inside=False), (x,)))
     assert "'w' is outside a data plate that takes the batch for a part" in found
+
+
+def test_a_configuration_asks_for_one():
+    digits = pv.load_data("digits")
+    pair = make_pair(Model(bayesian_decoder=True, hidden=(5,)), digits)
+    assert isinstance(pair, pv.BayesianDecoder)
+    assert isinstance(make_pair(Model(), digits), pv.VAE)
+    with pytest.raises(pv.UsageError, match="no module 'decoder'"):
+        make_pair(Model(bayesian_decoder=True, model="deep-markov"), digits)
 
 
 def test_recurrent_decoders_have_latent_weights_too():

@@ -9,6 +9,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RUNS = {
     "autoencoder_vae_gan.py": ["--epochs", "2", "--out", "OUT"],
+    "bayesian_decoder.py": ["--steps", "4", "--num-samples", "5", "--out", "OUT"],
     "completion.py": ["--epochs", "2", "--out", "OUT"],
     "conditional.py": ["--epochs", "2"],
     "counts.py": ["--epochs", "1"],

@@ -1,0 +1,75 @@
+"""A decoder whose weights are latent: what few data leave unknown, and what it is worth to know it.
+
+    python examples/bayesian_decoder.py [--steps 2000] [--out runs/bayesian-decoder.png]
+
+The same VAE, with fixed noise, is fitted to 100 and to 1,000 digits: with weights of the decoder as
+parameters, and with a posterior over them beside that of each digit's code. Nobody stops early.
+
+Expect, in nats per test digit: with 100 digits log p(x) of about 2 for the posterior against -0.4
+for point weights, whose ELBO is 36 nats higher on their own 100 digits, that of the posterior 24;
+with 1,000 digits about 13 against 15, since a posterior of independent weights fits less tightly
+than points. The share of the weights in the variance of a pixel falls from 16 to
+6 %. The figure shows where it lies. Takes about a minute and a half on two cores.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import diagnostic_plots
+
+SIZES = (100, 1000)
+BATCH_SIZE = 50
+LATENT_DIM, HIDDEN = 4, (32,)
+NOISE = 0.15
+LEARNING_RATE = 3e-3
+
+
+def fitted(pair: nn.Module, x: torch.Tensor, steps: int) -> float:
+    """Fit a pair with so many steps, and give its ELBO on the data it was fitted to."""
+    epochs = max(2, steps * BATCH_SIZE // len(x))
+    pv.fit(
+        pair,
+        x,
+        epochs=epochs,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        learning_rate_schedule=pv.Cosine(epochs),
+        beta=pv.Linear(epochs / 4),
+    )
+    return pv.evaluate(pair, x, num_samples=1).elbo
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--num-samples", type=int, default=500)
+    parser.add_argument("--out", default="runs/bayesian-decoder.png")
+    options = parser.parse_args()
+    digits = pv.load_data("digits")
+    test, found = digits.test.x, {}
+    print(f"{'':<24}{'ELBO, own':>10}{'test':>8}{'log p(x)':>18}")
+    for size in SIZES:
+        for name in ("point weights", "posterior"):
+            torch.manual_seed(0)  # the first weights
+            pair = pv.VAE.mlp(digits.shape, LATENT_DIM, HIDDEN, pv.Gaussian(NOISE))
+            if name == "posterior":
+                pair = pv.BayesianDecoder(pair)
+            own = fitted(pair, digits.train.x[:size], options.steps)
+            score = pv.log_likelihood(pair, test, num_samples=options.num_samples)
+            numbers = f"{score.value:>10.2f} ± {score.standard_error:.2f}"
+            print(f"{size:>5} digits, {name:<15}{own:>7.2f}{score.elbo:>8.2f}{numbers:>18}")
+        found[f"{size} digits"] = pv.uncertainty(pair, test)
+    for name, one in found.items():
+        print(f"\nvariance of a pixel after {name}\n{one}")
+    figure = diagnostic_plots.uncertainty(found, test)
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out, dpi=120)
+    print(f"\nfigure: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
