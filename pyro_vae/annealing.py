@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_vae.config import require_engine
 from pyro_vae.data import Rows, held_rows
 from pyro_vae.errors import UsageError
-from pyro_vae.importance import CELLS, COMPILED_CELLS, with_error
+from pyro_vae.importance import CELLS, COMPILED_CELLS, relative_error, with_error
 from pyro_vae.joint import Joint, simulate
 from pyro_vae.pairs import Batch, using
 from pyro_vae.progress import bar
@@ -40,7 +40,8 @@ class Annealing:
     per_datum: Tensor
     """The bound of each datum, of shape (n,)."""
     standard_errors: Tensor
-    """The Monte Carlo standard error of each, by the delta method over chains, of shape (n,)."""
+    """The Monte Carlo standard error of each, by the delta method over chains, of shape (n,). Of
+    reverse annealing it is too small: all chains of a datum start at one draw of its posterior."""
     effective_sample_size: Tensor
     """(sum w)^2 / sum w^2 of each datum's chains, between 1 and their number, of shape (n,)."""
     acceptance: Tensor
@@ -110,11 +111,11 @@ class Sandwich:
 
 
 def _table(results: dict[str, Annealing]) -> str:
-    lines = [
-        (words, f"{with_error(one.value, one.standard_error)} nats per example")
-        for words, one in results.items()
-    ]
-    one = next(iter(results.values()))
+    one, *others = results.values()
+    words, *upper = results
+    lines = [(words, f"{with_error(one.value, one.standard_error)} nats per example")]
+    # The chains of an upper bound share their start: its error is in that of the gap.
+    lines += [(word, f"{other.value:.3f}") for word, other in zip(upper, others, strict=True)]
     chains = f"{one.num_chains} for each of {len(one.per_datum)} data"
     lines.append(("chains", f"{chains}, {one.num_temperatures} temperatures"))
     size = one.effective_sample_size.median().item()
@@ -275,9 +276,7 @@ def _bound(log_weights: Tensor, acceptance: Tensor, sign: int = 1) -> tuple[Tens
     chains = len(log_weights)
     first, second = log_weights.logsumexp(0), (2 * log_weights).logsumexp(0)
     ratio = (second - 2 * first).exp()
-    errors = (ratio - 1 / chains).clamp(min=0).sqrt()
-    if chains == 1:
-        errors = torch.full_like(errors, torch.nan)
+    errors = relative_error(ratio, chains)
     infinite = (~(log_weights < torch.inf)).sum(0)
     return sign * (first - log(chains)), errors, 1 / ratio, acceptance, infinite
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import expm1, log, sqrt
+from math import expm1, log, prod, sqrt
 from typing import Any, cast
 
 import pyro
@@ -28,6 +28,8 @@ from pyro_vae.pairs import (
 )
 from pyro_vae.progress import bar
 
+_Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
 START = 0.05
 """The standard deviation that a posterior starts with, as a share of the prior's."""
 
@@ -40,8 +42,8 @@ class BayesianDecoder(nn.Module):
 
     :math:`p(w) \prod_i p(z_i)\, p(x_i \mid z_i, w)` with guide
     :math:`q(w) \prod_i q(z_i \mid x_i)`. Each weight has the prior :math:`N(0, s^2/f)`, with f
-    the number of inputs of its unit (1 for a bias), and the posterior :math:`N(m, \sigma^2)` of
-    its own (mean field). The bound on all N data is
+    the number of inputs of its unit (1 for a bias; of a strided transposed convolution the mean),
+    and the posterior :math:`N(m, \sigma^2)` of its own (mean field). The bound on all N data is
     :math:`\sum_i E_q[\log p(x_i|z_i, w) - \mathrm{KL}_i] - \mathrm{KL}(q(w) \| p(w))`; a
     minibatch of M has the share M / N of the last term.
 
@@ -75,13 +77,13 @@ class BayesianDecoder(nn.Module):
                 f"with parameters are: {', '.join(known) or 'none'}"
             )
         self.free_scales = nn.ParameterList(
-            torch.full_like(weight, log(expm1(START * self._prior_scale(weight))))
-            for weight in self._weights().values()
+            torch.full_like(weight, log(expm1(START * self._prior_scale(name))))
+            for name, weight in self._weights().items()
         )
 
     def model(self, *batch: Tensor) -> Any:
         drawn = {
-            name: _normal(self._site(name), torch.zeros_like(own), self._prior_scale(own))
+            name: _normal(self._site(name), torch.zeros_like(own), self._prior_scale(name))
             for name, own in self._weights().items()
         }
         for name, own in self._weights().items():
@@ -117,8 +119,12 @@ class BayesianDecoder(nn.Module):
     def _site(self, name: str) -> str:
         return f"{self.module}.{name}" if self.module else name
 
-    def _prior_scale(self, weight: Tensor) -> float:
-        inputs = weight[0].numel() if weight.dim() > 1 else 1
+    def _prior_scale(self, name: str) -> float:
+        owner = self._decoder().get_submodule(name.rpartition(".")[0])
+        weight = self._weights()[name]
+        inputs: float = weight[0].numel() if weight.dim() > 1 else 1
+        if isinstance(owner, _Transposed) and weight.dim() > 1:  # (in, out / groups, *kernel)
+            inputs = weight.numel() / weight.shape[1] / owner.groups / prod(owner.stride)
         return self.prior_scale / sqrt(inputs)
 
 

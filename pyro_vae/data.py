@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyro
 import torch
+from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset
@@ -183,7 +184,7 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     plain = Preparation(*placement(pair))
     with using(pair, seed=0), pyro.validation_enabled(False):
         batch = plain(rows.first(16))
-        site = data_site(trace_model(pair, batch, trace_guide(pair, batch)))
+        site = data_site(_run(pair, batch))
     value = site["value"]
     if value.numel() != batch[0].numel() or not torch.equal(value.flatten(), batch[0].flatten()):
         return plain  # the pair makes its own observation of x
@@ -204,6 +205,20 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
             whole = rows.tensors[0] if isinstance(rows, Arrays) else x
             raise UsageError(_outside(x[~inside][0].item(), whole, site))
     return replace(plain, binarize=grey and binarize != "none")
+
+
+def _run(pair: nn.Module, batch: Batch) -> Trace:
+    """The trace of the model, replayed against the guide, of a pair that may not fit the data."""
+    try:
+        return trace_model(pair, batch, trace_guide(pair, batch))
+    except UsageError:
+        raise
+    except Exception as error:  # a user's own code may raise anything
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in batch)
+        raise UsageError(
+            f"{type(pair).__name__} fails on a batch of shapes {shapes}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def held_out(rows: Source, prepare: Preparation) -> tuple[Source, Preparation]:

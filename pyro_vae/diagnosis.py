@@ -104,7 +104,7 @@ def diagnose(
     pair: nn.Module,
     x: Rows,
     *context: Any,
-    other: Sequence[Any] | None = None,
+    other: Tensor | Sequence[Any] | None = None,
     budget: float = BUDGET,
     binarize: str = "dynamic",
     seed: int = 0,
@@ -121,7 +121,8 @@ def diagnose(
     Arguments:
         pair: any pair.
         x, context: held-out data, as `pyro_vae.evaluate` takes them; 1,000 rows are plenty.
-        other: a tuple of x and context known not to belong, for the AUROC of outlier scores.
+        other: data known not to belong, for the AUROC of outlier scores: x, or a tuple of x and
+            context.
         budget: seconds. What cannot be done within them, at its smallest, is left out.
         binarize, seed, engine: as in `pyro_vae.evaluate`.
 
@@ -137,6 +138,7 @@ def diagnose(
     batch = _prepared(pair, x, context, binarize)
     order = torch.randperm(len(batch[0]), generator=torch.Generator().manual_seed(seed))
     shuffled = tuple(tensor[order.to(tensor.device)] for tensor in batch)
+    other = (other,) if isinstance(other, Tensor) else other
     strangers = None if other is None else _prepared(pair, other[0], other[1:], binarize)
     end = _now() + budget
     costs = _pass_seconds(pair, shuffled, seed)
@@ -229,6 +231,7 @@ class _Climb:
             found.not_applicable[name] = str(self.fault)
         elif self.fault is not None:
             found.failed[name] = f"{type(self.fault).__name__}: {first_line(self.fault)}"
+            found.findings.append(Finding("doubt", f"what {name} would say: it failed"))
         elif not self.known:
             found.left_out[name] = "not run"
         elif not self.over:

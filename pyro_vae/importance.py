@@ -396,7 +396,7 @@ def _weigh(
     standard error of that, the shape of its tail and its infinite weights, by chunks of samples."""
     n = len(batch[0])
     first = torch.full((n,), -torch.inf, dtype=torch.float64)
-    second = first.clone()
+    second, least = first.clone(), -first
     logs, squared_logs, infinite = (torch.zeros_like(first) for _ in range(3))
     greatest = Greatest(tail_length(num_samples) + 1)
     for start in range(0, num_samples, chunk):
@@ -408,10 +408,9 @@ def _weigh(
         log_weights = found["log weights"].cpu()
         infinite += (~(log_weights < torch.inf)).sum(0)
         greatest.add(log_weights)
+        least = torch.minimum(least, log_weights.amin(0))
     ratio = torch.exp(second - 2 * first)  # sum w^2 / (sum w)^2, at least 1/K
-    errors = (ratio - 1 / num_samples).clamp(min=0).sqrt()
-    if num_samples == 1:
-        errors = torch.full_like(errors, torch.nan)  # one sample tells nothing of its error
+    errors = relative_error(ratio, num_samples)
     elbo = logs / num_samples
     spread = (squared_logs / num_samples - elbo.square()).clamp(min=0)
     if num_samples == 1:
@@ -419,13 +418,24 @@ def _weigh(
     elbo_errors = (spread / max(1, num_samples - 1)).sqrt()
     shapes = torch.full_like(first, torch.nan)
     if num_samples >= LEAST:
-        shapes = _shapes(greatest.values(), torch.finfo(batch[0].dtype).eps)
+        shapes = _shapes(greatest.values(), least, torch.finfo(batch[0].dtype).eps)
     return first - log(num_samples), errors, 1 / ratio, elbo, elbo_errors, shapes, infinite.long()
 
 
-def _shapes(greatest: Tensor, rounding: float) -> Tensor:
-    """The shapes of the tails of log weights; 0 where these differ by rounding alone."""
-    spread, size = greatest[:, 0] - greatest[:, -1], greatest[:, 0].abs().clamp(min=1)
+def relative_error(ratio: Tensor, number: int) -> Tensor:
+    r"""The standard error of the mean of so many weights over that mean.
+
+    :math:`\sqrt{\tfrac{K}{K - 1} (r - \tfrac1K)}` for :math:`r = \sum w^2 / (\sum w)^2`; NaN for
+    one weight, which tells nothing of its error.
+    """
+    if number == 1:
+        return torch.full_like(ratio, torch.nan)
+    return ((ratio - 1 / number).clamp(min=0) * number / (number - 1)).sqrt()
+
+
+def _shapes(greatest: Tensor, least: Tensor, rounding: float) -> Tensor:
+    """The shapes of the tails of log weights; 0 where all weights differ by rounding alone."""
+    spread, size = greatest[:, 0] - least, greatest[:, 0].abs().clamp(min=1)
     constant = torch.isfinite(size) & (spread <= 100 * rounding * size)
     return torch.where(constant, 0.0, shape_of_greatest(greatest))
 

@@ -55,7 +55,8 @@ class Posterior:
     units: tuple[str, ...]
     """The names of the units, such as "z[0]"."""
     r_hat: Tensor
-    """Split R-hat, of shape (n, units): over 1.01 the chains do not agree."""
+    """Split R-hat of ranks, and of ranks of distances from the median, whichever is greater, of
+    shape (n, units): over 1.01 the chains do not agree."""
     effective_sample_size: Tensor
     """Independent draws that the chains are worth for a mean, of shape (n, units)."""
     divergences: Tensor
@@ -230,10 +231,26 @@ def nuts(
         by_chain,
         guide,
         _names(guide),
-        torch.where(moves, split_gelman_rubin(flat, 0, 1), torch.nan),
+        torch.where(moves, rank_r_hat(flat), torch.nan),
         torch.where(moves, effective_sample_size(flat, 0, 1), torch.nan),
         divergences.long(),
     )
+
+
+def rank_r_hat(draws: Tensor) -> Tensor:
+    """The R-hat of Vehtari et al., 2021, in location or in spread, of draws (chains, draws, ...)."""
+    apart = (draws - draws.flatten(0, 1).quantile(0.5, 0)).abs()
+    by_rank = [split_gelman_rubin(_normal_scores(part), 0, 1) for part in (draws, apart)]
+    return torch.maximum(*by_rank)
+
+
+def _normal_scores(draws: Tensor) -> Tensor:
+    """Normal quantiles at the ranks of draws among those of all chains; ties share theirs."""
+    values = draws.flatten(0, 1).movedim(0, -1).contiguous()
+    ordered = values.sort(-1).values
+    least, most = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    scores = torch.special.ndtri(((least + most + 1) / 2 - 0.375) / (values.shape[-1] + 0.25))
+    return scores.to(draws.dtype).movedim(-1, 0).reshape(draws.shape)
 
 
 class _Energy(torch.autograd.Function):

@@ -305,7 +305,12 @@ def require_local(pair: nn.Module, batch: Sequence[Tensor], why: str) -> None:
 
 def log_prob(site: Site) -> Tensor:
     """The log density of a site, masked but not scaled: KL weights and subsampling left out."""
-    return scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+    try:
+        density = site["fn"].log_prob(site["value"])
+    except ValueError as error:  # a guide, say, that draws what the model's support does not hold
+        reason = first_line(error).removesuffix(", but found invalid values:")
+        raise UsageError(f"site '{site['name']}' cannot be scored: {reason}") from error
+    return scale_and_mask(density, mask=site["mask"])
 
 
 def by_datum(term: Tensor, particles: bool) -> Tensor:

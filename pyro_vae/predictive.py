@@ -13,7 +13,7 @@ from pyro_vae.errors import UsageError, nearest
 from pyro_vae.guides import refine
 from pyro_vae.importance import LogLikelihood, log_likelihood
 from pyro_vae.inference import CHUNK, _generate, _latent_values
-from pyro_vae.pairs import Batch, using
+from pyro_vae.pairs import Batch, global_latents, using
 from pyro_vae.progress import bar
 
 Statistic: TypeAlias = Callable[[Tensor], Tensor]
@@ -161,12 +161,15 @@ def predictive_check(
     if not chosen:
         raise UsageError("statistics must name one function or more, none came")
     rows, prepare = held_rows(pair, x, context, binarize)
+    # Of latents that all data share each replicate of the whole data has a draw of its own.
+    shared = bool(global_latents(pair, prepare(rows.first(2))))
+    size, beside = (len(rows), 1) if shared else (CHUNK, CHUNK)
     parts = []
     with using(pair, seed), bar(progress, len(rows), "replicates", delay=2) as shown:
-        for part in rows.batches(CHUNK):
+        for part in rows.batches(size):
             batch = prepare(part)
             observed = _measured(chosen, batch[0])
-            parts.append((observed, _replicated(pair, batch, chosen, num_replicates)))
+            parts.append((observed, _replicated(pair, batch, chosen, num_replicates, beside)))
             shown.update(len(observed))
     observed = torch.cat([part[0] for part in parts])
     replicated = torch.cat([part[1] for part in parts], 1)
@@ -181,11 +184,11 @@ def predictive_check(
 
 
 def _replicated(
-    pair: nn.Module, batch: Batch, statistics: Mapping[str, Statistic], number: int
+    pair: nn.Module, batch: Batch, statistics: Mapping[str, Statistic], number: int, beside: int
 ) -> Tensor:
-    """Statistics of replicates (number, n, statistics), some of all data drawn side by side."""
+    """Statistics of replicates (number, n, statistics), so many rows of them drawn side by side."""
     n = len(batch[0])
-    together = max(1, CHUNK // n)
+    together = max(1, beside // n)
     parts = []
     for start in range(0, number, together):
         times = min(together, number - start)

@@ -53,9 +53,12 @@ EPISTEMIC = 0.1
 """The share of the weights in the variance of a prediction from which on more data would help."""
 
 AGREE = 0.1
-"""Nats per example within which two estimates of log p(x) are one."""
+"""Nats per example from which on two estimates of log p(x) differ."""
 
+TOGETHER = 0.3
+"""Nats per example that these may be apart, with two standard errors, and still be one."""
 
+MORE = "annealing at more temperatures, or with more time"
 RICHER = "a richer posterior family (pyro_vae.refit_guide shows what it gives)"
 
 
@@ -139,9 +142,10 @@ def _latents(bench: Bench) -> Study:
                     Finding("next", "KL warm-up, free bits or a weaker decoder against collapse"),
                 ]
             elif site in found.active_units:
-                active = f"{found.active_units[site]} of {units} units active"
-                words = f"'{site}' is used: {active}, KL {kl:.1f} nats"
-                findings.append(Finding("trust", words))
+                used = found.active_units[site]
+                start = f"'{site}' is used" if used else f"'{site}' tells nothing of the data"
+                words = f"{start}: {used} of {units} units active, KL {kl:.1f} nats"
+                findings.append(Finding("trust" if used else "doubt", words))
         return findings
 
     rungs = [
@@ -201,8 +205,10 @@ def _reliability(bench: Bench) -> Study:
             findings.append(Finding("doubt", words))
         share = (found.pareto_k > 0.7).double().mean().item()
         over = f"Pareto k is over 0.7 for {100 * share:.0f} % of the data"
+        if infinite:
+            return findings
         if share <= UNRELIABLE:
-            value = f"{found.value:.2f} ± {found.standard_error:.2f} nats per example"
+            value = f"{found.value:.3f} ± {found.standard_error:.3f} nats per example"
             findings.append(Finding("trust", f"log p(x) = {value} by importance weights ({over})"))
         else:
             words = (
@@ -302,15 +308,17 @@ def _calibration(bench: Bench) -> Study:
         )
 
     def judge(found: Calibration, _: Mapping[str, Any]) -> list[Finding]:
-        held = found.coverage[:, -1].mean().item()
+        held = found.coverage[:, -1]
         words = "the guide's uncertainty on the model's own data: 95 % intervals hold "
-        words += f"{100 * held:.0f} %"
         if found.calibrated:
+            words += f"{100 * held.min().item():.0f} to {100 * held.max().item():.0f} %"
             return [Finding("trust", words)]
+        off = {name: held[found.names.index(name)].item() for name in found.failures}
+        worst = max(off, key=lambda name: abs(off[name] - 0.95))
         most = Counter(found.failures.values()).most_common(1)[0][0]
-        words += f"; {len(found.failures)} of {len(found.names)} quantities are off, most often "
-        words += f"because {most}"
-        if abs(held - 0.95) <= COVERAGE:
+        words += f"{100 * off[worst]:.0f} % for {worst}; {len(off)} of {len(found.names)} "
+        words += f"quantities are off, most often because {most}"
+        if abs(off[worst] - 0.95) <= COVERAGE:
             return [Finding("trust", words)]
         return [Finding("doubt", words), Finding("next", RICHER)]
 
@@ -341,12 +349,17 @@ def _annealing(bench: Bench) -> Study:
         by = (found.per_datum - weighed.per_datum[:n]).mean().item()
         error = (found.standard_error**2 + weighed.standard_errors[:n].square().sum() / n**2) ** 0.5
         off = f"{abs(by):.2f} ± {error:.2f} nats, on {n} data"
-        if abs(by) <= AGREE + 3 * error:
-            words = f"annealing and importance weights agree on log p(x) ({off})"
-            return [Finding("trust", words)]
-        side = "low" if by > 0 else "high"
-        words = f"log p(x) by importance weights is too {side}, by annealing ({off})"
-        return [Finding("doubt", words)]
+        if abs(by) > max(AGREE, 3 * error):  # of two lower bounds the greater is the better
+            if by > 0:
+                words = f"log p(x) by importance weights is too low, by annealing ({off})"
+                return [Finding("doubt", words)]
+            words = f"annealing at {found.num_temperatures} temperatures is too low ({off})"
+            return [Finding("doubt", words), Finding("next", MORE)]
+        if abs(by) + 2 * error > TOGETHER:
+            words = f"whether annealing and importance weights agree on log p(x) ({off})"
+            return [Finding("doubt", words), Finding("next", MORE)]
+        words = f"annealing and importance weights agree on log p(x) ({off})"
+        return [Finding("trust", words)]
 
     return Study("annealing", 3, _annealed(bench, run), judge)
 
@@ -369,7 +382,7 @@ def _sandwich(bench: Bench) -> Study:
         words = f"log p(x) of the model's own data: annealing's bounds are {wide} apart"
         if found.gap + 2 * found.gap_standard_error < GAP:
             return [Finding("trust", words)]
-        return [Finding("doubt", words), Finding("next", "annealing at more temperatures")]
+        return [Finding("doubt", words), Finding("next", MORE)]
 
     return Study("sandwich", 3, _annealed(bench, run, sides=2), judge)
 

@@ -416,3 +416,18 @@ def test_recurrent_decoders_have_latent_weights_too():
     assert not torch.equal(*locs)
     assert pair.pair.decoder._flat_weights is weights
     assert torch.equal(locs[0][0], locs[0][1])  # one draw makes all data
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_prior_of_a_transposed_convolution_goes_by_what_reaches_a_pixel(groups):
+    """Of a pixel away from the border, over all places within a stride: the mean of squares."""
+    layer = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=groups)
+    pair = Known()
+    pair.decoder = layer
+    scale = pv.BayesianDecoder(pair)._prior_scale("weight")
+    nn.init.constant_(layer.weight, scale)
+    nn.init.zeros_(layer.bias)
+    with torch.no_grad():  # independent weights of this size: variances add up
+        layer.weight.square_()
+        variance = layer(torch.ones(1, 4, 8, 8))[0, 0, 2:-2, 2:-2].mean()
+    assert variance.item() == pytest.approx(1.0, rel=1e-5)

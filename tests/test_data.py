@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pairs import make
 from PIL import Image
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
@@ -784,3 +785,33 @@ def test_fit_gives_the_callers_generator_back(wrap):
     pair, before = small(), torch.get_rng_state()
     pv.fit(pair, wrap(table(8) > 0), epochs=1, batch_size=4, progress=False)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_data_that_a_pair_does_not_take_are_told_in_one_line():
+    pair = make("plain")
+    for call in (pv.evaluate, pv.log_likelihood, pv.gaps, pv.anneal, pv.predictive_check):
+        with pytest.raises(
+            UsageError, match="PlainAttributes fails on a batch of shapes .5, 7.: RuntimeError"
+        ) as e:
+            call(pair, torch.ones(5, 7))
+        assert "\n" not in str(e.value)
+
+
+def test_a_guide_outside_the_support_is_named():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def model(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                tau = pyro.sample("tau", dist.HalfNormal(x.new_ones(len(x))))
+                pyro.sample("x", dist.Normal(tau[..., None], 1.0).to_event(1), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("tau", dist.Normal(x.new_zeros(len(x)), self.scale))
+
+    with pytest.raises(UsageError, match=r"site 'tau' cannot be scored: .*HalfNormal") as e:
+        pv.log_likelihood(Half(), torch.ones(9, 2), num_samples=30)
+    assert "\n" not in str(e.value)

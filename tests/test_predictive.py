@@ -236,3 +236,31 @@ def test_misuse_is_told_in_one_line():
     found = pv.predictive_check(pair, x, **QUIET)
     with pytest.raises(pv.UsageError, match="no statistic is called 'mode'"):
         found.worst("mode")
+
+
+class Shared(nn.Module):
+    """One latent of all data, its guide its posterior under no data: replicates differ by it."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise = nn.Parameter(torch.tensor(0.1))
+
+    def model(self, x):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 0.01).to_event(1))
+            pyro.sample("x", dist.Normal(w + z, self.noise).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.new_zeros(1), 0.01).to_event(1))
+
+
+def test_each_replicate_of_all_data_has_its_own_draw_of_what_they_share():
+    found = pv.predictive_check(Shared(), torch.full((5, 1), 0.3), num_replicates=400, **QUIET)
+    mean = found.names.index("mean")
+    deviation = found.whole[:, mean].std()
+    assert found.replicated_deviation[:, mean].tolist() == pytest.approx([1.0] * 5, rel=0.15)
+    assert deviation.item() == pytest.approx(1.0, rel=0.15)  # one draw for all data of a replicate
+    assert found.whole_p_values["mean"] == pytest.approx(0.382, abs=0.1)  # P(N(0, 1) > 0.3)

@@ -15,6 +15,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import diagnostic_plots
+from pyro_vae.importance import _shapes, relative_error
 from pyro_vae.pareto import Greatest, pareto_shape, tail_length, threshold
 from pyro_vae.rng import seeded
 
@@ -246,3 +247,20 @@ def test_the_figure_shows_the_worst(shape):
     titles = [axis.get_title() for axis in figure.axes]
     assert "of 12 data over 0.41" in titles[0]
     assert [title.split("\n")[0][:4] for title in titles[1:]] == ["row "] * 4
+
+
+def test_the_error_of_few_samples_is_that_of_a_sample():
+    """sd / (mean sqrt K) with K - 1 in the variance: its square is not too small for K = 2."""
+    weights = torch.tensor([[0.2, 1.0], [0.7, 3.0], [0.6, 5.0]], dtype=torch.float64)
+    ratio = weights.square().sum(0) / weights.sum(0).square()
+    wanted = weights.std(0) / weights.mean(0) / 3**0.5
+    torch.testing.assert_close(relative_error(ratio, 3), wanted)
+    assert relative_error(ratio, 1).isnan().all()
+
+
+def test_equal_greatest_weights_above_others_are_not_constant():
+    """What the shape is 0 for is a guide that is exact; a tail of ties has none."""
+    greatest = torch.zeros(2, 9, dtype=torch.float64)
+    least = torch.tensor([0.0, -2.0], dtype=torch.float64)
+    found = _shapes(greatest, least, torch.finfo(torch.float64).eps)
+    assert found.tolist() == [0.0, inf]
