@@ -238,7 +238,7 @@ def nuts(
 
 
 def rank_r_hat(draws: Tensor) -> Tensor:
-    """The R-hat of Vehtari et al., 2021, in location or in spread, of draws (chains, draws, ...)."""
+    """The R-hat of Vehtari et al., 2021, of location or spread, of draws (chains, draws, ...)."""
     apart = (draws - draws.flatten(0, 1).quantile(0.5, 0)).abs()
     by_rank = [split_gelman_rubin(_normal_scores(part), 0, 1) for part in (draws, apart)]
     return torch.maximum(*by_rank)

@@ -790,9 +790,7 @@ def test_fit_gives_the_callers_generator_back(wrap):
 def test_data_that_a_pair_does_not_take_are_told_in_one_line():
     pair = make("plain")
     for call in (pv.evaluate, pv.log_likelihood, pv.gaps, pv.anneal, pv.predictive_check):
-        with pytest.raises(
-            UsageError, match="PlainAttributes fails on a batch of shapes .5, 7.: RuntimeError"
-        ) as e:
+        with pytest.raises(UsageError, match=r"fails on a batch of shapes \(5, 7\): Runtime") as e:
             call(pair, torch.ones(5, 7))
         assert "\n" not in str(e.value)
 
