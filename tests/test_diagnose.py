@@ -371,7 +371,7 @@ def test_the_command(digits, capsys):
     main(["evaluate", str(digits), "--num-samples", "2"])
     assert json.loads((digits / "metrics.json").read_bytes())["diagnostics"] == found
     main(["report", str(digits)])
-    assert "Can be trusted" in (digits / "report.html").read_text()
+    assert "Cannot be trusted" in (digits / "report.html").read_text()
 
 
 def test_the_command_on_a_pair_of_ones_own_and_other_data(tmp_path, monkeypatch):
