@@ -1,0 +1,160 @@
+"""What the diagnostics say of a VAE on MNIST, and what a flow posterior changes.
+
+    python benchmarks/published.py --data-dir DIR vae-standard     # the pair, for hours
+    python benchmarks/diagnostics.py --data-dir DIR [--run runs/published/vae-standard]
+
+The pair is fixed; its guide is the trained, diagonal one, then a full-rank normal and an inverse
+autoregressive flow, which start as that guide and are fitted to the same decoder. Of each:
+importance weights of test images, the gaps, calibration on simulated data. Of the trained one also
+NUTS; and log p(x) by annealing, of test images, and from both sides, of simulated ones.
+
+Each stage writes a file into the folder and is not run again where that is there. The table is
+printed from these; pictures go to --figures.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import diagnostic_plots, plots
+from pyro_vae.datasets import Data
+from pyro_vae.rng import seeded
+
+IMAGES = {"weights": 1000, "gaps": 200, "sandwich": 50, "nuts": 2}
+SAMPLES = 5000
+CHAINS, TEMPERATURES = 16, 300
+EPOCHS = 15
+
+
+def refitted(pair: pv.VAE, posterior: pv.Family, data: Data, run: Path) -> nn.Module:
+    """The pair with a richer posterior, which starts as the diagonal one that it has."""
+    network = copy.deepcopy(pair.encoder.network)
+    last = network.layers[-1]
+    shape = (last.out_features // 2,)
+    wider = nn.Linear(last.in_features, posterior.outputs(shape))
+    nn.init.zeros_(wider.weight)
+    nn.init.zeros_(wider.bias)
+    with torch.no_grad():
+        wider.weight[: last.out_features] = last.weight
+        wider.bias[: last.out_features] = last.bias
+    network.layers[-1], network.outputs = wider, wider.out_features
+    return pv.refit_guide(
+        pair,
+        pv.Factor(network, posterior, shape),
+        data.train.x,
+        validation=data.validation.x,
+        epochs=EPOCHS,
+        batch_size=100,
+        learning_rate=3e-4,
+        learning_rate_schedule=pv.Cosine(EPOCHS),
+        precision="bfloat16",
+        out=run,
+        resume=run.exists(),
+    )
+
+
+def flow() -> pv.FlowPosterior:
+    with seeded(0):
+        return pv.FlowPosterior(40, hidden=(320,), context_dim=64)
+
+
+def measured(path: Path, found: Callable[[], tuple[dict[str, Any], Any]], figures: Path) -> Any:
+    """What a stage found, from its file or by running it; its picture beside."""
+    if not path.exists():
+        began = time.perf_counter()
+        numbers, picture = found()
+        numbers["seconds"] = time.perf_counter() - began
+        if picture is not None:
+            figures.mkdir(parents=True, exist_ok=True)
+            (figures / f"mnist-{path.stem}.png").write_bytes(plots.png(picture))
+        path.write_text(json.dumps(numbers, indent=2) + "\n")
+    return json.loads(path.read_text())
+
+
+def weights(pair: nn.Module, x: torch.Tensor) -> tuple[dict[str, Any], Any]:
+    result = pv.log_likelihood(pair, x, num_samples=SAMPLES, progress=True)
+    print(result)
+    return result.as_dict(), diagnostic_plots.reliability(result, x)
+
+
+def annealed(pair: nn.Module, x: torch.Tensor, path: Path) -> Any:
+    """log p(x) by annealing from the trained guide, which serves all guides: the model is one."""
+    if not path.exists():
+        found = pv.anneal(pair, x, num_chains=CHAINS, num_temperatures=TEMPERATURES)
+        weighed = pv.log_likelihood(pair, x, num_samples=SAMPLES)
+        print(found, f"by importance weights {weighed.value:.3f}", sep="\n")
+        torch.save(found.per_datum, path)
+        torch.save(found.standard_errors, path.with_suffix(".errors.pt"))
+    errors = torch.load(path.with_suffix(".errors.pt"), weights_only=True)
+    return SimpleNamespace(per_datum=torch.load(path, weights_only=True), standard_errors=errors)
+
+
+def gaps(pair: nn.Module, x: torch.Tensor, best: Any) -> tuple[dict[str, Any], Any]:
+    result = pv.gaps(pair, x, num_samples=1000, log_likelihood=best)
+    print(result)
+    return result.as_dict(), diagnostic_plots.gap_bars(result)
+
+
+def calibration(pair: nn.Module) -> tuple[dict[str, Any], Any]:
+    result = pv.calibration(pair)
+    print(result)
+    coverage = result.coverage[:-2].mean(0).tolist()  # of units, not of the densities
+    more = {"mean_coverage_of_units": coverage}
+    return result.as_dict() | more, diagnostic_plots.calibration_bands(result)
+
+
+def sandwich(pair: nn.Module) -> tuple[dict[str, Any], Any]:
+    result = pv.sandwich(pair, IMAGES["sandwich"], num_chains=CHAINS, num_temperatures=TEMPERATURES)
+    print(result)
+    return result.as_dict(), None
+
+
+def nuts(pair: nn.Module, x: torch.Tensor) -> tuple[dict[str, Any], Any]:
+    result = pv.nuts(pair, x)
+    print(result)
+    return result.as_dict(), diagnostic_plots.posteriors(result)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--run", type=Path, default=Path("runs/published/vae-standard"))
+    parser.add_argument("--out", type=Path, default=Path("runs/diagnostics"))
+    parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    data, pair = pv.load_data("mnist", options.data_dir), pv.load(options.run)
+    x = data.test.x
+    families = {"full-rank": pv.FullRankNormal, "flow": flow}
+    pairs: dict[str, Callable[[], nn.Module]] = {"diagonal": lambda: pair} | {
+        name: lambda name=name, make=make: refitted(pair, make(), data, options.out / name)
+        for name, make in families.items()
+    }
+    few = x[: IMAGES["gaps"]]
+    best = annealed(pair, few, options.out / "annealed.pt")
+    for name, make in pairs.items():
+        guided = make()
+        for stage, found in {
+            "weights": lambda p: weights(p, x[: IMAGES["weights"]]),
+            "gaps": lambda p: gaps(p, few, best),
+            "calibration": calibration,
+        }.items():
+            path = options.out / f"{stage}-{name}.json"
+            print(path.stem, measured(path, lambda f=found, p=guided: f(p), options.figures))
+    once = {"sandwich": sandwich, "nuts": lambda p: nuts(p, x[: IMAGES["nuts"]])}
+    for stage, found in once.items():
+        path = options.out / f"{stage}.json"
+        print(path.stem, measured(path, lambda f=found: f(pair), options.figures))
+
+
+if __name__ == "__main__":
+    main()
