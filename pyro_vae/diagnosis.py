@@ -96,7 +96,8 @@ class Diagnosis:
             lines += ["", f"{name} ({self.seconds[name]:.0f} s)", str(result)]
             lines += [f"note: {note}" for note in self.notes.get(name, [])]
         for title, reasons in REASONS.items():
-            lines += [f"\n{name} {title}: {why}" for name, why in getattr(self, reasons).items()]
+            told = [f"{name} {title}: {why}" for name, why in getattr(self, reasons).items()]
+            lines += ["", *told] if told else []
         return "\n".join(lines)
 
 
