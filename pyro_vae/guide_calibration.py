@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyro_vae import enumeration
 from pyro_vae.errors import UsageError
-from pyro_vae.importance import CELLS, _local_total, _total, structure
+from pyro_vae.importance import CELLS, log_density, structure
 from pyro_vae.joint import simulate
 from pyro_vae.pairs import (
     Batch,
@@ -355,7 +355,7 @@ def _density(trace: Trace, drawn: bool) -> Tensor:
     if enumeration.enumerated(trace):
         found = enumeration.evidence(trace, Trace())
     else:
-        found = _local_total(trace) if drawn else _total(trace)
+        found = log_density(trace, drawn)
     return found if drawn else found[None]
 
 

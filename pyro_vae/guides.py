@@ -205,9 +205,10 @@ class _Ascent:
                 try:
                     svi.step(*batch)
                 except FloatingPointError as error:
+                    hint = "a smaller learning_rate may help"
                     raise UsageError(
-                        f"the gradient is not finite at step {step + 1} of the refinement: a "
-                        "smaller learning_rate may help"
+                        f"the gradient is not finite at step {step + 1} of the refinement: "
+                        + (hint if step else "the ELBO of some datum has none under the guide")
                     ) from error
                 done()
         own = zip(pair.places, pair.offsets, strict=True)

@@ -295,7 +295,7 @@ def _weights(model: poutine.Trace, guide: poutine.Trace, nesting: int) -> Tensor
             raise ValueError(f"site '{name}' does not take a plate of samples")
     if summed:
         return enumeration.evidence(model, guide)
-    return _local_total(model) - _local_total(guide)
+    return log_density(model, True) - log_density(guide, True)
 
 
 def _local(trace: poutine.Trace) -> dict[str, Site]:
@@ -303,9 +303,12 @@ def _local(trace: poutine.Trace) -> dict[str, Site]:
     return {name: site for name, site in latents(trace).items() if is_local(site)}
 
 
-def _local_total(trace: poutine.Trace) -> Tensor:
+def log_density(trace: poutine.Trace, particles: bool) -> Tensor:
+    """All latent and observed sites of a trace, summed for each datum: of shape (particles, n) or
+    (n,)."""
     sites = (_local(trace) | observed(trace)).values()
-    return sum((by_datum(log_prob(site), particles=True) for site in sites), torch.zeros(()))
+    terms = (by_datum(log_prob(site), particles=particles) for site in sites)
+    return sum(terms, torch.zeros(()))
 
 
 def structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
@@ -357,7 +360,7 @@ def _alone(
     model, guide = enumeration.traces(pair, batch, nesting, Given(draw or {}))
     if enumeration.enumerated(model):
         return enumeration.evidence(model, guide)
-    return _total(model) - _total(guide)
+    return log_density(model, False) - log_density(guide, False)
 
 
 def _sums(
@@ -438,8 +441,3 @@ def _shapes(greatest: Tensor, least: Tensor, rounding: float) -> Tensor:
     spread, size = greatest[:, 0] - least, greatest[:, 0].abs().clamp(min=1)
     constant = torch.isfinite(size) & (spread <= 100 * rounding * size)
     return torch.where(constant, 0.0, shape_of_greatest(greatest))
-
-
-def _total(trace: poutine.Trace) -> Tensor:
-    sites = (_local(trace) | observed(trace)).values()
-    return sum((by_datum(log_prob(site), particles=False) for site in sites), torch.zeros(()))

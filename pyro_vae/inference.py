@@ -80,7 +80,7 @@ def sample(
     with using(pair, seed):
         for part in _chunks(batch, size):
             own = _global_values(pair, part, False, shared)
-            parts.append(_generate(pair, part, own, means, site))
+            parts.append(generate(pair, part, own, means, site))
     return torch.cat(parts)
 
 
@@ -187,7 +187,7 @@ def decode(
     shared = global_latents(pair, batch)
     with using(pair, seed):
         own = _global_values(pair, batch, means, shared)
-        return _generate(pair, batch, own | dict(values), means, site)
+        return generate(pair, batch, own | dict(values), means, site)
 
 
 def reconstruct(
@@ -213,7 +213,7 @@ def reconstruct(
     parts = []
     with using(pair, seed):
         for batch in _prepared(pair, x, context, binarize):
-            parts.append(_generate(pair, batch, _latent_values(pair, batch, means), means, site))
+            parts.append(generate(pair, batch, latent_values(pair, batch, means), means, site))
     return torch.cat(parts)
 
 
@@ -248,7 +248,7 @@ def interpolate(
     with using(pair, seed):
         (batch,) = _prepared(pair, start, context, binarize, at_once=True)
         (other,) = _prepared(pair, end, context, binarize, at_once=True)
-        first, last = (_latent_values(pair, part, True) for part in (batch, other))
+        first, last = (latent_values(pair, part, True) for part in (batch, other))
         shared = global_latents(pair, batch)
         frames = []
         for t in torch.linspace(0, 1, steps).tolist():
@@ -258,7 +258,7 @@ def interpolate(
                 else (a if t < 0.5 else last[name])
                 for name, a in first.items()
             }
-            frames.append(_generate(pair, batch, values, True, site))
+            frames.append(generate(pair, batch, values, True, site))
     return torch.stack(frames, 1)
 
 
@@ -294,7 +294,7 @@ def traverse(
         if len(batch[0]) != 1:
             raise UsageError(f"traverse starts from one datum, {len(batch[0])} came")
         shared = global_latents(pair, batch)
-        given = _latent_values(pair, batch, True)
+        given = latent_values(pair, batch, True)
         codes = {name: value for name, value in given.items() if name not in shared}
         real = [name for name, code in codes.items() if code.is_floating_point()]
         chosen = latent or (real or list(codes))[0]
@@ -313,11 +313,11 @@ def traverse(
         wide[chosen] = moved.reshape(n, *codes[chosen].shape[1:])
         wide |= {name: given[name] for name in shared}
         repeated = tuple(tensor.expand(n, *tensor.shape[1:]) for tensor in batch)
-        images = _generate(pair, repeated, wide, True, site)
+        images = generate(pair, repeated, wide, True, site)
     return images.reshape(len(units), len(values), *images.shape[1:])
 
 
-def _generate(
+def generate(
     pair: nn.Module, batch: Batch, values: Mapping[str, Tensor], means: bool, site: str | None
 ) -> Tensor:
     """The mean or a draw of the data, with latents given or drawn."""
@@ -352,7 +352,7 @@ def _without(pair: nn.Module, site: str | None, names: Sequence[str]) -> str:
     return f"predict needs a discrete latent of {kind}, '{site}' came; {nearest(str(site), names)}"
 
 
-def _latent_values(pair: nn.Module, batch: Batch, means: bool) -> dict[str, Tensor]:
+def latent_values(pair: nn.Module, batch: Batch, means: bool) -> dict[str, Tensor]:
     guide = _guide(pair, batch, means)
     values = {name: site["value"] for name, site in latents(guide).items()}
     return values | _summed(pair, batch, guide, means)

@@ -12,7 +12,7 @@ from pyro_vae.data import Rows, held_rows
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.guides import refine
 from pyro_vae.importance import LogLikelihood, log_likelihood
-from pyro_vae.inference import CHUNK, _generate, _latent_values
+from pyro_vae.inference import CHUNK, generate, latent_values
 from pyro_vae.pairs import Batch, global_latents, using
 from pyro_vae.progress import bar
 
@@ -193,7 +193,7 @@ def _replicated(
     for start in range(0, number, together):
         times = min(together, number - start)
         wide = tuple(tensor.repeat(times, *[1] * (tensor.dim() - 1)) for tensor in batch)
-        made = _generate(pair, wide, _latent_values(pair, wide, False), False, None)
+        made = generate(pair, wide, latent_values(pair, wide, False), False, None)
         if made.numel() != wide[0].numel():
             raise UsageError(
                 f"the model draws data of shape {tuple(made.shape[1:])} for x of shape "
