@@ -124,7 +124,7 @@ def to_arviz(
 def _shared(pair: nn.Module, few: Batch, number: int, seed: int) -> dict[str, Tensor]:
     """So many draws of the guide for each latent that all data share."""
     names = global_latents(pair, few)
-    with using(pair, seed):
+    with using(pair, seed + 1):  # not the draws of the latents that they are joined with
         drawn = [latents(trace_guide(pair, few)) for _ in range(number if names else 0)]
     return {name: torch.stack([sites[name]["value"] for sites in drawn]) for name in names}
 
@@ -189,7 +189,7 @@ def _data(pair: nn.Module, batch: Batch) -> Groups:
     }
 
 
-def _data_first(site: Site, like: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+def _data_first(site: Site, like: tuple[int, ...] = ()) -> Tensor:
     """A site's values (values of enumerated sites, data, plates within a datum, event)."""
     value, events = site["value"], site["fn"].event_dim
     shape, event = value.shape[: value.dim() - events], value.shape[value.dim() - events :]

@@ -255,7 +255,9 @@ class _Placed(Messenger):
 
     def __init__(self, free: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.free, self.values, self.log_dets = free, {}, {}  # type: ignore[var-annotated]
+        self.free = free
+        self.values: dict[str, Tensor] = {}
+        self.log_dets: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.free:

@@ -289,8 +289,8 @@ def outlier_scores(
     pair: nn.Module,
     x: Rows,
     *context: Any,
-    reference: Sequence[Any] | None = None,
-    other: Sequence[Any] | None = None,
+    reference: Tensor | Sequence[Any] | None = None,
+    other: Tensor | Sequence[Any] | None = None,
     regret: bool = True,
     num_samples: int = 500,
     steps: int = 300,
@@ -311,10 +311,10 @@ def outlier_scores(
     Arguments:
         pair: any pair.
         x, context: data to score, as `pyro_vae.log_likelihood` takes them.
-        reference: a tuple of x and context, of which typical data are taken: held-out data of the
-            kind that the pair was fitted to, never those that it was fitted to. x itself by
+        reference: x, or a tuple of x and context, of which typical data are taken: held-out data of
+            the kind that the pair was fitted to, never those that it was fitted to. x itself by
             default, which says how unlike the rest a datum is.
-        other: a tuple of x and context known not to belong, for the AUROC of each score.
+        other: the same of data known not to belong, for the AUROC of each score.
         regret: compute likelihood regret, much the longest.
         num_samples: importance samples for each datum.
         steps: of the refinement. seed, engine, progress: as in `pyro_vae.refine`.
@@ -334,7 +334,10 @@ def outlier_scores(
     options: dict[str, Any] = {"num_samples": num_samples, "binarize": binarize}
     options |= {"seed": seed, "engine": engine, "progress": progress}
 
-    def measured(rows: Sequence[Any], refined: bool) -> tuple[LogLikelihood, Tensor | None]:
+    def measured(
+        given: Tensor | Sequence[Any], refined: bool
+    ) -> tuple[LogLikelihood, Tensor | None]:
+        rows = (given,) if isinstance(given, Tensor) else given
         if not refined:
             return log_likelihood(pair, *rows, **options), None
         found = refine(pair, *rows, steps=steps, **options)

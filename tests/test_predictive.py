@@ -264,3 +264,11 @@ def test_each_replicate_of_all_data_has_its_own_draw_of_what_they_share():
     assert found.replicated_deviation[:, mean].tolist() == pytest.approx([1.0] * 5, rel=0.15)
     assert deviation.item() == pytest.approx(1.0, rel=0.15)  # one draw for all data of a replicate
     assert found.whole_p_values["mean"] == pytest.approx(0.382, abs=0.1)  # P(N(0, 1) > 0.3)
+
+
+def test_other_data_may_come_as_a_tensor():
+    pair = linear_gaussian()
+    x, other = data(pair, 20), data(pair, 30) + 3
+    settings = {"regret": False, "num_samples": 30, "seed": 4, **QUIET}
+    one = pv.outlier_scores(pair, x, other=other, reference=x, **settings)
+    assert one.auroc == pv.outlier_scores(pair, x, other=(other,), **settings).auroc
