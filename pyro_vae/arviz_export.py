@@ -10,13 +10,13 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from pyro.poutine import condition, uncondition
+from pyro.poutine import Trace, condition, uncondition
 from torch import Tensor, nn
 
 from pyro_vae import enumeration
 from pyro_vae.data import Rows, held_rows
 from pyro_vae.errors import UsageError
-from pyro_vae.importance import structure
+from pyro_vae.importance import log_density, structure
 from pyro_vae.pairs import (
     Batch,
     Given,
@@ -82,8 +82,8 @@ def to_arviz(
     - ``posterior``: latent sites, of dimensions (chain, draw, data, ...), also those summed out;
       (chain, draw, ...) those that all data share;
     - ``posterior_predictive``: observed sites, likewise, and the statistics;
-    - ``log_likelihood``: under the name of the data's site, of dimensions (chain, draw, data), in
-      nats;
+    - ``log_likelihood``: of dimensions (chain, draw, data), in nats; under the name of the
+      observed site, or under "joint" for several sites together;
     - ``observed_data``: what the pair observes, and the statistics; ``constant_data``: the context.
 
     Raises `UsageError` where ArviZ is missing, and where a weight is infinite or all weights of a
@@ -116,8 +116,11 @@ def to_arviz(
                 shown.update(size * len(batch[0]))
             parts.append(_joined(draws, 0) | _data(pair, batch))
     groups = _joined(parts, 1)
-    for group in ("posterior_predictive", "observed_data"):
-        groups[group] |= _statistics(statistics or {}, groups[group])
+    if statistics:
+        with using(pair, seed):
+            site = data_site(trace_model(pair, few, trace_guide(pair, few)))["name"]
+        for group in ("posterior_predictive", "observed_data"):
+            groups[group] |= _statistics(statistics, groups[group], site)
     return _converted(arviz, groups, shared)
 
 
@@ -143,7 +146,12 @@ def _draws(
     # Rows are repeated, not put into a plate of samples, which not every pair takes.
     repeated = tuple(tensor.repeat(size * particles, *[1] * (tensor.dim() - 1)) for tensor in batch)
     model, guide = enumeration.traces(pair, repeated, nesting, around)
-    ratio = enumeration.log_ratio(model, guide)
+    summed = enumeration.enumerated(model) or enumeration.enumerated(guide)
+    ratio = (
+        enumeration.log_ratio(model, guide)
+        if summed
+        else log_density(model, False) - log_density(guide, False)
+    )
     weights = ratio.reshape(-1, particles, size, n).double().flatten(0, 1)
     estimates = weights.logsumexp(0) - log(particles)
     if not bool(estimates.isfinite().all()):
@@ -176,8 +184,14 @@ def _draws(
             for name, site in drawn.items()
             if name not in posterior
         },
-        "log_likelihood": {data_site(model)["name"]: estimates},
+        "log_likelihood": {_name_of_all(model): estimates},
     }
+
+
+def _name_of_all(model: Trace) -> str:
+    """The name of log p(x): that of the observed site, or "joint" for several together."""
+    names = list(observed(model))
+    return names[0] if len(names) == 1 else "joint"
 
 
 def _data(pair: nn.Module, batch: Batch) -> Groups:
@@ -215,9 +229,9 @@ def _joined(parts: Sequence[Groups], dim: int) -> Groups:
     }
 
 
-def _statistics(statistics: Statistics, sites: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Statistics (draws, data) of the first observed site (draws, data, ...)."""
-    data = next(iter(sites.values()))
+def _statistics(statistics: Statistics, sites: dict[str, Tensor], site: str) -> dict[str, Tensor]:
+    """Statistics (draws, data) of an observed site (draws, data, ...)."""
+    data = sites[site]
     found = {name: function(data.flatten(0, 1)) for name, function in statistics.items()}
     for name, value in found.items():
         if value.shape != (data.shape[:2].numel(),):

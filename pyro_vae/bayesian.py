@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from pyro_vae import enumeration
 from pyro_vae.data import Rows, held_rows
 from pyro_vae.errors import UsageError
-from pyro_vae.inference import observation
+from pyro_vae.inference import latent_values, observation
 from pyro_vae.pairs import (
     Batch,
     Pair,
+    data_first,
     global_latents,
     is_category,
-    latents,
     mean,
-    trace_guide,
     using,
 )
 from pyro_vae.progress import bar
@@ -301,16 +300,14 @@ def _moments(
     """For one draw of the latents that all data share: mean and variance over draws of each
     datum's own of what is predicted, and the mean of its variance given them."""
     repeated = tuple(part.repeat(num_samples, *[1] * (part.dim() - 1)) for part in batch)
-    guide = trace_guide(pair, repeated)
-    values = {name: drawn["value"] for name, drawn in latents(guide).items()}
-    if summed:
-        values |= enumeration.summed_values(pair, repeated, guide, 1, draw=True)
-    found = observation(pair, repeated, values, site)
+    found = observation(pair, repeated, latent_values(pair, repeated, False), site)
     fn = found["fn"]
     if is_category(fn):
         raise UsageError(f"site '{found['name']}' is of names, which have no variance")
-    shape = (num_samples, len(batch[0]), *fn.event_shape)
-    means, noise = mean(fn).reshape(shape), _variance(fn).reshape(shape)
+    means, noise = (
+        data_first(moment, found).unflatten(0, (num_samples, len(batch[0])))
+        for moment in (mean(fn), _variance(fn))
+    )
     return means.mean(0), means.var(0), noise.mean(0)
 
 

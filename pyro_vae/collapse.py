@@ -84,6 +84,5 @@ def units(pair: nn.Module, batch: Batch) -> dict[str, int]:
     few = tuple(tensor[:2] for tensor in batch)
     with using(pair, seed=0):
         sites = latents(trace_model(pair, few, trace_guide(pair, few)))
-    return {
-        name: site["value"].numel() // len(few[0]) for name, site in sites.items() if is_local(site)
-    }
+        own = {name: site["value"] for name, site in sites.items() if is_local(site)}
+    return {name: value.numel() // len(few[0]) for name, value in own.items()}

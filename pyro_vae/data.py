@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import (
     Batch,
-    data_site,
     missing_context,
     placement,
     trace_guide,
     trace_model,
     using,
+    x_site,
 )
 from pyro_vae.rng import seeded
 
@@ -184,7 +184,9 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     plain = Preparation(*placement(pair))
     with using(pair, seed=0), pyro.validation_enabled(False):
         batch = plain(rows.first(16))
-        site = data_site(_run(pair, batch))
+        site = x_site(_run(pair, batch))
+    if site is None:
+        return plain
     value = site["value"]
     if value.numel() != batch[0].numel() or not torch.equal(value.flatten(), batch[0].flatten()):
         return plain  # the pair makes its own observation of x

@@ -354,7 +354,7 @@ def _layout(model: Trace, guide: Trace) -> tuple[list[int], dict[str, int]]:
 
 def _placed(site: Site) -> bool:
     """Whether a site of a plain trace is in the data plate alone."""
-    return [frame.dim for frame in site["cond_indep_stack"] if frame.vectorized] == [-1]
+    return is_local(site) and len(_plates([site])) == 1
 
 
 def _plates(sites: Iterable[Site]) -> set[int]:

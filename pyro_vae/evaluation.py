@@ -18,11 +18,11 @@ from pyro_vae.inference import DRAWS
 from pyro_vae.objectives import KLWeight, Parts, elbo, recorded
 from pyro_vae.pairs import (
     Pair,
-    data_site,
     is_category,
     is_local,
     latents,
     mean,
+    observed,
     same_order,
     sample_sites,
     site_kl,
@@ -257,9 +257,9 @@ def _units(
                 for found, value in ((codes, loc), (moves, loc - centre)):
                     value = terms.units(value, right)
                     found.setdefault(name, []).append(value.reshape(n, -1).cpu())
-            data = data_site(model)
-            discrete = data["fn"].support.is_discrete
-            dims += elements(data["fn"], data["value"]).sum().item()
+            data = list(observed(model).values())
+            discrete = all(site["fn"].support.is_discrete for site in data)
+            dims += sum(elements(site["fn"], site["value"]).sum().item() for site in data)
             count += n
     return (
         {name: total / count for name, total in kl.items()},

@@ -335,22 +335,26 @@ def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
         model, guide = _sampled(pair, batch, 3, nesting)
         together = _weights(model, guide, nesting)
         drawn = {
-            name: (site["value"], -1 - nesting - site["fn"].event_dim, site)
+            name: (site["value"], -1 - nesting - site["fn"].event_dim, _right(site, nesting))
             for name, site in latents(guide).items()
             if name not in enumeration.enumerated(guide)
         }
         for k in range(3):
             draw = {
-                name: value.select(dim, k)
-                if is_local(site)
-                else value.select(dim, k).reshape(site["fn"].event_shape)
-                for name, (value, dim, site) in drawn.items()
+                name: value.select(dim, k).reshape(value.shape[value.dim() - right :])
+                for name, (value, dim, right) in drawn.items()
             }
             if not torch.allclose(together[k], _alone(pair, batch, nesting, draw), 1e-3, 1e-3):
                 return False
     except (RuntimeError, ValueError, LookupError, AssertionError):
         return False
     return together.shape == (3, len(batch[0]))
+
+
+def _right(site: Site, nesting: int) -> int:
+    """How many dimensions a site has on its own, right of a plate of samples."""
+    inner = [-f.dim for f in site["cond_indep_stack"] if f.vectorized and -f.dim <= nesting]
+    return max(inner, default=0) + site["fn"].event_dim
 
 
 def _alone(

@@ -17,10 +17,13 @@ from pyro_vae.data import Rows, held_out, preparation, source
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.pairs import (
     Batch,
+    DataFirst,
     Means,
     Pair,
     Site,
+    data_first,
     data_site,
+    find_places,
     global_latents,
     is_category,
     is_local,
@@ -114,7 +117,7 @@ def encode(
             for name, site in latents(guide).items():
                 value = _scale(site["fn"]) if what == "scale" else site["value"]
                 if is_local(site) and value is not None:
-                    found.setdefault(name, []).append(value)
+                    found.setdefault(name, []).append(data_first(value, site))
             if what != "scale":
                 for name, value in _summed(pair, batch, guide, what == "mean").items():
                     found.setdefault(name, []).append(value)
@@ -322,22 +325,19 @@ def generate(
 ) -> Tensor:
     """The mean or a draw of the data, with latents given or drawn."""
     found = observation(pair, batch, values, site)
-    return mean(found["fn"]) if means else found["value"]
+    return data_first(mean(found["fn"]) if means else found["value"], found)
 
 
 def observation(
     pair: nn.Module, batch: Batch, values: Mapping[str, Tensor], site: str | None = None
 ) -> Site:
-    """The data site of the unconditioned model, with latents given or drawn."""
-    program: Any = poutine.uncondition(cast(Pair, pair).model)
-    if values:
-        program = poutine.condition(program, data=dict(values))
-    traced = trace(program, batch)
+    """The data site of the unconditioned model, with latents given (data first) or drawn."""
+    find_places(pair, batch)
+    with DataFirst(dict(values)):
+        traced = trace(poutine.uncondition(cast(Pair, pair).model), batch)
     for name in values:
         if name not in traced.nodes:
             raise UsageError(f"the model has no site '{name}'")
-        # A latent that was given is no datum.
-        traced.nodes[name]["is_observed"] = False
     return data_site(traced, site)
 
 
@@ -353,8 +353,12 @@ def _without(pair: nn.Module, site: str | None, names: Sequence[str]) -> str:
 
 
 def latent_values(pair: nn.Module, batch: Batch, means: bool) -> dict[str, Tensor]:
+    """The guide's means or draws, (n, ...) for local latents."""
     guide = _guide(pair, batch, means)
-    values = {name: site["value"] for name, site in latents(guide).items()}
+    values = {
+        name: data_first(site["value"], site) if is_local(site) else site["value"]
+        for name, site in latents(guide).items()
+    }
     return values | _summed(pair, batch, guide, means)
 
 

@@ -21,7 +21,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
-from pyro_vae import enumeration
+from pyro_vae import enumeration, places
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.graphs import Named, traced
 from pyro_vae.importance import structure
@@ -31,7 +31,9 @@ from pyro_vae.pairs import (
     Pair,
     Site,
     by_datum,
+    data_first,
     data_site,
+    find_places,
     is_local,
     latents,
     log_prob,
@@ -364,14 +366,9 @@ def simulate(pair: nn.Module, number: int, context: Batch = ()) -> tuple[Batch, 
     observes what is no function of the batch, so that its draws cannot be put into one.
     """
     batch = template(pair, number, context)
+    find_places(pair, batch)
     drawn = trace(poutine.uncondition(cast(Pair, pair).model), batch)
-    x = data_site(drawn)["value"]
-    if x.numel() != batch[0].numel():
-        raise UsageError(
-            f"the data of the model, of shape {tuple(x.shape)}, are no x of shape "
-            f"{tuple(batch[0].shape)}"
-        )
-    batch = (x.reshape(batch[0].shape).to(batch[0].dtype), *batch[1:])
+    batch = tuple(_with_draws(list(batch), drawn))
     sites = latents(drawn)
     values = {
         name: site["value"]
@@ -387,3 +384,20 @@ def simulate(pair: nn.Module, number: int, context: Batch = ()) -> tuple[Batch, 
         if bool((differs & seen.reshape(seen.shape + (1,) * (differs.dim() - seen.dim()))).any()):
             raise UsageError(f"what the model draws at site '{name}' has no place in its batch")
     return batch, values
+
+
+def _with_draws(batch: list[Tensor], drawn: Trace) -> list[Tensor]:
+    """A batch that holds what was drawn at each site that observes one of its tensors."""
+    found, sites = places.known(), observed(drawn)
+    observes = {data_site(drawn)["name"]: 0} if found is None else found.observes
+    if 0 not in observes.values():
+        data_site(drawn)
+    for name, i in observes.items():
+        value = data_first(sites[name]["value"], sites[name])
+        if value.numel() != batch[i].numel():
+            raise UsageError(
+                f"the model draws data of shape {tuple(value.shape)} at site '{name}', and the "
+                f"batch has shape {tuple(batch[i].shape)} there: draws cannot be put into a batch"
+            )
+        batch[i] = value.reshape(batch[i].shape).to(batch[i].dtype)
+    return batch

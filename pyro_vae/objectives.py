@@ -27,6 +27,7 @@ from pyro_vae.pairs import (
     Batch,
     Site,
     by_datum,
+    data_plates,
     factorizes,
     is_auxiliary,
     is_local,
@@ -206,8 +207,9 @@ class ImportanceWeightedELBO(_PathELBO):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
+        plates = data_plates(model_trace, guide_trace)
         for name, site in (latents(guide_trace) | observed(model_trace)).items():
-            if not is_local(site):
+            if not is_local(site, plates):
                 raise UsageError(
                     f"site '{name}' is outside the data plate: the importance-weighted bound "
                     "would be one for the whole batch, not for each datum; use Trace_ELBO"
@@ -274,6 +276,7 @@ class FreeBitsELBO(_DifferentiableELBO):
         ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
         loss: Any = 0.0
         closed = same_order(model_trace, guide_trace)
+        plates = data_plates(model_trace, guide_trace)
         for site in _scored(model_trace):
             loss = loss - site["log_prob_sum"]
         _require_reparametrized(list(latents(guide_trace).values()), "free bits need")
@@ -281,7 +284,7 @@ class FreeBitsELBO(_DifferentiableELBO):
             if name not in model_trace.nodes:
                 raise UsageError(f"site '{name}' of the guide has no prior: use Trace_ELBO")
             kl = site_kl(sample_sites(model_trace)[name], site, closed)
-            if not is_local(site):
+            if not is_local(site, plates):
                 loss = loss + (kl * site["scale"]).sum()
                 continue
             batch = site["fn"].batch_shape
@@ -433,8 +436,9 @@ class EnumeratedELBO(TraceEnum_ELBO):
         return loss / self.num_particles
 
     def _require(self, model: Trace, guide: Trace) -> None:
+        plates = data_plates(model, guide)
         for name, site in observed(model).items():
-            if not is_local(site):
+            if not is_local(site, plates):
                 raise UsageError(
                     f"site '{name}' is outside the data plate: sums over discrete latents are "
                     "taken for each datum; use TraceEnum_ELBO"
@@ -503,9 +507,12 @@ class Parts:
                 _add(self.outside, name, inside.logical_not().sum())
             elif _validates(site["fn"]):
                 self.validated.add(name)
-        sites = latents(model_trace) | latents(guide_trace)
+        sites, plates = (
+            latents(model_trace) | latents(guide_trace),
+            data_plates(model_trace, guide_trace),
+        )
         for name, log_q in terms.posterior.items():
-            own = 1.0 if is_local(sites[name]) else self.global_share
+            own = 1.0 if is_local(sites[name], plates) else self.global_share
             if own == 0:
                 continue
             term = terms.mean(log_q).detach().sum()
@@ -624,7 +631,8 @@ def _one_factorized(model_trace: Trace, guide_trace: Trace) -> tuple[Site, Site]
             f"total correlation needs one latent site with a prior, {found} came; use Trace_ELBO"
         )
     site, prior = latents(guide_trace)[name], priors[name]
-    if not is_local(site) or len(site["fn"].batch_shape) > 1 or site["mask"] is not None:
+    inside = is_local(site, data_plates(model_trace, guide_trace))
+    if not inside or len(site["fn"].batch_shape) > 1 or site["mask"] is not None:
         raise UsageError(
             f"total correlation needs latent site '{name}' in the data plate alone, without a "
             "mask; use Trace_ELBO"

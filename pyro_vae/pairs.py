@@ -9,7 +9,7 @@ from then on ``pair.parameters()`` and ``pair.state_dict()`` hold everything tha
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Protocol, TypeAlias, cast
 
 import pyro
@@ -22,7 +22,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import constraints, kl_divergence
 
+from pyro_vae import places
 from pyro_vae.errors import UsageError, first_line
+from pyro_vae.places import is_local
 from pyro_vae.rng import seeded
 
 Batch: TypeAlias = tuple[Tensor, ...]
@@ -72,7 +74,11 @@ def scope(pair: nn.Module) -> Iterator[None]:
     frozen = _frozen(pair)
     states.append({"params": frozen, "constraints": dict.fromkeys(frozen, constraints.real)})
     state = {kind: _union(states, kind) for kind in ("params", "constraints")}
-    with pyro.get_param_store().scope(cast(Any, state)), warnings.catch_warnings():
+    with (
+        pyro.get_param_store().scope(cast(Any, state)),
+        places.in_use(pair),
+        warnings.catch_warnings(),
+    ):
         # What is frozen is frozen on purpose: a decoder, while another guide is fitted to it.
         warnings.filterwarnings("ignore", message=".* was not registered in the param store")
         yield
@@ -154,8 +160,21 @@ def evaluation_mode(pair: nn.Module) -> Iterator[None]:
 def using(pair: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Use a pair without training it: its own scope, evaluation mode, no gradients, a seed."""
     draws = nullcontext() if seed is None else seeded(seed)
-    with evaluation_mode(pair), scope(pair), torch.no_grad(), draws:
+    with evaluation_mode(pair), scope(pair), torch.no_grad(), draws, _AllRows():
         yield
+
+
+class _AllRows(poutine.messenger.Messenger):
+    """``plate("data", N, subsample_size=len(x))`` takes any number of rows, more than N too.
+
+    The rows that a tool gives are the subsample; which of the N data they are does not matter.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None and not msg["done"]:
+            size = msg["fn"].subsample_size
+            if size is not None and size > msg["fn"].size:
+                msg["value"], msg["done"] = torch.arange(size), True
 
 
 def trace(program: Callable[..., Any], batch: Sequence[Tensor]) -> Trace:
@@ -171,21 +190,85 @@ def trace(program: Callable[..., Any], batch: Sequence[Tensor]) -> Trace:
 
 def trace_guide(pair: nn.Module, batch: Sequence[Tensor]) -> Trace:
     """The trace of the guide on a batch."""
+    find_places(pair, batch)
     return trace(cast(Pair, pair).guide, batch)
 
 
 def trace_model(pair: nn.Module, batch: Sequence[Tensor], guide: Trace) -> Trace:
     """The trace of the model on a batch, replayed against a trace of the guide."""
+    find_places(pair, batch)
     return trace(poutine.replay(cast(Pair, pair).model, trace=guide), batch)
 
 
+def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
+    """Find the data plate of a pair and its site of x, by running it on two rows and on three.
+
+    A pair that cannot be run leaves them unknown; the run that follows says what is wrong.
+    """
+    if places.known(pair) is not None:
+        return
+    runs: list[tuple[Sequence[Tensor], Trace, Trace]] = []
+    for rows in (2, 3 if len(batch[0]) > 2 else 1):
+        few = [tensor[:rows] for tensor in batch]
+        with suppress(Exception), using(pair, seed=0), pyro.validation_enabled(False):
+            runs.append((few, *_run_once(pair, few)))
+    if not runs:
+        with suppress(Exception), using(pair, seed=0), pyro.validation_enabled(False):
+            runs.append((batch, *_run_once(pair, batch)))
+    if not runs:
+        return
+    few, model, guide = runs[0]
+    found = places.locate(observed(model), observed(runs[1][1]) if len(runs) > 1 else None, few)
+    if found is not None:
+        places.keep(pair, found._replace(plates=_with_guides(found.plates, model, guide)))
+
+
+def data_plates(model: Trace, guide: Trace) -> frozenset[str]:
+    """The names of the data plate: those of the pair in use, or else of the observed sites."""
+    if (found := places.known()) is not None:
+        return found.plates
+    plates = frozenset(f.name for site in observed(model).values() for f in _at_data(site))
+    return _with_guides(plates, model, guide)
+
+
+def _with_guides(plates: frozenset[str], model: Trace, guide: Trace) -> frozenset[str]:
+    """These names, and those that the guide has for the plate of the same latents."""
+    inside = [name for name, site in latents(model).items() if is_local(site, plates)]
+    return plates | {f.name for name in inside for f in _at_data(latents(guide).get(name))}
+
+
+def _run_once(pair: nn.Module, batch: Sequence[Tensor]) -> tuple[Trace, Trace]:
+    """Traces of model and guide; of the model alone, twice, where the two do not go together."""
+    typed = cast(Pair, pair)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            guide = trace(typed.guide, batch)
+            return trace(poutine.replay(typed.model, trace=guide), batch), guide
+        except Exception:  # the guide may need what only `check` can say in words
+            model = trace(typed.model, batch)
+            return model, model
+
+
+def _at_data(site: Site | None) -> list[Any]:
+    """The plates at dimension -1 around a site."""
+    frames = [] if site is None else site["cond_indep_stack"]
+    return [frame for frame in frames if frame.vectorized and frame.dim == -1]
+
+
 def sample_sites(trace: Trace) -> dict[str, Site]:
-    """The sample sites of a trace, by name, without those of plates' subsampling."""
+    """The sample sites of a trace, by name.
+
+    Without those of plates' subsampling, and without ``pyro.deterministic``, which has a value and
+    no density.
+    """
     nodes: dict[str, Site] = dict(trace.nodes)
     return {
         name: site
         for name, site in nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site)
+        if site["type"] == "sample"
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic")
     }
 
 
@@ -214,16 +297,32 @@ def is_auxiliary(site: Site) -> bool:
 
 
 def data_site(trace: Trace, name: str | None = None) -> Site:
-    """The observed site of this name, or the first one."""
+    """The observed site of this name, or the one that observes x.
+
+    Raises `UsageError` where no site is named and several sites observe parts of x.
+    """
     sites = observed(trace)
+    if name is None and (only := x_site(trace)) is not None:
+        return only
     if name is None and sites:
-        return next(iter(sites.values()))
+        raise UsageError(
+            f"the model observes parts of x at several sites ({', '.join(sites)}): pass one of "
+            "these names as site"
+        )
     if name not in sites:
         raise UsageError(
             f"the model has no observed site '{name}'; its observed sites are: "
             f"{', '.join(sites) or 'none'}"
         )
     return sites[cast(str, name)]
+
+
+def x_site(trace: Trace) -> Site | None:
+    """The observed site that observes x, None where several sites observe parts of it."""
+    sites, found = observed(trace), places.known()
+    if len(sites) == 1:
+        return next(iter(sites.values()))
+    return None if found is None or found.x is None else sites.get(found.x)
 
 
 def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
@@ -280,20 +379,16 @@ def placement(pair: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.get_default_dtype()
 
 
-def is_local(site: Site) -> bool:
-    """Whether a site sits in the data plate, at dimension -1."""
-    return any(frame.vectorized and frame.dim == -1 for frame in site["cond_indep_stack"])
-
-
 def global_latents(pair: nn.Module, batch: Sequence[Tensor]) -> list[str]:
     """The latent sites of a pair that are outside the data plate: all data have one of each.
 
     Found by running its model on two rows of a batch.
     """
     few = [tensor[:2] for tensor in batch]
+    find_places(pair, few)
     with using(pair, seed=0):
         drawn = trace(poutine.uncondition(cast(Pair, pair).model), few)
-    sites = {name: site for name, site in latents(drawn).items() if not is_local(site)}
+        sites = {name: site for name, site in latents(drawn).items() if not is_local(site)}
     return [name for name, site in sites.items() if not site["infer"].get("was_observed")]
 
 
@@ -311,6 +406,11 @@ def log_prob(site: Site) -> Tensor:
         reason = first_line(error).removesuffix(", but found invalid values:")
         raise UsageError(f"site '{site['name']}' cannot be scored: {reason}") from error
     return scale_and_mask(density, mask=site["mask"])
+
+
+def data_first(value: Tensor, site: Site) -> Tensor:
+    """A value of a local site with the data as dimension 0, the plates within a datum after it."""
+    return value.movedim(-1 - site["fn"].event_dim, 0)
 
 
 def by_datum(term: Tensor, particles: bool) -> Tensor:
@@ -397,3 +497,12 @@ class Given(poutine.messenger.Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.values:
             msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+class DataFirst(Given):
+    """`Given` for values with the data as dimension 0, as `data_first` gives them."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        if msg["name"] in self.values and is_local(msg):
+            msg["value"] = msg["value"].movedim(0, -1 - msg["fn"].event_dim)

@@ -40,6 +40,7 @@ from pyro_vae.pairs import (
 )
 from pyro_vae.pairs import trace_guide as run_guide
 from pyro_vae.pairs import trace_model as run_model
+from pyro_vae.places import NO_SIZE
 from pyro_vae.rng import seeded
 
 
@@ -274,7 +275,8 @@ def _placement(where: str, name: str, site: Site, n: int, subsampled: bool) -> l
     shape = tuple(site["fn"].batch_shape)
     sizes = {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized}
     extra = len(shape) - max((-dim for dim in sizes), default=0)
-    if not sizes and (site["is_observed"] or shape == (n,)):
+    outside = site["is_observed"] and not is_local(site) and -1 in sizes
+    if outside or (not sizes and (site["is_observed"] or shape == (n,))):
         return [
             f"site '{name}' of the {where} is outside the data plate: put it under "
             'with pyro.plate("data", len(x), dim=-1)'
@@ -289,7 +291,7 @@ def _placement(where: str, name: str, site: Site, n: int, subsampled: bool) -> l
             f"site '{name}' of the {where} is in a plate at dim={max(sizes)}: the data plate is "
             'pyro.plate("data", len(x), dim=-1)'
         ]
-    if sizes.get(-1, n) != n and not subsampled:
+    if is_local(site) and sizes[-1] not in (n, NO_SIZE) and not subsampled:
         return [
             f"the data plate of the {where} has size {sizes[-1]}, the batch {n} rows: "
             'use pyro.plate("data", len(x), dim=-1)'
