@@ -6,11 +6,11 @@ from importlib import import_module
 from inspect import signature
 from math import log
 from types import ModuleType
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from pyro.poutine import Trace, condition, uncondition
+from pyro.poutine import Trace, condition
 from torch import Tensor, nn
 
 from pyro_vae import enumeration
@@ -20,7 +20,6 @@ from pyro_vae.importance import log_density, structure
 from pyro_vae.pairs import (
     Batch,
     Given,
-    Pair,
     Site,
     data_site,
     global_latents,
@@ -30,6 +29,7 @@ from pyro_vae.pairs import (
     trace,
     trace_guide,
     trace_model,
+    unconditioned,
     using,
 )
 from pyro_vae.progress import bar
@@ -172,7 +172,7 @@ def _draws(
         for name, site in sites.items()
     }
     again = tuple(tensor[: size * n] for tensor in repeated)
-    program: Any = uncondition(cast(Pair, pair).model)
+    program: Any = unconditioned(pair)
     if not new_latents:
         program = condition(program, data=_data_last(posterior, sites))
     with around:

@@ -285,7 +285,9 @@ def _zeros(site: str, fn: Any, value: Tensor) -> dict[Place, Tensor]:
         with suppress(NotImplementedError):  # bounds that depend on each other, say
             free = transform_to(constraint).inv(held)
             dim = len(fn.batch_shape) - free.dim() - 1
-            offsets[Place(site, parameter, dim)] = torch.zeros_like(free)
+            # Pyro copies a parameter that is not contiguous, and the copy would be trained.
+            contiguous = torch.contiguous_format
+            offsets[Place(site, parameter, dim)] = torch.zeros_like(free, memory_format=contiguous)
         return held
 
     if not torch.allclose(_changed(fn, note).log_prob(value), fn.log_prob(value), 1e-3, 1e-3):

@@ -5,10 +5,9 @@ Each works from the traces of ``model`` and ``guide``, for any pair.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
@@ -19,7 +18,6 @@ from pyro_vae.pairs import (
     Batch,
     DataFirst,
     Means,
-    Pair,
     Site,
     data_first,
     data_site,
@@ -32,6 +30,7 @@ from pyro_vae.pairs import (
     template,
     trace,
     trace_guide,
+    unconditioned,
     using,
 )
 
@@ -334,7 +333,7 @@ def observation(
     """The data site of the unconditioned model, with latents given (data first) or drawn."""
     find_places(pair, batch)
     with DataFirst(dict(values)):
-        traced = trace(poutine.uncondition(cast(Pair, pair).model), batch)
+        traced = trace(unconditioned(pair), batch)
     for name in values:
         if name not in traced.nodes:
             raise UsageError(f"the model has no site '{name}'")

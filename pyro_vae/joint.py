@@ -42,6 +42,7 @@ from pyro_vae.pairs import (
     trace,
     trace_guide,
     trace_model,
+    unconditioned,
     using,
 )
 
@@ -367,7 +368,7 @@ def simulate(pair: nn.Module, number: int, context: Batch = ()) -> tuple[Batch, 
     """
     batch = template(pair, number, context)
     find_places(pair, batch)
-    drawn = trace(poutine.uncondition(cast(Pair, pair).model), batch)
+    drawn = trace(unconditioned(pair), batch)
     batch = tuple(_with_draws(list(batch), drawn))
     sites = latents(drawn)
     values = {

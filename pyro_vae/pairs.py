@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import constraints, kl_divergence
@@ -81,6 +82,9 @@ def scope(pair: nn.Module) -> Iterator[None]:
     ):
         # What is frozen is frozen on purpose: a decoder, while another guide is fitted to it.
         warnings.filterwarnings("ignore", message=".* was not registered in the param store")
+        # `check` says in words where model and guide do not go together.
+        warnings.filterwarnings("ignore", message="Found plate statements in guide but not model")
+        warnings.filterwarnings("ignore", message="Found non-auxiliary vars in guide but not model")
         yield
 
 
@@ -217,8 +221,8 @@ def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
             runs.append((batch, *_run_once(pair, batch)))
     if not runs:
         return
-    few, model, guide = runs[0]
-    found = places.locate(observed(model), observed(runs[1][1]) if len(runs) > 1 else None, few)
+    first, model, guide = runs[0]
+    found = places.locate(observed(model), observed(runs[1][1]) if len(runs) > 1 else None, first)
     if found is not None:
         places.keep(pair, found._replace(plates=_with_guides(found.plates, model, guide)))
 
@@ -291,6 +295,19 @@ def observed(trace: Trace) -> dict[str, Site]:
     }
 
 
+def unconditioned(pair: nn.Module) -> Callable[..., Any]:
+    """The model of a pair, which draws the data that it would observe."""
+    return cast(Callable[..., Any], _Uncondition()(cast(Pair, pair).model))
+
+
+class _Uncondition(UnconditionMessenger):
+    """Pyro's ``uncondition``, but for ``pyro.deterministic``, which computes its value anew."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
+
+
 def is_auxiliary(site: Site) -> bool:
     """Whether a site is a term of the objective alone; of the guide, one without a prior."""
     return bool(site["infer"].get("is_auxiliary"))
@@ -339,7 +356,7 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
         tensor.to(device, dtype if tensor.is_floating_point() else None)
         for tensor in cast(Any, pair).template(n)
     )
-    if not context and (len(batch) == 1 or missing_context(pair, 1)):
+    if not context and (len(batch) == 1 or missing_context(pair, 1) or _draws_all(pair, batch)):
         return batch
     if len(context) != len(batch) - 1:
         raise UsageError(
@@ -357,6 +374,13 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
             )
         placed.append(given.expand(like.shape))
     return (batch[0], *placed)
+
+
+def _draws_all(pair: nn.Module, batch: Sequence[Tensor]) -> bool:
+    """Whether the model observes every tensor of a batch, and so can draw them all."""
+    find_places(pair, batch)
+    found = places.known(pair)
+    return found is not None and set(found.observes.values()) == set(range(len(batch)))
 
 
 def missing_context(pair: nn.Module, n: int) -> Batch:
@@ -387,7 +411,7 @@ def global_latents(pair: nn.Module, batch: Sequence[Tensor]) -> list[str]:
     few = [tensor[:2] for tensor in batch]
     find_places(pair, few)
     with using(pair, seed=0):
-        drawn = trace(poutine.uncondition(cast(Pair, pair).model), few)
+        drawn = trace(unconditioned(pair), few)
         sites = {name: site for name, site in latents(drawn).items() if not is_local(site)}
     return [name for name, site in sites.items() if not site["infer"].get("was_observed")]
 
