@@ -10,7 +10,7 @@ from then on ``pair.parameters()`` and ``pair.state_dict()`` hold everything tha
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import pyro
 import torch
@@ -204,27 +204,77 @@ def trace_model(pair: nn.Module, batch: Sequence[Tensor], guide: Trace) -> Trace
     return trace(poutine.replay(cast(Pair, pair).model, trace=guide), batch)
 
 
-def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
-    """Find the data plate of a pair and its site of x, by running it on two rows and on three.
+class _Run(NamedTuple):
+    """One run of a pair on some rows."""
 
-    A pair that cannot be run leaves them unknown; the run that follows says what is wrong.
+    batch: Sequence[Tensor]
+    model: Trace
+    guide: Trace | None
+    """None where the guide fails, or does not go with the model."""
+    shapes: dict[str, torch.Size]
+    """Those of the parameters that ``pyro.param`` declared."""
+
+
+def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
+    """Find the data plate of a pair and what its sites observe, by runs on two and three rows.
+
+    A pair that cannot be run leaves them unknown; the run that follows says what is wrong. Raises
+    `UsageError` for a guide with a parameter that has a row for each datum.
     """
     if places.known(pair) is not None:
         return
-    runs: list[tuple[Sequence[Tensor], Trace, Trace]] = []
-    for rows in (2, 3 if len(batch[0]) > 2 else 1):
-        few = [tensor[:rows] for tensor in batch]
-        with suppress(Exception), using(pair, seed=0), pyro.validation_enabled(False):
-            runs.append((few, *_run_once(pair, few)))
-    if not runs:
-        with suppress(Exception), using(pair, seed=0), pyro.validation_enabled(False):
-            runs.append((batch, *_run_once(pair, batch)))
-    if not runs:
+    sizes = (2, 3 if len(batch[0]) > 2 else 1)
+    runs = [_run(pair, [tensor[:rows] for tensor in batch]) for rows in sizes]
+    first, other = runs if runs[0] is not None else reversed(runs)
+    first = first or _run(pair, batch)
+    if first is None:
         return
-    first, model, guide = runs[0]
-    found = places.locate(observed(model), observed(runs[1][1]) if len(runs) > 1 else None, first)
-    if found is not None:
-        places.keep(pair, found._replace(plates=_with_guides(found.plates, model, guide)))
+    if other is not None:
+        _require_amortized(first, other)
+    located = places.locate(
+        observed(first.model), None if other is None else observed(other.model), first.batch
+    )
+    if located is not None:
+        guide = first.model if first.guide is None else first.guide
+        places.keep(pair, located._replace(plates=_with_guides(located.plates, first.model, guide)))
+
+
+def _run(pair: nn.Module, batch: Sequence[Tensor]) -> _Run | None:
+    """A run of model and guide; of the model alone where they fail together; None if it fails."""
+    model, guide = cast(Pair, pair).model, cast(Pair, pair).guide
+    with using(pair, seed=0), pyro.validation_enabled(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        drawn = None
+        # A user's own code may raise anything.
+        with suppress(Exception):
+            drawn = trace(guide, batch)
+            together = trace(poutine.replay(model, trace=drawn), batch)
+            held = pyro.get_param_store().get_state()["params"]
+            return _Run(batch, together, drawn, {name: p.shape for name, p in held.items()})
+        with suppress(Exception):
+            return _Run(batch, trace(model, batch), None, {})
+    return None
+
+
+def _require_amortized(first: _Run, other: _Run) -> None:
+    """Raise `UsageError` where the guide has a parameter with a row for each datum.
+
+    Such a parameter grows with the rows; or the guide keeps its plate at the rows of its first run.
+    """
+    whole, cut = (
+        {f.name: f.size == f.full_size for s in observed(run.model).values() for f in _at_data(s)}
+        for run in (first, other)
+    )
+    kept = [f"the plate '{name}' keeps" for name in cut if whole.get(name) and not cut[name]]
+    grown = [n for n, shape in other.shapes.items() if first.shapes.get(n, shape) != shape]
+    kept += [f"parameter '{name}' has" for name in grown]
+    if kept and first.guide is not None:
+        rows = len(first.batch[0])
+        raise UsageError(
+            f"the guide has a parameter with a row for each datum ({kept[0]} {rows} rows where x "
+            f"has {len(other.batch[0])}): give the guide an encoder of x, or pass the row numbers "
+            "as context, torch.arange(len(x)), and index a parameter of fixed size by them"
+        )
 
 
 def data_plates(model: Trace, guide: Trace) -> frozenset[str]:
@@ -239,19 +289,6 @@ def _with_guides(plates: frozenset[str], model: Trace, guide: Trace) -> frozense
     """These names, and those that the guide has for the plate of the same latents."""
     inside = [name for name, site in latents(model).items() if is_local(site, plates)]
     return plates | {f.name for name in inside for f in _at_data(latents(guide).get(name))}
-
-
-def _run_once(pair: nn.Module, batch: Sequence[Tensor]) -> tuple[Trace, Trace]:
-    """Traces of model and guide; of the model alone, twice, where the two do not go together."""
-    typed = cast(Pair, pair)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            guide = trace(typed.guide, batch)
-            return trace(poutine.replay(typed.model, trace=guide), batch), guide
-        except Exception:  # the guide may need what only `check` can say in words
-            model = trace(typed.model, batch)
-            return model, model
 
 
 def _at_data(site: Site | None) -> list[Any]:

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -262,7 +263,9 @@ def test_the_tools_of_a_datum_with_visits_agree_with_closed_forms():
     estimates = torch.from_numpy(data.log_likelihood["x"].values).logsumexp(1)[0] - log(50)
     assert torch.allclose(estimates.float(), exact[:6], atol=0.1)
     refined = pv.refine(pair, x, steps=300, num_samples=50, engine="eager", progress=False)
-    assert refined.after.elbo_per_datum.mean().item() == pytest.approx(exact.mean().item(), abs=0.03)
+    assert refined.after.elbo_per_datum.mean().item() == pytest.approx(
+        exact.mean().item(), abs=0.03
+    )
     checked = pv.predictive_check(pair, x, progress=False)
     assert torch.allclose(checked.replicated_mean[:, 0].float(), 0.3 * x.mean(1), atol=0.5)
 
@@ -387,3 +390,53 @@ def test_an_unobserved_program_leaves_the_fault_to_check():
             raise RuntimeError("no such thing")
 
     assert "no such thing" in pv.check(Broken(), torch.randn(4)).errors[0]
+
+
+class OwnRows(Plain):
+    """The guide has a parameter with a row for each datum."""
+
+    def guide(self, x: Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(len(x)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+
+class AutoRows(nn.Module):
+    """An AutoGuide of a local latent."""
+
+    model = Plain.model
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.guide = AutoNormal(self.model)
+
+
+class RowNumbers(Plain):
+    """The rows of a parameter are chosen by row numbers, as the refusal advises."""
+
+    def model(self, x: Tensor, rows: Tensor) -> None:
+        super().model(x)
+
+    def guide(self, x: Tensor, rows: Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(40))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc[rows], 0.5**0.5))
+
+
+@pytest.mark.parametrize("kind", [OwnRows, AutoRows])
+def test_a_parameter_with_a_row_for_each_datum_is_refused(kind):
+    x = torch.randn(40)
+    for tool in (pv.fit, pv.evaluate, pv.encode, pv.log_likelihood, pv.reconstruct):
+        with pytest.raises(UsageError, match="a parameter with a row for each datum"):
+            tool(kind(), x)
+    assert "a parameter with a row for each datum" in pv.check(kind(), x).errors[0]
+
+
+def test_row_numbers_as_context_serve_such_a_parameter():
+    x = 1.4 * torch.randn(40, generator=torch.Generator().manual_seed(7))
+    pair, rows = RowNumbers(), torch.arange(40)
+    options = {"epochs": 300, "batch_size": 20, "learning_rate": 0.05, "progress": False}
+    pv.fit(pair, x, rows, learning_rate_schedule=pv.Cosine(300), engine="eager", **options)
+    assert torch.allclose(pv.encode(pair, x, rows)["z"], x / 2, atol=0.25)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+    assert pv.evaluate(pair, x, rows).elbo == pytest.approx(exact.mean().item(), abs=0.03)
