@@ -191,11 +191,11 @@ class Graphs:
                 graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(
                     *shared, *inputs
                 )
+            _tidy(graph)  # shapes are compared here, which may depend on values
         except NotTraceable:
             raise
         except Exception as error:  # a user's own code may raise anything
             raise NotTraceable(_reason(error)) from error
-        _tidy(graph)
         return graph, names
 
     @contextmanager
