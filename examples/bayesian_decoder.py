@@ -3,7 +3,7 @@
     python examples/bayesian_decoder.py [--steps 2000] [--out runs/bayesian-decoder.png]
 
 The same VAE, with fixed noise, is fitted to 100 and to 1,000 digits. The weights of the decoder are
-either parameters or global latents with an approximate posterior. There is no early stopping.
+either parameters or global latents with an approximate posterior. Training does not stop early.
 
 Expect, in nats per test digit: with 100 digits, log p(x) is about 2 for the posterior and -0.4 for
 point weights. The ELBO on their own 100 digits is 36 nats higher than on test digits for point

@@ -45,7 +45,7 @@ def log_totals(counts: Tensor) -> Tensor:
     return counts.sum(-1, keepdim=True).log()
 
 
-def told(codes: Tensor, target: Tensor) -> float:
+def r_squared(codes: Tensor, target: Tensor) -> float:
     """Return R² of the linear regression of a number on the codes."""
     return LinearRegression().fit(codes, target).score(codes, target)
 
@@ -77,7 +77,7 @@ def main() -> None:
             learning_rate=2e-3,
         )
         found = pv.log_likelihood(vae, *parts[2], num_samples=200)
-        depth = told(pv.encode(vae, *parts[2])["z"], log_totals(test)[:, 0])
+        depth = r_squared(pv.encode(vae, *parts[2])["z"], log_totals(test)[:, 0])
         print(name)
         print(f"  log p(x{' | total' if given else ''}) {found.value:.1f}")
         print(f"  R² of the log depth from the codes {depth:.2f}")

@@ -67,7 +67,7 @@ def main() -> None:
         lines = pv.traverse(vae, test.x[:1])
         by_use = parts.unit_information.argsort(descending=True).tolist()
         moved += [(f"{name}, unit {unit}", lines[unit]) for unit in by_use]
-    plots.grid(moved, "one unit at a time, by what it tells of the image").savefig(options.out)
+    plots.grid(moved, "one unit at a time, ordered by information").savefig(options.out)
     print(f"pictures: {options.out}")
 
 
