@@ -1,11 +1,12 @@
-"""Annealed importance sampling: this library against a loop written by hand for one model.
+"""Annealed importance sampling: this library and a hand-written loop for one model.
 
     python benchmarks/annealing.py [--rows 20] [--chains 16] [--temperatures 50] [--rounds 5]
 
-A VAE of 784-HIDDEN-LATENT, Bernoulli, diagonal normal guide, in float32. The loop is plain torch:
-the guide's mean and scale are computed once, log p(x, z) and log q(z|x) are written out, their
-gradients come from autograd, and the Hamiltonian transitions are the library's, of five leapfrog
-steps. Both run in turns in one process; seconds for as many transitions.
+The model is a VAE of 784-HIDDEN-LATENT, Bernoulli, with a diagonal normal guide, in float32. The
+loop is plain torch. It computes mean and scale of the guide once. It writes out log p(x, z) and
+log q(z|x), and autograd computes their gradients. Its Hamiltonian transitions are those of the
+library, with five leapfrog steps. Both alternate in one process. The table shows seconds for the
+same number of transitions.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pyro_vae.pairs import using
 
 
 def by_hand(vae: pv.VAE, x: Tensor, chains: int, temperatures: int) -> Tensor:
-    """Log weights (chains, n) of the same transitions, of a fixed step."""
+    """Return log weights (chains, n) of the same transitions, with a fixed step size."""
     q = vae.encoder(x).base_dist
     loc, scale = q.loc.detach(), q.scale.detach()
     network = vae.decoder.network
@@ -71,7 +72,7 @@ def by_hand(vae: pv.VAE, x: Tensor, chains: int, temperatures: int) -> Tensor:
 def ours(
     vae: pv.VAE, x: Tensor, chains: int, temperatures: int, engine: str
 ) -> Callable[[], Tensor]:
-    """The forward run alone, its pilot run and its graph made before."""
+    """Return only the forward run; its pilot run and its graph are made beforehand."""
     settings = annealing._Settings(temperatures, chains, 5)
     run = annealing._Run(vae, (x[:2],), settings, len(x), engine)
     with using(vae, 0):

@@ -1,10 +1,10 @@
-"""Where the alarm for posterior collapse speaks, and where not: the figure of docs/collapse.md.
+"""When the alarm for posterior collapse warns: the figure of docs/collapse.md.
 
     python benchmarks/collapse.py [--out docs/figures/collapse.png]
 
-Trains VAEs of binarised digits and of sentences, with and without what helps, and says for each the
-KL at the end, its least value on the way, and whether and when the alarm spoke. Takes about four
-minutes of one core's time.
+The program trains VAEs of binarized digits and of sentences, with and without remedies. For each it
+prints the KL at the end, the lowest KL, and the epoch of the alarm, if any. It takes about four
+minutes on one core.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def text_pair(word_dropout: float) -> nn.Module:
 
 DIGITS, TEXT = pv.load_data("digits"), pv.load_data("docstrings", length=50)
 WRITING = {"epochs": 13, "batch_size": 16, "learning_rate": 3e-3}
-RUNS: dict[str, tuple[str | None, Any, Any, dict[str, Any]]] = {  # with the colour of its curve
+RUNS: dict[str, tuple[str | None, Any, Any, dict[str, Any]]] = {  # with the color of its curve
     "digits": (ORANGE, digits_pair, DIGITS, {}),
     "digits, batches of 32": (None, digits_pair, DIGITS, {"batch_size": 32}),
     "digits, 30 epochs": (GREY, digits_pair, DIGITS, {"epochs": 30}),

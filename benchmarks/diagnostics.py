@@ -1,15 +1,16 @@
-"""What the diagnostics say of a VAE on MNIST, and what a flow posterior changes.
+"""The diagnostics of a VAE on MNIST, and the effect of a richer posterior.
 
-    python benchmarks/published.py --data-dir DIR vae-standard     # the pair, for hours
+    python benchmarks/published.py --data-dir DIR vae-standard     # trains the pair, for hours
     python benchmarks/diagnostics.py --data-dir DIR [--run runs/published/vae-standard]
 
-The pair is fixed; its guide is the trained, diagonal one, then a full-rank normal and an inverse
-autoregressive flow, which start as that guide and are fitted to the same decoder. Of each:
-importance weights of test images, the gaps, calibration on simulated data. Of the trained one also
-NUTS; and log p(x) by annealing, of test images, and from both sides, of simulated ones.
+The pair is fixed. Its guide is first the trained, diagonal guide, then a full-rank normal, then an
+inverse autoregressive flow. The last two start as the trained guide and are fitted to the same
+decoder. For each guide the program measures importance weights of test images, the gaps, and
+calibration on simulated data. For the trained guide it also runs NUTS, and estimates log p(x) by
+annealing: for test images from below, and for simulated images from both sides.
 
-Each stage writes a file into the folder and is not run again where that is there. The table is
-printed from these; pictures go to --figures.
+Each stage writes a file into the folder. A stage whose file exists does not run again. The program
+prints the table from these files, and writes pictures to --figures.
 """
 
 import argparse
@@ -36,7 +37,7 @@ EPOCHS = 15
 
 
 def refitted(pair: pv.VAE, posterior: pv.Family, data: Data, run: Path) -> nn.Module:
-    """The pair with a richer posterior, which starts as the diagonal one that it has."""
+    """Return the pair with a richer posterior, which starts as its diagonal posterior."""
     network = copy.deepcopy(pair.encoder.network)
     last = network.layers[-1]
     shape = (last.out_features // 2,)
@@ -68,7 +69,7 @@ def flow() -> pv.FlowPosterior:
 
 
 def measured(path: Path, found: Callable[[], tuple[dict[str, Any], Any]], figures: Path) -> Any:
-    """What a stage found, from its file or by running it; its picture beside."""
+    """Return the result of a stage, from its file or from a run, and save its picture."""
     if not path.exists():
         began = time.perf_counter()
         numbers, picture = found()
@@ -87,7 +88,7 @@ def weights(pair: nn.Module, x: torch.Tensor) -> tuple[dict[str, Any], Any]:
 
 
 def annealed(pair: nn.Module, x: torch.Tensor, path: Path) -> Any:
-    """log p(x) by annealing from the trained guide, which serves all guides: the model is one."""
+    """log p(x) by annealing from the trained guide; all guides share the model and this value."""
     if not path.exists():
         found = pv.anneal(pair, x, num_chains=CHAINS, num_temperatures=TEMPERATURES)
         weighed = pv.log_likelihood(pair, x, num_samples=SAMPLES)
@@ -107,7 +108,7 @@ def gaps(pair: nn.Module, x: torch.Tensor, best: Any) -> tuple[dict[str, Any], A
 def calibration(pair: nn.Module) -> tuple[dict[str, Any], Any]:
     result = pv.calibration(pair)
     print(result)
-    coverage = result.coverage[:-2].mean(0).tolist()  # of units, not of the densities
+    coverage = result.coverage[:-2].mean(0).tolist()  # of the units, without the densities
     more = {"mean_coverage_of_units": coverage}
     return result.as_dict() | more, diagnostic_plots.calibration_bands(result)
 

@@ -1,14 +1,15 @@
-"""An epoch of MNIST, data included: `pyro_vae.fit` against Pyro's example loop, pythae and pyroVED.
+"""An epoch of MNIST, data included: `pyro_vae.fit`, Pyro's example loop, pythae and pyroVED.
 
     pip install 'pyro-vae[bench]'
     python benchmarks/epoch.py --data-dir DIR [--epochs 6]
 
-784-400-50, softplus, batches of 256, Adam at 1e-3, grey targets under a Bernoulli, all 60,000
-training images. Each contender is a process of its own, and they take turns epoch by epoch, so that
-what else the machine does falls on all and none pays for another's memory. The first epoch is not
-counted: it traces, compiles and fills caches. Test ELBO is that of the 10,000 test images after all
-epochs, for the two contenders that are the same model; memory is the greatest resident set less
-that of the interpreter with torch, Pyro and the data's own library imported.
+The model is 784-400-50 with softplus, batches of 256, Adam at 1e-3, gray targets under a Bernoulli,
+and all 60,000 training images. Each contender is a process of its own, and they alternate after
+each epoch. So other load on the machine affects all of them equally, and memory is measured
+separately. The first epoch does not count, because it traces, compiles and fills caches. The test
+ELBO is that of the 10,000 test images after all epochs, for the contenders with the same model.
+Memory is the largest resident set, minus that of the interpreter with torch, Pyro and the data's
+own library imported.
 """
 
 import argparse
@@ -25,7 +26,7 @@ LABELS = {"example": "Pyro's example loop", "pyroved": "pyroVED"}
 
 
 def peak() -> float:
-    """The greatest resident set so far, in MiB."""
+    """Return the largest resident set so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -45,14 +46,14 @@ def library(data_dir: str, epochs: int, engine: str, precision: str) -> None:
     from pyro_vae.evaluation import bound
 
     base = peak()
-    warnings.filterwarnings("ignore", message="grey intensities")  # said above
+    warnings.filterwarnings("ignore", message="gr[ae]y intensities")  # intended, see above
     train = datasets.MNIST(data_dir, train=True).data[:, None]
     torch.manual_seed(0)
     vae = pv.VAE.mlp((1, 28, 28), latent_dim=50, hidden=(400,), activation=torch.nn.Softplus)
     began = [0.0, -1.0]  # time and epoch
 
     def constant(epoch: float) -> float:
-        if int(epoch) > began[1]:  # a new epoch begins, and the last one is over
+        if int(epoch) > began[1]:  # a new epoch begins
             if began[1] >= 0:
                 turn(time.perf_counter() - began[0])
             began[:] = time.perf_counter(), int(epoch)
@@ -148,7 +149,7 @@ def pythae(data_dir: str, epochs: int) -> None:
         )
         trainer = BaseTrainer(VAE(config, Encoder(), Decoder()), data, training_config=settings)
         trainer.prepare_training()
-        trainer.callback_handler.callbacks.clear()  # its progress bar
+        trainer.callback_handler.callbacks.clear()  # removes its progress bar
         repeat(lambda: trainer.train_step(1), epochs, base)
 
 
@@ -161,7 +162,7 @@ def repeat(epoch: Callable[[], object], epochs: int, base: float) -> None:
 
 
 def work(name: str, data_dir: str, epochs: int) -> None:
-    """What a contender's process does."""
+    """Run one contender in its own process."""
     sys.stdin.readline()
     if name in ("example", "pythae", "pyroved"):
         {"example": example, "pythae": pythae, "pyroved": pyroved}[name](data_dir, epochs)
@@ -195,7 +196,7 @@ def main() -> None:
         for line in worker.stdout:
             if line.startswith(key):
                 return float(line.split()[1])
-        raise SystemExit(f"a contender ended without '{key}'")
+        raise SystemExit(f"a contender ended without printing '{key}'")
 
     times: dict[str, list[float]] = {name: [] for name in workers}
     for epoch in range(options.epochs):

@@ -2,10 +2,10 @@
 
     python benchmarks/gradients.py [--epochs 30] [--repeats 300] [--out docs/figures/gradients.png]
 
-A VAE 64-64-8 is trained on the digits, binarised, for its ELBO; then, on one minibatch of 64, each
-estimator of the gradient of the importance-weighted bound is drawn many times with the parameters
-as they are. Signal-to-noise is |E g| / sqrt(E |g - E g|^2) over all parameters of the encoder, the
-square of the mean corrected for the number of draws; NaN where no signal is left above the noise.
+The program trains a VAE 64-64-8 on binarized digits for its ELBO. Then it fixes the parameters and
+draws each estimator of the gradient of the importance-weighted bound many times, on one minibatch
+of 64. Signal-to-noise is |E g| / sqrt(E |g - E g|^2) over all parameters of the encoder. The square
+of the mean is corrected for the number of draws. The result is NaN if the noise hides the signal.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def signal_to_noise(vae: pv.VAE, x: torch.Tensor, k: int, kind: pv.Gradient, repeats: int) -> float:
-    """Of the gradient of the bound with k samples by the encoder's parameters."""
+    """Signal-to-noise of the gradient of the bound with k samples, for the encoder."""
     objective = pv.ImportanceWeightedELBO(k, gradient=kind)
     parameters = list(vae.encoder.parameters())
     rows = []

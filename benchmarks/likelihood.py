@@ -1,10 +1,11 @@
-"""log p(x) with 5,000 importance samples: each engine against its bare matrix products.
+"""log p(x) with 5,000 importance samples: each engine and its bare matrix products.
 
     python benchmarks/likelihood.py [--rows 400] [--samples 5000] [--rounds 3]
 
-784-400-50, Bernoulli. The products are those of the decoder on every sample, in the chunks that the
-library takes: the encoder's share is small. All contenders run in turns in one process. Beside the
-times: the resident memory that the first estimate adds, at a tenth of the samples and at all.
+The model is 784-400-50, Bernoulli. The products are those of the decoder for every sample, in the
+chunks of the library. The share of the encoder is small. All contenders alternate in one process.
+The program also prints the resident memory that the first estimate adds, at a tenth of the samples
+and at all samples.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pyro_vae import importance
 
 
 def products(weights: list[Tensor], rows: int, cells: int) -> Callable[[], None]:
-    """The decoder's products for so many rows, chunk by chunk."""
+    """Return the matrix products of the decoder for a number of rows, chunk by chunk."""
     chunk = cells // weights[-1].shape[0]
     inputs = [torch.randn(chunk, weight.shape[1]) for weight in weights]
 
@@ -37,7 +38,7 @@ def products(weights: list[Tensor], rows: int, cells: int) -> Callable[[], None]
 
 
 def resident() -> float:
-    """Resident memory in MiB."""
+    """Return the resident memory in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
@@ -60,7 +61,8 @@ def main() -> None:
     estimate("eager", options.samples // 10)()
     tenth = resident() - before
     estimate("eager")()
-    print(f"resident memory added: {tenth:.0f} MiB at a tenth, {resident() - before:.0f} at all")
+    added = resident() - before
+    print(f"memory added: {tenth:.0f} MiB at a tenth of the samples, {added:.0f} MiB at all")
     weights = [m.weight.detach() for m in vae.decoder.modules() if isinstance(m, nn.Linear)]
     steps = {"products": products(weights, options.rows * options.samples, importance.CELLS)}
     steps |= {engine: estimate(engine) for engine in ("eager", "traced", "compiled")}

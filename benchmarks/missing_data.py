@@ -2,12 +2,12 @@
 
     python benchmarks/missing_data.py [--epochs 1001] [--samples 10000]
 
-Half of the entries of scikit-learn's table, standardised, are removed completely at random. The
-pair sees what is left, with zeros for the rest and a mask as context, and maximises the
-importance-weighted bound of what is left, with 20 samples. Removed entries are imputed by their
-posterior mean: the self-normalised importance-weighted mean of the likelihood's mean. Prints the
-mean squared error over the removed entries; the authors report 1.73 at the first epoch and 0.287
-at epochs 501 and 1001.
+Half of the entries of scikit-learn's standardized table are removed completely at random. The pair
+receives the observed entries, zeros for the others, and a mask as context. It maximizes the
+importance-weighted bound of the observed entries, with 20 samples. Removed entries are imputed by
+their posterior mean: the self-normalized, importance-weighted mean of the likelihood's mean. The
+program prints the mean squared error over the removed entries. The authors report 1.73 at the first
+epoch and 0.287 at epochs 501 and 1001.
 """
 
 import argparse
@@ -31,7 +31,7 @@ LATENT, HIDDEN = 10, 128
 
 
 class Table(nn.Module):
-    """z ~ N(0, I), x ~ Student-t; q(z | x) a Student-t too; only what the mask shows is scored."""
+    """z ~ N(0, I), x ~ Student-t, q(z | x) Student-t; only observed entries are scored."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def student(raw: Tensor) -> dist.StudentT:
 
 
 def table() -> tuple[Tensor, Tensor]:
-    """The standardised table, and a mask that is 1 where an entry is left."""
+    """Return the standardized table, and a mask that is 1 for observed entries."""
     x = load_breast_cancer().data
     x = (x - x.mean(0)) / x.std(0)
     mask = np.ones(x.size, bool)
@@ -65,11 +65,11 @@ def table() -> tuple[Tensor, Tensor]:
 
 
 def impute(pair: Table, x: Tensor, mask: Tensor, num_samples: int) -> Tensor:
-    """The posterior mean of every entry."""
+    """Return the posterior mean of every entry."""
     means = []
     with torch.no_grad(), seeded(0):
         for rows in zip(x.split(10), mask.split(10), strict=True):
-            # The draws behind the weights, drawn again.
+            # Draw the samples of the weights again, from the same state.
             state = torch.get_rng_state()
             weights = log_weights(pair, rows, num_samples).softmax(0)
             torch.set_rng_state(state)
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/published/missing-data"))
     options = parser.parse_args()
     x, mask = table()
-    torch.manual_seed(0)  # the first weights
+    torch.manual_seed(0)  # for the initial weights
     pair, removed = Table(x.shape[1]), mask == 0
     began = time.perf_counter()
     pv.fit(

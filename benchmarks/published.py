@@ -1,17 +1,17 @@
-"""The rows of published tables, fitted and measured here.
+"""Repeat rows of published tables: fit and measure them.
 
     python benchmarks/published.py --data-dir DIR [ROW ...] [--epochs N]
     python benchmarks/published.py --table
 
-Each row is a run folder under runs/published, which is gone on with where it stopped (Ctrl-C, a
-kill) and keeps its results in result.json. ``--epochs`` makes a shorter run, kept apart and
-labelled by its epochs. ``--table`` prints what has been measured, and ``--curves FILE`` draws it,
-for docs/benchmarks.md.
+Each row is a run folder under runs/published. If a row was stopped (Ctrl-C, a kill), the program
+continues it. It stores the results in result.json. ``--epochs`` makes a shorter run in a separate
+folder, labeled by its epochs. ``--table`` prints all results, and ``--curves FILE`` draws them, for
+docs/benchmarks.md.
 
-Other rows have scripts of their own: pyro_example.py, semisupervised.py, missing_data.py.
+Other rows have their own scripts: pyro_example.py, semisupervised.py, missing_data.py.
 
-Binary MNIST is "dynamic": pixels are drawn anew at each visit as Bernoulli(intensity); validation
-(10,000 of the 60,000 training images) and test images are drawn once, with a fixed seed.
+Binary MNIST is "dynamic": pixels are drawn again at each visit as Bernoulli(intensity). Validation
+images (10,000 of the 60,000 training images) and test images are drawn once, with a fixed seed.
 """
 
 import argparse
@@ -113,8 +113,8 @@ ROWS = {
         warm_up=50,
     ),
     "ladder": Row(
-        "ladder of five levels, layer normalisation",
-        "NLL 81.2 to 81.7, batch normalisation (Sønderby et al. 2016)",
+        "ladder of five levels, layer normalization",
+        "NLL 81.2 to 81.7, batch normalization (Sønderby et al. 2016)",
         _ladder,
         epochs=2000,
         warm_up=200,
@@ -132,7 +132,7 @@ COMMON = {
 
 
 def run(name: str, data: Data, epochs: int | None, num_samples: int) -> None:
-    """Fit a row, or go on with it, and measure it."""
+    """Fit a row, or continue it, and measure it."""
     row = ROWS[name]
     length = epochs or row.epochs
     folder = RUNS / (name if length == row.epochs else f"{name}-{length}")
@@ -171,7 +171,7 @@ def run(name: str, data: Data, epochs: int | None, num_samples: int) -> None:
 
 
 def measure(pair: nn.Module, data: Data, num_samples: int) -> dict[str, Any]:
-    """The bound and its parts, active units, and the NLL by importance samples."""
+    """Return the bound and its parts, active units, and the NLL by importance samples."""
     x = data.test.x
     result = pv.evaluate(pair, x, num_samples=num_samples, engine="compiled", progress=True)
     return {
@@ -185,7 +185,7 @@ def measure(pair: nn.Module, data: Data, num_samples: int) -> dict[str, Any]:
 
 
 def table() -> str:
-    """What has been measured, as Markdown."""
+    """Return all results as Markdown."""
     lines = [
         "| row | published | NLL (samples) | ELBO | KL by site | active | epochs (best) | hours |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -205,7 +205,7 @@ def table() -> str:
 
 
 def curves(path: Path) -> None:
-    """The validation ELBO of every row by epoch, as a picture."""
+    """Draw the validation ELBO of every row by epoch."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), dpi=130, layout="constrained")
@@ -224,12 +224,12 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--samples", type=int, default=5000, help="for the NLL; 0: only fit")
+    parser.add_argument("--samples", type=int, default=5000, help="for the NLL; 0 only fits")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--curves", type=Path, help="a picture of the validation ELBO")
+    parser.add_argument("--curves", type=Path, help="draw the validation ELBO into this file")
     options = parser.parse_args()
     if unknown := [name for name in options.rows if name not in ROWS]:
-        parser.error(f"no row is called '{unknown[0]}'; known: {', '.join(ROWS)}")
+        parser.error(f"unknown row '{unknown[0]}'; the rows are {', '.join(ROWS)}")
     if not options.table:
         data = pv.load_data("mnist", options.data_dir)
         for name in options.rows or ROWS:

@@ -1,13 +1,14 @@
-"""The network and settings of Pyro's own VAE example on MNIST: this library against a stock loop.
+"""Network and settings of Pyro's own VAE example on MNIST: this library and a stock loop.
 
     python benchmarks/pyro_example.py --data-dir DIR [--epochs 96] [--loop-epochs 21]
 
-784-400-50-400-784, softplus, batch 256, Adam 1e-3, all 60,000 training images, grey targets under a
-Bernoulli (so these numbers are no likelihoods; they check that the same work is done). The stock
-loop is what Pyro's example does: a DataLoader, ``pyro.module``, ``SVI.step``. Both run in turns of
-five epochs, so that what else the machine does falls on both. Test ELBO is that of the 10,000 test
-images, in nats per example; an epoch's seconds hold both. Expect about -104.6 after epoch 20 and
--101.3 after epoch 95 (counted from 0), as read off the curve that Pyro publishes.
+784-400-50-400-784, softplus, batch 256, Adam 1e-3, all 60,000 training images, gray targets under a
+Bernoulli. With gray targets the numbers are not likelihoods; they check that both programs do the
+same work. The stock loop does the same as Pyro's example: a DataLoader, ``pyro.module``,
+``SVI.step``. Both run in turns of five epochs, so other load on the machine affects both. The test
+ELBO is that of the 10,000 test images, in nats per example. The seconds of an epoch include it.
+Expect about -104.6 after epoch 20 and -101.3 after epoch 95 (counted from 0), as read off the curve
+that Pyro publishes.
 """
 
 import argparse
@@ -45,7 +46,7 @@ class Encoder(nn.Module):
 
 
 class StockLoop:
-    """The same model as a newcomer to Pyro writes it, with the loader that torchvision suggests."""
+    """The same model in stock Pyro, with the loader that torchvision suggests."""
 
     def __init__(self, data_dir: str) -> None:
         kind, transform = datasets.MNIST, transforms.ToTensor()
@@ -90,7 +91,7 @@ class StockLoop:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Both curves, and the points read off the published one."""
+    """Draw both curves, and the points read off the published curve."""
     figure = Figure(figsize=(6.5, 3.6), dpi=130, layout="constrained")
     axis = figure.subplots()
     axis.plot(results["library"]["elbo"], color="#1f6f8b", label="pyro_vae")
@@ -98,7 +99,7 @@ def draw(results: dict, path: Path) -> None:
     axis.plot(*zip(*PUBLISHED, strict=True), "k+", label="published curve")
     axis.set_ylim(-120, -100)
     axis.set_xlabel("epoch")
-    axis.set_ylabel("test ELBO (grey targets), nats per example")
+    axis.set_ylabel("test ELBO (gray targets), nats per example")
     axis.legend(frameon=False)
     figure.savefig(path)
 
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument("--loop-epochs", type=int, default=21)
     parser.add_argument("--out", type=Path, default=Path("runs/pyro_example.json"))
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", message="grey intensities")  # said above
+    warnings.filterwarnings("ignore", message="gr[ae]y intensities")  # intended, see above
 
     train = datasets.MNIST(options.data_dir, train=True).data[:, None]
     test = datasets.MNIST(options.data_dir, train=False).data[:, None]

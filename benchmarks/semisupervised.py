@@ -1,18 +1,19 @@
-"""MNIST with few labels: M1 + M2 (Kingma et al., 2014), against a plain classifier of its codes.
+"""MNIST with few labels: M1 + M2 (Kingma et al., 2014), and a plain classifier of its codes.
 
     python benchmarks/semisupervised.py --data-dir DIR [--out runs/semisupervised] [--visits 40]
 
-M1 is a VAE of softplus layers 784-400-400-50 on all training images, binarised at each visit,
-without a label. M2 is fitted to draws of q(z | x) by M1, of the units that M1 uses (those with a KL
-over 0.05 nats), several draws of each image, with labels of 100 or 1,000 of the 50,000 training
-images, as many of each class, three draws of labels each. The rows with labels are repeated, each
-time with draws of their own, so that a tenth of each minibatch has some. It predicts from the means
-of q(z | x). Labels of the 10,000 validation images chose the settings; those of test images give
-the figures alone.
+M1 is a VAE of softplus layers 784-400-400-50 on all training images, binarized at each visit,
+without labels. M2 is fitted to several draws of q(z | x) by M1 for each image, for the units that
+M1 uses (those with a KL over 0.05 nats). 100 or 1,000 of the 50,000 training images have labels,
+with the same number for each class, in three draws of labels. The rows with labels are repeated,
+each time with other draws, so that they are a tenth of each minibatch. M2 predicts from the means
+of q(z | x). The labels of the 10,000 validation images chose the settings. The labels of test
+images are used only for the results.
 
-Each stage writes a file into the folder, and is not run again where that is there: M1 its run
-folder, codes.pt, and a JSON of settings, seeds and results for each number of labels and draw. So a
-run that is cut short goes on; a folder that holds an M1 of another length keeps it.
+Each stage writes a file into the folder. A stage whose file exists does not run again. M1 writes
+its run folder and codes.pt. Each number of labels and each draw writes a JSON of settings, seeds
+and results. So you can continue a run that was stopped. If the folder holds an M1 with another
+number of epochs, this M1 is kept.
 """
 
 import argparse
@@ -31,12 +32,12 @@ from pyro_vae.datasets import Data
 from pyro_vae.evaluation import calibration_error
 
 USED = 0.05
-"""KL of a unit of M1, in nats, from which on it is one of the codes."""
+"""Units of M1 whose KL, in nats, is above this value are the codes."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of M2."""
+    """Settings of M2."""
 
     num_labels: int
     draw: int
@@ -45,13 +46,13 @@ class Settings:
     hidden: tuple[int, ...] = (512,)
     latent_dim: int = 5
     classification_weight: float = 20.0
-    labelled_rows: int = 6000
+    labeled_rows: int = 6000
     batch_size: int = 500
     learning_rate: float = 3e-3
 
 
 def lower(data: Data, run: Path, epochs: int) -> nn.Module:
-    """M1, from its folder where it is there."""
+    """Load M1 from its folder, or fit it."""
     if (run / "history.csv").exists():
         return pv.load(run)
     torch.manual_seed(0)
@@ -70,7 +71,7 @@ def lower(data: Data, run: Path, epochs: int) -> nn.Module:
 
 
 def codes(data: Data, out: Path, epochs: int) -> dict[str, Tensor]:
-    """Means of q(z | x) by M1, of each part of the data, and scales of the training part."""
+    """Means of q(z | x) by M1 for each part of the data, and scales for the training part."""
     path = out / "codes.pt"
     if not path.exists():
         vae = lower(data, out / "m1", epochs)
@@ -84,11 +85,11 @@ def codes(data: Data, out: Path, epochs: int) -> dict[str, Tensor]:
 
 
 def upper(data: Data, x: dict[str, Tensor], settings: Settings) -> dict[str, object]:
-    """What M2 reaches with these settings, and a logistic regression on the same labels."""
+    """Results of M2 with these settings, and of a logistic regression on the same labels."""
     labels = pv.hide_labels(data.train.labels, settings.num_labels, seed=settings.draw)
     known = (labels >= 0).nonzero()[:, 0]
     rows = torch.cat(
-        [torch.arange(len(labels)), known.repeat(settings.labelled_rows // len(known))]
+        [torch.arange(len(labels)), known.repeat(settings.labeled_rows // len(known))]
     ).repeat(settings.draws)
     torch.manual_seed(settings.draw)
     z = x["train"][rows] + x["scale"][rows] * torch.randn(len(rows), x["train"].shape[1])

@@ -1,18 +1,18 @@
-"""One training step: this library's engines, stock Pyro, hand-written torch, and the bare products.
+"""One training step: the engines, stock Pyro, hand-written torch, and the bare products.
 
     python benchmarks/step.py [--rounds 15] [--seconds 8] [--device cpu] [--out FILE]
 
-Every contender of a setting lives in one process and runs in turns, so that what else the machine
-does falls on all; figures are medians over the rounds, with quartiles. The contenders do the same
+All contenders of a setting are in one process and alternate, so other load on the machine affects
+all of them. The table shows medians over the rounds, with quartiles. The contenders do the same
 work: a Bernoulli VAE of ReLU layers, one draw of the latents, Adam at 1e-3.
 
-- products: the bare matrix products of the step, forwards and backwards, no more;
-- products, Adam: the same, and one fused update of as many parameters;
-- by hand: plain torch, the KL in closed form, `torch.optim.Adam` as it comes;
-- by hand, compiled: the same under `torch.compile`, with a fused Adam (on a GPU: also the whole
-  step in a captured CUDA graph);
-- stock: `pyro.infer.SVI` with `pyro.optim.Adam` and `Trace_ELBO`, as Pyro's documentation has it;
-- traced, compiled, compiled bf16: what `pyro_vae.fit` runs.
+- products: only the matrix products of the step, forward and backward;
+- products, Adam: the same, and one fused update of the same number of parameters;
+- by hand: plain torch, the KL in closed form, `torch.optim.Adam` with its defaults;
+- by hand, compiled: the same under `torch.compile`, with a fused Adam (on a GPU, another contender
+  is the whole step in a captured CUDA graph);
+- stock: `pyro.infer.SVI` with `pyro.optim.Adam` and `Trace_ELBO`, as in Pyro's documentation;
+- traced, compiled, compiled bf16: the engines of `pyro_vae.fit`.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def layers(widths: tuple[int, ...], outputs: int) -> nn.Sequential:
 
 
 def products(x: Tensor, hidden: tuple[int, ...], latent_dim: int) -> Callable[[], object]:
-    """The matrix products of a step; that of the data's own gradient is not needed."""
+    """Return the matrix products of a step, without that of the gradient of the data."""
     batch, data_dim = x.shape
     encoder = [*pairwise((data_dim, *hidden, 2 * latent_dim))]
     pairs = []
@@ -83,7 +83,7 @@ def products(x: Tensor, hidden: tuple[int, ...], latent_dim: int) -> Callable[[]
 
 
 def with_adam(run: Callable[[], object], make: Callable[[], nn.Module]) -> Callable[[], object]:
-    """The same, then a fused update of a module's parameters from gradients that stay."""
+    """Return the same, followed by a fused update of parameters from constant gradients."""
     parameters = dict(make().named_parameters())
     optimizer = Optimizer(torch.optim.Adam, parameters, 1e-3)
     norm = torch.ones((), device=next(iter(parameters.values())).device)
@@ -113,7 +113,7 @@ def by_hand(x: Tensor, sizes: tuple, compiled: bool) -> Callable[[], object]:
 
 
 def captured(x: Tensor, sizes: tuple) -> Callable[[], object]:
-    """The hand-written step, optimiser and all, as one CUDA graph."""
+    """Return the hand-written step with its optimizer, as one CUDA graph."""
     module = ByHand(*sizes).to(x.device)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, fused=True, capturable=True)
 
@@ -183,7 +183,7 @@ def contenders(x: Tensor, hidden: tuple[int, ...], latent_dim: int) -> dict[str,
 
 
 def rounds(steps: dict[str, Callable], number: int, seconds: float, wait: Callable) -> dict:
-    """Milliseconds of each contender in each round."""
+    """Return milliseconds of each contender in each round."""
 
     def timed(step: Callable, repeats: int) -> float:
         wait()
@@ -225,7 +225,7 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
             low, middle, high = statistics.quantiles(times[name], n=4)
             cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "| ratio | " + " | ".join(found) + " | geometric mean | wanted |"]
+    lines += ["", "| ratio | " + " | ".join(found) + " | geometric mean | target |"]
     lines.append("| --- |" + " --- |" * (len(found) + 2))
     for slow, fast, wanted in RATIOS:
         if slow not in names or fast not in names:
@@ -243,7 +243,7 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each setting")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds for each setting")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="JSON file for the times of every round")
     options = parser.parse_args()

@@ -1,13 +1,13 @@
-"""An autoencoder, a VAE, a GAN and a VAE-GAN side by side; and a VAE without its KL or its scale.
+"""An autoencoder, a VAE, a GAN and a VAE-GAN side by side, and a VAE without its KL or scale.
 
     python examples/autoencoder_vae_gan.py [--epochs 200] [--seeds 1]
 
-All have the same decoder, the same 1257 digits and as many steps of the decoder.
-docs/autoencoders-and-gans.md says what the table's numbers are, and shows them for three seeds.
+All models have the same decoder, the same 1257 digits and the same number of decoder steps.
+docs/autoencoders-and-gans.md explains the numbers of the table and shows them for three seeds.
 
-Expect: coverage of held-out digits by draws from N(0, I) about 0.66 for the VAE, 0.78 for the GAN,
-0.02 for the autoencoder, which reconstructs better than the VAE; log p(x) about 36 nats per digit.
-Takes a minute and a quarter on one core.
+Expect: coverage of held-out digits by draws from N(0, I) of about 0.66 for the VAE, 0.78 for the
+GAN and 0.02 for the autoencoder, which reconstructs better than the VAE. log p(x) is about 36 nats
+per digit. The program takes a minute and a quarter on one core.
 """
 
 import argparse
@@ -31,18 +31,18 @@ from tqdm import tqdm
 import pyro_vae as pv
 
 LATENT_DIM = 10
-HIDDEN = (128, 64)  # of encoders and critics; decoders have them in reverse
+HIDDEN = (128, 64)  # of encoders and critics; decoders reverse them
 PIXELS = 64
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
-TINY = 1e-3  # the posterior's scale where it has none of its own
-ADVERSARIAL_BETAS = (0.0, 0.99)  # of Adam: no momentum, since the other side moves too
+TINY = 1e-3  # the fixed scale of the posterior in the VAE without a learned scale
+ADVERSARIAL_BETAS = (0.0, 0.99)  # of Adam: no momentum, because the other side also moves
 GRADIENT_PENALTY = 1.0  # R1 (Mescheder et al., 2018)
-AVERAGE = 0.999  # decay of the moving average of what is trained against a critic
-KL_WEIGHT = 0.01  # of the VAE-GAN's KL, beside squared errors of its critic's features
+AVERAGE = 0.999  # decay of the moving average of weights trained against a critic
+KL_WEIGHT = 0.01  # of the KL of the VAE-GAN, relative to squared errors of the critic's features
 CLASSIFIER_EPOCHS = 40
-NEIGHBOURS = 3
-HALVINGS = 10  # of the held-out digits, into those that count as real and others
+NEIGHBORS = 3
+HALVINGS = 10  # random halves of the held-out digits: one half counts as real
 SEARCH_STARTS, SEARCH_STEPS, SEARCH_RATE = 4, 200, 0.05
 NUM_SAMPLES = 200  # importance samples for log p(x)
 COLUMNS = ("error", "precision", "recall", "coverage", "halfway", "log p(x)", "seconds")
@@ -54,22 +54,22 @@ Row = dict[str, float]
 
 
 class Model(NamedTuple):
-    """What is left of training: from images to codes, and from codes to images."""
+    """A trained model: it maps images to codes, and codes to images."""
 
     name: str
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
     vae: pv.VAE | None = None
     also: Mapping[str, Draw] = MappingProxyType({})
-    """Further ways to draw images than from codes of N(0, I), by name."""
+    """Other ways to draw images than from codes of N(0, I), by name."""
 
     def draws(self) -> dict[str, Draw]:
-        """All ways to draw n images."""
+        """Return all ways to draw n images."""
         return {self.name: lambda n: self.decode(torch.randn(n, LATENT_DIM)), **self.also}
 
 
 class Digits(NamedTuple):
-    """Rows of pixels in [0, 1], and their classes; the test part is validation and test."""
+    """Rows of pixels in [0, 1] with their classes; validation and test data are held out."""
 
     x: Tensor
     labels: Tensor
@@ -88,7 +88,7 @@ def pixels_of(images: Tensor) -> Tensor:
     return images.flatten(1) / 255
 
 
-# The four kinds
+# The models
 
 
 def make_decoder() -> nn.Module:
@@ -147,7 +147,7 @@ def make_encoder(posterior: pv.Family) -> pv.Factor:
 
 
 class FixedNormal(pv.Family):
-    r"""A posterior without a scale of its own, :math:`N(\mu(x), s^2 I)` with s fixed and tiny."""
+    r"""A posterior with a fixed, tiny scale s, :math:`N(\mu(x), s^2 I)`."""
 
     def outputs(self, shape: tuple[int, ...]) -> int:
         return shape[0]
@@ -168,7 +168,7 @@ def fit_gan(x: Tensor, epochs: int) -> Model:
 
 
 def fit_vae_gan(x: Tensor, epochs: int) -> Model:
-    """A VAE whose pixel error is replaced by one in its critic's features (Larsen et al., 2016)."""
+    """A VAE that measures its error in the features of a critic (Larsen et al., 2016)."""
     pair, critic = nn.ModuleList([make_encoder(pv.DiagonalNormal()), make_decoder()]), make_critic()
     average = moving_average(pair)
     forward, against = (adam(side, betas=ADVERSARIAL_BETAS) for side in (pair, critic))
@@ -184,18 +184,18 @@ def fit_vae_gan(x: Tensor, epochs: int) -> Model:
 def vae_gan_loss(
     encoder: nn.Module, decoder: nn.Module, critic: nn.Module, real: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The loss of encoder and decoder, and what the critic shall tell from real images."""
+    """Return the loss of encoder and decoder, and the generated images for the critic."""
     q, prior = encoder(real), pv.StandardNormal(LATENT_DIM)()
     z = q.rsample()
     features, wanted = critic[0](decoder(z)), critic[0](real).detach()
     error = F.mse_loss(features, wanted, reduction="sum") / len(real)
-    fake = decoder(torch.cat([z.detach(), prior.sample((len(real),))]))  # not the encoder's affair
+    fake = decoder(torch.cat([z.detach(), prior.sample((len(real),))]))  # not for the encoder
     kl = kl_divergence(q, prior).mean()
     return KL_WEIGHT * kl + error + fooling_loss(critic, fake), fake
 
 
 def critic_loss(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    """Real from made images, with a penalty on the critic's slope at the real ones (R1)."""
+    """Separate real from generated images, with a penalty on the slope at the real ones (R1)."""
     real = real.detach().requires_grad_()
     verdict = critic(real)
     (slope,) = torch.autograd.grad(verdict.sum(), real, create_graph=True)
@@ -204,12 +204,12 @@ def critic_loss(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def fooling_loss(critic: nn.Module, fake: Tensor) -> Tensor:
-    """The generator's, non-saturating (Goodfellow et al., 2014)."""
+    """The non-saturating loss of the generator (Goodfellow et al., 2014)."""
     return F.softplus(-critic(fake)).mean()
 
 
 def search(decoder: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Codes whose images are nearest to x, by descent from a few draws: a GAN has no encoder."""
+    """Find the codes whose images are nearest to x, since a GAN has no encoder."""
     z = torch.randn(SEARCH_STARTS, len(x), LATENT_DIM, requires_grad=True)
     optimizer = torch.optim.Adam([z], SEARCH_RATE, fused=True)
     with torch.enable_grad():
@@ -244,7 +244,7 @@ def moving_average(module: nn.Module) -> AveragedModel:
 
 
 def fit_features(digits: Digits) -> nn.Module:
-    """The last hidden layer of a classifier of the training digits."""
+    """Return the last hidden layer of a classifier of the training digits."""
     wide, narrow = (nn.Linear(*widths) for widths in ((PIXELS, 128), (128, 32)))
     features = nn.Sequential(wide, nn.ReLU(), nn.Dropout(0.2), narrow, nn.ReLU())
     classifier = nn.Sequential(features, nn.Linear(32, 10))
@@ -253,33 +253,33 @@ def fit_features(digits: Digits) -> nn.Module:
         step(optimizer, F.cross_entropy(classifier(digits.x[rows]), digits.labels[rows]))
     taken = classifier.eval()(digits.held_out).argmax(1)
     right = (taken == digits.held_out_labels).float().mean()
-    print(f"classifier whose features are used: {right:.1%} of the held-out digits right")
+    print(f"classifier for the features: {right:.1%} of the held-out digits are correct")
     return features
 
 
 def within(points: Tensor, others: Tensor) -> Tensor:
-    """Whether point i is as near to other j as that one's k-th neighbour, (points, others)."""
+    """Whether point i is within the k-th neighbor distance of other j, (points, others)."""
     exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
-    radii = torch.cdist(others, others, **exact).kthvalue(NEIGHBOURS + 1).values
+    radii = torch.cdist(others, others, **exact).kthvalue(NEIGHBORS + 1).values
     return torch.cdist(points, others, **exact) <= radii
 
 
 def quality(real: Tensor, made: Tensor) -> Row:
-    """Improved precision and recall (Kynkäänniemi et al., 2019), coverage (Naeem et al., 2020)."""
+    """Precision and recall (Kynkäänniemi et al., 2019) and coverage (Naeem et al., 2020)."""
     near = within(made, real)
     found = {"precision": near.any(1), "recall": within(real, made).any(1), "coverage": near.any(0)}
     return {name: hit.float().mean().item() for name, hit in found.items()}
 
 
 class Judge(NamedTuple):
-    """Real digits to compare with: the same halves of the held-out ones for everybody."""
+    """Real digits for the comparison: all models use the same halves of the held-out digits."""
 
     digits: Digits
     features: nn.Module
     halvings: list[tuple[Tensor, Tensor]]
 
     def __call__(self, make: Callable[[Tensor], Tensor]) -> Row:
-        """Mean quality of what ``make`` gives for the rows of the halves that are not real."""
+        """Mean quality of the images that ``make`` returns for the rows of the other halves."""
         made = [(self.digits.held_out[real], make(others)) for real, others in self.halvings]
         rows = [quality(self.features(real), self.features(images)) for real, images in made]
         return {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
@@ -292,7 +292,7 @@ def make_judge(digits: Digits) -> Judge:
 
 @torch.no_grad()
 def anchors(judge: Judge) -> dict[str, Row]:
-    """What perfect samples get, and bad ones: each pixel that of a training digit of its own."""
+    """Results of perfect samples, and of bad ones with each pixel from another training digit."""
     x, held_out = judge.digits.x, judge.digits.held_out
     pixels = torch.arange(PIXELS)
     halfway = judge(lambda rows: halves(held_out[rows]))["precision"]
@@ -307,7 +307,7 @@ def anchors(judge: Judge) -> dict[str, Row]:
 
 @torch.no_grad()
 def measures(judge: Judge, model: Model) -> dict[str, Row]:
-    """A row for each way to draw from a model; what is the model's own stands in the first."""
+    """Return a row for each way to draw; the first row has the measures of the model itself."""
     held_out = judge.digits.held_out
     codes = model.encode(held_out)
     own = {"error": 1000 * F.mse_loss(model.decode(codes), held_out).item()}
@@ -321,12 +321,12 @@ def measures(judge: Judge, model: Model) -> dict[str, Row]:
 
 
 def halves(rows: Tensor) -> Tensor:
-    """The point halfway between each row and the one before."""
+    """Return the point halfway between each row and the row before it."""
     return (rows + rows.roll(1, 0)) / 2
 
 
 def run(digits: Digits, epochs: int, seed: int) -> tuple[dict[str, Row], list[Model]]:
-    """Fit and measure everything once."""
+    """Fit and measure all models once."""
     torch.manual_seed(seed)
     judge = make_judge(digits)
     rows, models = anchors(judge), []
@@ -342,7 +342,7 @@ def run(digits: Digits, epochs: int, seed: int) -> tuple[dict[str, Row], list[Mo
 
 
 def table(runs: list[dict[str, Row]]) -> str:
-    """Markdown: means over the seeds, with standard deviations where there are several."""
+    """Markdown: means over the seeds, with standard deviations if there are several seeds."""
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|" + " --- |" * (len(COLUMNS) + 1)]
     for name in runs[0]:
         cells = [cell(column, [run[name].get(column) for run in runs]) for column in COLUMNS]
@@ -363,7 +363,7 @@ def cell(column: str, values: list[float | None]) -> str:
 
 @torch.no_grad()
 def figure(digits: Digits, models: list[Model]) -> Figure:
-    """A column for each model: draws, ways between held-out digits, and codes of these."""
+    """A column for each model: draws, interpolations of held-out digits, and their codes."""
     drawn = Figure(figsize=(2 * len(models) + 0.3, 5.6), layout="constrained")
     axes = drawn.subplots(3, len(models), height_ratios=(8, 5, 8))
     for model, column in zip(models, axes.T, strict=True):
@@ -378,14 +378,14 @@ def figure(digits: Digits, models: list[Model]) -> Figure:
 
 
 def sheet(model: Model, side: int = 8) -> Tensor:
-    """Draws in rows, as many of each way."""
+    """Draws in rows, with the same number for each way to draw."""
     ways = model.draws().values()
     drawn = torch.cat([draw(side * side // len(ways)) for draw in ways])
     return drawn.unflatten(0, (side, side))
 
 
 def between(model: Model, digits: Digits, steps: int = 6) -> Tensor:
-    """A digit, what is decoded on the straight line from its code to another's, the other."""
+    """Two held-out digits, with decoded points on the line between their codes."""
     ends = [[int((digits.held_out_labels == c).nonzero()[0]) for c in pair] for pair in LINES]
     first, last = digits.held_out[torch.tensor(ends)].unbind(1)
     weights = torch.linspace(0, 1, steps)[:, None]
@@ -394,7 +394,7 @@ def between(model: Model, digits: Digits, steps: int = 6) -> Tensor:
 
 
 def show_images(axis: Axes, images: Tensor) -> None:
-    """Images of shape (rows, columns, pixels) as one, with a line between them."""
+    """Show images of shape (rows, columns, pixels) as one image with lines between them."""
     framed = F.pad(images.unflatten(-1, (8, 8)), (1, 1, 1, 1), value=0.35)
     whole = framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
     axis.imshow(whole, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -402,7 +402,7 @@ def show_images(axis: Axes, images: Tensor) -> None:
 
 
 def show_codes(axis: Axes, model: Model, digits: Digits) -> None:
-    """The plane in which the classes' means differ most, with draws of N(0, I) in grey."""
+    """Show the plane in which the class means differ most, with draws of N(0, I) in gray."""
     codes, labels = model.encode(digits.held_out), digits.held_out_labels
     means = torch.stack([codes[labels == label].mean(0) for label in range(10)])
     plane = torch.linalg.svd(means - means.mean(0)).Vh[:2].T

@@ -1,16 +1,16 @@
-"""Image completion: the rest of a digit, given one quadrant of it.
+"""Image completion: predict the rest of a digit from one quadrant.
 
     python examples/completion.py [--epochs 150] [--out completion.png]
 
-The context is the upper left quadrant, 16 pixels; the data are the other 48. A conditional VAE with
-a learnt prior p(z | quadrant) is held against a network that maps the quadrant straight to
-the distribution of each missing pixel. Both have the same likelihood and are fitted alike: the
-network is a pair too, one without latents.
+The context is the upper left quadrant, 16 pixels; the data are the other 48 pixels. The program
+compares a conditional VAE with a learned prior p(z | quadrant), and a network that maps the
+quadrant directly to the distribution of each missing pixel. Both have the same likelihood and the
+same training settings. The network is also a pair, without latents.
 
 Expect: log p(x | quadrant) of about -73 nats for the network and -61.5 for the conditional VAE, on
-test digits. Given the quadrant the network's pixels are independent, so it paints the average of
-all digits that would fit; the VAE first draws which one it is. The figure shows both. Takes about
-half a minute on two cores.
+test digits. Given the quadrant, the pixels of the network are independent, so it paints the average
+of all digits that fit. The VAE first draws which digit it is. The figure shows both. The program
+takes about half a minute on two cores.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from pyro_vae import plots
 
 LATENT_DIM = 8
 HIDDEN = (128, 128)
-LEVELS = 17  # the digits' own grey levels, 0 to 16
+LEVELS = 17  # the gray levels of the original digits, 0 to 16
 GIVEN = torch.zeros(8, 8, dtype=torch.bool)
 GIVEN[:4, :4] = True
 
 
 class Network(nn.Module):
-    """The missing pixels straight from the quadrant: a pair without latents."""
+    """Predict the missing pixels directly from the quadrant: a pair without latents."""
 
     def __init__(self, decoder: pv.Factor) -> None:
         super().__init__()
@@ -46,13 +46,13 @@ class Network(nn.Module):
 
 
 def parts(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The missing pixels (n, 48) and the quadrant (n, 16), on the grid 0, 1/16, ..., 1."""
-    grey = (images[:, 0].float() * (LEVELS - 1) / 255).round() / (LEVELS - 1)
-    return grey[:, ~GIVEN], grey[:, GIVEN]
+    """Return the missing pixels (n, 48) and the quadrant (n, 16), on the grid 0, 1/16, ..., 1."""
+    gray = (images[:, 0].float() * (LEVELS - 1) / 255).round() / (LEVELS - 1)
+    return gray[:, ~GIVEN], gray[:, GIVEN]
 
 
 def whole(missing: Tensor, quadrant: Tensor) -> Tensor:
-    """Both put together again, as images (n, 1, 8, 8)."""
+    """Combine both to images (n, 1, 8, 8)."""
     images = torch.empty(len(missing), 8, 8)
     images[:, ~GIVEN], images[:, GIVEN] = missing, quadrant
     return images[:, None]
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--out", type=Path, default=Path("completion.png"))
     options = parser.parse_args()
-    torch.manual_seed(0)  # the first weights
+    torch.manual_seed(0)  # for the initial weights
 
     digits = pv.load_data("digits")
     train, validation, test = (
@@ -91,7 +91,7 @@ def main() -> None:
             batch_size=64,
             learning_rate=1e-3,
         )
-    plain = pv.log_likelihood(network, *test, num_samples=1)  # exact: there is nothing to sum out
+    plain = pv.log_likelihood(network, *test, num_samples=1)  # exact: the pair has no latents
     result = pv.evaluate(vae, *test, num_samples=1000)
     print(result)
     print(f"log p(x | quadrant) of the network         {plain.value:.1f}")

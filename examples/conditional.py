@@ -1,14 +1,14 @@
-"""A conditional VAE: draw digits of the class that you ask for.
+"""A conditional VAE: draw digits of a given class.
 
     python examples/conditional.py [--epochs 80]
 
-The label goes to the encoder, the decoder and nowhere else; the latents are left with style. A
-plain classifier, fitted to real digits alone, judges the drawn ones.
+Encoder and decoder receive the label, so the latents describe only the style. A plain classifier,
+fitted to real digits, classifies the drawn digits.
 
-Expect: about 84 % of the drawn digits are taken for the class they were asked to be, against 10 %
-by chance; a linear probe finds the class in the codes of about half of the test digits only (of
-about 92 % in examples/digits.py), since the decoder is told it. Takes about half a minute on two
-cores.
+Expect: the classifier assigns about 84 % of the drawn digits to the requested class (10 % by
+chance). A linear probe finds the class in the codes of only about half of the test digits, because
+the decoder knows the class. In examples/digits.py it finds about 92 %. The program takes about half
+a minute on two cores.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=80)
     options = parser.parse_args()
-    torch.manual_seed(0)  # the first weights
+    torch.manual_seed(0)  # for the initial weights
 
     digits = pv.load_data("digits")
     train, validation, test = (
@@ -58,9 +58,7 @@ def main() -> None:
     judge = LogisticRegression(max_iter=2000)
     judge.fit(digits.train.x.flatten(1).numpy() / 255, digits.train.labels.numpy())
     taken = torch.from_numpy(judge.predict(drawn.flatten(1).numpy()))
-    print(
-        f"drawn digits taken for what they were asked to be: {(taken == wanted).float().mean():.0%}"
-    )
+    print(f"drawn digits classified as requested: {(taken == wanted).float().mean():.0%}")
 
 
 if __name__ == "__main__":

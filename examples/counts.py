@@ -1,20 +1,21 @@
-"""Counts with a library size: cell types found whatever the depth at which cells were read.
+"""Counts with a library size: find cell types for any sequencing depth.
 
     python examples/counts.py [--epochs 100]
 
-Simulated cells, so that the truth is known: each is of one of four types, a type gives each of 60
-genes its share of a cell's reads, and the total, the library size, varies tenfold from cell to
-cell for reasons of no interest. Counts scatter as a negative binomial of inverse dispersion 2.
+The cells are simulated, so the true types are known. Each cell has one of four types. A type gives
+each of 60 genes its share of the reads of a cell. The total, the library size, varies tenfold
+between cells and is of no interest. Counts have a negative binomial distribution with inverse
+dispersion 2.
 
-Three VAEs see the counts alone: one with a Poisson likelihood and one with a negative binomial,
-whose means are shares of the observed total, and a negative binomial one that has to explain the
-totals too.
+The program fits three VAEs. The first two have a Poisson and a negative binomial likelihood, whose
+means are shares of the observed total. The third has a negative binomial likelihood and must
+explain the totals too.
 
-Expect, on test cells: log p(x | total) of about -196 nats under the Poisson and -133 under the
-negative binomial; the genes' shares in each cell found with a correlation of about 0.86 and 0.96;
-codes that tell nothing of the depth where the total is given (R² of 0.00), and most of it where it
-is not (0.89). The third model's log p(x) is of the totals too, and compares with neither. Takes
-about half a minute on two cores.
+Expect, on test cells: log p(x | total) of about -196 nats for the Poisson and -133 for the negative
+binomial. The inferred shares of the genes have a correlation with the truth of about 0.86 and 0.96.
+If the total is given, the codes contain no information about the depth (R² of 0.00); otherwise they
+contain most of it (0.89). log p(x) of the third model includes the totals, so do not compare it
+with the others. The program takes about half a minute on two cores.
 """
 
 import argparse
@@ -31,7 +32,7 @@ CELLS = (1500, 300, 500)
 
 
 def simulate() -> tuple[Tensor, Tensor, Tensor]:
-    """Counts (cells, genes), the types (cells,) and each type's shares (types, genes)."""
+    """Return counts (cells, genes), types (cells,) and the shares of each type (types, genes)."""
     shares = dist.Dirichlet(torch.full((GENES,), 0.5)).sample((TYPES,))
     kind = torch.randint(TYPES, (sum(CELLS),))
     depth = dist.LogNormal(6.0, 0.8).sample((len(kind), 1))
@@ -44,8 +45,8 @@ def log_totals(counts: Tensor) -> Tensor:
     return counts.sum(-1, keepdim=True).log()
 
 
-def told(codes: Tensor, target: Tensor) -> float:
-    """R² of the linear regression of a number on codes."""
+def r_squared(codes: Tensor, target: Tensor) -> float:
+    """Return R² of the linear regression of a number on the codes."""
     return LinearRegression().fit(codes, target).score(codes, target)
 
 
@@ -76,12 +77,12 @@ def main() -> None:
             learning_rate=2e-3,
         )
         found = pv.log_likelihood(vae, *parts[2], num_samples=200)
-        depth = told(pv.encode(vae, *parts[2])["z"], log_totals(test)[:, 0])
+        depth = r_squared(pv.encode(vae, *parts[2])["z"], log_totals(test)[:, 0])
         print(name)
         print(f"  log p(x{' | total' if given else ''}) {found.value:.1f}")
         print(f"  R² of the log depth from the codes {depth:.2f}")
         if given:
-            inferred = pv.reconstruct(vae, test, torch.zeros(len(test), 1))  # at a total of 1
+            inferred = pv.reconstruct(vae, test, torch.zeros(len(test), 1))  # for a total of 1
             both = torch.stack([inferred.flatten(), shares[test_kind].flatten()])
             print(f"  correlation of shares with the truth {both.corrcoef()[0, 1]:.2f}")
 

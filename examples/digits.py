@@ -1,12 +1,13 @@
-"""A VAE on real handwritten digits: fit it, measure it, look at it.
+"""A VAE on real handwritten digits: fit, evaluate and report.
 
     python examples/digits.py [--epochs 100]
 
-The 8-bit pixels are scored as what they are, by a discretised logistic likelihood, so log p(x) is
-that of the images themselves and bits per dimension mean something.
+A discretized logistic likelihood scores the 8-bit pixels as they are. So log p(x) is that of the
+images themselves, and bits per dimension are a code length.
 
-Expect: log p(x) of the test digits about -163 nats per example (3.7 bits per pixel), a linear probe
-of the codes right for about 92 %. Takes about half a minute on two cores.
+Expect: log p(x) of the test digits of about -163 nats per example (3.7 bits per pixel). A linear
+probe of the codes is correct for about 92 % of the digits. The program takes about half a minute on
+two cores.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--out", default=OUT)
     options = parser.parse_args()
-    torch.manual_seed(0)  # the first weights
+    torch.manual_seed(0)  # for the initial weights
 
     digits = pv.load_data("digits")
     vae = pv.VAE.mlp(

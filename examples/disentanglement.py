@@ -1,13 +1,13 @@
-"""Which unit says what: a VAE, a β-VAE and a β-TCVAE on shapes whose factors are known.
+"""Disentanglement: a VAE, a β-VAE and a β-TCVAE on shapes with known factors.
 
     python examples/disentanglement.py [--epochs 12] [--out disentanglement.png]
 
-Shape, scale, rotation and place made each image. The table shows what each code holds (nats per
-example) and how well it is disentangled; the figure shows each unit moved by itself.
+Shape, scale, rotation and position determine each image. The table shows the information in the
+codes (nats per example) and the disentanglement scores. The figure traverses each unit by itself.
 
-Expect: total correlation 3.9 for the VAE, about 1.4 for both others, and of the three the largest
-gap (MIG) for the β-TCVAE, 0.15 against 0.07 and 0.05. Twelve epochs are few, and other first
-weights give other scores. Takes about half a minute of processor time.
+Expect: a total correlation of 3.9 for the VAE and about 1.4 for both others. The β-TCVAE has the
+largest gap (MIG): 0.15, against 0.07 and 0.05. Twelve epochs are few, and other initial weights
+give other scores. The program takes about half a minute of processor time.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     print(f"{'':<10}{''.join(f'{name:>10}' for name in columns)}")
     moved = []
     for name, (objective, beta) in objectives.items():
-        torch.manual_seed(0)  # the first weights
+        torch.manual_seed(0)  # for the initial weights
         vae = pv.VAE.mlp(shapes.shape, latent_dim=LATENT_DIM, hidden=HIDDEN)
         pv.fit(
             vae,
@@ -67,7 +67,7 @@ def main() -> None:
         lines = pv.traverse(vae, test.x[:1])
         by_use = parts.unit_information.argsort(descending=True).tolist()
         moved += [(f"{name}, unit {unit}", lines[unit]) for unit in by_use]
-    plots.grid(moved, "one unit at a time, by what it tells of the image").savefig(options.out)
+    plots.grid(moved, "one unit at a time, ordered by information").savefig(options.out)
     print(f"pictures: {options.out}")
 
 

@@ -1,15 +1,16 @@
-"""Why is the bound loose? One VAE, six guides for it, one table of bounds.
+"""Why is the bound loose? One VAE, six guides for it, and one table of bounds.
 
     python examples/guide_swap.py [--epochs 40] [--steps 300] [--num-samples 500] [--out FILE]
 
-A VAE with a diagonal posterior is fitted to the digits. Then its decoder and its prior stay as they
-are, and other guides are fitted to them: a diagonal normal again, one with any covariance, a flow,
-and, for each test digit, normals of its own. log p(x) being the same under all of them, every nat
-that the ELBO gains was lost to training, to the family or to amortisation before.
+The program fits a VAE with a diagonal posterior to the digits. Then it keeps decoder and prior
+fixed, and fits other guides to them: a new diagonal normal, a full-rank normal, a flow, and normals
+with parameters for each test digit. log p(x) is the same under all of them. So each nat that the
+ELBO gains was lost before by training, by the family or by amortization.
 
-Expect: ELBOs of about -172.1 nats per digit as trained, -171.4 with a full-rank guide or a flow,
--170.6 with a diagonal normal and -170.1 with a full-rank one for each digit, under log p(x) of
-about -170.0: here amortisation costs more than the family. Takes about a minute on two cores.
+Expect: ELBOs of about -172.1 nats per digit as trained, and -171.4 with a full-rank guide or a
+flow. With parameters for each digit, -170.6 with a diagonal and -170.1 with a full-rank normal. log
+p(x) is about -170.0. So here amortization costs more than the family. The program takes about a
+minute on two cores.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=500)
     parser.add_argument("--out", default="guide-swap.png")
     options = parser.parse_args()
-    torch.manual_seed(0)  # the first weights
+    torch.manual_seed(0)  # for the initial weights
 
     digits = pv.load_data("digits")
     x, test = digits.train.x, digits.test.x
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def draw(lost: dict[str, torch.Tensor]) -> Figure:
-    """How many nats each guide loses, on average and digit by digit."""
+    """Draw how many nats each guide loses, on average and digit by digit."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     bars, curves = figure.subplots(1, 2, width_ratios=(2, 3))
     for i, (name, nats) in enumerate(lost.items()):

@@ -1,13 +1,13 @@
-"""Clusters of digits that nobody has labelled: a mixture VAE.
+"""Clusters of digits without labels: a mixture VAE.
 
     python examples/mixture.py [--epochs 60] [--out clusters.png]
 
-The component is summed out while the model is fitted; labels are used in the end only, to see what
-the clusters are. The figure has a row for each component: means of digits drawn from it.
+Training sums out the component. Labels are used only at the end, to describe the clusters. The
+figure has a row for each component, with means of digits drawn from it.
 
-Expect: about 59 % of the test digits are in the cluster that is matched to their label, one for
-each label, and a normalised mutual information of cluster and label of 0.62. A few of the 15
-components stay empty. Takes half a minute of one core.
+Expect: if each label is matched to one cluster, about 59 % of the test digits are in the cluster of
+their label. The normalized mutual information of cluster and label is 0.62. A few of the 15
+components stay empty. The program takes half a minute on one core.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--out", default="clusters.png")
     options = parser.parse_args()
-    torch.manual_seed(0)  # the first weights
+    torch.manual_seed(0)  # for the initial weights
 
     digits = pv.load_data("digits")
     pair = pv.MixtureVAE.mlp(

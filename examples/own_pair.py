@@ -1,15 +1,15 @@
-"""A pair of your own, in 25 lines of Pyro: everything in the library serves it.
+"""Your own pair in 25 lines of Pyro: every tool of the library accepts it.
 
     python examples/own_pair.py [--epochs 60]
 
-Counts of ink. Each digit is drawn with an overall boldness b and a shape z; pixels are Poisson
-counts (0 to 16) whose rate is the boldness times a picture of the shape. Two latent sites, a
-likelihood that the library does not have, parameters in three of Pyro's styles: nothing here is
-known to `fit`, `evaluate`, `encode` or `traverse` beforehand.
+This is a model of ink. Each digit has an overall boldness b and a shape z. Pixels are Poisson
+counts (0 to 16). Their rate is the boldness times a picture of the shape. The pair has two latent
+sites, a likelihood that the library does not provide in this form, and parameters in three of
+Pyro's styles. `fit`, `evaluate`, `encode` and `sample` know only its traces.
 
-Expect: an ELBO of the test digits about -117 nats per example, and a correlation of about 0.5
-between the posterior mean of log b and the log of the ink in the image: the shape explains part of
-the ink. Takes about half a minute on two cores.
+Expect: an ELBO of the test digits of about -117 nats per example. The correlation between the
+posterior mean of log b and the log of the ink in the image is about 0.5, because the shape explains
+a part of the ink. The program takes about half a minute on two cores.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Ink(nn.Module):
 
 
 def counts(images: Tensor) -> Tensor:
-    """The digits as they were first stored: each pixel counts 0 to 16."""
+    """Return the original values of the digits: each pixel is a count from 0 to 16."""
     return (images.flatten(1).float() * 16 / 255).round()
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=60)
     options = parser.parse_args()
-    torch.manual_seed(0)  # the first weights
+    torch.manual_seed(0)  # for the initial weights
 
     digits = pv.load_data("digits")
     train, validation, test = (

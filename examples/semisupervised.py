@@ -1,13 +1,13 @@
-"""Digits with five labels of each class: the semi-supervised VAE against a plain classifier.
+"""Digits with five labels for each class: the semi-supervised VAE and a plain classifier.
 
     python examples/semisupervised.py [--epochs 60] [--out styles.png]
 
-Of 1,257 training digits 50 keep their label. The plain classifier, a logistic regression, is fitted
-to these alone; the VAE sees the other digits too. The figure has a row for each class, and in each
-column one style, drawn once.
+50 of 1,257 training digits keep their label. The plain classifier, a logistic regression, is fitted
+to these digits. The VAE also uses the other digits. The figure has a row for each class and a
+column for each style.
 
-Expect: about 91 % of the test digits right, against 88 % by the plain classifier, and an expected
-calibration error of 7 %. Takes half a minute of one core.
+Expect: about 91 % of the test digits correct, against 88 % for the plain classifier. The expected
+calibration error is 7 %. The program takes half a minute on one core.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--out", default="styles.png")
     options = parser.parse_args()
-    torch.manual_seed(0)  # the first weights
+    torch.manual_seed(0)  # for the initial weights
 
     digits = pv.load_data("digits")
     train, test = digits.train, digits.test
@@ -54,7 +54,7 @@ def main() -> None:
     plain = LogisticRegression(max_iter=2000)
     plain.fit(train.x[known].flatten(1).numpy() / 255, labels[known].numpy())
     score = plain.score(test.x.flatten(1).numpy() / 255, test.labels.numpy())
-    print(f"right on test digits: {result.accuracy:.1%}, a plain classifier {score:.1%}")
+    print(f"accuracy on test digits: {result.accuracy:.1%}; plain classifier: {score:.1%}")
     print(f"expected calibration error: {result.calibration_error:.1%}")
     with open(options.out, "wb") as file:
         file.write(plots.png(plots.by_value(pair, test.x, [], "y", torch.arange(10))))

@@ -1,15 +1,15 @@
-"""A deep Markov model: digits written row by row, and what their first rows foretell.
+"""A deep Markov model: digits row by row, and a forecast of their last rows.
 
     python examples/sequence.py [--epochs 60]
 
-Each digit is a sequence of eight rows of eight binary pixels. A latent vector moves from row to
-row; the guide reads the rows from the last one up (Krishnan, Shalit & Sontag, 2017). Sequences may
-end early: a digit cut after four rows has a likelihood and a code of its own, and from there the
-chain goes on by its transition, which foretells the other four.
+Each digit is a sequence of eight rows of eight binary pixels. A latent vector changes from row to
+row. The guide reads the rows from the last one up (Krishnan, Shalit & Sontag, 2017). Sequences may
+end early. So a digit that is cut after four rows has its own likelihood and code. From this code
+the transition continues the chain, which forecasts the other four rows.
 
-Expect: log p(x) of the test digits about -22.3 nats per example (0.50 bits per pixel), and of their
-last four rows -11.6 nats given the first four, where the mean of each pixel gives -13.1. Takes
-about half a minute on two cores.
+Expect: log p(x) of the test digits of about -22.3 nats per example (0.50 bits per pixel). Their
+last four rows given the first four have -11.6 nats; the mean of each pixel gives -13.1. The program
+takes about half a minute on two cores.
 """
 
 import argparse
@@ -29,8 +29,8 @@ WARM_UP = 15
 SEEN = 4
 
 
-def foretell(pair: pv.DeepMarkovModel, x: Tensor, paths: int = 5) -> Tensor:
-    """Probabilities (paths, n, steps, pixels) of the rows after those of x, along drawn paths."""
+def forecast(pair: pv.DeepMarkovModel, x: Tensor, paths: int = 5) -> Tensor:
+    """Return probabilities (paths, n, steps, pixels) of the rows after x, along drawn paths."""
     seen = x.shape[-2]
     padded = torch.nn.functional.pad(x, (0, 0, 0, pair.steps - seen))
     lengths = torch.full((len(x),), seen)
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--out", default="runs/example-sequence")
     options = parser.parse_args()
-    torch.manual_seed(0)  # the first weights and the paths
+    torch.manual_seed(0)  # for the initial weights and the paths
 
     digits = pv.load_data("digits")
     train, validation, test = (
@@ -57,7 +57,7 @@ def main() -> None:
     )
     steps, pixels = train.shape[1:]
     pair = pv.DeepMarkovModel.usual(steps, pixels, LATENT_DIM, HIDDEN, ragged=True)
-    # Half of the digits end early, so that the guide learns to do without the rest.
+    # Half of the digits end early, so that the guide learns to work without the last rows.
     lengths = torch.where(torch.rand(len(train)) < 0.5, SEEN, steps)
     pv.fit(
         pair,
@@ -78,13 +78,14 @@ def main() -> None:
     print(f"log p of the last rows given the first: {result.log_likelihood - first.value:.2f}")
     print(f"log p of the last rows by the mean of each pixel: {blind:.2f}")
 
-    paths = foretell(pair, test[:, :SEEN])
+    paths = forecast(pair, test[:, :SEEN])
     Path(options.out).mkdir(parents=True, exist_ok=True)
     some = torch.linspace(0, len(test) - 1, 12).long()
     ends = [torch.cat([test[some, :SEEN], path[some]], 1)[:, None] for path in paths]
     rows = [("data", test[some, None]), *((f"path {i + 1}", end) for i, end in enumerate(ends))]
-    figure = Path(options.out) / "foretold.png"
-    figure.write_bytes(plots.png(plots.grid(rows, "the upper half is given, the lower foretold")))
+    figure = Path(options.out) / "forecast.png"
+    title = "the upper half is given, the lower half is forecast"
+    figure.write_bytes(plots.png(plots.grid(rows, title)))
     print(f"pictures: {figure}")
 
 

@@ -1,15 +1,15 @@
-"""Sentences as points: a VAE of text, what keeps its latent vector in use, and a language model.
+"""A VAE of sentences: how to keep its latent vector in use, compared with a language model.
 
     python examples/text.py [--epochs 13] [--rows N]
 
-The data are first sentences of the docstrings of Python's standard library, read from the Python
-that runs this (licence PSF-2.0), as rows of characters. Three models have the same LSTM to write
-with: a VAE trained with word dropout and KL warm-up (Bowman et al., 2016), the same VAE without
-them, and a language model, which has no latent vector at all.
+The data are the first sentences of the docstrings of Python's standard library, as rows of
+characters. They are read from the Python that runs this program (license PSF-2.0). Three models
+write with the same LSTM: a VAE trained with word dropout and KL warm-up (Bowman et al., 2016), the
+same VAE without them, and a language model, which has no latent vector.
 
 Expect, on the test sentences: a KL of about 3.5 nats with word dropout and warm-up, and 0.1 without
-them. The vector has its price: a perplexity of 8.8 for each character against 4.8, and 4.9 of the
-language model. Takes about a minute and a half of one core's time.
+them. The vector costs likelihood: the perplexity of each character is 8.8, against 4.8 without the
+remedies and 4.9 for the language model. The program takes about a minute and a half on one core.
 """
 
 import argparse
@@ -30,7 +30,7 @@ LEARNING_RATE = 3e-3
 
 
 class LanguageModel(nn.Module):
-    """The VAE's own decoder with nothing to condition on: p(x) alone."""
+    """The decoder of the VAE with a constant condition: p(x) without latents."""
 
     def __init__(self, tokens: int, length: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class LanguageModel(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=13)
-    parser.add_argument("--rows", type=int, help="how many sentences of each part; all by default")
+    parser.add_argument("--rows", type=int, help="number of sentences of each part; default: all")
     options = parser.parse_args()
 
     text = pv.load_data("docstrings", length=LENGTH)
@@ -57,10 +57,10 @@ def main() -> None:
         part.x[: options.rows] for part in (text.train, text.validation, text.test)
     )
     vocabulary = text.vocabulary or ""
-    print(f"{len(train)} sentences of {len(vocabulary) - 1} characters to learn from")
+    print(f"{len(train)} training sentences; {len(vocabulary) - 1} different characters")
 
     def vae(word_dropout: float) -> pv.VAE:
-        torch.manual_seed(0)  # the first weights
+        torch.manual_seed(0)  # for the initial weights
         return pv.VAE.recurrent(
             text.shape, len(vocabulary), LATENT_DIM, HIDDEN, EMBEDDING_DIM, word_dropout
         )
@@ -87,12 +87,12 @@ def main() -> None:
     named = {"VAE, dropout and warm-up": kept, "VAE without": plain, "language model": language}
     for name, pair in named.items():
         result = pv.evaluate(pair, test, num_samples=50)
-        perplexity = 2 ** (result.bits_per_dim or 0)  # of a character, the end counted as one
+        perplexity = 2 ** (result.bits_per_dim or 0)  # of each character, with the end
         share = f"{100 * result.kl / -result.elbo:.1f} %"
         numbers = f"{result.log_likelihood:>11.2f}{perplexity:>12.2f}{result.kl:>7.2f}"
         print(f"{name:<28}{numbers}{share:>7}")
 
-    print("\ndrawn from the prior")
+    print("\ndraws from the prior")
     print(*pv.as_text(pv.sample(kept, 8, seed=0), vocabulary), sep="\n")
     print("\nfrom one sentence to another")
     for line in pv.interpolate(kept, test[:2], test[2:4], steps=6):
