@@ -20,7 +20,16 @@ from tqdm import tqdm
 
 from pyro_vae import collapse, rng, runs
 from pyro_vae.config import Settings
-from pyro_vae.data import Arrays, Preparation, Rows, Source, held_out, preparation, source
+from pyro_vae.data import (
+    Arrays,
+    Preparation,
+    Rows,
+    Source,
+    held_out,
+    preparation,
+    require_masks,
+    source,
+)
 from pyro_vae.engine import Engine, Step
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.evaluation import bound
@@ -543,6 +552,7 @@ def _training_rows(
     plain = Preparation(*placement(pair))
     first = plain(rows.first(16))
     require(pair, first, objective)
+    require_masks(pair, rows, plain)
     prepare = preparation(pair, rows, binarize)
     if prepare.binarize and binarize == "fixed":
         rows, prepare = held_out(rows, prepare)
@@ -571,7 +581,9 @@ def _validation_rows(
                 raise UsageError(
                     f"as many context tensors as for training, {wanted}, are expected, {came} came"
                 )
-        return held_out(held, preparation(pair, held, binarize))
+        prepare = preparation(pair, held, binarize)
+        require_masks(pair, held, prepare)
+        return held_out(held, prepare)
     except UsageError as error:
         raise UsageError(f"validation: {error}") from error
 

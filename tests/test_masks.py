@@ -1,0 +1,342 @@
+"""Masks: right where model and guide agree on them, and told in one line where they do not."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.exact import linear_gaussian
+
+WIDTH, LATENT = 6, 2
+
+
+def holes(n, share=0.4, seed=0):
+    """Rows of the linear-Gaussian pair and which of their entries are seen; the first row whole,
+    the last without any."""
+    pair, generator = linear_gaussian(), torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    x = pair.marginal().sample((n,)).detach()
+    seen = torch.rand(n, WIDTH, generator=generator) > share
+    seen[0], seen[-1] = True, False
+    return torch.where(seen, x, torch.zeros(())), seen
+
+
+class Holes(nn.Module):
+    """x | z ~ N(W z + b, s^2 I) of which some entries are seen; its guide is exact, widened."""
+
+    def __init__(self, spread=1.2):
+        super().__init__()
+        self.exact, self.spread = linear_gaussian(), spread
+
+    def posterior(self, x, seen):
+        """The mean and covariance of each row's z given what is seen."""
+        w, s = self.exact.weight, self.exact.noise
+        precision = torch.einsum("nj,ja,jb->nab", seen.double(), w, w) / s**2
+        covariance = torch.linalg.inv(precision + torch.eye(LATENT).double())
+        off = torch.where(seen, x - self.exact.bias, 0.0)
+        return torch.einsum("nab,jb,nj->na", covariance, w, off) / s**2, covariance
+
+    def log_p(self, x, seen):
+        """log p of what is seen of each row, (n,)."""
+        whole, found = self.exact.marginal(), []
+        for row, m in zip(x, seen, strict=True):
+            part = dist.MultivariateNormal(whole.loc[m], whole.covariance_matrix[m][:, m])
+            found.append(part.log_prob(row[m]) if m.any() else torch.zeros(()).double())
+        return torch.stack(found).detach()
+
+    def likelihood(self, z):
+        return dist.Normal(z @ self.exact.weight.T + self.exact.bias, self.exact.noise)
+
+    def prior(self, x):
+        return dist.Normal(x.new_zeros(LATENT), 1.0).to_event(1)
+
+    def model(self, x, seen):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", self.prior(x))
+            pyro.sample("x", self.likelihood(z).mask(seen).to_event(1), obs=x)
+
+    def guide(self, x, seen):
+        loc, covariance = self.posterior(x, seen)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.MultivariateNormal(loc, self.spread**2 * covariance))
+
+    def template(self, n):
+        return torch.zeros(n, WIDTH).double(), torch.ones(n, WIDTH, dtype=torch.bool)
+
+
+class Imputed(nn.Module):
+    """z ~ N(0, 1), x | z ~ N(z, 1), seen in some rows, by obs_mask; the guide has the rest."""
+
+    def __init__(self, masked=True):
+        super().__init__()
+        self.masked, self.shift = masked, nn.Parameter(torch.zeros(()).double())
+
+    def model(self, x, seen):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z + self.shift, 1.0), obs=x, obs_mask=seen)
+
+    def guide(self, x, seen):
+        with pyro.plate("data", len(x), dim=-1):
+            q = dist.Normal(0.5 * x * seen, torch.where(seen, 0.5**0.5, 1.0))
+            z = pyro.sample("z", q)
+            self.impute(z, seen)
+
+    def impute(self, z, seen):
+        with poutine.mask(mask=~seen if self.masked else True):
+            pyro.sample("x_unobserved", dist.Normal(z + self.shift + 0.3, 1.1))
+
+    def log_p(self, x, seen):
+        return torch.where(seen, dist.Normal(0.0, 2**0.5).log_prob(x), 0.0)
+
+    def template(self, n):
+        return torch.zeros(n).double(), torch.ones(n, dtype=torch.bool)
+
+
+class Without(Imputed):
+    def impute(self, z, seen):
+        pass
+
+
+def imputed_rows(n=40):
+    torch.manual_seed(3)
+    seen = torch.rand(n) > 0.4
+    seen[:3] = True  # the first rows do not give it away
+    return torch.randn(n).double() * 2**0.5 * seen, seen
+
+
+TOOLS = {
+    "fit": lambda pair, *rows: pv.fit(pair, *rows, epochs=1, batch_size=10, progress=False),
+    "evaluate": lambda pair, *rows: pv.evaluate(pair, *rows, num_samples=10),
+    "log_likelihood": lambda pair, *rows: pv.log_likelihood(pair, *rows, num_samples=10),
+    "kl_parts": pv.kl_parts,
+    "refine": lambda pair, *rows: pv.refine(pair, *rows, steps=2, progress=False),
+    "gaps": lambda pair, *rows: pv.gaps(pair, *rows, progress=False),
+    "anneal": lambda pair, *rows: pv.anneal(pair, *rows, num_temperatures=3, progress=False),
+    "nuts": lambda pair, *rows: pv.nuts(pair, *rows, num_draws=4, warmup=4, progress=False),
+    "to_arviz": lambda pair, *rows: pv.to_arviz(pair, *rows, num_samples=3, progress=False),
+    "predictive_check": lambda pair, *rows: pv.predictive_check(pair, *rows, progress=False),
+    "outlier_scores": lambda pair, *rows: pv.outlier_scores(pair, *rows, progress=False),
+    "diagnose": lambda pair, *rows: pv.diagnose(pair, *rows, budget=0.1, progress=False),
+    "calibration": lambda pair, *rows: pv.calibration(pair, rows[1:], progress=False),
+    "sandwich": lambda pair, *rows: pv.sandwich(pair, 40, rows[1:], progress=False),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_an_unmasked_guide_of_obs_mask_is_refused_in_words(tool):
+    x, seen = imputed_rows()
+    words = "site 'x_unobserved' differ.*obs_mask at site 'x'.*poutine.mask\\(mask=~obs_mask\\)"
+    with pytest.raises(pv.UsageError, match=words) as caught:
+        TOOLS[tool](Imputed(masked=False), x, seen)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(pv.UsageError, match="obs_mask at site 'x' makes a latent site"):
+        TOOLS[tool](Without(), x, seen)
+
+
+def test_check_says_the_same():
+    batch = imputed_rows()
+    assert not pv.check(Imputed(), batch).errors
+    assert "obs_mask at site 'x' masks it" in pv.check(Imputed(masked=False), batch).errors[0]
+    assert "makes a latent site 'x_unobserved'" in pv.check(Without(), batch).errors[0]
+
+
+def test_obs_mask_with_its_guide_gives_log_p_of_what_is_seen():
+    pair, (x, seen) = Imputed(), imputed_rows()
+    wanted = pair.log_p(x, seen)
+    found = pv.log_likelihood(pair, x, seen, num_samples=4000)
+    assert bool(((found.per_datum - wanted).abs() < 5 * found.standard_errors + 1e-6).all())
+    annealed = pv.anneal(pair, x, seen, num_temperatures=20, num_chains=30, progress=False)
+    assert annealed.value == pytest.approx(wanted.mean().item(), abs=0.05)
+    x, seen = imputed_rows(1000)
+    kl = pv.evaluate(pair, x, seen, num_samples=1).kl_by_site["x_unobserved"]
+    own = torch.distributions.kl_divergence(dist.Normal(0.3, 1.1), dist.Normal(0.0, 1.0)).item()
+    assert kl == pytest.approx(own * (~seen).double().mean().item(), abs=0.015)
+
+
+class Latent(nn.Module):
+    """Two latents z ~ N(0, 1), each seen through its own x ~ N(z, 1), and any masks around z."""
+
+    def __init__(self, model_mask=None, guide_mask=None, x_masked=True, events=False):
+        super().__init__()
+        self.masks, self.x_masked, self.events = (model_mask, guide_mask), x_masked, events
+        self.shift = nn.Parameter(torch.zeros(()).double())
+
+    def latent(self, which, fn, live):
+        """z under its mask: as an event of elements that are masked, or as a masked row."""
+        mask = self.masks[which]
+        if mask is None:
+            return pyro.sample("z", fn.to_event(1))
+        mask = mask(live)
+        if self.events:
+            return pyro.sample("z", fn.mask(mask).to_event(1))
+        with poutine.mask(mask=mask):
+            return pyro.sample("z", fn.to_event(1))
+
+    def model(self, x, live):
+        with pyro.plate("data", len(x), dim=-1):
+            z = self.latent(0, dist.Normal(torch.zeros_like(x), 1.0), live)
+            q = dist.Normal(z + self.shift, 1.0)
+            pyro.sample("x", q.mask(live if self.x_masked else True).to_event(1), obs=x)
+
+    def guide(self, x, live):
+        with pyro.plate("data", len(x), dim=-1):
+            self.latent(1, dist.Normal(0.5 * x + 0.2, 0.8).expand(x.shape), live)
+
+    def log_p(self, x, live):
+        return (dist.Normal(0.0, 2**0.5).log_prob(x) * live).sum(-1)
+
+    def kl(self, live):
+        """The KL of each unit, where the mean of x is 0."""
+        return live.double()
+
+    def template(self, n):
+        return torch.zeros(n, 2).double(), torch.ones(n, 2, dtype=torch.bool)
+
+
+def ragged(n=30):
+    """Two steps for most rows, one for some, the last without any."""
+    torch.manual_seed(5)
+    live = torch.tensor([[True, True], [True, False]])[torch.arange(n) % 3 // 2]
+    live[-1] = False
+    return torch.randn(n, 2).double() * 2**0.5, live
+
+
+def whole(live):
+    return live[:, 0]
+
+
+def same(live):
+    return live
+
+
+DISAGREE = {
+    "model alone, by element": (same, None, True),
+    "guide alone, by element": (None, same, True),
+    "model alone, by row": (whole, None, False),
+    "guide alone, by row": (None, whole, False),
+    "all and by row": (lambda live: False, whole, False),
+    "False and nothing": (lambda live: False, None, False),
+    "by row and by element": (lambda live: live[:, :1].expand(-1, 2), same, True),
+}
+
+
+@pytest.mark.parametrize("kind", DISAGREE)
+def test_masks_of_a_latent_that_differ_are_refused(kind):
+    ours, theirs, events = DISAGREE[kind]
+    pair, rows = Latent(ours, theirs, events=events), ragged()
+    words = "the masks of latent site 'z' differ.*put it under the same pyro.poutine.mask"
+    with pytest.raises(pv.UsageError, match=words):
+        pv.log_likelihood(pair, *rows, num_samples=5)
+    with pytest.raises(pv.UsageError, match=words):
+        pv.fit(pair, *rows, epochs=1, batch_size=10, progress=False)
+    assert "differ: " in pv.check(pair, rows).errors[0]
+
+
+@pytest.mark.parametrize("ours", [lambda live: True, lambda live: torch.ones(()) > 0])
+def test_a_mask_that_hides_nothing_agrees_with_none(ours):
+    rows = ragged()
+    assert not pv.check(Latent(ours, None), rows).errors
+    found = pv.log_likelihood(Latent(ours, None), *rows, num_samples=2000)
+    wanted = Latent().log_p(*rows)
+    assert bool(((found.per_datum - wanted).abs() < 5 * found.standard_errors + 1e-9).all())
+
+
+def test_what_counts_must_not_depend_on_what_a_mask_hides():
+    """z has no prior where it is hidden; today the weights have the mean E_q[p(x | z)]."""
+    pair, rows = Latent(same, same, x_masked=False, events=True), ragged()
+    words = "site 'x' of the model depends on numbers of latent site 'z' that a mask hides"
+    with pytest.raises(pv.UsageError, match=words):
+        pv.log_likelihood(pair, *rows, num_samples=5)
+    assert "that a mask hides" in pv.check(pair, rows).errors[0]
+
+
+@pytest.mark.parametrize("engine", ["eager", "traced"])
+def test_padded_latents_count_for_nothing(engine):
+    pair, (x, live) = Latent(same, same, events=True), ragged()
+    assert not pv.check(pair, (x, live)).errors
+    found = pv.log_likelihood(pair, x, live, num_samples=2000, engine=engine)
+    wanted = pair.log_p(x, live)
+    assert bool(((found.per_datum - wanted).abs() < 5 * found.standard_errors + 1e-9).all())
+    assert found.per_datum[-1] == 0  # nothing of the last row is seen
+    result = pv.evaluate(pair, x, live, num_samples=1)
+    q = dist.Normal(0.5 * x + 0.2, 0.8)
+    kl = torch.distributions.kl_divergence(q, dist.Normal(torch.zeros_like(x), 1.0))
+    torch.testing.assert_close(result.kl_by_unit["z"], (kl * live).mean(0).tolist())
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_boolean_masks_within_a_distribution(mask):
+    """Pyro gives the number 0.0, no tensor, for the KL of what is masked whole."""
+    pair, (x, live) = Latent(lambda live: mask, lambda live: mask, events=True), ragged()
+    live = live & mask
+    found = pv.evaluate(pair, x, live, num_samples=500)
+    assert found.log_likelihood == pytest.approx(pair.log_p(x, live).mean().item(), abs=0.05)
+    assert sum(found.kl_by_unit["z"]) == pytest.approx(found.kl_by_site["z"], abs=0.1)
+    assert mask or found.kl_by_unit["z"] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pyro.infer.TraceMeanField_ELBO(),
+        pv.ImportanceWeightedELBO(1),
+        pv.ImportanceWeightedELBO(1, gradient=pv.Gradient.DOUBLY_REPARAMETRIZED),
+        pv.StickingTheLandingELBO(),
+        pv.FreeBitsELBO(0.0),
+    ],
+)
+def test_gradients_of_objectives_leave_padding_out(objective):
+    """With the exact guide of the last, the gradient by the shift is the score of what is seen."""
+    pair, (x, live) = Latent(same, same, events=True), ragged()
+    torch.manual_seed(0)
+    loss = objective.differentiable_loss(pair.model, pair.guide, x, live)
+    padded = torch.where(live, x, 1e3)
+    torch.manual_seed(0)
+    again = objective.differentiable_loss(pair.model, pair.guide, padded, live)
+    torch.testing.assert_close(loss, again)
+
+
+def test_weights_are_each_datums_own():
+    """The bound of many samples is log p of each row's own entries, summed."""
+    pair, (x, live) = Latent(same, same, events=True), ragged()
+    torch.manual_seed(0)
+    loss = pv.ImportanceWeightedELBO(5000).differentiable_loss(pair.model, pair.guide, x, live)
+    assert -loss.item() == pytest.approx(pair.log_p(x, live).sum().item(), abs=0.5)
+
+
+def test_free_bits_floor_counts_what_is_live():
+    pair, (x, live) = Latent(same, same, events=True), ragged()
+    floors = {}
+    for floor in (100.0, 200.0):
+        torch.manual_seed(0)
+        objective = pv.FreeBitsELBO(floor)
+        floors[floor] = objective.differentiable_loss(pair.model, pair.guide, x, live).item()
+    assert floors[200.0] - floors[100.0] == pytest.approx(100 * live.sum().item())
+
+
+class Scaled(Latent):
+    """A weight on the KL that only the model, or the guide too, has."""
+
+    def __init__(self, ours, theirs):
+        super().__init__()
+        self.scales = ours, theirs
+
+    def latent(self, which, fn, live):
+        with poutine.scale(scale=self.scales[which]):
+            return super().latent(which, fn, live)
+
+
+def test_scales_of_a_latent_must_agree():
+    rows = ragged()
+    assert not pv.check(Scaled(0.5, 0.5), rows).errors
+    words = "latent site 'z' is scaled by 0.5 in the model and by 1 in the guide"
+    assert words in pv.check(Scaled(0.5, 1.0), rows).errors[0]
+    with pytest.raises(pv.UsageError, match=words):
+        pv.fit(Scaled(0.5, 1.0), *rows, epochs=1, batch_size=10, progress=False)
+    # Densities leave scales out, and so are right all the same.
+    found = pv.log_likelihood(Scaled(0.5, 1.0), *rows, num_samples=2000)
+    assert found.value == pytest.approx(Latent().log_p(*rows).mean().item(), abs=0.02)
