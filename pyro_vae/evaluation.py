@@ -7,10 +7,11 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyro_vae import enumeration
+from pyro_vae import enumeration, masks
 from pyro_vae.data import Preparation, Rows, Source, held_rows
 from pyro_vae.errors import UsageError
 from pyro_vae.importance import estimate, with_error
@@ -72,8 +73,8 @@ class Evaluation:
     """Monte Carlo standard error of ``log_likelihood``, not that of the choice of test data."""
     num_samples: int
     bits_per_dim: float | None
-    """-log_likelihood / (dimensions * log 2), where the data are discrete; padding is no
-    dimension. 2 to its power is the perplexity of each token, where the data are tokens."""
+    """-log_likelihood / (dimensions * log 2), where the data are discrete; what is masked, padding
+    too, is no dimension. 2 to its power is the perplexity of each token, where the data are tokens."""
     probe_accuracy: float | None
     """Accuracy on the held-out data of a linear classifier of the codes, where there are labels."""
     accuracy: float | None = None
@@ -193,13 +194,13 @@ def evaluate(
         kl_by_site=parts.kl,
         kl_by_unit={name: kl.tolist() for name, kl in units.items()},
         num_units={name: code.shape[1] for name, code in codes.items()},
-        active_units={
-            name: int((move.var(0, correction=0) > ACTIVE).sum()) for name, move in moves.items()
-        },
+        active_units={name: int((_variance(move) > ACTIVE).sum()) for name, move in moves.items()},
         log_likelihood=likelihood.value,
         log_likelihood_standard_error=likelihood.standard_error,
         num_samples=num_samples,
-        bits_per_dim=-likelihood.per_datum.sum().item() / (dims * log(2)) if discrete else None,
+        bits_per_dim=-likelihood.per_datum.sum().item() / (dims * log(2))
+        if discrete and dims
+        else None,
         probe_accuracy=accuracy,
         **classes,
     )
@@ -254,12 +255,15 @@ def _units(
                     kl[name] = kl.get(name, 0) + each.reshape(n, -1).sum(0).cpu()
                 right, loc = len(site["fn"].event_shape), mean(site["fn"])
                 centre = _closed_mean(sample_sites(model).get(name))
-                for found, value in ((codes, loc), (moves, loc - centre)):
+                live = masks.scored(site)
+                code, move = torch.where(live, loc, 0.0), torch.where(live, loc - centre, torch.nan)
+                for found, value in ((codes, code), (moves, move)):
                     value = terms.units(value, right)
                     found.setdefault(name, []).append(value.reshape(n, -1).cpu())
             data = data_site(model)
             discrete = data["fn"].support.is_discrete
-            dims += elements(data["fn"], data["value"]).sum().item()
+            each = elements(data["fn"], data["value"])
+            dims += scale_and_mask(each, mask=data["mask"]).sum().item()
             count += n
     return (
         {name: total / count for name, total in kl.items()},
@@ -268,6 +272,11 @@ def _units(
         discrete,
         dims,
     )
+
+
+def _variance(move: Tensor) -> Tensor:
+    """The variance of each unit over the data for which it counts; NaN where it never does."""
+    return (move - move.nanmean(0)).square().nanmean(0)
 
 
 def _closed_mean(prior: Any) -> Tensor | float:
