@@ -73,8 +73,9 @@ class Evaluation:
     """Monte Carlo standard error of ``log_likelihood``, not that of the choice of test data."""
     num_samples: int
     bits_per_dim: float | None
-    """-log_likelihood / (dimensions * log 2), where the data are discrete; what is masked, padding
-    too, is no dimension. 2 to its power is the perplexity of each token, where the data are tokens."""
+    """-log_likelihood / (dimensions * log 2), where the data are discrete; what is masked is no
+    dimension, nor is padding. 2 to its power is the perplexity of each token, where the data are
+    tokens."""
     probe_accuracy: float | None
     """Accuracy on the held-out data of a linear classifier of the codes, where there are labels."""
     accuracy: float | None = None
@@ -179,7 +180,7 @@ def evaluate(
     objective = elbo(pair, prepare(rows.first(2)), PARTICLES)
     parts = bound(pair, rows, prepare, objective, batch_size, seed)
     likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress)
-    units, codes, moves, discrete, dims = _units(pair, rows, prepare, batch_size, seed)
+    units, codes, moves, dims = _units(pair, rows, prepare, batch_size, seed)
     accuracy = None
     if labels is not None and known is not None and train_labels is not None:
         train_codes = _units(pair, *known, batch_size, seed)[1]
@@ -198,9 +199,7 @@ def evaluate(
         log_likelihood=likelihood.value,
         log_likelihood_standard_error=likelihood.standard_error,
         num_samples=num_samples,
-        bits_per_dim=-likelihood.per_datum.sum().item() / (dims * log(2))
-        if discrete and dims
-        else None,
+        bits_per_dim=-likelihood.per_datum.sum().item() / (dims * log(2)) if dims else None,
         probe_accuracy=accuracy,
         **classes,
     )
@@ -233,13 +232,13 @@ def bound(
 
 def _units(
     pair: nn.Module, rows: Source, prepare: Preparation, batch_size: int, seed: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], bool, float]:
-    """KL by unit, codes by site, the same from the prior's means, whether the data are discrete,
-    and how many numbers they hold."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], float]:
+    """KL by unit, codes by site, the same from the prior's means, and how many numbers the data
+    hold that are discrete and not masked."""
     kl: dict[str, Tensor] = {}
     codes: dict[str, list[Tensor]] = {}
     moves: dict[str, list[Tensor]] = {}
-    count, discrete, dims = 0, False, 0.0
+    count, dims = 0, 0.0
     nesting = enumeration.nesting(pair, prepare(rows.first(2)))
     with using(pair, seed):
         for batch in rows.batches(batch_size):
@@ -261,15 +260,14 @@ def _units(
                     value = terms.units(value, right)
                     found.setdefault(name, []).append(value.reshape(n, -1).cpu())
             data = data_site(model)
-            discrete = data["fn"].support.is_discrete
-            each = elements(data["fn"], data["value"])
-            dims += scale_and_mask(each, mask=data["mask"]).sum().item()
+            if data["fn"].support.is_discrete:
+                each = elements(data["fn"], data["value"])
+                dims += scale_and_mask(each, mask=data["mask"]).sum().item()
             count += n
     return (
         {name: total / count for name, total in kl.items()},
         {name: torch.cat(parts) for name, parts in codes.items()},
         {name: torch.cat(parts) for name, parts in moves.items()},
-        discrete,
         dims,
     )
 

@@ -195,9 +195,10 @@ def calibration(
         seed: of all draws. progress: show a bar, where it takes over two seconds.
 
     Ties, as of discrete latents, are broken at random. Latents that only the model has are summed
-    out of the densities and not ranked, nor are units in simulations where a mask hides them. **It cannot see** how the guide does on real data: where
-    these differ from the model's own, the encoder is tested on what it was not trained for. Nor
-    does a guide that passes say anything of the model.
+    out of the densities and not ranked, nor are units in simulations where a mask hides them.
+    **It cannot see** how the guide does on real data: where these differ from the model's own, the
+    encoder is tested on what it was not trained for. Nor does a guide that passes say anything of
+    the model.
 
     Raises `UsageError` for a pair without template, with latents outside the data plate, or whose
     model observes what has no place in the batch.
