@@ -12,7 +12,7 @@ from pyro_vae.annealing import Sandwich
 from pyro_vae.bayesian import Uncertainty
 from pyro_vae.guide_calibration import INTERVALS, Calibration
 from pyro_vae.importance import LogLikelihood
-from pyro_vae.inference import reconstruct
+from pyro_vae.inference import hidden, reconstruct
 from pyro_vae.inference_gaps import Gaps
 from pyro_vae.mcmc import Moments, Posterior
 from pyro_vae.plots import (
@@ -275,6 +275,8 @@ def predictive_worst(
         for seed in range(replicates)
     ]
     shown = torch.stack([intensity(data).to(made[0]), *made], 1)
+    masked = hidden(pair, data, *given)[:, None]
+    shown = torch.where(masked, torch.nan, shown) if masked.any() else shown
     off = found.distances[worst].nan_to_num(0.0).abs()
     which = off.argmax(1).tolist() if statistic is None else [found.names.index(statistic)] * number
     labels = [

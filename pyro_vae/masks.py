@@ -62,6 +62,18 @@ def hidden_as_nan(site: Site) -> Tensor:
     return torch.where(counts, real, torch.nan)
 
 
+def seen(site: Site, x: Tensor) -> Tensor:
+    """What a model observes or draws in place of data x, in their shape, NaN where masked."""
+    made = hidden_as_nan(site)
+    made = made.movedim(made.dim() - 1 - site["fn"].event_dim, 0)
+    if made.numel() != x.numel():
+        raise UsageError(
+            f"the model draws data of shape {tuple(made.shape[1:])} for x of shape "
+            f"{tuple(x.shape[1:])}: the two cannot be compared"
+        )
+    return made.reshape(x.shape).to(x.dtype)
+
+
 def _within(fn: Any, like: Tensor) -> Tensor:
     """The mask within a distribution, to be broadcast against its values; one number if none."""
     if isinstance(fn, MaskedDistribution):

@@ -16,7 +16,6 @@ from pyro_vae.importance import LogLikelihood, log_likelihood
 from pyro_vae.inference import CHUNK, latent_values, observation
 from pyro_vae.pairs import (
     Batch,
-    Site,
     data_site,
     global_latents,
     trace_guide,
@@ -31,16 +30,20 @@ LEAST_REPLICATES = 20
 """So few replicates can put a datum outside 95 % of them."""
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1)
+
+
 def _variance(x: Tensor) -> Tensor:
-    x = x.flatten(1)
+    x = _rows(x)
     return (x - x.nanmean(1, keepdim=True)).square().nanmean(1)
 
 
 STATISTICS: dict[str, Statistic] = {
-    "mean": lambda x: x.flatten(1).nanmean(1),
+    "mean": lambda x: _rows(x).nanmean(1),
     "variance": _variance,
-    "greatest": lambda x: x.flatten(1).nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1),
-    "share of zeros": lambda x: torch.where(x.isnan(), x, x == 0).flatten(1).nanmean(1),
+    "greatest": lambda x: _rows(x).nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1),
+    "share of zeros": lambda x: _rows(torch.where(x.isnan(), x, x == 0)).nanmean(1),
 }
 """Statistics of a datum, over its elements that are no NaN, that any data have."""
 
@@ -187,7 +190,7 @@ def predictive_check(
         for part in rows.batches(size):
             batch = prepare(part)
             model = trace_model(pair, batch, trace_guide(pair, batch))
-            observed = _measured(chosen, _seen(data_site(model), batch[0]))
+            observed = _measured(chosen, masks.seen(data_site(model), batch[0]))
             parts.append((observed, _replicated(pair, batch, chosen, num_replicates, beside)))
             shown.update(len(observed))
     observed = torch.cat([part[0] for part in parts])
@@ -212,26 +215,14 @@ def _replicated(
     for start in range(0, number, together):
         times = min(together, number - start)
         wide = tuple(tensor.repeat(times, *[1] * (tensor.dim() - 1)) for tensor in batch)
-        made = _seen(observation(pair, wide, latent_values(pair, wide, False)), wide[0])
+        made = masks.seen(observation(pair, wide, latent_values(pair, wide, False)), wide[0])
         parts.append(_measured(statistics, made).unflatten(0, (times, n)))
     return torch.cat(parts)
 
 
-def _seen(site: Site, x: Tensor) -> Tensor:
-    """What a model observes or draws in place of x, in its shape, with NaN for what is masked."""
-    made = masks.hidden_as_nan(site)
-    made = made.movedim(made.dim() - 1 - site["fn"].event_dim, 0)
-    if made.numel() != x.numel():
-        raise UsageError(
-            f"the model draws data of shape {tuple(made.shape[1:])} for x of shape "
-            f"{tuple(x.shape[1:])}: their statistics cannot be compared"
-        )
-    return made.reshape(x.shape).to(x.dtype)
-
-
 def _measured(statistics: Mapping[str, Statistic], x: Tensor) -> Tensor:
     """All statistics of data, of shape (n, statistics)."""
-    columns, holes = [], x.isnan().flatten(1)
+    columns, holes = [], _rows(x.isnan())
     empty = holes.all(1)
     for name, statistic in statistics.items():
         found = statistic(x)

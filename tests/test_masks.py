@@ -1,5 +1,7 @@
 """Masks: right where model and guide agree on them, and told in one line where they do not."""
 
+from typing import ClassVar
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -8,6 +10,7 @@ from pyro import poutine
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae import diagnostic_plots, plots
 from pyro_vae.collapse import CollapseAlarm, is_negative, units
 from pyro_vae.exact import linear_gaussian
 from pyro_vae.history import Epoch
@@ -577,7 +580,7 @@ class Factored(nn.Module):
 
 
 class Unnormalized(dist.Normal):
-    arg_constraints = {}
+    arg_constraints: ClassVar = {}
 
     def __init__(self, loc, scale, off):
         self.off = off
@@ -614,3 +617,118 @@ def test_padding_is_no_collapse():
     assert result.kl_by_site["z"] < 0.02  # the threshold without the mask
     found = CollapseAlarm(units(pair, (x, live)), 20, 100, 500)
     assert not any(found.heard(epoch) for epoch in epochs([result.kl_by_site["z"]] * 20))
+
+
+class Visits(nn.Module):
+    """u ~ N(0, 1) of a patient, z | u ~ N(u, 1) and x | z ~ N(z, 1) of each visit, some of which
+    are masked in a plate within the datum; its guide is the exact posterior."""
+
+    def __init__(self, inside=True):
+        super().__init__()
+        self.inside, self.shift = inside, nn.Parameter(torch.zeros(()).double())
+
+    def visits(self, live):
+        plate = pyro.plate("visits", live.shape[1], dim=-2)
+        return plate, poutine.mask(mask=live.T)
+
+    def model(self, x, live):
+        with pyro.plate("data", len(x), dim=-1):
+            u = pyro.sample("u", dist.Normal(x.new_zeros(()), 1.0))
+            plate, mask = self.visits(live)
+            with plate, mask:
+                z = pyro.sample("z", dist.Normal(u, 1.0))
+                pyro.sample("x", dist.Normal(z + self.shift, 1.0), obs=x.T)
+
+    def guide(self, x, live):
+        with pyro.plate("data", len(x), dim=-1):
+            n = live.sum(1)
+            u = pyro.sample("u", dist.Normal((x * live).sum(1) / (n + 2), (2 / (n + 2.0)).sqrt()))
+            plate, mask = self.visits(live)
+            with plate, mask if self.inside else poutine.mask(mask=True):
+                pyro.sample("z", dist.Normal((x.T + u) / 2, 0.5**0.5))
+
+
+def test_masks_of_a_plate_within_a_datum():
+    x, live = ragged()
+    found = pv.log_likelihood(Visits(), x, live, num_samples=50)
+    for value, row, m in zip(found.per_datum, x, live, strict=True):
+        k = int(m.sum())
+        cov = torch.ones(k, k).double() + 2 * torch.eye(k).double()
+        exact = dist.MultivariateNormal(torch.zeros(k).double(), cov).log_prob(row[m]) if k else 0.0
+        assert value.item() == pytest.approx(float(exact), abs=1e-6)
+    check = pv.predictive_check(Visits(), x, live, num_replicates=50, progress=False)
+    part = torch.where(live, x, torch.nan)
+    torch.testing.assert_close(check.observed[:, 0], part.nanmean(1), equal_nan=True)
+    with pytest.raises(pv.UsageError, match="masks of latent site 'z' differ"):
+        pv.log_likelihood(Visits(inside=False), x, live, num_samples=50)
+
+
+class Classes(nn.Module):
+    """A class k, summed out, gives x ~ N(2 k, 1); rows that are masked say nothing of it."""
+
+    def __init__(self, by_guide):
+        super().__init__()
+        self.by_guide, self.logits = by_guide, nn.Parameter(torch.tensor([0.3, -0.2]).double())
+
+    def sampled(self, seen, logits):
+        with poutine.mask(mask=seen):
+            fn = dist.Categorical(logits=logits)
+            return pyro.sample("k", fn, infer={"enumerate": "parallel"})
+
+    def model(self, x, seen):
+        with pyro.plate("data", len(x), dim=-1):
+            k = self.sampled(seen, self.logits)
+            with poutine.mask(mask=seen):
+                pyro.sample("x", dist.Normal(2.0 * k, 1.0), obs=x)
+
+    def guide(self, x, seen):
+        with pyro.plate("data", len(x), dim=-1):
+            if self.by_guide:
+                self.sampled(seen, torch.stack([x * 0, x], -1))
+
+
+@pytest.mark.parametrize("by_guide", [True, False])
+def test_masks_with_enumeration(by_guide):
+    x, seen = imputed_rows()
+    pair = Classes(by_guide)
+    found = pv.log_likelihood(pair, x, seen, num_samples=1).per_datum
+    each = dist.Normal(torch.tensor([0.0, 2.0]), 1.0).log_prob(x[:, None])
+    exact = (each + pair.logits.detach().log_softmax(0)).logsumexp(1)
+    torch.testing.assert_close(found, torch.where(seen, exact, 0.0))
+
+
+def test_tools_serve_obs_mask():
+    """The observed part is what is checked, the rest is NaN."""
+    pair, (x, seen) = Imputed(), imputed_rows(200)
+    found = pv.predictive_check(pair, x, seen, num_replicates=50, progress=False)
+    assert torch.equal(found.observed[:, 0].isnan(), ~seen)
+    torch.testing.assert_close(found.observed[seen, 0], x[seen])
+    assert 0.02 < found.whole_p_values["mean"] < 0.98
+    assert torch.equal(pv.inference.hidden(pair, x, seen), ~seen)
+    pytest.importorskip("arviz")
+    data = pv.to_arviz(pair, x[:9], seen[:9], num_samples=5, progress=False)
+    kept = torch.as_tensor(data.observed_data["x_observed"].values)
+    torch.testing.assert_close(kept, torch.where(seen, x, torch.nan)[:9], equal_nan=True)
+    imputed = torch.as_tensor(data.posterior["x_unobserved"].values[0])
+    assert torch.equal(imputed.isnan(), seen[:9].expand(5, 9))
+
+
+def test_figures_show_what_is_seen():
+    pair, (x, seen) = Holes(), holes(12)
+    figure = plots.reconstructions(pair, x, (seen,))
+    for i, axis in enumerate(figure.axes[:12]):
+        shown = torch.as_tensor(axis.lines[0].get_ydata())
+        wanted = torch.where(seen[i], x[i].float(), torch.nan)
+        torch.testing.assert_close(shown, wanted, equal_nan=True)
+    found = pv.predictive_check(pair, x, seen, num_replicates=20, progress=False)
+    figure = diagnostic_plots.predictive_worst(pair, found, x, seen, number=2, replicates=3)
+    first = found.worst(number=2)[0]
+    for axis in figure.axes[:4]:
+        assert torch.equal(torch.as_tensor(axis.lines[0].get_ydata()).isnan(), ~seen[first])
+    diagnostic_plots.predictive_statistics(found)
+
+
+def test_the_refined_bound_is_log_p_of_what_is_seen():
+    pair, (x, seen) = Holes(spread=1.5), holes(30)
+    found = pv.refine(pair, x, seen, steps=150, num_samples=100, progress=False, engine="eager")
+    torch.testing.assert_close(found.after.elbo_per_datum, pair.log_p(x, seen), atol=0.05, rtol=0)
