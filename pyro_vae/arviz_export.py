@@ -13,7 +13,7 @@ import torch
 from pyro.poutine import Trace, condition
 from torch import Tensor, nn
 
-from pyro_vae import enumeration
+from pyro_vae import enumeration, masks
 from pyro_vae.data import Rows, held_rows
 from pyro_vae.errors import UsageError
 from pyro_vae.importance import log_density, structure
@@ -85,6 +85,8 @@ def to_arviz(
     - ``log_likelihood``: of dimensions (chain, draw, data), in nats; under the name of the
       observed site, or under "joint" for several sites together;
     - ``observed_data``: what the pair observes, and the statistics; ``constant_data``: the context.
+
+    Numbers that a mask hides are NaN in all of them.
 
     Raises `UsageError` where ArviZ is missing, and where a weight is infinite or all weights of a
     datum are 0. Vehtari, Gelman & Gabry, 2017; local latents
@@ -164,13 +166,13 @@ def _draws(
     sites = {
         name: site for name, site in (latents(model) | latents(guide)).items() if is_local(site)
     }
-    posterior = {
-        name: _data_first(site, ratio.shape)
-        .unflatten(1, (particles, size * n))
-        .flatten(0, 1)[kept.flatten(), index]
-        .unflatten(0, (size, n))
-        for name, site in sites.items()
-    }
+
+    def drawn_of(site: Site, value: Tensor) -> Tensor:
+        draws = _data_first(site, value, ratio.shape).unflatten(1, (particles, size * n))
+        return draws.flatten(0, 1)[kept.flatten(), index].unflatten(0, (size, n))
+
+    posterior = {name: drawn_of(site, site["value"]) for name, site in sites.items()}
+    shown = {name: drawn_of(site, masks.hidden_as_nan(site)) for name, site in sites.items()}
     again = tuple(tensor[: size * n] for tensor in repeated)
     program: Any = unconditioned(pair)
     if not new_latents:
@@ -178,9 +180,9 @@ def _draws(
     with around:
         drawn = observed(trace(program, again))
     return {
-        "posterior": posterior,
+        "posterior": shown,
         "posterior_predictive": {
-            name: _data_first(site)[0].unflatten(0, (size, n))
+            name: _data_first(site, masks.hidden_as_nan(site))[0].unflatten(0, (size, n))
             for name, site in drawn.items()
             if name not in posterior
         },
@@ -198,14 +200,16 @@ def _data(pair: nn.Module, batch: Batch) -> Groups:
     """What the pair observes in a batch, and its context, as one draw."""
     sites = observed(trace_model(pair, batch, trace_guide(pair, batch)))
     return {
-        "observed_data": {name: _data_first(site) for name, site in sites.items()},
+        "observed_data": {
+            name: _data_first(site, masks.hidden_as_nan(site)) for name, site in sites.items()
+        },
         "constant_data": {f"context_{i}": part[None] for i, part in enumerate(batch[1:], 1)},
     }
 
 
-def _data_first(site: Site, like: tuple[int, ...] = ()) -> Tensor:
-    """A site's values (values of enumerated sites, data, plates within a datum, event)."""
-    value, events = site["value"], site["fn"].event_dim
+def _data_first(site: Site, value: Tensor, like: tuple[int, ...] = ()) -> Tensor:
+    """Values of a site as (values of enumerated sites, data, plates within a datum, event)."""
+    events = site["fn"].event_dim
     shape, event = value.shape[: value.dim() - events], value.shape[value.dim() - events :]
     shape = torch.broadcast_shapes(shape, like)
     plates = max(-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized)
@@ -233,11 +237,17 @@ def _statistics(statistics: Statistics, sites: dict[str, Tensor], site: str) -> 
     """Statistics (draws, data) of an observed site (draws, data, ...)."""
     data = sites[site]
     found = {name: function(data.flatten(0, 1)) for name, function in statistics.items()}
+    empty = data.flatten(0, 1).isnan().reshape(data.shape[:2].numel(), -1).all(1)
     for name, value in found.items():
         if value.shape != (data.shape[:2].numel(),):
             raise UsageError(
                 f"the statistic '{name}' of {data.shape[:2].numel()} rows is to be a tensor of as "
                 f"many numbers, one of shape {tuple(value.shape)} came"
+            )
+        if bool((value.isnan() & ~empty).any()):
+            raise UsageError(
+                f"the statistic '{name}' is not a number for some rows: entries that the model "
+                "masks are NaN, so leave these out"
             )
     return {name: value.unflatten(0, data.shape[:2]) for name, value in found.items()}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset
 
+from pyro_vae import masks
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import (
     Batch,
@@ -236,7 +237,16 @@ def held_rows(
     """Rows for evaluation and how they are prepared, from data as they came."""
     with seeded(0):  # a loader draws as it begins
         rows = source(x, context, pair)
-        return held_out(rows, preparation(pair, rows, binarize))
+        rows, prepare = held_out(rows, preparation(pair, rows, binarize))
+    require_masks(pair, rows, prepare)
+    return rows, prepare
+
+
+def require_masks(pair: nn.Module, rows: Source, prepare: Preparation) -> None:
+    """`pyro_vae.masks.require` of rows in memory; of a stream the first have to stand for all."""
+    with seeded(0):
+        parts = rows.batches(500) if isinstance(rows, Arrays) else iter([rows.first(500)])
+        masks.require(pair, map(prepare, parts))
 
 
 # The supports of counts and of tokens; torch's {0, 1} is another.

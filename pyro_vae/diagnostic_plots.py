@@ -12,7 +12,7 @@ from pyro_vae.annealing import Sandwich
 from pyro_vae.bayesian import Uncertainty
 from pyro_vae.guide_calibration import INTERVALS, Calibration
 from pyro_vae.importance import LogLikelihood
-from pyro_vae.inference import reconstruct
+from pyro_vae.inference import hidden, reconstruct
 from pyro_vae.inference_gaps import Gaps
 from pyro_vae.mcmc import Moments, Posterior
 from pyro_vae.plots import (
@@ -116,7 +116,7 @@ def calibration_bands(found: Calibration, number: int = 7) -> "Figure":
         number: how many quantities are shown, those that leave their bands by most first.
     """
     low, high = found.band
-    excess = (found.differences - (low + high)[:, None] / 2).abs() / (high - low)[:, None]
+    excess = (found.differences - (low + high) / 2).abs() / (high - low)
     shown = excess.amax(0).argsort(descending=True)[:number].tolist()
     columns = min(4, len(shown) + 1)
     lines = ceil((len(shown) + 1) / columns)
@@ -126,7 +126,9 @@ def calibration_bands(found: Calibration, number: int = 7) -> "Figure":
     for axis, which in zip(axes, shown, strict=False):
         name = found.names[which]
         color = ORANGE if name in failures else BLUE
-        axis.fill_between(found.points, low, high, color=GREY, alpha=0.3, linewidth=0)
+        axis.fill_between(
+            found.points, low[:, which], high[:, which], color=GREY, alpha=0.3, linewidth=0
+        )
         axis.plot(found.points, found.differences[:, which], color=color, linewidth=1.2)
         words = failures.get(name, "uniform").removeprefix("draws are ").replace(" and ", ",\n")
         axis.set_title(f"{name}\n{words}", fontsize=7)
@@ -240,7 +242,7 @@ def predictive_statistics(found: PredictiveCheck) -> "Figure":
     for i, axis in enumerate(figure.subplots(1, len(found.names), squeeze=False)[0]):
         name = found.names[i]
         axis.hist(found.whole[:, i].numpy(), bins=20, color=BLUE)
-        axis.axvline(found.observed[:, i].mean().item(), color=ORANGE, linewidth=1.5)
+        axis.axvline(found.observed[:, i].nanmean().item(), color=ORANGE, linewidth=1.5)
         axis.set_title(f"{name}\np {found.whole_p_values[name]:.3f}", fontsize=8)
         axis.locator_params(axis="x", nbins=4)
         axis.tick_params(labelsize=6)
@@ -273,6 +275,8 @@ def predictive_worst(
         for seed in range(replicates)
     ]
     shown = torch.stack([intensity(data).to(made[0]), *made], 1)
+    masked = hidden(pair, data, *given)[:, None]
+    shown = torch.where(masked, torch.nan, shown) if masked.any() else shown
     off = found.distances[worst].nan_to_num(0.0).abs()
     which = off.argmax(1).tolist() if statistic is None else [found.names.index(statistic)] * number
     labels = [

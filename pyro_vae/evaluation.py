@@ -7,10 +7,11 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyro_vae import enumeration
+from pyro_vae import enumeration, masks
 from pyro_vae.data import Preparation, Rows, Source, held_rows
 from pyro_vae.errors import UsageError
 from pyro_vae.importance import estimate, with_error
@@ -72,8 +73,9 @@ class Evaluation:
     """Monte Carlo standard error of ``log_likelihood``, not that of the choice of test data."""
     num_samples: int
     bits_per_dim: float | None
-    """-log_likelihood / (dimensions * log 2), where the data are discrete; padding is no
-    dimension. 2 to its power is the perplexity of each token, where the data are tokens."""
+    """-log_likelihood / (dimensions * log 2), where the data are discrete; what is masked is no
+    dimension, nor is padding. 2 to its power is the perplexity of each token, where the data are
+    tokens."""
     probe_accuracy: float | None
     """Accuracy on the held-out data of a linear classifier of the codes, where there are labels."""
     accuracy: float | None = None
@@ -178,7 +180,7 @@ def evaluate(
     objective = elbo(pair, prepare(rows.first(2)), PARTICLES)
     parts = bound(pair, rows, prepare, objective, batch_size, seed)
     likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress)
-    units, codes, moves, discrete, dims = _units(pair, rows, prepare, batch_size, seed)
+    units, codes, moves, dims = _units(pair, rows, prepare, batch_size, seed)
     accuracy = None
     if labels is not None and known is not None and train_labels is not None:
         train_codes = _units(pair, *known, batch_size, seed)[1]
@@ -193,13 +195,11 @@ def evaluate(
         kl_by_site=parts.kl,
         kl_by_unit={name: kl.tolist() for name, kl in units.items()},
         num_units={name: code.shape[1] for name, code in codes.items()},
-        active_units={
-            name: int((move.var(0, correction=0) > ACTIVE).sum()) for name, move in moves.items()
-        },
+        active_units={name: int((_variance(move) > ACTIVE).sum()) for name, move in moves.items()},
         log_likelihood=likelihood.value,
         log_likelihood_standard_error=likelihood.standard_error,
         num_samples=num_samples,
-        bits_per_dim=-likelihood.per_datum.sum().item() / (dims * log(2)) if discrete else None,
+        bits_per_dim=-likelihood.per_datum.sum().item() / (dims * log(2)) if dims else None,
         probe_accuracy=accuracy,
         **classes,
     )
@@ -232,13 +232,13 @@ def bound(
 
 def _units(
     pair: nn.Module, rows: Source, prepare: Preparation, batch_size: int, seed: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], bool, float]:
-    """KL by unit, codes by site, the same from the prior's means, whether the data are discrete,
-    and how many numbers they hold."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], float]:
+    """KL by unit, codes by site, the same from the prior's means, and how many numbers the data
+    hold that are discrete and not masked."""
     kl: dict[str, Tensor] = {}
     codes: dict[str, list[Tensor]] = {}
     moves: dict[str, list[Tensor]] = {}
-    count, discrete, dims = 0, False, 0.0
+    count, dims = 0, 0.0
     nesting = enumeration.nesting(pair, prepare(rows.first(2)))
     with using(pair, seed):
         for batch in rows.batches(batch_size):
@@ -254,20 +254,28 @@ def _units(
                     kl[name] = kl.get(name, 0) + each.reshape(n, -1).sum(0).cpu()
                 right, loc = len(site["fn"].event_shape), mean(site["fn"])
                 centre = _closed_mean(sample_sites(model).get(name))
-                for found, value in ((codes, loc), (moves, loc - centre)):
+                live = masks.scored(site)
+                code, move = torch.where(live, loc, 0.0), torch.where(live, loc - centre, torch.nan)
+                for found, value in ((codes, code), (moves, move)):
                     value = terms.units(value, right)
                     found.setdefault(name, []).append(value.reshape(n, -1).cpu())
             data = list(observed(model).values())
             discrete = all(site["fn"].support.is_discrete for site in data)
-            dims += sum(elements(site["fn"], site["value"]).sum().item() for site in data)
+            for seen in data if discrete else []:
+                each = elements(seen["fn"], seen["value"])
+                dims += scale_and_mask(each, mask=seen["mask"]).sum().item()
             count += n
     return (
         {name: total / count for name, total in kl.items()},
         {name: torch.cat(parts) for name, parts in codes.items()},
         {name: torch.cat(parts) for name, parts in moves.items()},
-        discrete,
         dims,
     )
+
+
+def _variance(move: Tensor) -> Tensor:
+    """The variance of each unit over the data for which it counts; NaN where it never does."""
+    return (move - move.nanmean(0)).square().nanmean(0)
 
 
 def _closed_mean(prior: Any) -> Tensor | float:

@@ -15,7 +15,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from scipy.stats import binom, poisson
 from torch import Tensor, nn
 
-from pyro_vae import enumeration
+from pyro_vae import enumeration, masks
 from pyro_vae.errors import UsageError
 from pyro_vae.importance import CELLS, log_density, structure
 from pyro_vae.joint import simulate
@@ -52,18 +52,23 @@ class Calibration:
     """The quantities: each unit of each latent, the two log densities, those of the user."""
     ranks: Tensor
     """How many draws are below the truth, whole numbers from 0 to ``num_draws``, of shape
-    (num_simulations, quantities)."""
+    (num_simulations, quantities); -1 where a mask hides the unit, which takes no part then."""
     num_draws: int
     """Draws of the guide for each simulated datum."""
     level: float
     """The probability, at most, that the exact posterior is rejected by any quantity."""
     left_out: dict[str, str]
-    """Latents that are not ranked, and why."""
+    """Latents, and units of them, that are not ranked, and why."""
 
     @property
     def num_simulations(self) -> int:
         """Simulated data."""
         return len(self.ranks)
+
+    @property
+    def counts(self) -> Tensor:
+        """How many ranks each quantity has, of shape (quantities,)."""
+        return (self.ranks >= 0).sum(0)
 
     @property
     def points(self) -> Tensor:
@@ -74,31 +79,32 @@ class Calibration:
     def differences(self) -> Tensor:
         """Empirical less uniform distribution function at the ``points``: of shape
         (num_draws, quantities)."""
-        below = [torch.bincount(rank, minlength=self.num_draws + 1) for rank in self.ranks.T]
-        counts = torch.stack(below, 1).cumsum(0)[:-1]
-        return counts / self.num_simulations - self.points[:, None]
+        below = [
+            torch.bincount(rank[rank >= 0], minlength=self.num_draws + 1) for rank in self.ranks.T
+        ]
+        return torch.stack(below, 1).cumsum(0)[:-1] / self.counts - self.points[:, None]
 
     @property
     def band(self) -> tuple[Tensor, Tensor]:
-        """Bounds of ``differences``, each of shape (num_draws,), that those of an exact guide leave
-        at any point with probability ``level`` / quantities, for each quantity."""
-        low, high = simultaneous_band(
-            self.num_simulations, self.num_draws, self.level / len(self.names)
-        )
-        share = torch.from_numpy(np.stack([low, high])) / self.num_simulations - self.points
+        """Bounds of ``differences``, each of their shape, that those of an exact guide leave at any
+        point with probability ``level`` / quantities, for each quantity."""
+        level = self.level / len(self.names)
+        bounds = [simultaneous_band(n, self.num_draws, level) for n in self.counts.tolist()]
+        share = torch.from_numpy(np.stack(bounds, -1)) / self.counts - self.points[:, None]
         return share[0], share[1]
 
     @property
     def coverage(self) -> Tensor:
         """Shares of the truths inside central intervals of 50, 80, 90 and 95 %, (quantities, 4)."""
         middle = ((self.ranks + self.jitter) / (self.num_draws + 1) - 0.5).abs()
-        inside = [(middle <= interval / 2).double().mean(0) for interval in INTERVALS]
-        return torch.stack(inside, 1)
+        middle = torch.where(self.ranks < 0, torch.inf, middle)
+        inside = [(middle <= interval / 2).double().sum(0) for interval in INTERVALS]
+        return torch.stack(inside, 1) / self.counts[:, None]
 
     @property
     def coverage_errors(self) -> Tensor:
         """Binomial standard errors of ``coverage``, of the same shape."""
-        return (self.coverage * (1 - self.coverage) / self.num_simulations).sqrt()
+        return (self.coverage * (1 - self.coverage) / self.counts[:, None]).sqrt()
 
     @property
     def jitter(self) -> Tensor:
@@ -110,11 +116,15 @@ class Calibration:
     @property
     def failures(self) -> dict[str, str]:
         """The quantities whose ranks leave the band, and how, in words."""
-        low, high = (bound[:, None] for bound in self.band)
+        low, high = self.band
         slack = 1e-9
         outside = (self.differences < low - slack) | (self.differences > high + slack)
         which = outside.any(0).nonzero().flatten().tolist()
-        return {self.names[i]: _in_words(self.ranks[:, i], self.num_draws) for i in which}
+        return {
+            self.names[i]: _in_words(rank[rank >= 0], self.num_draws)
+            for i in which
+            for rank in [self.ranks[:, i]]
+        }
 
     @property
     def calibrated(self) -> bool:
@@ -185,9 +195,10 @@ def calibration(
         seed: of all draws. progress: show a bar, where it takes over two seconds.
 
     Ties, as of discrete latents, are broken at random. Latents that only the model has are summed
-    out of the densities and not ranked. **It cannot see** how the guide does on real data: where
-    these differ from the model's own, the encoder is tested on what it was not trained for. Nor
-    does a guide that passes say anything of the model.
+    out of the densities and not ranked, nor are units in simulations where a mask hides them.
+    **It cannot see** how the guide does on real data: where these differ from the model's own, the
+    encoder is tested on what it was not trained for. Nor does a guide that passes say anything of
+    the model.
 
     Raises `UsageError` for a pair without template, with latents outside the data plate, or whose
     model observes what has no place in the batch.
@@ -216,7 +227,16 @@ def calibration(
             n = min(simulated.rows, num_simulations - start)
             parts.append(simulated.ranks(n))
             shown.update(n)
-    return Calibration(simulated.names, torch.cat(parts), num_draws, level, simulated.left_out)
+    ranks, left_out = torch.cat(parts), simulated.left_out
+    counts = (ranks >= 0).sum(0).tolist()
+    kept = [i for i, number in enumerate(counts) if number >= LEAST_SIMULATIONS]
+    left_out |= {
+        simulated.names[i]: f"a mask hides it in all but {number} simulations"
+        for i, number in enumerate(counts)
+        if i not in kept
+    }
+    names = tuple(simulated.names[i] for i in kept)
+    return Calibration(names, ranks[:, kept], num_draws, level, left_out)
 
 
 class _Drawn(NamedTuple):
@@ -259,6 +279,7 @@ class _Simulated:
         """Those of n data, of shape (n, quantities)."""
         batch, found = self._simulate(n)
         truth = {name: found[name] for name in self.sites}
+        hidden = self._hidden(batch, truth)
         one, drawn = self._scored(batch, truth, None), self._draw(batch, truth)
         pairs = [
             (drawn.values[name].reshape(self.num_draws, n, -1), value.reshape(n, -1))
@@ -269,7 +290,16 @@ class _Simulated:
             (drawn.likelihood[..., None], one.likelihood.mT),
         ]
         pairs += [self._own(name, drawn, truth, batch[0]) for name in self.quantities]
-        return torch.cat([_ranks(draws, value) for draws, value in pairs], 1).cpu()
+        ranks = torch.cat([_ranks(draws, value) for draws, value in pairs], 1)
+        ranks[:, : hidden.shape[1]][hidden] = -1
+        return ranks.cpu()
+
+    def _hidden(self, batch: Batch, truth: dict[str, Tensor]) -> Tensor:
+        """Which units a mask hides, of shape (n, units)."""
+        with Given(truth):
+            sites = latents(trace(cast(Pair, self.pair).model, batch))
+        n = len(batch[0])
+        return torch.cat([~masks.scored(sites[name]).reshape(n, -1) for name in truth], 1)
 
     def _simulate(self, n: int) -> tuple[Batch, dict[str, Tensor]]:
         rows = len(self.context[0]) if self.context else 1
@@ -372,7 +402,7 @@ def _ranks(draws: Tensor, truth: Tensor) -> Tensor:
     return below + (share * (ties + 1)).long()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def simultaneous_band(simulations: int, draws: int, level: float) -> tuple[Any, Any]:
     r"""Bounds of the numbers of ranks below 1, ..., L that uniform ranks leave with this level.
 

@@ -71,6 +71,8 @@ class History:
     stopped_early: bool
     collapsed: tuple[str, ...] = ()
     """Latent sites whose posterior had collapsed when training ended; see docs/collapse.md."""
+    inconsistent: tuple[str, ...] = ()
+    """Latent sites whose KL was negative then, as none is: model and guide disagree about them."""
 
     def __getitem__(self, column: str) -> list[float]:
         """A column of history.csv as a list: ``history["validation_elbo"]``."""

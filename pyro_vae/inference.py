@@ -11,7 +11,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyro_vae import enumeration
+from pyro_vae import enumeration, masks
 from pyro_vae.data import Rows, held_out, preparation, source
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.pairs import (
@@ -30,6 +30,7 @@ from pyro_vae.pairs import (
     template,
     trace,
     trace_guide,
+    trace_model,
     unconditioned,
     using,
 )
@@ -216,6 +217,20 @@ def reconstruct(
     with using(pair, seed):
         for batch in _prepared(pair, x, context, binarize):
             parts.append(generate(pair, batch, latent_values(pair, batch, means), means, site))
+    return torch.cat(parts)
+
+
+def hidden(pair: nn.Module, x: Rows, *context: Any) -> Tensor:
+    """Which entries of data the model masks: booleans of the shape of x.
+
+    All False where the model observes something of another size in place of x.
+    """
+    parts = []
+    with using(pair, seed=0):
+        for batch in _prepared(pair, x, context, "dynamic"):
+            site = data_site(trace_model(pair, batch, trace_guide(pair, batch)))
+            same = site["value"].numel() == batch[0].numel()
+            parts.append((masks.seen(site, batch[0]) if same else batch[0]).isnan())
     return torch.cat(parts)
 
 

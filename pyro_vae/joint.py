@@ -20,8 +20,9 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import IndependentTransform
 
-from pyro_vae import enumeration, places
+from pyro_vae import enumeration, masks, places
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.graphs import Named, traced
 from pyro_vae.importance import structure
@@ -175,13 +176,7 @@ class Joint:
         messenger = EnumMessenger(first_available_dim=None if self.enumerates else first)
         with plate, placed:
             model = trace(messenger(poutine.replay(typed.model, trace=known)), batch)
-        jacobian = sum(
-            (
-                self._total(scale_and_mask(log_det, mask=model.nodes[name]["mask"]))
-                for name, log_det in placed.log_dets.items()
-            ),
-            torch.zeros(()),
-        )
+        jacobian = sum(map(self._total, placed.log_dets.values()), torch.zeros(()))
         joint = self._marginal(model, known, latents(model) | observed(model))
         if not guide:
             return self._whole(joint + jacobian, z), self._whole(jacobian * 0, z)
@@ -270,11 +265,9 @@ class _Placed(Messenger):
                 raise UsageError(
                     f"the support of site '{msg['name']}' depends on an enumerated one"
                 )
-            log_det = transform.log_abs_det_jacobian(free, value)
-            extra = _free_dim(msg["fn"], transform) - transform.domain.event_dim
-            self.log_dets[msg["name"]] = sum_rightmost(log_det, extra)
             self.values[msg["name"]] = msg["value"] = value
             msg["done"] = True
+            self.log_dets[msg["name"]] = _log_det(msg, transform, free)
 
 
 class _Read(Given):
@@ -303,6 +296,17 @@ def _to_support(name: str, fn: Any, support: Any = None) -> Any:
             f"site '{name}' ({type(fn).__name__}) has a support ({support}) that is not mapped to "
             "real numbers"
         ) from None
+
+
+def _log_det(site: Site, transform: Any, free: Tensor) -> Tensor:
+    """The logarithm of the Jacobian of a site, of its batch shape, without what a mask hides."""
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    log_det = transform.log_abs_det_jacobian(free, site["value"])
+    counts, events = masks.scored(site), transform.codomain.event_dim
+    counts = counts.flatten(-events).all(-1) if events else counts
+    own = site["value"].dim() - site["fn"].event_dim
+    return sum_rightmost(scale_and_mask(log_det, mask=counts), log_det.dim() - own)
 
 
 def _free_dim(fn: Any, transform: Any) -> int:
@@ -364,7 +368,8 @@ def simulate(pair: nn.Module, number: int, context: Batch = ()) -> tuple[Batch, 
     """A batch that the model draws, and the latents it was drawn from, by site.
 
     The context is that of the template, or what is given. Raises `UsageError` for a model that
-    observes what is no function of the batch, so that its draws cannot be put into one.
+    observes what is no function of the batch, so that its draws cannot be put into one, and for
+    latents whose masks are not those of the guide.
     """
     batch = template(pair, number, context)
     find_places(pair, batch)
@@ -379,11 +384,10 @@ def simulate(pair: nn.Module, number: int, context: Batch = ()) -> tuple[Batch, 
     with Given(values):
         again = observed(trace(cast(Pair, pair).model, batch))
     for name, site in observed(drawn).items():
-        mask = again[name]["mask"]
-        seen = torch.ones((), dtype=torch.bool) if mask is None else torch.as_tensor(mask)
         differs = again[name]["value"] != site["value"]
-        if bool((differs & seen.reshape(seen.shape + (1,) * (differs.dim() - seen.dim()))).any()):
+        if bool((differs & masks.scored(again[name])).any()):
             raise UsageError(f"what the model draws at site '{name}' has no place in its batch")
+    masks.require(pair, [batch])
     return batch, values
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyro_vae import masks
 from pyro_vae.data import Rows, held_rows
 from pyro_vae.errors import UsageError
 from pyro_vae.objectives import log_aggregate
@@ -157,7 +158,7 @@ def _split_sites(pair: nn.Module, batch: Batch) -> list[str]:
         fn, again = site["fn"], others[name][0]["fn"]
         same = site["value"][:1].expand(site["value"].shape)
         priors = torch.stack([p["fn"].log_prob(same) for p in (prior, others[name][1])])
-        if not is_local(site) or len(fn.batch_shape) > 1 or site["mask"] is not None:
+        if not is_local(site) or len(fn.batch_shape) > 1 or masks.is_masked(site):
             faults[name] = "is not in the data plate alone, without a mask"
         elif not torch.allclose(fn.log_prob(site["value"]), again.log_prob(site["value"])):
             faults[name] = "depends on another draw given x"

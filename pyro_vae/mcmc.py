@@ -45,7 +45,8 @@ class Posterior:
     """Draws of the posterior of a few data by NUTS, and of the guide beside them.
 
     A unit is one number of a latent site; those of all sites stand side by side, named by
-    ``units``. Units that do not vary, padding of sequences, have NaN.
+    ``units``. Units that do not vary, padding of sequences or what a mask hides, have NaN for all
+    that is measured.
     """
 
     draws: dict[str, Tensor]
@@ -63,14 +64,19 @@ class Posterior:
     """Transitions after the warm-up that diverged, of each datum, of shape (n,)."""
 
     @cached_property
+    def moves(self) -> Tensor:
+        """Which units vary, of shape (n, units): those that p(x, z) depends on."""
+        return _vary(_flat(self.draws, 2))
+
+    @cached_property
     def moments(self) -> Moments:
         """Of the posterior."""
-        return _moments(_flat(self.draws, 2).flatten(0, 1))
+        return _moments(_flat(self.draws, 2).flatten(0, 1), self.moves)
 
     @cached_property
     def guide_moments(self) -> Moments:
         """Of the guide."""
-        return _moments(_flat(self.guide_draws, 1))
+        return _moments(_flat(self.guide_draws, 1), self.moves)
 
     @property
     def mean_standard_error(self) -> Tensor:
@@ -207,7 +213,12 @@ def nuts(
         for i in range(n):
             datum = tuple(tensor[i : i + 1] for tensor in batch)
             for chain in range(num_chains):
-                start = starts[chain, i]
+                # What does not count is the same in all chains, and so is seen not to vary.
+                start = torch.where(counts[i], starts[chain, i], starts[0, i])
+                z[chain, :, i] = start
+                if not counts[i].any():
+                    shown.update(warmup + num_draws)
+                    continue
                 potential = _potential(joint, datum, start, counts[i])
                 mcmc = MCMC(
                     NUTS(potential_fn=potential, **kernel),
@@ -219,20 +230,18 @@ def nuts(
                 )
                 with torch.enable_grad():
                     mcmc.run()
-                z[chain, :, i] = start
                 z[chain, :, i, counts[i]] = mcmc.get_samples()["z"]
                 divergences[i] += len(mcmc.diagnostics()["divergences"]["chain 0"])
         draws = _constrained(joint, z.flatten(0, 1), batch)
         guide = _constrained(joint, joint.draw(num_chains * num_draws, *batch), batch)
     by_chain = {k: v.unflatten(0, (num_chains, num_draws)) for k, v in draws.items()}
     flat = _flat(by_chain, 2)
-    moves = flat.flatten(0, 1).std(0) > 0
     return Posterior(
         by_chain,
         guide,
         _names(guide),
-        torch.where(moves, rank_r_hat(flat), torch.nan),
-        torch.where(moves, effective_sample_size(flat, 0, 1), torch.nan),
+        _measured(rank_r_hat, flat),
+        _measured(lambda draws: effective_sample_size(draws, 0, 1), flat),
         divergences.long(),
     )
 
@@ -316,8 +325,23 @@ def _names(sites: dict[str, Tensor]) -> tuple[str, ...]:
     )
 
 
-def _moments(draws: Tensor) -> Moments:
-    """Moments of draws (draws, n, units)."""
+def _measured(measure: Callable[[Tensor], Tensor], draws: Tensor) -> Tensor:
+    """A measure (n, units) of draws (chains, draws, n, units), NaN for units that do not vary."""
+    moves = _vary(draws)
+    found = draws.new_full(moves.shape, torch.nan)
+    if moves.any():  # Pyro's measures make all NaN where one is
+        found[moves] = measure(draws[:, :, moves])
+    return found
+
+
+def _vary(draws: Tensor) -> Tensor:
+    """Whether draws (chains, draws, n, units) of a unit are not all the same."""
+    return draws.amax((0, 1)) != draws.amin((0, 1))
+
+
+def _moments(draws: Tensor, moves: Tensor) -> Moments:
+    """Moments of draws (draws, n, units), NaN for units that do not move."""
+    draws = torch.where(moves, draws, torch.nan)
     off = draws - draws.mean(0)
     scaled = off / off.square().sum(0).sqrt()
     return Moments(draws.mean(0), draws.std(0), torch.einsum("sni,snj->nij", scaled, scaled))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_vae import enumeration
+from pyro_vae import enumeration, masks
 from pyro_vae.errors import NotTraceable, UsageError, first_line
 from pyro_vae.pairs import (
     Batch,
@@ -289,10 +289,10 @@ class FreeBitsELBO(_DifferentiableELBO):
                 continue
             batch = site["fn"].batch_shape
             kl = kl.expand(torch.broadcast_shapes(kl.shape, batch + (1,) * (kl.dim() - len(batch))))
-            mask = site["mask"]
-            live = mask.expand(batch).sum() if isinstance(mask, Tensor) else batch.numel()
-            floor = self.free_bits * live
             units = kl.reshape(batch.numel(), -1).sum(0)
+            live = masks.scored(site).reshape(batch.numel(), -1)
+            live = live if len(units) == live.shape[1] else live.any(1, keepdim=True)
+            floor = self.free_bits * live.sum(0).to(units.dtype)
             loss = loss + (units.clamp(min=floor) * site["scale"]).sum()
         return loss
 
@@ -632,7 +632,7 @@ def _one_factorized(model_trace: Trace, guide_trace: Trace) -> tuple[Site, Site]
         )
     site, prior = latents(guide_trace)[name], priors[name]
     inside = is_local(site, data_plates(model_trace, guide_trace))
-    if not inside or len(site["fn"].batch_shape) > 1 or site["mask"] is not None:
+    if not inside or len(site["fn"].batch_shape) > 1 or masks.is_masked(site):
         raise UsageError(
             f"total correlation needs latent site '{name}' in the data plate alone, without a "
             "mask; use Trace_ELBO"

@@ -506,7 +506,7 @@ def site_kl(model_site: Site, guide_site: Site, closed: bool = True) -> Tensor:
         kl = kl_divergence(q, p) if closed else None
     except NotImplementedError:
         kl = None
-    if kl is None:
+    if not isinstance(kl, Tensor):  # a number where a mask within the distributions hides all
         kl = q.log_prob(z) - p.log_prob(z)
     if isinstance(mask, Tensor):
         mask = mask.reshape(mask.shape + (1,) * (kl.dim() - len(guide_site["fn"].batch_shape)))

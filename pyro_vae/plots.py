@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.inference import decode, encode, interpolate, reconstruct, sample, traverse
+from pyro_vae.inference import decode, encode, hidden, interpolate, reconstruct, sample, traverse
 from pyro_vae.text import as_text
 
 if TYPE_CHECKING:
@@ -147,9 +147,10 @@ def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
 
 
 def reconstructions(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = ()) -> "Figure":
-    """Data, and their reconstructions beneath."""
+    """Data, without what the model masks, and their reconstructions beneath."""
     again = alike(reconstruct(pair, x, *context), x)
-    return grid([("data", intensity(x)), ("reconstruction", again)], "reconstructions")
+    data = torch.where(hidden(pair, x, *context), torch.nan, intensity(x))
+    return grid([("data", data), ("reconstruction", again)], "reconstructions")
 
 
 def samples(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = (), seed: int = 0) -> "Figure":
@@ -255,6 +256,7 @@ def _strip(images: Tensor, columns: int) -> np.ndarray:
     n, _, height, width = images.shape
     gap = max(1, width // 12)
     strip = np.ones((height, columns * (width + gap) - gap, 3), dtype=np.float32)
+    images = images.nan_to_num(0.5)  # what is masked is gray
     arrays = images.detach().cpu().float().clamp(0, 1).expand(n, 3, height, width).numpy()
     for i, array in enumerate(arrays):
         strip[:, i * (width + gap) : i * (width + gap) + width] = array.transpose(1, 2, 0)

@@ -8,12 +8,20 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pyro_vae import masks
 from pyro_vae.data import Rows, held_rows
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.guides import refine
 from pyro_vae.importance import LogLikelihood, log_likelihood
-from pyro_vae.inference import CHUNK, generate, latent_values
-from pyro_vae.pairs import Batch, global_latents, using
+from pyro_vae.inference import CHUNK, latent_values, observation
+from pyro_vae.pairs import (
+    Batch,
+    data_site,
+    global_latents,
+    trace_guide,
+    trace_model,
+    using,
+)
 from pyro_vae.progress import bar
 
 Statistic: TypeAlias = Callable[[Tensor], Tensor]
@@ -21,13 +29,23 @@ Statistic: TypeAlias = Callable[[Tensor], Tensor]
 LEAST_REPLICATES = 20
 """So few replicates can put a datum outside 95 % of them."""
 
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1)
+
+
+def _variance(x: Tensor) -> Tensor:
+    x = _rows(x)
+    return (x - x.nanmean(1, keepdim=True)).square().nanmean(1)
+
+
 STATISTICS: dict[str, Statistic] = {
-    "mean": lambda x: x.reshape(len(x), -1).mean(1),
-    "variance": lambda x: x.reshape(len(x), -1).var(1, correction=0),
-    "greatest": lambda x: x.reshape(len(x), -1).amax(1),
-    "share of zeros": lambda x: (x.reshape(len(x), -1) == 0).to(x.dtype).mean(1),
+    "mean": lambda x: _rows(x).nanmean(1),
+    "variance": _variance,
+    "greatest": lambda x: _rows(x).nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1),
+    "share of zeros": lambda x: _rows(torch.where(x.isnan(), x, x == 0)).nanmean(1),
 }
-"""Statistics of a datum, over its elements, that any data have."""
+"""Statistics of a datum, over its elements that are no NaN, that any data have."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,7 @@ class PredictiveCheck:
     names: tuple[str, ...]
     """The statistics."""
     observed: Tensor
-    """Those of the data, of shape (n, statistics)."""
+    """Those of the data, of shape (n, statistics); NaN for a datum of which nothing is seen."""
     replicated_mean: Tensor
     """Their means over the replicates of each datum, of shape (n, statistics)."""
     replicated_deviation: Tensor
@@ -56,7 +74,7 @@ class PredictiveCheck:
     @property
     def whole_p_values(self) -> dict[str, float]:
         """Share of the replicated data sets whose mean statistic is above that of the data."""
-        found = _p_values(self.whole[:, None], self.observed.mean(0)[None])[0]
+        found = _p_values(self.whole[:, None], self.observed.nanmean(0)[None])[0]
         return dict(zip(self.names, found.tolist(), strict=True))
 
     def worst(self, name: str | None = None, number: int = 10) -> Tensor:
@@ -76,13 +94,14 @@ class PredictiveCheck:
 
     def as_dict(self) -> dict[str, Any]:
         """Means, p-values and shares by statistic, as metrics.json holds them."""
-        extreme = (self.p_values - 0.5).abs() > 0.475
+        off = (self.p_values - 0.5).abs()
+        extreme = torch.where(off.isnan(), off, off > 0.475)
         rows = zip(
             self.names,
-            self.observed.mean(0).tolist(),
+            self.observed.nanmean(0).tolist(),
             self.whole.mean(0).tolist(),
             self.whole_p_values.values(),
-            extreme.double().mean(0).tolist(),
+            extreme.nanmean(0).tolist(),
             strict=True,
         )
         return {
@@ -144,6 +163,8 @@ def predictive_check(
     that model and guide are checked together; a refined pair brings them nearer to the posterior:
     ``refined = pv.refine(pair, x)``, then ``predictive_check(refined.pair, *refined.batch)``. As a
     replicate has seen its datum, p-values crowd about 1/2: extreme ones say more than usual ones.
+    Entries of the data that the model masks are NaN in the data and in their replicates alike, so a
+    statistic of your own must leave NaN out; a datum without any other entry has no statistics.
     Raises `UsageError` for a statistic that does not return a number for each datum, and where the
     model draws no data of the shape of x. Gelman, Meng & Stern, 1996.
 
@@ -168,7 +189,8 @@ def predictive_check(
     with using(pair, seed), bar(progress, len(rows), "replicates", delay=2) as shown:
         for part in rows.batches(size):
             batch = prepare(part)
-            observed = _measured(chosen, batch[0])
+            model = trace_model(pair, batch, trace_guide(pair, batch))
+            observed = _measured(chosen, masks.seen(data_site(model), batch[0]))
             parts.append((observed, _replicated(pair, batch, chosen, num_replicates, beside)))
             shown.update(len(observed))
     observed = torch.cat([part[0] for part in parts])
@@ -179,7 +201,7 @@ def predictive_check(
         replicated.mean(0),
         replicated.std(0, correction=0),
         _p_values(replicated, observed),
-        replicated.mean(1),
+        replicated.nanmean(1),
     )
 
 
@@ -193,19 +215,15 @@ def _replicated(
     for start in range(0, number, together):
         times = min(together, number - start)
         wide = tuple(tensor.repeat(times, *[1] * (tensor.dim() - 1)) for tensor in batch)
-        made = generate(pair, wide, latent_values(pair, wide, False), False, None)
-        if made.numel() != wide[0].numel():
-            raise UsageError(
-                f"the model draws data of shape {tuple(made.shape[1:])} for x of shape "
-                f"{tuple(batch[0].shape[1:])}: their statistics cannot be compared"
-            )
-        parts.append(_measured(statistics, made.reshape(wide[0].shape)).unflatten(0, (times, n)))
+        made = masks.seen(observation(pair, wide, latent_values(pair, wide, False)), wide[0])
+        parts.append(_measured(statistics, made).unflatten(0, (times, n)))
     return torch.cat(parts)
 
 
 def _measured(statistics: Mapping[str, Statistic], x: Tensor) -> Tensor:
     """All statistics of data, of shape (n, statistics)."""
-    columns = []
+    columns, holes = [], _rows(x.isnan())
+    empty = holes.all(1)
     for name, statistic in statistics.items():
         found = statistic(x)
         if not isinstance(found, Tensor) or found.shape != x.shape[:1]:
@@ -214,7 +232,11 @@ def _measured(statistics: Mapping[str, Statistic], x: Tensor) -> Tensor:
                 f"statistic '{name}' must return a number for each datum, a tensor of shape "
                 f"({len(x)},); {came} came"
             )
-        columns.append(found.double())
+        found = torch.where(empty, torch.nan, found.double())
+        if bool((found.isnan() & ~empty).any()):
+            why = " that has masked entries, which are NaN: leave these out" if holes.any() else ""
+            raise UsageError(f"statistic '{name}' is not a number for a datum{why}")
+        columns.append(found)
     return torch.stack(columns, 1).cpu()
 
 
@@ -223,7 +245,9 @@ def _p_values(replicated: Tensor, observed: Tensor) -> Tensor:
     rounding = 1e-6 * observed.abs()
     above = (replicated > observed + rounding).sum(0)
     ties = ((replicated - observed).abs() <= rounding).sum(0)
-    return (above + (ties + 1) / 2) / (len(replicated) + 1)
+    return torch.where(
+        observed.isnan(), torch.nan, (above + (ties + 1) / 2) / (len(replicated) + 1)
+    )
 
 
 def _finite(number: float) -> float | None:
@@ -319,6 +343,8 @@ def outlier_scores(
         num_samples: importance samples for each datum.
         steps: of the refinement. seed, engine, progress: as in `pyro_vae.refine`.
 
+    Of data with masked entries log p is that of what is seen: data of which less is seen have less
+    of it, so compare data of which as much is seen.
     A high log p(x) does not say that a datum belongs: simple data of another kind, an empty image
     say, can have a higher one than the data that the pair was fitted to.
     Raises `UsageError` as `pyro_vae.log_likelihood`, and with ``regret`` as `refine`.

@@ -20,7 +20,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_vae import enumeration
+from pyro_vae import enumeration, masks
 from pyro_vae.data import Preparation
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.objectives import EnumeratedELBO, ImportanceWeightedELBO
@@ -65,7 +65,8 @@ def check(
 
     Checked are: that model and guide run; that every latent site of the model is in the guide, and
     none of the guide's is missing from the model; that shapes of sites, plate and events agree;
-    that every parameter the loss depends on is one of the pair's; and that ``objective``, if
+    that model and guide mask and scale latents alike, and that nothing depends on what a mask
+    hides; that every parameter the loss depends on is one of the pair's; and that ``objective``, if
     given, is valid for the pair.
 
     Arguments:
@@ -108,6 +109,7 @@ def check(
         guide = run_guide(pair, batch)
         model = run_model(pair, batch, guide)
         errors = [*_sites(model, guide), *_shapes(model, guide, batch)]
+        errors = errors or _masks(pair, batch, model, guide)
         errors = errors or _enumerated(pair, batch, model, guide)
         notes: list[str] = []
         if not errors:
@@ -180,10 +182,7 @@ def _sites(model: Trace, guide: Trace) -> list[str]:
         errors += _summable((latents(model) | latents(guide))[name])
     for name in latents(model):
         if name not in in_guide and name not in summed and not errors:
-            errors.append(
-                f"latent site '{name}' of the model is missing from the guide: add "
-                f'pyro.sample("{name}", ...) to the guide'
-            )
+            errors.append(masks.missing(name, model))
     for name, site in latents(guide).items():
         if name not in in_model and not site["infer"].get("is_auxiliary"):
             errors.append(
@@ -268,6 +267,13 @@ def _shapes(model: Trace, guide: Trace, batch: Sequence[Tensor]) -> list[str]:
                 f"distribution is over {tuple(shape)}: they must agree"
             )
     return errors
+
+
+def _masks(pair: nn.Module, batch: Sequence[Tensor], model: Trace, guide: Trace) -> list[str]:
+    """What is wrong with the masks and scales of latents."""
+    with torch.no_grad():
+        found = masks.fault(pair, tuple(batch), model, guide)
+    return [fault for fault in (found, masks.scale_fault(model, guide)) if fault]
 
 
 def _placement(where: str, name: str, site: Site, n: int, subsampled: bool) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_vae import collapse, diagnostic_plots
 from pyro_vae.annealing import Annealing, Sandwich, anneal, sandwich
 from pyro_vae.bayesian import Uncertainty, uncertainty
-from pyro_vae.evaluation import Evaluation, evaluate
+from pyro_vae.evaluation import PARTICLES, Evaluation, evaluate
 from pyro_vae.guide_calibration import Calibration, calibration
 from pyro_vae.importance import LogLikelihood, log_likelihood
 from pyro_vae.inference_gaps import Gaps, gaps
@@ -134,9 +134,15 @@ def _latents(bench: Bench) -> Study:
 
     def judge(found: Evaluation, _: Mapping[str, Any]) -> list[Finding]:
         findings = []
+        few = bench.some(500)
+        own, are_kl = collapse.units(bench.pair, few), collapse.are_kl(bench.pair, few)
         for site, kl in found.kl_by_site.items():
             units = found.num_units.get(site, 1)
-            if kl < min(collapse.UNIT * units, collapse.SITE):
+            if collapse.is_negative(kl, found.num_examples * PARTICLES):
+                if are_kl:
+                    words = f"'{site}' has a KL of {kl:.2g} nats, and {collapse.DISAGREE}"
+                    findings.append(Finding("doubt", words))
+            elif kl < min(collapse.UNIT * own.get(site, units), collapse.SITE):
                 findings += [
                     Finding("doubt", f"'{site}' has collapsed: its KL is {kl:.2g} nats"),
                     Finding("next", "KL warm-up, free bits or a weaker decoder against collapse"),

@@ -20,7 +20,16 @@ from tqdm import tqdm
 
 from pyro_vae import collapse, rng, runs
 from pyro_vae.config import Settings
-from pyro_vae.data import Arrays, Preparation, Rows, Source, held_out, preparation, source
+from pyro_vae.data import (
+    Arrays,
+    Preparation,
+    Rows,
+    Source,
+    held_out,
+    preparation,
+    require_masks,
+    source,
+)
 from pyro_vae.engine import Engine, Step
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.evaluation import bound
@@ -95,7 +104,8 @@ def fit(
     checkpoint, and given back to the caller as they were: a resumed run ends, on a CPU,
     bit-identical to one that was never interrupted.
 
-    A warning says where the posterior of a latent site has collapsed (docs/collapse.md).
+    A warning says where the posterior of a latent site has collapsed, or its KL is negative, which
+    shows that model and guide disagree (docs/collapse.md).
 
     Raises `UsageError` for data or a pair that cannot be trained, `NonFiniteError` where loss or
     gradient stop being finite, `Interrupted` (a ``KeyboardInterrupt``) after Ctrl-C or SIGTERM.
@@ -128,7 +138,9 @@ def fit(
     with seeded(chosen.seed):  # a loader draws as it begins
         rows = source(x, context, pair)
         chosen = chosen.for_rows(len(rows))
-        rows, prepare, objective, units = _training_rows(pair, rows, objective, binarize, chosen)
+        rows, prepare, objective, units, are_kl = _training_rows(
+            pair, rows, objective, binarize, chosen
+        )
         held = None
         if validation is not None:
             parts = validation if isinstance(validation, (tuple, list)) else (validation,)
@@ -160,6 +172,7 @@ def fit(
             prepare,
             held,
             units,
+            are_kl,
             objective,
             beta if callable(beta) else lambda _: float(cast(float, beta)),
             learning_rate_schedule or (lambda _: 1.0),
@@ -200,7 +213,8 @@ class _Run:
     rows: Source
     prepare: Preparation
     held: tuple[Source, Preparation] | None
-    units: dict[str, int]
+    units: dict[str, float]
+    are_kl: bool
     objective: ELBO
     beta: Schedule
     rate: Schedule
@@ -233,7 +247,9 @@ class _Run:
         self.svi = Step(
             registered(self.pair, pair.model), pair.guide, self.optimizer, loss=self.engine
         )
-        self.alarm = collapse.CollapseAlarm(self.units, settings.epochs, self._steps())
+        self.alarm = collapse.CollapseAlarm(
+            self.units, settings.epochs, self._steps(), len(self.rows), self.are_kl
+        )
         self.epochs: list[Epoch] = []
         self.best: dict[str, Tensor] | None = None
         self.best_epoch = 0
@@ -273,7 +289,13 @@ class _Run:
         if self.best is not None:
             self.pair.load_state_dict(self.best, strict=False)
         self.pair.eval()
-        return History(tuple(self.epochs), self.best_epoch, self._waited(), self.alarm.collapsed)
+        return History(
+            tuple(self.epochs),
+            self.best_epoch,
+            self._waited(),
+            self.alarm.collapsed,
+            self.alarm.inconsistent,
+        )
 
     def _warn(self, collapsed: Sequence[str]) -> None:
         for name in collapsed:
@@ -530,9 +552,9 @@ def _summary_writer() -> Any:
 
 def _training_rows(
     pair: nn.Module, rows: Source, objective: ELBO | None, binarize: str, settings: Settings
-) -> tuple[Source, Preparation, ELBO, dict[str, int]]:
+) -> tuple[Source, Preparation, ELBO, dict[str, float], bool]:
     """The training data, checked together with the pair, how they are prepared, the objective, and
-    how many units each latent site has."""
+    for the alarm how many units each latent site has, and whether the term of each is a KL."""
     if len(rows) < 2:
         raise UsageError(f"{len(rows)} row of data came, 2 or more are expected")
     if isinstance(rows, Arrays) and len(rows) < cast(int, settings.batch_size):
@@ -543,6 +565,7 @@ def _training_rows(
     plain = Preparation(*placement(pair))
     first = plain(rows.first(16))
     require(pair, first, objective)
+    require_masks(pair, rows, plain)
     prepare = preparation(pair, rows, binarize)
     if prepare.binarize and binarize == "fixed":
         rows, prepare = held_out(rows, prepare)
@@ -553,7 +576,8 @@ def _training_rows(
             stacklevel=3,
         )
     rows = rows.to(prepare.device) if isinstance(rows, Arrays) else rows
-    return rows, prepare, objective or elbo(pair, first), collapse.units(pair, first)
+    units = collapse.units(pair, plain(rows.first(500)))
+    return rows, prepare, objective or elbo(pair, first), units, collapse.are_kl(pair, first)
 
 
 def _validation_rows(
@@ -571,7 +595,9 @@ def _validation_rows(
                 raise UsageError(
                     f"as many context tensors as for training, {wanted}, are expected, {came} came"
                 )
-        return held_out(held, preparation(pair, held, binarize))
+        prepare = preparation(pair, held, binarize)
+        require_masks(pair, held, prepare)
+        return held_out(held, prepare)
     except UsageError as error:
         raise UsageError(f"validation: {error}") from error
 
