@@ -102,8 +102,10 @@ def kl_by_unit(kl: Mapping[str, Sequence[float]]) -> "Figure":
     for axis, (site, values) in zip(
         figure.subplots(len(kl), 1, squeeze=False)[:, 0], kl.items(), strict=True
     ):
-        order = np.argsort(values)[::-1]
-        axis.bar(range(len(order)), np.asarray(values)[order], color=BLUE)
+        heights = np.asarray(values, float)
+        heights = np.where(np.isfinite(heights), heights, 0.0)  # no bar reaches so far
+        order = np.argsort(heights)[::-1]
+        axis.bar(range(len(order)), heights[order], color=BLUE)
         axis.set_xticks(range(len(order)), [str(unit) for unit in order], fontsize=7)
         axis.set_xlabel(f"unit of {site}", fontsize=8)
         axis.set_ylabel("KL, nats per example", fontsize=8)

@@ -405,10 +405,9 @@ class _Run:
             kept = f"; the last good model is in {self.folder}"
         where = f" at site '{site}'" if site else ""
         outlier = None if batch is None else extreme(self.prepare(batch)[0])
-        if self.fault is None and outlier is not None:
+        cure = self.fault or "a smaller learning_rate or clip_norm may help"
+        if outlier is not None:
             cure = f"{outlier}: leave out such rows, or {CURE}"
-        else:
-            cure = self.fault or "a smaller learning_rate or clip_norm may help"
         raise NonFiniteError(
             f"training stopped in epoch {len(self.epochs) + 1}, step {self.batches}: the "
             f"{what} is not finite{where}{kept}; {cure}"

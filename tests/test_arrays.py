@@ -182,7 +182,9 @@ def test_a_run_with_an_extreme_test_row_has_metrics_and_a_report(tmp_path, monke
     extreme[4, 3] = 1e25
     np.savez("data.npz", x_train=x, x_test=extreme)
     options = "--likelihood gaussian --epochs 1 --batch-size 20 --num-eval-samples 2"
-    main(["train", "data.npz", *options.split()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)  # the command line prints it
+        main(["train", "data.npz", *options.split()])
     assert "the first row 4, which holds values of up to 1e+25" in capsys.readouterr().err
     strict(tmp_path / "runs/data/metrics.json")
     assert (tmp_path / "runs/data/report.html").exists()
