@@ -11,7 +11,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyro_vae import enumeration
+from pyro_vae import enumeration, runs
 from pyro_vae.arrays import as_labels
 from pyro_vae.data import Preparation, Rows, Source, held_rows, parts
 from pyro_vae.errors import UsageError
@@ -99,10 +99,12 @@ class Evaluation:
         return -self.log_likelihood
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, as metrics.json holds them: what is not a number is None."""
-        return {
-            k: None if isinstance(v, float) and isnan(v) else v for k, v in asdict(self).items()
-        }
+        """The fields, as metrics.json holds them: what is not a number is None, what is infinite
+        "Infinity" or "-Infinity"."""
+        fields = asdict(self).items()
+        return runs.json_ready(
+            {k: None if isinstance(v, float) and isnan(v) else v for k, v in fields}
+        )
 
     def _estimate(self) -> str:
         found = with_error(self.log_likelihood, self.log_likelihood_standard_error)

@@ -390,33 +390,38 @@ def factorizes(fn: Any) -> bool:
 
 def mean(fn: Any, num_samples: int = 100) -> Tensor:
     """The mean of a distribution, by draws where it has no closed form."""
-    try:
-        closed = fn.mean
-    except NotImplementedError:
-        closed = None
+    closed = _closed_mean(fn)
     if closed is None or bool(closed.isnan().any()):  # torch's Categorical has a mean of NaN
         return fn.sample((num_samples,)).to(torch.get_default_dtype()).mean(0)
     return closed
 
 
+def _closed_mean(fn: Any) -> Tensor | None:
+    try:
+        return cast(Tensor, fn.mean)
+    except NotImplementedError:
+        return None
+
+
 def is_category(fn: Any) -> bool:
     """Whether a distribution is over classes without order, which have a mode and no mean."""
-    try:
-        return bool(fn.support.is_discrete) and bool(fn.mean.isnan().any())
-    except NotImplementedError:
-        return False
+    closed = _closed_mean(fn) if fn.support.is_discrete else None
+    return closed is not None and bool(closed.isnan().any())
 
 
 def typical(fn: Any) -> Tensor:
-    """The mean of a distribution; of one over classes the most probable class.
+    """The mean of a distribution; of one that has none, as of classes, the most probable value.
 
     Where a class is a row of zeros with a one, the mean is its probability.
     """
-    return mode(fn) if is_category(fn) else mean(fn)
+    closed = _closed_mean(fn)
+    if closed is None:
+        return mean(fn)
+    return mode(fn) if bool(closed.isnan().any()) else closed
 
 
 def mode(fn: Any) -> Tensor:
-    """The most probable value of a discrete distribution."""
+    """The most probable value of a distribution."""
     if type(fn).__name__ in ("Independent", "MaskedDistribution"):
         return mode(fn.base_dist)
     try:

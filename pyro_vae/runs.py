@@ -195,9 +195,12 @@ def write_json(path: Path, content: Any) -> None:
 
     JSON has no such numbers. `read_json` gives them back.
     """
-    plain = _mapped(content, lambda v: _NAMED[str(float(v))] if _is_odd(v) else v)
     with atomic(path) as file:
-        file.write((json.dumps(plain, indent=2, default=str, allow_nan=False) + "\n").encode())
+        file.write(
+            (
+                json.dumps(json_ready(content), indent=2, default=str, allow_nan=False) + "\n"
+            ).encode()
+        )
 
 
 def read_json(path: Path) -> Any:
@@ -212,6 +215,15 @@ def read_json(path: Path) -> Any:
 
 _NAMED = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}
 """How numbers that are not finite are written in JSON."""
+
+
+def json_ready(content: Any) -> Any:
+    """The content with numbers that are not finite as the words for them, which any JSON holds.
+
+    >>> json_ready({"a": [1.0, float("-inf")]})
+    {'a': [1.0, '-Infinity']}
+    """
+    return _mapped(content, lambda v: _NAMED[str(float(v))] if _is_odd(v) else v)
 
 
 def _is_odd(value: Any) -> bool:

@@ -149,6 +149,7 @@ def test_rows_without_a_likelihood_are_named_and_json_stays_json(tmp_path):
     with pytest.warns(UserWarning, match=r"in 1 of 60 rows, the first row 11, .* up to 1e\+25"):
         found = pv.evaluate(small(), x, **FEW)
     assert found.log_likelihood == -math.inf
+    assert json.dumps(found.as_dict(), allow_nan=False)  # whoever writes it
     runs.write_json(tmp_path / "metrics.json", found.as_dict())
     assert "Infinity" in (tmp_path / "metrics.json").read_text()
     strict(tmp_path / "metrics.json")

@@ -123,6 +123,7 @@ def test_a_mode_is_found_among_the_values():
     scores = torch.stack([fn.base_dist.log_prob(torch.full((3, 2), float(k))) for k in range(4)])
     assert torch.equal(mode(fn), scores.argmax(0))
     assert typical(dist.Normal(1.0, 1.0)) == 1.0
+    assert typical(dist.Cauchy(3.0, 1.0)) == 3.0  # which has no mean either
 
 
 def test_statistics_of_classes_are_their_shares():

@@ -183,3 +183,23 @@ def test_one_hot_takes_whole_numbers_alone():
     for labels in ([0.5], [float("nan")], ["a"]):
         with pytest.raises(UsageError):
             pv.one_hot(labels, 2)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int16, torch.int32, torch.uint8])
+def test_labels_that_the_model_observes_are_of_any_whole_type(kind):
+    """8-bit labels are indices, and no mask of them."""
+    fitted = []
+    for labels in (Y, Y.to(kind)):
+        fitted.append(semisupervised())
+        pv.fit(fitted[-1], X, labels, **FAST)
+    torch.testing.assert_close(pv.predict(fitted[1], X), pv.predict(fitted[0], X))
+    torch.testing.assert_close(
+        pv.log_likelihood(fitted[1], X, Y.to(kind), **FEW).per_datum,
+        pv.log_likelihood(fitted[0], X, Y, **FEW).per_datum,
+    )
+
+
+@pytest.mark.parametrize("labels", [Y.double(), torch.eye(3)[Y]])
+def test_labels_that_the_model_observes_are_no_floats(labels):
+    with pytest.raises(UsageError, match="labels must be whole numbers, -1 where missing"):
+        pv.fit(semisupervised(), X, labels, **FAST)

@@ -1,4 +1,4 @@
-"""Words in the place of objects, and 16-bit pairs, are refused in one line, before anything runs."""
+"""Words in the place of objects, and 16-bit pairs, are refused in one line before training."""
 
 import pyro
 import pytest

@@ -137,7 +137,7 @@ def test_fit_says_so_once_and_not_of_a_pair_that_knows_the_range(tmp_path):
 def test_a_loss_that_is_not_finite_blames_the_range(engine):
     with (
         pytest.warns(UserWarning, match="range of x"),
-        pytest.raises(NonFiniteError, match="not finite.*standardize x") as caught,
+        pytest.raises(NonFiniteError, match=r"not finite.*standardize x") as caught,
     ):
         pv.fit(vae(pv.Gaussian(scale=0.01)), 1e20 * X, epochs=1, **FAST | {"engine": engine})
     assert "learning_rate" not in str(caught.value)
