@@ -87,6 +87,8 @@ def _checked(codes: Tensor, factors: Tensor) -> tuple[np.ndarray, np.ndarray]:
     if int(known.sum()) < 2:
         raise UsageError("factors are missing (-1) in all rows but one, or in all")
     z, v = codes[known].double().cpu().numpy(), factors[known].cpu().numpy()
+    if not np.isfinite(z).all():
+        raise UsageError("codes are not finite")
     for k in range(v.shape[1]):
         if (v[:, k] == v[0, k]).all():
             raise UsageError(f"factor {k} has one value only, two or more are expected")
