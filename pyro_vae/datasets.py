@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data import as_tensor
+from pyro_vae.arrays import as_labels, as_tensor
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.music import Piece, piano_rolls, read_pieces
 from pyro_vae.shapes import draw
@@ -116,8 +116,8 @@ def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     >>> one_hot(torch.tensor([2, 0]), 3)
     tensor([[0., 0., 1.], [1., 0., 0.]])
     """
-    labels = torch.as_tensor(labels).long()
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+    labels = as_labels(labels)
+    if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise UsageError(
             f"labels must be 0 to {num_classes - 1}, {int(labels.min())} to {int(labels.max())} "
             "came"
@@ -160,7 +160,7 @@ def hide_labels(labels: Tensor, num_labels: int, seed: int = 0) -> Tensor:
     """
     if num_labels < 0:
         raise UsageError(f"num_labels must be 0 or more, {num_labels} came")
-    labels = torch.as_tensor(labels).long()
+    labels = as_labels(labels)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     classes = labels[labels >= 0].unique().tolist()
     if 0 < num_labels < len(classes):
@@ -311,7 +311,7 @@ def _load_file(path: Path) -> Data:
 def _split(arrays: dict[str, np.ndarray], x: Tensor, suffix: str, path: Path) -> Split:
     """Rows with the labels and the context that a file holds for them."""
     labels = _labels(arrays.get(f"y{suffix}"), len(x), path)
-    context = _context(arrays.get(f"context{suffix}"), len(x), path)
+    context = _context(arrays, suffix, len(x), path)
     return Split(x, labels, context, _lengths(arrays.get(f"lengths{suffix}"), x, path))
 
 
@@ -325,13 +325,19 @@ def _lengths(array: np.ndarray | None, x: Tensor, path: Path) -> Tensor | None:
     return lengths
 
 
-def _context(array: np.ndarray | None, n: int, path: Path) -> Tensor | None:
+def _context(arrays: dict[str, np.ndarray], suffix: str, n: int, path: Path) -> Tensor | None:
+    array = arrays.get(f"context{suffix}")
     if array is None:
         return None
     context = _images(array[:, None] if array.ndim == 1 else array, path)
     if len(context) != n:
         raise UsageError(f"{path}: {len(context)} rows of context came for {n} rows")
-    return context.float() / (255 if context.dtype == torch.uint8 else 1)
+    if context.dtype != torch.uint8:
+        return context.float()
+    # Of 0 and 1 alone, in all parts of the file, they are no intensities.
+    parts = [part for name, part in arrays.items() if name.startswith("context")]
+    greatest = max(int(part.max()) for part in parts if part.dtype == np.uint8)
+    return context.float() / (255 if greatest > 1 else 1)
 
 
 def _row(context: Tensor | None) -> tuple[int, ...] | None:

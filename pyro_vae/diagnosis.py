@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data import Rows, held_rows
+from pyro_vae.data import Rows, held_rows, parts
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import Batch, trace_guide, trace_model, using
 from pyro_vae.progress import bar
@@ -139,8 +139,8 @@ def diagnose(
     batch = _prepared(pair, x, context, binarize)
     order = torch.randperm(len(batch[0]), generator=torch.Generator().manual_seed(seed))
     shuffled = tuple(tensor[order.to(tensor.device)] for tensor in batch)
-    other = (other,) if isinstance(other, Tensor) else other
-    strangers = None if other is None else _prepared(pair, other[0], other[1:], binarize)
+    others = None if other is None else parts(other)
+    strangers = None if others is None else _prepared(pair, others[0], others[1:], binarize)
     end = _now() + budget
     costs = _pass_seconds(pair, shuffled, seed)
     bench = Bench(pair, shuffled, order, seed, engine, *costs, strangers)
@@ -162,8 +162,8 @@ def diagnose(
 
 def _prepared(pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str) -> Batch:
     rows, prepare = held_rows(pair, x, context, binarize)
-    parts = [prepare(batch) for batch in rows.batches(1000)]
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    prepared = [prepare(batch) for batch in rows.batches(1000)]
+    return tuple(torch.cat(column) for column in zip(*prepared, strict=True))
 
 
 def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from pyro_vae.arrays import as_tensor
 from pyro_vae.errors import UsageError
 
 BINS = 20
@@ -49,8 +50,9 @@ def disentanglement_scores(codes: Tensor, factors: Tensor, *, seed: int = 0) -> 
 
     Arguments:
         codes: posterior means (n, units), as of `pyro_vae.encode`.
-        factors: the index of each factor's value, integers (n, factors). Their order counts in SAP
-            and DCI, which predict them as numbers.
+        factors: the index of each factor's value, integers (n, factors), -1 where it is missing:
+            such rows are left out. Their order counts in SAP and DCI, which predict them as
+            numbers.
         seed: of the forests and votes.
 
     Factors should be independent over the rows, as in all combinations or a random part of them:
@@ -71,7 +73,9 @@ def disentanglement_scores(codes: Tensor, factors: Tensor, *, seed: int = 0) -> 
 
 
 def _checked(codes: Tensor, factors: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays."""
+    """Both as arrays, of the rows that have every factor."""
+    codes = codes.detach() if isinstance(codes, Tensor) else as_tensor(codes, "codes")
+    factors = as_tensor(factors, "factors")
     if codes.dim() != 2 or factors.dim() != 2 or len(codes) != len(factors):
         raise UsageError(
             "codes (n, units) and factors (n, factors) are expected, tensors of shapes "
@@ -79,7 +83,10 @@ def _checked(codes: Tensor, factors: Tensor) -> tuple[np.ndarray, np.ndarray]:
         )
     if factors.is_floating_point():
         raise UsageError(f"factors are whole numbers, {factors.dtype} came")
-    z, v = codes.detach().double().cpu().numpy(), factors.cpu().numpy()
+    known = (factors.long() >= 0).all(1)
+    if int(known.sum()) < 2:
+        raise UsageError("factors are missing (-1) in all rows but one, or in all")
+    z, v = codes[known].double().cpu().numpy(), factors[known].cpu().numpy()
     if not np.isfinite(z).all():
         raise UsageError("codes are not finite")
     for k in range(v.shape[1]):

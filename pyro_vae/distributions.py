@@ -110,8 +110,16 @@ class LevelCategorical(_LevelDistribution):
 
     @property
     def mean(self) -> Tensor:
+        """Of levels their mean; NaN of whole values, which are names, as torch has it of them."""
+        if self.whole:
+            return torch.full_like(self.logits[..., 0], torch.nan)
         grid = torch.arange(self.levels, dtype=self.logits.dtype, device=self.logits.device)
-        return (self.logits.softmax(-1) * grid).sum(-1) * (self.greatest / (self.levels - 1))
+        return (self.logits.softmax(-1) * grid).sum(-1) / (self.levels - 1)
+
+    @property
+    def mode(self) -> Tensor:
+        index = self.logits.argmax(-1)
+        return index.to(self.logits.dtype) / ((self.levels - 1) / self.greatest)
 
     def log_prob(self, value: Tensor) -> Tensor:
         index = (value * ((self.levels - 1) / self.greatest)).round().long()

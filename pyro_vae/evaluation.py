@@ -1,7 +1,8 @@
 """How good a fitted pair is: the ELBO and its parts, log p(x), active units, a probe."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from math import isnan, log
 from typing import Any, NamedTuple, cast
 
@@ -11,8 +12,9 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyro_vae import enumeration, masks
-from pyro_vae.data import Preparation, Rows, Source, held_rows
+from pyro_vae import enumeration, masks, runs
+from pyro_vae.arrays import as_labels
+from pyro_vae.data import Preparation, Rows, Source, held_rows, parts
 from pyro_vae.errors import UsageError
 from pyro_vae.importance import estimate, with_error
 from pyro_vae.inference import DRAWS
@@ -24,6 +26,7 @@ from pyro_vae.pairs import (
     latents,
     mean,
     observed,
+    require_numbers,
     same_order,
     sample_sites,
     site_kl,
@@ -89,6 +92,8 @@ class Evaluation:
     is best, where the values have no names."""
     mutual_information: float | None = None
     """Mutual information of that value and the label, over the mean of their entropies."""
+    not_computed: dict[str, str] = field(default_factory=dict)
+    """Why a score is missing that was asked for, by the score's name."""
 
     @property
     def nll(self) -> float:
@@ -96,10 +101,12 @@ class Evaluation:
         return -self.log_likelihood
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, as metrics.json holds them: what is not a number is None."""
-        return {
-            k: None if isinstance(v, float) and isnan(v) else v for k, v in asdict(self).items()
-        }
+        """The fields, as metrics.json holds them: what is not a number is None, what is infinite
+        "Infinity" or "-Infinity"."""
+        fields = asdict(self).items()
+        return runs.json_ready(
+            {k: None if isinstance(v, float) and isnan(v) else v for k, v in fields}
+        )
 
     def _estimate(self) -> str:
         found = with_error(self.log_likelihood, self.log_likelihood_standard_error)
@@ -130,17 +137,29 @@ class Evaluation:
             lines.append(("calibration error", f"{100 * (self.calibration_error or 0):.1f} %"))
         if self.clustering_accuracy is not None:
             lines.append(("clusters", f"{100 * self.clustering_accuracy:.1f} % right, matched"))
+        if self.mutual_information is not None:
             lines.append(("mutual information", f"{self.mutual_information:.3f}, normalised"))
+        for name, why in self.not_computed.items():
+            lines.append((_TITLES[name], f"not computed: {why}"))
         return "\n".join(f"{name:<20}{value}" for name, value in lines)
+
+
+_TITLES = {
+    "probe_accuracy": "linear probe",
+    "accuracy": "classes",
+    "calibration_error": "calibration error",
+    "clustering_accuracy": "clusters",
+    "mutual_information": "mutual information",
+}
 
 
 def evaluate(
     pair: nn.Module,
     x: Rows,
     *context: Any,
-    labels: Tensor | None = None,
-    train: Sequence[Any] | None = None,
-    train_labels: Tensor | None = None,
+    labels: Any = None,
+    train: Any = None,
+    train_labels: Any = None,
     num_samples: int = 500,
     binarize: str = "dynamic",
     batch_size: int = 500,
@@ -154,13 +173,17 @@ def evaluate(
         pair: any pair.
         x, context: held-out data, as `pyro_vae.fit` takes them; grey intensities under a Bernoulli
             are drawn once, with a fixed seed.
-        labels: integer classes of x, for the linear probe, and to hold the values of a discrete
-            latent against.
-        train, train_labels: training data, as a tuple of x and context, and their labels: the
+        labels: classes of x, whole numbers from 0, for the linear probe, and to hold the values of
+            a discrete latent against; -1 where a label is missing: such rows count in no score of
+            labels.
+        train, train_labels: training data, as x or a tuple of x and context, and their labels: the
             probe is fitted on these alone.
         num_samples: importance samples for log p(x), for each datum.
         engine: how log p(x) is computed, as in `pyro_vae.log_likelihood`.
         seed: of all draws. Parameters, generators and the parameter store stay as they were.
+
+    A score that these labels do not allow is None, and ``not_computed`` says why. A warning names
+    the rows of x whose log p(x) is not finite.
 
     >>> import torch, pyro_vae as pv
     >>> result = pv.evaluate(pv.VAE.mlp((4,), latent_dim=2), torch.ones(8, 4), num_samples=10)
@@ -170,29 +193,32 @@ def evaluate(
     if num_samples < 1:
         raise UsageError(f"num_samples must be 1 or more, {num_samples} came")
     rows, prepare = held_rows(pair, x, context, binarize)
-    known = held_rows(pair, train[0], train[1:], binarize) if train is not None else None
-    for name, given, source_of in (
-        ("x", labels, rows),
-        ("train", train_labels, known and known[0]),
-    ):
-        if given is not None and source_of is not None and len(given) != len(source_of):
-            raise UsageError(f"{len(given)} labels came for {len(source_of)} rows of {name}")
+    given = None if train is None else parts(train)
+    known = None if given is None else held_rows(pair, given[0], given[1:], binarize)
+    if labels is not None:
+        labels = _labels_of(rows, labels, "x")
+    if train_labels is not None and known is not None:
+        train_labels = _labels_of(known[0], train_labels, "train")
     objective = elbo(pair, prepare(rows.first(2)), PARTICLES)
-    parts = bound(pair, rows, prepare, objective, batch_size, seed)
+    measured = bound(pair, rows, prepare, objective, batch_size, seed)
     likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress)
+    _warn_of_rows(rows, prepare, likelihood.per_datum, batch_size)
     units, codes, moves, dims = _units(pair, rows, prepare, batch_size, seed)
-    accuracy = None
-    if labels is not None and known is not None and train_labels is not None:
+    scores = _Scores()
+    if labels is not None and known is not None and train_labels is not None and codes:
         train_codes = _units(pair, *known, batch_size, seed)[1]
-        if codes:
-            accuracy = _probe(_flat(train_codes), train_labels, _flat(codes), labels)
-    classes = {} if labels is None else _classes(pair, rows, prepare, labels, batch_size, seed)
+        scores.take(
+            ("probe_accuracy",),
+            lambda: _probe(_flat(train_codes), train_labels, _flat(codes), labels),
+        )
+    if labels is not None:
+        _classes(scores, pair, rows, prepare, labels, batch_size, seed)
     return Evaluation(
         num_examples=len(likelihood.per_datum),
-        elbo=parts.elbo,
-        reconstruction=parts.reconstruction,
-        kl=sum(parts.kl.values()),
-        kl_by_site=parts.kl,
+        elbo=measured.elbo,
+        reconstruction=measured.reconstruction,
+        kl=sum(measured.kl.values()),
+        kl_by_site=measured.kl,
         kl_by_unit={name: kl.tolist() for name, kl in units.items()},
         num_units={name: code.shape[1] for name, code in codes.items()},
         active_units={name: int((_variance(move) > ACTIVE).sum()) for name, move in moves.items()},
@@ -200,9 +226,54 @@ def evaluate(
         log_likelihood_standard_error=likelihood.standard_error,
         num_samples=num_samples,
         bits_per_dim=-likelihood.per_datum.sum().item() / (dims * log(2)) if dims else None,
-        probe_accuracy=accuracy,
-        **classes,
+        not_computed=scores.missing,
+        **scores.found,
     )
+
+
+class _Scores:
+    """The scores that labels allow, and why others are missing."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {"probe_accuracy": None}
+        self.missing: dict[str, str] = {}
+
+    def take(self, names: Sequence[str], compute: Callable[[], Any]) -> None:
+        """Compute scores of these names, a number or one for each; `UsageError` is the reason."""
+        try:
+            value = compute()
+        except UsageError as error:
+            self.missing |= dict.fromkeys(names, str(error))
+            return
+        values = value if isinstance(value, tuple) else (value,)
+        self.found |= dict(zip(names, values, strict=True))
+
+
+def _labels_of(rows: Source, labels: Any, name: str) -> Tensor:
+    labels = as_labels(labels)
+    if len(labels) != len(rows):
+        raise UsageError(f"{len(labels)} labels came for {len(rows)} rows of {name}")
+    return labels
+
+
+def _warn_of_rows(
+    rows: Source, prepare: Preparation, log_likelihood: Tensor, batch_size: int
+) -> None:
+    """Name the first row whose log p(x) is not finite, and the size of what it holds."""
+    bad = (~torch.isfinite(log_likelihood)).nonzero().flatten().tolist()
+    if not bad:
+        return
+    at = 0
+    for batch in rows.batches(batch_size):
+        if at <= bad[0] < at + len(batch[0]):
+            greatest = float(prepare(batch)[0][bad[0] - at].abs().max())
+            warnings.warn(
+                f"log p(x) is not finite in {len(bad)} of {len(log_likelihood)} rows, the first "
+                f"row {bad[0]}, which holds values of up to {greatest:.3g}: what is averaged over "
+                "all rows is not finite either",
+                stacklevel=3,
+            )
+        at += len(batch[0])
 
 
 def bound(
@@ -218,15 +289,19 @@ def bound(
     Without the KL of latents outside the data plate: their posterior is given, as for any new datum
     :math:`E_{q(w)}[\\mathrm{ELBO}(x|w)] \\le \\log E_{q(w)}[p(x|w)]`.
     """
-    total, count, parts = 0.0, 0, Parts(global_share=0.0)
-    measured, given = recorded(objective, parts), KLWeight(global_weight=0.0)
+    total, count, sums = 0.0, 0, Parts(global_share=0.0)
+    measured, given = recorded(objective, sums), KLWeight(global_weight=0.0)
     model, guide = given(cast(Pair, pair).model), given(cast(Pair, pair).guide)
     with using(pair, seed):
         for batch in rows.batches(batch_size):
             prepared = prepare(batch)
-            total += cast(Any, measured).loss(model, guide, *prepared)
+            try:
+                total += cast(Any, measured).loss(model, guide, *prepared)
+            except (ValueError, RuntimeError) as error:
+                require_numbers(error)
+                raise
             count += len(prepared[0])
-    reconstruction, kl = parts.per_example(count)
+    reconstruction, kl = sums.per_example(count)
     return Bound(-total / count, reconstruction - sum(kl.values()), reconstruction, kl)
 
 
@@ -301,32 +376,53 @@ def _kl_of_units(terms: enumeration.Terms, prior: Any, site: Any, closed: bool) 
 
 
 def _classes(
-    pair: nn.Module, rows: Source, prepare: Preparation, labels: Tensor, batch_size: int, seed: int
-) -> dict[str, float]:
-    """How well the most probable values of the pair's first discrete latent tell the labels."""
+    scores: _Scores,
+    pair: nn.Module,
+    rows: Source,
+    prepare: Preparation,
+    labels: Tensor,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Score how well the most probable values of the pair's first discrete latent tell labels."""
     first = prepare(rows.first(2))
     names = enumeration.discrete(pair, first)
     if not names:
-        return {}
+        return
     with using(pair, seed):
         named = enumeration.is_named(pair, first, names[0])
     with using(pair, seed):  # the draws are those of `predict`
-        parts = [
-            enumeration.probabilities(pair, prepare(batch), names[0], DRAWS)
-            for batch in rows.batches(batch_size)
-        ]
-    sure, found = torch.cat(parts).cpu().max(1)
-    true = torch.as_tensor(labels).cpu()
+        probabilities = torch.cat(
+            [
+                enumeration.probabilities(pair, prepare(batch), names[0], DRAWS)
+                for batch in rows.batches(batch_size)
+            ]
+        ).cpu()
+    known = labels >= 0
+    sure, found = probabilities[known].max(1)
+    true, classes = labels[known], probabilities.shape[1]
     if named:
-        right = (found == true).double()
-        return {
-            "accuracy": right.mean().item(),
-            "calibration_error": calibration_error(sure, right),
-        }
-    return {
-        "clustering_accuracy": clustering_accuracy(found, true),
-        "mutual_information": _mutual_information(found, true),
-    }
+        scores.take(("accuracy", "calibration_error"), lambda: _named(sure, found, true, classes))
+        return
+    scores.take(("clustering_accuracy",), lambda: clustering_accuracy(found, _some(true)))
+    scores.take(("mutual_information",), lambda: _mutual_information(found, _some(true, 2)))
+
+
+def _named(sure: Tensor, found: Tensor, true: Tensor, classes: int) -> tuple[float, float]:
+    """Accuracy and calibration error of answers that are labels."""
+    if len(_some(true)) and int(true.max()) >= classes:
+        raise UsageError(f"the pair has classes 0 to {classes - 1}, a label is {int(true.max())}")
+    right = (found == true).double()
+    return right.mean().item(), calibration_error(sure, right)
+
+
+def _some(labels: Tensor, classes: int = 1, of: str = "x") -> Tensor:
+    """The labels, if they are of so many classes; `UsageError` is why a score has no value."""
+    if len(labels) == 0:
+        raise UsageError(f"every label of {of} is missing (-1)")
+    if len(labels.unique()) < classes:
+        raise UsageError(f"every label of {of} is {int(labels[0])}: one class tells nothing")
+    return labels
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
@@ -374,10 +470,22 @@ def _flat(codes: dict[str, Tensor]) -> Tensor:
 
 
 def _probe(codes: Tensor, labels: Tensor, test_codes: Tensor, test_labels: Tensor) -> float:
+    """The accuracy of a linear classifier on the rows that have labels."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    known, asked = labels >= 0, test_labels >= 0
+    labels, test_labels = _some(labels[known], 2, "train"), _some(test_labels[asked])
+    if not bool(torch.isfinite(codes).all() and torch.isfinite(test_codes).all()):
+        raise UsageError("posterior means are not finite in every row")
+    strange = sorted(set(test_labels.tolist()) - set(labels.tolist()))
+    if strange:
+        warnings.warn(
+            f"the linear probe counts {int(np.isin(test_labels, strange).sum())} rows as wrong, "
+            f"of labels that train does not have: {', '.join(map(str, strange[:10]))}",
+            stacklevel=4,
+        )
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    probe.fit(codes.numpy(), np.asarray(labels))
-    return float(probe.score(test_codes.numpy(), np.asarray(test_labels)))
+    probe.fit(codes[known].numpy(), labels.numpy())
+    return float(probe.score(test_codes[asked].numpy(), test_labels.numpy()))

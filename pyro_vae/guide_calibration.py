@@ -16,6 +16,7 @@ from scipy.stats import binom, poisson
 from torch import Tensor, nn
 
 from pyro_vae import enumeration, masks
+from pyro_vae.arrays import as_tensor
 from pyro_vae.errors import UsageError
 from pyro_vae.importance import CELLS, log_density, structure
 from pyro_vae.joint import simulate
@@ -261,7 +262,7 @@ class _Simulated:
         quantities: Mapping[str, Quantity],
     ) -> None:
         self.pair, self.num_draws, self.quantities = pair, num_draws, quantities
-        self.context = [torch.as_tensor(part) for part in context]
+        self.context = [as_tensor(part, f"context {i}") for i, part in enumerate(context, 1)]
         if len({len(part) for part in self.context}) > 1:
             lengths = ", ".join(str(len(part)) for part in self.context)
             raise UsageError(f"the context tensors have {lengths} rows: as many are expected")

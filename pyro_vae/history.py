@@ -1,5 +1,6 @@
 """What training leaves a record of: a row for each epoch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,7 +68,8 @@ class History:
 
     epochs: tuple[Epoch, ...]
     best_epoch: int
-    """The epoch of the greatest validation bound; the last one without validation data."""
+    """The epoch of the greatest validation bound; the last one where no bound is finite, or without
+    validation data."""
     stopped_early: bool
     collapsed: tuple[str, ...] = ()
     """Latent sites whose posterior had collapsed when training ended; see docs/collapse.md."""
@@ -87,3 +89,15 @@ class History:
 
     def __len__(self) -> int:
         return len(self.epochs)
+
+
+def is_finite(measured: Bound | None) -> bool:
+    """Whether there is a bound that others can be held against."""
+    return measured is not None and math.isfinite(measured.bound)
+
+
+def best_epoch(validation: Sequence[Bound | None]) -> int:
+    """The first epoch, from 1, of the greatest finite bound; the last one where none is finite."""
+    bounds = [m.bound if m is not None and is_finite(m) else None for m in validation]
+    finite = [bound for bound in bounds if bound is not None]
+    return 1 + bounds.index(max(finite)) if finite else len(bounds)

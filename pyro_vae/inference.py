@@ -5,19 +5,21 @@ Each works from the traces of ``model`` and ``guide``, for any pair.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae import enumeration, masks
+from pyro_vae.arrays import as_tensor
 from pyro_vae.data import Rows, held_out, preparation, source
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.pairs import (
     Batch,
     DataFirst,
     Means,
+    Pair,
     Site,
     data_first,
     data_site,
@@ -26,11 +28,12 @@ from pyro_vae.pairs import (
     is_category,
     is_local,
     latents,
-    mean,
+    placement,
     template,
     trace,
     trace_guide,
     trace_model,
+    typical,
     unconditioned,
     using,
 )
@@ -64,7 +67,8 @@ def sample(
         pair: a pair with ``template(n)``.
         n: how many.
         context: context tensors of n rows, or of one row for all, for a conditional pair.
-        means: give the mean of each datum given its latents instead of a draw.
+        means: give the mean of each datum given its latents instead of a draw; of data that are
+            classes, the most probable one.
         site: which observed site; the first by default.
         seed: of the draws; torch's own generator goes on from where it is without one.
 
@@ -170,7 +174,7 @@ def decode(
     site: str | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """The data that the model gives for these latents, as means or as draws.
+    """The data that the model gives for these latents, as means (see `reconstruct`) or as draws.
 
     Arguments:
         values: a tensor (n, *event_shape) for each latent site; sites left out are drawn. Those
@@ -186,11 +190,12 @@ def decode(
     """
     if not values:
         raise UsageError("values must give at least one latent site, none came")
-    batch = template(pair, len(next(iter(values.values()))), context)
+    given = {name: _given(pair, value, name) for name, value in values.items()}
+    batch = template(pair, len(next(iter(given.values()))), context)
     shared = global_latents(pair, batch)
     with using(pair, seed):
         own = _global_values(pair, batch, means, shared)
-        return generate(pair, batch, own | dict(values), means, site)
+        return generate(pair, batch, own | given, means, site)
 
 
 def reconstruct(
@@ -205,7 +210,9 @@ def reconstruct(
     """Encode data and decode them again: by means throughout, or by draws throughout.
 
     Latents outside the data plate are at their means too, or drawn once for each thousand rows;
-    `pyro_vae.uncertainty` says what their spread does.
+    `pyro_vae.uncertainty` says what their spread does. Data that are classes (categories, tokens)
+    have no mean: in its place is the most probable class, or, where a class is a row of zeros with
+    a one (``OneHotCategorical``), the probability of each.
 
     Returns a tensor of shape (n, *data_shape).
 
@@ -267,11 +274,12 @@ def interpolate(
         (other,) = _prepared(pair, end, context, binarize, at_once=True)
         first, last = (latent_values(pair, part, True) for part in (batch, other))
         shared = global_latents(pair, batch)
+        real = [name for name, of in _supports(pair, batch).items() if not of.is_discrete]
         frames = []
         for t in torch.linspace(0, 1, steps).tolist():
             values = {
                 name: torch.lerp(a, last[name], t)
-                if a.is_floating_point() and name not in shared
+                if name in real and name not in shared
                 else (a if t < 0.5 else last[name])
                 for name, a in first.items()
             }
@@ -294,7 +302,7 @@ def traverse(
 
     Arguments:
         x, context: one row.
-        values: what the unit is set to.
+        values: what the unit is set to; within the support of the latent.
         latent: which latent site; the first of real numbers by default.
         units: which units of it; all by default.
 
@@ -313,7 +321,8 @@ def traverse(
         shared = global_latents(pair, batch)
         given = latent_values(pair, batch, True)
         codes = {name: value for name, value in given.items() if name not in shared}
-        real = [name for name, code in codes.items() if code.is_floating_point()]
+        supports = _supports(pair, batch)
+        real = [name for name in codes if name in supports and not supports[name].is_discrete]
         chosen = latent or (real or list(codes))[0]
         if chosen not in codes:
             raise UsageError(f"no latent site is called '{chosen}': {', '.join(codes)} are")
@@ -322,12 +331,14 @@ def traverse(
         if any(not 0 <= unit < width for unit in units):
             raise UsageError(f"site '{chosen}' has units 0 to {width - 1}, {list(units)} came")
         n = len(units) * len(values)
-        moved = codes[chosen].reshape(1, -1).repeat(n, 1)
+        moved = codes[chosen].reshape(1, -1).repeat(n, 1).double()
         moved[torch.arange(n), torch.tensor(units).repeat_interleave(len(values))] = (
             torch.tensor(values, dtype=moved.dtype).repeat(len(units)).to(moved.device)
         )
+        moved = moved.reshape(n, *codes[chosen].shape[1:])
+        _require_inside(chosen, supports.get(chosen), moved)
         wide = {name: code.expand(n, *code.shape[1:]) for name, code in codes.items()}
-        wide[chosen] = moved.reshape(n, *codes[chosen].shape[1:])
+        wide[chosen] = moved.to(codes[chosen].dtype)
         wide |= {name: given[name] for name in shared}
         repeated = tuple(tensor.expand(n, *tensor.shape[1:]) for tensor in batch)
         images = generate(pair, repeated, wide, True, site)
@@ -337,9 +348,9 @@ def traverse(
 def generate(
     pair: nn.Module, batch: Batch, values: Mapping[str, Tensor], means: bool, site: str | None
 ) -> Tensor:
-    """The mean or a draw of the data, with latents given or drawn."""
+    """The mean (of classes the mode) or a draw of the data, with latents given or drawn."""
     found = observation(pair, batch, values, site)
-    return data_first(mean(found["fn"]) if means else found["value"], found)
+    return data_first(typical(found["fn"]) if means else found["value"], found)
 
 
 def observation(
@@ -353,6 +364,15 @@ def observation(
         if name not in traced.nodes:
             raise UsageError(f"the model has no site '{name}'")
     return data_site(traced, site)
+
+
+def _given(pair: nn.Module, value: Any, name: str) -> Tensor:
+    """A value of a latent site; an array of floats takes the pair's type."""
+    tensor = as_tensor(value, f"the value of '{name}'")
+    if isinstance(value, Tensor):
+        return tensor
+    device, dtype = placement(pair)
+    return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
 
 def _without(pair: nn.Module, site: str | None, names: Sequence[str]) -> str:
@@ -374,6 +394,21 @@ def latent_values(pair: nn.Module, batch: Batch, means: bool) -> dict[str, Tenso
         for name, site in latents(guide).items()
     }
     return values | _summed(pair, batch, guide, means)
+
+
+def _supports(pair: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The support of each latent of the model, by site."""
+    found = latents(trace(cast(Pair, pair).model, batch))
+    return {name: site["fn"].support for name, site in found.items()}
+
+
+def _require_inside(name: str, support: Any, values: Tensor) -> None:
+    """Raise `UsageError` for values that a latent cannot have."""
+    if support is not None and not bool(support.check(values).all()):
+        raise UsageError(
+            f"values must be within the support of latent '{name}', which is "
+            f"{'discrete' if support.is_discrete else str(support)}"
+        )
 
 
 def _global_values(

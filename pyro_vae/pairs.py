@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints, kl_divergence
 
 from pyro_vae import places
+from pyro_vae.arrays import as_tensor
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.places import is_local
 from pyro_vae.rng import seeded
@@ -190,6 +191,25 @@ def trace(program: Callable[..., Any], batch: Sequence[Tensor]) -> Trace:
         raise UsageError(first_line(error)) from None
     except IndexError as error:  # a label, say, that the pair has no place for
         raise UsageError(f"the pair fails on a value of its batch: {first_line(error)}") from error
+    except (ValueError, RuntimeError) as error:
+        require_numbers(error)
+        raise
+
+
+class BadNumbers(UsageError):
+    """A pair gave a distribution numbers that it cannot have."""
+
+
+def require_numbers(error: Exception) -> None:
+    """Raise `BadNumbers` where an error says that a distribution was given numbers it cannot have,
+    such as a scale that is infinite or NaN."""
+    said = first_line(error)
+    if said.startswith(("Expected parameter", "normal expects")):
+        said = said.split(" (", 1)[0]
+        raise BadNumbers(
+            f"the pair gives a distribution numbers that it cannot have ({said}): look for extreme "
+            "values in the data, and bound its scales"
+        ) from error
 
 
 def trace_guide(pair: nn.Module, batch: Sequence[Tensor]) -> Trace:
@@ -401,7 +421,7 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
         )
     placed = []
     for given, like in zip(context, batch[1:], strict=True):
-        given = torch.as_tensor(given).to(like.device, like.dtype)
+        given = as_tensor(given, "context").to(like.device, like.dtype)
         wanted = (n, *like.shape[1:])
         if tuple(given.shape) not in (wanted, (1, *wanted[1:])):
             raise UsageError(
@@ -433,9 +453,18 @@ def missing_context(pair: nn.Module, n: int) -> Batch:
 
 
 def placement(pair: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a pair's parameters are, and their floating-point type."""
+    """Where a pair's parameters are, and their floating-point type.
+
+    Raises `UsageError` for a type of 16 bits, in which sums of log densities keep three digits.
+    """
     for tensor in (*pair.parameters(), *pair.buffers()):
         if tensor.is_floating_point():
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                raise UsageError(
+                    f"the pair's parameters are {tensor.dtype}, in which log densities lose their "
+                    "digits: call pair.float(); fit(..., precision='bfloat16') runs its networks "
+                    "in 16 bits"
+                )
             return tensor.device, tensor.dtype
     return torch.device("cpu"), torch.get_default_dtype()
 
@@ -522,18 +551,58 @@ def factorizes(fn: Any) -> bool:
 
 def mean(fn: Any, num_samples: int = 100) -> Tensor:
     """The mean of a distribution, by draws where it has no closed form."""
-    try:
-        closed = fn.mean
-    except NotImplementedError:
-        closed = None
+    closed = _closed_mean(fn)
     if closed is None or bool(closed.isnan().any()):  # torch's Categorical has a mean of NaN
         return fn.sample((num_samples,)).to(torch.get_default_dtype()).mean(0)
     return closed
 
 
+def _closed_mean(fn: Any) -> Tensor | None:
+    try:
+        return cast(Tensor, fn.mean)
+    except NotImplementedError:
+        return None
+
+
 def is_category(fn: Any) -> bool:
     """Whether a distribution is over classes without order, which have a mode and no mean."""
-    return bool(fn.support.is_discrete) and bool(fn.mean.isnan().any())
+    closed = _closed_mean(fn) if fn.support.is_discrete else None
+    return closed is not None and bool(closed.isnan().any())
+
+
+def typical(fn: Any) -> Tensor:
+    """The mean of a distribution; of one that has none, as of classes, the most probable value.
+
+    Where a class is a row of zeros with a one, the mean is its probability.
+    """
+    closed = _closed_mean(fn)
+    if closed is None:
+        return mean(fn)
+    return mode(fn) if bool(closed.isnan().any()) else closed
+
+
+def mode(fn: Any) -> Tensor:
+    """The most probable value of a distribution."""
+    if type(fn).__name__ in ("Independent", "MaskedDistribution"):
+        return mode(fn.base_dist)
+    try:
+        return fn.mode
+    except NotImplementedError:
+        pass
+    if fn.event_shape or not num_values(fn):
+        raise UsageError(f"{type(fn).__name__} has neither a mode nor a list of values")
+    values = [torch.full_like(fn.mean, k) for k in range(num_values(fn))]
+    return torch.stack([fn.log_prob(value) for value in values]).argmax(0)
+
+
+def num_values(fn: Any) -> int:
+    """How many values each element has of a distribution over 0, 1, ..., else 0."""
+    support = fn.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if not isinstance(support, constraints.integer_interval) or int(support.lower_bound) != 0:
+        return 0
+    return int(support.upper_bound) + 1
 
 
 class Means(poutine.messenger.Messenger):
@@ -544,7 +613,7 @@ class Means(poutine.messenger.Messenger):
             if site_is_subsample(msg):
                 return
             fn = msg["fn"]
-            msg["value"] = fn.mode if fn.support.is_discrete else mean(fn)
+            msg["value"] = mode(fn) if fn.support.is_discrete else mean(fn)
             msg["done"] = True
 
 

@@ -81,7 +81,11 @@ def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
                 else:
                     axis.set_yscale("log")
         if "validation_bound" in history:
-            best = history["epoch"][int(np.nanargmax(history["validation_bound"]))]
+            bounds = np.asarray(history["validation_bound"], float)
+            finite = np.where(np.isfinite(bounds), bounds, -np.inf)
+            # Where no bound is finite, the last epoch is kept.
+            at = int(finite.argmax()) if np.isfinite(bounds).any() else -1
+            best = history["epoch"][at]
             axis.axvline(best, color=GREY, linewidth=0.8, linestyle=":", label="kept")
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("epoch", fontsize=8)
@@ -98,8 +102,10 @@ def kl_by_unit(kl: Mapping[str, Sequence[float]]) -> "Figure":
     for axis, (site, values) in zip(
         figure.subplots(len(kl), 1, squeeze=False)[:, 0], kl.items(), strict=True
     ):
-        order = np.argsort(values)[::-1]
-        axis.bar(range(len(order)), np.asarray(values)[order], color=BLUE)
+        heights = np.asarray(values, float)
+        heights = np.where(np.isfinite(heights), heights, 0.0)  # no bar reaches so far
+        order = np.argsort(heights)[::-1]
+        axis.bar(range(len(order)), heights[order], color=BLUE)
         axis.set_xticks(range(len(order)), [str(unit) for unit in order], fontsize=7)
         axis.set_xlabel(f"unit of {site}", fontsize=8)
         axis.set_ylabel("KL, nats per example", fontsize=8)
@@ -239,8 +245,8 @@ def png(figure: "Figure") -> bytes:
 
 
 def intensity(x: Tensor) -> Tensor:
-    """8-bit pixels as floats in [0, 1]; other data as they are."""
-    return x / 255 if x.dtype == torch.uint8 else x
+    """8-bit pixels as floats in [0, 1]; other data, of 8 bits that are 0 and 1 too, as they are."""
+    return x / 255 if x.dtype == torch.uint8 and int(x.max()) > 1 else x
 
 
 def _padded(values: np.ndarray) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import masks
-from pyro_vae.data import Rows, held_rows
+from pyro_vae.data import Rows, held_rows, parts
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.guides import refine
 from pyro_vae.importance import LogLikelihood, log_likelihood
@@ -18,6 +18,8 @@ from pyro_vae.pairs import (
     Batch,
     data_site,
     global_latents,
+    is_category,
+    num_values,
     trace_guide,
     trace_model,
     using,
@@ -155,7 +157,8 @@ def predictive_check(
         pair: any pair.
         x, context: data, as `pyro_vae.log_likelihood` takes them.
         statistics: by name, functions that take data (n, *data_shape) and return a tensor of
-            shape (n,); `STATISTICS` by default: mean, variance, greatest, share of zeros.
+            shape (n,); `STATISTICS` by default: mean, variance, greatest, share of zeros. Data
+            that are classes have none of these, but the share of each of the first ten classes.
         num_replicates: R for each datum, 20 or more.
         seed: of all draws. progress: show a bar, where it takes over two seconds.
 
@@ -178,23 +181,23 @@ def predictive_check(
         raise UsageError(
             f"num_replicates must be {LEAST_REPLICATES} or more, {num_replicates} came"
         )
-    chosen = STATISTICS if statistics is None else dict(statistics)
-    if not chosen:
+    if statistics is not None and not statistics:
         raise UsageError("statistics must name one function or more, none came")
     rows, prepare = held_rows(pair, x, context, binarize)
+    chosen = dict(statistics or _usual(pair, prepare(rows.first(2))))
     # Of latents that all data share each replicate of the whole data has a draw of its own.
     shared = bool(global_latents(pair, prepare(rows.first(2))))
     size, beside = (len(rows), 1) if shared else (CHUNK, CHUNK)
-    parts = []
+    found = []
     with using(pair, seed), bar(progress, len(rows), "replicates", delay=2) as shown:
         for part in rows.batches(size):
             batch = prepare(part)
             model = trace_model(pair, batch, trace_guide(pair, batch))
             observed = _measured(chosen, masks.seen(data_site(model), batch[0]))
-            parts.append((observed, _replicated(pair, batch, chosen, num_replicates, beside)))
+            found.append((observed, _replicated(pair, batch, chosen, num_replicates, beside)))
             shown.update(len(observed))
-    observed = torch.cat([part[0] for part in parts])
-    replicated = torch.cat([part[1] for part in parts], 1)
+    observed = torch.cat([part[0] for part in found])
+    replicated = torch.cat([part[1] for part in found], 1)
     return PredictiveCheck(
         tuple(chosen),
         observed,
@@ -203,6 +206,19 @@ def predictive_check(
         _p_values(replicated, observed),
         replicated.nanmean(1),
     )
+
+
+def _usual(pair: nn.Module, batch: Batch) -> Mapping[str, Statistic]:
+    """The statistics of any data, or of data that are classes, of which no number is a mean."""
+    with using(pair, seed=0):
+        fn = data_site(trace_model(pair, batch, trace_guide(pair, batch)))["fn"]
+    if not is_category(fn):
+        return STATISTICS
+    return {f"share of class {k}": _share(k) for k in range(min(10, num_values(fn)))}
+
+
+def _share(k: int) -> Statistic:
+    return lambda x: (x.flatten(1) == k).double().mean(1)
 
 
 def _replicated(
@@ -363,7 +379,7 @@ def outlier_scores(
     def measured(
         given: Tensor | Sequence[Any], refined: bool
     ) -> tuple[LogLikelihood, Tensor | None]:
-        rows = (given,) if isinstance(given, Tensor) else given
+        rows = parts(given)
         if not refined:
             return log_likelihood(pair, *rows, **options), None
         found = refine(pair, *rows, steps=steps, **options)

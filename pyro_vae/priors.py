@@ -7,6 +7,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_vae.arrays import as_tensor
 from pyro_vae.errors import UsageError
 from pyro_vae.factors import bounded_scale
 from pyro_vae.flows import Bijection, CouplingLayer, Flow, Spline, stack
@@ -171,15 +172,17 @@ class VampPrior(PyroModule):
             components: at most as many as there are rows; 500 by default, or all rows where there
                 are fewer.
             whole: 8-bit x are whole numbers, such as counts, and stay so. Without it they are
-                intensities and become floats in [0, 1], as `pyro_vae.fit` shows them to the pair.
+                intensities and become floats in [0, 1], unless all are 0 and 1, as `pyro_vae.fit`
+                shows them to the pair.
         """
         components = min(500, len(x)) if components is None else components
         if len(x) < components:
             raise UsageError(f"{components} pseudo-inputs cannot start at {len(x)} rows of data")
         with seeded(seed):
             chosen = torch.randperm(len(x))[:components]
-        rows = [torch.as_tensor(tensor)[chosen] for tensor in (x, *context)]
-        if rows[0].dtype == torch.uint8 and not whole:
+        rows = [as_tensor(tensor, "x")[chosen] for tensor in (x, *context)]
+        intensities = rows[0].dtype == torch.uint8 and int(as_tensor(x, "x").max()) > 1
+        if intensities and not whole:
             rows[0] = rows[0] / 255
         prior = cls(encoder, [tuple(tensor.shape[1:]) for tensor in rows], components)
         with torch.no_grad():

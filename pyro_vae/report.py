@@ -262,6 +262,9 @@ def _page(
     )
     for name, value in (metrics.get("active_units") or {}).items():
         numbers += f"<tr><td>active units of {html.escape(name)}</td><td>{value}</td></tr>"
+    for name, why in (metrics.get("not_computed") or {}).items():
+        told = html.escape(f"not computed: {why}")
+        numbers += f"<tr><td>{_NUMBERS.get(name, html.escape(name))}</td><td>{told}</td></tr>"
     pictures = "".join(
         f"<h2>{_TITLES[name]}</h2>{_shown(name, made)}" for name, made in figures.items()
     )

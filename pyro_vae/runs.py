@@ -14,12 +14,13 @@ import importlib
 import inspect
 import io
 import json
+import math
 import os
 import pickle
 import shutil
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +32,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from pyro_vae.arrays import DIVISOR, recorded_divisor
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import adopt, adopted_batch, placement, scope, trace_guide, trace_model
 from pyro_vae.rng import seeded
@@ -104,6 +106,8 @@ def load(run: str | Path, pair: nn.Module | type[nn.Module] | None = None) -> nn
     if config.get("adopted_batch"):
         _declare(pair, config["adopted_batch"], run / CONFIG)
     fill(pair, state, run / MODEL)
+    if config.get(DIVISOR) in (1, 255):
+        setattr(pair, DIVISOR, config[DIVISOR])
     return pair.eval()
 
 
@@ -125,6 +129,7 @@ def write_config(pair: nn.Module, run: Path, config: Mapping[str, Any]) -> None:
         "format": 1,
         "pair": recipe(pair),
         "adopted_batch": adopted_batch(pair),
+        DIVISOR: recorded_divisor(pair),
         "versions": versions(),
         **config,
     }
@@ -186,18 +191,52 @@ def read_checkpoint(run: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, atomically."""
+    """Write JSON, atomically; numbers that are not finite as "Infinity", "-Infinity", "NaN".
+
+    JSON has no such numbers. `read_json` gives them back.
+    """
     with atomic(path) as file:
-        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
+        file.write(
+            (
+                json.dumps(json_ready(content), indent=2, default=str, allow_nan=False) + "\n"
+            ).encode()
+        )
 
 
 def read_json(path: Path) -> Any:
     """Read JSON, naming the file where it is none."""
     content = _bytes(path)
     try:
-        return json.loads(content)
+        found = json.loads(content)
     except ValueError as error:
         raise UsageError(f"{path} is cut short or no JSON ({error})") from error
+    return _mapped(found, lambda v: float(v) if v in _NAMED.values() else v)
+
+
+_NAMED = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}
+"""How numbers that are not finite are written in JSON."""
+
+
+def json_ready(content: Any) -> Any:
+    """The content with numbers that are not finite as the words for them, which any JSON holds.
+
+    >>> json_ready({"a": [1.0, float("-inf")]})
+    {'a': [1.0, '-Infinity']}
+    """
+    return _mapped(content, lambda v: _NAMED[str(float(v))] if _is_odd(v) else v)
+
+
+def _is_odd(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _mapped(content: Any, change: Callable[[Any], Any]) -> Any:
+    """Lists and dictionaries with every value in them changed."""
+    if isinstance(content, Mapping):
+        return {key: _mapped(value, change) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_mapped(value, change) for value in content]
+    return change(content)
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -115,7 +115,7 @@ class TokenSequence(_Remembering):
         length: tokens in a row, the end counted.
         kept: which tokens the writer is shown, of shape (..., length); all by default.
 
-    Its ``mean`` is its greedy decoding: the likeliest token at each place, given those before.
+    Its ``mode`` is its greedy decoding: the likeliest token at each place, given those before.
     """
 
     def __init__(
@@ -160,11 +160,14 @@ class TokenSequence(_Remembering):
 
     @property
     def mean(self) -> Tensor:
-        return self._write(self.condition, lambda logits: logits.argmax(-1))
+        """NaN, as torch has it of categories: tokens are names."""
+        shape = (*self.condition.shape[:-1], self.length)
+        return self.condition.new_full(shape, torch.nan)
 
     @property
     def mode(self) -> Tensor:
-        return self.mean
+        """The row whose tokens are each the most probable after those before."""
+        return self._write(self.condition, lambda logits: logits.argmax(-1))
 
     @torch.no_grad()
     def _write(self, condition: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:

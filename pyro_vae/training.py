@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from pyro.infer import ELBO
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,19 +27,22 @@ from pyro_vae.data import (
     Rows,
     Source,
     held_out,
+    parts,
     preparation,
+    record_divisor,
     require_masks,
     source,
 )
 from pyro_vae.engine import Engine, Step
 from pyro_vae.errors import UsageError, first_line
-from pyro_vae.evaluation import bound
-from pyro_vae.history import Epoch, History
+from pyro_vae.evaluation import Bound, bound
+from pyro_vae.history import Epoch, History, best_epoch, is_finite
 from pyro_vae.objectives import elbo, require_weighable
 from pyro_vae.optim import Optimizer
-from pyro_vae.pairs import Batch, Pair, placement, registered, scope
+from pyro_vae.pairs import BadNumbers, Batch, Pair, placement, registered, scope
 from pyro_vae.preflight import explain_nonfinite, no_pair, require
 from pyro_vae.progress import bar
+from pyro_vae.ranges import CURE, extreme, range_fault
 from pyro_vae.rng import seeded
 from pyro_vae.schedules import Schedule
 
@@ -126,6 +130,7 @@ def fit(
         _summary_writer()
     if fault := no_pair(pair):
         raise UsageError(fault)
+    _require_parts(objective, beta, learning_rate_schedule, optimizer)
     saved = None
     if folder is not None and resume:
         runs.read_config(folder)
@@ -143,8 +148,7 @@ def fit(
         )
         held = None
         if validation is not None:
-            parts = validation if isinstance(validation, (tuple, list)) else (validation,)
-            held = _validation_rows(pair, parts, rows, binarize)
+            held = _validation_rows(pair, parts(validation), rows, binarize)
         elif chosen.patience is not None:
             raise UsageError("patience needs validation data to measure: give validation=")
     job = {
@@ -163,6 +167,9 @@ def fit(
     if folder is not None and saved is None:
         runs.start(folder, overwrite)
         runs.write_config(pair, folder, {**job, "pair": runs.recipe(pair), **(config or {})})
+    fault = range_fault(pair, rows, prepare) if saved is None else None
+    if fault is not None:
+        warnings.warn(fault, stacklevel=2)
     with scope(pair), seeded(chosen.seed), warnings.catch_warnings():
         # The library says itself where a loss is not finite, with the site's name.
         warnings.filterwarnings("ignore", message="Encountered NaN")
@@ -180,6 +187,7 @@ def fit(
             chosen,
             folder,
             job,
+            fault,
         )
         if saved is not None:
             run.restore(saved)
@@ -205,6 +213,24 @@ def device(name: str) -> torch.device:
     return chosen
 
 
+def _require_parts(objective: Any, beta: Any, schedule: Any, optimizer: Any) -> None:
+    """Raise `UsageError` for words in the place of objects, as the command line takes them."""
+    if objective is not None and not isinstance(objective, ELBO):
+        raise UsageError(f"objective must be a Pyro ELBO, as Trace_ELBO(), got {objective!r}")
+    if not (beta is None or callable(beta) or isinstance(beta, (int, float))):
+        raise UsageError(f"beta must be a number or a function of the epoch, got {beta!r}")
+    if schedule is not None and not callable(schedule):
+        raise UsageError(
+            "learning_rate_schedule must be a function of the epoch, as pyro_vae.Cosine(epochs), "
+            f"got {schedule!r}"
+        )
+    if not callable(optimizer) or isinstance(optimizer, (PyroOptim, torch.optim.Optimizer)):
+        raise UsageError(
+            "optimizer must make a torch optimizer from parameters and lr, as torch.optim.Adam or "
+            f"a functools.partial of it does, got {optimizer!r}".splitlines()[0]
+        )
+
+
 @dataclass
 class _Run:
     """The state of a training run: everything that a checkpoint holds."""
@@ -222,6 +248,8 @@ class _Run:
     settings: Settings
     folder: Path | None
     job: dict[str, Any]
+    fault: str | None
+    """What was wrong with the range of the data before training."""
 
     def __post_init__(self) -> None:
         """Make optimiser and SVI; the pair's parameters are all known by now."""
@@ -240,7 +268,7 @@ class _Run:
             precision=settings.precision,
             batch_size=size,
             steps=settings.epochs * (len(self.rows) // size),
-            num_data=len(self.rows),
+            num_data=self.rows.num_data,
             declare=False,
             say=self._say,
         )
@@ -285,6 +313,7 @@ class _Run:
                 if time.monotonic() - self.written > self.settings.checkpoint_seconds:
                     self.write()
         self._warn(self.alarm.over())
+        self._warn_of_validation()
         self.write()
         if self.best is not None:
             self.pair.load_state_dict(self.best, strict=False)
@@ -301,6 +330,17 @@ class _Run:
         for name in collapsed:
             with tqdm.external_write_mode():  # a line of its own, above the bar
                 warnings.warn(self.alarm.words(name), stacklevel=4)
+
+    def _warn_of_validation(self) -> None:
+        measured = [epoch.validation for epoch in self.epochs if epoch.validation is not None]
+        bad = sum(not is_finite(bound) for bound in measured)
+        if bad:
+            kept = "the last epoch" if bad == len(measured) else f"epoch {self.best_epoch}"
+            warnings.warn(
+                f"the validation bound was not finite in {bad} of {len(measured)} epochs: the "
+                f"parameters of {kept} are kept; look for extreme values in the validation data",
+                stacklevel=4,
+            )
 
     def _remaining(self) -> Iterator[Batch]:
         """The minibatches of this epoch that are left, whether it begins or is gone on with."""
@@ -332,6 +372,8 @@ class _Run:
         ) as error:  # an index: a label that the pair has no place for
             if isinstance(error, UsageError):
                 raise UsageError(first_line(error)) from None
+            if len(batch[0]) == 1 and "more than 1 value per channel" in str(error):
+                raise UsageError(_single_row(self)) from error
             if explain_nonfinite(self.pair, self.prepare(batch)) is not None:
                 self._nonfinite("loss", {}, batch, error)
             raise UsageError(
@@ -376,23 +418,27 @@ class _Run:
             self._write_model()
             kept = f"; the last good model is in {self.folder}"
         where = f" at site '{site}'" if site else ""
+        outlier = None if batch is None else extreme(self.prepare(batch)[0])
+        cure = self.fault or "a smaller learning_rate or clip_norm may help"
+        if outlier is not None:
+            cure = f"{outlier}: leave out such rows, or {CURE}"
         raise NonFiniteError(
             f"training stopped in epoch {len(self.epochs) + 1}, step {self.batches}: the "
-            f"{what} is not finite{where}{kept}; a smaller learning_rate or clip_norm may help"
+            f"{what} is not finite{where}{kept}; {cure}"
         ) from cause
 
     def _finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.pair.parameters())
 
     def _end_epoch(self) -> None:
+        self.rows.require_length(self.examples)
         self._read()
         began, n = time.perf_counter(), self.examples
         if not self._finite():
             self._nonfinite("value of a parameter", {})
         measured = None
         if self.held is not None:
-            rows, prepare = self.held
-            measured = bound(self.pair, rows, prepare, self.objective)
+            measured = self._measured(*self.held)
         reconstruction = sum(self.sums["reconstruction"].values()) / n
         kl = {name: value / n for name, value in self.sums["kl"].items()}
         self.epochs.append(
@@ -409,16 +455,24 @@ class _Run:
                 self.seconds + time.perf_counter() - began,
             )
         )
-        best = self.epochs[self.best_epoch - 1].validation if self.best_epoch else None
-        if measured is None or best is None or measured.bound > best.bound:
-            self.best_epoch = len(self.epochs)
+        best = best_epoch([epoch.validation for epoch in self.epochs])
+        if best == len(self.epochs):
+            self.best_epoch = best
             self.best = runs.state_dict(self.pair) if measured is not None else None
         self._new_epoch()
 
+    def _measured(self, rows: Source, prepare: Preparation) -> Bound:
+        """The bound on the validation data, NaN where the pair has none for some of them."""
+        try:
+            return bound(self.pair, rows, prepare, self.objective)
+        except BadNumbers:
+            return Bound(math.nan, math.nan, math.nan, dict.fromkeys(self.sums["kl"], math.nan))
+
     def _waited(self) -> bool:
         """Whether the validation bound has not improved for as many epochs as patience has."""
-        patience = self.settings.patience
-        return patience is not None and len(self.epochs) - self.best_epoch >= patience
+        patience, measured = self.settings.patience, [epoch.validation for epoch in self.epochs]
+        improved = self.best_epoch if any(is_finite(bound) for bound in measured) else 0
+        return patience is not None and len(self.epochs) - improved >= patience
 
     def _interrupt(self) -> None:
         place = f"epoch {len(self.epochs) + 1}, step {self.batches}"
@@ -499,7 +553,7 @@ class _Run:
 
     def _steps(self) -> int:
         """The steps of an epoch."""
-        return max(1, math.ceil(len(self.rows) / self.batch_size))
+        return max(1, self.rows.steps(self.batch_size))
 
     def _bar(self, progress: bool) -> tqdm:
         steps = self._steps()
@@ -522,6 +576,15 @@ class _Run:
             return
         with _summary_writer()(str(cast(Path, self.folder) / runs.TENSORBOARD)) as board:
             yield board
+
+
+def _single_row(run: _Run) -> str:
+    """What to do where batch normalization met a minibatch of one row."""
+    return (
+        f"training stopped in epoch {len(run.epochs) + 1}, step {run.batches}: a minibatch has one "
+        "row, of which batch normalization has no variance; choose a batch_size that leaves no "
+        f"single row of {len(run.rows)} at the end, or pass a DataLoader with drop_last=True"
+    )
 
 
 _PARTS_OF_CHECKPOINT = (
@@ -567,6 +630,7 @@ def _training_rows(
     require(pair, first, objective)
     require_masks(pair, rows, plain)
     prepare = preparation(pair, rows, binarize)
+    record_divisor(pair, rows, prepare)
     if prepare.binarize and binarize == "fixed":
         rows, prepare = held_out(rows, prepare)
     if binarize == "none" and preparation(pair, rows).binarize:
@@ -582,13 +646,13 @@ def _training_rows(
 
 def _validation_rows(
     pair: nn.Module,
-    parts: Sequence[Any],
+    given: Sequence[Any],
     rows: Source,
     binarize: str,
 ) -> tuple[Source, Preparation]:
     """The validation data, checked as training data are, and how they are prepared."""
     try:
-        held = source(parts[0], parts[1:], pair)
+        held = source(given[0], given[1:], pair)
         if isinstance(held, Arrays) and isinstance(rows, Arrays):
             wanted, came = len(rows.tensors) - 1, len(held.tensors) - 1
             if came != wanted:

@@ -213,7 +213,7 @@ OURS = {
     ),
     "mixture": lambda: pv.MixtureVAE.mlp((6,), 3, latent_dim=2, hidden=(5,), activation=nn.Tanh),
 }
-UNORDERED = {"text"}
+UNORDERED = {"text", "tokens"}
 """Pairs whose data are names, not quantities: in place of a mean they give what is likely."""
 
 SHAPES = {"convolutional": (1, 2, 3), "text": (3,), "deep-markov": (3, 2)}

@@ -265,7 +265,8 @@ def test_tokens_are_whole_numbers():
     torch.testing.assert_close(fn.log_prob(x), expected)
     torch.testing.assert_close(fn.log_prob(x.double()), expected)
     mean = (logits.softmax(1) * torch.arange(4.0).double()[:, None]).sum(1)
-    torch.testing.assert_close(fn.mean, mean)
+    assert bool(fn.mean.isnan().all())  # tokens are names, whose codes have no mean
+    torch.testing.assert_close(fn.mode, logits.argmax(1).to(logits.dtype))
     with seeded(0):
         draws = fn.sample((4000,))
     assert set(draws.unique().tolist()) == {0.0, 1.0, 2.0, 3.0}

@@ -13,7 +13,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import diagnostic_plots
-from pyro_vae.predictive import Scores, _auroc
+from pyro_vae.predictive import STATISTICS, Scores, _auroc
 from pyro_vae.preflight import require
 from pyro_vae.rng import seeded
 
@@ -131,8 +131,12 @@ def test_any_pair(name):
     state = torch.get_rng_state()
     found = pv.predictive_check(pair, *batch, num_replicates=20, **QUIET)
     assert torch.equal(torch.get_rng_state(), state)
-    assert found.p_values.shape == (12, 4)
-    assert found.whole.shape == (20, 4)
+    if name in ("tokens", "text"):  # classes have shares, and no mean
+        assert found.names == tuple(f"share of class {k}" for k in range(len(found.names)))
+    else:
+        assert found.names == tuple(STATISTICS)
+    assert found.p_values.shape == (12, len(found.names))
+    assert found.whole.shape == (20, len(found.names))
     again = pv.predictive_check(pair, *batch, num_replicates=20, **QUIET)
     assert torch.equal(again.whole, found.whole)
 

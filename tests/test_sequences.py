@@ -69,9 +69,9 @@ def test_draws_are_as_frequent_as_they_are_probable():
     assert ((drawn - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-4).all()
 
 
-def test_the_mean_is_the_greedy_decoding():
+def test_the_mode_is_the_greedy_decoding():
     written = family()(condition(6), (4,))
-    greedy = written.mean
+    greedy = written.mode
     assert len(greedy.unique(dim=0)) > 1
     for row, raw in zip(greedy, condition(6), strict=True):
         alone = family()(raw, (4,))

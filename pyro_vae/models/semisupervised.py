@@ -64,6 +64,7 @@ class SemiSupervisedVAE(PyroModule):
         self.register_buffer("classes", torch.eye(outputs), persistent=False)
 
     def model(self, x: Tensor, labels: Tensor) -> None:
+        labels = _whole(labels)
         known: Any = labels >= 0
         label, only = labels.clamp(min=0), cast(Any, {"is_auxiliary": True})
         with pyro.plate("data", len(x), dim=-1):
@@ -76,6 +77,7 @@ class SemiSupervisedVAE(PyroModule):
                     pyro.sample("classification", self.classifier(x), obs=label, infer=only)
 
     def guide(self, x: Tensor, labels: Tensor) -> None:
+        labels = _whole(labels)
         known, label = labels[:, None] >= 0, self.classes[labels.clamp(min=0)]
         with pyro.plate("data", len(x), dim=-1):
             logits = torch.where(known, label.log(), self.classifier(x).logits)
@@ -117,3 +119,10 @@ class SemiSupervisedVAE(PyroModule):
     ) -> "SemiSupervisedVAE":
         classifier = Factor(network, Classes(num_classes), ())
         return cls(classifier, vae.encoder, vae.decoder, vae.prior, classification_weight)
+
+
+def _whole(labels: Tensor) -> Tensor:
+    """Labels of any whole type as indices."""
+    if labels.is_floating_point():
+        raise UsageError(f"labels must be whole numbers, -1 where missing, got {labels.dtype}")
+    return labels.long()
