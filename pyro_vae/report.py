@@ -4,7 +4,8 @@ import base64
 import csv
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,9 @@ def write_report(
     run = Path(run)
     config, model = runs.read_config(run), runs.fingerprint(pair)
     metrics, remarks = _current(runs.read_metrics(run), model)
-    vocabulary = (config.get("train") or {}).get("vocabulary")
+    with _well_formed(run):
+        vocabulary = (config.get("train") or {}).get("vocabulary")
+        believed = _diagnostics(run, metrics.get("diagnostics"))
     figures = {
         name: made if isinstance(made, str) else plots.png(made)
         for name, made in _figures(run, pair, x, context, labels, metrics, vocabulary, seed)
@@ -119,17 +122,23 @@ def write_report(
         if isinstance(made, bytes):
             with runs.atomic(run / runs.FIGURES / f"{name}.png") as file:
                 file.write(made)
-    try:
-        believed = _diagnostics(run, metrics.get("diagnostics"))
+    with _well_formed(run):
         page = _page(run.resolve().name, config, metrics, remarks, model, figures, believed)
+    with runs.atomic(run / runs.REPORT) as file:
+        file.write(page.encode(errors="xmlcharrefreplace"))
+    return run / runs.REPORT
+
+
+@contextmanager
+def _well_formed(run: Path) -> Iterator[None]:
+    """Say in one line that a file has another form than it is written in."""
+    try:
+        yield
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{run / runs.METRICS} or {runs.CONFIG} is not what pyro_vae writes: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
-    with runs.atomic(run / runs.REPORT) as file:
-        file.write(page.encode(errors="xmlcharrefreplace"))
-    return run / runs.REPORT
 
 
 def _current(metrics: dict[str, Any], model: str) -> tuple[dict[str, Any], list[str]]:
