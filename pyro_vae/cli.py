@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -56,8 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         words, file = _config_file(words)
-        app.config = [*([] if file is None else [file]), _require_heard]
-        with warnings.catch_warnings():
+        app.config = [*([] if file is None else [file]), _require_typed_class, _require_heard]
+        # A class of the user's own may import its neighbors whenever it runs.
+        typed_class = any(re.fullmatch(r"(--model=)?[\w.]+:\w+", word) for word in words)
+        here = configuration.current_folder() if typed_class else nullcontext()
+        with here, warnings.catch_warnings():
             show = warnings.showwarning
 
             def one_line(message: Any, category: Any, *rest: Any, **more: Any) -> None:
@@ -116,13 +120,18 @@ def train(
         A JSON file of options, or a run's config.json; options given here override it.
     """
     from pyro_vae.datasets import load_data
+    from pyro_vae.held_out_rows import split_checksums
     from pyro_vae.training import fit
 
     assert config is None  # `_config_file` has put its options in place
     _positive("num_eval_samples", num_eval_samples)
     run = out or Path("runs") / Path(data).stem
+    recorded = _recorded(run) if resume else {}
+    _require_recorded(run, recorded, model.model)
     loaded = load_data(data, source.data_dir, source.length)
     configuration.require_data(source, loaded)
+    if resume:
+        _require_split(run, loaded)
     seeded_pair = _seeded_pair(model, loaded, settings.seed)
     given = (
         {"data": data, "data_shape": loaded.shape, "num_classes": loaded.num_classes}
@@ -153,7 +162,7 @@ def train(
         out=run,
         resume=resume,
         overwrite=overwrite,
-        config={"train": given},
+        config={"train": given, "split": split_checksums(loaded)},
         **asdict(settings),
     )
     _evaluate(run, seeded_pair, loaded, given, num_eval_samples, settings.engine)
@@ -185,11 +194,8 @@ def evaluate(
     engine
         How log p(x) is computed: eager, traced or compiled; auto goes by the work to be done.
     """
-    from pyro_vae import runs
-
     pair, loaded, given = _open(run, data, data_dir, model)
-    known = runs.read_json(run / runs.METRICS) if (run / runs.METRICS).exists() else {}
-    kept = {name: known[name] for name in ("diagnostics",) if name in known}
+    kept = _current_findings(run, pair) | (_seen(run, loaded) if data is not None else {})
     _evaluate(run, pair, loaded, given, num_samples, engine, kept)
 
 
@@ -237,7 +243,7 @@ def diagnose(
     x, context = _test(loaded, given, num)
     strangers = None
     if other is not None:
-        rows, others = _test(_open(run, other, data_dir, model)[1], given, num)
+        rows, others = _test(_load(run, given, other, data_dir), given, num)
         strangers = (rows, *others)
     found = run_diagnose(
         pair,
@@ -249,14 +255,15 @@ def diagnose(
         engine=engine,
         seed=seed,
     )
-    record = {"data": loaded.name} | found.as_dict()
+    seen = _seen(run, loaded) if data is not None else {}
+    record = {"data": loaded.name, "model": runs.fingerprint(pair)} | seen | found.as_dict()
     if "vocabulary" in given and "log_likelihood" in found.results:
         worst = plots.lines([("", x[found.worst()])], given["vocabulary"])
         record["worst_data"] = worst
     for name, figure in found.figures.items():
         with runs.atomic(run / runs.FIGURES / f"{runs.DIAGNOSIS}{name}.png") as file:
             file.write(plots.png(figure))
-    metrics = runs.read_json(run / runs.METRICS) if (run / runs.METRICS).exists() else {}
+    metrics = runs.read_metrics(run)
     runs.write_json(run / runs.METRICS, metrics | {"diagnostics": record})
     if report:
         _report(run, pair, loaded, given)
@@ -509,7 +516,8 @@ def _evaluate(
         engine=engine,
         progress=True,
     )
-    runs.write_json(run / runs.METRICS, {"data": data.name} | result.as_dict() | dict(kept or {}))
+    metrics = {"data": data.name} | result.as_dict() | dict(kept or {})
+    runs.write_metrics(run, pair, metrics)
     print(result)
 
 
@@ -521,11 +529,90 @@ def _report(run: Path, pair: "nn.Module", data: "Data", given: dict[str, Any]) -
     write_report(run, pair, x, *context, labels=labels)
 
 
-def _pair(run: Path, model: str | None) -> tuple["nn.Module", dict[str, Any]]:
+def _current_findings(run: Path, pair: "nn.Module") -> dict[str, Any]:
+    """What `diagnose` found, for metrics.json, unless it is about other weights."""
+    from pyro_vae import runs
+
+    found = runs.read_metrics(run).get("diagnostics")
+    if found is None:
+        return {}
+    if found.get("model", (now := runs.fingerprint(pair))) != now:
+        warnings.warn(
+            f"{run / runs.METRICS} had findings of diagnose on other weights: they are left out, "
+            "run diagnose again",
+            stacklevel=2,
+        )
+        return {}
+    return {"diagnostics": found}
+
+
+def _seen(run: Path, data: "Data") -> dict[str, int]:
+    """For metrics: how many test rows of other data a run was trained on, with a warning."""
+    from pyro_vae import held_out_rows, runs
+
+    if not held_out_rows.changed_parts(_split_of(runs.read_config(run)), data):
+        return {}
+    seen = held_out_rows.count_seen(run, data.test.x)
+    if seen:
+        warnings.warn(
+            f"{seen} of {len(data.test.x)} test rows of {data.name} equal rows that {run} was "
+            "trained on or validated with: the numbers are not those of held-out data alone",
+            stacklevel=2,
+        )
+    return {} if seen is None else {"rows_trained_on": seen}
+
+
+def _split_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The checksums of the parts of a run's data, none where none were recorded."""
+    split = config.get("split") or {}
+    return split if isinstance(split, dict) else {"train": None}
+
+
+def _require_split(run: Path, data: "Data") -> None:
+    from pyro_vae import held_out_rows, runs
+
+    if split := _split_of(runs.read_config(run)):
+        held_out_rows.require_split(run, split, data)
+
+
+_RECORDED: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("data", "model", "data_dir", "vocabulary", "binarize"), str),
+    **dict.fromkeys(("num_classes", "num_labels", "length", "seed"), int),
+    **dict.fromkeys(("data_shape", "context_shapes", "condition", "hidden"), list),
+    "latent_dim": (list, int),
+}
+"""The types of the options in config.json that commands read."""
+
+
+def _recorded(run: Path) -> dict[str, Any]:
+    """The options that a run was trained with, as far as config.json records them."""
     from pyro_vae import runs
 
     given = runs.read_config(run).get("train", {})
-    return runs.load(run, _user_pair(model, given) if model else None), given
+    if not isinstance(given, dict):
+        raise UsageError(f"{run / runs.CONFIG}: 'train' must be an object of options")
+    for name, kind in _RECORDED.items():
+        if given.get(name) is not None and not isinstance(given[name], kind):
+            raise UsageError(f"{run / runs.CONFIG}: '{name}' cannot be {given[name]!r}")
+    return given
+
+
+def _require_recorded(run: Path, given: dict[str, Any], model: str) -> None:
+    """Raise `UsageError` for another kind of pair than the run was trained with."""
+    recorded = given.get("model", model)
+    if model != recorded:
+        raise UsageError(f"{run} was trained with --model {recorded}, --model {model} was given")
+
+
+def _pair(run: Path, model: str | None) -> tuple["nn.Module", dict[str, Any]]:
+    from pyro_vae import runs
+
+    given = _recorded(run)
+    if model is None:
+        return runs.load(run), given
+    _require_recorded(run, given, model)
+    own = ":" in model or "model" not in given
+    return runs.load(run, _user_pair(model, given) if own else None), given
 
 
 def _user_pair(model: str, given: dict[str, Any]) -> "nn.Module":
@@ -543,10 +630,21 @@ def _user_pair(model: str, given: dict[str, Any]) -> "nn.Module":
 def _open(
     run: Path, data: str | None = None, data_dir: Path | None = None, model: str | None = None
 ) -> tuple["nn.Module", "Data", dict[str, Any]]:
-    """The pair of a run, its data, and the options it was trained with."""
+    """The pair of a run, its data, and the options it was trained with.
+
+    Data that are not named must be those that it was trained on.
+    """
+    pair, given = _pair(run, model)
+    loaded = _load(run, given, data, data_dir)
+    if data is None:
+        _require_split(run, loaded)
+    return pair, loaded, given
+
+
+def _load(run: Path, given: dict[str, Any], data: str | None, data_dir: Path | None) -> "Data":
+    """A run's data, or others that are cut into tokens as its were."""
     from pyro_vae.datasets import load_data
 
-    pair, given = _pair(run, model)
     name = data or given.get("data")
     if name is None:
         raise UsageError(f"{run} does not record its data: name them with --data")
@@ -554,7 +652,7 @@ def _open(
     vocabulary, length = given.get("vocabulary"), given.get("length", Input.length)
     if vocabulary is not None:
         (length,) = given["data_shape"]
-    return pair, load_data(name, folder, length, vocabulary), given
+    return load_data(name, folder, length, vocabulary)
 
 
 def _test(data: "Data", given: dict[str, Any], n: int) -> tuple["Tensor", list["Tensor"]]:
@@ -715,7 +813,8 @@ def _config_file(words: list[str]) -> tuple[list[str], Any]:
     words = [part for word in words for part in _split(word)]
     if words[:1] != ["train"]:
         return words, None
-    if "--config" not in words and "--resume" in words:
+    resumed = "--config" not in words and "--resume" in words
+    if resumed:
         words = [*words, *_config_of_run(words)]
     if "--config" not in words:
         return words, None
@@ -727,13 +826,14 @@ def _config_file(words: list[str]) -> tuple[list[str], Any]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no JSON ({error})") from error
     options = content.get("train", content) if isinstance(content, dict) else None
     if not isinstance(options, dict):
         raise UsageError(f"{path}: an object of options is expected")
     known = [field.name for kind in (Model, Objective, Input, Settings) for field in fields(kind)]
-    known += ["data", "out", "num_eval_samples", "report"]
+    # A run does not say where it is: a copy of it would write into the first one.
+    known += ["data", "num_eval_samples", "report", *(() if resumed else ("out",))]
     # What a run records of its data:
     recorded = ("num_classes", "data_shape", "context_shapes", "vocabulary", "ragged")
     for name in options:
@@ -743,7 +843,19 @@ def _config_file(words: list[str]) -> tuple[list[str], Any]:
     # The name of this option is that of a command too, which the library would skip.
     if kept.pop("report", True) is False and "--report" not in words:
         words = [*words, "--no-report"]
-    return words[:at] + words[at + 2 :], ConfigDict(kept, use_commands_as_keys=False)
+    file = ConfigDict(kept, use_commands_as_keys=False, source=str(path))
+    return words[:at] + words[at + 2 :], file
+
+
+def _require_typed_class(_: App, commands: Sequence[str], arguments: Any) -> None:
+    """Refuse a class of a user's own that a file names: only one that is typed is imported."""
+    for argument in arguments if tuple(commands) == ("train",) else ():
+        for token in argument.tokens if _python(argument.name) == "model" else ():
+            if token.source != "cli" and ":" in token.value:
+                raise UsageError(
+                    f"{token.source} names the class '{token.value}', and no file makes a command "
+                    f"import a module: if you trust it, type --model {token.value}"
+                )
 
 
 def _require_heard(_: App, commands: Sequence[str], arguments: Any) -> None:

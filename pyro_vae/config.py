@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from math import inf
 from pathlib import Path
@@ -663,20 +664,41 @@ def make_user_pair(path: str, given: dict[str, Any]) -> nn.Module:
             f"{', '.join(given)}"
         )
     try:
-        return kind(**taken)
+        with current_folder():
+            return kind(**taken)
     except Exception as error:  # a user's own code may raise anything
         raise UsageError(f"{path} cannot be made: {type(error).__name__}: {error}") from error
 
 
+@contextmanager
+def current_folder() -> Iterator[None]:
+    """Python finds modules of the current folder too; afterwards ``sys.path`` is as it was.
+
+    What a module itself adds to ``sys.path`` as it is imported stays there.
+    """
+    here = str(Path.cwd())
+    added = "" not in sys.path and here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
+
+
 def user_class(path: str) -> type[nn.Module]:
-    """The class that ``module:Class`` names; modules in the current folder are found too."""
+    """The class that ``module:Class`` names; modules in the current folder are found too.
+
+    ``sys.path`` is afterwards as it was. The module stays in ``sys.modules``, as after any import:
+    its class needs it.
+    """
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise UsageError(f"a pair is named module:Class, '{path}' came")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        module = importlib.import_module(module_name)
+        with current_folder():
+            module = importlib.import_module(module_name)
     except Exception as error:  # a user's own code may raise anything
         raise UsageError(
             f"module '{module_name}' cannot be imported: {type(error).__name__}: {error}"

@@ -25,6 +25,7 @@ from pyro_vae.plots import (
     grid,
     intensity,
     is_picture,
+    literal,
 )
 from pyro_vae.predictive import OutlierScores, PredictiveCheck
 
@@ -131,7 +132,7 @@ def calibration_bands(found: Calibration, number: int = 7) -> "Figure":
         )
         axis.plot(found.points, found.differences[:, which], color=color, linewidth=1.2)
         words = failures.get(name, "uniform").removeprefix("draws are ").replace(" and ", ",\n")
-        axis.set_title(f"{name}\n{words}", fontsize=7)
+        axis.set_title(f"{literal(name)}\n{words}", fontsize=7)
         axis.set_xlabel("rank / (draws + 1)", fontsize=7)
         axis.tick_params(labelsize=6)
     _coverage(axes[len(shown)], found)
@@ -215,8 +216,8 @@ def posteriors(result: Posterior, number: int = 4, rows: Tensor | None = None) -
             ("guide", ORANGE, result.guide_moments),
         ):
             axis.plot(*_ellipse(moments, row, [first, second]), color, linewidth=1.2, label=name)
-        axis.set_xlabel(result.units[first], fontsize=8)
-        axis.set_ylabel(result.units[second], fontsize=8)
+        axis.set_xlabel(literal(result.units[first]), fontsize=8)
+        axis.set_ylabel(literal(result.units[second]), fontsize=8)
         axis.set_title(f"row {numbers[row]}: {apart[row, first]:.2f} nats", fontsize=8)
         axis.tick_params(labelsize=6)
     figure.axes[0].legend(fontsize=7, frameon=False)
@@ -243,7 +244,7 @@ def predictive_statistics(found: PredictiveCheck) -> "Figure":
         name = found.names[i]
         axis.hist(found.whole[:, i].numpy(), bins=20, color=BLUE)
         axis.axvline(found.observed[:, i].nanmean().item(), color=ORANGE, linewidth=1.5)
-        axis.set_title(f"{name}\np {found.whole_p_values[name]:.3f}", fontsize=8)
+        axis.set_title(f"{literal(name)}\np {found.whole_p_values[name]:.3f}", fontsize=8)
         axis.locator_params(axis="x", nbins=4)
         axis.tick_params(labelsize=6)
     return figure

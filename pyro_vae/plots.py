@@ -23,6 +23,15 @@ def is_picture(x: Tensor) -> bool:
     return x.dim() == 4 and x.shape[1] in (1, 3)
 
 
+def literal(text: str) -> str:
+    """Text of a run, a site's name say, that matplotlib shall not read as mathematics.
+
+    >>> literal("$z$")
+    '\\\\$z\\\\$'
+    """
+    return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
+
+
 def grid(rows: Sequence[tuple[str, Tensor]], title: str) -> "Figure":
     """Rows of pictures, each with a label to its left; of curves where data are no pictures."""
     columns = max(len(images) for _, images in rows)
@@ -37,10 +46,9 @@ def grid(rows: Sequence[tuple[str, Tensor]], title: str) -> "Figure":
             line[0].imshow(_strip(images, columns), vmin=0, vmax=1, interpolation="nearest")
         for axis, image in zip(line, [] if tiled else images, strict=False):
             axis.plot(image.detach().cpu().float().flatten(), color=BLUE, linewidth=0.8)
-        line[0].text(
-            -0.01, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=8
-        )
-    figure.suptitle(title, fontsize=10)
+        place, words = line[0].transAxes, literal(label)
+        line[0].text(-0.01, 0.5, words, transform=place, ha="right", va="center", fontsize=8)
+    figure.suptitle(literal(title), fontsize=10)
     return figure
 
 
@@ -107,7 +115,7 @@ def kl_by_unit(kl: Mapping[str, Sequence[float]]) -> "Figure":
         order = np.argsort(heights)[::-1]
         axis.bar(range(len(order)), heights[order], color=BLUE)
         axis.set_xticks(range(len(order)), [str(unit) for unit in order], fontsize=7)
-        axis.set_xlabel(f"unit of {site}", fontsize=8)
+        axis.set_xlabel(f"unit of {literal(site)}", fontsize=8)
         axis.set_ylabel("KL, nats per example", fontsize=8)
         axis.tick_params(labelsize=7)
     figure.suptitle("KL by unit: a unit near zero is not used", fontsize=10)
@@ -121,7 +129,7 @@ def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
     figure = _figure(5.6, 4.8)
     axis = figure.subplots()
     points = codes.reshape(len(codes), -1).double().numpy()
-    words = [f"{site}[0]", f"{site}[1]"]
+    words = [f"{literal(site)}[0]", f"{literal(site)}[1]"]
     if points.shape[1] == 1:
         points = np.column_stack([points, np.zeros(len(points))])
         words[1] = ""
@@ -148,7 +156,7 @@ def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
     axis.set_xlabel(words[0], fontsize=8)
     axis.set_ylabel(words[1], fontsize=8)
     axis.tick_params(labelsize=7)
-    axis.set_title(f"posterior means of {site}", fontsize=10)
+    axis.set_title(f"posterior means of {literal(site)}", fontsize=10)
     return figure
 
 

@@ -4,7 +4,8 @@ import base64
 import csv
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import enumeration, plots, runs
-from pyro_vae.errors import UsageError
+from pyro_vae.errors import UsageError, first_line
 from pyro_vae.inference import interpolate, reconstruct, sample
 from pyro_vae.pairs import missing_context, template
 
@@ -72,6 +73,7 @@ _TITLES = {
 
 _NUMBERS = {
     "num_examples": "test examples",
+    "rows_trained_on": "test examples that equal rows of training or validation",
     "elbo": "ELBO",
     "log_likelihood": "log p(x), a lower bound by importance sampling",
     "log_likelihood_standard_error": "its Monte Carlo standard error",
@@ -107,9 +109,11 @@ def write_report(
     Returns the path of report.html. Figures are also written as figures/NAME.png.
     """
     run = Path(run)
-    metrics = runs.read_json(run / runs.METRICS) if (run / runs.METRICS).exists() else {}
-    config = runs.read_config(run)
-    vocabulary = config.get("train", {}).get("vocabulary")
+    config, model = runs.read_config(run), runs.fingerprint(pair)
+    metrics, remarks = _current(runs.read_metrics(run), model)
+    with _well_formed(run):
+        vocabulary = (config.get("train") or {}).get("vocabulary")
+        believed = _diagnostics(run, metrics.get("diagnostics"))
     figures = {
         name: made if isinstance(made, str) else plots.png(made)
         for name, made in _figures(run, pair, x, context, labels, metrics, vocabulary, seed)
@@ -118,11 +122,46 @@ def write_report(
         if isinstance(made, bytes):
             with runs.atomic(run / runs.FIGURES / f"{name}.png") as file:
                 file.write(made)
-    believed = _diagnostics(run, metrics.get("diagnostics"))
-    page = _page(run.resolve().name, config, metrics, figures, believed)
+    with _well_formed(run):
+        page = _page(run.resolve().name, config, metrics, remarks, model, figures, believed)
     with runs.atomic(run / runs.REPORT) as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="xmlcharrefreplace"))
     return run / runs.REPORT
+
+
+@contextmanager
+def _well_formed(run: Path) -> Iterator[None]:
+    """Say in one line that a file has another form than it is written in."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{run / runs.METRICS} or {runs.CONFIG} is not what pyro_vae writes: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _current(metrics: dict[str, Any], model: str) -> tuple[dict[str, Any], list[str]]:
+    """What was measured on these weights, and what is to be said of the rest."""
+    found = metrics.get("diagnostics")
+    numbers = {name: value for name, value in metrics.items() if name != "diagnostics"}
+    kept: dict[str, Any] = {}
+    remarks: list[str] = []
+    for what, part, command in (
+        ("Numbers", numbers, "evaluate"),
+        ("Findings of diagnose", {} if found is None else found, "diagnose"),
+    ):
+        of = part.get("model")
+        if of not in (None, model):
+            remarks.append(
+                f"{what} in metrics.json are of other weights (model {of[:12]}) and are not shown: "
+                f"run pyro-vae {command} again."
+            )
+            continue
+        if part and of is None:
+            remarks.append(f"{what} do not say on which weights they were measured.")
+        kept |= part if part is numbers else {"diagnostics": found} if part else {}
+    return kept, remarks
 
 
 def _figures(
@@ -137,7 +176,7 @@ def _figures(
 ) -> list[tuple[str, "Figure | str"]]:
     made: list[tuple[str, Figure | str]] = []
     history = _history(run / runs.HISTORY)
-    if history and history["epoch"]:
+    if history:
         made.append(("curves", plots.curves(history)))
     if vocabulary is not None:
         return [*made, *_texts(pair, x, context, metrics, vocabulary, seed)]
@@ -150,9 +189,11 @@ def _figures(
         for name, values in list(found.items())[:1]:
             made.append(("classes", plots.by_value(pair, x, shown, name, values[:20], seed)))
     site, codes = plots.codes(pair, x, context)
-    kl = metrics.get("kl_by_unit") or {}
+    kl = _kl_by_unit(metrics)
     if codes.is_floating_point():
-        order = torch.tensor(kl.get(site) or codes.reshape(len(codes), -1).var(0).tolist()).argsort(
+        spread = codes.reshape(len(codes), -1).var(0).tolist()
+        known = kl.get(site, [])
+        order = torch.tensor(known if len(known) == len(spread) else spread).argsort(
             descending=True
         )
         one = [part[:1] for part in context]
@@ -190,9 +231,18 @@ def _texts(
     ]
     site, codes = plots.codes(pair, x, context)
     made.append(("latent", plots.latent_plane(codes.cpu(), None, site)))
-    if kl := metrics.get("kl_by_unit"):
+    if kl := _kl_by_unit(metrics):
         made.append(("kl", plots.kl_by_unit(kl)))
     return made
+
+
+def _kl_by_unit(metrics: dict[str, Any]) -> dict[str, list[float]]:
+    """The KL of each unit by site, where metrics.json has numbers of it."""
+    kl = metrics.get("kl_by_unit") or {}
+    numbers = [v for values in kl.values() for v in (values if isinstance(values, list) else [""])]
+    if not all(isinstance(value, (int, float)) for value in numbers):
+        raise UsageError(f"'kl_by_unit' of {runs.METRICS} must be lists of numbers")
+    return {site: values for site, values in kl.items() if values}
 
 
 def _contexts(context: Sequence[Tensor], labels: Tensor | None) -> list[Tensor]:
@@ -211,8 +261,10 @@ def _history(path: Path) -> dict[str, list[float]]:
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
+        if rows and "epoch" not in rows[0]:
+            raise ValueError("no epochs")
         return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}
-    except (ValueError, TypeError, csv.Error) as error:
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise UsageError(f"{path} is cut short or no table of numbers") from error
 
 
@@ -233,6 +285,7 @@ def _diagnostics(run: Path, found: dict[str, Any] | None) -> str:
         paths = {
             picture: run / runs.FIGURES / f"{runs.DIAGNOSIS}{picture}.png"
             for picture in found["pictures"].get(name, [])
+            if Path(picture).name == picture  # a picture of this run
         }
         picture = "".join(
             _picture(what, path.read_bytes()) for what, path in paths.items() if path.exists()
@@ -252,6 +305,8 @@ def _page(
     title: str,
     config: dict[str, Any],
     metrics: dict[str, Any],
+    remarks: Sequence[str],
+    model: str,
     figures: dict[str, bytes | str],
     believed: str,
 ) -> str:
@@ -261,20 +316,25 @@ def _page(
         if metrics.get(name) is not None
     )
     for name, value in (metrics.get("active_units") or {}).items():
-        numbers += f"<tr><td>active units of {html.escape(name)}</td><td>{value}</td></tr>"
+        numbers += f"<tr><td>active units of {html.escape(name)}</td><td>{_number(value)}</td></tr>"
     for name, why in (metrics.get("not_computed") or {}).items():
         told = html.escape(f"not computed: {why}")
         numbers += f"<tr><td>{_NUMBERS.get(name, html.escape(name))}</td><td>{told}</td></tr>"
     pictures = "".join(
         f"<h2>{_TITLES[name]}</h2>{_shown(name, made)}" for name, made in figures.items()
     )
+    trained = str((config.get("train") or {}).get("data", "data of its own"))
+    said = "".join(f"<p><b>{html.escape(remark)}</b></p>" for remark in remarks)
+    if "data" in metrics:
+        said += f"<p>Numbers are of the test part of {html.escape(str(metrics['data']))}.</p>"
     settings = html.escape(json.dumps(config, indent=2))
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
-        f"</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"{runs.model_mark(model)}<title>{html.escape(title)}</title>"
+        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
         f"<p>{html.escape(config['pair']['class'].rpartition(':')[2])} on "
-        f"{html.escape(str(config.get('train', {}).get('data', 'data of its own')))}. "
-        "Bounds, likelihoods and KL in nats per example, on test data.</p>"
+        f"{html.escape(trained)}, model {model[:12]}. "
+        f"Bounds, likelihoods and KL in nats per example, on test data.</p>{said}"
         f"<table>{numbers}</table>{believed}{pictures}"
         f"<h2>configuration</h2><details><summary>config.json</summary><pre>{settings}</pre>"
         f"</details></body></html>\n"

@@ -21,11 +21,18 @@ def seeded(seed: int) -> Iterator[None]:
     >>> bool(a == b)
     True
     """
-    before = state()
-    try:
+    with kept():
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
+        yield
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Give every generator back as it was, whatever is drawn."""
+    before = state()
+    try:
         yield
     finally:
         restore(before)

@@ -1,8 +1,9 @@
 """The run folder: written atomically, read without executing code.
 
-config.json         what rebuilds the pair and repeats the run, versions, a checksum of the data
+config.json         what rebuilds the pair and repeats the run, versions, checksums of the data
 model.safetensors   the pair's parameters and buffers, best on validation
 checkpoint.pt       the last state of training: see `pyro_vae.training`
+rows.safetensors    a hash of each row that was trained on: see `pyro_vae.held_out_rows`
 history.csv         a row for each epoch
 metrics.json        what `evaluate` measured
 figures/, report.html
@@ -10,34 +11,37 @@ figures/, report.html
 
 import csv
 import hashlib
-import importlib
 import inspect
 import io
 import json
 import math
 import os
 import pickle
+import re
 import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+import pyro_vae
+from pyro_vae import seals
 from pyro_vae.arrays import DIVISOR, recorded_divisor
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import adopt, adopted_batch, placement, scope, trace_guide, trace_model
-from pyro_vae.rng import seeded
+from pyro_vae.rng import kept, seeded
+from pyro_vae.seals import checksum as checksum
 
 CONFIG, MODEL, CHECKPOINT = "config.json", "model.safetensors", "checkpoint.pt"
+ROWS = "rows.safetensors"
 HISTORY, METRICS, FIGURES, REPORT = "history.csv", "metrics.json", "figures", "report.html"
 TENSORBOARD = "tensorboard"
 DIAGNOSIS = "diagnosis-"
@@ -83,11 +87,16 @@ def load(run: str | Path, pair: nn.Module | type[nn.Module] | None = None) -> nn
             instance (whose parameters are overwritten). A run folder never makes Python import a
             module that is not this library's or torch's.
 
-    Raises `UsageError` that names the folder, file or tensor at fault.
+    The caller's random generators stay as they were. Raises `UsageError` that names the folder,
+    file or tensor at fault.
     """
-    run = Path(run)
+    with kept():  # a part that is made draws its first parameters
+        return _load(Path(run), pair)
+
+
+def _load(run: Path, pair: nn.Module | type[nn.Module] | None) -> nn.Module:
     config = read_config(run)
-    given, state = pair, read_model(run)
+    given, (state, recipe_of_model) = pair, seals.open_tensor_file(_bytes(run / MODEL), run / MODEL)
     try:
         pair = _rebuilt(run, config, given)
     except UsageError:
@@ -97,6 +106,11 @@ def load(run: str | Path, pair: nn.Module | type[nn.Module] | None = None) -> nn
             f"{run / CONFIG} does not describe a pair that can be made: {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
+    if recipe_of_model not in (None, "", _recipe_checksum(config)):
+        raise UsageError(
+            f"{run / CONFIG} describes another pair than {run / MODEL} was written for: one of the "
+            "two is damaged, edited or of another run"
+        )
     floating = {name: value.dtype for name, value in state.items() if value.is_floating_point()}
     if floating:
         pair.to(max(floating.values(), key=lambda dtype: torch.finfo(dtype).bits))
@@ -148,24 +162,87 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
+def _recipe_checksum(config: dict[str, Any]) -> str:
+    """A checksum of what rebuilds the pair: it binds model.safetensors to config.json."""
+    recipe = json.dumps([config.get("pair"), config.get("adopted_batch")], sort_keys=True)
+    return hashlib.sha256(recipe.encode()).hexdigest()
+
+
 def write_model(run: Path, state: Mapping[str, Tensor]) -> None:
-    """Write tensors into model.safetensors."""
-    with atomic(run / MODEL) as file:
-        file.write(safetensors.torch.save({k: v.contiguous() for k, v in state.items()}))
+    """Write tensors into model.safetensors; a report of other weights is marked as such."""
+    recipe = ""
+    with suppress(UsageError):  # a configuration that is damaged is no reason to lose the weights
+        recipe = _recipe_checksum(read_config(run))
+    mark_report(run, seals.fingerprint(state))
+    write_tensors(run / MODEL, state, recipe)
 
 
 def read_model(run: Path) -> dict[str, Tensor]:
     """The tensors of model.safetensors."""
-    try:
-        return safetensors.torch.load(_bytes(run / MODEL))
-    except SafetensorError as error:
-        raise UsageError(f"{run / MODEL} is cut short or no safetensors file ({error})") from error
+    return read_tensors(run / MODEL)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], more: str = "") -> None:
+    """Write a safetensors file with its checksum."""
+    with atomic(path) as file:
+        file.write(seals.tensor_file(tensors, more))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, held against its checksum."""
+    return seals.open_tensor_file(_bytes(path), path)[0]
+
+
+def fingerprint(pair: nn.Module) -> str:
+    """SHA-256 of a pair's parameters and buffers: which weights a number was measured on."""
+    return seals.fingerprint(state_dict(pair))
+
+
+def write_metrics(run: str | Path, pair: nn.Module, metrics: Mapping[str, Any]) -> None:
+    """Write metrics.json, with the fingerprint of the weights that were measured."""
+    write_json(Path(run) / METRICS, {**metrics, "model": fingerprint(pair)})
+
+
+def read_metrics(run: Path) -> dict[str, Any]:
+    """What metrics.json holds, nothing where there is no such file."""
+    metrics = read_json(run / METRICS) if (run / METRICS).exists() else {}
+    kinds = {"kl_by_unit": dict, "active_units": dict, "diagnostics": dict, "model": str}
+    sound = isinstance(metrics, dict) and all(
+        isinstance(metrics.get(name), (kind, type(None))) for name, kind in kinds.items()
+    )
+    if not sound:
+        raise UsageError(f"{run / METRICS} is not what evaluate and diagnose write")
+    return metrics
+
+
+_STALE = (
+    '<p class="stale"><b>The model of this run has been written anew since this report: numbers '
+    "and pictures are of earlier weights. <code>pyro-vae report</code> draws them again.</b></p>"
+)
+
+
+def mark_report(run: Path, model: str) -> None:
+    """Say in report.html that it is of earlier weights, unless it is of these."""
+    path = run / REPORT
+    if not path.is_file():
+        return
+    page = path.read_text(errors="replace")
+    if _STALE not in page and model_mark(model) not in page:
+        with atomic(path) as file:
+            file.write(page.replace("<body>", f"<body>{_STALE}", 1).encode())
+
+
+def model_mark(model: str) -> str:
+    """How report.html names the weights that it describes."""
+    return f'<meta name="model" content="{model}">'
 
 
 def write_checkpoint(run: Path, state: Mapping[str, Any]) -> None:
-    """Write the state of training into checkpoint.pt."""
+    """Write the state of training, with its checksum, into checkpoint.pt."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
     with atomic(run / CHECKPOINT) as file:
-        torch.save(dict(state), file)
+        file.write(seals.sealed_archive(buffer.getvalue()))
 
 
 def read_checkpoint(run: Path) -> dict[str, Any]:
@@ -173,6 +250,7 @@ def read_checkpoint(run: Path) -> dict[str, Any]:
     content = _bytes(run / CHECKPOINT)
     # torch writes zip archives; anything else would be a pickle of old.
     if zipfile.is_zipfile(io.BytesIO(content)):
+        seals.require_sealed(content, run / CHECKPOINT)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -208,7 +286,7 @@ def read_json(path: Path) -> Any:
     content = _bytes(path)
     try:
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is cut short or no JSON ({error})") from error
     return _mapped(found, lambda v: float(v) if v in _NAMED.values() else v)
 
@@ -280,7 +358,7 @@ def start(run: Path, overwrite: bool = False) -> None:
             f"{run} holds another run ({held[0]}): choose another folder, go on with --resume "
             "(resume=True), or replace it with --overwrite (overwrite=True)"
         )
-    for name in (*held, *(ARRAYS if held else ())):
+    for name in (*held, *((ROWS, *ARRAYS) if held else ())):
         (run / name).unlink(missing_ok=True)
     if held and (run / FIGURES).is_dir():
         for figure in (run / FIGURES).glob("*.png"):
@@ -293,6 +371,12 @@ def start(run: Path, overwrite: bool = False) -> None:
         raise UsageError(f"the folder {run} cannot be made: {error.strerror}") from error
 
 
+def begun(run: Path) -> bool:
+    """Whether a run was stopped before its first checkpoint: it has nothing to go on from."""
+    held = [name for name in (MODEL, CHECKPOINT, HISTORY) if os.path.exists(run / name)]
+    return not held and os.path.exists(run / CONFIG)
+
+
 def versions() -> dict[str, str]:
     """The versions of what a run depends on."""
     found = {"python": python_version()}
@@ -302,15 +386,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "unknown"
     return found
-
-
-def checksum(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the shapes and bytes of tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def recipe(pair: nn.Module) -> dict[str, Any]:
@@ -353,8 +428,8 @@ def describe(value: Any, place: str = "pair", known: dict[int, str] | None = Non
 def _declare(pair: nn.Module, spec: Any, path: Path) -> None:
     """Run a pair once on rows of these shapes, so that it declares what it has adopted."""
     try:
-        batch = [torch.zeros(2, *shape, dtype=getattr(torch, kind)) for shape, kind in spec]
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        batch = [torch.zeros(2, *shape, dtype=_DTYPES[kind]) for shape, kind in spec]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UsageError(f"{path} holds no batch that can be made: {first_line(error)}") from error
     batch = [tensor.to(placement(pair)[0]) for tensor in batch]
     with scope(pair), torch.no_grad(), seeded(0):
@@ -399,20 +474,69 @@ def _arguments(values: dict[str, Any], place: str, made: dict[str, Any]) -> dict
     return {name: _built(value, f"{place}.{name}", made) for name, value in values.items()}
 
 
+_FORMER = (
+    *("bayesian", "exact", "factors", "flows", "guides", "likelihoods", "networks", "posteriors"),
+    *("priors", "recurrent", "sequences", "models.hierarchical", "models.mixture"),
+    *("models.semisupervised", "models.sequence", "models.vae"),
+)
+"""The modules by which folders of version 0.1.0 name this library's parts."""
+
+_INNER = {
+    **{"Viewed": "networks", "Log1p": "networks", "OneHot": "networks", "Writer": "sequences"},
+    **{"Refined": "guides", "Grafted": "guides", "Encoders": "guides"},
+    **{"LinearGaussian": "exact", "Spoiled": "exact"},
+}
+"""Parts that are within others, and no public names, by their modules."""
+
+_DTYPES = {
+    str(kind).removeprefix("torch."): kind
+    for kind in vars(torch).values()
+    if isinstance(kind, torch.dtype)
+}
+
+
 def _ours(path: str) -> bool:
-    return path.startswith(("pyro_vae.", "torch.nn."))
+    return path.startswith(("pyro_vae:", "pyro_vae.", "torch.nn."))
 
 
 def _class(path: str) -> type:
+    """The part of this name: no name that a folder holds makes Python import another module."""
     module, _, name = path.partition(":")
-    kind = getattr(importlib.import_module(module), name, None) if _ours(path) else None
+    kind = _part(name) if module in _HOMES else None
+    if module == "torch.nn" or module.startswith("torch.nn."):
+        kind = getattr(torch.nn, name, None) if name in dir(torch.nn) else None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise UsageError(f"'{path}' in config.json is no part that load may build")
+        raise UsageError(
+            f"'{path}' in config.json is no part that load may build: public parts of pyro_vae "
+            "and torch.nn alone are; pass the pair itself, load(run, pair)"
+        )
     return kind
 
 
+_HOMES = ("pyro_vae", *(f"pyro_vae.{module}" for module in _FORMER))
+
+
+def _part(name: str) -> Any:
+    """A part of this library by its name, None where there is no such part."""
+    if name in _INNER:
+        return getattr(import_module(f"pyro_vae.{_INNER[name]}"), name)
+    return getattr(pyro_vae, name) if name in pyro_vae.__all__ else None
+
+
 def _path(kind: type) -> str:
-    return f"{kind.__module__}:{kind.__qualname__}"
+    """How a class is recorded: a part of ours by its public name, wherever it is defined."""
+    module, name = kind.__module__, kind.__qualname__
+    ours = module.startswith("pyro_vae.") and _part(name) is kind
+    return f"pyro_vae:{name}" if ours else f"{module}:{name}"
+
+
+def renamed(recipe: str) -> str:
+    """A recipe of version 0.1.0 with the names by which parts are recorded now.
+
+    >>> renamed('{"class": "pyro_vae.models.vae:VAE"}')
+    '{"class": "pyro_vae:VAE"}'
+    """
+    return re.sub(r'"pyro_vae\.[\w.]+:(?=\w+")', '"pyro_vae:', recipe)
 
 
 def _bytes(path: Path) -> bytes:
@@ -439,6 +563,11 @@ def require_fit(pair: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
             raise UsageError(
                 f"tensor '{name}' of {path} has shape {tuple(state[name].shape)}, the pair "
                 f"expects {tuple(value.shape)}"
+            )
+        if state[name].dtype != value.dtype:
+            raise UsageError(
+                f"tensor '{name}' of {path} has type {state[name].dtype}, the pair expects "
+                f"{value.dtype}"
             )
     own = pair.state_dict()
     extra = [name for name in state if name not in own]

@@ -19,7 +19,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae import collapse, rng, runs
+from pyro_vae import collapse, held_out_rows, rng, runs
 from pyro_vae.config import Settings
 from pyro_vae.data import (
     Arrays,
@@ -95,7 +95,8 @@ def fit(
         optimizer: makes the torch optimiser from parameters and ``lr``.
         binarize: "dynamic", "fixed" or "none": see `pyro_vae.data.Preparation`.
         out: a run folder for checkpoints and the best model; nothing is written without.
-        resume: go on from the checkpoint in ``out``.
+        resume: go on from the checkpoint in ``out``; a run that was stopped before its first one
+            begins anew.
         overwrite: replace a run that is in ``out``.
         progress: show a progress bar.
         config: what else config.json of the run shall hold.
@@ -134,7 +135,7 @@ def fit(
     saved = None
     if folder is not None and resume:
         runs.read_config(folder)
-        saved = runs.read_checkpoint(folder)
+        saved = None if runs.begun(folder) else runs.read_checkpoint(folder)
     pair.to(device(chosen.device))
     recipe = cast(Any, pair).recipe(chosen.epochs) if hasattr(pair, "recipe") else {}
     objective = objective or recipe.get("objective")
@@ -165,8 +166,10 @@ def fit(
         "pair": json.dumps(runs.recipe(pair), sort_keys=True),
     }
     if folder is not None and saved is None:
-        runs.start(folder, overwrite)
+        if not resume:
+            runs.start(folder, overwrite)
         runs.write_config(pair, folder, {**job, "pair": runs.recipe(pair), **(config or {})})
+        held_out_rows.write_rows(folder, {"train": x, "validation": _first(validation)})
     fault = range_fault(pair, rows, prepare) if saved is None else None
     if fault is not None:
         warnings.warn(fault, stacklevel=2)
@@ -528,6 +531,8 @@ class _Run:
                 )
         for name, value in self.job.items():
             was = saved["job"].get(name)
+            if name == "pair" and was is not None:
+                was = runs.renamed(was)
             if name != "settings" and None not in (was, value) and was != value:
                 said = "" if len(str(was) + str(value)) > 200 else f": {was} then, {value} now"
                 raise UsageError(
@@ -591,6 +596,11 @@ _PARTS_OF_CHECKPOINT = (
     *("job", "pair", "best", "best_epoch", "optimizer", "epochs", "batches", "examples", "sums"),
     *("seconds", "engine", "generators_of_epoch", "generators"),
 )
+
+
+def _first(rows: Any) -> Any:
+    """The data among data and context."""
+    return rows[0] if isinstance(rows, (tuple, list)) else rows
 
 
 def _words(part: Any) -> str | None:

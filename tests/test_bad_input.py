@@ -1309,7 +1309,7 @@ COMMANDS = {
     "evaluate an empty folder": ("evaluate empty", ["config.json", "missing"]),
     "evaluate other data": ("evaluate run --data wide.npy", ["(12, 6)", "1, 8, 8"]),
     "evaluate without samples": ("evaluate run --num-samples 0", ["--num-samples", "0"]),
-    "evaluate as another pair": ("evaluate run --model own:Sound", ["encoder"]),
+    "evaluate as another pair": ("evaluate run --model own:Sound", ["--model vae", "own:Sound"]),
     "sample nothing": ("sample run --num 0", ["num", "0"]),
     "label of no condition": ("sample run --label 1", ["run", "--condition label"]),
     "reconstruct nothing": ("reconstruct run --num 0", ["num", "0"]),
