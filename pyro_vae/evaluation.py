@@ -29,6 +29,7 @@ from pyro_vae.pairs import (
     using,
 )
 from pyro_vae.sequences import elements
+from pyro_vae.threads import alone
 
 ACTIVE = 0.01
 """A unit is active where its posterior mean varies over the data by more (Burda et al., 2016).
@@ -132,6 +133,7 @@ class Evaluation:
         return "\n".join(f"{name:<20}{value}" for name, value in lines)
 
 
+@alone()
 def evaluate(
     pair: nn.Module,
     x: Rows,

@@ -31,6 +31,7 @@ from pyro_vae.pairs import (
     trace_guide,
     using,
 )
+from pyro_vae.threads import alone
 
 CHUNK = 1000
 """Rows that go through a pair at once."""
@@ -42,6 +43,7 @@ GROUPS = 100
 """Parts of the rows of `sample` that have a draw of the latents outside the data plate each."""
 
 
+@alone()
 def sample(
     pair: nn.Module,
     n: int,
@@ -84,6 +86,7 @@ def sample(
     return torch.cat(parts)
 
 
+@alone()
 def encode(
     pair: nn.Module,
     x: Rows,
@@ -121,6 +124,7 @@ def encode(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
+@alone()
 def predict(
     pair: nn.Module,
     x: Rows,
@@ -158,6 +162,7 @@ def predict(
     return torch.cat(parts)
 
 
+@alone()
 def decode(
     pair: nn.Module,
     values: Mapping[str, Tensor],
@@ -190,6 +195,7 @@ def decode(
         return generate(pair, batch, own | dict(values), means, site)
 
 
+@alone()
 def reconstruct(
     pair: nn.Module,
     x: Rows,
@@ -217,6 +223,7 @@ def reconstruct(
     return torch.cat(parts)
 
 
+@alone()
 def interpolate(
     pair: nn.Module,
     start: Tensor,
@@ -262,6 +269,7 @@ def interpolate(
     return torch.stack(frames, 1)
 
 
+@alone()
 def traverse(
     pair: nn.Module,
     x: Rows,

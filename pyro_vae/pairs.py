@@ -24,6 +24,7 @@ from torch.distributions import constraints, kl_divergence
 
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.rng import seeded
+from pyro_vae.threads import alone
 
 Batch: TypeAlias = tuple[Tensor, ...]
 Site: TypeAlias = Any
@@ -67,15 +68,19 @@ def _key(name: str) -> str:
 
 @contextmanager
 def scope(pair: nn.Module) -> Iterator[None]:
-    """Run inside a parameter store that belongs to this pair alone."""
+    """Run inside a parameter store that belongs to this pair alone, while other threads wait."""
+    with alone(), _store(pair), warnings.catch_warnings():
+        # What is frozen is frozen on purpose: a decoder, while another guide is fitted to it.
+        warnings.filterwarnings("ignore", message=".* was not registered in the param store")
+        yield
+
+
+def _store(pair: nn.Module) -> Any:
     states = [module.state() for module in pair.modules() if isinstance(module, _Adopted)]
     frozen = _frozen(pair)
     states.append({"params": frozen, "constraints": dict.fromkeys(frozen, constraints.real)})
     state = {kind: _union(states, kind) for kind in ("params", "constraints")}
-    with pyro.get_param_store().scope(cast(Any, state)), warnings.catch_warnings():
-        # What is frozen is frozen on purpose: a decoder, while another guide is fitted to it.
-        warnings.filterwarnings("ignore", message=".* was not registered in the param store")
-        yield
+    return pyro.get_param_store().scope(cast(Any, state))
 
 
 def _frozen(pair: nn.Module) -> dict[str, Any]:
@@ -154,7 +159,7 @@ def evaluation_mode(pair: nn.Module) -> Iterator[None]:
 def using(pair: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Use a pair without training it: its own scope, evaluation mode, no gradients, a seed."""
     draws = nullcontext() if seed is None else seeded(seed)
-    with evaluation_mode(pair), scope(pair), torch.no_grad(), draws:
+    with alone(), evaluation_mode(pair), scope(pair), torch.no_grad(), draws:
         yield
 
 

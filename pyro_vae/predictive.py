@@ -15,6 +15,7 @@ from pyro_vae.importance import LogLikelihood, log_likelihood
 from pyro_vae.inference import CHUNK, generate, latent_values
 from pyro_vae.pairs import Batch, global_latents, using
 from pyro_vae.progress import bar
+from pyro_vae.threads import alone
 
 Statistic: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -116,6 +117,7 @@ class PredictiveCheck:
         return "\n".join(lines)
 
 
+@alone()
 def predictive_check(
     pair: nn.Module,
     x: Rows,
@@ -285,6 +287,7 @@ class OutlierScores:
         return "\n".join(lines)
 
 
+@alone()
 def outlier_scores(
     pair: nn.Module,
     x: Rows,

@@ -15,6 +15,7 @@ from pyro_vae import enumeration, plots, runs
 from pyro_vae.errors import UsageError
 from pyro_vae.inference import interpolate, reconstruct, sample
 from pyro_vae.pairs import missing_context, template
+from pyro_vae.threads import alone
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,6 +88,7 @@ _NUMBERS = {
 }
 
 
+@alone()
 def write_report(
     run: str | Path,
     pair: nn.Module,

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyro_vae.threads import alone
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed every generator (torch on all devices, NumPy, Python) and give them back afterwards.
+
+    Other threads that run a pair, or seed, wait meanwhile.
 
     >>> import torch
     >>> with seeded(1):
@@ -21,14 +25,15 @@ def seeded(seed: int) -> Iterator[None]:
     >>> bool(a == b)
     True
     """
-    before = state()
-    try:
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        yield
-    finally:
-        restore(before)
+    with alone():
+        before = state()
+        try:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+        finally:
+            restore(before)
 
 
 def state() -> dict[str, Any]:

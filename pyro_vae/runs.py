@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import adopt, adopted_batch, placement, scope, trace_guide, trace_model
 from pyro_vae.rng import seeded
+from pyro_vae.threads import alone
 
 CONFIG, MODEL, CHECKPOINT = "config.json", "model.safetensors", "checkpoint.pt"
 HISTORY, METRICS, FIGURES, REPORT = "history.csv", "metrics.json", "figures", "report.html"
@@ -50,6 +51,7 @@ ARRAYS = (
 )
 
 
+@alone()
 def save(pair: nn.Module, run: str | Path, config: Mapping[str, Any] | None = None) -> Path:
     """Write a pair into a run folder, so that `load` gives it back.
 
@@ -72,6 +74,7 @@ def save(pair: nn.Module, run: str | Path, config: Mapping[str, Any] | None = No
     return run
 
 
+@alone()
 def load(run: str | Path, pair: nn.Module | type[nn.Module] | None = None) -> nn.Module:
     """The pair of a run folder, on the CPU, in evaluation mode.
 
