@@ -25,12 +25,19 @@ def seeded(seed: int) -> Iterator[None]:
     >>> bool(a == b)
     True
     """
+    with given_back():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
+
+
+@contextmanager
+def given_back() -> Iterator[None]:
+    """Give every generator back as it was, whatever is drawn meanwhile."""
     with alone():
         before = state()
         try:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
             yield
         finally:
             restore(before)

@@ -155,7 +155,8 @@ def fit(
         runs.start(folder, overwrite)
         runs.write_config(pair, folder, {**job, "pair": runs.recipe(pair), **(config or {})})
     with _claimed(pair), ExitStack() as own:
-        own.enter_context(_own(pair, chosen.seed))
+        own.enter_context(_own(pair))
+        own.enter_context(seeded(chosen.seed))
         run = _Run(
             pair,
             rows,
@@ -284,7 +285,7 @@ class _Run:
         now, modes = rng.state(), {module: module.training for module in self.pair.modules()}
         own.close()
         threads.give_way()
-        own.enter_context(_own(self.pair, 0))
+        own.enter_context(_own(self.pair))
         rng.restore(now)
         for module, training in modes.items():  # parts without parameters may be others' too
             module.training = training
@@ -615,9 +616,9 @@ def _claimed(pair: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _own(pair: nn.Module, seed: int) -> Iterator[None]:
+def _own(pair: nn.Module) -> Iterator[None]:
     """What is the process's, not the thread's, and belongs to a run while it trains."""
-    with scope(pair), seeded(seed), warnings.catch_warnings():
+    with scope(pair), rng.given_back(), warnings.catch_warnings():
         # The library says itself where a loss is not finite, with the site's name.
         warnings.filterwarnings("ignore", message="Encountered NaN")
         yield

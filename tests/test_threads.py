@@ -265,6 +265,17 @@ def test_one_pair_is_not_fitted_by_two_threads_at_once(tmp_path):
     pv.fit(vae, x, **SMALL)
 
 
+def test_two_guides_are_fitted_to_one_model_in_two_threads():
+    vae, x = made()
+    before = {k: v.clone() for k, v in vae.state_dict().items()}
+    want = refitted(vae, x)
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(refitted, vae, x) for _ in range(2)]
+        assert all(same(want, job.result(60)) for job in found)
+    assert same(before, vae.state_dict())
+    assert all(parameter.requires_grad for parameter in vae.parameters())
+
+
 def test_an_error_in_one_thread_lets_the_others_go_on():
     vae, x = made()
     before = process_state()
