@@ -6,10 +6,10 @@
 The loss is sum ||x - x'||^2 / (2 N) + beta KL, with N the images of the minibatch. It is the
 negative ELBO of a Gaussian likelihood of scale 1, less a constant: docs/article.md says more.
 
-Expect, on the digits: with the loss as it is (beta = 1) every reconstruction is the mean digit, with
-an error of 74 thousandths; 16 with beta = 0.02. Without the KL the codes spread to 3.4 times the
-prior, with its sign wrong to millions. A learned scale ends at 0.127, and log p(x) at about 30 nats
-per digit instead of -61. Takes a minute of one core.
+Expect, on the digits, errors of 74 thousandths with the loss as it is (beta = 1), where every
+reconstruction is the mean digit, and of 16 with beta = 0.02. Without the KL the codes spread to 3.4
+times the prior, with its sign wrong to millions. A learned scale ends at 0.127, with log p(x) at
+about 30 nats per digit instead of -61. Takes a minute of one core.
 """
 
 import argparse
