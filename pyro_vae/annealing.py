@@ -15,6 +15,7 @@ from pyro_vae.importance import CELLS, COMPILED_CELLS, relative_error, with_erro
 from pyro_vae.joint import Joint, simulate
 from pyro_vae.pairs import Batch, using
 from pyro_vae.progress import bar
+from pyro_vae.threads import alone
 
 TARGET = 0.7
 """The acceptance that step sizes are adapted to."""
@@ -128,6 +129,7 @@ def _table(results: dict[str, Annealing]) -> str:
     return "\n".join(f"{name:<20}{value}" for name, value in lines)
 
 
+@alone()
 def anneal(
     pair: nn.Module,
     x: Rows,
@@ -180,6 +182,7 @@ def anneal(
     return _joined(found, settings)
 
 
+@alone()
 def sandwich(
     pair: nn.Module,
     num_examples: int = 100,

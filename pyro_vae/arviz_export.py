@@ -33,6 +33,7 @@ from pyro_vae.pairs import (
     using,
 )
 from pyro_vae.progress import bar
+from pyro_vae.threads import alone
 
 CELLS = 2**22
 """Numbers in the greatest tensor that is made at once."""
@@ -43,6 +44,7 @@ Groups: TypeAlias = dict[str, dict[str, Tensor]]
 """Tensors by group and name, of dimensions (draws, data, ...)."""
 
 
+@alone()
 def to_arviz(
     pair: nn.Module,
     x: Rows,

@@ -26,6 +26,7 @@ from pyro_vae.pairs import (
     using,
 )
 from pyro_vae.progress import bar
+from pyro_vae.threads import alone
 
 _Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -226,6 +227,7 @@ class Uncertainty:
         return "\n".join([f"{'variance of':<21}{'mean':>12}{'share':>8}", *lines])
 
 
+@alone()
 def uncertainty(
     pair: nn.Module,
     x: Rows,

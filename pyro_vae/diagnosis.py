@@ -16,6 +16,7 @@ from pyro_vae.pairs import Batch, trace_guide, trace_model, using
 from pyro_vae.progress import bar
 from pyro_vae.report import KINDS, REASONS
 from pyro_vae.studies import STUDIES, Bench, Finding, Rung, Study
+from pyro_vae.threads import alone
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,6 +102,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
+@alone()
 def diagnose(
     pair: nn.Module,
     x: Rows,

@@ -33,6 +33,7 @@ from pyro_vae.pairs import (
     using,
 )
 from pyro_vae.sequences import elements
+from pyro_vae.threads import alone
 
 ACTIVE = 0.01
 """A unit is active where its posterior mean varies over the data by more (Burda et al., 2016).
@@ -153,6 +154,7 @@ _TITLES = {
 }
 
 
+@alone()
 def evaluate(
     pair: nn.Module,
     x: Rows,

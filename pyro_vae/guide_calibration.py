@@ -32,6 +32,7 @@ from pyro_vae.pairs import (
     using,
 )
 from pyro_vae.progress import bar
+from pyro_vae.threads import alone
 
 INTERVALS = (0.5, 0.8, 0.9, 0.95)
 """Probabilities of the central intervals whose coverage is counted."""
@@ -164,6 +165,7 @@ class Calibration:
         return "\n".join(lines)
 
 
+@alone()
 def calibration(
     pair: nn.Module,
     context: Sequence[Any] = (),

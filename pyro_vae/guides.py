@@ -42,6 +42,7 @@ from pyro_vae.pairs import (
 from pyro_vae.progress import bar
 from pyro_vae.rng import seeded
 from pyro_vae.schedules import Cosine
+from pyro_vae.threads import alone
 from pyro_vae.training import fit
 
 ROWS = 1000
@@ -117,6 +118,7 @@ class Refined(nn.Module):
         return (*cast(Any, self.pair).template(n), torch.zeros(n, dtype=torch.long))
 
 
+@alone()
 def refine(
     pair: nn.Module,
     x: Rows,
@@ -361,6 +363,7 @@ class Encoders(nn.Module):
                 pyro.sample(site, encoder(*batch))
 
 
+@alone()
 def refit_guide(
     pair: nn.Module,
     posterior: Family | type[Family] | nn.Module,

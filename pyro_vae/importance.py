@@ -30,6 +30,7 @@ from pyro_vae.pairs import (
 )
 from pyro_vae.pareto import LEAST, Greatest, shape_of_greatest, tail_length, threshold
 from pyro_vae.progress import bar
+from pyro_vae.threads import alone
 
 CELLS = 2**20
 """Numbers in the greatest tensor that is made at once: as many as the caches of a core hold."""
@@ -159,6 +160,7 @@ def with_error(value: float, error: float, width: int = 0) -> str:
     return f"{value:>{width}.3f}" + ("" if isnan(error) else f" ± {error:.3f}")
 
 
+@alone()
 def log_likelihood(
     pair: nn.Module,
     x: Rows,

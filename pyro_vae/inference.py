@@ -37,6 +37,7 @@ from pyro_vae.pairs import (
     unconditioned,
     using,
 )
+from pyro_vae.threads import alone
 
 CHUNK = 1000
 """Rows that go through a pair at once."""
@@ -48,6 +49,7 @@ GROUPS = 100
 """Parts of the rows of `sample` that have a draw of the latents outside the data plate each."""
 
 
+@alone()
 def sample(
     pair: nn.Module,
     n: int,
@@ -91,6 +93,7 @@ def sample(
     return torch.cat(parts)
 
 
+@alone()
 def encode(
     pair: nn.Module,
     x: Rows,
@@ -128,6 +131,7 @@ def encode(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
+@alone()
 def predict(
     pair: nn.Module,
     x: Rows,
@@ -165,6 +169,7 @@ def predict(
     return torch.cat(parts)
 
 
+@alone()
 def decode(
     pair: nn.Module,
     values: Mapping[str, Tensor],
@@ -198,6 +203,7 @@ def decode(
         return generate(pair, batch, own | given, means, site)
 
 
+@alone()
 def reconstruct(
     pair: nn.Module,
     x: Rows,
@@ -227,6 +233,7 @@ def reconstruct(
     return torch.cat(parts)
 
 
+@alone()
 def hidden(pair: nn.Module, x: Rows, *context: Any) -> Tensor:
     """Which entries of data the model masks: booleans of the shape of x.
 
@@ -241,6 +248,7 @@ def hidden(pair: nn.Module, x: Rows, *context: Any) -> Tensor:
     return torch.cat(parts)
 
 
+@alone()
 def interpolate(
     pair: nn.Module,
     start: Tensor,
@@ -287,6 +295,7 @@ def interpolate(
     return torch.stack(frames, 1)
 
 
+@alone()
 def traverse(
     pair: nn.Module,
     x: Rows,

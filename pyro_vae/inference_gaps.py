@@ -20,6 +20,7 @@ from pyro_vae.pairs import (
     using,
 )
 from pyro_vae.pareto import LEAST, pareto_shape
+from pyro_vae.threads import alone
 
 BLOCK = 500
 """Data whose weights are held at once."""
@@ -123,6 +124,7 @@ _TITLES = {
 }
 
 
+@alone()
 def gaps(
     pair: nn.Module,
     x: Rows,

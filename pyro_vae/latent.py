@@ -23,6 +23,7 @@ from pyro_vae.pairs import (
     trace_model,
     using,
 )
+from pyro_vae.threads import alone
 
 CHUNK = 500
 """Rows whose codes are scored at once under the posteriors of as many others."""
@@ -94,6 +95,7 @@ class KLParts:
         return "\n".join(lines)
 
 
+@alone()
 def kl_parts(
     pair: nn.Module,
     x: Rows,
@@ -168,7 +170,7 @@ def _split_sites(pair: nn.Module, batch: Batch) -> list[str]:
         reasons = ", ".join(f"'{name}' {reason}" for name, reason in faults.items())
         raise UsageError(f"the KL of no latent site can be split: {reasons or 'there is none'}")
     for name, reason in faults.items():
-        warnings.warn(f"the KL of '{name}' is not split: it {reason}", stacklevel=3)
+        warnings.warn(f"the KL of '{name}' is not split: it {reason}", stacklevel=4)
     return [name for name in sites if name not in faults]
 
 

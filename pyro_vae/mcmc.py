@@ -18,6 +18,7 @@ from pyro_vae.importance import CELLS
 from pyro_vae.joint import Joint
 from pyro_vae.pairs import Batch, using
 from pyro_vae.progress import bar
+from pyro_vae.threads import alone
 
 STARTS = 10
 """Draws of the prior for each chain, the first finite ones of which are where chains start."""
@@ -152,6 +153,7 @@ class Posterior:
         return "\n".join(f"{name:<26}{value}" for name, value in lines)
 
 
+@alone()
 def nuts(
     pair: nn.Module,
     x: Rows,

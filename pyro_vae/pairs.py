@@ -28,6 +28,7 @@ from pyro_vae.arrays import as_tensor
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.places import is_local
 from pyro_vae.rng import seeded
+from pyro_vae.threads import alone
 
 Batch: TypeAlias = tuple[Tensor, ...]
 Site: TypeAlias = Any
@@ -71,22 +72,22 @@ def _key(name: str) -> str:
 
 @contextmanager
 def scope(pair: nn.Module) -> Iterator[None]:
-    """Run inside a parameter store that belongs to this pair alone."""
-    states = [module.state() for module in pair.modules() if isinstance(module, _Adopted)]
-    frozen = _frozen(pair)
-    states.append({"params": frozen, "constraints": dict.fromkeys(frozen, constraints.real)})
-    state = {kind: _union(states, kind) for kind in ("params", "constraints")}
-    with (
-        pyro.get_param_store().scope(cast(Any, state)),
-        places.in_use(pair),
-        warnings.catch_warnings(),
-    ):
+    """Run inside a parameter store that belongs to this pair alone, while other threads wait."""
+    with alone(), _store(pair), places.in_use(pair), warnings.catch_warnings():
         # What is frozen is frozen on purpose: a decoder, while another guide is fitted to it.
         warnings.filterwarnings("ignore", message=".* was not registered in the param store")
         # `check` says in words where model and guide do not go together.
         warnings.filterwarnings("ignore", message="Found plate statements in guide but not model")
         warnings.filterwarnings("ignore", message="Found non-auxiliary vars in guide but not model")
         yield
+
+
+def _store(pair: nn.Module) -> Any:
+    states = [module.state() for module in pair.modules() if isinstance(module, _Adopted)]
+    frozen = _frozen(pair)
+    states.append({"params": frozen, "constraints": dict.fromkeys(frozen, constraints.real)})
+    state = {kind: _union(states, kind) for kind in ("params", "constraints")}
+    return pyro.get_param_store().scope(cast(Any, state))
 
 
 def _frozen(pair: nn.Module) -> dict[str, Any]:
@@ -165,7 +166,7 @@ def evaluation_mode(pair: nn.Module) -> Iterator[None]:
 def using(pair: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Use a pair without training it: its own scope, evaluation mode, no gradients, a seed."""
     draws = nullcontext() if seed is None else seeded(seed)
-    with evaluation_mode(pair), scope(pair), torch.no_grad(), draws, _AllRows():
+    with alone(), evaluation_mode(pair), scope(pair), torch.no_grad(), draws, _AllRows():
         yield
 
 

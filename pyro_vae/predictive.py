@@ -25,6 +25,7 @@ from pyro_vae.pairs import (
     using,
 )
 from pyro_vae.progress import bar
+from pyro_vae.threads import alone
 
 Statistic: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -137,6 +138,7 @@ class PredictiveCheck:
         return "\n".join(lines)
 
 
+@alone()
 def predictive_check(
     pair: nn.Module,
     x: Rows,
@@ -325,6 +327,7 @@ class OutlierScores:
         return "\n".join(lines)
 
 
+@alone()
 def outlier_scores(
     pair: nn.Module,
     x: Rows,

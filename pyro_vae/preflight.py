@@ -42,6 +42,7 @@ from pyro_vae.pairs import trace_guide as run_guide
 from pyro_vae.pairs import trace_model as run_model
 from pyro_vae.places import NO_SIZE
 from pyro_vae.rng import seeded
+from pyro_vae.threads import alone
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Report:
         return "\n".join(lines or ["the pair is sound"])
 
 
+@alone()
 def check(
     pair: nn.Module, batch: Tensor | Sequence[Tensor], objective: ELBO | None = None
 ) -> Report:

@@ -16,6 +16,7 @@ from pyro_vae import enumeration, plots, runs
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.inference import interpolate, reconstruct, sample
 from pyro_vae.pairs import missing_context, template
+from pyro_vae.threads import alone
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,6 +90,7 @@ _NUMBERS = {
 }
 
 
+@alone()
 def write_report(
     run: str | Path,
     pair: nn.Module,

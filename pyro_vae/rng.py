@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyro_vae.threads import alone
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed every generator (torch on all devices, NumPy, Python) and give them back afterwards.
+
+    Other threads that run a pair, or seed, wait meanwhile.
 
     >>> import torch
     >>> with seeded(1):
@@ -30,12 +34,13 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Give every generator back as it was, whatever is drawn."""
-    before = state()
-    try:
-        yield
-    finally:
-        restore(before)
+    """Give every generator back as it was, whatever is drawn meanwhile."""
+    with alone():
+        before = state()
+        try:
+            yield
+        finally:
+            restore(before)
 
 
 def state() -> dict[str, Any]:

@@ -39,6 +39,7 @@ from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import adopt, adopted_batch, placement, scope, trace_guide, trace_model
 from pyro_vae.rng import kept, seeded
 from pyro_vae.seals import checksum as checksum
+from pyro_vae.threads import alone
 
 CONFIG, MODEL, CHECKPOINT = "config.json", "model.safetensors", "checkpoint.pt"
 ROWS = "rows.safetensors"
@@ -56,6 +57,7 @@ ARRAYS = (
 )
 
 
+@alone()
 def save(pair: nn.Module, run: str | Path, config: Mapping[str, Any] | None = None) -> Path:
     """Write a pair into a run folder, so that `load` gives it back.
 
@@ -78,6 +80,7 @@ def save(pair: nn.Module, run: str | Path, config: Mapping[str, Any] | None = No
     return run
 
 
+@alone()
 def load(run: str | Path, pair: nn.Module | type[nn.Module] | None = None) -> nn.Module:
     """The pair of a run folder, on the CPU, in evaluation mode.
 

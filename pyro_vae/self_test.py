@@ -37,6 +37,7 @@ from pyro_vae.priors import FlowPrior
 from pyro_vae.progress import bar
 from pyro_vae.rng import seeded
 from pyro_vae.schedules import Cosine
+from pyro_vae.threads import alone
 from pyro_vae.training import fit
 
 EXACT = 1e-8
@@ -101,6 +102,7 @@ class SelfTest:
         return "\n".join(lines)
 
 
+@alone()
 def selftest(progress: bool = True) -> SelfTest:
     """Hold every estimator against closed forms, with this machine and these versions.
 

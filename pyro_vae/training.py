@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae import collapse, held_out_rows, rng, runs
+from pyro_vae import collapse, held_out_rows, rng, runs, threads
 from pyro_vae.config import Settings
 from pyro_vae.data import (
     Arrays,
@@ -45,6 +45,7 @@ from pyro_vae.progress import bar
 from pyro_vae.ranges import CURE, extreme, range_fault
 from pyro_vae.rng import seeded
 from pyro_vae.schedules import Schedule
+from pyro_vae.threads import alone
 
 
 class NonFiniteError(UsageError):
@@ -59,6 +60,7 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped by Ctrl-C or SIGTERM; the message says how to go on."""
 
 
+@alone()
 def fit(
     pair: nn.Module,
     x: Rows,
@@ -132,6 +134,7 @@ def fit(
     if fault := no_pair(pair):
         raise UsageError(fault)
     _require_parts(objective, beta, learning_rate_schedule, optimizer)
+    _require_free(pair)
     saved = None
     if folder is not None and resume:
         runs.read_config(folder)
@@ -172,10 +175,10 @@ def fit(
         held_out_rows.write_rows(folder, {"train": x, "validation": _first(validation)})
     fault = range_fault(pair, rows, prepare) if saved is None else None
     if fault is not None:
-        warnings.warn(fault, stacklevel=2)
-    with scope(pair), seeded(chosen.seed), warnings.catch_warnings():
-        # The library says itself where a loss is not finite, with the site's name.
-        warnings.filterwarnings("ignore", message="Encountered NaN")
+        warnings.warn(fault, stacklevel=3)
+    with _claimed(pair), ExitStack() as own:
+        own.enter_context(_own(pair))
+        own.enter_context(seeded(chosen.seed))
         run = _Run(
             pair,
             rows,
@@ -194,7 +197,7 @@ def fit(
         )
         if saved is not None:
             run.restore(saved)
-        return run.train(progress)
+        return run.train(progress, own)
 
 
 def device(name: str) -> torch.device:
@@ -296,7 +299,7 @@ class _Run:
         self.generators = rng.state()
         self.good = runs.state_dict(self.pair)
 
-    def train(self, progress: bool) -> History:
+    def train(self, progress: bool, own: ExitStack) -> History:
         """All epochs that are left, then the best parameters into the pair."""
         self.shown = self._bar(progress)
         with self.shown as shown, _signals() as stop, self._board() as board:
@@ -308,6 +311,8 @@ class _Run:
                     self._show(shown)
                     if stop:
                         self._interrupt()
+                    if threads.waited_for():
+                        self._give_way(own)
                 self._end_epoch()
                 self._warn(self.alarm.heard(self.epochs[-1]))
                 if board is not None:
@@ -329,10 +334,20 @@ class _Run:
             self.alarm.inconsistent,
         )
 
+    def _give_way(self, own: ExitStack) -> None:
+        """Let other threads run pairs, with the store and the generators of their callers."""
+        now, modes = rng.state(), {module: module.training for module in self.pair.modules()}
+        own.close()
+        threads.give_way()
+        own.enter_context(_own(self.pair))
+        rng.restore(now)
+        for module, training in modes.items():  # parts without parameters may be others' too
+            module.training = training
+
     def _warn(self, collapsed: Sequence[str]) -> None:
         for name in collapsed:
             with tqdm.external_write_mode():  # a line of its own, above the bar
-                warnings.warn(self.alarm.words(name), stacklevel=4)
+                warnings.warn(self.alarm.words(name), stacklevel=5)
 
     def _warn_of_validation(self) -> None:
         measured = [epoch.validation for epoch in self.epochs if epoch.validation is not None]
@@ -647,7 +662,7 @@ def _training_rows(
         warnings.warn(
             "grey intensities are scored under a likelihood on {0, 1}: the numbers reported are "
             "not log-likelihoods",
-            stacklevel=3,
+            stacklevel=4,
         )
     rows = rows.to(prepare.device) if isinstance(rows, Arrays) else rows
     units = collapse.units(pair, plain(rows.first(500)))
@@ -674,6 +689,39 @@ def _validation_rows(
         return held_out(held, prepare)
     except UsageError as error:
         raise UsageError(f"validation: {error}") from error
+
+
+_FITTED: set[int] = set()
+"""The tensors of the pairs that threads of this process are fitting."""
+
+
+def _require_free(pair: nn.Module) -> None:
+    """Refuse a pair that another thread is fitting, in whole or in part."""
+    if not _FITTED.isdisjoint(map(id, (*pair.parameters(), *pair.buffers()))):
+        raise UsageError(
+            f"another thread is fitting this {type(pair).__name__}, or a part of it: wait until it "
+            "ends, or fit a copy"
+        )
+
+
+@contextmanager
+def _claimed(pair: nn.Module) -> Iterator[None]:
+    """Let no other thread fit the pair meanwhile."""
+    tensors = set(map(id, (*pair.parameters(), *pair.buffers())))
+    _FITTED.update(tensors)
+    try:
+        yield
+    finally:
+        _FITTED.difference_update(tensors)
+
+
+@contextmanager
+def _own(pair: nn.Module) -> Iterator[None]:
+    """What is the process's, not the thread's, and belongs to a run while it trains."""
+    with scope(pair), rng.kept(), warnings.catch_warnings():
+        # The library says itself where a loss is not finite, with the site's name.
+        warnings.filterwarnings("ignore", message="Encountered NaN")
+        yield
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RUNS = {
+    "article.py": ["--epochs", "1", "--out", "OUT"],
     "autoencoder_vae_gan.py": ["--epochs", "2", "--out", "OUT"],
     "bayesian_decoder.py": ["--steps", "4", "--num-samples", "5", "--out", "OUT"],
     "completion.py": ["--epochs", "2", "--out", "OUT"],
