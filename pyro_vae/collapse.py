@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from pyro_vae import folding
 from pyro_vae.pairs import Batch, is_local, latents, trace_guide, trace_model, using
 
 if TYPE_CHECKING:
@@ -80,10 +81,13 @@ class CollapseAlarm:
 
 
 def units(pair: nn.Module, batch: Batch) -> dict[str, int]:
-    """How many units each latent site of the model that is in the data plate has for a datum."""
+    """How many units each latent site in the data plate has for a datum, but for points."""
     few = tuple(tensor[:2] for tensor in batch)
     with using(pair, seed=0):
         sites = latents(trace_model(pair, few, trace_guide(pair, few)))
+    points = folding.known(pair).points
     return {
-        name: site["value"].numel() // len(few[0]) for name, site in sites.items() if is_local(site)
+        name: site["value"].numel() // len(few[0])
+        for name, site in sites.items()
+        if is_local(site) and name not in points
     }

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import isnan, log
+from math import isnan, log, nan
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -10,10 +10,10 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyro_vae import enumeration
+from pyro_vae import enumeration, folding
 from pyro_vae.data import Preparation, Rows, Source, held_rows
 from pyro_vae.errors import UsageError
-from pyro_vae.importance import estimate, with_error
+from pyro_vae.importance import estimate, unnormalized, with_error
 from pyro_vae.inference import DRAWS
 from pyro_vae.objectives import KLWeight, Parts, elbo, recorded
 from pyro_vae.pairs import (
@@ -87,6 +87,16 @@ class Evaluation:
     is best, where the values have no names."""
     mutual_information: float | None = None
     """Mutual information of that value and the label, over the mean of their entropies."""
+    log_joint: float | None = None
+    """Where the guide of a latent in the data plate is a Delta, a point estimate: log p(x, z) at
+    the point, which is not a bound on log p(x). ``elbo`` and ``log_likelihood`` are NaN then, and
+    ``kl`` is that of the other latents."""
+    point_estimates: tuple[str, ...] = ()
+    """Latents whose guide is a Delta. Where all are outside the data plate, bounds are those on
+    log p(x | w) at the points w."""
+    factors: tuple[str, ...] = ()
+    """The model's ``pyro.factor`` sites. They count in ``reconstruction``, and with them p(x) is
+    not normalized: ``log_likelihood`` is the logarithm of an integral, and no likelihood."""
 
     @property
     def nll(self) -> float:
@@ -111,10 +121,21 @@ class Evaluation:
             + (f" ({site})" if len(self.active_units) > 1 else "")
             for site, count in self.active_units.items()
         )
-        lines = [
-            ("examples", f"{self.num_examples}"),
+        points = ", ".join(self.point_estimates)
+        bounds = [
             ("ELBO", f"{self.elbo:.3f} nats per example"),
             ("log p(x) ≥", self._estimate()),
+            *unnormalized(self.factors),
+        ]
+        if self.log_joint is not None:
+            at = f"at a point estimate of {points}, not a bound"
+            words = f"{self.log_joint:.3f} nats per example, {at}"
+            bounds = [("log joint", words), ("log p(x)", "not estimated: the guide has no density")]
+        elif points:
+            bounds.append(("given", f"a point estimate of {points}"))
+        lines = [
+            ("examples", f"{self.num_examples}"),
+            *bounds,
             ("reconstruction", f"{self.reconstruction:.3f}"),
             ("KL", f"{self.kl:.3f}"),
             ("active units", active or "none"),
@@ -177,7 +198,11 @@ def evaluate(
             raise UsageError(f"{len(given)} labels came for {len(source_of)} rows of {name}")
     objective = elbo(pair, prepare(rows.first(2)), PARTICLES)
     parts = bound(pair, rows, prepare, objective, batch_size, seed)
-    likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress)
+    points = folding.plan(pair, prepare(rows.first(2)))
+    factors = folding.factors_of(pair, prepare(rows.first(2)))
+    likelihood = None
+    if not points.local_points:
+        likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress)
     units, codes, moves, discrete, dims = _units(pair, rows, prepare, batch_size, seed)
     accuracy = None
     if labels is not None and known is not None and train_labels is not None:
@@ -185,22 +210,29 @@ def evaluate(
         if codes:
             accuracy = _probe(_flat(train_codes), train_labels, _flat(codes), labels)
     classes = {} if labels is None else _classes(pair, rows, prepare, labels, batch_size, seed)
+    by_site = {name: kl for name, kl in parts.kl.items() if name not in points.points}
+    bits = None
+    if likelihood is not None and discrete and not factors:
+        bits = -likelihood.per_datum.sum().item() / (dims * log(2))
     return Evaluation(
-        num_examples=len(likelihood.per_datum),
-        elbo=parts.elbo,
+        num_examples=len(rows),
+        elbo=nan if likelihood is None else parts.elbo,
         reconstruction=parts.reconstruction,
-        kl=sum(parts.kl.values()),
-        kl_by_site=parts.kl,
+        kl=sum(by_site.values()),
+        kl_by_site=by_site,
         kl_by_unit={name: kl.tolist() for name, kl in units.items()},
         num_units={name: code.shape[1] for name, code in codes.items()},
         active_units={
             name: int((move.var(0, correction=0) > ACTIVE).sum()) for name, move in moves.items()
         },
-        log_likelihood=likelihood.value,
-        log_likelihood_standard_error=likelihood.standard_error,
+        log_likelihood=nan if likelihood is None else likelihood.value,
+        log_likelihood_standard_error=nan if likelihood is None else likelihood.standard_error,
         num_samples=num_samples,
-        bits_per_dim=-likelihood.per_datum.sum().item() / (dims * log(2)) if discrete else None,
+        bits_per_dim=bits,
         probe_accuracy=accuracy,
+        log_joint=parts.elbo if likelihood is None else None,
+        point_estimates=points.points,
+        factors=factors,
         **classes,
     )
 
@@ -218,7 +250,7 @@ def bound(
     Without the KL of latents outside the data plate: their posterior is given, as for any new datum
     :math:`E_{q(w)}[\\mathrm{ELBO}(x|w)] \\le \\log E_{q(w)}[p(x|w)]`.
     """
-    total, count, parts = 0.0, 0, Parts(global_share=0.0)
+    total, count, parts = 0.0, 0, Parts(global_share=0.0, pair=pair)
     measured, given = recorded(objective, parts), KLWeight(global_weight=0.0)
     model, guide = given(cast(Pair, pair).model), given(cast(Pair, pair).guide)
     with using(pair, seed):
@@ -281,7 +313,7 @@ def _closed_mean(prior: Any) -> Tensor | float:
 
 def _kl_of_units(terms: enumeration.Terms, prior: Any, site: Any, closed: bool) -> Tensor | None:
     """The KL (batch, *units) of a latent site, None where it does not split into units."""
-    if prior is None:
+    if prior is None or folding.is_delta(site["fn"]) or folding.shares(site):
         return None
     shape = site["fn"].event_shape
     # Where weights depend on the draw, so must what they weigh.

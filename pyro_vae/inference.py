@@ -26,6 +26,7 @@ from pyro_vae.pairs import (
     is_local,
     latents,
     mean,
+    require_normalized,
     template,
     trace,
     trace_guide,
@@ -77,6 +78,10 @@ def sample(
     shared = global_latents(pair, batch)
     size = min(CHUNK, -(-n // GROUPS)) if shared else CHUNK
     parts = []
+    with using(pair, seed):
+        few = tuple(tensor[:2] for tensor in batch)
+        drawn = trace(poutine.uncondition(cast(Pair, pair).model), few)
+        require_normalized(drawn, "there are no draws of it but by MCMC (pyro_vae.nuts)")
     with using(pair, seed):
         for part in _chunks(batch, size):
             own = _global_values(pair, part, False, shared)
@@ -297,6 +302,10 @@ def traverse(
         given = latent_values(pair, batch, True)
         codes = {name: value for name, value in given.items() if name not in shared}
         real = [name for name, code in codes.items() if code.is_floating_point()]
+        if not codes:
+            raise UsageError(
+                f"{type(pair).__name__} has no latent in the data plate, whose units could be moved"
+            )
         chosen = latent or (real or list(codes))[0]
         if chosen not in codes:
             raise UsageError(f"no latent site is called '{chosen}': {', '.join(codes)} are")

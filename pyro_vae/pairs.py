@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
@@ -169,9 +170,14 @@ def trace(program: Callable[..., Any], batch: Sequence[Tensor]) -> Trace:
         raise UsageError(f"the pair fails on a value of its batch: {first_line(error)}") from error
 
 
-def trace_guide(pair: nn.Module, batch: Sequence[Tensor]) -> Trace:
-    """The trace of the guide on a batch."""
-    return trace(cast(Pair, pair).guide, batch)
+def trace_guide(pair: nn.Module, batch: Sequence[Tensor], *handlers: Any) -> Trace:
+    """The trace of the guide on a batch, inside these handlers, the innermost first.
+
+    What it draws by way of an auxiliary site is one latent of the trace (`pyro_vae.folding`).
+    """
+    from pyro_vae.folding import trace_guide as folded_guide  # built on this module
+
+    return folded_guide(pair, batch, *handlers)
 
 
 def trace_model(pair: nn.Module, batch: Sequence[Tensor], guide: Trace) -> Trace:
@@ -206,6 +212,32 @@ def observed(trace: Trace) -> dict[str, Site]:
         if (site["is_observed"] or site["infer"].get("was_observed", False))
         and not is_auxiliary(site)
     }
+
+
+def is_factor(site: Site) -> bool:
+    """Whether a site is a ``pyro.factor``: a term of the log density, without a value."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Unit)
+
+
+def factors(trace: Trace) -> dict[str, Site]:
+    """The sites of ``pyro.factor`` in a trace, by name."""
+    return {name: site for name, site in sample_sites(trace).items() if is_factor(site)}
+
+
+def scored(trace: Trace) -> dict[str, Site]:
+    """The observed sites of a model and its factors: what p(x, z) has beside its latents."""
+    return observed(trace) | factors(trace)
+
+
+def require_normalized(model: Trace, why: str) -> None:
+    """Raise `UsageError` for a model with factors, and say why."""
+    for name in factors(model):
+        raise UsageError(
+            f"the model has a pyro.factor, '{name}', so that its density is not normalized: {why}"
+        )
 
 
 def is_auxiliary(site: Site) -> bool:
@@ -379,7 +411,8 @@ class Means(poutine.messenger.Messenger):
     """Every unobserved site takes its distribution's mean (a discrete one its mode), not a draw."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and msg["value"] is None and not msg["done"]:
+        free = msg["value"] is None and not msg["done"]
+        if not msg["is_observed"] and (free or msg.get("folded")):
             if site_is_subsample(msg):
                 return
             fn = msg["fn"]
@@ -393,6 +426,10 @@ class Given(poutine.messenger.Messenger):
     def __init__(self, values: dict[str, Tensor]) -> None:
         super().__init__()
         self.values = values
+
+    def gives(self, name: str, support: Any) -> Tensor | None:
+        """The value that a site is given, if any."""
+        return self.values.get(name)
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.values:

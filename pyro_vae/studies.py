@@ -134,6 +134,11 @@ def _latents(bench: Bench) -> Study:
 
     def judge(found: Evaluation, _: Mapping[str, Any]) -> list[Finding]:
         findings = []
+        if found.point_estimates:
+            points = ", ".join(f"'{name}'" for name in found.point_estimates)
+            what = "log p(x) or a bound on it" if found.log_joint is not None else "its uncertainty"
+            words = f"{what}: the guide of {points} is a Delta, a point estimate"
+            findings += [Finding("doubt", words), Finding("next", "a guide with a spread")]
         for site, kl in found.kl_by_site.items():
             units = found.num_units.get(site, 1)
             if kl < min(collapse.UNIT * units, collapse.SITE):
