@@ -210,7 +210,8 @@ def evaluate(
         if codes:
             accuracy = _probe(_flat(train_codes), train_labels, _flat(codes), labels)
     classes = {} if labels is None else _classes(pair, rows, prepare, labels, batch_size, seed)
-    by_site = {name: kl for name, kl in parts.kl.items() if name not in points.points}
+    hidden = [folding.point_name(name) for name in points.points]
+    by_site = {name: kl for name, kl in parts.kl.items() if name not in hidden}
     bits = None
     if likelihood is not None and discrete and not factors:
         bits = -likelihood.per_datum.sum().item() / (dims * log(2))

@@ -22,7 +22,12 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributions import biject_to, constraints
-from torch.distributions.transforms import ExpTransform, IndependentTransform
+from torch.distributions.transforms import (
+    AffineTransform,
+    ComposeTransform,
+    ExpTransform,
+    IndependentTransform,
+)
 
 from pyro_vae.errors import NotTraceable, UsageError
 from pyro_vae.pairs import (
@@ -32,6 +37,7 @@ from pyro_vae.pairs import (
     factors,
     is_local,
     latents,
+    mean,
     sample_sites,
     trace,
     trace_model,
@@ -143,7 +149,7 @@ class Drawn(dist.TorchDistribution):
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         number = prod(sample_shape)
-        return self.draws(number).reshape(*sample_shape, *self.value.shape)
+        return self.draws(number).reshape((*sample_shape, *self.value.shape))
 
 
 def shares(site: Site) -> tuple[str, ...]:
@@ -157,6 +163,11 @@ def joint_name(site: Site) -> str:
     return " + ".join(shares(site)) or cast(str, site["name"])
 
 
+def point_name(name: str) -> str:
+    """Under which name the prior's term of a point estimate is reported, in the place of a KL."""
+    return f"-log p({name})"
+
+
 def trace_guide(pair: nn.Module, batch: Sequence[Tensor], *handlers: Callable[..., Any]) -> Trace:
     """The trace of the guide on a batch, with its auxiliary sites folded into its latents.
 
@@ -166,8 +177,10 @@ def trace_guide(pair: nn.Module, batch: Sequence[Tensor], *handlers: Callable[..
     Raises `UsageError` for auxiliary sites that cannot be folded.
     """
     found = _PLANS.get(pair)
+    if found is None or found.faults:
+        found = plan(pair, batch)
     try:
-        return _folding(pair, batch, handlers, plan(pair, batch) if found is None else found)
+        return _folding(pair, batch, handlers, found)
     except _Stale:
         return _folding(pair, batch, handlers, plan(pair, batch))
 
@@ -274,6 +287,9 @@ def _folding(
         raise _Stale
     for name in found.hidden:
         traced.remove_node(name)
+    for site in latents(traced).values():
+        if site.get("mean_later"):
+            site["value"] = mean(site["fn"])
     return traced
 
 
@@ -328,7 +344,9 @@ class _Folding(Messenger):
             if any(auxiliary not in self.nodes for auxiliary in _needed(fold, name)):
                 raise _Stale
             msg["fn"] = _density(fold, name, self.nodes, msg["fn"], value, self.again)
-            msg["value"], msg["done"], msg["folded"] = value, True, True
+            msg["value"], msg["done"] = value, True
+            # Draws of a map that is not known are runs of the guide, and cannot be within one.
+            msg["folded"] = "now" if name in fold.parts else "later"
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] in self.by_auxiliary or msg["name"] in self.by_site:
@@ -362,7 +380,7 @@ def _from_given(fold: Fold, auxiliary: str, fn: Any) -> Tensor | None:
             pieces.append(free.reshape(*lead, part.size))
     shape = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
     numbers = torch.cat([piece.expand(*shape, -1) for piece in pieces], -1)
-    return numbers.reshape(*shape, *fn.event_shape)
+    return numbers.reshape((*shape, *fn.event_shape))
 
 
 def _given(name: str, support: Any) -> Tensor | None:
@@ -453,9 +471,17 @@ def _elementwise(transform: Any) -> Any:
     """The map of single numbers that a map consists of, or None."""
     while isinstance(transform, IndependentTransform):
         transform = transform.base_transform
+    if isinstance(transform, ComposeTransform) and _is_identity(transform.parts[-1]):
+        transform = transform.parts[0] if len(transform.parts) == 2 else transform
     if transform is None or transform.domain.event_dim or transform.codomain.event_dim:
         return None
     return transform
+
+
+def _is_identity(transform: Any) -> bool:
+    """Whether a map is that which torch puts behind another where a lower bound is 0."""
+    numbers = (getattr(transform, "loc", None), getattr(transform, "scale", None))
+    return isinstance(transform, AffineTransform) and numbers == (0, 1)
 
 
 def _free_shape(part: Part, value: Tensor) -> torch.Size:

@@ -119,7 +119,7 @@ def encode(
             for name, site in latents(guide).items():
                 value = _scale(site["fn"]) if what == "scale" else site["value"]
                 if is_local(site) and value is not None:
-                    found.setdefault(name, []).append(value)
+                    found.setdefault(name, []).append(value.detach())
             if what != "scale":
                 for name, value in _summed(pair, batch, guide, what == "mean").items():
                     found.setdefault(name, []).append(value)
@@ -331,7 +331,7 @@ def generate(
 ) -> Tensor:
     """The mean or a draw of the data, with latents given or drawn."""
     found = observation(pair, batch, values, site)
-    return mean(found["fn"]) if means else found["value"]
+    return (mean(found["fn"]) if means else found["value"]).detach()
 
 
 def observation(

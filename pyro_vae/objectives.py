@@ -526,7 +526,8 @@ class Parts:
             term = terms.mean(log_q).detach().sum() * (name not in points)
             if name in terms.prior:  # an auxiliary site of the guide has no prior
                 term = term - terms.mean(terms.prior[name]).detach().sum()
-            _add(self.kl, folding.joint_name(sites[name]), term * (share * own))
+            name = folding.point_name(name) if name in points else folding.joint_name(sites[name])
+            _add(self.kl, name, term * (share * own))
 
     def clear(self) -> None:
         """Forget everything."""

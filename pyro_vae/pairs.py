@@ -398,7 +398,8 @@ def mean(fn: Any, num_samples: int = 100) -> Tensor:
     except NotImplementedError:
         closed = None
     if closed is None or bool(closed.isnan().any()):  # torch's Categorical has a mean of NaN
-        return fn.sample((num_samples,)).to(torch.get_default_dtype()).mean(0)
+        draws = fn.sample((num_samples,))
+        return (draws if draws.is_floating_point() else draws.to(torch.get_default_dtype())).mean(0)
     return closed
 
 
@@ -414,6 +415,9 @@ class Means(poutine.messenger.Messenger):
         free = msg["value"] is None and not msg["done"]
         if not msg["is_observed"] and (free or msg.get("folded")):
             if site_is_subsample(msg):
+                return
+            if msg.get("folded") == "later":
+                msg["mean_later"] = True
                 return
             fn = msg["fn"]
             msg["value"] = fn.mode if fn.support.is_discrete else mean(fn)

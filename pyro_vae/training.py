@@ -18,7 +18,7 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae import collapse, rng, runs
+from pyro_vae import collapse, folding, rng, runs
 from pyro_vae.config import Settings
 from pyro_vae.data import Arrays, Preparation, Rows, Source, held_out, preparation, source
 from pyro_vae.engine import Engine, Step
@@ -273,7 +273,10 @@ class _Run:
         if self.best is not None:
             self.pair.load_state_dict(self.best, strict=False)
         self.pair.eval()
-        return History(tuple(self.epochs), self.best_epoch, self._waited(), self.alarm.collapsed)
+        points = folding.known(self.pair).points
+        return History(
+            tuple(self.epochs), self.best_epoch, self._waited(), self.alarm.collapsed, points
+        )
 
     def _warn(self, collapsed: Sequence[str]) -> None:
         for name in collapsed:
@@ -487,7 +490,8 @@ class _Run:
     def _show(self, shown: tqdm) -> None:
         last = self.epochs[-1] if self.epochs else None
         if last is not None and self.batches == 1:
-            words = f"epoch {last.epoch}, elbo {last.elbo:.2f}"
+            what = "log joint" if folding.known(self.pair).points else "elbo"
+            words = f"epoch {last.epoch}, {what} {last.elbo:.2f}"
             if last.validation is not None:
                 words += f", validation {last.validation.elbo:.2f}"
             shown.set_postfix_str(words, refresh=False)
