@@ -22,12 +22,16 @@ LEAST_REPLICATES = 20
 """So few replicates can put a datum outside 95 % of them."""
 
 STATISTICS: dict[str, Statistic] = {
-    "mean": lambda x: x.flatten(1).mean(1),
-    "variance": lambda x: x.flatten(1).var(1, correction=0),
-    "greatest": lambda x: x.flatten(1).amax(1),
-    "share of zeros": lambda x: (x.flatten(1) == 0).to(x.dtype).mean(1),
+    "mean": lambda x: _flat(x).mean(1),
+    "variance": lambda x: _flat(x).var(1, correction=0),
+    "greatest": lambda x: _flat(x).amax(1),
+    "share of zeros": lambda x: (_flat(x) == 0).to(x.dtype).mean(1),
 }
 """Statistics of a datum, over its elements, that any data have."""
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1)  # a datum may be one number
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from pyro_vae.pairs import (
     adopt,
     evaluation_mode,
     factors,
+    is_auxiliary,
     is_local,
     latents,
     log_prob,
@@ -177,11 +178,11 @@ def _sites(model: Trace, guide: Trace) -> list[str]:
     if not observed(model):
         errors.append("the model observes nothing: give one pyro.sample the data, as obs=x")
     in_model, in_guide = sample_sites(model), latents(guide)
-    for name in sample_sites(guide).keys() - in_guide.keys():
-        if name in latents(model):
+    for name in [name for name in sample_sites(guide) if name not in in_guide]:
+        if name in latents(model) or not is_auxiliary(sample_sites(guide)[name]):
             errors.append(
-                f"latent site '{name}' of the model is observed by the guide: give it obs= in the "
-                "model too, or drop obs= in the guide"
+                f"the guide observes site '{name}': a guide samples latents, drop obs=; or mark a "
+                'term of the loss alone, of a name of its own, infer={"is_auxiliary": True}'
             )
     summed = enumeration.to_enumerate(model, guide)
     for name in summed:

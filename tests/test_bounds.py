@@ -137,7 +137,8 @@ def test_the_log_joint_at_a_point_is_named(kind):
     report = pv.check(pair, x)
     assert report.errors == ()
     assert "not a bound on log p(x)" in report.notes[0]
-    told = pv.diagnose(pair, x[:, None].flatten(), budget=3, progress=False)
+    told = pv.diagnose(pair, x, budget=3, progress=False)
+    assert told.failed == {}
     assert "log p(x) or a bound on it: the guide of 'z' is a Delta" in told.summary
     assert "log p(x) =" not in told.summary
 
