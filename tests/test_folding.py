@@ -355,3 +355,41 @@ def test_steps_are_those_of_stock_svi(kind, engine):
     assert len(set(states[0][0])) == 20
     for name, value in states[0][1].items():
         torch.testing.assert_close(states[1][1][name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+class Mixed(nn.Module):
+    """A mixture of two, summed out, with a latent drawn as it is or by way of another site."""
+
+    def __init__(self, folded):
+        super().__init__()
+        self.folded, self.slope = folded, nn.Parameter(torch.tensor(0.4))
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            weights = torch.tensor([0.3, 0.7])
+            k = pyro.sample("k", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            s = pyro.sample("s", dist.Gamma(2.0 + k, 1.0))
+            pyro.sample("x", dist.Normal(s, 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            if not self.folded:
+                return pyro.sample("s", dist.LogNormal(self.slope * x, 0.5))
+            u = pyro.sample("u", dist.Normal(self.slope * x, 0.5), infer=AUXILIARY)
+            return pyro.sample("s", dist.Delta(u.exp(), -u))
+
+
+def test_beside_a_latent_that_is_summed_out():
+    x = torch.tensor([0.5, 1.5, 3.0])
+    plain, pair = Mixed(False), Mixed(True)
+    assert pv.check(pair, x).errors == ()
+    settings = {"num_temperatures": 8, "num_chains": 4, "engine": "eager", "progress": False}
+    for tool in (
+        lambda pair: pv.evaluate(pair, x, num_samples=30).log_likelihood,
+        lambda pair: pv.evaluate(pair, x, num_samples=30).elbo,
+        lambda pair: pv.anneal(pair, x, **settings).value,
+        lambda pair: pv.gaps(pair, x, steps=5, num_samples=30, progress=False).amortisation.value,
+        lambda pair: pv.encode(pair, x)["s"][0].item(),
+        lambda pair: pv.predict(pair, x)[0, 0].item(),
+    ):
+        assert tool(pair) == pytest.approx(tool(plain), rel=1e-4)
