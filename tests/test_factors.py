@@ -87,7 +87,7 @@ def test_log_p_includes_the_factors_and_says_so(kind):
 def test_nuts_annealing_and_gaps_include_the_factors():
     pair, x = Energy(), torch.tensor([2.0])
     options = {"progress": False}
-    moments = pv.nuts(pair, x, num_draws=400, warmup=200, num_chains=2, **options).moments
+    moments = pv.nuts(pair, x, num_draws=250, warmup=120, num_chains=2, **options).moments
     assert moments.mean.item() == pytest.approx(0.5, abs=0.1)
     assert moments.standard_deviation.item() == pytest.approx(0.5, abs=0.08)
     annealed = pv.anneal(pair, x, num_temperatures=30, **options)

@@ -137,15 +137,15 @@ def test_tools_of_inference_take_the_latent_with_its_density(how):
     plain, log_p = Linear(), pair.log_p(x).mean().item()
     options = {"progress": False, "engine": "eager"}
     assert pv.reconstruct(pair, x).shape == x.shape
-    gap = pv.gaps(pair, x, steps=60, num_samples=400, **options)
-    exact = pv.gaps(plain, x, steps=60, num_samples=400, **options)
+    settings = {"steps": 60, "num_samples": 100 if how == "affine" else 400, **options}
+    gap, exact = (pv.gaps(one, x, **settings) for one in (pair, plain))
     assert gap.approximation.value == pytest.approx(exact.approximation.value, abs=0.03)
     assert gap.inference.value == pytest.approx((log_p - pair.elbo(x).mean()).item(), abs=0.1)
-    if how in ("two joint", "affine"):
+    if how == "two joint":
         options["engine"] = "traced"
-        moments = pv.nuts(pair, x[:1], num_draws=150, warmup=100, num_chains=2, **options).moments
+        moments = pv.nuts(pair, x[:1], num_draws=100, warmup=60, num_chains=2, **options).moments
         loc = (x[:1] @ pair.weight @ pair.covariance).flatten()
-        error = 6 * pair.covariance.diagonal().sqrt() / 100**0.5
+        error = 6 * pair.covariance.diagonal().sqrt() / 70**0.5
         assert ((moments.mean.flatten() - loc).abs() < error).all()
     settings = {"num_temperatures": 20, "num_chains": 8, **options}
     if how != "affine":
