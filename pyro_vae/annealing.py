@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from pyro_vae.config import require_engine
 from pyro_vae.data import Rows, held_rows
 from pyro_vae.errors import UsageError
-from pyro_vae.importance import CELLS, COMPILED_CELLS, relative_error, with_error
+from pyro_vae.folding import factors_of
+from pyro_vae.importance import (
+    CELLS,
+    COMPILED_CELLS,
+    relative_error,
+    unnormalized,
+    with_error,
+)
 from pyro_vae.joint import Joint, simulate
 from pyro_vae.pairs import Batch, using
 from pyro_vae.progress import bar
@@ -52,6 +59,8 @@ class Annealing:
     num_chains: int
     num_temperatures: int
     leapfrog_steps: int
+    factors: tuple[str, ...] = ()
+    """The model's ``pyro.factor`` sites, with which p(x) is not normalized."""
 
     def as_dict(self) -> dict[str, Any]:
         """Means and errors, as metrics.json holds them; what is not finite is None."""
@@ -64,6 +73,7 @@ class Annealing:
         }
         return {
             "num_examples": len(self.per_datum),
+            **({"unnormalized_by": list(self.factors)} if self.factors else {}),
             "num_chains": self.num_chains,
             "num_temperatures": self.num_temperatures,
             "leapfrog_steps": self.leapfrog_steps,
@@ -115,6 +125,7 @@ def _table(results: dict[str, Annealing]) -> str:
     one, *others = results.values()
     words, *upper = results
     lines = [(words, f"{with_error(one.value, one.standard_error)} nats per example")]
+    lines += unnormalized(one.factors)
     # The chains of an upper bound share their start: its error is in that of the gap.
     lines += [(word, f"{other.value:.3f}") for word, other in zip(upper, others, strict=True)]
     chains = f"{one.num_chains} for each of {len(one.per_datum)} data"
@@ -160,8 +171,8 @@ def anneal(
 
     Step sizes are those that a pilot run of other chains found for each datum along the path.
     Raises `UsageError`, naming the site, for latents outside the data plate, discrete ones that are
-    not enumerated, and latents of the guide alone. Neal, Annealed importance sampling, 2001; for
-    decoders: Wu et al., 2017 (https://arxiv.org/abs/1611.04273).
+    not enumerated, and those whose guide has a density at its own draws alone. Neal, Annealed
+    importance sampling, 2001; for decoders: Wu et al., 2017 (https://arxiv.org/abs/1611.04273).
 
     >>> import torch, pyro_vae as pv
     >>> vae, x = pv.VAE.mlp((4,), latent_dim=2), torch.ones(3, 4)
@@ -179,7 +190,7 @@ def anneal(
             batch = prepare(part)
             path = run.path(batch, shown.update)
             found.append(_bound(*path.forward(shown.update)))
-    return _joined(found, settings)
+    return _joined(found, settings, factors_of(pair, first))
 
 
 @alone()
@@ -284,7 +295,9 @@ def _bound(log_weights: Tensor, acceptance: Tensor, sign: int = 1) -> tuple[Tens
     return sign * (first - log(chains)), errors, 1 / ratio, acceptance, infinite
 
 
-def _joined(found: list[tuple[Tensor, ...]], settings: _Settings) -> Annealing:
+def _joined(
+    found: list[tuple[Tensor, ...]], settings: _Settings, factors: tuple[str, ...] = ()
+) -> Annealing:
     bound, errors, sizes, acceptance, infinite = (
         torch.cat(column).cpu() for column in zip(*found, strict=True)
     )
@@ -297,6 +310,7 @@ def _joined(found: list[tuple[Tensor, ...]], settings: _Settings) -> Annealing:
         settings.num_chains,
         settings.num_temperatures,
         settings.leapfrog_steps,
+        factors,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from pyro.poutine import Trace, condition
 from torch import Tensor, nn
 
-from pyro_vae import enumeration, masks
+from pyro_vae import enumeration, folding, masks
 from pyro_vae.data import Rows, held_rows
 from pyro_vae.errors import UsageError
 from pyro_vae.importance import log_density, structure
@@ -26,6 +26,7 @@ from pyro_vae.pairs import (
     is_local,
     latents,
     observed,
+    require_normalized,
     trace,
     trace_guide,
     trace_model,
@@ -105,6 +106,7 @@ def to_arviz(
     arviz = _arviz()
     rows, prepare = held_rows(pair, x, context, binarize)
     parts, few = [], prepare(rows.first(2))
+    _require_draws(pair, few)
     shared = _shared(pair, few, num_samples, seed)
     with using(pair, seed), bar(progress, len(rows) * num_samples, "draws", delay=2) as shown:
         nesting, _, widest = structure(pair, few)
@@ -126,6 +128,17 @@ def to_arviz(
         for group in ("posterior_predictive", "observed_data"):
             groups[group] |= _statistics(statistics, groups[group], site)
     return _converted(arviz, groups, shared)
+
+
+def _require_draws(pair: nn.Module, few: Batch) -> None:
+    for name in folding.plan(pair, few).points:
+        raise UsageError(
+            f"the guide of latent site '{name}' is a Delta, a point estimate: there are no draws "
+            "of a posterior, and nothing that leave-one-out could weigh"
+        )
+    with using(pair, 0):
+        model = trace_model(pair, few, trace_guide(pair, few))
+    require_normalized(model, "it has no log likelihood, and draws no data")
 
 
 def _shared(pair: nn.Module, few: Batch, number: int, seed: int) -> dict[str, Tensor]:

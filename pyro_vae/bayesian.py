@@ -12,7 +12,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_vae import enumeration
+from pyro_vae import enumeration, folding
 from pyro_vae.data import Rows, held_rows
 from pyro_vae.errors import UsageError
 from pyro_vae.inference import latent_values, observation
@@ -269,7 +269,13 @@ def uncertainty(
             raise UsageError(f"{name} must be 2 or more, {value} came: a variance takes two")
     rows, prepare = held_rows(pair, x, context, binarize)
     few = prepare(rows.first(2))
-    if not global_latents(pair, few):
+    shared = global_latents(pair, few)
+    if shared and set(shared) <= set(folding.plan(pair, few).points):
+        raise UsageError(
+            f"the guide of '{shared[0]}' is a Delta, a point estimate: it has no spread that could "
+            "be told apart"
+        )
+    if not shared:
         raise UsageError(
             f"{type(pair).__name__} has no latent outside the data plate, whose spread could be "
             "told apart: make one by pyro_vae.BayesianDecoder"

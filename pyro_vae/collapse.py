@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pyro.poutine import Trace
 from torch import nn
 
-from pyro_vae import masks
+from pyro_vae import folding, masks
 from pyro_vae.pairs import (
     Batch,
     is_local,
@@ -137,14 +137,16 @@ def is_negative(kl: float, draws: int) -> bool:
 def units(pair: nn.Module, batch: Batch) -> dict[str, float]:
     """How many units each latent site of the model that is in the data plate has for a datum.
 
-    What a mask hides is not counted: a mean over the rows of the batch.
+    Without point estimates. What a mask hides is not counted: a mean over the rows of the batch.
     """
-    model, _ = _traces(pair, batch)
-    return {
-        name: int(masks.scored(site).sum()) / len(batch[0])
-        for name, site in latents(model).items()
-        if is_local(site)
-    }
+    with using(pair, seed=0):
+        model, _ = _traces(pair, batch)
+        points = folding.known(pair).points
+        return {
+            name: int(masks.scored(site).sum()) / len(batch[0])
+            for name, site in latents(model).items()
+            if is_local(site) and name not in points
+        }
 
 
 def are_kl(pair: nn.Module, batch: Batch) -> bool:

@@ -94,7 +94,7 @@ class Engine(ELBO):
         objective = objective or Trace_ELBO()
         super().__init__(num_particles=objective.num_particles)
         self.pair, self.engine = pair, require_engine(engine)
-        self.parts = Parts()
+        self.parts = Parts(pair=pair)
         self.objective: Any = recorded(objective, self.parts)
         self.weight = KLWeight()
         self.prepare = prepare or tuple

@@ -22,11 +22,14 @@ from pyro_vae.pairs import (
     Batch,
     Pair,
     Site,
+    is_auxiliary,
+    is_factor,
     is_local,
     latents,
     log_prob,
     observed,
     sample_sites,
+    scored,
     trace,
     trace_guide,
     trace_model,
@@ -168,7 +171,7 @@ def traces(pair: nn.Module, batch: Batch, plates: int, around: Any = None) -> tu
     """
     typed, around = cast(Pair, pair), around or nullcontext()
     with around:
-        guide = trace(EnumMessenger(first_available_dim=-1 - plates)(typed.guide), batch)
+        guide = trace_guide(pair, batch, EnumMessenger(first_available_dim=-1 - plates))
     with around:
         model = trace(EnumMessenger()(replay(typed.model, trace=guide)), batch)
     return model, guide
@@ -197,7 +200,7 @@ def terms(model: Trace, guide: Trace) -> Terms:
     joint = sum((p[name] for name in summed), _zero(p))
     targets = [dims[name] for name in summed]
     for name, site in sample_sites(model).items():
-        own = name in summed or site["infer"].get("is_auxiliary")
+        own = name in summed or (is_auxiliary(site) and not is_factor(site))
         if not own and any(_extends(p[name], dim) for dim in targets):
             joint = joint + p[name]
     if enumerated(guide):
@@ -235,7 +238,7 @@ def log_ratio(model: Trace, guide: Trace) -> Tensor:
     """The terms of `evidence` before their sum, with the enumerated dimensions first."""
     inner, dims = _layout(model, guide)
     total = _zero({})
-    for name, site in (latents(model) | observed(model)).items():
+    for name, site in (latents(model) | scored(model)).items():
         if is_local(site):
             total = total + _term(site, inner, name not in dims)
     for name, site in latents(guide).items():
@@ -249,7 +252,9 @@ def joint(model: Trace, guide: Trace) -> Tensor:
 
     Its exponential is the density of the data and of all latents that are not enumerated.
     """
-    return _marginal(latents(model) | observed(model), *_layout(model, guide))
+    sites = latents(model) | scored(model)
+    local = {name: site for name, site in sites.items() if is_local(site)}
+    return _marginal(local, *_layout(model, guide))
 
 
 def proposal(model: Trace, guide: Trace) -> Tensor:

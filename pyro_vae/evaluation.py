@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from math import isnan, log
+from math import isnan, log, nan
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -12,11 +12,11 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyro_vae import enumeration, masks, runs
+from pyro_vae import enumeration, folding, masks, runs
 from pyro_vae.arrays import as_labels
 from pyro_vae.data import Preparation, Rows, Source, held_rows, parts
 from pyro_vae.errors import UsageError
-from pyro_vae.importance import estimate, with_error
+from pyro_vae.importance import estimate, unnormalized, with_error
 from pyro_vae.inference import DRAWS
 from pyro_vae.objectives import KLWeight, Parts, elbo, recorded
 from pyro_vae.pairs import (
@@ -95,6 +95,16 @@ class Evaluation:
     """Mutual information of that value and the label, over the mean of their entropies."""
     not_computed: dict[str, str] = field(default_factory=dict)
     """Why a score is missing that was asked for, by the score's name."""
+    log_joint: float | None = None
+    """Where the guide of a latent in the data plate is a Delta, a point estimate: log p(x, z) at
+    the point, which is not a bound on log p(x). ``elbo`` and ``log_likelihood`` are NaN then, and
+    ``kl`` is that of the other latents."""
+    point_estimates: tuple[str, ...] = ()
+    """Latents whose guide is a Delta. Where all are outside the data plate, bounds are those on
+    log p(x | w) at the points w."""
+    factors: tuple[str, ...] = ()
+    """The model's ``pyro.factor`` sites. They count in ``reconstruction``, and with them p(x) is
+    not normalized: ``log_likelihood`` is the logarithm of an integral, and no likelihood."""
 
     @property
     def nll(self) -> float:
@@ -121,10 +131,21 @@ class Evaluation:
             + (f" ({site})" if len(self.active_units) > 1 else "")
             for site, count in self.active_units.items()
         )
-        lines = [
-            ("examples", f"{self.num_examples}"),
+        points = ", ".join(self.point_estimates)
+        bounds = [
             ("ELBO", f"{self.elbo:.3f} nats per example"),
             ("log p(x) ≥", self._estimate()),
+            *unnormalized(self.factors),
+        ]
+        if self.log_joint is not None:
+            at = f"at a point estimate of {points}, not a bound"
+            words = f"{self.log_joint:.3f} nats per example, {at}"
+            bounds = [("log joint", words), ("log p(x)", "not estimated: the guide has no density")]
+        elif points:
+            bounds.append(("given", f"a point estimate of {points}"))
+        lines = [
+            ("examples", f"{self.num_examples}"),
+            *bounds,
             ("reconstruction", f"{self.reconstruction:.3f}"),
             ("KL", f"{self.kl:.3f}"),
             ("active units", active or "none"),
@@ -203,8 +224,12 @@ def evaluate(
         train_labels = _labels_of(known[0], train_labels, "train")
     objective = elbo(pair, prepare(rows.first(2)), PARTICLES)
     measured = bound(pair, rows, prepare, objective, batch_size, seed)
-    likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress)
-    _warn_of_rows(rows, prepare, likelihood.per_datum, batch_size)
+    few = prepare(rows.first(2))
+    points, factors = folding.plan(pair, few), folding.factors_of(pair, few)
+    likelihood = None
+    if not points.local_points:
+        likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress)
+        _warn_of_rows(rows, prepare, likelihood.per_datum, batch_size)
     units, codes, moves, dims = _units(pair, rows, prepare, batch_size, seed)
     scores = _Scores()
     if labels is not None and known is not None and train_labels is not None and codes:
@@ -215,19 +240,27 @@ def evaluate(
         )
     if labels is not None:
         _classes(scores, pair, rows, prepare, labels, batch_size, seed)
+    hidden = [folding.point_name(name) for name in points.points]
+    by_site = {name: kl for name, kl in measured.kl.items() if name not in hidden}
+    bits = None
+    if likelihood is not None and dims and not factors:
+        bits = -likelihood.per_datum.sum().item() / (dims * log(2))
     return Evaluation(
-        num_examples=len(likelihood.per_datum),
-        elbo=measured.elbo,
+        num_examples=len(rows),
+        elbo=nan if likelihood is None else measured.elbo,
         reconstruction=measured.reconstruction,
-        kl=sum(measured.kl.values()),
-        kl_by_site=measured.kl,
+        kl=sum(by_site.values()),
+        kl_by_site=by_site,
         kl_by_unit={name: kl.tolist() for name, kl in units.items()},
         num_units={name: code.shape[1] for name, code in codes.items()},
         active_units={name: int((_variance(move) > ACTIVE).sum()) for name, move in moves.items()},
-        log_likelihood=likelihood.value,
-        log_likelihood_standard_error=likelihood.standard_error,
+        log_likelihood=nan if likelihood is None else likelihood.value,
+        log_likelihood_standard_error=nan if likelihood is None else likelihood.standard_error,
         num_samples=num_samples,
-        bits_per_dim=-likelihood.per_datum.sum().item() / (dims * log(2)) if dims else None,
+        bits_per_dim=bits,
+        log_joint=measured.elbo if likelihood is None else None,
+        point_estimates=points.points,
+        factors=factors,
         not_computed=scores.missing,
         **scores.found,
     )
@@ -291,7 +324,7 @@ def bound(
     Without the KL of latents outside the data plate: their posterior is given, as for any new datum
     :math:`E_{q(w)}[\\mathrm{ELBO}(x|w)] \\le \\log E_{q(w)}[p(x|w)]`.
     """
-    total, count, sums = 0.0, 0, Parts(global_share=0.0)
+    total, count, sums = 0.0, 0, Parts(global_share=0.0, pair=pair)
     measured, given = recorded(objective, sums), KLWeight(global_weight=0.0)
     model, guide = given(cast(Pair, pair).model), given(cast(Pair, pair).guide)
     with using(pair, seed):
@@ -366,7 +399,7 @@ def _closed_mean(prior: Any) -> Tensor | float:
 
 def _kl_of_units(terms: enumeration.Terms, prior: Any, site: Any, closed: bool) -> Tensor | None:
     """The KL (batch, *units) of a latent site, None where it does not split into units."""
-    if prior is None:
+    if prior is None or folding.is_delta(site["fn"]) or folding.shares(site):
         return None
     shape = site["fn"].event_shape
     # Where weights depend on the draw, so must what they weigh.

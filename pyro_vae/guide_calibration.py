@@ -320,7 +320,7 @@ class _Simulated:
 
     def _guided(self, batch: Batch, truth: dict[str, Tensor], number: int | None) -> _Drawn:
         with self._plate(number):
-            guide = latents(trace(cast(Pair, self.pair).guide, batch))
+            guide = latents(trace_guide(self.pair, batch))
         values = {name: guide[name]["value"] for name in truth}
         shaped = {name: value.reshape(-1, *truth[name].shape) for name, value in values.items()}
         return self._scored(batch, values, number)._replace(values=shaped)

@@ -35,6 +35,7 @@ from pyro_vae.pairs import (
     placement,
     registered,
     scope,
+    trace,
     trace_guide,
     trace_model,
     using,
@@ -184,7 +185,7 @@ class _Ascent:
     ) -> None:
         with using(pair):
             _, vectorized, _ = structure(pair, first)
-            self.pair = Refined(pair, _places(latents(trace_guide(pair, first))))
+            self.pair = Refined(pair, _places(latents(trace(cast(Pair, pair).guide, first))))
         n = len(first[0])
         named = (*first, torch.arange(n, device=first[0].device))
         objective = elbo(self.pair, named, num_particles, vectorized)

@@ -76,15 +76,20 @@ class History:
     inconsistent: tuple[str, ...] = ()
     """Latent sites whose KL was negative then, as none is: model and guide disagree about them."""
 
+    point_estimates: tuple[str, ...] = ()
+    """Latent sites whose guide is a Delta: what stands as ``elbo`` is then log p(x, z) at a point,
+    which is not a bound on log p(x), and ``-log p(z)`` stands in the place of their KL."""
+
     def __getitem__(self, column: str) -> list[float]:
         """A column of history.csv as a list: ``history["validation_elbo"]``."""
         return [epoch.row()[column] for epoch in self.epochs]
 
     def __repr__(self) -> str:
         last = self.epochs[-1]
+        what = "log joint at a point estimate" if self.point_estimates else "elbo"
         return (
             f"History({len(self)} epochs, best {self.best_epoch}, "
-            f"elbo {last.elbo:.3f} at the last, stopped early: {self.stopped_early})"
+            f"{what} {last.elbo:.3f} at the last, stopped early: {self.stopped_early})"
         )
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vae import enumeration
+from pyro_vae import enumeration, folding
 from pyro_vae.config import require_engine
 from pyro_vae.data import Preparation, Rows, Source, held_rows
 from pyro_vae.errors import UsageError
@@ -19,6 +19,7 @@ from pyro_vae.pairs import (
     Given,
     Site,
     by_datum,
+    factors,
     global_latents,
     is_local,
     latents,
@@ -76,6 +77,9 @@ class LogLikelihood(NamedTuple):
     infinite_weights: Tensor
     """How many of each datum's weights are infinite or NaN, of shape (n,): where the guide drew
     what it gives no density itself. The estimate is then infinite or NaN too."""
+    factors: tuple[str, ...] = ()
+    """The model's ``pyro.factor`` sites: with them p(x) is not normalized, and its logarithm is
+    that of the integral of p(x, z) times the factors, not a log-likelihood."""
 
     def worst(self, number: int = 10) -> Tensor:
         """The indices of the data whose estimates are least to be trusted, the worst first.
@@ -107,6 +111,7 @@ class LogLikelihood(NamedTuple):
         }
         return {
             "num_examples": len(self.per_datum),
+            **({"unnormalized_by": list(self.factors)} if self.factors else {}),
             "num_samples": self.num_samples,
             "k_threshold": self.k_threshold,
             **{name: value if isfinite(value) else None for name, value in found.items()},
@@ -123,6 +128,7 @@ class LogLikelihood(NamedTuple):
         size = (self.effective_sample_size / self.num_samples).median().item()
         lines = [
             ("log p(x) ≥", f"{with_error(self.value, self.standard_error)} nats per example"),
+            *unnormalized(self.factors),
             ("ELBO", with_error(self.elbo, self.elbo_standard_error)),
             ("samples", f"{self.num_samples} for each of {n} data"),
             ("effective samples", f"{100 * size:.1f} % in the median"),
@@ -158,6 +164,12 @@ def with_error(value: float, error: float, width: int = 0) -> str:
     ('-4.500 ± 0.100', '-4.500')
     """
     return f"{value:>{width}.3f}" + ("" if isnan(error) else f" ± {error:.3f}")
+
+
+def unnormalized(factors: tuple[str, ...]) -> list[tuple[str, str]]:
+    """A row of a table that says what factors make of log p(x); none without them."""
+    names = ", ".join(factors)
+    return [("not normalized", f"p(x) includes the factor {names}")] if factors else []
 
 
 @alone()
@@ -229,9 +241,14 @@ def estimate(
                 values.append(_weigh(sums, prepare(batch), num_samples, chunk))
                 shown.update(len(batch[0]))
         shared = bool(global_latents(pair, first))
+        terms = folding.factors_of(pair, first)
+        modes = folding.known(pair).modes
     per_datum, errors, ess, elbos, elbo_errors, shapes, infinite = map(
         torch.cat, zip(*values, strict=True)
     )
+    if modes and num_samples >= LEAST:
+        # A Delta leaves values of a discrete latent out: more samples never find them.
+        shapes = torch.full_like(shapes, torch.inf)
     return LogLikelihood(
         per_datum.mean().item(),
         _error_of_mean(errors, shared),
@@ -245,6 +262,7 @@ def estimate(
         elbo_errors,
         shapes,
         infinite,
+        terms,
     )
 
 
@@ -297,7 +315,7 @@ def _weights(model: poutine.Trace, guide: poutine.Trace, nesting: int) -> Tensor
             raise ValueError(f"site '{name}' does not take a plate of samples")
     if summed:
         return enumeration.evidence(model, guide)
-    return log_density(model, True) - log_density(guide, True)
+    return log_density(model, True) - _log_q(guide, True)
 
 
 def _local(trace: poutine.Trace) -> dict[str, Site]:
@@ -305,19 +323,30 @@ def _local(trace: poutine.Trace) -> dict[str, Site]:
     return {name: site for name, site in latents(trace).items() if is_local(site)}
 
 
-def log_density(trace: poutine.Trace, particles: bool) -> Tensor:
-    """All latent and observed sites of a trace, summed for each datum: of shape (particles, n) or
-    (n,)."""
-    sites = (_local(trace) | observed(trace)).values()
-    terms = (by_datum(log_prob(site), particles=particles) for site in sites)
+def log_density(model: poutine.Trace, particles: bool) -> Tensor:
+    """All latents, observed sites and factors of a model's trace, summed for each datum: of shape
+    (particles, n) or (n,)."""
+    terms = {name: site for name, site in factors(model).items() if is_local(site)}
+    return _summed(_local(model) | observed(model) | terms, particles)
+
+
+def _log_q(guide: poutine.Trace, particles: bool) -> Tensor:
+    """All latents of a guide's trace; what it observes is a term of the loss, and not of q."""
+    return _summed(_local(guide), particles)
+
+
+def _summed(sites: dict[str, Site], particles: bool) -> Tensor:
+    terms = (by_datum(log_prob(site), particles=particles) for site in sites.values())
     return sum(terms, torch.zeros(()))
 
 
 def structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
     """How many plates a pair nests, whether it takes a plate of samples, its widest site."""
+    folding.require_density(pair, batch, "gives no importance weights")
     guide = trace_guide(pair, batch)
     model = trace_model(pair, batch, guide)
     enumeration.require_placed(guide, model)
+    folding.require_factors_placed(pair, batch)
     sites = [*latents(guide).values(), *observed(model).values()]
     nesting = enumeration.nesting_of(model, guide)
     widest = max(prod(site["fn"].event_shape) for site in sites)
@@ -366,7 +395,7 @@ def _alone(
     model, guide = enumeration.traces(pair, batch, nesting, Given(draw or {}))
     if enumeration.enumerated(model):
         return enumeration.evidence(model, guide)
-    return log_density(model, False) - log_density(guide, False)
+    return log_density(model, False) - _log_q(guide, False)
 
 
 def _sums(

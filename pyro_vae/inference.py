@@ -29,6 +29,7 @@ from pyro_vae.pairs import (
     is_local,
     latents,
     placement,
+    require_normalized,
     template,
     trace,
     trace_guide,
@@ -87,6 +88,10 @@ def sample(
     size = min(CHUNK, -(-n // GROUPS)) if shared else CHUNK
     parts = []
     with using(pair, seed):
+        few = tuple(tensor[:2] for tensor in batch)
+        drawn = trace(unconditioned(pair), few)
+        require_normalized(drawn, "there are no draws of it but by MCMC (pyro_vae.nuts)")
+    with using(pair, seed):
         for part in _chunks(batch, size):
             own = _global_values(pair, part, False, shared)
             parts.append(generate(pair, part, own, means, site))
@@ -124,7 +129,7 @@ def encode(
             for name, site in latents(guide).items():
                 value = _scale(site["fn"]) if what == "scale" else site["value"]
                 if is_local(site) and value is not None:
-                    found.setdefault(name, []).append(data_first(value, site))
+                    found.setdefault(name, []).append(data_first(value, site).detach())
             if what != "scale":
                 for name, value in _summed(pair, batch, guide, what == "mean").items():
                     found.setdefault(name, []).append(value)
@@ -332,6 +337,10 @@ def traverse(
         codes = {name: value for name, value in given.items() if name not in shared}
         supports = _supports(pair, batch)
         real = [name for name in codes if name in supports and not supports[name].is_discrete]
+        if not codes:
+            raise UsageError(
+                f"{type(pair).__name__} has no latent in the data plate, whose units could be moved"
+            )
         chosen = latent or (real or list(codes))[0]
         if chosen not in codes:
             raise UsageError(f"no latent site is called '{chosen}': {', '.join(codes)} are")
@@ -359,7 +368,8 @@ def generate(
 ) -> Tensor:
     """The mean (of classes the mode) or a draw of the data, with latents given or drawn."""
     found = observation(pair, batch, values, site)
-    return data_first(typical(found["fn"]) if means else found["value"], found)
+    value = typical(found["fn"]) if means else found["value"]
+    return data_first(value, found).detach()
 
 
 def observation(

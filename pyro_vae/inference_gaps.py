@@ -9,16 +9,8 @@ from torch import Tensor, nn
 from pyro_vae.data import Rows, held_rows
 from pyro_vae.errors import UsageError
 from pyro_vae.guides import Refinement, refine
-from pyro_vae.importance import all_log_weights
-from pyro_vae.pairs import (
-    Batch,
-    latents,
-    require_local,
-    sample_sites,
-    trace_guide,
-    trace_model,
-    using,
-)
+from pyro_vae.importance import all_log_weights, unnormalized
+from pyro_vae.pairs import Batch, require_local, using
 from pyro_vae.pareto import LEAST, pareto_shape
 from pyro_vae.threads import alone
 
@@ -95,7 +87,10 @@ class Gaps(NamedTuple):
         return int((~torch.isfinite(self.inference.per_datum)).sum())
 
     def __str__(self) -> str:
-        lines = [f"{'nats per example':<22}{'mean':>10}{'error':>9}{'median':>10}{'95 %':>10}"]
+        lines = [
+            f"{name:<22}{words}" for name, words in unnormalized(self.refinement.before.factors)
+        ]
+        lines += [f"{'nats per example':<22}{'mean':>10}{'error':>9}{'median':>10}{'95 %':>10}"]
         for name in ("log_likelihood", "refined", "amortised", *GAPS):
             gap = getattr(self, name)
             middle, high = _quantiles(gap.per_datum)
@@ -163,7 +158,7 @@ def gaps(
     p(x); by the delta method. Latents that are enumerated are summed out of all three numbers, and
     those that are discrete stay as the guide has them. With too few steps the amortisation gap is
     too small, the approximation gap too great by as much; so is the latter too small where log p(x)
-    is. Raises `UsageError` as `refine` does, and for a guide with sites that the model lacks.
+    is. Raises `UsageError` as `refine` does.
     Cremer, Li & Duvenaud, 2018 (https://arxiv.org/abs/1801.03558).
 
     >>> import torch, pyro_vae as pv
@@ -194,7 +189,6 @@ def gaps(
         engine=engine,
         progress=progress,
     )
-    _require_no_auxiliary(pair, tuple(part[:2] for part in refined.batch[:-1]))
     # NaN, from infinite weights, chooses neither: the datum's log p(x) stays what it is.
     chosen = refined.after.per_datum >= refined.before.per_datum
     parts = []
@@ -282,18 +276,6 @@ def _given(found: Any, n: int) -> PerDatum:
             f"row of x; {tuple(per_datum.shape)} and {tuple(errors.shape)} came"
         )
     return PerDatum(per_datum, errors)
-
-
-def _require_no_auxiliary(pair: nn.Module, batch: Batch) -> None:
-    with using(pair, 0):
-        guide = trace_guide(pair, batch)
-        known = sample_sites(trace_model(pair, batch, guide))
-    for name in latents(guide):
-        if name not in known:
-            raise UsageError(
-                f"site '{name}' of the guide is not one of the model (auxiliary): its log weights "
-                "are no bound of log p(x)"
-            )
 
 
 def _quantiles(per_datum: Tensor) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from torch.distributions.transforms import IndependentTransform
 
 from pyro_vae import enumeration, masks, places
 from pyro_vae.errors import UsageError, first_line
+from pyro_vae.folding import is_delta
 from pyro_vae.graphs import Named, traced
 from pyro_vae.importance import structure
 from pyro_vae.pairs import (
@@ -39,6 +40,8 @@ from pyro_vae.pairs import (
     latents,
     log_prob,
     observed,
+    require_normalized,
+    scored,
     template,
     trace,
     trace_guide,
@@ -82,7 +85,7 @@ class Joint:
     ``gradients`` and ``joint_gradient`` are run eagerly until `use` says how.
     Every method takes tensors of one batch, and is to be used within `pyro_vae.pairs.using`.
     Raises `UsageError`, naming the site, for latents outside the data plate, discrete ones that
-    are not enumerated, and latents that only the guide has.
+    are not enumerated, and those whose guide has a density at its own draws alone.
     """
 
     def __init__(self, pair: nn.Module, batch: Batch) -> None:
@@ -105,11 +108,11 @@ class Joint:
 
     def draw(self, number: int, *batch: Tensor) -> Tensor:
         """Draws of the guide, of shape (number, n, D)."""
-        return self._drawn(number, batch, cast(Pair, self.pair).guide)
+        return self._drawn(number, batch, lambda: trace_guide(self.pair, batch))
 
     def draw_prior(self, number: int, *batch: Tensor) -> Tensor:
         """Draws of the model's latents, which do not know x, of shape (number, n, D)."""
-        return self._drawn(number, batch, cast(Pair, self.pair).model)
+        return self._drawn(number, batch, lambda: trace(cast(Pair, self.pair).model, batch))
 
     def unconstrained(self, values: Mapping[str, Tensor], *batch: Tensor) -> Tensor:
         """Values of the sites, as the model draws them, as vectors of shape (1, n, D)."""
@@ -172,16 +175,18 @@ class Joint:
         known = Trace()
         if self.enumerates:  # the model takes its values from the guide
             with plate, _Placed(self._sites(z)):
-                known = trace(EnumMessenger(first_available_dim=first)(typed.guide), batch)
+                known = trace_guide(self.pair, batch, EnumMessenger(first_available_dim=first))
         messenger = EnumMessenger(first_available_dim=None if self.enumerates else first)
         with plate, placed:
             model = trace(messenger(poutine.replay(typed.model, trace=known)), batch)
         jacobian = sum(map(self._total, placed.log_dets.values()), torch.zeros(()))
-        joint = self._marginal(model, known, latents(model) | observed(model))
+        sites = latents(model) | scored(model)
+        local = {name: site for name, site in sites.items() if is_local(site)}
+        joint = self._marginal(model, known, local)
         if not guide:
             return self._whole(joint + jacobian, z), self._whole(jacobian * 0, z)
         with plate, Given(placed.values):
-            proposal = trace(EnumMessenger(first_available_dim=first)(typed.guide), batch)
+            proposal = trace_guide(self.pair, batch, EnumMessenger(first_available_dim=first))
         log_q = self._marginal(model, proposal, latents(proposal), of_guide=True)
         return self._whole(joint + jacobian, z), self._whole(log_q + jacobian, z)
 
@@ -200,11 +205,11 @@ class Joint:
     def _whole(density: Tensor, z: Tensor) -> Tensor:
         return density.expand(z.shape[:-1])
 
-    def _drawn(self, number: int, batch: Batch, program: Callable[..., Any]) -> Tensor:
+    def _drawn(self, number: int, batch: Batch, run: Callable[[], Trace]) -> Tensor:
         found = []
         for size in (number,) if self.vectorized else (1,) * number:
             with self._plate(size):
-                drawn = latents(trace(program, batch))
+                drawn = latents(run())
             values = {name: drawn[name]["value"] for name in self.places}
             found.append(self._read(values, batch, size))
         return torch.cat(found)
@@ -256,6 +261,11 @@ class _Placed(Messenger):
         self.free = free
         self.values: dict[str, Tensor] = {}
         self.log_dets: dict[str, Tensor] = {}
+
+    def gives(self, name: str, support: Any) -> Tensor | None:
+        """The value that a site is given, if any."""
+        free = self.free.get(name)
+        return None if free is None else _to_support(name, None, support)(free)
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.free:
@@ -333,9 +343,9 @@ def _moving(model: Trace, guide: Trace) -> list[str]:
             raise UsageError(
                 f"site '{name}' is outside the data plate: it is no latent of one datum"
             )
-        if name not in ours:
+        if name in theirs and is_delta(theirs[name]["fn"]):
             raise UsageError(
-                f"site '{name}' is one of the guide alone (auxiliary): its posterior has no density"
+                f"the guide of site '{name}' is a Delta, whose density is known at its draws alone"
             )
         if name not in marked and (site["fn"].support.is_discrete or name not in theirs):
             raise UsageError(
@@ -374,6 +384,7 @@ def simulate(pair: nn.Module, number: int, context: Batch = ()) -> tuple[Batch, 
     batch = template(pair, number, context)
     find_places(pair, batch)
     drawn = trace(unconditioned(pair), batch)
+    require_normalized(drawn, "data cannot be simulated from it")
     batch = tuple(_with_draws(list(batch), drawn))
     sites = latents(drawn)
     values = {

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_vae import masks
+from pyro_vae import folding, masks
 from pyro_vae.data import Rows, held_rows
 from pyro_vae.errors import UsageError
 from pyro_vae.objectives import log_aggregate
@@ -158,6 +158,9 @@ def _split_sites(pair: nn.Module, batch: Batch) -> list[str]:
     faults = {}
     for name, (site, prior) in sites.items():
         fn, again = site["fn"], others[name][0]["fn"]
+        if folding.is_delta(fn) or isinstance(fn, folding.Drawn):
+            faults[name] = "has a guide whose density is not known at the codes of other data"
+            continue
         same = site["value"][:1].expand(site["value"].shape)
         priors = torch.stack([p["fn"].log_prob(same) for p in (prior, others[name][1])])
         if not is_local(site) or len(fn.batch_shape) > 1 or masks.is_masked(site):

@@ -183,7 +183,8 @@ def nuts(
         engine: how gradients are computed: "auto" traces a graph of them.
 
     Raises `UsageError`, naming the site, for latents outside the data plate, discrete ones that are
-    not enumerated, and latents of the guide alone; and for fewer than two chains of four draws.
+    not enumerated, and those that the guide gives no density; and for fewer than two chains of four
+    draws.
     Hoffman & Gelman, The No-U-Turn sampler, 2014.
 
     >>> import torch, pyro_vae as pv

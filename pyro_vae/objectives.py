@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_vae import enumeration, masks
+from pyro_vae import enumeration, folding, masks
 from pyro_vae.errors import NotTraceable, UsageError, first_line
 from pyro_vae.pairs import (
     Batch,
@@ -30,11 +30,13 @@ from pyro_vae.pairs import (
     data_plates,
     factorizes,
     is_auxiliary,
+    is_factor,
     is_local,
     latents,
     observed,
     same_order,
     sample_sites,
+    scored,
     site_kl,
 )
 
@@ -63,7 +65,9 @@ class KLWeight(Messenger):
         self.weight, self.global_weight = weight, global_weight
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
+        if is_factor(msg) and not is_local(msg):  # a term beside the priors of global latents
+            msg["scale"] = msg["scale"] * self.global_weight
+        elif not msg["is_observed"] and not site_is_subsample(msg):
             weight = self.weight if is_local(msg) else self.global_weight
             msg["scale"] = msg["scale"] * weight
             msg["kl_weight"] = msg.get("kl_weight", 1.0) * weight
@@ -208,7 +212,7 @@ class ImportanceWeightedELBO(_PathELBO):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
         plates = data_plates(model_trace, guide_trace)
-        for name, site in (latents(guide_trace) | observed(model_trace)).items():
+        for name, site in (latents(guide_trace) | scored(model_trace)).items():
             if not is_local(site, plates):
                 raise UsageError(
                     f"site '{name}' is outside the data plate: the importance-weighted bound "
@@ -220,7 +224,7 @@ class ImportanceWeightedELBO(_PathELBO):
         particles = self.num_particles > 1
         log_p, log_q = (_total(t, particles, scale) for t in (model_trace, guide_trace))
         # What is no part of p(x) is no part of the weights either.
-        beside = sum(s["log_prob_sum"] for s in _scored(model_trace) if is_auxiliary(s))
+        beside = sum(s["log_prob_sum"] for s in _scored(model_trace) if _beside(s))
         beside = beside / self.num_particles
         if self.gradient == Gradient.TOTAL:
             return -(self._bound(log_p - log_q) * scale).sum() - beside
@@ -482,11 +486,13 @@ class Parts:
     The sums of :math:`\\log p` of observed sites and of :math:`\\log q - \\log p` of latent sites
     leave every scale out: they are those of the ELBO whatever the weight on the KL.
     ``global_share`` is the minibatch's share of the KL of latents outside the data plate; 0 leaves
-    these out.
+    these out. Factors of the model count as observed. With ``pair``, a latent that its guide draws
+    by way of another site has the density of both, and a point estimate has none
+    (`pyro_vae.folding`).
     """
 
-    def __init__(self, global_share: float = 1.0) -> None:
-        self.global_share = global_share
+    def __init__(self, global_share: float = 1.0, pair: nn.Module | None = None) -> None:
+        self.global_share, self.pair = global_share, pair
         self.reconstruction: dict[str, Tensor] = {}
         self.kl: dict[str, Tensor] = {}
         self.validated: set[str] = set()
@@ -498,26 +504,34 @@ class Parts:
     def add(self, model_trace: Trace, guide_trace: Trace, share: float) -> None:
         """Add the parts of one pair of traces, which stands for this share of the particles."""
         enumeration.require_summed(model_trace, guide_trace)
+        points: tuple[str, ...] = ()
+        if self.pair is not None:
+            guide_trace = folding.folded(self.pair, guide_trace)
+            points = folding.known(self.pair).points
         terms = enumeration.terms(model_trace, guide_trace)
-        for name, site in observed(model_trace).items():
+        for name, site in scored(model_trace).items():
+            own = 1.0 if is_local(site) else self.global_share
+            if own == 0:
+                continue
             term = terms.mean(terms.observed[name]).detach().sum()
-            _add(self.reconstruction, name, term * share)
+            _add(self.reconstruction, name, term * (share * own))
+            if is_factor(site):
+                continue
             if not is_validation_enabled() and name in self.validated:
                 inside = site["fn"].support.check(site["value"])
                 _add(self.outside, name, inside.logical_not().sum())
             elif _validates(site["fn"]):
                 self.validated.add(name)
-        sites, plates = (
-            latents(model_trace) | latents(guide_trace),
-            data_plates(model_trace, guide_trace),
-        )
+        sites = latents(model_trace) | latents(guide_trace)  # the guide's, where both have one
+        plates = data_plates(model_trace, guide_trace)
         for name, log_q in terms.posterior.items():
             own = 1.0 if is_local(sites[name], plates) else self.global_share
             if own == 0:
                 continue
-            term = terms.mean(log_q).detach().sum()
+            term = terms.mean(log_q).detach().sum() * (name not in points)
             if name in terms.prior:  # an auxiliary site of the guide has no prior
                 term = term - terms.mean(terms.prior[name]).detach().sum()
+            name = folding.point_name(name) if name in points else folding.joint_name(sites[name])
             _add(self.kl, name, term * (share * own))
 
     def clear(self) -> None:
@@ -583,6 +597,12 @@ def surrogate(objective: Any, model: Any, guide: Any, batch: Batch) -> tuple[Ten
         loss = loss + terms[0] / objective.num_particles
         differentiable = differentiable + terms[1] / objective.num_particles
     return loss, differentiable
+
+
+def takes_guide_terms(objective: ELBO) -> bool:
+    """Whether an objective sums what a guide observes, factors for one, as ``Trace_ELBO`` does."""
+    kind: Any = type(objective)
+    return kind.loss_and_grads is not _DifferentiableELBO.loss_and_grads
 
 
 def _require_reparametrized(sites: Sequence[Site], what: str) -> None:
@@ -679,8 +699,13 @@ def _scored(model_trace: Trace) -> list[Site]:
     return [site for site in sample_sites(model_trace).values() if site["is_observed"]]
 
 
+def _beside(site: Site) -> bool:
+    """Whether a site is a term of the objective beside p(x, z)."""
+    return site["is_observed"] and is_auxiliary(site) and not is_factor(site)
+
+
 def _total(trace: Trace, particles: bool, scale: Any) -> Tensor:
-    sites = [s for s in sample_sites(trace).values() if not (s["is_observed"] and is_auxiliary(s))]
+    sites = [s for s in sample_sites(trace).values() if not _beside(s)]
     terms = (site["log_prob"] / scale for site in sites)
     return sum((by_datum(term, particles) for term in terms), torch.zeros(()))
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
@@ -213,10 +214,15 @@ def require_numbers(error: Exception) -> None:
         ) from error
 
 
-def trace_guide(pair: nn.Module, batch: Sequence[Tensor]) -> Trace:
-    """The trace of the guide on a batch."""
+def trace_guide(pair: nn.Module, batch: Sequence[Tensor], *handlers: Any) -> Trace:
+    """The trace of the guide on a batch, inside these handlers, the innermost first.
+
+    What it draws by way of an auxiliary site is one latent of the trace (`pyro_vae.folding`).
+    """
+    from pyro_vae.folding import trace_guide as folded_guide  # built on this module
+
     find_places(pair, batch)
-    return trace(cast(Pair, pair).guide, batch)
+    return folded_guide(pair, batch, *handlers)
 
 
 def trace_model(pair: nn.Module, batch: Sequence[Tensor], guide: Trace) -> Trace:
@@ -364,6 +370,32 @@ class _Uncondition(UnconditionMessenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["infer"].get("_deterministic"):
             super()._pyro_sample(msg)
+
+
+def is_factor(site: Site) -> bool:
+    """Whether a site is a ``pyro.factor``: a term of the log density, without a value."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Unit)
+
+
+def factors(trace: Trace) -> dict[str, Site]:
+    """The sites of ``pyro.factor`` in a trace, by name."""
+    return {name: site for name, site in sample_sites(trace).items() if is_factor(site)}
+
+
+def scored(trace: Trace) -> dict[str, Site]:
+    """The observed sites of a model and its factors: what p(x, z) has beside its latents."""
+    return observed(trace) | factors(trace)
+
+
+def require_normalized(model: Trace, why: str) -> None:
+    """Raise `UsageError` for a model with factors, and say why."""
+    for name in factors(model):
+        raise UsageError(
+            f"the model has a pyro.factor, '{name}', so that its density is not normalized: {why}"
+        )
 
 
 def is_auxiliary(site: Site) -> bool:
@@ -554,7 +586,8 @@ def mean(fn: Any, num_samples: int = 100) -> Tensor:
     """The mean of a distribution, by draws where it has no closed form."""
     closed = _closed_mean(fn)
     if closed is None or bool(closed.isnan().any()):  # torch's Categorical has a mean of NaN
-        return fn.sample((num_samples,)).to(torch.get_default_dtype()).mean(0)
+        draws = fn.sample((num_samples,))
+        return (draws if draws.is_floating_point() else draws.to(torch.get_default_dtype())).mean(0)
     return closed
 
 
@@ -610,8 +643,12 @@ class Means(poutine.messenger.Messenger):
     """Every unobserved site takes its distribution's mean (a discrete one its mode), not a draw."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and msg["value"] is None and not msg["done"]:
+        free = msg["value"] is None and not msg["done"]
+        if not msg["is_observed"] and (free or msg.get("folded")):
             if site_is_subsample(msg):
+                return
+            if msg.get("folded") == "later":
+                msg["mean_later"] = True
                 return
             fn = msg["fn"]
             msg["value"] = mode(fn) if fn.support.is_discrete else mean(fn)
@@ -624,6 +661,10 @@ class Given(poutine.messenger.Messenger):
     def __init__(self, values: dict[str, Tensor]) -> None:
         super().__init__()
         self.values = values
+
+    def gives(self, name: str, support: Any) -> Tensor | None:
+        """The value that a site is given, if any."""
+        return self.values.get(name)
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.values:

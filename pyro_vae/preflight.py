@@ -20,15 +20,17 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_vae import enumeration, masks
+from pyro_vae import enumeration, folding, masks
 from pyro_vae.data import Preparation
 from pyro_vae.errors import UsageError, first_line
-from pyro_vae.objectives import EnumeratedELBO, ImportanceWeightedELBO
+from pyro_vae.objectives import EnumeratedELBO, ImportanceWeightedELBO, takes_guide_terms
 from pyro_vae.pairs import (
     Pair,
     Site,
     adopt,
     evaluation_mode,
+    factors,
+    is_auxiliary,
     is_local,
     latents,
     log_prob,
@@ -38,11 +40,15 @@ from pyro_vae.pairs import (
     scope,
     trace,
 )
-from pyro_vae.pairs import trace_guide as run_guide
 from pyro_vae.pairs import trace_model as run_model
 from pyro_vae.places import NO_SIZE
 from pyro_vae.rng import seeded
 from pyro_vae.threads import alone
+
+
+def run_guide(pair: nn.Module, batch: Sequence[Tensor]) -> Trace:
+    """The trace of the guide as it is written, before any of its sites are folded."""
+    return trace(cast(Pair, pair).guide, batch)
 
 
 @dataclass(frozen=True)
@@ -111,12 +117,15 @@ def check(
         guide = run_guide(pair, batch)
         model = run_model(pair, batch, guide)
         errors = [*_sites(model, guide), *_shapes(model, guide, batch)]
+        errors = errors or list(folding.plan(pair, batch).faults)
         errors = errors or _masks(pair, batch, model, guide)
+        errors = errors or folding.misplaced_factors(pair, batch)
         errors = errors or _enumerated(pair, batch, model, guide)
         notes: list[str] = []
         if not errors:
             errors, notes = _parameters(pair, model, guide)
             errors += _objective(pair, objective, batch, model, guide)
+            notes += _named(pair, model, guide)
     return Report(tuple(errors), tuple(notes))
 
 
@@ -173,11 +182,12 @@ def _sites(model: Trace, guide: Trace) -> list[str]:
     errors = []
     if not observed(model):
         errors.append("the model observes nothing: give one pyro.sample the data, as obs=x")
-    in_model, in_guide = sample_sites(model), sample_sites(guide)
-    for name, site in in_guide.items():
-        if site["is_observed"]:
+    in_model, in_guide = sample_sites(model), latents(guide)
+    for name in [name for name in sample_sites(guide) if name not in in_guide]:
+        if name in latents(model) or not is_auxiliary(sample_sites(guide)[name]):
             errors.append(
-                f"the guide observes site '{name}': a guide samples latents only, drop obs="
+                f"the guide observes site '{name}': a guide samples latents, drop obs=; or mark a "
+                'term of the loss alone, of a name of its own, infer={"is_auxiliary": True}'
             )
     summed = enumeration.to_enumerate(model, guide)
     for name in summed:
@@ -194,6 +204,32 @@ def _sites(model: Trace, guide: Trace) -> list[str]:
         elif name in in_model and in_model[name]["is_observed"]:
             errors.append(f"site '{name}' is sampled by the guide and observed by the model")
     return errors
+
+
+def _named(pair: nn.Module, model: Trace, guide: Trace) -> list[str]:
+    """What the numbers of a pair are, where they are not what their names say."""
+    notes, found = [], folding.known(pair)
+    if found.local_points:
+        notes.append(
+            f"the guide of {', '.join(found.local_points)} is a Delta: what is maximized is log "
+            "p(x, z) at a point estimate, not a bound on log p(x)"
+        )
+    if found.global_points:
+        notes.append(
+            f"the guide of {', '.join(found.global_points)} is a Delta, a point estimate: bounds "
+            "on log p(x) are given it"
+        )
+    notes += [
+        f"log p(x) includes the factor '{name}': it is that of a density which is not normalized"
+        for name in factors(model)
+    ]
+    notes += [
+        f"site '{name}' that the guide observes is a term of the loss, plus its log density, and "
+        "not a part of q"
+        for name, site in sample_sites(guide).items()
+        if site["is_observed"]
+    ]
+    return notes
 
 
 def _summable(site: Site) -> list[str]:
@@ -353,10 +389,10 @@ def _subsampled(trace: Trace) -> bool:
 
 def _parameters(pair: nn.Module, model: Trace, guide: Trace) -> tuple[list[str], list[str]]:
     loss: Any = 0.0
-    for name, site in sample_sites(model).items():
+    for site in sample_sites(model).values():
         loss = loss + log_prob(site).sum()
-        if name in latents(guide):
-            loss = loss - log_prob(latents(guide)[name]).sum()
+    for site in sample_sites(guide).values():
+        loss = loss - log_prob(site).sum()
     reached = _leaves(loss) if isinstance(loss, Tensor) else []
     known = {id(parameter): name for name, parameter in pair.named_parameters()}
     foreign = [leaf for leaf in reached if id(leaf) not in known]
@@ -413,6 +449,14 @@ def _objective(
             f"site '{summed[0]}' is to be summed out (enumerated), which "
             f"{type(objective).__name__} does not do: use pyro_vae.EnumeratedELBO"
         ]
+    terms = [name for name, site in sample_sites(guide).items() if site["is_observed"]]
+    if terms and not takes_guide_terms(objective):
+        stock = "TraceEnum_ELBO" if summed else "Trace_ELBO"
+        return [
+            f"site '{terms[0]}' that the guide observes is a term of the loss, which "
+            f"{type(objective).__name__} does not take: use {stock}"
+        ]
+    drawn = [name for name in latents(guide) if name not in folding.known(pair).hidden]
     whole = [name for name, site in latents(guide).items() if not is_local(site)]
     joint = (ImportanceWeightedELBO, RenyiELBO, ReweightedWakeSleep)
     if whole and isinstance(objective, joint):
@@ -421,10 +465,10 @@ def _objective(
             "samples for the whole batch, not for each datum: use Trace_ELBO"
         ]
     order = [name for name in sample_sites(model) if name in latents(guide)]
-    if isinstance(objective, TraceMeanField_ELBO) and order != list(latents(guide)):
+    if isinstance(objective, TraceMeanField_ELBO) and order != drawn:
         return [
             "the closed-form KL is valid only where guide and model sample in one order; the "
-            f"guide samples {', '.join(latents(guide))}, the model {', '.join(order)}: "
+            f"guide samples {', '.join(drawn)}, the model {', '.join(order)}: "
             "use Trace_ELBO"
         ]
     typed, loss = cast(Pair, pair), cast(Any, objective).loss

@@ -79,6 +79,7 @@ _NUMBERS = {
     "log_likelihood": "log p(x), a lower bound by importance sampling",
     "log_likelihood_standard_error": "its Monte Carlo standard error",
     "num_samples": "importance samples for each example",
+    "log_joint": "log p(x, z) at a point estimate, not a bound on log p(x)",
     "reconstruction": "reconstruction, E log p(x | z)",
     "kl": "KL",
     "bits_per_dim": "bits per dimension",

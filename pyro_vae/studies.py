@@ -136,6 +136,11 @@ def _latents(bench: Bench) -> Study:
         findings = []
         few = bench.some(500)
         own, are_kl = collapse.units(bench.pair, few), collapse.are_kl(bench.pair, few)
+        if found.point_estimates:
+            points = ", ".join(f"'{name}'" for name in found.point_estimates)
+            what = "log p(x) or a bound on it" if found.log_joint is not None else "its uncertainty"
+            words = f"{what}: the guide of {points} is a Delta, a point estimate"
+            findings += [Finding("doubt", words), Finding("next", "a guide with a spread")]
         for site, kl in found.kl_by_site.items():
             units = found.num_units.get(site, 1)
             if collapse.is_negative(kl, found.num_examples * PARTICLES):

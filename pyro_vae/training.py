@@ -19,7 +19,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae import collapse, held_out_rows, rng, runs, threads
+from pyro_vae import collapse, folding, held_out_rows, rng, runs, threads
 from pyro_vae.config import Settings
 from pyro_vae.data import (
     Arrays,
@@ -332,6 +332,7 @@ class _Run:
             self._waited(),
             self.alarm.collapsed,
             self.alarm.inconsistent,
+            folding.known(self.pair).points,
         )
 
     def _give_way(self, own: ExitStack) -> None:
@@ -583,7 +584,8 @@ class _Run:
     def _show(self, shown: tqdm) -> None:
         last = self.epochs[-1] if self.epochs else None
         if last is not None and self.batches == 1:
-            words = f"epoch {last.epoch}, elbo {last.elbo:.2f}"
+            what = "log joint" if folding.known(self.pair).points else "elbo"
+            words = f"epoch {last.epoch}, {what} {last.elbo:.2f}"
             if last.validation is not None:
                 words += f", validation {last.validation.elbo:.2f}"
             shown.set_postfix_str(words, refresh=False)
