@@ -17,6 +17,7 @@ from pyro.poutine import Trace, replay
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor, nn
 
+from pyro_vae import places
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import (
     Batch,
@@ -134,7 +135,8 @@ def discrete(pair: nn.Module, batch: Batch) -> list[str]:
     sites = latents(guide) | {
         name: site for name, site in latents(model).items() if site["infer"].get("enumerate")
     }
-    return [name for name, site in sites.items() if _placed(site) and _has_values(site["fn"])]
+    with places.in_use(pair):
+        return [name for name, site in sites.items() if _placed(site) and _has_values(site["fn"])]
 
 
 def values(pair: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -330,7 +332,7 @@ def _glance(pair: nn.Module, batch: Batch) -> tuple[Trace, Trace]:
     with using(pair, seed=0):
         guide = trace_guide(pair, few)
         model = trace_model(pair, few, guide)
-    require_placed(guide, model)
+        require_placed(guide, model)
     return guide, model
 
 

@@ -5,7 +5,6 @@ rows.safetensors has 64 bits for each row that was trained on or validated with.
 """
 
 from collections.abc import Mapping
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +57,18 @@ def row_hashes(x: Any) -> Tensor:
     >>> torch.equal(hashes, row_hashes(x.double()))
     True
     """
-    digests = []
-    for part in torch.as_tensor(x).split(4096):
-        rows = part.detach().cpu().float().reshape(len(part), -1) + 0.0  # -0.0 is 0.0
-        digests += [blake2b(row, digest_size=8).digest() for row in rows.numpy()]
-    return torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.int64).copy())
+    x = torch.as_tensor(x)
+    width = x[:1].numel()
+    # Multilinear hashing modulo 2**64 (Dietzfelbinger, 1996), once for each half of the 64 bits.
+    # The raw stream of a bit generator is the same in every version of NumPy.
+    factors = np.random.PCG64(0).random_raw(2 * width).reshape(2, width) | np.uint64(1)
+    found = []
+    for part in x.split(4096):
+        rows = part.detach().cpu().float().reshape(len(part), width) + 0.0  # -0.0 is 0.0
+        bits = np.ascontiguousarray(rows.numpy()).view(np.uint32).astype(np.uint64)
+        high, low = ((bits * factor).sum(1, dtype=np.uint64) >> np.uint64(32) for factor in factors)
+        found.append((high << np.uint64(32)) | low)
+    return torch.from_numpy(np.concatenate(found).view(np.int64))
 
 
 def write_rows(run: Path, parts: Mapping[str, Any]) -> None:

@@ -20,7 +20,6 @@ import pickle
 import re
 import shutil
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -252,7 +251,7 @@ def read_checkpoint(run: Path) -> dict[str, Any]:
     """The state of training, of tensors and plain values only."""
     content = _bytes(run / CHECKPOINT)
     # torch writes zip archives; anything else would be a pickle of old.
-    if zipfile.is_zipfile(io.BytesIO(content)):
+    if content.startswith(b"PK\x03\x04"):
         seals.require_sealed(content, run / CHECKPOINT)
         try:
             with warnings.catch_warnings():

@@ -49,9 +49,13 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 def tensor_file(tensors: Mapping[str, Tensor], more: str = "") -> bytes:
     """A safetensors file of these tensors, with their fingerprint and ``more`` in its header."""
-    seal = json.dumps({"more": more, "sha256": fingerprint(tensors)}, sort_keys=True)
+    seal = json.dumps({"more": more, "sha256": _seal(tensors, more)}, sort_keys=True)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(whole, metadata={_KEY: seal})
+
+
+def _seal(tensors: Mapping[str, Tensor], more: str) -> str:
+    return hashlib.sha256(json.dumps([fingerprint(tensors), more]).encode()).hexdigest()
 
 
 def open_tensor_file(content: bytes, path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -71,7 +75,7 @@ def open_tensor_file(content: bytes, path: Path) -> tuple[dict[str, Tensor], str
         sha256, more = seal["sha256"], seal["more"]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is damaged: its checksum cannot be read") from error
-    if sha256 != fingerprint(tensors):
+    if sha256 != _seal(tensors, more):
         raise UsageError(f"{path} is damaged: its tensors do not agree with their checksum")
     return tensors, more
 

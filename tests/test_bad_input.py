@@ -1307,7 +1307,7 @@ COMMANDS = {
     "option of configuration": ("train digits --config option.json", ["'epoch'", "'epochs'"]),
     "value of configuration": ("train digits --config value.json", ["epochs", "many"]),
     "evaluate an empty folder": ("evaluate empty", ["config.json", "missing"]),
-    "evaluate other data": ("evaluate run --data wide.npy", ["(12, 6)", "1, 8, 8"]),
+    "evaluate other data": ("evaluate run --data wide.npy", [", 6)", "1, 8, 8"]),
     "evaluate without samples": ("evaluate run --num-samples 0", ["--num-samples", "0"]),
     "evaluate as another pair": ("evaluate run --model own:Sound", ["--model vae", "own:Sound"]),
     "sample nothing": ("sample run --num 0", ["num", "0"]),
