@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae import annealing
-from pyro_vae.pairs import using
+from pyro_vae.inference import annealing, annealing_path
+from pyro_vae.pairs.scope import using
 
 
 def by_hand(vae: pv.VAE, x: Tensor, chains: int, temperatures: int) -> Tensor:
@@ -73,8 +73,8 @@ def ours(
     vae: pv.VAE, x: Tensor, chains: int, temperatures: int, engine: str
 ) -> Callable[[], Tensor]:
     """Return only the forward run; its pilot run and its graph are made beforehand."""
-    settings = annealing._Settings(temperatures, chains, 5)
-    run = annealing._Run(vae, (x[:2],), settings, len(x), engine)
+    settings = annealing_path.AnnealingSettings(temperatures, chains, 5)
+    run = annealing._AnnealingRun(vae, (x[:2],), settings, len(x), engine)
     with using(vae, 0):
         path = run.path((x,), lambda n: None)
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.collapse import CollapseAlarm, units
-from pyro_vae.plots import BLUE, GREY, ORANGE, _figure
+from pyro_vae.plots.canvas import BLUE, GREY, ORANGE, new_figure
+from pyro_vae.training.collapse import CollapseAlarm, units
 
 
 def digits_pair() -> nn.Module:
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="docs/figures/collapse.png")
     options = parser.parse_args()
-    figure = _figure(9, 3.2)
+    figure = new_figure(9, 3.2)
     axes = dict(zip(("digits", "text"), figure.subplots(1, 2), strict=True))
     for name, (color, make, data, settings) in RUNS.items():
         torch.manual_seed(0)

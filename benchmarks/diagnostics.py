@@ -26,9 +26,10 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import diagnostic_plots, plots
-from pyro_vae.datasets import Data
-from pyro_vae.rng import seeded
+from pyro_vae.data.split import Data
+from pyro_vae.diagnostics import figures as diagnostic_figures
+from pyro_vae.pairs.rng import seeded
+from pyro_vae.plots import canvas
 
 IMAGES = {"weights": 1000, "gaps": 200, "sandwich": 50, "nuts": 2}
 SAMPLES = 5000
@@ -76,7 +77,7 @@ def measured(path: Path, found: Callable[[], tuple[dict[str, Any], Any]], figure
         numbers["seconds"] = time.perf_counter() - began
         if picture is not None:
             figures.mkdir(parents=True, exist_ok=True)
-            (figures / f"mnist-{path.stem}.png").write_bytes(plots.png(picture))
+            (figures / f"mnist-{path.stem}.png").write_bytes(canvas.png(picture))
         path.write_text(json.dumps(numbers, indent=2) + "\n")
     return json.loads(path.read_text())
 
@@ -84,7 +85,7 @@ def measured(path: Path, found: Callable[[], tuple[dict[str, Any], Any]], figure
 def weights(pair: nn.Module, x: torch.Tensor) -> tuple[dict[str, Any], Any]:
     result = pv.log_likelihood(pair, x, num_samples=SAMPLES, progress=True)
     print(result)
-    return result.as_dict(), diagnostic_plots.reliability(result, x)
+    return result.as_dict(), diagnostic_figures.reliability(result, x)
 
 
 def annealed(pair: nn.Module, x: torch.Tensor, path: Path) -> Any:
@@ -102,7 +103,7 @@ def annealed(pair: nn.Module, x: torch.Tensor, path: Path) -> Any:
 def gaps(pair: nn.Module, x: torch.Tensor, best: Any) -> tuple[dict[str, Any], Any]:
     result = pv.gaps(pair, x, num_samples=1000, log_likelihood=best)
     print(result)
-    return result.as_dict(), diagnostic_plots.gap_bars(result)
+    return result.as_dict(), diagnostic_figures.gap_bars(result)
 
 
 def calibration(pair: nn.Module) -> tuple[dict[str, Any], Any]:
@@ -110,7 +111,7 @@ def calibration(pair: nn.Module) -> tuple[dict[str, Any], Any]:
     print(result)
     coverage = result.coverage[:-2].mean(0).tolist()  # of the units, without the densities
     more = {"mean_coverage_of_units": coverage}
-    return result.as_dict() | more, diagnostic_plots.calibration_bands(result)
+    return result.as_dict() | more, diagnostic_figures.calibration_bands(result)
 
 
 def sandwich(pair: nn.Module) -> tuple[dict[str, Any], Any]:
@@ -122,7 +123,7 @@ def sandwich(pair: nn.Module) -> tuple[dict[str, Any], Any]:
 def nuts(pair: nn.Module, x: torch.Tensor) -> tuple[dict[str, Any], Any]:
     result = pv.nuts(pair, x)
     print(result)
-    return result.as_dict(), diagnostic_plots.posteriors(result)
+    return result.as_dict(), diagnostic_figures.posteriors(result)
 
 
 def main() -> None:

@@ -42,8 +42,8 @@ def library(data_dir: str, epochs: int, engine: str, precision: str) -> None:
     from torchvision import datasets
 
     import pyro_vae as pv
-    from pyro_vae.data import held_rows
-    from pyro_vae.evaluation import bound
+    from pyro_vae.data.preparation import held_rows
+    from pyro_vae.training.validation import bound
 
     base = peak()
     warnings.filterwarnings("ignore", message="gr[ae]y intensities")  # intended, see above

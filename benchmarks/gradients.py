@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 import pyro_vae as pv
-from pyro_vae.pairs import scope
+from pyro_vae.pairs.scope import scope
 
 SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 

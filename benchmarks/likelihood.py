@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae import importance
+from pyro_vae.inference import importance
 
 
 def products(weights: list[Tensor], rows: int, cells: int) -> Callable[[], None]:

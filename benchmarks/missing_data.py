@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 import pyro_vae as pv
-from pyro_vae.importance import log_weights
-from pyro_vae.rng import seeded
+from pyro_vae.pairs.rng import seeded
+from pyro_vae.pairs.weights import log_weights
 
 LATENT, HIDDEN = 10, 128
 

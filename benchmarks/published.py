@@ -28,9 +28,10 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import runs
-from pyro_vae.datasets import Data
-from pyro_vae.rng import seeded
+from pyro_vae.data.split import Data
+from pyro_vae.pairs.rng import seeded
+from pyro_vae.runs import files as run_files
+from pyro_vae.runs import folder as run_folder
 
 RUNS = Path("runs/published")
 SEED = 0
@@ -150,7 +151,7 @@ def run(name: str, data: Data, epochs: int | None, num_samples: int) -> None:
         learning_rate_schedule=pv.Cosine(length),
         epochs=length,
         out=folder,
-        resume=(folder / runs.CHECKPOINT).exists(),
+        resume=(folder / run_files.CHECKPOINT).exists(),
         **COMMON,
     )
     if num_samples == 0:
@@ -165,9 +166,9 @@ def run(name: str, data: Data, epochs: int | None, num_samples: int) -> None:
         "settings": COMMON | {"warm_up": warm_up},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "date": time.strftime("%Y-%m-%d"),
-        "versions": runs.versions(),
+        "versions": run_folder.versions(),
     }
-    runs.write_json(folder / "result.json", result)
+    run_files.write_json(folder / "result.json", result)
 
 
 def measure(pair: nn.Module, data: Data, num_samples: int) -> dict[str, Any]:

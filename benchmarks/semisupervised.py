@@ -28,8 +28,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.datasets import Data
-from pyro_vae.evaluation import calibration_error
+from pyro_vae.data.split import Data
+from pyro_vae.diagnostics.labels import calibration_error
 
 USED = 0.05
 """Units of M1 whose KL, in nats, is above this value are the codes."""

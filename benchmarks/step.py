@@ -34,8 +34,8 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.engine import Engine, Step
-from pyro_vae.optim import Optimizer
+from pyro_vae.training.engine import Engine, Step
+from pyro_vae.training.optimizer import Optimizer
 
 SETTINGS = {
     "784-400-50, batch 256": (784, (400,), 50, 256),

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 import pyro_vae as pv
-from pyro_vae.datasets import Data
+from pyro_vae.data.split import Data
 
 BETA = 0.02  # about the variance of the pixels' noise: at 1 the codes say nothing of x
 FIRST_SCALE = 0.1  # of the learned one: from 1 the codes say nothing for the first 50 epochs

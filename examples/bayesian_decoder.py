@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import diagnostic_plots
+from pyro_vae.diagnostics import figures as diagnostic_figures
 
 SIZES = (100, 1000)
 BATCH_SIZE = 50
@@ -66,7 +66,7 @@ def main() -> None:
         found[f"{size} digits"] = pv.uncertainty(pair, test)
     for name, one in found.items():
         print(f"\nvariance of a pixel after {name}\n{one}")
-    figure = diagnostic_plots.uncertainty(found, test)
+    figure = diagnostic_figures.uncertainty(found, test)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=120)
     print(f"\nfigure: {options.out}")

@@ -16,7 +16,7 @@ import torch
 from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
-from pyro_vae import plots
+from pyro_vae.plots import canvas
 
 LATENT_DIM = 6
 HIDDEN = (256, 128)
@@ -67,7 +67,7 @@ def main() -> None:
         lines = pv.traverse(vae, test.x[:1])
         by_use = parts.unit_information.argsort(descending=True).tolist()
         moved += [(f"{name}, unit {unit}", lines[unit]) for unit in by_use]
-    plots.grid(moved, "one unit at a time, ordered by information").savefig(options.out)
+    canvas.grid(moved, "one unit at a time, ordered by information").savefig(options.out)
     print(f"pictures: {options.out}")
 
 

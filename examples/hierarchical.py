@@ -20,8 +20,8 @@ import torch
 from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
-from pyro_vae import plots
-from pyro_vae.datasets import Data
+from pyro_vae.data.split import Data
+from pyro_vae.plots import canvas
 
 HIDDEN = (128, 64)
 LEVELS = (12, 6)
@@ -75,9 +75,9 @@ def main() -> None:
             for site in sorted(found.kl_by_site)
         )
         print(f"{name:36}{found.elbo:9.2f}{found.log_likelihood:10.2f}   {levels}")
-    figure = plots.grid([("", row) for row in variations(pair)], "one upper level along each row")
+    figure = canvas.grid([("", row) for row in variations(pair)], "one upper level along each row")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_bytes(plots.png(figure))
+    options.out.write_bytes(canvas.png(figure))
     print(options.out)
 
 

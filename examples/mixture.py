@@ -15,7 +15,7 @@ import argparse
 import torch
 
 import pyro_vae as pv
-from pyro_vae import plots
+from pyro_vae.plots import canvas, pictures
 
 COMPONENTS = 15
 
@@ -50,9 +50,9 @@ def main() -> None:
         labels, counts = digits.test.labels[clusters == k].unique(return_counts=True)
         most = counts.argmax()
         print(f"component {k}: {counts.sum()} digits, {counts[most]} of them {labels[most]}")
-    figure = plots.by_value(pair, digits.test.x, [], "k", torch.arange(COMPONENTS))
+    figure = pictures.by_value(pair, digits.test.x, [], "k", torch.arange(COMPONENTS))
     with open(options.out, "wb") as file:
-        file.write(plots.png(figure))
+        file.write(canvas.png(figure))
 
 
 if __name__ == "__main__":

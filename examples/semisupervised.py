@@ -16,7 +16,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import pyro_vae as pv
-from pyro_vae import plots
+from pyro_vae.plots import canvas, pictures
 
 LABELS = 50
 
@@ -57,7 +57,7 @@ def main() -> None:
     print(f"accuracy on test digits: {result.accuracy:.1%}; plain classifier: {score:.1%}")
     print(f"expected calibration error: {result.calibration_error:.1%}")
     with open(options.out, "wb") as file:
-        file.write(plots.png(plots.by_value(pair, test.x, [], "y", torch.arange(10))))
+        file.write(canvas.png(pictures.by_value(pair, test.x, [], "y", torch.arange(10))))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae import plots
+from pyro_vae.plots import canvas
 
 LATENT_DIM = 12
 HIDDEN = 64
@@ -85,7 +85,7 @@ def main() -> None:
     rows = [("data", test[some, None]), *((f"path {i + 1}", end) for i, end in enumerate(ends))]
     figure = Path(options.out) / "forecast.png"
     title = "the upper half is given, the lower half is forecast"
-    figure.write_bytes(plots.png(plots.grid(rows, title)))
+    figure.write_bytes(canvas.png(canvas.grid(rows, title)))
     print(f"pictures: {figure}")
 
 

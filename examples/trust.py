@@ -21,7 +21,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae import diagnostic_plots
+from pyro_vae.diagnostics import figures as diagnostic_figures
 
 
 class Narrow(Messenger):
@@ -90,9 +90,9 @@ def examined(pair: nn.Module, x: Tensor, options: argparse.Namespace, name: str)
     ranks = pv.calibration(pair, num_simulations=1000)
     annealed = pv.anneal(pair, few, num_temperatures=100, num_chains=8)
     figures = {
-        "reliability": diagnostic_plots.reliability(weighed, x),
-        "gaps": diagnostic_plots.gap_bars(gaps),
-        "calibration": diagnostic_plots.calibration_bands(ranks),
+        "reliability": diagnostic_figures.reliability(weighed, x),
+        "gaps": diagnostic_figures.gap_bars(gaps),
+        "calibration": diagnostic_figures.calibration_bands(ranks),
     }
     for title, figure in figures.items():
         figure.savefig(options.out / f"{name.replace(' ', '-')}-{title}.png")

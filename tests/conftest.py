@@ -1,8 +1,14 @@
 """What all tests share."""
 
+import shutil
+
 import pyro
 import pytest
 import torch
+from bad_input_helpers import FAST, binary, small
+from cli_helpers import train
+
+import pyro_vae as pv
 
 torch.set_num_threads(1)  # the tensors of tests are small: threads would only wait for each other
 
@@ -15,3 +21,30 @@ def _leaves_no_trace():
     yield
     assert torch.get_default_dtype() == dtype
     pyro.clear_param_store()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder, to be copied."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    pv.fit(small(), binary(), validation=binary(), out=run, **FAST)
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A run folder of a test's own."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A run with its report, left as it is."""
+    return train(tmp_path_factory.mktemp("runs") / "digits")
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    """A run conditional on the label, left as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "conditional"
+    return train(folder, "--condition label --no-report")

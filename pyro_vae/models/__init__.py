@@ -1,1 +1,1 @@
-"""Models: a class for each graphical model; variants of one are arguments."""
+"""Pairs that are ready to use."""

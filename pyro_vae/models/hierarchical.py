@@ -11,13 +11,14 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
-from pyro_vae.factors import Factor, Family, image_of, made, made_prior, viewed
-from pyro_vae.likelihoods import Bernoulli
-from pyro_vae.networks import MLP, Chain, ConvDecoder, ConvEncoder, Shape, require_sizes
-from pyro_vae.objectives import FreeBitsELBO
-from pyro_vae.posteriors import DiagonalNormal, product
-from pyro_vae.priors import StandardNormal
-from pyro_vae.schedules import Linear
+from pyro_vae.parts.convolutions import ConvDecoder, ConvEncoder
+from pyro_vae.parts.factors import Factor, Family, image_of, made, made_prior, viewed
+from pyro_vae.parts.likelihoods import Bernoulli
+from pyro_vae.parts.networks import MLP, Chain, Shape, require_sizes
+from pyro_vae.parts.posteriors import DiagonalNormal, product
+from pyro_vae.parts.priors import StandardNormal
+from pyro_vae.training.bounds import FreeBitsELBO
+from pyro_vae.training.schedules import Linear
 
 Modules: Any = PyroModule[nn.ModuleList]
 """A list that tells its parts their place, so that Pyro knows their parameters apart."""

@@ -8,10 +8,10 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.factors import Factor
 from pyro_vae.models.vae import VAE
-from pyro_vae.networks import Shape
-from pyro_vae.priors import GaussianMixture
+from pyro_vae.parts.factors import Factor
+from pyro_vae.parts.networks import Shape
+from pyro_vae.parts.priors import GaussianMixture
 
 
 class MixtureVAE(PyroModule):

@@ -10,10 +10,11 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
-from pyro_vae.factors import Factor
 from pyro_vae.models.vae import VAE
-from pyro_vae.networks import MLP, ConvEncoder, Shape
-from pyro_vae.posteriors import Classes
+from pyro_vae.parts.convolutions import ConvEncoder
+from pyro_vae.parts.factors import Factor
+from pyro_vae.parts.networks import MLP, Shape
+from pyro_vae.parts.posteriors import Classes
 
 
 class SemiSupervisedVAE(PyroModule):

@@ -6,12 +6,12 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
-from pyro_vae.factors import Factor, Family, made
-from pyro_vae.likelihoods import Bernoulli
-from pyro_vae.networks import MLP
-from pyro_vae.posteriors import DiagonalNormal
-from pyro_vae.recurrent import BackwardLSTM, GatedTransition
-from pyro_vae.sequences import MarkovChain
+from pyro_vae.parts.factors import Factor, Family, made
+from pyro_vae.parts.likelihoods import Bernoulli
+from pyro_vae.parts.networks import MLP
+from pyro_vae.parts.posteriors import DiagonalNormal
+from pyro_vae.parts.recurrent import BackwardLSTM, GatedTransition
+from pyro_vae.parts.sequences import MarkovChain
 
 
 class DeepMarkovModel(PyroModule):

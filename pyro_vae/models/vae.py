@@ -7,13 +7,14 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.factors import Factor, Family, image_of, made, made_prior, viewed
-from pyro_vae.likelihoods import Bernoulli
-from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, Shape, require_sizes
-from pyro_vae.posteriors import DiagonalNormal
-from pyro_vae.priors import StandardNormal
-from pyro_vae.recurrent import TokenEncoder
-from pyro_vae.sequences import Autoregressive
+from pyro_vae.parts.convolutions import ConvDecoder, ConvEncoder
+from pyro_vae.parts.factors import Factor, Family, image_of, made, made_prior, viewed
+from pyro_vae.parts.likelihoods import Bernoulli
+from pyro_vae.parts.networks import MLP, Shape, require_sizes
+from pyro_vae.parts.posteriors import DiagonalNormal
+from pyro_vae.parts.priors import StandardNormal
+from pyro_vae.parts.recurrent import TokenEncoder
+from pyro_vae.parts.sequences import Autoregressive
 
 
 class VAE(PyroModule):

@@ -1,0 +1,162 @@
+"""Commands that judge a run: evaluate, diagnose."""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyro_vae.cli.app import RunFolder, UserClass, app
+from pyro_vae.cli.run import (
+    binarize_of,
+    load_of_run,
+    measure_run,
+    open_run,
+    report_run,
+    require_positive,
+    split_of,
+    test_part,
+)
+from pyro_vae.training.settings import EngineName
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pyro_vae.data.split import Data
+
+
+@app.command
+def evaluate(
+    run: RunFolder,
+    *,
+    data: str | None = None,
+    data_dir: Path | None = None,
+    model: UserClass = None,
+    num_samples: int = 500,
+    engine: EngineName = "auto",
+) -> None:
+    """Measure a run on the test part of its data: ELBO, log p(x), KL, active units, a probe.
+
+    Parameters
+    ----------
+    data
+        Other data than those of training.
+    data_dir
+        Folder of torchvision's files.
+    num_samples
+        Importance samples for log p(x) of each datum.
+    engine
+        How log p(x) is computed: eager, traced or compiled; auto goes by the work to be done.
+    """
+    pair, loaded, given = open_run(run, data, data_dir, model)
+    kept = _current_findings(run, pair) | (_seen(run, loaded) if data is not None else {})
+    measure_run(run, pair, loaded, given, num_samples, engine, kept)
+
+
+@app.command
+def diagnose(
+    run: RunFolder,
+    *,
+    num: int = 1000,
+    budget: float = 200.0,
+    data: str | None = None,
+    other: str | None = None,
+    data_dir: Path | None = None,
+    model: UserClass = None,
+    engine: EngineName = "auto",
+    seed: int = 0,
+    report: bool = True,
+) -> None:
+    """Say whether a run's inference can be believed, into metrics.json, figures and the report.
+
+    Parameters
+    ----------
+    num
+        How many test data.
+    budget
+        Seconds; what is left out for lack of time is said.
+    data
+        Other data than those of training.
+    other
+        Data that do not belong, whose outlier scores are held against those of the test data.
+    data_dir
+        Folder of torchvision's files.
+    engine
+        How weights and gradients are computed: eager, traced or compiled; auto goes by the work to
+        be done.
+    seed
+        Of all draws.
+    report
+        Write report.html anew.
+    """
+    from pyro_vae.diagnostics.diagnosis import diagnose as run_diagnose
+    from pyro_vae.plots import canvas
+    from pyro_vae.runs import files as run_files
+    from pyro_vae.runs import metrics as run_metrics
+
+    require_positive("num", num)
+    pair, loaded, given = open_run(run, data, data_dir, model)
+    x, context = test_part(loaded, given, num)
+    strangers = None
+    if other is not None:
+        rows, others = test_part(load_of_run(run, given, other, data_dir), given, num)
+        strangers = (rows, *others)
+    found = run_diagnose(
+        pair,
+        x,
+        *context,
+        other=strangers,
+        budget=budget,
+        binarize=binarize_of(given),
+        engine=engine,
+        seed=seed,
+    )
+    seen = _seen(run, loaded) if data is not None else {}
+    record = {"data": loaded.name, "model": run_metrics.fingerprint(pair)} | seen | found.as_dict()
+    if "vocabulary" in given and "log_likelihood" in found.results:
+        worst = canvas.lines([("", x[found.worst()])], given["vocabulary"])
+        record["worst_data"] = worst
+    for name, figure in found.figures.items():
+        with run_files.atomic(run / run_files.FIGURES / f"{run_files.DIAGNOSIS}{name}.png") as file:
+            file.write(canvas.png(figure))
+    metrics = run_metrics.read_metrics(run)
+    run_files.write_json(run / run_files.METRICS, metrics | {"diagnostics": record})
+    if report:
+        report_run(run, pair, loaded, given)
+    print(found)
+    if report:
+        print(f"\n{'report':<20}{run / 'report.html'}")
+
+
+def _current_findings(run: Path, pair: "nn.Module") -> dict[str, Any]:
+    """What `diagnose` found, for metrics.json, unless it is about other weights."""
+    from pyro_vae.runs import files as run_files
+    from pyro_vae.runs import metrics as run_metrics
+
+    found = run_metrics.read_metrics(run).get("diagnostics")
+    if found is None:
+        return {}
+    if found.get("model", (now := run_metrics.fingerprint(pair))) != now:
+        warnings.warn(
+            f"{run / run_files.METRICS} had findings of diagnose on other weights: they are left "
+            f"out, "
+            "run diagnose again",
+            stacklevel=2,
+        )
+        return {}
+    return {"diagnostics": found}
+
+
+def _seen(run: Path, data: "Data") -> dict[str, int]:
+    """For metrics: how many test rows of other data a run was trained on, with a warning."""
+    from pyro_vae.runs import folder as run_folder
+    from pyro_vae.runs import held_out_rows
+
+    if not held_out_rows.changed_parts(split_of(run_folder.read_config(run)), data):
+        return {}
+    seen = held_out_rows.count_seen(run, data.test.x)
+    if seen:
+        warnings.warn(
+            f"{seen} of {len(data.test.x)} test rows of {data.name} equal rows that {run} was "
+            "trained on or validated with: the numbers are not those of held-out data alone",
+            stacklevel=2,
+        )
+    return {} if seen is None else {"rows_trained_on": seen}

@@ -1,0 +1,65 @@
+"""Where options become an objective, a weight on the KL and a schedule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pyro_vae.cli.options import Objective
+
+if TYPE_CHECKING:
+    from pyro.infer import ELBO
+
+    from pyro_vae.training.schedules import Schedule
+
+
+def make_objective(config: Objective, num_data: int, enumerated: bool = False) -> ELBO | None:
+    """The Pyro ELBO of a configuration, for so many training data; None leaves it to the pair.
+
+    ``enumerated`` says whether the pair has discrete latents to be summed out.
+    """
+    from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+
+    from pyro_vae.training import bounds, elbo, importance_bounds
+
+    if config.objective == "importance-weighted":
+        gradient = importance_bounds.Gradient(config.gradient)
+        return importance_bounds.ImportanceWeightedELBO(config.num_samples, gradient=gradient)
+    if config.objective == "free-bits":
+        return bounds.FreeBitsELBO(config.free_bits)
+    if config.objective == "total-correlation":
+        return bounds.TotalCorrelationELBO(
+            num_data, config.total_correlation, config.mutual_information, config.dimension_kl
+        )
+    if config.objective is None and config.num_samples == 1 and config.gradient == "total":
+        return None
+    usual = elbo.EnumeratedELBO if enumerated else Trace_ELBO
+    kind: Any = TraceMeanField_ELBO if config.objective == "analytic" else usual
+    if config.gradient == "sticking-the-landing":
+        kind = importance_bounds.StickingTheLandingELBO
+    return kind(
+        num_particles=config.num_samples,
+        vectorize_particles=config.num_samples > 1,
+        max_plate_nesting=1,
+    )
+
+
+def make_beta(config: Objective) -> float | Schedule | None:
+    """The weight on the KL, as a number or as a schedule; None leaves it to the pair."""
+    from pyro_vae.training.schedules import Cyclical, Linear
+
+    if config.warm_up == "linear":
+        return Linear(config.warm_up_epochs, end=config.beta)
+    if config.warm_up == "cyclical":
+        return Cyclical(config.warm_up_epochs, end=config.beta)
+    return None if config.warm_up is None and config.beta == 1 else config.beta
+
+
+def make_learning_rate_schedule(config: Objective, epochs: int) -> Schedule | None:
+    """The factor on the learning rate by epoch, or None where it is constant."""
+    from pyro_vae.training.schedules import Cosine, Linear
+
+    if config.learning_rate_schedule == "constant":
+        return None
+    if config.learning_rate_schedule == "linear":
+        return Linear(epochs, start=1.0, end=0.0)
+    return Cosine(epochs)

@@ -1,0 +1,103 @@
+"""Where names become parts: likelihood, posterior, prior, activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pyro_vae.cli.options import Model
+from pyro_vae.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def make_likelihood(config: Model) -> Any:
+    """The likelihood family of a configuration."""
+    from pyro_vae.parts import likelihoods
+
+    if config.likelihood == "gaussian":
+        if config.scale in ("predicted", "learned"):
+            return likelihoods.Gaussian(learned=config.scale == "learned")
+        try:
+            scale = float(config.scale)
+        except ValueError:
+            raise UsageError(
+                f"scale is 'predicted', 'learned' or a number, '{config.scale}' came"
+            ) from None
+        return likelihoods.Gaussian(scale)
+    kinds: dict[str, Callable[[], Any]] = {
+        "bernoulli": likelihoods.Bernoulli,
+        "continuous-bernoulli": likelihoods.ContinuousBernoulli,
+        "categorical": likelihoods.Categorical,
+        "discretized-logistic": likelihoods.DiscretizedLogistic,
+        "discretized-logistic-mixture": lambda: likelihoods.DiscretizedLogistic(
+            components=config.logistics
+        ),
+        "student-t": likelihoods.StudentT,
+        "poisson": lambda: likelihoods.Poisson(config.library_size),
+        "negative-binomial": lambda: likelihoods.NegativeBinomial(library_size=config.library_size),
+        "zero-inflated-negative-binomial": lambda: likelihoods.NegativeBinomial(
+            zero_inflated=True, library_size=config.library_size
+        ),
+    }
+    return kinds[config.likelihood]()
+
+
+def make_posterior(config: Model) -> Any:
+    """The posterior family of a configuration."""
+    from pyro_vae.parts import bijections, posteriors
+
+    wide = (max(64, config.top_dim),)
+    kinds: dict[str, Callable[[], Any]] = {
+        "diagonal-normal": posteriors.DiagonalNormal,
+        "full-rank-normal": posteriors.FullRankNormal,
+        "low-rank-normal": posteriors.LowRankNormal,
+        "iaf": lambda: posteriors.FlowPosterior(config.top_dim, hidden=wide),
+        "spline": lambda: posteriors.FlowPosterior(
+            config.top_dim, bijection=bijections.Spline(), hidden=wide
+        ),
+    }
+    return kinds[config.posterior]()
+
+
+def make_prior(config: Model, context: Sequence[tuple[int, ...]] = ()) -> Any:
+    """The prior of a configuration, for context of these row shapes."""
+    from pyro_vae.parts import convolutions, factors, networks, posteriors, priors
+
+    if config.prior == "conditional":
+        if not context:
+            raise UsageError("--prior conditional needs context: give --condition too")
+        family, activation = posteriors.DiagonalNormal(), make_activation(config.activation)
+        outputs = family.outputs((config.top_dim,))
+        network = (
+            convolutions.ConvEncoder(
+                context, config.channels, config.hidden, outputs, activation, config.blocks
+            )
+            if config.network == "conv"
+            else networks.MLP(context, config.hidden, outputs, activation)
+        )
+        return factors.Factor(network, family, (config.top_dim,))
+
+    kinds: dict[str, Callable[[int], Any]] = {
+        "standard-normal": priors.StandardNormal,
+        "gaussian-mixture": lambda dim: priors.GaussianMixture(dim, config.components or 10),
+        "flow": priors.FlowPrior,
+        "vamp": priors.StandardNormal,  # until the encoder is there, see `_make_vamp`
+    }
+    return kinds[config.prior](config.top_dim)
+
+
+def make_activation(name: str) -> type[nn.Module]:
+    """The torch module of an activation's name."""
+    from torch import nn
+
+    return {
+        "relu": nn.ReLU,
+        "leaky-relu": nn.LeakyReLU,
+        "elu": nn.ELU,
+        "silu": nn.SiLU,
+        "softplus": nn.Softplus,
+        "tanh": nn.Tanh,
+        "glu": nn.GLU,
+    }[name]

@@ -1,0 +1,203 @@
+"""What commands share: a run opened with its data and context, measured and reported."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyro_vae.cli.make_pair import make_user_pair, plain_dim
+from pyro_vae.cli.options import Input, Model
+from pyro_vae.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pyro_vae.data.split import Data, Split
+
+
+def measure_run(
+    run: Path,
+    pair: "nn.Module",
+    data: "Data",
+    given: dict[str, Any],
+    num_samples: int,
+    engine: str,
+    kept: Mapping[str, Any] | None = None,
+) -> None:
+    from pyro_vae.diagnostics.evaluation import evaluate as measure
+    from pyro_vae.runs import metrics as run_metrics
+
+    result = measure(
+        pair,
+        data.test.x,
+        *context_of(given, data, data.test),
+        labels=data.test.labels,
+        train=(data.train.x, *context_of(given, data, data.train)),
+        train_labels=data.train.labels,
+        num_samples=num_samples,
+        binarize=binarize_of(given),
+        engine=engine,
+        progress=True,
+    )
+    metrics = {"data": data.name} | result.as_dict() | dict(kept or {})
+    run_metrics.write_metrics(run, pair, metrics)
+    print(result)
+
+
+def report_run(run: Path, pair: "nn.Module", data: "Data", given: dict[str, Any]) -> None:
+    from pyro_vae.report.report import write_report
+
+    x, context = test_part(data, given, 2000)
+    labels = None if data.test.labels is None else data.test.labels[:2000]
+    write_report(run, pair, x, *context, labels=labels)
+
+
+def split_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The checksums of the parts of a run's data, none where none were recorded."""
+    split = config.get("split") or {}
+    return split if isinstance(split, dict) else {"train": None}
+
+
+def require_split(run: Path, data: "Data") -> None:
+    from pyro_vae.runs import folder as run_folder
+    from pyro_vae.runs import held_out_rows
+
+    if split := split_of(run_folder.read_config(run)):
+        held_out_rows.require_split(run, split, data)
+
+
+_RECORDED: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("data", "model", "data_dir", "vocabulary", "binarize"), str),
+    **dict.fromkeys(("num_classes", "num_labels", "length", "seed"), int),
+    **dict.fromkeys(("data_shape", "context_shapes", "condition", "hidden"), list),
+    "latent_dim": (list, int),
+}
+"""The types of the options in config.json that commands read."""
+
+
+def recorded_options(run: Path) -> dict[str, Any]:
+    """The options that a run was trained with, as far as config.json records them."""
+    from pyro_vae.runs import files as run_files
+    from pyro_vae.runs import folder as run_folder
+
+    given = run_folder.read_config(run).get("train", {})
+    if not isinstance(given, dict):
+        raise UsageError(f"{run / run_files.CONFIG}: 'train' must be an object of options")
+    for name, kind in _RECORDED.items():
+        if given.get(name) is not None and not isinstance(given[name], kind):
+            raise UsageError(f"{run / run_files.CONFIG}: '{name}' cannot be {given[name]!r}")
+    return given
+
+
+def require_recorded(run: Path, given: dict[str, Any], model: str) -> None:
+    """Raise `UsageError` for another kind of pair than the run was trained with."""
+    recorded = given.get("model", model)
+    if model != recorded:
+        raise UsageError(f"{run} was trained with --model {recorded}, --model {model} was given")
+
+
+def pair_of_run(run: Path, model: str | None) -> tuple["nn.Module", dict[str, Any]]:
+    from pyro_vae.runs import folder as run_folder
+
+    given = recorded_options(run)
+    if model is None:
+        return run_folder.load(run), given
+    require_recorded(run, given, model)
+    own = ":" in model or "model" not in given
+    return run_folder.load(run, _user_pair(model, given) if own else None), given
+
+
+def _user_pair(model: str, given: dict[str, Any]) -> "nn.Module":
+    """A pair of a user's own, made as `train` made it."""
+    arguments = {
+        "data_shape": tuple(given.get("data_shape", ())),
+        "latent_dim": plain_dim(given.get("latent_dim", Model.latent_dim)),
+        "hidden": tuple(given.get("hidden", Model.hidden)),
+        "context_shapes": tuple(map(tuple, given.get("context_shapes", ()))),
+        "num_classes": given.get("num_classes", 0),
+    }
+    return make_user_pair(model, arguments)
+
+
+def open_run(
+    run: Path, data: str | None = None, data_dir: Path | None = None, model: str | None = None
+) -> tuple["nn.Module", "Data", dict[str, Any]]:
+    """The pair of a run, its data, and the options it was trained with.
+
+    Data that are not named must be those that it was trained on.
+    """
+    pair, given = pair_of_run(run, model)
+    loaded = load_of_run(run, given, data, data_dir)
+    if data is None:
+        require_split(run, loaded)
+    return pair, loaded, given
+
+
+def load_of_run(
+    run: Path, given: dict[str, Any], data: str | None, data_dir: Path | None
+) -> "Data":
+    """A run's data, or others that are cut into tokens as its were."""
+    from pyro_vae.data.datasets import load_data
+
+    name = data or given.get("data")
+    if name is None:
+        raise UsageError(f"{run} does not record its data: name them with --data")
+    folder = data_dir or given.get("data_dir")
+    vocabulary, length = given.get("vocabulary"), given.get("length", Input.length)
+    if vocabulary is not None:
+        (length,) = given["data_shape"]
+    return load_data(name, folder, length, vocabulary)
+
+
+def test_part(data: "Data", given: dict[str, Any], n: int) -> tuple["Tensor", list["Tensor"]]:
+    context = context_of(given, data, data.test)
+    return data.test.x[:n], [part[:n] for part in context]
+
+
+def context_of(given: dict[str, Any], data: "Data", split: "Split") -> list["Tensor"]:
+    """What a run gives to its pair beside the data: labels, the file's context, library sizes."""
+    context: list[Tensor] = []
+    if given.get("num_labels") is not None:
+        from pyro_vae.data.datasets import hide_labels
+
+        kept = given["num_labels"] if split is data.train else 0
+        context.append(hide_labels(labels_of(given, data, split), kept, given.get("seed", 0)))
+    if "label" in given.get("condition", ()):
+        context.append(one_hot_labels(given, data, split))
+    if "context" in given.get("condition", ()):
+        if split.context is None:
+            raise UsageError(f"--condition context needs an array 'context', {data.name} has none")
+        context.append(split.context)
+    if given.get("library_size"):
+        totals = split.x.flatten(1).double().sum(1, keepdim=True)
+        if not bool((totals > 0).all()):
+            raise UsageError(f"{data.name} has a row of total {totals.min():g}: no library size")
+        context.append(totals.log().float())
+    if split.lengths is not None:
+        context.append(split.lengths)
+    return context
+
+
+def one_hot_labels(given: dict[str, Any], data: "Data", split: "Split") -> "Tensor":
+    from pyro_vae.data.datasets import one_hot
+
+    return one_hot(labels_of(given, data, split), given["num_classes"])
+
+
+def labels_of(given: dict[str, Any], data: "Data", split: "Split") -> "Tensor":
+    if split.labels is None:
+        raise UsageError(f"the run needs labels, {data.name} has none")
+    classes = given["num_classes"]
+    if data.num_classes > classes:
+        raise UsageError(
+            f"the run knows labels 0 to {classes - 1}, {data.name} goes to {data.num_classes - 1}"
+        )
+    return split.labels
+
+
+def require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"{name} must be 1 or more, {value} came")
+
+
+def binarize_of(given: dict[str, Any]) -> str:
+    return given.get("binarize", "dynamic")

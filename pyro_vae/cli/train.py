@@ -1,0 +1,140 @@
+"""The command that trains."""
+
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pyro_vae.cli.app import Flat, app
+from pyro_vae.cli.make_objective import make_beta, make_learning_rate_schedule, make_objective
+from pyro_vae.cli.make_pair import context_shapes, make_pair
+from pyro_vae.cli.options import Input, Model, Objective, require_data
+from pyro_vae.cli.run import (
+    context_of,
+    measure_run,
+    recorded_options,
+    report_run,
+    require_positive,
+    require_recorded,
+    require_split,
+)
+from pyro_vae.training.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pyro_vae.data.split import Data
+
+
+@app.command
+def train(
+    data: str,
+    *,
+    out: Path | None = None,
+    model: Annotated[Model, Flat] = Model(),  # noqa: B008
+    objective: Annotated[Objective, Flat] = Objective(),  # noqa: B008
+    source: Annotated[Input, Flat] = Input(),  # noqa: B008
+    settings: Annotated[Settings, Flat] = Settings(),  # noqa: B008
+    num_eval_samples: int = 500,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: bool = True,
+    config: Path | None = None,
+) -> None:
+    """Fit a pair to data, evaluate it on the test part, and write a run folder with a report.
+
+    Parameters
+    ----------
+    data
+        A name (digits, docstrings, shapes, mnist, fashion-mnist, kmnist, emnist, omniglot, cifar10,
+        svhn) or the path of a .npy or .npz file, of a .txt file of lines, or of music as .json.
+    out
+        The run folder; runs/DATA by default.
+    num_eval_samples
+        Importance samples for log p(x) of each test datum.
+    resume
+        Go on from the checkpoint in the run folder.
+    overwrite
+        Replace a run that is in the run folder.
+    report
+        Write report.html.
+    config
+        A JSON file of options, or a run's config.json; options given here override it.
+    """
+    from pyro_vae.data.datasets import load_data
+    from pyro_vae.runs.held_out_rows import split_checksums
+    from pyro_vae.training.fit import fit
+
+    assert config is None  # `_config_file` has put its options in place
+    require_positive("num_eval_samples", num_eval_samples)
+    run = out or Path("runs") / Path(data).stem
+    recorded = recorded_options(run) if resume else {}
+    require_recorded(run, recorded, model.model)
+    loaded = load_data(data, source.data_dir, source.length)
+    require_data(source, loaded)
+    if resume:
+        require_split(run, loaded)
+    seeded_pair = _seeded_pair(model, loaded, settings.seed)
+    given = (
+        {"data": data, "data_shape": loaded.shape, "num_classes": loaded.num_classes}
+        | {"context_shapes": context_shapes(model, loaded)}
+        | ({} if loaded.vocabulary is None else {"vocabulary": loaded.vocabulary})
+        | ({} if loaded.train.lengths is None else {"ragged": True})
+        | _plain(model)
+        | _plain(objective)
+        | _plain(source)
+        | _plain(settings)
+    )
+    fit(
+        seeded_pair,
+        loaded.train.x,
+        *context_of(given, loaded, loaded.train),
+        validation=(
+            loaded.validation.x,
+            *context_of(given, loaded, loaded.validation),
+        ),
+        objective=make_objective(
+            objective, len(loaded.train.x), _enumerated(seeded_pair, given, loaded)
+        ),
+        beta=make_beta(objective),
+        learning_rate_schedule=make_learning_rate_schedule(objective, settings.epochs),
+        binarize=source.binarize,
+        out=run,
+        resume=resume,
+        overwrite=overwrite,
+        config={"train": given, "split": split_checksums(loaded)},
+        **asdict(settings),
+    )
+    measure_run(run, seeded_pair, loaded, given, num_eval_samples, settings.engine)
+    if report:
+        report_run(run, seeded_pair, loaded, given)
+        print(f"{'report':<20}{run / 'report.html'}")
+
+
+def _seeded_pair(model: Model, data: "Data", seed: int) -> "nn.Module":
+    from pyro_vae.pairs.rng import seeded
+
+    with seeded(seed):
+        return make_pair(model, data)
+
+
+def _enumerated(pair: "nn.Module", given: dict[str, Any], data: "Data") -> bool:
+    """Whether a pair has discrete latents to be summed out; what is no pair has none."""
+    from pyro_vae.data.preparation import Preparation
+    from pyro_vae.pairs.enumeration import enumerates
+    from pyro_vae.pairs.pair import placement
+
+    context = context_of(given, data, data.train)
+    few = tuple(part[:2] for part in (data.train.x, *context))
+    try:
+        return enumerates(pair, Preparation(*placement(pair))(few))
+    except Exception:  # `fit` checks the pair, and says in words what is wrong
+        return False
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    assert is_dataclass(settings)
+    return {
+        field.name: str(value) if isinstance(value, Path) else value
+        for field in fields(settings)
+        if (value := getattr(settings, field.name)) is not None
+    }

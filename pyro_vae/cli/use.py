@@ -1,0 +1,265 @@
+"""Commands that use a run: sample, reconstruct, encode, interpolate, traverse, report."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyro_vae.cli.app import RunFolder, UserClass, app
+from pyro_vae.cli.run import (
+    binarize_of,
+    context_of,
+    open_run,
+    pair_of_run,
+    report_run,
+    require_positive,
+    test_part,
+)
+from pyro_vae.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pyro_vae.data.split import Split
+
+
+@app.command
+def sample(
+    run: RunFolder,
+    *,
+    num: int = 64,
+    label: int | None = None,
+    means: bool = False,
+    seed: int = 0,
+    model: UserClass = None,
+) -> None:
+    """Draw data from the model, into samples.npy and figures/samples.png.
+
+    Parameters
+    ----------
+    num
+        How many.
+    label
+        Of this class, for a conditional pair; of each class in turn by default. Or of this value of
+        a discrete latent. Other context is that of the test data, in turn.
+    means
+        Means of the data given their latents, instead of draws.
+    seed
+        Of the draws.
+    """
+    from pyro_vae.inference import generation
+
+    require_positive("num", num)
+    pair, given = pair_of_run(run, model)
+    conditional = "label" in given.get("condition", ())
+    context = _asked(run, given, num, label, model)
+    if label is None or conditional:
+        images = generation.sample(pair, num, context, means=means, seed=seed)
+    else:
+        values = _of_class(run, pair, num, label)
+        images = generation.decode(pair, values, context, means=means, seed=seed)
+    _write(run, given, "samples", images, [("", part) for part in images[:100].split(10)])
+
+
+@app.command
+def reconstruct(run: RunFolder, *, num: int = 12, model: UserClass = None) -> None:
+    """Encode and decode test data, into reconstructions.npy and figures/reconstructions.png.
+
+    Parameters
+    ----------
+    num
+        How many test data.
+    """
+    from pyro_vae.inference import generation
+    from pyro_vae.plots import canvas
+
+    require_positive("num", num)
+    pair, loaded, given = open_run(run, model=model)
+    x, context = test_part(loaded, given, num)
+    images = generation.reconstruct(pair, x, *context, binarize=binarize_of(given))
+    rows = [("data", canvas.intensity(x)[:16]), ("reconstruction", images[:16])]
+    _write(run, given, "reconstructions", images, rows, across=True)
+
+
+@app.command
+def encode(run: RunFolder, *, part: str = "test", model: UserClass = None) -> None:
+    """Encode data, into codes.npz: posterior means and scales of each latent site, and labels.
+
+    Parameters
+    ----------
+    part
+        train, validation or test.
+    """
+    import io
+
+    import numpy as np
+
+    from pyro_vae.inference import encoding
+    from pyro_vae.runs import files as run_files
+
+    pair, loaded, given = open_run(run, model=model)
+    if part not in ("train", "validation", "test"):
+        raise UsageError(f"part is train, validation or test, '{part}' came")
+    split: Split = getattr(loaded, part)
+    context = context_of(given, loaded, split)
+    arrays: dict[str, Any] = {}
+    for what in ("mean", "scale"):
+        codes = encoding.encode(
+            pair,
+            split.x,
+            *context,
+            what=what,
+            binarize=binarize_of(given),
+        )
+        arrays |= {f"{name}_{what}": code.cpu().numpy() for name, code in codes.items()}
+    if split.labels is not None:
+        arrays["labels"] = split.labels.numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    with run_files.atomic(run / "codes.npz") as file:
+        file.write(buffer.getvalue())
+    print(run / "codes.npz")
+
+
+@app.command
+def interpolate(run: RunFolder, *, num: int = 6, steps: int = 9, model: UserClass = None) -> None:
+    """Decode lines between codes of test data: interpolations.npy, figures/interpolations.png.
+
+    Parameters
+    ----------
+    num
+        How many lines.
+    steps
+        Points on each.
+    """
+    from pyro_vae.inference import generation
+
+    require_positive("num", num)
+    pair, loaded, given = open_run(run, model=model)
+    x, context = test_part(loaded, given, 2 * num)
+    half = len(x) // 2
+    lines = generation.interpolate(
+        pair,
+        x[:half],
+        x[half : 2 * half],
+        *(part[:half] for part in context),
+        steps=steps,
+        binarize=binarize_of(given),
+    )
+    _write(run, given, "interpolations", lines, [("", line) for line in lines])
+
+
+@app.command
+def traverse(
+    run: RunFolder, *, index: int = 0, span: float = 3.0, steps: int = 11, model: UserClass = None
+) -> None:
+    """Move one latent unit at a time: traversals.npy, figures/traversals.png.
+
+    Parameters
+    ----------
+    index
+        Which test datum to start from.
+    span
+        Each unit goes from minus this to this.
+    steps
+        Values of each unit.
+    """
+    import torch
+
+    from pyro_vae.inference import generation
+
+    require_positive("steps", steps)
+    pair, loaded, given = open_run(run, model=model)
+    if not 0 <= index < len(loaded.test.x):
+        raise UsageError(f"index is 0 to {len(loaded.test.x) - 1}, {index} came")
+    x, context = test_part(loaded, given, len(loaded.test.x))
+    lines = generation.traverse(
+        pair,
+        x[index : index + 1],
+        *(part[index : index + 1] for part in context),
+        values=torch.linspace(-span, span, steps).tolist(),
+        binarize=binarize_of(given),
+    )
+    _write(run, given, "traversals", lines, [(f"unit {i}", line) for i, line in enumerate(lines)])
+
+
+@app.command
+def report(run: RunFolder, *, model: UserClass = None) -> None:
+    """Write report.html anew, with its figures inside it."""
+    pair, loaded, given = open_run(run, model=model)
+    report_run(run, pair, loaded, given)
+    print(run / "report.html")
+
+
+def _of_class(run: Path, pair: "nn.Module", num: int, label: int) -> dict[str, "Tensor"]:
+    """The first discrete latent of a pair, with this value in every row."""
+    from pyro_vae.pairs.enumeration import values
+    from pyro_vae.pairs.template import template
+
+    found = values(pair, template(pair, 2))
+    if not found:
+        raise UsageError(
+            f"{run} is not conditional on a label and has no classes: train with "
+            "--condition label, --model semi-supervised or --model mixture"
+        )
+    name, every = next(iter(found.items()))
+    if not 0 <= label < len(every):
+        raise UsageError(f"label is 0 to {len(every) - 1}, {label} came")
+    return {name: every[label].expand(num, *every.shape[1:])}
+
+
+def _asked(
+    run: Path, given: dict[str, Any], num: int, label: int | None, model: str | None
+) -> list["Tensor"]:
+    """The context of so many samples: the label, or each in turn, and that of test data."""
+    import torch
+
+    from pyro_vae.data.datasets import one_hot
+
+    context: list[Tensor] = []
+    condition, classes = tuple(given.get("condition", ())), given.get("num_classes", 0)
+    if "label" in condition:
+        if label is not None and not 0 <= label < classes:
+            raise UsageError(f"label is 0 to {classes - 1}, {label} came")
+        labels = torch.arange(num) % classes if label is None else torch.full((num,), label)
+        context.append(one_hot(labels, classes))
+    if "context" in condition or given.get("library_size") or given.get("ragged"):
+        data = open_run(run, model=model)[1]
+        rows = torch.arange(num) % len(data.test.x)
+        others = context_of(given, data, data.test)[len(context) :]
+        context += [part[rows] for part in others]
+    return context
+
+
+def _write(
+    run: Path,
+    given: dict[str, Any],
+    name: str,
+    array: "Tensor",
+    rows: list[tuple[str, "Tensor"]],
+    across: bool = False,
+) -> None:
+    """An array as NAME.npy, and as figures/NAME.png or, where it is text, NAME.txt in words."""
+    import io
+
+    import numpy as np
+    import torch
+
+    from pyro_vae.plots import canvas
+    from pyro_vae.runs import files as run_files
+
+    like = torch.empty(1, *given.get("data_shape", ()))
+    array, rows = canvas.alike(array, like), [(label, canvas.alike(x, like)) for label, x in rows]
+    buffer = io.BytesIO()
+    np.save(buffer, array.cpu().numpy())
+    with run_files.atomic(run / f"{name}.npy") as file:
+        file.write(buffer.getvalue())
+    if "vocabulary" in given:
+        text = canvas.lines(rows, given["vocabulary"], across)
+        with run_files.atomic(run / f"{name}.txt") as file:
+            file.write(f"{text}\n".encode())
+        print(run / f"{name}.npy")
+        print(run / f"{name}.txt", text, sep="\n\n")
+        return
+    with run_files.atomic(run / run_files.FIGURES / f"{name}.png") as file:
+        file.write(canvas.png(canvas.grid(rows, name)))
+    print(run / f"{name}.npy")
+    print(run / run_files.FIGURES / f"{name}.png")

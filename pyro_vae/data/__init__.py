@@ -1,0 +1,1 @@
+"""Sources of data and minibatches, and data sets by name."""

@@ -1,0 +1,263 @@
+"""Data: from tensors, data sets and loaders to prepared minibatches.
+
+Data are held as they came (uint8 stays uint8); each minibatch is prepared on its way to the pair.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from pyro_vae.errors import UsageError, first_line
+from pyro_vae.pairs.arrays import as_tensor, plain_fault, require_finite
+from pyro_vae.pairs.pair import Batch, placement
+from pyro_vae.pairs.rng import seeded
+from pyro_vae.pairs.template import missing_context
+
+Rows: TypeAlias = "Tensor | np.ndarray | Dataset | DataLoader"
+
+
+class Arrays:
+    """Rows held in memory, cut into minibatches without a loader."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tuple(tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    @property
+    def num_data(self) -> int:
+        """How many data there are, of which each has its share of what all data have in common."""
+        return len(self)
+
+    def batch_size(self, batch_size: int) -> int:
+        """Rows of a full minibatch where this many are asked for."""
+        return batch_size
+
+    def steps(self, batch_size: int) -> int:
+        """Minibatches of an epoch."""
+        return -(-len(self) // batch_size)
+
+    def require_length(self, counted: int) -> None:
+        """Rows in memory are as many as they are."""
+
+    def batches(self, batch_size: int, shuffle: bool = False) -> Iterator[Batch]:
+        """Minibatches as they came; shuffled by torch's global generator."""
+        device = self.tensors[0].device
+        order = torch.randperm(len(self)).to(device) if shuffle else None
+        for start in range(0, len(self), batch_size):
+            rows = slice(start, start + batch_size)
+            index = rows if order is None else order[rows]
+            yield tuple(tensor[index] for tensor in self.tensors)
+
+    def first(self, n: int) -> Batch:
+        """The first n rows, and those where a whole number of the context is least and greatest."""
+        kept = list(range(min(n, len(self))))
+        for tensor in self.tensors[1:]:
+            if not tensor.is_floating_point():
+                by_row = tensor.reshape(len(tensor), -1).long()
+                kept += [int(by_row.amin(1).argmin()), int(by_row.amax(1).argmax())]
+        return tuple(tensor[kept] for tensor in self.tensors)
+
+    def to(self, device: torch.device) -> "Arrays":
+        """The same rows on another device."""
+        return Arrays([tensor.to(device) for tensor in self.tensors])
+
+    def binarized(self, seed: int = 0) -> "Arrays":
+        """The data drawn once as Bernoulli(intensity) with a seed, and held as booleans."""
+        x, *context = self.tensors
+        with seeded(seed):
+            drawn = [
+                torch.bernoulli(part.float() / (255 if x.dtype == torch.uint8 else 1)).bool()
+                for part in x.split(4096)
+            ]
+        return Arrays([torch.cat(drawn), *context])
+
+
+class Stream:
+    """A torch ``Dataset`` or ``DataLoader`` as a source of minibatches.
+
+    Its length is the rows that an epoch gives, ``num_data`` the different ones it gives over all
+    epochs: a sampler may leave rows out, or give them twice.
+    """
+
+    def __init__(
+        self, rows: Dataset | DataLoader, width: int | None, dtype: torch.dtype | None = None
+    ) -> None:
+        self.rows, self.width, self.dtype = rows, width, dtype
+        self.greatest: int | None = None
+        """The greatest value that 8-bit data may have; None for any."""
+        _require_plain_items(rows)
+        self.length, self.num_data, self.exact = _lengths(rows)
+        if self.length < 1:
+            raise UsageError(
+                "the loader gives no minibatch; with drop_last=True it needs batch_size rows or "
+                "more"
+            )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def batch_size(self, batch_size: int) -> int:
+        """Rows of a full minibatch where this many are asked for; a loader has its own number."""
+        own = self.rows.batch_size if isinstance(self.rows, DataLoader) else batch_size
+        return own or batch_size
+
+    def steps(self, batch_size: int) -> int:
+        """Minibatches of an epoch."""
+        if isinstance(self.rows, DataLoader) and self.rows.batch_size is None:
+            return len(self.rows)
+        return -(-len(self) // self.batch_size(batch_size))
+
+    def require_length(self, counted: int) -> None:
+        """Raise `UsageError` where an epoch gave so many rows, and others were announced."""
+        if not self.exact and counted != len(self):
+            raise UsageError(
+                f"the data set has a length of {len(self)} rows, and gave {counted} in an epoch: "
+                "__len__ must be right, as schedules and the KL of latents outside the data plate "
+                "go by it"
+            )
+
+    def first(self, n: int) -> Batch:
+        """The first n rows, or as many as a loader gives."""
+        batch = next(iter(self.batches(max(1, min(n, len(self))))), None)
+        if batch is None:
+            raise UsageError(f"the data set has a length of {len(self)} rows, and gave none")
+        return batch
+
+    def batches(self, batch_size: int, shuffle: bool = False) -> Iterator[Batch]:
+        """Minibatches; a ``DataLoader`` keeps its own batch size and order."""
+        loader, row = self.rows, 0
+        if not isinstance(loader, DataLoader):
+            loader = DataLoader(loader, batch_size=batch_size, shuffle=shuffle)
+        for batch in self._collated(loader):
+            batch = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
+            batch = batch[: self.width]
+            for i, item in enumerate(batch):
+                self._require_sound(item, f"context {i}" if i else "x", row)
+            row += len(batch[0])
+            yield batch
+
+    def _require_sound(self, item: Any, name: str, row: int) -> None:
+        if not isinstance(item, Tensor):
+            raise UsageError(f"the data set must give tensors, it gave {type(item).__name__}")
+        if fault := plain_fault(item):
+            raise UsageError(f"{name} {fault}")
+        require_finite(item, name, self.dtype, row, " of the epoch")
+        if name == "x" and self.greatest is not None and int(item.max()) > self.greatest:
+            raise UsageError(mixed_eight_bit(int(item.max())))
+
+    @staticmethod
+    def _collated(loader: DataLoader) -> Iterator[Any]:
+        try:
+            yield from loader
+        except TypeError as error:
+            raise UsageError(f"the data set must give tensors: {first_line(error)}") from error
+        except RuntimeError as error:  # rows of unequal shapes, say
+            raise UsageError(f"the loader cannot make a minibatch: {first_line(error)}") from error
+
+
+def _require_plain_items(rows: Dataset | DataLoader) -> None:
+    """Refuse what is no array of numbers by a data set's first item: collation drops masks."""
+    data: Any = rows.dataset if isinstance(rows, DataLoader) else rows
+    if isinstance(data, (IterableDataset, TensorDataset)):
+        return
+    try:
+        item = data[0]
+    except Exception:  # what cannot be read is said as minibatches are
+        return
+    for part in item if isinstance(item, (tuple, list)) else (item,):
+        if isinstance(part, np.ma.MaskedArray):  # the first may hide nothing
+            raise UsageError("the data set gives masked arrays, which are not served: fill them in")
+        if fault := plain_fault(part):
+            raise UsageError(f"what the data set gives {fault}")
+
+
+def _lengths(rows: Dataset | DataLoader) -> tuple[int, int, bool]:
+    """The rows of an epoch, how many different ones all epochs have, and whether that is sure."""
+    if not isinstance(rows, DataLoader):
+        n = _length(rows)
+        return n, n, not isinstance(rows, IterableDataset)
+    batches: Any = rows.batch_sampler
+    if isinstance(rows.dataset, IterableDataset) or batches is None:
+        n = _length(rows.dataset)
+        return (n - n % rows.batch_size if rows.drop_last and rows.batch_size else n), n, False
+    if type(batches) is not BatchSampler:
+        drawn = [index for batch in islice(batches, _length(batches)) for index in batch]
+        return len(drawn), len(set(drawn)), True
+    n, different = _drawn(batches.sampler)
+    if batches.drop_last:
+        n -= n % batches.batch_size
+    # Rows that a fixed order leaves out at its end are left out of every epoch.
+    return n, n if isinstance(batches.sampler, SequentialSampler) else different, True
+
+
+def _drawn(sampler: Any) -> tuple[int, int]:
+    """How many rows a sampler gives in an epoch, and how many different ones in all epochs."""
+    if type(sampler) in (SequentialSampler, RandomSampler):
+        return len(sampler), len(sampler.data_source)
+    if type(sampler) is WeightedRandomSampler:
+        return len(sampler), int((sampler.weights > 0).sum())
+    drawn = list(islice(sampler, _length(sampler)))
+    return len(drawn), len(set(drawn))
+
+
+def _length(rows: Any) -> int:
+    try:
+        return len(rows)
+    except (TypeError, NotImplementedError) as error:
+        raise UsageError(
+            f"{type(rows).__name__} has no length: the data set must have __len__"
+        ) from error
+
+
+Source: TypeAlias = "Arrays | Stream"
+
+
+def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) -> Source:
+    """Rows and their context as a source of minibatches, checked where they are in memory.
+
+    Raises `UsageError` for data that are empty, of unequal lengths, not finite as the pair's type
+    holds them, or no numbers.
+    """
+    dtype = None if pair is None else placement(pair)[1]
+    if isinstance(x, (Dataset, DataLoader)) and not isinstance(x, Tensor):
+        width = len(pair.template(1)) if hasattr(pair, "template") else None  # type: ignore
+        return Stream(x, width, dtype)
+    data = as_tensor(x, "x", dtype)
+    if not context and pair is not None:
+        context = missing_context(pair, len(data))
+    others = [as_tensor(value, f"context {i}", dtype) for i, value in enumerate(context, 1)]
+    tensors = [data, *others]
+    for i, tensor in enumerate(tensors):
+        if len(tensor) != len(tensors[0]):
+            raise UsageError(
+                f"context {i} has {len(tensor)} rows, x has {len(tensors[0])}: as many are expected"
+            )
+    return Arrays(tensors)
+
+
+def mixed_eight_bit(greatest: int) -> str:
+    return (
+        f"x is uint8 and goes to {greatest}, after uint8 data of 0 and 1 alone: pass floats, "
+        "x / 255 for intensities"
+    )
+
+
+def parts(given: Any) -> tuple[Any, ...]:
+    """x and its context, of what is given as x alone or as both."""
+    return tuple(given) if isinstance(given, (tuple, list)) else (given,)

@@ -1,0 +1,1 @@
+"""Whether the inference can be believed."""

@@ -1,0 +1,373 @@
+"""Simulation-based calibration: whether the guide is the posterior, on the model's own data."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import chain, product
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import numpy as np
+import pyro
+import torch
+from pyro.poutine import Trace
+from pyro.poutine.enum_messenger import EnumMessenger
+from torch import Tensor, nn
+
+from pyro_vae.diagnostics.ranks import in_words, ranked, ranks_of, simultaneous_band
+from pyro_vae.errors import UsageError
+from pyro_vae.inference.importance import CELLS
+from pyro_vae.pairs import enumeration, masks, summing
+from pyro_vae.pairs.arrays import as_tensor
+from pyro_vae.pairs.guide import trace_guide
+from pyro_vae.pairs.pair import Batch, Pair
+from pyro_vae.pairs.progress import bar
+from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.simulation import simulate
+from pyro_vae.pairs.sites import latents, observed
+from pyro_vae.pairs.threads import alone
+from pyro_vae.pairs.traces import Given, trace
+from pyro_vae.pairs.weights import log_density, structure
+
+INTERVALS = (0.5, 0.8, 0.9, 0.95)
+"""Probabilities of the central intervals whose coverage is counted."""
+
+LEAST_SIMULATIONS, LEAST_DRAWS = 100, 19
+"""So many at least, for a band that can reject, and for an interval of 95 %."""
+
+JOINT, LIKELIHOOD = "log p(x, z)", "log p(x | z)"
+"""The test quantities that are always ranked beside the latents."""
+
+Quantity: TypeAlias = Callable[[dict[str, Tensor], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibration` found: ranks of the truth among draws of the guide, by quantity."""
+
+    names: tuple[str, ...]
+    """The quantities: each unit of each latent, the two log densities, those of the user."""
+    ranks: Tensor
+    """How many draws are below the truth, whole numbers from 0 to ``num_draws``, of shape
+    (num_simulations, quantities); -1 where a mask hides the unit, which takes no part then."""
+    num_draws: int
+    """Draws of the guide for each simulated datum."""
+    level: float
+    """The probability, at most, that the exact posterior is rejected by any quantity."""
+    left_out: dict[str, str]
+    """Latents, and units of them, that are not ranked, and why."""
+
+    @property
+    def num_simulations(self) -> int:
+        """Simulated data."""
+        return len(self.ranks)
+
+    @property
+    def counts(self) -> Tensor:
+        """How many ranks each quantity has, of shape (quantities,)."""
+        return (self.ranks >= 0).sum(0)
+
+    @property
+    def points(self) -> Tensor:
+        """Where the distribution functions of the ranks are compared, of shape (num_draws,)."""
+        return torch.arange(1, self.num_draws + 1, dtype=torch.float64) / (self.num_draws + 1)
+
+    @property
+    def differences(self) -> Tensor:
+        """Empirical less uniform distribution function at the ``points``: of shape
+        (num_draws, quantities)."""
+        below = [
+            torch.bincount(rank[rank >= 0], minlength=self.num_draws + 1) for rank in self.ranks.T
+        ]
+        return torch.stack(below, 1).cumsum(0)[:-1] / self.counts - self.points[:, None]
+
+    @property
+    def band(self) -> tuple[Tensor, Tensor]:
+        """Bounds of ``differences``, each of their shape, that those of an exact guide leave at any
+        point with probability ``level`` / quantities, for each quantity."""
+        level = self.level / len(self.names)
+        bounds = [simultaneous_band(n, self.num_draws, level) for n in self.counts.tolist()]
+        share = torch.from_numpy(np.stack(bounds, -1)) / self.counts - self.points[:, None]
+        return share[0], share[1]
+
+    @property
+    def coverage(self) -> Tensor:
+        """Shares of the truths inside central intervals of 50, 80, 90 and 95 %, (quantities, 4)."""
+        middle = ((self.ranks + self.jitter) / (self.num_draws + 1) - 0.5).abs()
+        middle = torch.where(self.ranks < 0, torch.inf, middle)
+        inside = [(middle <= interval / 2).double().sum(0) for interval in INTERVALS]
+        return torch.stack(inside, 1) / self.counts[:, None]
+
+    @property
+    def coverage_errors(self) -> Tensor:
+        """Binomial standard errors of ``coverage``, of the same shape."""
+        return (self.coverage * (1 - self.coverage) / self.counts[:, None]).sqrt()
+
+    @property
+    def jitter(self) -> Tensor:
+        """Numbers in (0, 1) that spread each rank over its step, so that any interval has its exact
+        probability; always the same ones."""
+        generator = np.random.default_rng(0)
+        return torch.from_numpy(generator.random(self.ranks.shape))
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """The quantities whose ranks leave the band, and how, in words."""
+        low, high = self.band
+        slack = 1e-9
+        outside = (self.differences < low - slack) | (self.differences > high + slack)
+        which = outside.any(0).nonzero().flatten().tolist()
+        return {
+            self.names[i]: in_words(rank[rank >= 0], self.num_draws)
+            for i in which
+            for rank in [self.ranks[:, i]]
+        }
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether no quantity leaves its band."""
+        return not self.failures
+
+    def as_dict(self) -> dict[str, Any]:
+        """The verdict, and coverage by quantity, as metrics.json holds them."""
+        return {
+            "calibrated": self.calibrated,
+            "level": self.level,
+            "num_simulations": self.num_simulations,
+            "num_draws": self.num_draws,
+            "num_quantities": len(self.names),
+            "failures": self.failures,
+            "left_out": self.left_out,
+            "coverage": {
+                name: dict(zip(map(str, INTERVALS), shares, strict=True))
+                for name, shares in zip(self.names, self.coverage.tolist(), strict=True)
+            },
+        }
+
+    def __str__(self) -> str:
+        failures = self.failures
+        verdict = "not rejected" if not failures else f"rejected by {len(failures)}"
+        title = "".join(f"{100 * interval:>7.0f} %" for interval in INTERVALS)
+        lines = [
+            f"calibration {verdict} of {len(self.names)} quantities at level {self.level:g}, "
+            f"{self.num_simulations} simulations of {self.num_draws} draws",
+            f"{'coverage of':<20}{title}   ranks",
+        ]
+        for name, shares in zip(self.names, self.coverage.tolist(), strict=True):
+            numbers = "".join(f"{100 * share:>7.1f} %" for share in shares)
+            lines.append(f"{name:<20}{numbers}   {failures.get(name, 'uniform')}")
+        lines += [f"'{name}' is left out: {why}" for name, why in self.left_out.items()]
+        return "\n".join(lines)
+
+
+@alone()
+def calibration(
+    pair: nn.Module,
+    context: Sequence[Any] = (),
+    *,
+    num_simulations: int = 2000,
+    num_draws: int = 99,
+    test_quantities: Mapping[str, Quantity] | None = None,
+    level: float = 0.05,
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
+    r"""Test whether the guide is the model's posterior, by data that the model itself draws.
+
+    For :math:`(z, x) \sim p(z, x)` and :math:`z_1, \dots, z_L \sim q(z|x)`, the rank of
+    :math:`f(z, x)` among :math:`f(z_l, x)` is uniform on 0, ..., L for every f if
+    :math:`q(z|x) = p(z|x)`. Ranked are each unit of each latent; log p(x, z) and log p(x | z),
+    which see correlations that q drops and a q that does not heed x; and the functions given. The
+    empirical distribution function of each quantity's ranks is held against a band that uniform
+    ones leave anywhere with probability level / quantities (Bonferroni's, over the quantities).
+
+    Arguments:
+        pair: any pair with ``template(n)``.
+        context: context tensors for a conditional pair, of which a row is drawn for each
+            simulation.
+        num_simulations: simulated data, 100 or more.
+        num_draws: L for each, 19 or more.
+        test_quantities: by name, functions of the latents (a dictionary by site of tensors
+            (n, *event_shape)) and x (n, *data_shape) that return a tensor of shape (n,).
+        level: the probability that an exact guide is rejected, at most.
+        seed: of all draws. progress: show a bar, where it takes over two seconds.
+
+    Ties, as of discrete latents, are broken at random. Latents that only the model has are summed
+    out of the densities and not ranked, nor are units in simulations where a mask hides them.
+    **It cannot see** how the guide does on real data: where these differ from the model's own, the
+    encoder is tested on what it was not trained for. Nor does a guide that passes say anything of
+    the model.
+
+    Raises `UsageError` for a pair without template, with latents outside the data plate, or whose
+    model observes what has no place in the batch.
+    Talts et al., 2018 (https://arxiv.org/abs/1804.06788); Modrák et al., 2023
+    (https://arxiv.org/abs/2211.02383); the bands: Säilynoja, Bürkner & Vehtari, 2022
+    (https://arxiv.org/abs/2103.10522).
+
+    >>> import pyro_vae as pv
+    >>> found = calibration(pv.VAE.mlp((4,), latent_dim=1), num_simulations=200, num_draws=19)
+    >>> found.names, found.ranks.shape
+    (('z[0]', 'log p(x, z)', 'log p(x | z)'), torch.Size([200, 3]))
+    """
+    for name, value, least in (
+        ("num_simulations", num_simulations, LEAST_SIMULATIONS),
+        ("num_draws", num_draws, LEAST_DRAWS),
+    ):
+        if value < least:
+            raise UsageError(f"{name} must be {least} or more, {value} came")
+    if not 0 < level < 1:
+        raise UsageError(f"level is a probability between 0 and 1, {level} came")
+    quantities = dict(test_quantities or {})
+    parts: list[Tensor] = []
+    with using(pair, seed), bar(progress, num_simulations, "calibration", delay=2) as shown:
+        simulated = _Simulated(pair, context, num_draws, quantities)
+        for start in range(0, num_simulations, simulated.rows):
+            n = min(simulated.rows, num_simulations - start)
+            parts.append(simulated.ranks(n))
+            shown.update(n)
+    ranks, left_out = torch.cat(parts), simulated.left_out
+    counts = (ranks >= 0).sum(0).tolist()
+    kept = [i for i, number in enumerate(counts) if number >= LEAST_SIMULATIONS]
+    left_out |= {
+        simulated.names[i]: f"a mask hides it in all but {number} simulations"
+        for i, number in enumerate(counts)
+        if i not in kept
+    }
+    names = tuple(simulated.names[i] for i in kept)
+    return Calibration(names, ranks[:, kept], num_draws, level, left_out)
+
+
+class _Drawn(NamedTuple):
+    """Latents by site and log densities, draws of the guide first where there are any."""
+
+    values: dict[str, Tensor]
+    """Of shape (draws, n, *event), or (n, *event)."""
+    joint: Tensor
+    """log p(x, z), of shape (draws, n)."""
+    likelihood: Tensor
+    """log p(x | z), of shape (draws, n)."""
+
+
+class _Simulated:
+    """Data that the model draws, and the ranks of their latents among draws of the guide."""
+
+    def __init__(
+        self,
+        pair: nn.Module,
+        context: Sequence[Any],
+        num_draws: int,
+        quantities: Mapping[str, Quantity],
+    ) -> None:
+        self.pair, self.num_draws, self.quantities = pair, num_draws, quantities
+        self.context = [as_tensor(part, f"context {i}") for i, part in enumerate(context, 1)]
+        if len({len(part) for part in self.context}) > 1:
+            lengths = ", ".join(str(len(part)) for part in self.context)
+            raise UsageError(f"the context tensors have {lengths} rows: as many are expected")
+        batch, truth = self._simulate(2)
+        guide = latents(trace_guide(pair, batch))
+        self.sites = ranked(guide, truth)
+        self.left_out = dict.fromkeys(truth.keys() - guide.keys(), "the guide does not draw it")
+        self.left_out |= dict.fromkeys(guide.keys() - truth.keys(), "it is no latent of the model")
+        self.nesting, self.vectorized, widest = structure(pair, batch)
+        self.rows = max(1, CELLS // (widest * (num_draws if self.vectorized else 1)))
+        units = (_units(name, truth[name].shape[1:]) for name in self.sites)
+        self.names = (*chain.from_iterable(units), JOINT, LIKELIHOOD, *quantities)
+
+    def ranks(self, n: int) -> Tensor:
+        """Those of n data, of shape (n, quantities)."""
+        batch, found = self._simulate(n)
+        truth = {name: found[name] for name in self.sites}
+        hidden = self._hidden(batch, truth)
+        one, drawn = self._scored(batch, truth, None), self._draw(batch, truth)
+        pairs = [
+            (drawn.values[name].reshape(self.num_draws, n, -1), value.reshape(n, -1))
+            for name, value in truth.items()
+        ]
+        pairs += [
+            (drawn.joint[..., None], one.joint.mT),
+            (drawn.likelihood[..., None], one.likelihood.mT),
+        ]
+        pairs += [self._own(name, drawn, truth, batch[0]) for name in self.quantities]
+        ranks = torch.cat([ranks_of(draws, value) for draws, value in pairs], 1)
+        ranks[:, : hidden.shape[1]][hidden] = -1
+        return ranks.cpu()
+
+    def _hidden(self, batch: Batch, truth: dict[str, Tensor]) -> Tensor:
+        """Which units a mask hides, of shape (n, units)."""
+        with Given(truth):
+            sites = latents(trace(cast(Pair, self.pair).model, batch))
+        n = len(batch[0])
+        return torch.cat([~masks.scored(sites[name]).reshape(n, -1) for name in truth], 1)
+
+    def _simulate(self, n: int) -> tuple[Batch, dict[str, Tensor]]:
+        rows = len(self.context[0]) if self.context else 1
+        chosen = torch.randint(rows, (n,))
+        return simulate(self.pair, n, tuple(part[chosen] for part in self.context))
+
+    def _draw(self, batch: Batch, truth: dict[str, Tensor]) -> _Drawn:
+        """Draws of the guide, side by side where the pair takes that, else one by one."""
+        if self.vectorized:
+            return self._guided(batch, truth, self.num_draws)
+        draws = [self._guided(batch, truth, None) for _ in range(self.num_draws)]
+        values = {name: torch.cat([draw.values[name] for draw in draws]) for name in truth}
+        densities = zip(*[draw[1:] for draw in draws], strict=True)
+        return _Drawn(values, *(torch.cat(parts) for parts in densities))
+
+    def _guided(self, batch: Batch, truth: dict[str, Tensor], number: int | None) -> _Drawn:
+        with self._plate(number):
+            guide = latents(trace_guide(self.pair, batch))
+        values = {name: guide[name]["value"] for name in truth}
+        shaped = {name: value.reshape(-1, *truth[name].shape) for name, value in values.items()}
+        return self._scored(batch, values, number)._replace(values=shaped)
+
+    def _scored(self, batch: Batch, values: dict[str, Tensor], number: int | None) -> _Drawn:
+        """The densities of latents, those that only the model has summed out."""
+        plates = self.nesting + (number is not None)
+        with self._plate(number), EnumMessenger(first_available_dim=-1 - plates), Given(values):
+            model = trace(cast(Pair, self.pair).model, batch)
+        latent = model.copy()
+        for name in observed(model):
+            latent.remove_node(name)
+        joint, prior = (_density(part, number is not None) for part in (model, latent))
+        return _Drawn(values, joint, joint - prior)
+
+    def _plate(self, number: int | None) -> Any:
+        if number is None:
+            return nullcontext()
+        return pyro.plate("draws", number, dim=-1 - self.nesting)
+
+    def _own(
+        self, name: str, drawn: _Drawn, truth: dict[str, Tensor], x: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A test quantity of the user, of the draws (draws, n, 1) and of the truth (n, 1)."""
+
+        def value(z: dict[str, Tensor]) -> Tensor:
+            found = self.quantities[name](z, x)
+            if not isinstance(found, Tensor) or found.shape != x.shape[:1]:
+                came = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise UsageError(
+                    f"test quantity '{name}' must return a number for each datum, a tensor of "
+                    f"shape ({len(x)},); {came} came"
+                )
+            return found[:, None]
+
+        draws = [
+            value({site: many[k] for site, many in drawn.values.items()})
+            for k in range(self.num_draws)
+        ]
+        return torch.stack(draws), value(truth)
+
+
+def _units(name: str, shape: torch.Size) -> list[str]:
+    """The names of a site's units: z, or z[0], z[1], ..., or z[0,0], ..."""
+    if not shape:
+        return [name]
+    return [f"{name}[{','.join(map(str, index))}]" for index in product(*map(range, shape))]
+
+
+def _density(trace: Trace, drawn: bool) -> Tensor:
+    """log p of all sites of a trace, of shape (draws, n), or (1, n) where it has no draws."""
+    if enumeration.enumerated(trace):
+        found = summing.evidence(trace, Trace())
+    else:
+        found = log_density(trace, drawn)
+    return found if drawn else found[None]

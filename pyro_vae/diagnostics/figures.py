@@ -1,0 +1,335 @@
+"""Figures of what the diagnostics found: each function returns a matplotlib ``Figure``."""
+
+from collections.abc import Mapping
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.diagnostics.calibration import INTERVALS, Calibration
+from pyro_vae.diagnostics.gaps import Gaps
+from pyro_vae.diagnostics.outliers import OutlierScores
+from pyro_vae.diagnostics.predictive import PredictiveCheck
+from pyro_vae.diagnostics.uncertainty import Uncertainty
+from pyro_vae.inference.annealing import Sandwich
+from pyro_vae.inference.generation import hidden, reconstruct
+from pyro_vae.inference.importance import LogLikelihood
+from pyro_vae.inference.nuts import Moments, Posterior
+from pyro_vae.plots.canvas import (
+    BLUE,
+    GREY,
+    ORANGE,
+    _strip,
+    alike,
+    grid,
+    intensity,
+    is_picture,
+    literal,
+    new_figure,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def reliability(
+    estimate: LogLikelihood, x: Tensor, number: int = 8, rows: Tensor | None = None
+) -> "Figure":
+    """Pareto k of each datum's weights, and the data least to be trusted with theirs.
+
+    Arguments:
+        estimate: of `pyro_vae.log_likelihood`, from 21 samples or more.
+        x: the data it was made from, of shape (n, *data_shape).
+        number: how many of the worst are shown.
+        rows: what the data are numbered by; from 0 on by default.
+    """
+    worst = estimate.worst(min(number, len(x)))
+    figure = new_figure(8, 4.4)
+    panels = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.4, 1])
+    above, below = panels[:, 0]
+    axis = above.subplots()
+    k = estimate.pareto_k[torch.isfinite(estimate.pareto_k)].numpy()
+    bins = np.linspace(min(-0.2, k.min(initial=0)), max(1.2, k.max(initial=0)), 50)
+    axis.hist(k, bins=bins, color=BLUE)
+    axis.axvline(estimate.k_threshold, color=ORANGE, linewidth=1, linestyle="--")
+    axis.axvline(1, color=GREY, linewidth=1, linestyle=":")
+    over = int((estimate.pareto_k > estimate.k_threshold).sum())
+    infinite = len(estimate.pareto_k) - len(k)
+    axis.set_title(
+        f"{over} of {len(x)} data over {estimate.k_threshold:.2f}, {infinite} infinite", fontsize=9
+    )
+    axis.set_xlabel("Pareto k of the weights", fontsize=8)
+    axis.set_ylabel("data", fontsize=8)
+    axis.tick_params(labelsize=7)
+    shown = intensity(x[worst])
+    axes = below.subplots(1, len(worst), squeeze=False)[0]
+    numbers = torch.arange(len(x)) if rows is None else rows
+    for axis, row, image in zip(axes, worst.tolist(), shown, strict=True):
+        axis.set_axis_off()
+        if is_picture(shown):
+            axis.imshow(_strip(image[None], 1), vmin=0, vmax=1, interpolation="nearest")
+        else:
+            axis.plot(image.detach().cpu().float().flatten(), color=BLUE, linewidth=0.8)
+        axis.set_title(f"row {numbers[row]}\nk {estimate.pareto_k[row]:.2f}", fontsize=7)
+    below.suptitle("least to be trusted", fontsize=9)
+    return figure
+
+
+def gap_bars(found: Gaps) -> "Figure":
+    """Approximation and amortisation gap: stacked by datum in the order of their sum, and spread.
+
+    Arguments:
+        found: of `pyro_vae.gaps`; data whose gaps are not finite are left out.
+    """
+    kept = torch.isfinite(found.inference.per_datum)
+    order = found.inference.per_datum[kept].argsort(descending=True)
+    parts = [
+        ("approximation gap", found.approximation, BLUE),
+        ("amortisation gap", found.amortisation, ORANGE),
+    ]
+    figure = new_figure(8, 3.2)
+    left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
+    base = np.zeros(len(order))
+    for name, gap, color in parts:
+        values = gap.per_datum[kept].numpy()
+        height = values[order.numpy()].clip(min=0)  # noise about 0 cannot be stacked
+        left.fill_between(np.arange(len(order)), base, base + height, step="mid", color=color)
+        label = f"{name}: {gap.value:.2f} ± {gap.standard_error:.2f}"
+        right.hist(values, bins=40, histtype="step", color=color, label=label)
+        base = base + height
+    left.set_xlabel("data, in the order of the sum", fontsize=8)
+    left.set_ylabel("nats", fontsize=8)
+    left.set_title("log p(x) - ELBO", fontsize=9)
+    right.set_xlabel("nats", fontsize=8)
+    right.set_ylabel("data", fontsize=8)
+    right.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.25))
+    for axis in (left, right):
+        axis.tick_params(labelsize=7)
+    return figure
+
+
+def calibration_bands(found: Calibration, number: int = 7) -> "Figure":
+    """Distribution functions of ranks less the uniform one, within their bands, and coverage.
+
+    Arguments:
+        found: of `pyro_vae.calibration`.
+        number: how many quantities are shown, those that leave their bands by most first.
+    """
+    low, high = found.band
+    excess = (found.differences - (low + high) / 2).abs() / (high - low)
+    shown = excess.amax(0).argsort(descending=True)[:number].tolist()
+    columns = min(4, len(shown) + 1)
+    lines = ceil((len(shown) + 1) / columns)
+    figure = new_figure(2.4 * columns, 2.2 * lines)
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    failures = found.failures
+    for axis, which in zip(axes, shown, strict=False):
+        name = found.names[which]
+        color = ORANGE if name in failures else BLUE
+        axis.fill_between(
+            found.points, low[:, which], high[:, which], color=GREY, alpha=0.3, linewidth=0
+        )
+        axis.plot(found.points, found.differences[:, which], color=color, linewidth=1.2)
+        words = failures.get(name, "uniform").removeprefix("draws are ").replace(" and ", ",\n")
+        axis.set_title(f"{literal(name)}\n{words}", fontsize=7)
+        axis.set_xlabel("rank / (draws + 1)", fontsize=7)
+        axis.tick_params(labelsize=6)
+    _coverage(axes[len(shown)], found)
+    for axis in axes[len(shown) + 1 :]:
+        axis.remove()
+    return figure
+
+
+def _coverage(axis: Any, found: Calibration) -> None:
+    """Shares of truths within central intervals, against their probabilities, by quantity."""
+    nominal, failures = np.array(INTERVALS), found.failures
+    error = 2 * np.sqrt(nominal * (1 - nominal) / found.num_simulations)
+    axis.fill_between(nominal, nominal - error, nominal + error, color=GREY, alpha=0.3, linewidth=0)
+    for name, shares in zip(found.names, found.coverage.numpy(), strict=True):
+        color = ORANGE if name in failures else BLUE
+        axis.plot(nominal, shares, color=color, linewidth=0.8, marker=".", markersize=4)
+    axis.set_title("coverage", fontsize=7)
+    axis.set_xlabel("central interval", fontsize=7)
+    axis.tick_params(labelsize=6)
+
+
+def bounds(found: Sandwich) -> "Figure":
+    """The gap between upper and lower bound of log p(x), by simulated datum, from the least up.
+
+    Arguments:
+        found: of `pyro_vae.sandwich`; bars are two standard errors of the chains.
+    """
+    gaps = found.upper.per_datum - found.lower.per_datum
+    errors = (found.upper.standard_errors**2 + found.lower.standard_errors**2).sqrt()
+    order = gaps.argsort()
+    figure = new_figure(6, 3)
+    axis = figure.subplots()
+    places = np.arange(len(gaps))
+    axis.errorbar(
+        places,
+        gaps[order],
+        2 * errors[order].nan_to_num(0.0),
+        fmt=".",
+        color=BLUE,
+        ecolor=GREY,
+        elinewidth=0.8,
+        markersize=4,
+    )
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axhline(found.gap, color=ORANGE, linewidth=1, linestyle="--", label="mean")
+    axis.set_xlabel("simulated data, from the least gap up", fontsize=8)
+    axis.set_ylabel("upper less lower bound, nats", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=7, frameon=False)
+    lower = found.lower
+    axis.set_title(
+        f"{lower.num_temperatures} temperatures, {lower.num_chains} chains: mean gap "
+        f"{found.gap:.3f} ± {found.gap_standard_error:.3f} nats",
+        fontsize=9,
+    )
+    return figure
+
+
+def posteriors(result: Posterior, number: int = 4, rows: Tensor | None = None) -> "Figure":
+    """Posteriors by NUTS and the guide's, of the data on which they agree least, in the two units
+    on which they do: draws of NUTS, and ellipses of two standard deviations.
+
+    Arguments:
+        result: of `pyro_vae.nuts`.
+        number: how many data are shown.
+        rows: what the data are numbered by; from 0 on by default.
+    """
+    apart = result.disagreement.nan_to_num(0.0)
+    numbers = torch.arange(len(apart)) if rows is None else rows
+    shown = apart.sum(1).argsort(descending=True)[:number].tolist()
+    figure = new_figure(2.7 * len(shown) + 0.3, 3)
+    draws = torch.cat(
+        [v.reshape(-1, len(apart), v[0, 0, 0].numel()) for v in result.draws.values()], 2
+    )
+    for axis, row in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        first, second = (apart[row].argsort(descending=True).tolist() * 2)[:2]
+        few = draws[:: max(1, len(draws) // 1000), row]
+        axis.scatter(few[:, first], few[:, second], s=3, color=GREY, alpha=0.4, linewidths=0)
+        for name, color, moments in (
+            ("NUTS", "black", result.moments),
+            ("guide", ORANGE, result.guide_moments),
+        ):
+            axis.plot(*_ellipse(moments, row, [first, second]), color, linewidth=1.2, label=name)
+        axis.set_xlabel(literal(result.units[first]), fontsize=8)
+        axis.set_ylabel(literal(result.units[second]), fontsize=8)
+        axis.set_title(f"row {numbers[row]}: {apart[row, first]:.2f} nats", fontsize=8)
+        axis.tick_params(labelsize=6)
+    figure.axes[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _ellipse(moments: Moments, row: int, units: list[int]) -> Tensor:
+    """The points (2, points) two standard deviations from the mean of two units."""
+    turn = torch.linspace(0, 2 * torch.pi, 100, dtype=torch.float64)
+    rho = moments.correlation[row, units[0], units[1]].clamp(-1, 1)
+    circle = torch.stack([turn.cos(), rho * turn.cos() + (1 - rho**2).sqrt() * turn.sin()])
+    scale = moments.standard_deviation[row, units, None]
+    return moments.mean[row, units, None] + 2 * scale * circle
+
+
+def predictive_statistics(found: PredictiveCheck) -> "Figure":
+    """The mean statistics of the data among those of the replicated data sets.
+
+    Arguments:
+        found: of `pyro_vae.predictive_check`.
+    """
+    figure = new_figure(2.4 * len(found.names), 2.2)
+    for i, axis in enumerate(figure.subplots(1, len(found.names), squeeze=False)[0]):
+        name = found.names[i]
+        axis.hist(found.whole[:, i].numpy(), bins=20, color=BLUE)
+        axis.axvline(found.observed[:, i].nanmean().item(), color=ORANGE, linewidth=1.5)
+        axis.set_title(f"{literal(name)}\np {found.whole_p_values[name]:.3f}", fontsize=8)
+        axis.locator_params(axis="x", nbins=4)
+        axis.tick_params(labelsize=6)
+    return figure
+
+
+def predictive_worst(
+    pair: nn.Module,
+    found: PredictiveCheck,
+    x: Tensor,
+    *context: Tensor,
+    statistic: str | None = None,
+    number: int = 5,
+    replicates: int = 8,
+    rows: Tensor | None = None,
+) -> "Figure":
+    """The data that lie farthest from their replicates, and some of these to their right.
+
+    Arguments:
+        pair, found, x, context: of `pyro_vae.predictive_check`, and what it was made from.
+        statistic: by which the worst are chosen; by any of them by default.
+        number: how many data. replicates: how many of each.
+        rows: what the data are numbered by; from 0 on by default.
+    """
+    worst = found.worst(statistic, number)
+    numbers = torch.arange(len(x)) if rows is None else rows
+    data, given = x[worst], [part[worst] for part in context]
+    made = [
+        alike(reconstruct(pair, data, *given, means=False, seed=seed), data)
+        for seed in range(replicates)
+    ]
+    shown = torch.stack([intensity(data).to(made[0]), *made], 1)
+    masked = hidden(pair, data, *given)[:, None]
+    shown = torch.where(masked, torch.nan, shown) if masked.any() else shown
+    off = found.distances[worst].nan_to_num(0.0).abs()
+    which = off.argmax(1).tolist() if statistic is None else [found.names.index(statistic)] * number
+    labels = [
+        f"row {numbers[row]}\n{found.names[i]}\np {found.p_values[row, i]:.3f}"
+        for row, i in zip(worst.tolist(), which, strict=False)
+    ]
+    return grid(list(zip(labels, shown, strict=True)), "data, and replicates to their right")
+
+
+def outlier_histograms(found: OutlierScores) -> "Figure":
+    """Each score of the data, and of the other data where there are any.
+
+    Arguments:
+        found: of `pyro_vae.outlier_scores`; scores that are not finite are left out.
+    """
+    inside = found.inside.as_outlying()
+    other = {} if found.other is None else found.other.as_outlying()
+    figure = new_figure(2.8 * len(inside), 2.4)
+    for axis, name in zip(figure.subplots(1, len(inside), squeeze=False)[0], inside, strict=True):
+        kept = [scores[name][torch.isfinite(scores[name])] for scores in (inside, other) if scores]
+        bins = np.linspace(*torch.cat(kept).aminmax(), 40)
+        for scores, color, label in zip(kept, (BLUE, ORANGE), ("x", "other"), strict=False):
+            axis.hist(scores.numpy(), bins=bins, color=color, alpha=0.6, label=label, density=True)
+        area = "" if found.auroc is None else f"\nAUROC {found.auroc[name]:.3f}"
+        axis.set_title(name + area, fontsize=8)
+        axis.set_xlabel("nats", fontsize=7)
+        axis.set_yticks([])
+        axis.tick_params(labelsize=6)
+    axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def uncertainty(found: Mapping[str, Uncertainty], x: Tensor, number: int = 12) -> "Figure":
+    """Some data, what pairs predict in their place, and what of its spread codes and weights bring.
+
+    Arguments:
+        found: of `pyro_vae.uncertainty` for the same rows, by the name of each pair.
+        x: those rows, of shape (n, *data_shape).
+        number: how many rows are shown, the first ones.
+
+    Standard deviations are white at the greatest of all that are shown.
+    """
+    rows = [("data", intensity(x[:number]))]
+    spreads = {
+        (name, kind): getattr(one, kind)[:number].clamp(min=0).sqrt()
+        for name, one in found.items()
+        for kind in ("latent", "weights")
+    }
+    greatest = max(spread.max().item() for spread in spreads.values())
+    for name, one in found.items():
+        rows.append((f"{name}:\nmean", alike(one.mean[:number], x)))
+        for kind, words in (("latent", "codes,\naleatoric"), ("weights", "weights,\nepistemic")):
+            rows.append((words, alike(spreads[name, kind] / greatest, x)))
+    return grid(rows, f"standard deviations by source, white is {greatest:.2g}")

@@ -1,0 +1,282 @@
+"""Studies of the guide: log p(x), gaps, calibration, annealing, NUTS."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from pyro_vae.diagnostics import figures as diagnostic_figures
+from pyro_vae.diagnostics.calibration import Calibration, calibration
+from pyro_vae.diagnostics.gaps import Gaps, gaps
+from pyro_vae.diagnostics.study import GAP, GRADIENT, Bench, Finding, Rung, Study, sizes
+from pyro_vae.inference.annealing import Annealing, Sandwich, anneal, sandwich
+from pyro_vae.inference.importance import LogLikelihood, log_likelihood
+from pyro_vae.inference.nuts import Posterior, nuts
+
+LEAPFROG = 60
+"""Gradients that a transition of NUTS takes, about."""
+
+UNRELIABLE = 0.05
+"""The share of data with a Pareto k over 0.7 from which on their mean is not to be believed."""
+
+CONSTANT = 0.01
+"""Nats of a datum's gap under which its weights are as good as constant."""
+
+COVERAGE = 0.02
+"""How far the coverage of 95 % intervals may be off: no approximate guide is exact."""
+
+AGREE = 0.1
+"""Nats per example from which on two estimates of log p(x) differ."""
+
+TOGETHER = 0.3
+"""Nats per example that these may be apart, with two standard errors, and still be one."""
+
+MORE = "annealing at more temperatures, or with more time"
+
+RICHER = "a richer posterior family (pyro_vae.refit_guide shows what it gives)"
+
+
+def reliability_study(bench: Bench) -> Study:
+    def run(rows: int, samples: int) -> LogLikelihood:
+        return log_likelihood(
+            bench.pair,
+            *bench.some(rows),
+            num_samples=samples,
+            engine=bench.engine,
+            **bench.settings,
+        )
+
+    def judge(found: LogLikelihood, _: Mapping[str, Any]) -> list[Finding]:
+        findings = []
+        infinite = int((found.infinite_weights > 0).sum())
+        if infinite:
+            words = f"{infinite} data have infinite weights: the guide draws what it cannot score"
+            findings.append(Finding("doubt", words))
+        share = (found.pareto_k > 0.7).double().mean().item()
+        over = f"Pareto k is over 0.7 for {100 * share:.0f} % of the data"
+        if infinite:
+            return findings
+        if share <= UNRELIABLE:
+            value = f"{found.value:.3f} ± {found.standard_error:.3f} nats per example"
+            findings.append(Finding("trust", f"log p(x) = {value} by importance weights ({over})"))
+        else:
+            words = (
+                f"log p(x) by importance weights, which is too low by an unknown amount ({over})"
+            )
+            findings += [
+                Finding("doubt", words),
+                Finding("next", "pyro_vae.anneal for log p(x)"),
+            ]
+        return findings
+
+    wanted = (
+        (50, 100),
+        (100, 250),
+        (250, 250),
+        (500, 500),
+        (2000, 500),
+        (2000, 2000),
+        (10_000, 5000),
+    )
+    return Study(
+        "log_likelihood",
+        2,
+        [Rung(bench.cost(2, n * k), partial(run, n, k)) for n, k in sizes(bench, *wanted)],
+        judge,
+        {
+            "reliability": lambda found: diagnostic_figures.reliability(
+                found, bench.some(len(found.per_datum))[0], rows=bench.rows
+            )
+        },
+    )
+
+
+def gaps_study(bench: Bench) -> Study:
+    def run(rows: int, steps: int, samples: int) -> Gaps:
+        return gaps(
+            bench.pair,
+            *bench.some(rows),
+            steps=steps,
+            num_samples=samples,
+            engine=bench.engine,
+            progress=False,
+            **bench.settings,
+        )
+
+    def judge(found: Gaps, _: Mapping[str, Any]) -> list[Finding]:
+        whole, encoder, family = (
+            getattr(found, name).value for name in ("inference", "amortisation", "approximation")
+        )
+        # Where weights hardly vary, the shape of their tail is that of noise, and no matter.
+        matters = found.inference.per_datum.abs() > CONSTANT
+        unsure = ((found.pareto_k > 0.7) & matters).double().mean().item() > UNRELIABLE
+        if whole < GAP and not unsure:
+            words = f"the ELBO is within {whole:.2f} nats per example of log p(x)"
+            return [Finding("trust", words)]
+        below = f"it is {'at least ' if unsure else ''}{whole:.1f} nats per example below it"
+        where = f"{encoder:.1f} from the encoder, {family:.1f} from the family"
+        findings = [Finding("doubt", f"the ELBO as log p(x): {below} ({where})")]
+        if encoder > max(family, GAP / 2):
+            findings.append(Finding("next", "a larger encoder or longer training"))
+        if family > max(encoder, GAP / 2):
+            findings.append(Finding("next", RICHER))
+        return findings
+
+    wanted = (
+        (20, 50, 100),
+        (40, 100, 200),
+        (60, 200, 300),
+        (100, 300, 500),
+        (300, 300, 500),
+        (1000, 300, 500),
+    )
+    return Study(
+        "gaps",
+        4,
+        [
+            Rung(
+                bench.cost(steps, GRADIENT * 8 * n) + bench.cost(4, n * k),
+                partial(run, n, steps, k),
+            )
+            for n, steps, k in sizes(bench, *wanted)
+        ],
+        judge,
+        {"gaps": diagnostic_figures.gap_bars},
+    )
+
+
+def calibration_study(bench: Bench) -> Study:
+    def run(simulations: int, draws: int) -> Calibration:
+        return calibration(
+            bench.pair,
+            bench.batch[1:],
+            num_simulations=simulations,
+            num_draws=draws,
+            seed=bench.seed,
+            progress=False,
+        )
+
+    def judge(found: Calibration, _: Mapping[str, Any]) -> list[Finding]:
+        held = found.coverage[:, -1]
+        words = "the guide's uncertainty on the model's own data: 95 % intervals hold "
+        if found.calibrated:
+            words += f"{100 * held.min().item():.0f} to {100 * held.max().item():.0f} %"
+            return [Finding("trust", words)]
+        off = {name: held[found.names.index(name)].item() for name in found.failures}
+        worst = max(off, key=lambda name: abs(off[name] - 0.95))
+        most = Counter(found.failures.values()).most_common(1)[0][0]
+        words += f"{100 * off[worst]:.0f} % for {worst}; {len(off)} of {len(found.names)} "
+        words += f"quantities are off, most often because {most}"
+        if abs(off[worst] - 0.95) <= COVERAGE:
+            return [Finding("trust", words)]
+        return [Finding("doubt", words), Finding("next", RICHER)]
+
+    wanted = ((100, 19), (250, 29), (500, 49), (1000, 99), (2000, 99))
+    rungs = [Rung(bench.cost(2, n * draws), partial(run, n, draws)) for n, draws in wanted]
+    return Study(
+        "calibration", 2, rungs, judge, {"calibration": diagnostic_figures.calibration_bands}
+    )
+
+
+def annealing_study(bench: Bench) -> Study:
+    def run(rows: int, temperatures: int, chains: int) -> Annealing:
+        return anneal(
+            bench.pair,
+            *bench.some(rows),
+            num_temperatures=temperatures,
+            num_chains=chains,
+            engine=bench.engine,
+            progress=False,
+            **bench.settings,
+        )
+
+    def judge(found: Annealing, results: Mapping[str, Any]) -> list[Finding]:
+        weighed = results.get("log_likelihood")
+        if weighed is None or len(weighed.per_datum) < len(found.per_datum):
+            return []
+        n = len(found.per_datum)
+        by = (found.per_datum - weighed.per_datum[:n]).mean().item()
+        error = (found.standard_error**2 + weighed.standard_errors[:n].square().sum() / n**2) ** 0.5
+        off = f"{abs(by):.2f} ± {error:.2f} nats, on {n} data"
+        if abs(by) > max(AGREE, 3 * error):  # of two lower bounds the greater is the better
+            if by > 0:
+                words = f"log p(x) by importance weights is too low, by annealing ({off})"
+                return [Finding("doubt", words)]
+            words = f"annealing at {found.num_temperatures} temperatures is too low ({off})"
+            return [Finding("doubt", words), Finding("next", MORE)]
+        if abs(by) + 2 * error > TOGETHER:
+            words = f"whether annealing and importance weights agree on log p(x) ({off})"
+            return [Finding("doubt", words), Finding("next", MORE)]
+        words = f"annealing and importance weights agree on log p(x) ({off})"
+        return [Finding("trust", words)]
+
+    return Study("annealing", 3, _annealed(bench, run), judge)
+
+
+def sandwich_study(bench: Bench) -> Study:
+    def run(rows: int, temperatures: int, chains: int) -> Sandwich:
+        return sandwich(
+            bench.pair,
+            rows,
+            bench.some(rows)[1:],
+            num_temperatures=temperatures,
+            num_chains=chains,
+            seed=bench.seed,
+            engine=bench.engine,
+            progress=False,
+        )
+
+    def judge(found: Sandwich, _: Mapping[str, Any]) -> list[Finding]:
+        wide = f"{found.gap:.2f} ± {found.gap_standard_error:.2f} nats"
+        words = f"log p(x) of the model's own data: annealing's bounds are {wide} apart"
+        if found.gap + 2 * found.gap_standard_error < GAP:
+            return [Finding("trust", words)]
+        return [Finding("doubt", words), Finding("next", MORE)]
+
+    return Study("sandwich", 3, _annealed(bench, run, sides=2), judge)
+
+
+def _annealed(bench: Bench, run: Callable[..., Any], sides: int = 1) -> list[Rung]:
+    wanted = ((10, 20, 4), (20, 50, 8), (20, 100, 8), (50, 200, 8), (50, 500, 16), (100, 1000, 16))
+    return [
+        Rung(bench.cost(sides * 5 * (t + 70), GRADIENT * n * c), partial(run, n, t, c))
+        for n, t, c in sizes(bench, *wanted)
+    ]
+
+
+def nuts_study(bench: Bench) -> Study:
+    def run(rows: int, draws: int, chains: int) -> Posterior:
+        return nuts(
+            bench.pair,
+            *bench.some(rows),
+            num_draws=draws,
+            warmup=draws,
+            num_chains=chains,
+            engine=bench.engine,
+            progress=False,
+            **bench.settings,
+        )
+
+    def judge(found: Posterior, _: Mapping[str, Any]) -> list[Finding]:
+        numbers, n = found.as_dict(), len(found.agrees)
+        if numbers["agree"] < n:
+            words = (
+                f"NUTS as a reference: chains agree without divergences for {numbers['agree']} of "
+                f"{n} data"
+            )
+            return [Finding("doubt", words), Finding("next", "pyro_vae.nuts with more draws")]
+        apart = found.disagreement.nansum(1).mean().item()
+        shift, scale = numbers["mean_shift"] or 0.0, numbers["mean_scale_ratio"] or 0.0
+        words = (
+            f"the guide beside NUTS on {n} data: means are off by {shift:.2f} standard deviations, "
+            f"its scale is {scale:.2f} times the posterior's"
+        )
+        return [Finding("trust" if apart < GAP else "doubt", words)]
+
+    wanted = sizes(bench, (1, 100, 2), (2, 200, 4), (4, 300, 4), (8, 500, 4))
+    rungs = [
+        Rung(bench.cost(LEAPFROG * n * c * 2 * d, GRADIENT), partial(run, n, d, c))
+        for n, d, c in wanted
+    ]
+    figure = partial(diagnostic_figures.posteriors, rows=bench.rows)
+    return Study("nuts", 3, rungs, judge, {"nuts": figure})

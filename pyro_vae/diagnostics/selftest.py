@@ -1,0 +1,125 @@
+"""`selftest`: every estimator against answers known in closed form, on this machine."""
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+
+import pyro_vae
+from pyro_vae.diagnostics.selftest_checks import (
+    Check,
+    annealing_checks,
+    bounds_checks,
+    calibration_checks,
+    densities_checks,
+    enumeration_checks,
+    fit_checks,
+    gaps_checks,
+    gradients_checks,
+    information_checks,
+    log_likelihoods_checks,
+    nuts_checks,
+    shared_checks,
+    use_checks,
+)
+from pyro_vae.errors import first_line
+from pyro_vae.pairs.progress import bar
+from pyro_vae.pairs.rng import seeded
+from pyro_vae.pairs.threads import alone
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What `selftest` found."""
+
+    checks: list[Check]
+    faults: dict[str, str]
+    """What was raised, by the group of checks that it ended."""
+    versions: dict[str, str]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every estimate is within its tolerance, and nothing was raised."""
+        return not self.faults and all(check.passed for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The table, ready for JSON."""
+        return {
+            "passed": self.passed,
+            "versions": self.versions,
+            "seconds": self.seconds,
+            "checks": [check._asdict() | {"passed": check.passed} for check in self.checks],
+            "faults": self.faults,
+        }
+
+    def __str__(self) -> str:
+        lines = [", ".join(f"{name} {version}" for name, version in self.versions.items()), ""]
+        lines.append(f"{'':<44}{'estimate':>11}{'truth':>11}{'error':>10}{'allowed':>10}")
+        for check in self.checks:
+            lines.append(
+                f"{check.name:<44}{check.estimate:>11.4f}{check.truth:>11.4f}{check.error:>10.1e}"
+                f"{check.tolerance:>10.1e}  {'ok' if check.passed else 'FAILED'}"
+            )
+        lines += [f"{name:<44}FAILED: {fault}" for name, fault in self.faults.items()]
+        failed = sum(not check.passed for check in self.checks) + len(self.faults)
+        of = len(self.checks) + len(self.faults)
+        lines += ["", f"{of - failed} of {of} right, {self.seconds:.0f} s"]
+        return "\n".join(lines)
+
+
+@alone()
+def selftest(progress: bool = True) -> SelfTest:
+    """Hold every estimator against closed forms, with this machine and these versions.
+
+    Most of them belong to the linear-Gaussian pair, :math:`z \\sim N(0, I),\\ x|z \\sim N(Wz + b,
+    s^2 I)`, whose marginal and posterior are normal. Seeds are fixed: what fails once fails again.
+
+    Returns a table of estimate, truth, error and tolerance; ``passed`` says whether all are right.
+    The command line's ``pyro-vae selftest`` prints it, and ends with status 1 where one is wrong.
+    """
+    start = time.perf_counter()
+    checks: list[Check] = []
+    faults: dict[str, str] = {}
+    with bar(progress, len(CHECKS), "selftest", delay=2) as shown:
+        for name, group in CHECKS.items():
+            try:
+                with seeded(0):
+                    checks += group()
+            except Exception as error:  # whatever is wrong here is what the table is for
+                faults[name] = f"{type(error).__name__}: {first_line(error)}"
+            shown.update()
+    return SelfTest(checks, faults, _versions(), time.perf_counter() - start)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "pyro_vae": pyro_vae.__version__,
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+    }
+
+
+CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
+    "bounds": bounds_checks,
+    "gradients": gradients_checks,
+    "log p(x)": log_likelihoods_checks,
+    "information": information_checks,
+    "gaps": gaps_checks,
+    "annealing": annealing_checks,
+    "NUTS": nuts_checks,
+    "calibration": calibration_checks,
+    "enumeration": enumeration_checks,
+    "shared latents": shared_checks,
+    "use": use_checks,
+    "fit": fit_checks,
+    "densities": densities_checks,
+}
+"""What each group of checks yields."""

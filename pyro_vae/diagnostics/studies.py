@@ -1,0 +1,35 @@
+"""The studies of `diagnose`, in order."""
+
+from collections.abc import Callable
+
+from pyro_vae.diagnostics.guide_studies import (
+    annealing_study,
+    calibration_study,
+    gaps_study,
+    nuts_study,
+    reliability_study,
+    sandwich_study,
+)
+from pyro_vae.diagnostics.model_studies import (
+    information_study,
+    latents_study,
+    outliers_study,
+    predictive_study,
+    uncertainty_study,
+)
+from pyro_vae.diagnostics.study import Bench, Study
+
+STUDIES: list[Callable[[Bench], Study | None]] = [
+    latents_study,
+    information_study,
+    predictive_study,
+    uncertainty_study,
+    calibration_study,
+    reliability_study,
+    outliers_study,
+    gaps_study,
+    annealing_study,
+    sandwich_study,
+    nuts_study,
+]
+"""In the order in which they are run: the cheap ones first."""

@@ -1,0 +1,1 @@
+"""What a fitted pair is used for, and better estimates than the guide's own."""

@@ -1,0 +1,300 @@
+"""From latents to data: sample, decode, reconstruct, interpolate, traverse."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.data.sources import Rows
+from pyro_vae.errors import UsageError
+from pyro_vae.inference.passes import (
+    ROWS_AT_ONCE,
+    generate,
+    guide_of,
+    in_chunks,
+    latent_values,
+    prepared_batches,
+)
+from pyro_vae.pairs import masks
+from pyro_vae.pairs.arrays import as_tensor
+from pyro_vae.pairs.guide import trace_guide
+from pyro_vae.pairs.model import global_latents, trace_model, unconditioned
+from pyro_vae.pairs.pair import Batch, Pair, placement
+from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.sites import data_site, latents, require_normalized
+from pyro_vae.pairs.template import template
+from pyro_vae.pairs.threads import alone
+from pyro_vae.pairs.traces import trace
+
+SHARED_DRAWS = 100
+"""Parts of the rows of `sample` that have a draw of the latents outside the data plate each."""
+
+
+@alone()
+def sample(
+    pair: nn.Module,
+    n: int,
+    context: Sequence[Any] = (),
+    *,
+    means: bool = False,
+    site: str | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """Draw n data from the model: latents from their priors, then data given them.
+
+    Latents outside the data plate, such as weights of a decoder, are drawn from the guide, their
+    posterior: data are those that the fitted model predicts. A hundred parts of the rows have a
+    draw of their own.
+
+    Arguments:
+        pair: a pair with ``template(n)``.
+        n: how many.
+        context: context tensors of n rows, or of one row for all, for a conditional pair.
+        means: give the mean of each datum given its latents instead of a draw; of data that are
+            classes, the most probable one.
+        site: which observed site; the first by default.
+        seed: of the draws; torch's own generator goes on from where it is without one.
+
+    Returns a tensor of shape (n, *data_shape).
+
+    >>> import pyro_vae as pv
+    >>> sample(pv.VAE.mlp((1, 8, 8)), 3, seed=0).unique()
+    tensor([0., 1.])
+    """
+    if n < 1:
+        raise UsageError(f"n must be 1 or more, {n} came")
+    batch = template(pair, n, context)
+    shared = global_latents(pair, batch)
+    size = min(ROWS_AT_ONCE, -(-n // SHARED_DRAWS)) if shared else ROWS_AT_ONCE
+    parts = []
+    with using(pair, seed):
+        few = tuple(tensor[:2] for tensor in batch)
+        drawn = trace(unconditioned(pair), few)
+        require_normalized(drawn, "there are no draws of it but by MCMC (pyro_vae.nuts)")
+    with using(pair, seed):
+        for part in in_chunks(batch, size):
+            own = _global_values(pair, part, False, shared)
+            parts.append(generate(pair, part, own, means, site))
+    return torch.cat(parts)
+
+
+@alone()
+def decode(
+    pair: nn.Module,
+    values: Mapping[str, Tensor],
+    context: Sequence[Any] = (),
+    *,
+    means: bool = True,
+    site: str | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """The data that the model gives for these latents, as means (see `reconstruct`) or as draws.
+
+    Arguments:
+        values: a tensor (n, *event_shape) for each latent site; sites left out are drawn. Those
+            outside the data plate are at the guide's means where ``means`` are asked for, else
+            drawn from the guide.
+        context: context tensors of n rows, or of one row for all.
+
+    Returns a tensor of shape (n, *data_shape).
+
+    >>> import torch, pyro_vae as pv
+    >>> decode(pv.VAE.mlp((1, 8, 8), latent_dim=3), {"z": torch.zeros(5, 3)}).shape
+    torch.Size([5, 1, 8, 8])
+    """
+    if not values:
+        raise UsageError("values must give at least one latent site, none came")
+    given = {name: _given(pair, value, name) for name, value in values.items()}
+    batch = template(pair, len(next(iter(given.values()))), context)
+    shared = global_latents(pair, batch)
+    with using(pair, seed):
+        own = _global_values(pair, batch, means, shared)
+        return generate(pair, batch, own | given, means, site)
+
+
+@alone()
+def reconstruct(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    means: bool = True,
+    site: str | None = None,
+    binarize: str = "dynamic",
+    seed: int = 0,
+) -> Tensor:
+    """Encode data and decode them again: by means throughout, or by draws throughout.
+
+    Latents outside the data plate are at their means too, or drawn once for each thousand rows;
+    `pyro_vae.uncertainty` says what their spread does. Data that are classes (categories, tokens)
+    have no mean: in its place is the most probable class, or, where a class is a row of zeros with
+    a one (``OneHotCategorical``), the probability of each.
+
+    Returns a tensor of shape (n, *data_shape).
+
+    >>> import torch, pyro_vae as pv
+    >>> reconstruct(pv.VAE.mlp((1, 8, 8)), torch.ones(5, 1, 8, 8)).shape
+    torch.Size([5, 1, 8, 8])
+    """
+    parts = []
+    with using(pair, seed):
+        for batch in prepared_batches(pair, x, context, binarize):
+            parts.append(generate(pair, batch, latent_values(pair, batch, means), means, site))
+    return torch.cat(parts)
+
+
+@alone()
+def hidden(pair: nn.Module, x: Rows, *context: Any) -> Tensor:
+    """Which entries of data the model masks: booleans of the shape of x.
+
+    All False where the model observes something of another size in place of x.
+    """
+    parts = []
+    with using(pair, seed=0):
+        for batch in prepared_batches(pair, x, context, "dynamic"):
+            site = data_site(trace_model(pair, batch, trace_guide(pair, batch)))
+            same = site["value"].numel() == batch[0].numel()
+            parts.append((masks.seen(site, batch[0]) if same else batch[0]).isnan())
+    return torch.cat(parts)
+
+
+@alone()
+def interpolate(
+    pair: nn.Module,
+    start: Tensor,
+    end: Tensor,
+    *context: Any,
+    steps: int = 9,
+    site: str | None = None,
+    binarize: str = "dynamic",
+    seed: int = 0,
+) -> Tensor:
+    """Decode points on the straight lines between the codes of two sets of data.
+
+    Arguments:
+        start, end: data of n rows each.
+        context: of ``start``, kept along the line.
+        steps: points on each line, both ends counted.
+
+    Latents that are not real numbers stay those of the nearer end. Returns a tensor of shape
+    (n, steps, *data_shape).
+
+    >>> import torch, pyro_vae as pv
+    >>> interpolate(pv.VAE.mlp((4,)), torch.ones(2, 4), torch.zeros(2, 4), steps=5).shape
+    torch.Size([2, 5, 4])
+    """
+    if len(start) != len(end):
+        raise UsageError(f"start has {len(start)} rows, end {len(end)}: as many are expected")
+    if steps < 2:
+        raise UsageError(f"steps must be 2 or more, {steps} came")
+    with using(pair, seed):
+        (batch,) = prepared_batches(pair, start, context, binarize, at_once=True)
+        (other,) = prepared_batches(pair, end, context, binarize, at_once=True)
+        first, last = (latent_values(pair, part, True) for part in (batch, other))
+        shared = global_latents(pair, batch)
+        real = [name for name, of in _supports(pair, batch).items() if not of.is_discrete]
+        frames = []
+        for t in torch.linspace(0, 1, steps).tolist():
+            values = {
+                name: torch.lerp(a, last[name], t)
+                if name in real and name not in shared
+                else (a if t < 0.5 else last[name])
+                for name, a in first.items()
+            }
+            frames.append(generate(pair, batch, values, True, site))
+    return torch.stack(frames, 1)
+
+
+@alone()
+def traverse(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    values: Sequence[float] = (-3, -2, -1, 0, 1, 2, 3),
+    latent: str | None = None,
+    units: Sequence[int] | None = None,
+    site: str | None = None,
+    binarize: str = "dynamic",
+    seed: int = 0,
+) -> Tensor:
+    """Decode the code of one datum with one latent unit at a time set to each of some values.
+
+    Arguments:
+        x, context: one row.
+        values: what the unit is set to; within the support of the latent.
+        latent: which latent site; the first of real numbers by default.
+        units: which units of it; all by default.
+
+    Returns a tensor of shape (units, values, *data_shape).
+
+    >>> import torch, pyro_vae as pv
+    >>> traverse(pv.VAE.mlp((4,), latent_dim=3), torch.ones(1, 4)).shape
+    torch.Size([3, 7, 4])
+    """
+    if len(values) < 1:
+        raise UsageError("values must hold one number or more, none came")
+    with using(pair, seed):
+        (batch,) = prepared_batches(pair, x, context, binarize, at_once=True)
+        if len(batch[0]) != 1:
+            raise UsageError(f"traverse starts from one datum, {len(batch[0])} came")
+        shared = global_latents(pair, batch)
+        given = latent_values(pair, batch, True)
+        codes = {name: value for name, value in given.items() if name not in shared}
+        supports = _supports(pair, batch)
+        real = [name for name in codes if name in supports and not supports[name].is_discrete]
+        if not codes:
+            raise UsageError(
+                f"{type(pair).__name__} has no latent in the data plate, whose units could be moved"
+            )
+        chosen = latent or (real or list(codes))[0]
+        if chosen not in codes:
+            raise UsageError(f"no latent site is called '{chosen}': {', '.join(codes)} are")
+        width = codes[chosen].numel()
+        units = range(width) if units is None else units
+        if any(not 0 <= unit < width for unit in units):
+            raise UsageError(f"site '{chosen}' has units 0 to {width - 1}, {list(units)} came")
+        n = len(units) * len(values)
+        moved = codes[chosen].reshape(1, -1).repeat(n, 1).double()
+        moved[torch.arange(n), torch.tensor(units).repeat_interleave(len(values))] = (
+            torch.tensor(values, dtype=moved.dtype).repeat(len(units)).to(moved.device)
+        )
+        moved = moved.reshape(n, *codes[chosen].shape[1:])
+        _require_inside(chosen, supports.get(chosen), moved)
+        wide = {name: code.expand(n, *code.shape[1:]) for name, code in codes.items()}
+        wide[chosen] = moved.to(codes[chosen].dtype)
+        wide |= {name: given[name] for name in shared}
+        repeated = tuple(tensor.expand(n, *tensor.shape[1:]) for tensor in batch)
+        images = generate(pair, repeated, wide, True, site)
+    return images.reshape(len(units), len(values), *images.shape[1:])
+
+
+def _given(pair: nn.Module, value: Any, name: str) -> Tensor:
+    """A value of a latent site; an array of floats takes the pair's type."""
+    tensor = as_tensor(value, f"the value of '{name}'")
+    if isinstance(value, Tensor):
+        return tensor
+    device, dtype = placement(pair)
+    return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+
+def _supports(pair: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The support of each latent of the model, by site."""
+    found = latents(trace(cast(Pair, pair).model, batch))
+    return {name: site["fn"].support for name, site in found.items()}
+
+
+def _require_inside(name: str, support: Any, values: Tensor) -> None:
+    """Raise `UsageError` for values that a latent cannot have."""
+    if support is not None and not bool(support.check(values).all()):
+        raise UsageError(
+            f"values must be within the support of latent '{name}', which is "
+            f"{'discrete' if support.is_discrete else str(support)}"
+        )
+
+
+def _global_values(
+    pair: nn.Module, batch: Batch, means: bool, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """The guide's means or draws of these latents, which are outside the data plate."""
+    guide = latents(guide_of(pair, batch, means)) if names else {}
+    return {name: guide[name]["value"] for name in names}

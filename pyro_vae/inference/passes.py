@@ -1,0 +1,81 @@
+"""One pass through a fitted pair: rows prepared, latents given or drawn, data observed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from pyro.poutine import Trace
+from torch import Tensor, nn
+
+from pyro_vae.data.preparation import held_out, preparation
+from pyro_vae.data.sources import Rows, source
+from pyro_vae.errors import UsageError
+from pyro_vae.pairs import summing
+from pyro_vae.pairs.guide import trace_guide
+from pyro_vae.pairs.location import find_places
+from pyro_vae.pairs.model import unconditioned
+from pyro_vae.pairs.moments import typical
+from pyro_vae.pairs.pair import Batch, Site
+from pyro_vae.pairs.places import is_local
+from pyro_vae.pairs.sites import data_first, data_site, latents
+from pyro_vae.pairs.traces import DataFirst, Means, trace
+
+ROWS_AT_ONCE = 1000
+"""Rows that go through a pair at once."""
+
+DRAWS = 10
+"""Draws of the other latents over which the posterior of a discrete one is averaged."""
+
+
+def generate(
+    pair: nn.Module, batch: Batch, values: Mapping[str, Tensor], means: bool, site: str | None
+) -> Tensor:
+    """The mean (of classes the mode) or a draw of the data, with latents given or drawn."""
+    found = observation(pair, batch, values, site)
+    value = typical(found["fn"]) if means else found["value"]
+    return data_first(value, found).detach()
+
+
+def observation(
+    pair: nn.Module, batch: Batch, values: Mapping[str, Tensor], site: str | None = None
+) -> Site:
+    """The data site of the unconditioned model, with latents given (data first) or drawn."""
+    find_places(pair, batch)
+    with DataFirst(dict(values)):
+        traced = trace(unconditioned(pair), batch)
+    for name in values:
+        if name not in traced.nodes:
+            raise UsageError(f"the model has no site '{name}'")
+    return data_site(traced, site)
+
+
+def latent_values(pair: nn.Module, batch: Batch, means: bool) -> dict[str, Tensor]:
+    """The guide's means or draws, (n, ...) for local latents."""
+    guide = guide_of(pair, batch, means)
+    values = {
+        name: data_first(site["value"], site) if is_local(site) else site["value"]
+        for name, site in latents(guide).items()
+    }
+    return values | summed_out(pair, batch, guide, means)
+
+
+def guide_of(pair: nn.Module, batch: Batch, means: bool) -> Trace:
+    with Means() if means else nullcontext():
+        return trace_guide(pair, batch)
+
+
+def summed_out(pair: nn.Module, batch: Batch, guide: Trace, means: bool) -> dict[str, Tensor]:
+    return summing.summed_values(pair, batch, guide, DRAWS, draw=not means)
+
+
+def prepared_batches(
+    pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str, at_once: bool = False
+) -> Iterator[Batch]:
+    rows = source(x, context, pair)
+    rows, prepare = held_out(rows, preparation(pair, rows, binarize))
+    for batch in rows.batches(len(rows) if at_once else ROWS_AT_ONCE):
+        yield prepare(batch)
+
+
+def in_chunks(batch: Batch, size: int) -> Iterator[Batch]:
+    return zip(*(tensor.split(size) for tensor in batch), strict=True)

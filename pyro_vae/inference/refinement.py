@@ -1,0 +1,300 @@
+"""`refine`: each datum's own q, within the guide's family."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, cast
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import transform_to
+
+from pyro_vae.data.preparation import Preparation, held_rows
+from pyro_vae.data.sources import Arrays, Rows
+from pyro_vae.errors import UsageError
+from pyro_vae.inference.importance import LogLikelihood, estimate
+from pyro_vae.pairs.pair import Batch, Pair, Site
+from pyro_vae.pairs.places import is_local
+from pyro_vae.pairs.progress import bar
+from pyro_vae.pairs.rng import seeded
+from pyro_vae.pairs.scope import evaluation_mode, registered, scope, using
+from pyro_vae.pairs.sites import latents
+from pyro_vae.pairs.threads import alone
+from pyro_vae.pairs.traces import trace
+from pyro_vae.pairs.weights import structure
+from pyro_vae.training.elbo import elbo
+from pyro_vae.training.engine import Engine, Step
+from pyro_vae.training.optimizer import Optimizer
+from pyro_vae.training.schedules import Cosine
+
+REFINED_ROWS = 1000
+"""Data that are refined side by side."""
+
+
+class Refinement(NamedTuple):
+    """What `refine` found, in nats per example."""
+
+    before: LogLikelihood
+    """ELBO and log p(x) of each datum under the amortised guide."""
+    after: LogLikelihood
+    """The same under the refined guide, with as many draws."""
+    pair: "Refined"
+    """The pair with the refined guide."""
+    batch: Batch
+    """The data that any tool takes with that pair: x, the context, and the numbers of the rows."""
+
+    @property
+    def gain(self) -> Tensor:
+        """How much the ELBO of each datum rose, of shape (n,): its amortisation gap, at least."""
+        return self.after.elbo_per_datum - self.before.elbo_per_datum
+
+
+class Location(NamedTuple):
+    """Where an offset is added: a latent site, a parameter of its distribution, and the dimension
+    of that parameter, counted from the right, along which the rows of data stand."""
+
+    site: str
+    parameter: str
+    dim: int
+
+
+class Refined(nn.Module):
+    r"""A pair whose guide adds an offset of each row's own to what its parameters are.
+
+    Wherever the guide draws a latent from a distribution with parameters :math:`\lambda`, row i
+    draws it with :math:`t(t^{-1}(\lambda) + \delta_i)`, where :math:`t` maps real numbers to the
+    parameter's constraint. With :math:`\delta = 0` it is the guide itself. What one latent depends
+    on stays: the offset is added to whatever the guide makes of the latents before.
+
+    Arguments:
+        pair: any pair.
+        offsets: the offsets of all rows, by place.
+
+    Its batch ends with the numbers of the rows, a tensor of integers, beside those of the pair.
+    """
+
+    def __init__(self, pair: nn.Module, offsets: Mapping[Location, Tensor]) -> None:
+        super().__init__()
+        self.pair = pair
+        self.places = list(offsets)
+        self.offsets = nn.ParameterList(offsets.values())
+
+    def model(self, *batch: Tensor) -> Any:
+        return cast(Pair, self.pair).model(*batch[:-1])
+
+    def guide(self, *batch: Tensor) -> Any:
+        *given, rows = batch
+        if not given or rows.dim() != 1 or rows.is_floating_point():
+            raise UsageError(
+                "the batch of a refined pair ends with the numbers of its rows: pass *result.batch"
+            )
+        own = {
+            place: offset.index_select(place.dim, rows)
+            for place, offset in zip(self.places, self.offsets, strict=True)
+        }
+        with _Moved(own):
+            return cast(Pair, self.pair).guide(*given)
+
+    def template(self, n: int) -> Batch:
+        """A batch of n rows of the right shapes; its values mean nothing."""
+        return (*cast(Any, self.pair).template(n), torch.zeros(n, dtype=torch.long))
+
+
+@alone()
+def refine(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    steps: int = 300,
+    learning_rate: float = 0.05,
+    num_particles: int = 8,
+    num_samples: int = 500,
+    binarize: str = "dynamic",
+    seed: int = 0,
+    engine: str = "auto",
+    progress: bool = True,
+) -> Refinement:
+    r"""Give each datum variational parameters of its own, started at the guide's, model fixed.
+
+    Maximises :math:`\mathrm{ELBO}_i(\delta_i)` for every datum at once by SVI, where
+    :math:`\delta_i` is added to the unconstrained parameters of each latent's distribution (see
+    `Refined`): the family is that of the guide. Of a normal these are mean and scale, of a
+    `FlowPosterior` also the context; of a transformed distribution, those of its base.
+
+    Arguments:
+        pair: any pair, whose parameters and buffers stay as they are.
+        x, context: data, as `pyro_vae.log_likelihood` takes them.
+        steps: steps of Adam, whose rate falls from ``learning_rate`` to 0 by a cosine.
+        num_particles: draws for each datum at each step.
+        num_samples: draws for each datum from which the bounds before and after are measured.
+        seed: of all draws. engine: as in `pyro_vae.fit`.
+        progress: show a bar, where it takes over two seconds.
+
+    Latents that are discrete, or outside the data plate, are left as the guide has them. Raises
+    `UsageError` where no parameter can be refined.
+    Kim et al., Semi-amortized variational autoencoders, 2018 (https://arxiv.org/abs/1802.02550).
+
+    >>> import torch, pyro_vae as pv
+    >>> vae, x = pv.VAE.mlp((4,), latent_dim=2), torch.ones(8, 4)
+    >>> result = refine(vae, x, steps=5, num_samples=20, progress=False)
+    >>> result.gain.shape, pv.encode(result.pair, *result.batch)["z"].shape
+    (torch.Size([8]), torch.Size([8, 2]))
+    """
+    for name, value in (("steps", steps), ("num_particles", num_particles)):
+        if value < 1:
+            raise UsageError(f"{name} must be 1 or more, {value} came")
+    rows, prepare = held_rows(pair, x, context, binarize)
+    parts = [prepare(batch) for batch in rows.batches(REFINED_ROWS)]
+    batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    whole = (*batch, torch.arange(len(batch[0]), device=batch[0].device))
+    ready = Preparation(prepare.device, prepare.dtype)
+    before = estimate(pair, Arrays(batch), ready, num_samples, seed, engine, False)
+    with frozen(pair), seeded(seed), bar(progress, steps * len(parts), "refine", 2) as shown:
+        ascent = _Ascent(pair, parts[0], num_particles, steps, engine)
+        found = [ascent(block, learning_rate, shown.update) for block in parts]
+    joined = {place: torch.cat([own[place] for own in found], place.dim) for place in found[0]}
+    refined = Refined(pair, joined)
+    after = estimate(refined, Arrays(whole), ready, num_samples, seed, engine, False)
+    return Refinement(before, after, refined, whole)
+
+
+class _Ascent:
+    """Stochastic variational inference over the offsets of one block of rows after the other."""
+
+    def __init__(
+        self, pair: nn.Module, first: Batch, num_particles: int, steps: int, engine: str
+    ) -> None:
+        with using(pair):
+            _, vectorized, _ = structure(pair, first)
+            self.pair = Refined(pair, _locations(latents(trace(cast(Pair, pair).guide, first))))
+        n = len(first[0])
+        named = (*first, torch.arange(n, device=first[0].device))
+        objective = elbo(self.pair, named, num_particles, vectorized)
+        self.engine = Engine(self.pair, objective, engine, batch_size=n, steps=steps, declare=False)
+        self.model, self.steps = registered(self.pair, self.pair.model), steps
+
+    def __call__(
+        self, block: Batch, learning_rate: float, done: Callable[[], Any]
+    ) -> dict[Location, Tensor]:
+        pair, n, rate = self.pair, len(block[0]), Cosine(self.steps)
+        for offset in pair.offsets:
+            nn.init.zeros_(offset)
+        named = dict(pair.offsets.named_parameters())
+        optimizer = Optimizer(torch.optim.Adam, named, learning_rate)
+        svi = Step(self.model, pair.guide, optimizer, self.engine)
+        batch = (*block, torch.arange(n, device=block[0].device))
+        with evaluation_mode(pair), scope(pair):
+            for step in range(self.steps):
+                optimizer.learning_rate = learning_rate * rate(step)
+                try:
+                    svi.step(*batch)
+                except FloatingPointError as error:
+                    hint = "a smaller learning_rate may help"
+                    raise UsageError(
+                        f"the gradient is not finite at step {step + 1} of the refinement: "
+                        + (hint if step else "the ELBO of some datum has none under the guide")
+                    ) from error
+                done()
+        own = zip(pair.places, pair.offsets, strict=True)
+        return {place: offset.detach().narrow(place.dim, 0, n).clone() for place, offset in own}
+
+
+class _Moved(Messenger):
+    """Draws latents from their distributions with these offsets on their parameters."""
+
+    def __init__(self, offsets: Mapping[Location, Tensor]) -> None:
+        super().__init__()
+        self.offsets: dict[str, dict[str, Tensor]] = {}
+        for place, offset in offsets.items():
+            self.offsets.setdefault(place.site, {})[place.parameter] = offset
+
+    def _pyro_sample(self, msg: Any) -> None:
+        own = self.offsets.get(msg["name"])
+        if own is not None:
+            msg["fn"] = _changed(
+                msg["fn"],
+                lambda name, value, constraint: (
+                    _moved(value, own[name], constraint) if name in own else value
+                ),
+            )
+
+
+def _moved(value: Tensor, offset: Tensor, constraint: Any) -> Tensor:
+    to_constrained = transform_to(constraint)
+    return to_constrained(to_constrained.inv(value) + offset)
+
+
+def _changed(fn: Any, change: Callable[[str, Tensor, Any], Tensor]) -> Any:
+    """A distribution made again with other parameters; of one made of another, with that one's."""
+    if hasattr(fn, "base_dist"):
+        around = copy.copy(fn)
+        around.base_dist = _changed(fn.base_dist, change)
+        return around
+    takes = inspect.signature(type(fn).__init__).parameters
+    said = {name for one, others in _SAME.items() if one in takes for name in others}
+    arguments = {
+        name: getattr(fn, name) for name in takes if name not in said and hasattr(fn, name)
+    }
+    for name, constraint in fn.arg_constraints.items():
+        if isinstance(arguments.get(name), Tensor):
+            arguments[name] = change(name, arguments[name], constraint)
+    if "validate_args" in takes:
+        arguments["validate_args"] = False
+    return type(fn)(**arguments)
+
+
+_SAME = {"scale_tril": ("covariance_matrix", "precision_matrix"), "logits": ("probs",)}
+"""Parameters that say what others say: a distribution is made of the first."""
+
+
+def _locations(sites: Mapping[str, Site]) -> dict[Location, Tensor]:
+    """Offsets of 0 for all parameters that can be moved of all latents that can be refined."""
+    offsets: dict[Location, Tensor] = {}
+    for name, site in sites.items():
+        fn = site["fn"]
+        if is_local(site) and fn.has_rsample and not isinstance(fn, dist.Delta):
+            offsets |= _zeros(name, fn.expand(fn.batch_shape), site["value"])
+    if not offsets:
+        raise UsageError(
+            "the guide has no latent whose parameters can be refined: it takes one in the data "
+            "plate that is reparametrised"
+        )
+    return offsets
+
+
+def _zeros(site: str, fn: Any, value: Tensor) -> dict[Location, Tensor]:
+    offsets: dict[Location, Tensor] = {}
+
+    def note(parameter: str, held: Tensor, constraint: Any) -> Tensor:
+        with suppress(NotImplementedError):  # bounds that depend on each other, say
+            free = transform_to(constraint).inv(held)
+            dim = len(fn.batch_shape) - free.dim() - 1
+            # Pyro copies a parameter that is not contiguous, and the copy would be trained.
+            contiguous = torch.contiguous_format
+            offsets[Location(site, parameter, dim)] = torch.zeros_like(
+                free, memory_format=contiguous
+            )
+        return held
+
+    if not torch.allclose(_changed(fn, note).log_prob(value), fn.log_prob(value), 1e-3, 1e-3):
+        raise UsageError(
+            f"the distribution of site '{site}' ({type(fn).__name__}) cannot be made again from "
+            "its parameters"
+        )
+    return offsets
+
+
+@contextmanager
+def frozen(pair: nn.Module) -> Iterator[None]:
+    """No parameter of the pair takes gradients, and then each does as before."""
+    trained = [parameter for parameter in pair.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

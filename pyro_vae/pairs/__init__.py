@@ -1,0 +1,1 @@
+"""The contract of a pair, and how it is run."""

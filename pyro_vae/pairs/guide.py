@@ -1,0 +1,20 @@
+"""The trace of a pair's guide, with what it draws by way of auxiliary sites folded."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pyro.poutine import Trace
+from torch import Tensor, nn
+
+from pyro_vae.pairs.location import find_places
+
+
+def trace_guide(pair: nn.Module, batch: Sequence[Tensor], *handlers: Any) -> Trace:
+    """The trace of the guide on a batch, inside these handlers, the innermost first.
+
+    What it draws by way of an auxiliary site is one latent of the trace (`pyro_vae.pairs.folding`).
+    """
+    from pyro_vae.pairs.folding import trace_guide as folded_guide  # built on this module
+
+    find_places(pair, batch)
+    return folded_guide(pair, batch, *handlers)

@@ -1,0 +1,55 @@
+"""The trace of a pair's model, and its global latents."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from pyro import poutine
+from pyro.poutine import Trace
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from torch import Tensor, nn
+
+from pyro_vae.errors import UsageError
+from pyro_vae.pairs.location import find_places
+from pyro_vae.pairs.pair import Pair
+from pyro_vae.pairs.places import is_local
+from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.sites import latents
+from pyro_vae.pairs.traces import trace
+
+
+def trace_model(pair: nn.Module, batch: Sequence[Tensor], guide: Trace) -> Trace:
+    """The trace of the model on a batch, replayed against a trace of the guide."""
+    find_places(pair, batch)
+    return trace(poutine.replay(cast(Pair, pair).model, trace=guide), batch)
+
+
+def unconditioned(pair: nn.Module) -> Callable[..., Any]:
+    """The model of a pair, which draws the data that it would observe."""
+    return cast(Callable[..., Any], _Uncondition()(cast(Pair, pair).model))
+
+
+class _Uncondition(UnconditionMessenger):
+    """Pyro's ``uncondition``, but for ``pyro.deterministic``, which computes its value anew."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
+
+
+def global_latents(pair: nn.Module, batch: Sequence[Tensor]) -> list[str]:
+    """The latent sites of a pair that are outside the data plate: all data have one of each.
+
+    Found by running its model on two rows of a batch.
+    """
+    few = [tensor[:2] for tensor in batch]
+    find_places(pair, few)
+    with using(pair, seed=0):
+        drawn = trace(unconditioned(pair), few)
+        sites = {name: site for name, site in latents(drawn).items() if not is_local(site)}
+    return [name for name, site in sites.items() if not site["infer"].get("was_observed")]
+
+
+def require_local(pair: nn.Module, batch: Sequence[Tensor], why: str) -> None:
+    """Raise `UsageError` for a pair with a latent outside the data plate, and say why."""
+    for name in global_latents(pair, batch):
+        raise UsageError(f"latent site '{name}' is outside the data plate: {why}")

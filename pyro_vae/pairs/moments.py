@@ -1,0 +1,66 @@
+"""Means and modes of distributions."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_vae.errors import UsageError
+
+
+def mean(fn: Any, num_samples: int = 100) -> Tensor:
+    """The mean of a distribution, by draws where it has no closed form."""
+    closed = _closed_mean(fn)
+    if closed is None or bool(closed.isnan().any()):  # torch's Categorical has a mean of NaN
+        draws = fn.sample((num_samples,))
+        return (draws if draws.is_floating_point() else draws.to(torch.get_default_dtype())).mean(0)
+    return closed
+
+
+def _closed_mean(fn: Any) -> Tensor | None:
+    try:
+        return cast(Tensor, fn.mean)
+    except NotImplementedError:
+        return None
+
+
+def is_category(fn: Any) -> bool:
+    """Whether a distribution is over classes without order, which have a mode and no mean."""
+    closed = _closed_mean(fn) if fn.support.is_discrete else None
+    return closed is not None and bool(closed.isnan().any())
+
+
+def typical(fn: Any) -> Tensor:
+    """The mean of a distribution; of one that has none, as of classes, the most probable value.
+
+    Where a class is a row of zeros with a one, the mean is its probability.
+    """
+    closed = _closed_mean(fn)
+    if closed is None:
+        return mean(fn)
+    return mode(fn) if bool(closed.isnan().any()) else closed
+
+
+def mode(fn: Any) -> Tensor:
+    """The most probable value of a distribution."""
+    if type(fn).__name__ in ("Independent", "MaskedDistribution"):
+        return mode(fn.base_dist)
+    try:
+        return fn.mode
+    except NotImplementedError:
+        pass
+    if fn.event_shape or not num_values(fn):
+        raise UsageError(f"{type(fn).__name__} has neither a mode nor a list of values")
+    values = [torch.full_like(fn.mean, k) for k in range(num_values(fn))]
+    return torch.stack([fn.log_prob(value) for value in values]).argmax(0)
+
+
+def num_values(fn: Any) -> int:
+    """How many values each element has of a distribution over 0, 1, ..., else 0."""
+    support = fn.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if not isinstance(support, constraints.integer_interval) or int(support.lower_bound) != 0:
+        return 0
+    return int(support.upper_bound) + 1

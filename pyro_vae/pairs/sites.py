@@ -1,0 +1,191 @@
+"""The sites of a trace: which are latent, observed, local; their densities, KL and means."""
+
+from typing import Any, cast
+
+import torch
+from pyro.distributions import Unit
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyro_vae.compat import scale_and_mask, site_is_subsample
+from pyro_vae.errors import UsageError, first_line
+from pyro_vae.pairs import places
+from pyro_vae.pairs.pair import Site
+from pyro_vae.pairs.places import is_local
+
+
+def data_plates(model: Trace, guide: Trace) -> frozenset[str]:
+    """The names of the data plate: those of the pair in use, or else of the observed sites."""
+    if (found := places.known()) is not None:
+        return found.plates
+    plates = frozenset(f.name for site in observed(model).values() for f in at_data(site))
+    return with_guides(plates, model, guide)
+
+
+def with_guides(plates: frozenset[str], model: Trace, guide: Trace) -> frozenset[str]:
+    """These names, and those that the guide has for the plate of the same latents."""
+    inside = [name for name, site in latents(model).items() if is_local(site, plates)]
+    return plates | {f.name for name in inside for f in at_data(latents(guide).get(name))}
+
+
+def at_data(site: Site | None) -> list[Any]:
+    """The plates at dimension -1 around a site."""
+    frames = [] if site is None else site["cond_indep_stack"]
+    return [frame for frame in frames if frame.vectorized and frame.dim == -1]
+
+
+def sample_sites(trace: Trace) -> dict[str, Site]:
+    """The sample sites of a trace, by name.
+
+    Without those of plates' subsampling, and without ``pyro.deterministic``, which has a value and
+    no density.
+    """
+    nodes: dict[str, Site] = dict(trace.nodes)
+    return {
+        name: site
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic")
+    }
+
+
+def latents(trace: Trace) -> dict[str, Site]:
+    """The unobserved sample sites of a trace, by name."""
+    return {name: site for name, site in sample_sites(trace).items() if not site["is_observed"]}
+
+
+def observed(trace: Trace) -> dict[str, Site]:
+    """The observed sample sites of a trace, by name; those of an unconditioned model too.
+
+    Without those marked ``infer={"is_auxiliary": True}``: they are terms of the objective alone, a
+    classification loss say, and no part of p(x).
+    """
+    return {
+        name: site
+        for name, site in sample_sites(trace).items()
+        if (site["is_observed"] or site["infer"].get("was_observed", False))
+        and not is_auxiliary(site)
+    }
+
+
+def is_factor(site: Site) -> bool:
+    """Whether a site is a ``pyro.factor``: a term of the log density, without a value."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Unit)
+
+
+def factors(trace: Trace) -> dict[str, Site]:
+    """The sites of ``pyro.factor`` in a trace, by name."""
+    return {name: site for name, site in sample_sites(trace).items() if is_factor(site)}
+
+
+def scored(trace: Trace) -> dict[str, Site]:
+    """The observed sites of a model and its factors: what p(x, z) has beside its latents."""
+    return observed(trace) | factors(trace)
+
+
+def require_normalized(model: Trace, why: str) -> None:
+    """Raise `UsageError` for a model with factors, and say why."""
+    for name in factors(model):
+        raise UsageError(
+            f"the model has a pyro.factor, '{name}', so that its density is not normalized: {why}"
+        )
+
+
+def is_auxiliary(site: Site) -> bool:
+    """Whether a site is a term of the objective alone; of the guide, one without a prior."""
+    return bool(site["infer"].get("is_auxiliary"))
+
+
+def data_site(trace: Trace, name: str | None = None) -> Site:
+    """The observed site of this name, or the one that observes x.
+
+    Raises `UsageError` where no site is named and several sites observe parts of x.
+    """
+    sites = observed(trace)
+    if name is None and (only := x_site(trace)) is not None:
+        return only
+    if name is None and sites:
+        raise UsageError(
+            f"the model observes parts of x at several sites ({', '.join(sites)}): pass one of "
+            "these names as site"
+        )
+    if name not in sites:
+        raise UsageError(
+            f"the model has no observed site '{name}'; its observed sites are: "
+            f"{', '.join(sites) or 'none'}"
+        )
+    return sites[cast(str, name)]
+
+
+def x_site(trace: Trace) -> Site | None:
+    """The observed site that observes x, None where several sites observe parts of it."""
+    sites, found = observed(trace), places.known()
+    if len(sites) == 1:
+        return next(iter(sites.values()))
+    return None if found is None or found.x is None else sites.get(found.x)
+
+
+def log_prob(site: Site) -> Tensor:
+    """The log density of a site, masked but not scaled: KL weights and subsampling left out."""
+    try:
+        density = site["fn"].log_prob(site["value"])
+    except ValueError as error:  # a guide, say, that draws what the model's support does not hold
+        reason = first_line(error).removesuffix(", but found invalid values:")
+        raise UsageError(f"site '{site['name']}' cannot be scored: {reason}") from error
+    return scale_and_mask(density, mask=site["mask"])
+
+
+def data_first(value: Tensor, site: Site) -> Tensor:
+    """A value of a local site with the data as dimension 0, the plates within a datum after it."""
+    return value.movedim(-1 - site["fn"].event_dim, 0)
+
+
+def by_datum(term: Tensor, particles: bool) -> Tensor:
+    """A local log density summed over the plates between the particles, if any, and the data."""
+    if particles:
+        return term.flatten(1, -2).sum(1) if term.dim() > 2 else term
+    return term.reshape(-1, term.shape[-1]).sum(0)
+
+
+def same_order(model: Trace, guide: Trace) -> bool:
+    """Whether model and guide draw the latents that they share in one order.
+
+    Only then is each of their conditionals given what both have drawn before, so that the KL of
+    the two may stand for its expectation.
+    """
+    shared = [name for name in latents(guide) if name in model.nodes]
+    return shared == [name for name in sample_sites(model) if name in shared]
+
+
+def site_kl(model_site: Site, guide_site: Site, closed: bool = True) -> Tensor:
+    r"""KL of one latent site, in nats: of shape (batch, *units) where it splits over units.
+
+    :math:`\mathrm{KL}(q \| p)` in closed form where torch knows it and ``closed`` allows it (see
+    `same_order`), else the estimate :math:`\log q(z) - \log p(z)` at the draw in the trace. Where
+    both distributions have independent coordinates the last dimensions are those of the event, else
+    there are none.
+    """
+    p, q, z, mask = model_site["fn"], guide_site["fn"], guide_site["value"], guide_site["mask"]
+    if factorizes(p) and factorizes(q):
+        p, q = p.base_dist, q.base_dist
+    try:
+        kl = kl_divergence(q, p) if closed else None
+    except NotImplementedError:
+        kl = None
+    if not isinstance(kl, Tensor):  # a number where a mask within the distributions hides all
+        kl = q.log_prob(z) - p.log_prob(z)
+    if isinstance(mask, Tensor):
+        mask = mask.reshape(mask.shape + (1,) * (kl.dim() - len(guide_site["fn"].batch_shape)))
+    return scale_and_mask(kl, mask=mask)
+
+
+def factorizes(fn: Any) -> bool:
+    """Whether a distribution's units are independent, its ``base_dist`` being theirs."""
+    return isinstance(fn, torch.distributions.Independent) and fn.reinterpreted_batch_ndims == len(
+        fn.event_shape
+    )

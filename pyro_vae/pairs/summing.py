@@ -1,0 +1,258 @@
+"""Enumerated latents summed out: evidence, densities and probabilities of a datum."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine import Trace
+from torch import Tensor, nn
+
+from pyro_vae.errors import UsageError
+from pyro_vae.pairs.enumeration import (
+    enumerated,
+    enumerated_model,
+    glance,
+    nesting,
+    plates_of,
+    support_values,
+    to_enumerate,
+    traces,
+)
+from pyro_vae.pairs.guide import trace_guide
+from pyro_vae.pairs.pair import Batch, Site
+from pyro_vae.pairs.places import is_local
+from pyro_vae.pairs.sites import (
+    is_auxiliary,
+    is_factor,
+    latents,
+    log_prob,
+    observed,
+    sample_sites,
+    scored,
+)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Log densities of one pair of traces at every value of the enumerated sites, with weights.
+
+    Each term is summed over the plates within a datum; enumerated dimensions come first, then a
+    plate of samples, if any, then those of the plates within a datum, of size 1, then the data.
+    """
+
+    weights: Tensor
+    """q(e|x) r(m|e,x,z)."""
+    posterior: dict[str, Tensor]
+    """log q of each latent site of the guide, log r of each that only the model has.
+
+    Where the model alone has several, r splits into a factor for each, given those before it in
+    the model: the chain rule."""
+    prior: dict[str, Tensor]
+    """log p of each latent site of the model."""
+    observed: dict[str, Tensor]
+    """log p of each observed site, those that are auxiliary included."""
+    dims: dict[str, int]
+    """The dimension of each enumerated site."""
+
+    def mean(self, term: Tensor) -> Tensor:
+        """The weighted mean of a term over the enumerated values; weight zero takes no part."""
+        dims = [dim for dim in self.dims.values() if _extends(term, dim)]
+        if not dims:
+            return term
+        weights = _sum(self.weights, [dim for dim in self.dims.values() if dim not in dims])
+        alive = weights > 0
+        return (torch.where(alive, weights, 0.0) * torch.where(alive, term, 0.0)).sum(dims, True)
+
+    def units(self, values: Tensor, right: int) -> Tensor:
+        """The weighted mean of values with as many dimensions right of the data."""
+        if not self.dims:
+            return values
+        weights = self.weights.reshape(*self.weights.shape, *[1] * right)
+        weighed = torch.where(weights > 0, weights * values, 0.0)
+        return weighed.sum([dim - right for dim in self.dims.values()])
+
+
+def is_named(pair: nn.Module, batch: Batch, name: str) -> bool:
+    """Whether the values of an enumerated site are classes that the model is told the names of.
+
+    They are where it observes whole numbers, labels, whose density depends on the site.
+    """
+    model, _ = traces(pair, batch, nesting(pair, batch))
+    dim = enumerated(model)[name]["infer"]["_enumerate_dim"] if name in enumerated(model) else 0
+    return any(
+        dim < 0 and not site["value"].is_floating_point() and _extends(log_prob(site), dim)
+        for site in observed(model).values()
+    )
+
+
+def terms(model: Trace, guide: Trace) -> Terms:
+    """What the ELBO of these traces is made of, by site."""
+    inner, dims = _layout(model, guide)
+    q = {name: _term(site, inner) for name, site in latents(guide).items()}
+    summed = [name for name in enumerated(model) if name not in q]
+    p = {name: _term(site, inner, name not in summed) for name, site in sample_sites(model).items()}
+    log_weights = sum((_term(s, inner, False) for s in enumerated(guide).values()), _zero(p))
+    joint = sum((p[name] for name in summed), _zero(p))
+    targets = [dims[name] for name in summed]
+    for name, site in sample_sites(model).items():
+        own = name in summed or (is_auxiliary(site) and not is_factor(site))
+        if not own and any(_extends(p[name], dim) for dim in targets):
+            joint = joint + p[name]
+    if enumerated(guide):
+        # What has no weight may be impossible, and its conditional no distribution.
+        joint = torch.where(torch.isneginf(log_weights), torch.zeros_like(joint), joint)
+    for name in reversed(summed):
+        above = joint.logsumexp(dims[name], keepdim=True)
+        q[name], joint = joint - above, above
+        log_weights = log_weights + q[name]
+    seen = {name for name, site in sample_sites(model).items() if site["is_observed"]}
+    return Terms(
+        log_weights.exp(),
+        q,
+        {name: p[name] for name in p if name not in seen},
+        {name: p[name] for name in p if name in seen},
+        dims,
+    )
+
+
+def evidence(model: Trace, guide: Trace) -> Tensor:
+    r"""The log weight of each draw for log p(x), every enumerated site summed out.
+
+    Given the draws of latents outside the data plate, which take no part.
+
+    :math:`\log \sum_{e,m} p(x, z, e, m) / q(z|x, e)`, of the shape of the plates of the enumerated
+    sites. Its exponential has the mean p(x) whatever the draws z, and q(e|x) takes no part.
+    """
+    inner, dims = _layout(model, guide)
+    total = log_ratio(model, guide)
+    total = total.logsumexp(list(dims.values())) if dims else total
+    return total.squeeze(inner)
+
+
+def log_ratio(model: Trace, guide: Trace) -> Tensor:
+    """The terms of `evidence` before their sum, with the enumerated dimensions first."""
+    inner, dims = _layout(model, guide)
+    total = _zero({})
+    for name, site in (latents(model) | scored(model)).items():
+        if is_local(site):
+            total = total + _term(site, inner, name not in dims)
+    for name, site in latents(guide).items():
+        if is_local(site) and name not in dims:
+            total = total - _term(site, inner)
+    return total
+
+
+def joint(model: Trace, guide: Trace) -> Tensor:
+    r"""log p(x, z) of latents z that are given, :math:`\log \sum_{e,m} p(x, z, e, m)`.
+
+    Its exponential is the density of the data and of all latents that are not enumerated.
+    """
+    sites = latents(model) | scored(model)
+    local = {name: site for name, site in sites.items() if is_local(site)}
+    return _marginal(local, *_layout(model, guide))
+
+
+def proposal(model: Trace, guide: Trace) -> Tensor:
+    r"""log q(z|x) of latents z that are given, :math:`\log \sum_e q(z, e|x)`."""
+    inner, dims = _layout(model, guide)
+    return _marginal(latents(guide), inner, {name: dims[name] for name in enumerated(guide)})
+
+
+def _marginal(sites: dict[str, Site], inner: list[int], dims: dict[str, int]) -> Tensor:
+    total = _zero({})
+    for name, site in sites.items():
+        total = total + _term(site, inner, name not in dims)
+    total = total.logsumexp(list(dims.values())) if dims else total
+    return total.squeeze(inner)
+
+
+def probabilities(pair: nn.Module, batch: Batch, name: str, num_samples: int) -> Tensor:
+    """The posterior probabilities (batch, values) of one discrete site, averaged over draws.
+
+    Those of the guide, :math:`q(y|x)`, exact where nothing is drawn before it; of a site that only
+    the model has, :math:`E_{q(z|x)}[r(k|x,z)]`.
+    """
+    found = []
+    for _ in range(num_samples):
+        guide = trace_guide(pair, batch)
+        if name in latents(guide):
+            fn = latents(guide)[name]["fn"]
+            found.append(fn.log_prob(support_values(latents(guide)[name], expand=True)).exp())
+            if next(iter(latents(guide))) == name:
+                break
+        else:
+            found.append(_conditional(pair, batch, guide)[name])
+    return (torch.stack(found).mean(0)).reshape(len(found[0]), -1).T
+
+
+def summed_values(
+    pair: nn.Module, batch: Batch, guide: Trace, num_samples: int, draw: bool
+) -> dict[str, Tensor]:
+    """Values of the latents that only the model has: their modes, or draws given the guide's.
+
+    Modes are those of their probabilities averaged over ``num_samples`` draws of the guide.
+    """
+    alone, model = glance(pair, batch)
+    names = [name for name in to_enumerate(model) if name not in latents(alone)]
+    if not names:
+        return {}
+    if not draw:
+        index = [probabilities(pair, batch, name, num_samples).argmax(1) for name in names]
+    else:
+        found = terms(enumerated_model(pair, batch, guide), guide)
+        # The leftmost dimension is the site that the model enumerated last.
+        names = sorted(found.dims, key=lambda name: found.dims[name])
+        shape = found.weights.shape[: len(names)]
+        weights = found.weights.reshape(shape.numel(), len(batch[0]))
+        index = list(torch.unravel_index(torch.multinomial(weights.T, 1).squeeze(1), shape))
+    sites = latents(model)
+    return {
+        name: support_values(sites[name])[which] for name, which in zip(names, index, strict=True)
+    }
+
+
+def _conditional(pair: nn.Module, batch: Batch, guide: Trace) -> dict[str, Tensor]:
+    """r (values, batch) of each latent that only the model has, given a trace of the guide."""
+    found = terms(enumerated_model(pair, batch, guide), guide)
+    n = len(batch[0])
+    return {
+        name: _sum(found.weights, [d for d in found.dims.values() if d != dim]).reshape(-1, n)
+        for name, dim in found.dims.items()
+    }
+
+
+def _layout(model: Trace, guide: Trace) -> tuple[list[int], dict[str, int]]:
+    """Dimensions of the plates within a datum, and that of each enumerated site."""
+    sites = enumerated(guide) | enumerated(model)
+    dims = {name: site["infer"]["_enumerate_dim"] for name, site in sites.items()}
+    if len(set(dims.values())) < len(dims):
+        raise UsageError(
+            f"the enumerated sites {', '.join(dims)} share dimensions (pyro.markov), and their sum "
+            "is no sum over all combinations: use TraceEnum_ELBO by itself"
+        )
+    if len({frozenset(plates_of([site])) for site in sites.values()}) > 1:
+        raise UsageError(
+            f"the enumerated sites {', '.join(dims)} are in different plates: use TraceEnum_ELBO"
+        )
+    everywhere = plates_of(sample_sites(model).values()) | plates_of(sample_sites(guide).values())
+    own = plates_of(sites.values()) if sites else everywhere
+    return sorted(everywhere - own), dims
+
+
+def _term(site: Site, inner: list[int], masked: bool = True) -> Tensor:
+    """The log density of a site, summed over the plates within a datum."""
+    # A mask says that a value is unknown, not that it has no distribution to be summed over.
+    term = log_prob(site) if masked else site["fn"].log_prob(site["value"])
+    return _sum(term, [dim for dim in inner if term.dim() >= -dim])
+
+
+def _sum(term: Tensor, dims: list[int]) -> Tensor:
+    return term.sum(dims, keepdim=True) if dims else term
+
+
+def _extends(term: Tensor, dim: int) -> bool:
+    return term.dim() >= -dim and term.shape[dim] > 1
+
+
+def _zero(like: dict[str, Tensor]) -> Any:
+    return next(iter(like.values())).new_zeros(()) if like else 0.0

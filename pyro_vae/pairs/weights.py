@@ -1,0 +1,123 @@
+"""Log weights of draws of the guide, and the structure of a pair, which decides how to draw."""
+
+from math import prod
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_vae.errors import UsageError
+from pyro_vae.pairs import enumeration, folding, summing
+from pyro_vae.pairs.guide import trace_guide
+from pyro_vae.pairs.model import trace_model
+from pyro_vae.pairs.pair import Batch, Site
+from pyro_vae.pairs.places import is_local
+from pyro_vae.pairs.sites import by_datum, factors, latents, log_prob, observed
+from pyro_vae.pairs.traces import Given
+
+
+def log_weights(pair: nn.Module, batch: Batch, num_samples: int, nesting: int = 1) -> Tensor:
+    """log p(x, z) - log q(z | x) for draws of the guide, of shape (num_samples, batch)."""
+    return _weights(*_sampled(pair, batch, num_samples, nesting), nesting)
+
+
+def _sampled(
+    pair: nn.Module, batch: Batch, num_samples: int, nesting: int
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Traces of model and guide under a plate of samples, to the left of all others."""
+    plate = pyro.plate("importance_samples", num_samples, dim=-1 - nesting)
+    return enumeration.traces(pair, batch, nesting + 1, plate)
+
+
+def _weights(model: poutine.Trace, guide: poutine.Trace, nesting: int) -> Tensor:
+    """The weights of traces under a plate of samples."""
+    summed = len(enumeration.enumerated(model) | enumeration.enumerated(guide))
+    for name, site in (_local(guide) | observed(model)).items():
+        if not nesting < log_prob(site).dim() <= nesting + 1 + summed:
+            raise ValueError(f"site '{name}' does not take a plate of samples")
+    if summed:
+        return summing.evidence(model, guide)
+    return log_density(model, True) - _log_q(guide, True)
+
+
+def _local(trace: poutine.Trace) -> dict[str, Site]:
+    """The latents that each datum has of its own: what others draw is given."""
+    return {name: site for name, site in latents(trace).items() if is_local(site)}
+
+
+def log_density(model: poutine.Trace, particles: bool) -> Tensor:
+    """All latents, observed sites and factors of a model's trace, summed for each datum: of shape
+    (particles, n) or (n,)."""
+    terms = {name: site for name, site in factors(model).items() if is_local(site)}
+    return _summed(_local(model) | observed(model) | terms, particles)
+
+
+def _log_q(guide: poutine.Trace, particles: bool) -> Tensor:
+    """All latents of a guide's trace; what it observes is a term of the loss, and not of q."""
+    return _summed(_local(guide), particles)
+
+
+def _summed(sites: dict[str, Site], particles: bool) -> Tensor:
+    terms = (by_datum(log_prob(site), particles=particles) for site in sites.values())
+    return sum(terms, torch.zeros(()))
+
+
+def structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
+    """How many plates a pair nests, whether it takes a plate of samples, its widest site."""
+    folding.require_density(pair, batch, "gives no importance weights")
+    guide = trace_guide(pair, batch)
+    model = trace_model(pair, batch, guide)
+    enumeration.require_placed(guide, model)
+    folding.require_factors_placed(pair, batch)
+    sites = [*latents(guide).values(), *observed(model).values()]
+    nesting = enumeration.nesting_of(model, guide)
+    widest = max(prod(site["fn"].event_shape) for site in sites)
+    for name, site in observed(model).items():
+        if not is_local(site):
+            raise UsageError(
+                f"site '{name}' is outside the data plate: log p(x) of a datum is not defined by "
+                "importance weights of it"
+            )
+    widest *= enumeration.combinations(*enumeration.traces(pair, batch, nesting))
+    return nesting, _vectorizes(pair, batch, nesting), widest
+
+
+def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
+    """Whether a plate of samples gives the weights that its draws have one by one."""
+    try:
+        model, guide = _sampled(pair, batch, 3, nesting)
+        together = _weights(model, guide, nesting)
+        drawn = {
+            name: (site["value"], -1 - nesting - site["fn"].event_dim, _right(site, nesting))
+            for name, site in latents(guide).items()
+            if name not in enumeration.enumerated(guide)
+        }
+        for k in range(3):
+            draw = {
+                name: value.select(dim, k).reshape(value.shape[value.dim() - right :])
+                for name, (value, dim, right) in drawn.items()
+            }
+            if not torch.allclose(
+                together[k], log_weights_alone(pair, batch, nesting, draw), 1e-3, 1e-3
+            ):
+                return False
+    except (RuntimeError, ValueError, LookupError, AssertionError):
+        return False
+    return together.shape == (3, len(batch[0]))
+
+
+def _right(site: Site, nesting: int) -> int:
+    """How many dimensions a site has on its own, right of a plate of samples."""
+    inner = [-f.dim for f in site["cond_indep_stack"] if f.vectorized and -f.dim <= nesting]
+    return max(inner, default=0) + site["fn"].event_dim
+
+
+def log_weights_alone(
+    pair: nn.Module, batch: Batch, nesting: int, draw: dict[str, Tensor] | None = None
+) -> Tensor:
+    """The weight of one draw for each datum, of the guide or a given one."""
+    model, guide = enumeration.traces(pair, batch, nesting, Given(draw or {}))
+    if enumeration.enumerated(model):
+        return summing.evidence(model, guide)
+    return log_density(model, False) - _log_q(guide, False)

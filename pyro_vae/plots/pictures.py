@@ -1,0 +1,198 @@
+"""Pictures of a pair: its training, reconstructions, samples and latent space."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.inference.encoding import encode
+from pyro_vae.inference.generation import decode, hidden, interpolate, reconstruct, sample, traverse
+from pyro_vae.plots.canvas import (
+    BLUE,
+    GREY,
+    ORANGE,
+    alike,
+    grid,
+    intensity,
+    literal,
+    new_figure,
+    padded,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
+    """ELBO, reconstruction, KL and gradient norm by epoch, from the columns of history.csv."""
+    figure = new_figure(9, 5.2)
+    panels = [
+        ("elbo", "ELBO", "nats per example"),
+        ("reconstruction", "reconstruction", "nats per example"),
+        ("kl", "KL", "nats per example"),
+        ("gradient_norm", "gradient norm", "mean over the epoch"),
+    ]
+    for axis, (column, title, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for name, label, color in (
+            (column, "train", BLUE),
+            (f"validation_{column}", "validation", ORANGE),
+        ):
+            if name in history:
+                values = np.asarray(history[name], float)
+                axis.plot(history["epoch"], values, color=color, label=label, linewidth=1.3)
+                if column != "gradient_norm":
+                    # The first steps would squeeze the rest of the curve flat.
+                    low, high = axis.get_ylim() if name != column else (np.inf, -np.inf)
+                    settled = values[len(values) // 20 :]
+                    axis.set_ylim(min(low, *padded(settled)), max(high, *padded(settled)))
+                else:
+                    axis.set_yscale("log")
+        if "validation_bound" in history:
+            bounds = np.asarray(history["validation_bound"], float)
+            finite = np.where(np.isfinite(bounds), bounds, -np.inf)
+            # Where no bound is finite, the last epoch is kept.
+            at = int(finite.argmax()) if np.isfinite(bounds).any() else -1
+            best = history["epoch"][at]
+            axis.axvline(best, color=GREY, linewidth=0.8, linestyle=":", label="kept")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("epoch", fontsize=8)
+        axis.set_ylabel(unit, fontsize=8)
+        axis.tick_params(labelsize=7)
+        if axis.get_legend_handles_labels()[1] and column != "gradient_norm":
+            axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def kl_by_unit(kl: Mapping[str, Sequence[float]]) -> "Figure":
+    """The mean KL of each unit of each latent site, from the greatest down."""
+    figure = new_figure(7, 2.6 * len(kl))
+    for axis, (site, values) in zip(
+        figure.subplots(len(kl), 1, squeeze=False)[:, 0], kl.items(), strict=True
+    ):
+        heights = np.asarray(values, float)
+        heights = np.where(np.isfinite(heights), heights, 0.0)  # no bar reaches so far
+        order = np.argsort(heights)[::-1]
+        axis.bar(range(len(order)), heights[order], color=BLUE)
+        axis.set_xticks(range(len(order)), [str(unit) for unit in order], fontsize=7)
+        axis.set_xlabel(f"unit of {literal(site)}", fontsize=8)
+        axis.set_ylabel("KL, nats per example", fontsize=8)
+        axis.tick_params(labelsize=7)
+    figure.suptitle("KL by unit: a unit near zero is not used", fontsize=10)
+    return figure
+
+
+def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
+    """Codes (n, d) in the plane of their first two principal components, coloured by label."""
+    from sklearn.decomposition import PCA
+
+    figure = new_figure(5.6, 4.8)
+    axis = figure.subplots()
+    points = codes.reshape(len(codes), -1).double().numpy()
+    words = [f"{literal(site)}[0]", f"{literal(site)}[1]"]
+    if points.shape[1] == 1:
+        points = np.column_stack([points, np.zeros(len(points))])
+        words[1] = ""
+    elif points.shape[1] > 2:
+        pca = PCA(2).fit(points)
+        points = pca.transform(points)
+        words = [
+            f"principal component {i + 1} ({100 * share:.0f} % of variance)"
+            for i, share in enumerate(pca.explained_variance_ratio_)
+        ]
+    shown = axis.scatter(
+        points[:, 0],
+        points[:, 1],
+        c=GREY if labels is None else labels.numpy(),
+        cmap=None if labels is None else "tab10" if int(labels.max()) < 10 else "viridis",
+        s=10,
+        linewidths=0,
+    )
+    if labels is not None and int(labels.max()) < 10:
+        handles, names = shown.legend_elements()
+        axis.legend(
+            handles, names, fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
+    axis.set_xlabel(words[0], fontsize=8)
+    axis.set_ylabel(words[1], fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.set_title(f"posterior means of {literal(site)}", fontsize=10)
+    return figure
+
+
+def reconstructions(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = ()) -> "Figure":
+    """Data, without what the model masks, and their reconstructions beneath."""
+    again = alike(reconstruct(pair, x, *context), x)
+    data = torch.where(hidden(pair, x, *context), torch.nan, intensity(x))
+    return grid([("data", data), ("reconstruction", again)], "reconstructions")
+
+
+def samples(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = (), seed: int = 0) -> "Figure":
+    """Means of data drawn from the model; with context, a row for each of its rows."""
+    if context:
+        rows = [
+            (
+                f"context {i}",
+                alike(
+                    sample(pair, 10, [part[i : i + 1] for part in context], means=True, seed=seed),
+                    x,
+                ),
+            )
+            for i in range(len(context[0]))
+        ]
+        return grid(rows, "samples (means), by context")
+    images = alike(sample(pair, 48, means=True, seed=seed), x)
+    rows = [("", part) for part in images.split(12)]
+    return grid(rows, "samples (means)")
+
+
+def by_value(
+    pair: nn.Module,
+    x: Tensor,
+    context: Sequence[Tensor],
+    latent: str,
+    values: Tensor,
+    seed: int = 0,
+) -> "Figure":
+    """Means of data for each value of a discrete latent, the other latents drawn.
+
+    Where those do not depend on it, each column shares a draw of them.
+    """
+    one = [part[:1] for part in context]
+    rows = [
+        (
+            f"{latent} = {i}",
+            alike(decode(pair, {latent: value.expand(10, *value.shape)}, one, seed=seed), x),
+        )
+        for i, value in enumerate(values)
+    ]
+    return grid(rows, f"samples (means), by {latent}")
+
+
+def traversals(
+    pair: nn.Module, x: Tensor, context: Sequence[Tensor], units: Sequence[int], latent: str
+) -> "Figure":
+    """One datum's code with one unit at a time moved from -3 to 3."""
+    values = np.linspace(-3, 3, 11).tolist()
+    images = alike(traverse(pair, x, *context, values=values, units=units, latent=latent), x)
+    rows = [(f"{latent}[{unit}]", line) for unit, line in zip(units, images, strict=True)]
+    return grid(rows, "traversals: one unit at a time from -3 to 3")
+
+
+def interpolations(
+    pair: nn.Module, start: Tensor, end: Tensor, context: Sequence[Tensor] = ()
+) -> "Figure":
+    """Straight lines between the codes of pairs of data, with the data at both ends."""
+    lines = alike(interpolate(pair, start, end, *context, steps=9), start)
+    rows = [
+        ("", torch.cat([intensity(a)[None].to(line), line, intensity(b)[None].to(line)]))
+        for a, line, b in zip(start, lines, end, strict=True)
+    ]
+    return grid(rows, "interpolations between the data at both ends")
+
+
+def codes(pair: nn.Module, x: Tensor, context: Sequence[Tensor]) -> tuple[str, Tensor]:
+    """The name and the codes of the latent site of most units, a discrete one only for want."""
+    found = encode(pair, x, *context)
+    return max(found.items(), key=lambda item: (item[1].is_floating_point(), item[1][0].numel()))

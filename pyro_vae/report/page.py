@@ -1,0 +1,159 @@
+"""The page of a report, as HTML."""
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pyro_vae.diagnostics.diagnosis import KINDS, REASONS
+from pyro_vae.runs import files as run_files
+from pyro_vae.runs import metrics as run_metrics
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222; background: #fff }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse } td { padding: .15rem 1.2rem .15rem 0; vertical-align: top }
+td + td { font-variant-numeric: tabular-nums } img { max-width: 100% } pre { white-space: pre-wrap }
+p { color: #555 }
+"""
+
+_WORDS = {
+    "curves": "The ELBO is the true bound, also where training weighed the KL otherwise.",
+    "reconstructions": "Test data above, the means of their reconstructions beneath.",
+    "samples": "Latents drawn from the prior, and the mean of the data given them.",
+    "classes": "A row for each value of a discrete latent, a class or a cluster; the other latents "
+    "are drawn.",
+    "traversals": "One test datum's code, with one latent unit at a time set to values from -3 to "
+    "3; the units with the greatest KL first.",
+    "interpolations": "Straight lines between the codes of two test data.",
+    "latent": "The posterior means of the test data.",
+    "kl": "What each unit tells about the data. A unit whose KL is near zero has collapsed.",
+}
+
+
+_TEXT_WORDS = {
+    "reconstructions": "Test data, and the likeliest text given their codes beneath.",
+    "samples": "Latents drawn from the prior, and text drawn given them.",
+    "interpolations": "The likeliest text on straight lines between the codes of two test data, "
+    "which are the first and the last line.",
+}
+
+_TITLES = {
+    "curves": "Training",
+    "reconstructions": "Reconstructions",
+    "samples": "Samples",
+    "classes": "Samples by class",
+    "traversals": "Traversals",
+    "interpolations": "Interpolations",
+    "latent": "Latent space",
+    "kl": "KL of each latent unit",
+}
+
+_NUMBERS = {
+    "num_examples": "test examples",
+    "rows_trained_on": "test examples that equal rows of training or validation",
+    "elbo": "ELBO",
+    "log_likelihood": "log p(x), a lower bound by importance sampling",
+    "log_likelihood_standard_error": "its Monte Carlo standard error",
+    "num_samples": "importance samples for each example",
+    "log_joint": "log p(x, z) at a point estimate, not a bound on log p(x)",
+    "reconstruction": "reconstruction, E log p(x | z)",
+    "kl": "KL",
+    "bits_per_dim": "bits per dimension",
+    "probe_accuracy": "accuracy of a linear probe of the codes",
+    "accuracy": "accuracy of the most probable class",
+    "calibration_error": "expected calibration error of its probability",
+    "clustering_accuracy": "accuracy of the most probable cluster, each matched to a label",
+    "mutual_information": "normalised mutual information of cluster and label",
+}
+
+
+def shown_diagnostics(run: Path, found: dict[str, Any] | None) -> str:
+    """What `diagnose` found, as a part of the page: the summary first."""
+    if found is None:
+        return ""
+    lines = ["<h2>Whether the inference can be believed</h2>"]
+    for kind, title in KINDS.items():
+        words = [part["words"] for part in found["findings"] if part["kind"] == kind]
+        if words:
+            told = html.escape("; ".join(dict.fromkeys(words)))
+            lines.append(f"<p><b>{title}:</b> {told}.</p>")
+    if found.get("worst_data"):
+        lines.append("<p>The data whose log p(x) is least to be trusted:</p>")
+        lines.append(f"<pre>{html.escape(found['worst_data'])}</pre>")
+    for name, table in found["tables"].items():
+        paths = {
+            picture: run / run_files.FIGURES / f"{run_files.DIAGNOSIS}{picture}.png"
+            for picture in found["pictures"].get(name, [])
+            if Path(picture).name == picture  # a picture of this run
+        }
+        picture = "".join(
+            _picture(what, path.read_bytes()) for what, path in paths.items() if path.exists()
+        )
+        notes = "".join(f"\nnote: {note}" for note in found["notes"].get(name, []))
+        lines.append(
+            f"<details{' open' if picture else ''}><summary>{html.escape(name)}</summary>"
+            f"{picture}<pre>{html.escape(table + notes)}</pre></details>"
+        )
+    for title, reasons in REASONS.items():
+        for name, why in found[reasons].items():
+            lines.append(f"<p>{html.escape(f'{name} {title}: {why}')}</p>")
+    return "".join(lines)
+
+
+def whole_page(
+    title: str,
+    config: dict[str, Any],
+    metrics: dict[str, Any],
+    remarks: Sequence[str],
+    model: str,
+    figures: dict[str, bytes | str],
+    believed: str,
+) -> str:
+    numbers = "".join(
+        f"<tr><td>{label}</td><td>{_number(metrics[name])}</td></tr>"
+        for name, label in _NUMBERS.items()
+        if metrics.get(name) is not None
+    )
+    for name, value in (metrics.get("active_units") or {}).items():
+        numbers += f"<tr><td>active units of {html.escape(name)}</td><td>{_number(value)}</td></tr>"
+    for name, why in (metrics.get("not_computed") or {}).items():
+        told = html.escape(f"not computed: {why}")
+        numbers += f"<tr><td>{_NUMBERS.get(name, html.escape(name))}</td><td>{told}</td></tr>"
+    pictures = "".join(
+        f"<h2>{_TITLES[name]}</h2>{_shown(name, made)}" for name, made in figures.items()
+    )
+    trained = str((config.get("train") or {}).get("data", "data of its own"))
+    said = "".join(f"<p><b>{html.escape(remark)}</b></p>" for remark in remarks)
+    if "data" in metrics:
+        said += f"<p>Numbers are of the test part of {html.escape(str(metrics['data']))}.</p>"
+    settings = html.escape(json.dumps(config, indent=2))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"{run_metrics.model_mark(model)}<title>{html.escape(title)}</title>"
+        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"<p>{html.escape(config['pair']['class'].rpartition(':')[2])} on "
+        f"{html.escape(trained)}, model {model[:12]}. "
+        f"Bounds, likelihoods and KL in nats per example, on test data.</p>{said}"
+        f"<table>{numbers}</table>{believed}{pictures}"
+        f"<h2>configuration</h2><details><summary>config.json</summary><pre>{settings}</pre>"
+        f"</details></body></html>\n"
+    )
+
+
+def _shown(name: str, made: bytes | str) -> str:
+    if isinstance(made, str):
+        return f"<p>{_TEXT_WORDS[name]}</p><pre>{html.escape(made)}</pre>"
+    return f"<p>{_WORDS[name]}</p>{_picture(name, made)}"
+
+
+def _picture(name: str, made: bytes) -> str:
+    data = base64.b64encode(made).decode()
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))

@@ -1,0 +1,135 @@
+"""A pair as JSON: its class, its parts and their arguments, and the pair that this gives back."""
+
+import inspect
+import re
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+import pyro_vae
+from pyro_vae.errors import UsageError
+
+
+def recipe(pair: nn.Module) -> dict[str, Any]:
+    """How to make a pair again: its class, and its arguments where they can be told."""
+    try:
+        return describe(pair)
+    except UsageError:
+        return {"class": _path(type(pair)), "arguments": None}
+
+
+def describe(value: Any, place: str = "pair", known: dict[int, str] | None = None) -> Any:
+    """A value as JSON from which `_built` makes it again: parts by class and arguments.
+
+    A part that was met before, at another place, is named by that place: it is one and the same.
+    """
+    known = {} if known is None else known
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple, nn.ModuleList)):
+        return [describe(item, f"{place}.{i}", known) for i, item in enumerate(value)]
+    if isinstance(value, type):
+        return {"type": _path(value)}
+    if isinstance(value, nn.Module):
+        if id(value) in known:
+            return {"same": known[id(value)]}
+        known[id(value)] = place
+        arguments = {}
+        # PyroModule's metaclass hides the signature of the class itself.
+        parameters = list(inspect.signature(type(value).__init__).parameters.items())[1:]
+        for name, parameter in parameters:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or not hasattr(
+                value, name
+            ):
+                raise UsageError(f"{_path(type(value))} does not keep its argument '{name}'")
+            arguments[name] = describe(getattr(value, name), f"{place}.{name}", known)
+        return {"class": _path(type(value)), "arguments": arguments}
+    raise UsageError(f"a {type(value).__name__} cannot be described")
+
+
+def built(value: Any, place: str, made: dict[str, Any]) -> Any:
+    if isinstance(value, list):
+        return tuple(built(item, f"{place}.{i}", made) for i, item in enumerate(value))
+    if isinstance(value, dict) and "type" in value:
+        return class_of(value["type"])
+    if isinstance(value, dict) and "same" in value:
+        return made[value["same"]]
+    if isinstance(value, dict):
+        arguments = built_arguments(value["arguments"], place, made)
+        made[place] = class_of(value["class"])(**arguments)
+        return made[place]
+    return value
+
+
+def built_arguments(values: dict[str, Any], place: str, made: dict[str, Any]) -> dict[str, Any]:
+    return {name: built(value, f"{place}.{name}", made) for name, value in values.items()}
+
+
+_FORMER = (
+    *("bayesian", "exact", "factors", "flows", "guides", "likelihoods", "networks", "posteriors"),
+    *("priors", "recurrent", "sequences", "models.hierarchical", "models.mixture"),
+    *("models.semisupervised", "models.sequence", "models.vae"),
+)
+"""The modules by which folders of version 0.1.0 name this library's parts."""
+
+_INNER = {
+    **{
+        "Viewed": "parts.networks",
+        "Log1p": "parts.networks",
+        "OneHot": "parts.networks",
+        "Writer": "parts.sequences",
+    },
+    **{
+        "Refined": "inference.refinement",
+        "Grafted": "inference.refitting",
+        "Encoders": "inference.refitting",
+    },
+    **{"LinearGaussian": "models.exact", "Spoiled": "models.exact"},
+}
+"""Parts that are within others, and no public names, by their modules."""
+
+
+def is_ours(path: str) -> bool:
+    return path.startswith(("pyro_vae:", "pyro_vae.", "torch.nn."))
+
+
+def class_of(path: str) -> type:
+    """The part of this name: no name that a folder holds makes Python import another module."""
+    module, _, name = path.partition(":")
+    kind = _part(name) if module in _HOMES else None
+    if module == "torch.nn" or module.startswith("torch.nn."):
+        kind = getattr(torch.nn, name, None) if name in dir(torch.nn) else None
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise UsageError(
+            f"'{path}' in config.json is no part that load may build: public parts of pyro_vae "
+            "and torch.nn alone are; pass the pair itself, load(run, pair)"
+        )
+    return kind
+
+
+_HOMES = ("pyro_vae", *(f"pyro_vae.{module}" for module in _FORMER))
+
+
+def _part(name: str) -> Any:
+    """A part of this library by its name, None where there is no such part."""
+    if name in _INNER:
+        return getattr(import_module(f"pyro_vae.{_INNER[name]}"), name)
+    return getattr(pyro_vae, name) if name in pyro_vae.__all__ else None
+
+
+def _path(kind: type) -> str:
+    """How a class is recorded: a part of ours by its public name, wherever it is defined."""
+    module, name = kind.__module__, kind.__qualname__
+    ours = module.startswith("pyro_vae.") and _part(name) is kind
+    return f"pyro_vae:{name}" if ours else f"{module}:{name}"
+
+
+def renamed(recipe: str) -> str:
+    """A recipe of version 0.1.0 with the names by which parts are recorded now.
+
+    >>> renamed('{"class": "pyro_vae.models.vae:VAE"}')
+    '{"class": "pyro_vae:VAE"}'
+    """
+    return re.sub(r'"pyro_vae\.[\w.]+:(?=\w+")', '"pyro_vae:', recipe)

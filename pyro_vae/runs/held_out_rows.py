@@ -1,0 +1,88 @@
+"""Whether held-out rows were held out: what a run records of its data, and what it says of others.
+
+config.json has a checksum of each part of the data set, train, validation and test. The file
+rows.safetensors has 64 bits for each row that was trained on or validated with.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.errors import UsageError
+from pyro_vae.runs import files as run_files
+from pyro_vae.runs import folder as run_folder
+from pyro_vae.runs import seals
+
+if TYPE_CHECKING:
+    from pyro_vae.data.split import Data, Split
+
+PARTS = ("train", "validation", "test")
+
+
+def split_checksums(data: "Data") -> dict[str, str]:
+    """A checksum of each part of a data set: its rows in order, with all that goes with them."""
+    return {name: _checksum(getattr(data, name)) for name in PARTS}
+
+
+def _checksum(split: "Split") -> str:
+    return seals.fingerprint({k: v for k, v in split._asdict().items() if v is not None})
+
+
+def changed_parts(recorded: Mapping[str, Any], data: "Data") -> list[str]:
+    """The parts of a data set that are not those that a run recorded."""
+    now = split_checksums(data)
+    return [name for name in PARTS if recorded.get(name) != now[name]]
+
+
+def require_split(run: Path, recorded: Mapping[str, Any], data: "Data") -> None:
+    """Raise `UsageError` where a run's data are not those that it was trained on."""
+    changed = changed_parts(recorded, data)
+    if changed:
+        raise UsageError(
+            f"{data.name} has changed since {run} was trained: its {', '.join(changed)} rows are "
+            "others, so that rows that were trained on may be among the test rows. Restore the "
+            "data, or train anew; evaluate and diagnose take other data with --data"
+        )
+
+
+def row_hashes(x: Any) -> Tensor:
+    """64 bits for each row (n,), the same for rows of the same numbers, whatever their type.
+
+    >>> x = torch.tensor([[0, 1], [1, 1], [0, 1]])
+    >>> hashes = row_hashes(x)
+    >>> bool(hashes[0] == hashes[2]), bool(hashes[0] == hashes[1])
+    (True, False)
+    >>> torch.equal(hashes, row_hashes(x.double()))
+    True
+    """
+    x = torch.as_tensor(x)
+    width = x[:1].numel()
+    # Multilinear hashing modulo 2**64 (Dietzfelbinger, 1996), once for each half of the 64 bits.
+    # The raw stream of a bit generator is the same in every version of NumPy.
+    factors = np.random.PCG64(0).random_raw(2 * width).reshape(2, width) | np.uint64(1)
+    found = []
+    for part in x.split(4096):
+        rows = part.detach().cpu().float().reshape(len(part), width) + 0.0  # -0.0 is 0.0
+        bits = np.ascontiguousarray(rows.numpy()).view(np.uint32).astype(np.uint64)
+        high, low = ((bits * factor).sum(1, dtype=np.uint64) >> np.uint64(32) for factor in factors)
+        found.append((high << np.uint64(32)) | low)
+    return torch.from_numpy(np.concatenate(found).view(np.int64))
+
+
+def write_rows(run: Path, parts: Mapping[str, Any]) -> None:
+    """Write down which rows are trained on and validated with, where they are held in memory."""
+    held = {k: row_hashes(x) for k, x in parts.items() if isinstance(x, (Tensor, np.ndarray))}
+    if held:
+        run_folder.write_tensors(run / run_files.ROWS, held)
+
+
+def count_seen(run: Path, x: Tensor) -> int | None:
+    """How many of these rows a run was trained on or validated with, None without a record."""
+    if not (run / run_files.ROWS).exists():
+        return None
+    known = torch.cat(list(run_folder.read_tensors(run / run_files.ROWS).values()))
+    return int(torch.isin(row_hashes(x), known).sum())

@@ -1,0 +1,103 @@
+"""Content checksums inside the files of a run: a bit that has changed is noticed on reading.
+
+Each file carries its own checksum, so that a crash between two files spoils neither. Files of
+version 0.1.0 have no checksum and are read as they were.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, uint8
+
+from pyro_vae.errors import UsageError
+
+_KEY = "pyro_vae"
+"""Of the metadata of a safetensors file. One key alone: their order in the file is not fixed."""
+
+_SEAL = b"pyro_vae sha256 "
+
+_SEAL_LENGTH = len(_SEAL) + 64
+
+_ZIP_END, _ZIP_END_LENGTH = b"PK\x05\x06", 22
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of the shapes and bytes of tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names, types, shapes and bytes of tensors, in whatever order they are.
+
+    >>> import torch
+    >>> a, b = torch.zeros(2), torch.ones(3)
+    >>> fingerprint({"a": a, "b": b}) == fingerprint({"b": b, "a": a})
+    True
+    >>> fingerprint({"a": a}) == fingerprint({"a": a.double()})
+    False
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(json.dumps([name, checksum([tensors[name]])]).encode())
+    return digest.hexdigest()
+
+
+def tensor_file(tensors: Mapping[str, Tensor], more: str = "") -> bytes:
+    """A safetensors file of these tensors, with their fingerprint and ``more`` in its header."""
+    seal = json.dumps({"more": more, "sha256": _seal(tensors, more)}, sort_keys=True)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(whole, metadata={_KEY: seal})
+
+
+def _seal(tensors: Mapping[str, Tensor], more: str) -> str:
+    return hashlib.sha256(json.dumps([fingerprint(tensors), more]).encode()).hexdigest()
+
+
+def open_tensor_file(content: bytes, path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a safetensors file and what else it was sealed with, None of 0.1.0.
+
+    Raises `UsageError` where the tensors are not those that were written.
+    """
+    try:
+        tensors = safetensors.torch.load(content)
+    except (SafetensorError, KeyError) as error:
+        raise UsageError(f"{path} is cut short or no safetensors file ({error})") from error
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    if "__metadata__" not in header:
+        return tensors, None
+    try:
+        seal = json.loads(header["__metadata__"][_KEY])
+        sha256, more = seal["sha256"], seal["more"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged: its checksum cannot be read") from error
+    if sha256 != _seal(tensors, more):
+        raise UsageError(f"{path} is damaged: its tensors do not agree with their checksum")
+    return tensors, more
+
+
+def sealed_archive(content: bytes) -> bytes:
+    """A zip archive with the SHA-256 of all that is before it as its comment.
+
+    Programs that read zip archives, ``torch.load`` among them, pass over the comment.
+    """
+    body = content[:-2] + _SEAL_LENGTH.to_bytes(2, "little")
+    return body + _SEAL + hashlib.sha256(body).hexdigest().encode()
+
+
+def require_sealed(content: bytes, path: Path) -> None:
+    """Raise `UsageError` for a zip archive that is not as `sealed_archive` made it."""
+    body, seal = content[:-_SEAL_LENGTH], content[-_SEAL_LENGTH:]
+    if seal.startswith(_SEAL):
+        whole = seal == _SEAL + hashlib.sha256(body).hexdigest().encode()
+    else:  # one of 0.1.0 has no comment at all
+        whole = content[-_ZIP_END_LENGTH:].startswith(_ZIP_END) and content.endswith(b"\0\0")
+    if not whole:
+        raise UsageError(f"{path} is cut short or damaged: it does not agree with its checksum")

@@ -1,0 +1,1 @@
+"""Objectives, the engine, and `fit`."""

@@ -1,0 +1,231 @@
+"""Pre-flight: run a pair once on a batch and say in words what would go wrong."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, RenyiELBO, ReweightedWakeSleep, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.poutine import Trace
+from torch import Tensor, nn
+
+from pyro_vae.compat import site_is_subsample
+from pyro_vae.data.preparation import Preparation
+from pyro_vae.errors import UsageError, first_line
+from pyro_vae.pairs import enumeration, fold_plan, folding, masks
+from pyro_vae.pairs.contract import (
+    faults_of_enumeration,
+    faults_of_parameters,
+    faults_of_shapes,
+    faults_of_sites,
+    no_pair,
+    run_in_words,
+)
+from pyro_vae.pairs.model import trace_model as run_model
+from pyro_vae.pairs.pair import Pair, placement
+from pyro_vae.pairs.places import is_local
+from pyro_vae.pairs.rng import seeded
+from pyro_vae.pairs.scope import adopt, evaluation_mode, scope
+from pyro_vae.pairs.sites import factors, latents, log_prob, sample_sites
+from pyro_vae.pairs.threads import alone
+from pyro_vae.pairs.traces import trace
+from pyro_vae.training.bounds import takes_guide_terms
+from pyro_vae.training.elbo import EnumeratedELBO
+from pyro_vae.training.importance_bounds import ImportanceWeightedELBO
+
+
+def run_guide(pair: nn.Module, batch: Sequence[Tensor]) -> Trace:
+    """The trace of the guide as it is written, before any of its sites are folded."""
+    return trace(cast(Pair, pair).guide, batch)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found: ``errors`` make inference fail or lie, ``notes`` may be intended."""
+
+    errors: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"error: {line}" for line in self.errors] + [
+            f"note: {line}" for line in self.notes
+        ]
+        return "\n".join(lines or ["the pair is sound"])
+
+
+@alone()
+def check(
+    pair: nn.Module, batch: Tensor | Sequence[Tensor], objective: ELBO | None = None
+) -> Report:
+    """Run a pair once on a batch, and report each fault with its remedy in words.
+
+    Checked are: that model and guide run; that every latent site of the model is in the guide, and
+    none of the guide's is missing from the model; that shapes of sites, plate and events agree;
+    that model and guide mask and scale latents alike, and that nothing depends on what a mask
+    hides; that every parameter the loss depends on is one of the pair's; and that ``objective``, if
+    given, is valid for the pair.
+
+    Arguments:
+        pair: any ``nn.Module`` with ``model`` and ``guide``.
+        batch: the tensors that model and guide take, two rows of each at least (or x alone);
+            8-bit intensities become floats in [0, 1], as in `pyro_vae.fit`.
+
+    Nothing is trained; parameters, random generators and the parameter store stay as they were.
+
+    >>> import torch, pyro_vae as pv
+    >>> print(check(pv.VAE.mlp((4,)), (torch.ones(2, 4),)))
+    the pair is sound
+    """
+    if fault := no_pair(pair):
+        return Report((fault,))
+    batch = Preparation(*placement(pair))((batch,) if isinstance(batch, Tensor) else batch)
+    with (
+        evaluation_mode(pair),
+        scope(pair),
+        seeded(0),
+        pyro.validation_enabled(False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            guide = run_in_words("guide", lambda: run_guide(pair, batch), batch)
+            try:
+                model = run_in_words("model", lambda: run_model(pair, batch, guide), batch)
+            except UsageError:
+                # The model alone may run, and its sites say why the two do not go together.
+                alone = run_in_words("model", lambda: trace(cast(Pair, pair).model, batch), batch)
+                found = [*faults_of_sites(alone, guide), *faults_of_shapes(alone, guide, batch)]
+                if not found:
+                    raise
+                return Report(tuple(found))
+        except UsageError as error:
+            return Report((str(error),))
+        adopt(pair, batch)
+        # Anew, so that the traces know adopted parameters as the pair's own.
+        guide = run_guide(pair, batch)
+        model = run_model(pair, batch, guide)
+        errors = [*faults_of_sites(model, guide), *faults_of_shapes(model, guide, batch)]
+        errors = errors or list(fold_plan.plan(pair, batch).faults)
+        errors = errors or faults_of_masks(pair, batch, model, guide)
+        errors = errors or folding.misplaced_factors(pair, batch)
+        errors = errors or faults_of_enumeration(pair, batch, model, guide)
+        notes: list[str] = []
+        if not errors:
+            errors, notes = faults_of_parameters(pair, model, guide)
+            errors += _objective(pair, objective, batch, model, guide)
+            notes += _named(pair, model, guide)
+    return Report(tuple(errors), tuple(notes))
+
+
+def require(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = None) -> Report:
+    """`check`, raising `UsageError` with the first error."""
+    report = check(pair, batch, objective)
+    if report.errors:
+        raise UsageError(report.errors[0])
+    return report
+
+
+def _named(pair: nn.Module, model: Trace, guide: Trace) -> list[str]:
+    """What the numbers of a pair are, where they are not what their names say."""
+    notes, found = [], fold_plan.known(pair)
+    if found.local_points:
+        notes.append(
+            f"the guide of {', '.join(found.local_points)} is a Delta: what is maximized is log "
+            "p(x, z) at a point estimate, not a bound on log p(x)"
+        )
+    if found.global_points:
+        notes.append(
+            f"the guide of {', '.join(found.global_points)} is a Delta, a point estimate: bounds "
+            "on log p(x) are given it"
+        )
+    notes += [
+        f"log p(x) includes the factor '{name}': it is that of a density which is not normalized"
+        for name in factors(model)
+    ]
+    notes += [
+        f"site '{name}' that the guide observes is a term of the loss, plus its log density, and "
+        "not a part of q"
+        for name, site in sample_sites(guide).items()
+        if site["is_observed"]
+    ]
+    return notes
+
+
+def faults_of_masks(
+    pair: nn.Module, batch: Sequence[Tensor], model: Trace, guide: Trace
+) -> list[str]:
+    """What is wrong with the masks and scales of latents."""
+    with torch.no_grad():
+        found = masks.fault(pair, tuple(batch), model, guide)
+    return [fault for fault in (found, masks.scale_fault(model, guide)) if fault]
+
+
+def _objective(
+    pair: nn.Module,
+    objective: ELBO | None,
+    batch: Sequence[Tensor],
+    model: Trace,
+    guide: Trace,
+) -> list[str]:
+    summed = enumeration.to_enumerate(model, guide)
+    if objective is None and summed:
+        objective = EnumeratedELBO(max_plate_nesting=enumeration.nesting_of(model, guide))
+    if objective is None:
+        return []
+    if summed and not isinstance(objective, TraceEnum_ELBO):
+        return [
+            f"site '{summed[0]}' is to be summed out (enumerated), which "
+            f"{type(objective).__name__} does not do: use pyro_vae.EnumeratedELBO"
+        ]
+    terms = [name for name, site in sample_sites(guide).items() if site["is_observed"]]
+    if terms and not takes_guide_terms(objective):
+        stock = "TraceEnum_ELBO" if summed else "Trace_ELBO"
+        return [
+            f"site '{terms[0]}' that the guide observes is a term of the loss, which "
+            f"{type(objective).__name__} does not take: use {stock}"
+        ]
+    drawn = [name for name in latents(guide) if name not in fold_plan.known(pair).hidden]
+    whole = [name for name, site in latents(guide).items() if not is_local(site)]
+    joint = (ImportanceWeightedELBO, RenyiELBO, ReweightedWakeSleep)
+    if whole and isinstance(objective, joint):
+        return [
+            f"site '{whole[0]}' is outside the data plate, where {type(objective).__name__} weighs "
+            "samples for the whole batch, not for each datum: use Trace_ELBO"
+        ]
+    order = [name for name in sample_sites(model) if name in latents(guide)]
+    if isinstance(objective, TraceMeanField_ELBO) and order != drawn:
+        return [
+            "the closed-form KL is valid only where guide and model sample in one order; the "
+            f"guide samples {', '.join(drawn)}, the model {', '.join(order)}: "
+            "use Trace_ELBO"
+        ]
+    typed, loss = cast(Pair, pair), cast(Any, objective).loss
+    try:
+        with torch.no_grad():
+            loss(typed.model, typed.guide, *batch)
+    except UsageError as error:
+        return [first_line(error)]
+    return []
+
+
+def explain_nonfinite(pair: nn.Module, batch: Sequence[Tensor]) -> str | None:
+    """The first site whose parameters, value or log density are not finite on this batch."""
+    with scope(pair), torch.no_grad(), pyro.validation_enabled(False):
+        found: list[str] = []
+
+        class Watch(poutine.messenger.Messenger):
+            def _pyro_post_sample(self, msg: Any) -> None:
+                if site_is_subsample(msg) or found:
+                    return
+                if not bool(torch.isfinite(log_prob(msg)).all()):
+                    found.append(msg["name"])
+
+        try:
+            with Watch():
+                run_model(pair, batch, run_guide(pair, batch))
+        except Exception:
+            return found[0] if found else None
+        return found[0] if found else None

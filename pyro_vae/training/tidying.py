@@ -1,0 +1,130 @@
+"""A traced graph made shorter: constants, copies and operations that change nothing go."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+_ALIASES = (aten.alias.default, aten.detach.default)
+
+_SHAPES = (aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.t.default)
+
+_MADE = {
+    aten.ones_like.default: 1.0,
+    aten.ones.default: 1.0,
+    aten.zeros_like.default: 0.0,
+    aten.zeros.default: 0.0,
+}
+
+
+def tidy(graph: torch.fx.GraphModule) -> None:
+    """Take out what a replay need not do, without changing one bit of what it gives.
+
+    Aliases, views to the same shape, arithmetic with whole tensors of zeros or ones (which the
+    backward pass is full of), what is computed twice, and what nobody uses.
+    """
+    constants: dict[torch.fx.Node, float] = {}
+    written, known = _written(graph.graph), dict[Any, torch.fx.Node]()
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        constant = _constant(node, constants)
+        if constant is not None:
+            constants[node] = constant
+        if node.target is aten.mul.Tensor and -1.0 in map(constants.get, node.args):
+            source = node.args[constants.get(node.args[0]) == -1.0]
+            if isinstance(source, torch.fx.Node) and _alike(source, node):
+                node.target, node.args = aten.neg.default, (source,)
+        same = _same(node, constants)
+        if same is None and not _has_effect(node) and not written & {node, *node.all_input_nodes}:
+            same = known.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+        if same is not None and same is not node:
+            node.replace_all_uses_with(same)
+    for node in reversed(list(graph.graph.nodes)):
+        if node.op in ("get_attr", "call_function") and not _has_effect(node) and not node.users:
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _has_effect(node: torch.fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (
+        target._schema.is_mutable
+        or torch.Tag.nondeterministic_seeded in target.tags
+        or "batch_norm" in target._schema.name  # it moves its running means unannounced
+    )
+
+
+def _written(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Nodes whose values, or the memory they share with others, change after they were made."""
+    found = {source for node in graph.nodes if _has_effect(node) for source in node.all_input_nodes}
+    for nodes in (reversed(list(graph.nodes)), graph.nodes):
+        for node in nodes:
+            target = node.target
+            if isinstance(target, torch._ops.OpOverload) and any(
+                returned.alias_info is not None for returned in target._schema.returns
+            ):
+                shared = {node, *node.all_input_nodes}
+                if shared & found:
+                    found |= shared
+    return found
+
+
+def _constant(node: torch.fx.Node, constants: dict[torch.fx.Node, float]) -> float | None:
+    """The one number that every element of a node's value is, if that is known."""
+    target: Any = node.target
+    if target in _MADE:
+        return _MADE[target]
+    source = node.args[0] if node.args else None
+    if not isinstance(source, torch.fx.Node) or source not in constants:
+        return None
+    if target in _SHAPES or target in _ALIASES:
+        return constants[source]
+    if torch.Tag.pointwise not in target.tags or len(node.kwargs):
+        return None
+    operands = [constants.get(a) if isinstance(a, torch.fx.Node) else a for a in node.args]
+    if not all(isinstance(value, (int, float)) for value in operands):
+        return None
+    dtypes = [a.meta["val"].dtype if isinstance(a, torch.fx.Node) else None for a in node.args]
+    return target(
+        *(
+            value if dtype is None else torch.tensor(value, dtype=dtype)
+            for value, dtype in zip(operands, dtypes, strict=True)
+        )
+    ).item()
+
+
+def _same(node: torch.fx.Node, constants: dict[torch.fx.Node, float]) -> torch.fx.Node | None:
+    """The node whose value this node's value is, if there is one."""
+    target: Any = node.target
+    first, second = (*node.args, None, None)[:2]
+    if target in (aten.mul.Tensor, aten.add.Tensor) and first in constants:
+        first, second = second, first
+    if not isinstance(first, torch.fx.Node) or node.kwargs:
+        return None
+    if target in _ALIASES:
+        return first
+    if target is aten.t.default and first.target is aten.t.default:
+        return cast(torch.fx.Node, first.args[0])
+    if target is aten.neg.default and first.target is aten.neg.default:
+        return cast(torch.fx.Node, first.args[0])
+    if not _alike(first, node):
+        return None
+    if target in _SHAPES[:2]:
+        return first
+    number = constants.get(second) if isinstance(second, torch.fx.Node) else second
+    if target in (aten.mul.Tensor, aten.div.Tensor) and number == 1:
+        return first
+    if target is aten.pow.Tensor_Scalar and number == 1:
+        return first
+    return first if target in (aten.add.Tensor, aten.sub.Tensor) and number == 0 else None
+
+
+def _alike(a: torch.fx.Node, b: torch.fx.Node) -> bool:
+    """Whether the values of two nodes are tensors of one shape and type."""
+    left, right = a.meta.get("val"), b.meta.get("val")
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return False
+    return left.shape == right.shape and left.dtype == right.dtype

@@ -1,0 +1,29 @@
+"""What the tests share that test_cli.py held together."""
+
+import json
+
+from pyro_vae.cli.main import main
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+SHORT = "--epochs 2 --num-eval-samples 5"
+
+QUICK = f"{SHORT} --latent-dim 2 --hidden 16"
+
+
+def command(line, **paths):
+    """Run a command, with paths for the names in braces."""
+    main([word.format(**paths) for word in line.split()])
+
+
+def train(folder, options=""):
+    command(f"train digits --out {{run}} {QUICK} {options}", run=folder)
+    return folder
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def is_png(path):
+    return path.read_bytes().startswith(PNG)

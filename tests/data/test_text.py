@@ -1,0 +1,143 @@
+"""Text: lines as rows of tokens, from the command line to the report."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import pyro_vae as pv
+from pyro_vae.cli.main import main
+from pyro_vae.data.datasets import load_data
+from pyro_vae.data.text import docstrings
+
+LINES = [f"{who} {what} {how}." for who in "ABC" for what in ("runs", "eats") for how in "xyzw"]
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(["", LINES[0], f"  {LINES[1]} ", *LINES]), encoding="utf-8")
+    return path
+
+
+def test_lines_become_tokens_and_lines_again(file):
+    data = load_data(file, length=30)
+    assert data.shape == (len(LINES[0]) + 1,)
+    parts = (data.train, data.validation, data.test)
+    found = [line for part in parts for line in pv.as_text(part.x, data.vocabulary)]
+    assert sorted(found) == sorted(LINES)  # once each
+    assert data.vocabulary[0] == "\n"
+    assert set(data.vocabulary[1:]) == set("".join(LINES))
+
+
+def test_a_line_that_is_too_long_is_cut_and_has_no_end(file):
+    data = load_data(file, length=5)
+    assert data.shape == (5,)
+    assert bool((data.train.x > 0).all())
+    assert set(pv.as_text(data.train.x, data.vocabulary)) <= {line[:5] for line in LINES}
+
+
+def test_a_vocabulary_of_a_run_gives_the_same_tokens_and_width(file):
+    data = load_data(
+        file, length=20, vocabulary="\nzyxw" + "".join(sorted(set("".join(LINES)) - set("zyxw")))
+    )
+    assert data.shape == (20,)
+    assert int(data.train.x.max()) < len(data.vocabulary)
+    with pytest.raises(pv.UsageError, match="vocabulary of 2 characters lacks"):
+        load_data(file, vocabulary="\nab")
+
+
+def test_sentences_of_the_standard_library():
+    lines = docstrings(40)
+    assert len(lines) > 1000
+    assert sum(line.startswith("Return") for line in lines) > 100
+    assert all(10 <= len(line) < 40 and line.endswith(".") and line.isascii() for line in lines)
+    assert len(set(lines)) == len(lines)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has 0 rows: 10 or more"),
+        ("a\nb\n", "has 2 rows"),
+        (b"\xff\xfe\xfa", "no text in UTF-8"),
+    ],
+)
+def test_a_file_without_lines_is_refused(tmp_path, content, message):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(pv.UsageError, match=message):
+        load_data(path)
+
+
+def run(*words):
+    main([str(word) for word in words])
+
+
+TRAIN = (
+    "--epochs",
+    2,
+    "--hidden",
+    8,
+    "--latent-dim",
+    2,
+    "--embedding-dim",
+    4,
+    "--engine",
+    "eager",
+    "--batch-size",
+    8,
+)
+
+
+def test_the_command_line_serves_text(file, tmp_path, capsys):
+    out = tmp_path / "run"
+    run("train", file, "--out", out, *TRAIN, "--word-dropout", 0.3, "--num-eval-samples", 3)
+    config = json.loads((out / "config.json").read_text())["train"]
+    assert config["vocabulary"] == load_data(file).vocabulary
+    page = (out / "report.html").read_text()
+    assert page.count("<pre>") == 4  # three of text, one of the configuration
+    for words in (("sample", "--num", 4), ("reconstruct",), ("interpolate", "--num", 2)):
+        capsys.readouterr()
+        run(words[0], out, *words[1:])
+        name = {"sample": "samples", "reconstruct": "reconstructions"}.get(
+            words[0], "interpolations"
+        )
+        text = (out / f"{name}.txt").read_text()
+        assert text.strip() in capsys.readouterr().out
+        rows = torch.from_numpy(np.load(out / f"{name}.npy")).flatten(0, -2)
+        for line in pv.as_text(rows, config["vocabulary"]):
+            assert line.strip() in text
+    run("evaluate", out, "--num-samples", 2)
+    run("traverse", out, "--steps", 2)
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(LINES[::-1]))
+    run("evaluate", out, "--data", other, "--num-samples", 2)
+    loaded = pv.load(out)
+    assert pv.sample(loaded, 2).shape == (2, *config["data_shape"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--network", "conv"), "--network conv is not for text: use recurrent"),
+        (("--likelihood", "gaussian"), "text takes no --likelihood: gaussian came"),
+        (("--length", 1), "length must be 2 or more, 1 came"),
+        (("--word-dropout", 2), "--word-dropout is a rate from 0 to 1, 2.0 came"),
+    ],
+)
+def test_what_makes_no_sense_for_text_is_refused(file, words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("train", file, *words)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_recurrent_networks_are_for_text(capsys):
+    with pytest.raises(SystemExit):
+        run("train", "digits", "--network", "recurrent")
+    assert "--network recurrent is for text, digits is none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("train", "digits", "--word-dropout", 0.5)
+    assert "digits is no text and takes no --word-dropout: 0.5 came" in capsys.readouterr().err
