@@ -1,14 +1,37 @@
 """The one exception that the library raises for what a user can mend."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+
+_ARGUMENT = re.compile(r"`(\w+)`")
 
 
 class UsageError(ValueError):
-    """Something asked of the library cannot be done; the message says what was expected and came.
+    """The user asked for something that cannot be done.
 
-    The command line prints the message as one line and exits with status 2.
+    The message says what was expected, what was given and what to do. The command line prints it
+    as one line and exits with status 2.
+
+    Arguments:
+        message: the message. Names of arguments in backticks are spelled as the reader writes them.
+        argument: the argument that the message is about; its name comes first.
+
+    >>> error = UsageError("must be at least 1, got 0", argument="num_samples")
+    >>> str(error)
+    'num_samples must be at least 1, got 0'
+    >>> error.spelled(lambda name: "--" + name.replace("_", "-"))
+    '--num-samples must be at least 1, got 0'
     """
+
+    def __init__(self, message: str, *, argument: str | None = None) -> None:
+        self.argument = argument
+        self.template = message if argument is None else f"`{argument}` {message}"
+        super().__init__(self.spelled(lambda name: name))
+
+    def spelled(self, spell: Callable[[str], str]) -> str:
+        """The message, with the names of arguments as ``spell`` gives them."""
+        return _ARGUMENT.sub(lambda found: spell(found[1]), self.template)
 
 
 class NotTraceable(Exception):
