@@ -4,7 +4,7 @@ intensities."""
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -18,7 +18,7 @@ from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import DIVISOR, recorded_divisor
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
-from pyro_vae.pairs.pair import Batch, placement
+from pyro_vae.pairs.pair import Batch, Site, placement
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import x_site
@@ -65,14 +65,11 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
         raise UsageError(f"binarize is '{binarize}'; {nearest(binarize, BINARIZE)}")
     plain = Preparation(*placement(pair))
     raw = rows.first(16)
-    with using(pair, seed=0), pyro.validation_enabled(False):
-        batch = plain(raw)
-        site = x_site(_run(pair, batch))
+    batch = plain(raw)
+    site = _observation(pair, batch)
     if site is None:
         return plain
-    value, support = site["value"], site["fn"].support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    value, support = site["value"], _support(site)
     # Else the pair makes its own observation of x.
     as_given = value.numel() == batch[0].numel() and torch.equal(
         value.flatten(), batch[0].flatten()
@@ -82,16 +79,38 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
         return plain
     batch = plain(raw)
     # Of a stream the first minibatch has to stand for all.
-    parts = (plain(part)[0] for part in rows.batches(4096)) if isinstance(rows, Arrays) else None
+    parts = map(plain, rows.batches(4096)) if isinstance(rows, Arrays) else [batch]
+    own = any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in vars(support).values())
     grey = False
-    for x in parts or [batch[0]]:
-        inside = support.check(x)
+    for part in parts:
+        x = part[0]
+        inside = _inside(pair, part) if own else support.check(x)
         if support is constraints.boolean and not bool(inside.all()):
             grey, inside = True, (x >= 0) & (x <= 1)
         if not bool(inside.all()):
             whole = rows.tensors[0] if isinstance(rows, Arrays) else x
             raise UsageError(_outside(x[~inside][0].item(), whole, site))
     return replace(plain, binarize=grey and binarize != "none")
+
+
+def _observation(pair: nn.Module, batch: Batch) -> Site | None:
+    """The site that observes x in a batch."""
+    with using(pair, seed=0), pyro.validation_enabled(False):
+        return x_site(_run(pair, batch))
+
+
+def _inside(pair: nn.Module, batch: Batch) -> Tensor:
+    """Which values of x are in the support, where its bounds differ from row to row."""
+    site: Any = _observation(pair, batch)
+    return cast(Tensor, _support(site).check(site["value"]).reshape(batch[0].shape))
+
+
+def _support(site: Site) -> Any:
+    """The support of one element of a site."""
+    support = site["fn"].support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
 
 
 def _with_eight_bit(

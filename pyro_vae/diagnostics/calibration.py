@@ -10,7 +10,6 @@ import numpy as np
 import pyro
 import torch
 from pyro.poutine import Trace
-from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor, nn
 
 from pyro_vae.diagnostics.ranks import in_words, ranked, ranks_of, simultaneous_band
@@ -18,6 +17,7 @@ from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import CELLS
 from pyro_vae.pairs import enumeration, masks, summing
 from pyro_vae.pairs.arrays import as_tensor
+from pyro_vae.pairs.enumeration import Enumerate
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.progress import bar
@@ -322,7 +322,7 @@ class _Simulated:
     def _scored(self, batch: Batch, values: dict[str, Tensor], number: int | None) -> _Drawn:
         """The densities of latents, those that only the model has summed out."""
         plates = self.nesting + (number is not None)
-        with self._plate(number), EnumMessenger(first_available_dim=-1 - plates), Given(values):
+        with self._plate(number), Enumerate(first_available_dim=-1 - plates), Given(values):
             model = trace(cast(Pair, self.pair).model, batch)
         latent = model.copy()
         for name in observed(model):

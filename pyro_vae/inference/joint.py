@@ -15,7 +15,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
-from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
@@ -24,6 +23,7 @@ from torch.distributions.transforms import IndependentTransform
 from pyro_vae.compat import scale_and_mask, sum_rightmost
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import enumeration, masks, summing
+from pyro_vae.pairs.enumeration import Enumerate
 from pyro_vae.pairs.folds import is_delta
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
@@ -160,8 +160,8 @@ class Joint:
         known = Trace()
         if self.enumerates:  # the model takes its values from the guide
             with plate, _Placed(self._sites(z)):
-                known = trace_guide(self.pair, batch, EnumMessenger(first_available_dim=first))
-        messenger = EnumMessenger(first_available_dim=None if self.enumerates else first)
+                known = trace_guide(self.pair, batch, Enumerate(first_available_dim=first))
+        messenger = Enumerate(first_available_dim=None if self.enumerates else first)
         with plate, placed:
             model = trace(messenger(poutine.replay(typed.model, trace=known)), batch)
         jacobian = sum(map(self._total, placed.log_dets.values()), torch.zeros(()))
@@ -171,7 +171,7 @@ class Joint:
         if not guide:
             return self._whole(joint + jacobian, z), self._whole(jacobian * 0, z)
         with plate, Given(placed.values):
-            proposal = trace_guide(self.pair, batch, EnumMessenger(first_available_dim=first))
+            proposal = trace_guide(self.pair, batch, Enumerate(first_available_dim=first))
         log_q = self._marginal(model, proposal, latents(proposal), of_guide=True)
         return self._whole(joint + jacobian, z), self._whole(log_q + jacobian, z)
 

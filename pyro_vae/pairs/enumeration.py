@@ -99,6 +99,19 @@ def nesting(pair: nn.Module, batch: Batch) -> int:
     return nesting_of(*glance(pair, batch))
 
 
+class Enumerate(EnumMessenger):
+    """Pyro's ``EnumMessenger``, also for sites in ``pyro.markov`` that are given their values.
+
+    Pyro notes the markov depth only of sites that it draws itself, and fails on the next one.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        for name, depth in (msg["infer"].get("_markov_scope") or {}).items():
+            self._markov_depths.setdefault(name, depth)
+            self._value_dims.setdefault(name, {})
+        super()._pyro_sample(msg)
+
+
 def traces(pair: nn.Module, batch: Batch, plates: int, around: Any = None) -> tuple[Trace, Trace]:
     """Traces of model and guide with every site enumerated that is marked so.
 
@@ -108,9 +121,9 @@ def traces(pair: nn.Module, batch: Batch, plates: int, around: Any = None) -> tu
     """
     typed, around = cast(Pair, pair), around or nullcontext()
     with around:
-        guide = trace_guide(pair, batch, EnumMessenger(first_available_dim=-1 - plates))
+        guide = trace_guide(pair, batch, Enumerate(first_available_dim=-1 - plates))
     with around:
-        model = trace(EnumMessenger()(replay(typed.model, trace=guide)), batch)
+        model = trace(Enumerate()(replay(typed.model, trace=guide)), batch)
     return model, guide
 
 
@@ -138,7 +151,7 @@ def glance(pair: nn.Module, batch: Batch) -> tuple[Trace, Trace]:
 
 
 def enumerated_model(pair: nn.Module, batch: Batch, guide: Trace) -> Trace:
-    messenger = EnumMessenger(first_available_dim=-1 - nesting(pair, batch))
+    messenger = Enumerate(first_available_dim=-1 - nesting(pair, batch))
     return trace(messenger(replay(cast(Pair, pair).model, trace=guide)), batch)
 
 

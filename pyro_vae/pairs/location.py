@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import places
 from pyro_vae.pairs.pair import Pair
-from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.scope import row_shapes, using
 from pyro_vae.pairs.sites import at_data, observed, with_guides
 from pyro_vae.pairs.traces import trace
 
@@ -38,6 +38,7 @@ def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
     """
     if places.known(pair) is not None:
         return
+    parameters = len(list(pair.parameters()))
     sizes = (2, 3 if len(batch[0]) > 2 else 1)
     runs = [_run(pair, [tensor[:rows] for tensor in batch]) for rows in sizes]
     first, other = runs if runs[0] is not None else reversed(runs)
@@ -51,7 +52,10 @@ def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
     )
     if located is not None:
         guide = first.model if first.guide is None else first.guide
-        places.keep(pair, located._replace(plates=with_guides(located.plates, first.model, guide)))
+        plates = with_guides(located.plates, first.model, guide)
+        grew = len(list(pair.parameters())) > parameters
+        declares = tuple(row_shapes(batch)) if grew else ()
+        places.keep(pair, located._replace(plates=plates, declares=declares))
 
 
 def _run(pair: nn.Module, batch: Sequence[Tensor]) -> _Run | None:

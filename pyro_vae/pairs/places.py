@@ -26,6 +26,8 @@ class Places(NamedTuple):
     """The names of the data plate, as the model and the guide call it."""
     observes: dict[str, int]
     """The observed sites that observe a whole tensor of the batch, and which: 0 is x."""
+    declares: tuple[tuple[list[int], str], ...] = ()
+    """Row shapes and types of the batch whose first run made parameters, as an AutoGuide does."""
 
     @property
     def x(self) -> str | None:

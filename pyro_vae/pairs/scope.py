@@ -94,14 +94,21 @@ def adopt(pair: nn.Module, batch: Sequence[Tensor]) -> None:
         adopted, parameter = getattr(pair, _ADOPTED), nn.Parameter(value.detach())
         adopted.register_parameter(_key(name), parameter)
         adopted.constraints[name] = state["constraints"][name]
-        adopted.batch = [(list(t.shape[1:]), str(t.dtype).removeprefix("torch.")) for t in batch]
+        adopted.batch = row_shapes(batch)
         store.set_state({"params": {name: parameter}, "constraints": {}})
 
 
 def adopted_batch(pair: nn.Module) -> list[tuple[list[int], str]]:
     """Row shapes and types of a batch on which running the pair declares what it has adopted."""
-    adopted = getattr(pair, _ADOPTED, None)
-    return adopted.batch if isinstance(adopted, _Adopted) else []
+    adopted, found = getattr(pair, _ADOPTED, None), places.known(pair)
+    if isinstance(adopted, _Adopted):
+        return adopted.batch
+    return [] if found is None else list(found.declares)
+
+
+def row_shapes(batch: Sequence[Tensor]) -> list[tuple[list[int], str]]:
+    """The row shape and the type of each tensor of a batch."""
+    return [(list(t.shape[1:]), str(t.dtype).removeprefix("torch.")) for t in batch]
 
 
 def registered(pair: nn.Module, program: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ from pyro_vae.pairs.contract import (
     no_pair,
     run_in_words,
 )
+from pyro_vae.pairs.location import find_places
 from pyro_vae.pairs.model import trace_model as run_model
 from pyro_vae.pairs.pair import Pair, placement
 from pyro_vae.pairs.places import is_local
@@ -91,6 +92,7 @@ def check(
     ):
         warnings.simplefilter("ignore")
         try:
+            find_places(pair, batch)
             guide = run_in_words("guide", lambda: run_guide(pair, batch), batch)
             try:
                 model = run_in_words("model", lambda: run_model(pair, batch, guide), batch)
