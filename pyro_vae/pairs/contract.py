@@ -201,12 +201,6 @@ def _global(model: Trace, guide: Trace) -> list[str]:
                 f"site '{name}' of the {where} is outside the data plate, and under it in the "
                 f'{other}: put it under with pyro.plate("data", len(x), dim=-1) in both'
             ]
-        if outside[0] and (_subsampled(model) or _subsampled(guide)):
-            return [
-                f"site '{name}' is outside a data plate that takes the batch for a part of the "
-                "data: fit itself cuts minibatches and weighs such a site's KL by them; use "
-                'pyro.plate("data", len(x), dim=-1)'
-            ]
     return []
 
 

@@ -26,6 +26,8 @@ class Places(NamedTuple):
     """The names of the data plate, as the model and the guide call it."""
     observes: dict[str, int]
     """The observed sites that observe a whole tensor of the batch, and which: 0 is x."""
+    num_data: int | None = None
+    """N, where the data plate takes its rows for a part of N data (``subsample_size=len(x)``)."""
     declares: tuple[tuple[list[int], str], ...] = ()
     """Row shapes and types of the batch whose first run made parameters, as an AutoGuide does."""
 
@@ -89,7 +91,7 @@ def locate(
 
     Raises `UsageError` where the data plate is at another dimension than -1.
     """
-    plates, local = set(), {}
+    plates, local, num_data = set(), {}, None
     for name, site in observed.items():
         sizes = _sizes(site)
         others = {} if more is None or name not in more else _sizes(more[name])
@@ -107,9 +109,12 @@ def locate(
                 )
             plates.add(plate)
             local[name] = site
+            size, full = sizes[plate, dim]
+            if full not in (None, size) and full == others.get((plate, dim), (0, full))[1]:
+                num_data = full
     if not plates:
         return None
-    return Places(frozenset(plates), _observed_parts(local, batch))
+    return Places(frozenset(plates), _observed_parts(local, batch), num_data)
 
 
 def _require_rows(plate: str, size: tuple[int, int | None], n: int) -> None:

@@ -48,7 +48,24 @@ def scope(pair: nn.Module) -> Iterator[None]:
         # `check` says in words where model and guide do not go together.
         warnings.filterwarnings("ignore", message="Found plate statements in guide but not model")
         warnings.filterwarnings("ignore", message="Found non-auxiliary vars in guide but not model")
-        yield
+        with _PerRow():
+            yield
+
+
+class _PerRow(poutine.messenger.Messenger):
+    """Scales no row by N / B in ``plate("data", N, subsample_size=B)``.
+
+    The tools report nats per example, and weigh the global latents by N themselves. The loss is
+    that of stock Pyro times B / N.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        found = places.known()
+        if found is None or found.num_data is None:
+            return
+        for frame in msg["cond_indep_stack"]:
+            if frame.name in found.plates:
+                msg["scale"] = msg["scale"] * (frame.size / frame.full_size)
 
 
 def _store(pair: nn.Module) -> Any:

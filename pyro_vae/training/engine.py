@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyro_vae.compat import zero_grads
 from pyro_vae.errors import NotTraceable
+from pyro_vae.pairs import places
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.training.kl_weight import KLWeight
 from pyro_vae.training.recording import ELBOParts, recorded, surrogate
@@ -200,8 +201,11 @@ class Engine(ELBO):
 
     def _take_share(self, batch: Sequence[Tensor]) -> None:
         """Set what of the KL of latents outside the data plate is this batch's."""
-        if self.num_data is not None:
-            share = len(batch[0]) / self.num_data
+        found = places.known(self.pair)
+        declared = None if found is None else found.num_data
+        num_data = declared or self.num_data
+        if num_data is not None:
+            share = len(batch[0]) / num_data
             self.parts.global_share = self.weight.global_weight = share
 
     def _sums(self, loss: Tensor, norm: Tensor) -> tuple[list[tuple[str, str]], list[Tensor]]:

@@ -1,4 +1,4 @@
-"""Pyro idioms that the tools serve: markov chains, supports with bounds, lazy AutoGuides, masks by index."""
+"""Pyro idioms: markov chains, supports with bounds, lazy AutoGuides, boolean masks."""
 
 from math import log
 
@@ -90,7 +90,7 @@ def test_a_support_with_bounds_is_checked_row_by_row(kind):
     assert torch.allclose(found.per_datum.float(), pair.exact(x), atol=0.1)
     pv.fit(pair, x.to(kind), epochs=1, progress=False)
     x[37, 1] = 10
-    with pytest.raises(UsageError, match="10.*support of the Binomial"):
+    with pytest.raises(UsageError, match=r"10.*support of the Binomial"):
         pv.fit(pair, x.to(kind), epochs=1, progress=False)
 
 
