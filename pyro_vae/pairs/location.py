@@ -15,7 +15,7 @@ from pyro_vae.errors import UsageError
 from pyro_vae.pairs import places
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.scope import row_shapes, using
-from pyro_vae.pairs.sites import at_data, observed, with_guides
+from pyro_vae.pairs.sites import at_data, latents, observed, with_guides
 from pyro_vae.pairs.traces import trace
 
 
@@ -28,6 +28,16 @@ class _Run(NamedTuple):
     """None where the guide fails, or does not go with the model."""
     shapes: dict[str, torch.Size]
     """Those of the parameters that ``pyro.param`` declared."""
+    drawn: Trace | None = None
+    """The trace of the guide, also where it does not go with the model."""
+
+    def kept_rows(self) -> list[tuple[str, int]]:
+        """The plates that the guide keeps at another number of rows, and that number."""
+        names = {frame.name for site in observed(self.model).values() for frame in at_data(site)}
+        drawn = {} if self.drawn is None else latents(self.drawn)
+        frames = [frame for site in drawn.values() for frame in at_data(site)]
+        other = (len(self.batch[0]), places.NO_SIZE)
+        return [(f.name, f.size) for f in frames if f.name in names and f.size not in other]
 
 
 def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
@@ -39,17 +49,17 @@ def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
     if places.known(pair) is not None:
         return
     parameters = len(list(pair.parameters()))
-    sizes = (2, 3 if len(batch[0]) > 2 else 1)
-    runs = [_run(pair, [tensor[:rows] for tensor in batch]) for rows in sizes]
+    # The rows of a short batch are repeated.
+    runs = [_run(pair, [tensor[torch.arange(n) % len(tensor)] for tensor in batch]) for n in (2, 3)]
     first, other = runs if runs[0] is not None else reversed(runs)
     first = first or _run(pair, batch)
     if first is None:
         return
-    if other is not None:
-        _require_amortized(first, other)
     located = places.locate(
         observed(first.model), None if other is None else observed(other.model), first.batch
     )
+    if other is not None:
+        _require_amortized(first, other)
     if located is not None:
         guide = first.model if first.guide is None else first.guide
         plates = with_guides(located.plates, first.model, guide)
@@ -69,9 +79,10 @@ def _run(pair: nn.Module, batch: Sequence[Tensor]) -> _Run | None:
             drawn = trace(guide, batch)
             together = trace(poutine.replay(model, trace=drawn), batch)
             held = pyro.get_param_store().get_state()["params"]
-            return _Run(batch, together, drawn, {name: p.shape for name, p in held.items()})
+            shapes = {name: p.shape for name, p in held.items()}
+            return _Run(batch, together, drawn, shapes, drawn)
         with suppress(Exception):
-            return _Run(batch, trace(model, batch), None, {})
+            return _Run(batch, trace(model, batch), None, {}, drawn)
     return None
 
 
@@ -80,17 +91,20 @@ def _require_amortized(first: _Run, other: _Run) -> None:
 
     Such a parameter grows with the rows; or the guide keeps its plate at the rows of its first run.
     """
-    whole, cut = (
-        {f.name: f.size == f.full_size for s in observed(run.model).values() for f in at_data(s)}
+    kept = [
+        (f"the plate '{name}' keeps {size}", len(run.batch[0]))
         for run in (first, other)
-    )
-    kept = [f"the plate '{name}' keeps" for name in cut if whole.get(name) and not cut[name]]
-    grown = [n for n, shape in other.shapes.items() if first.shapes.get(n, shape) != shape]
-    kept += [f"parameter '{name}' has" for name in grown]
-    if kept and first.guide is not None:
-        rows = len(first.batch[0])
+        for name, size in run.kept_rows()
+    ]
+    kept += [
+        (f"parameter '{name}' has {len(first.batch[0])}", len(other.batch[0]))
+        for name, shape in other.shapes.items()
+        if first.shapes.get(name, shape) != shape
+    ]
+    if kept:
+        what, rows = kept[0]
         raise UsageError(
-            f"the guide has a parameter with a row for each datum ({kept[0]} {rows} rows where x "
-            f"has {len(other.batch[0])}): give the guide an encoder of x, or pass the row numbers "
-            "as context, torch.arange(len(x)), and index a parameter of fixed size by them"
+            f"the guide has a parameter with a row for each datum ({what} rows where x has {rows})"
+            ": give the guide an encoder of x, or pass the row numbers as context, "
+            "torch.arange(len(x)), and index a parameter of fixed size by them"
         )

@@ -91,6 +91,7 @@ TRAIN = (
 )
 
 
+@pytest.mark.filterwarnings("default:.* test rows of other equal rows")
 def test_the_command_line_serves_text(file, tmp_path, capsys):
     out = tmp_path / "run"
     run("train", file, "--out", out, *TRAIN, "--word-dropout", 0.3, "--num-eval-samples", 3)
@@ -114,6 +115,7 @@ def test_the_command_line_serves_text(file, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text("\n".join(LINES[::-1]))
     run("evaluate", out, "--data", other, "--num-samples", 2)
+    assert "5 of 5 test rows of other equal rows" in capsys.readouterr().err
     loaded = pv.load(out)
     assert pv.sample(loaded, 2).shape == (2, *config["data_shape"])
 

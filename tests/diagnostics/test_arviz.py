@@ -137,12 +137,13 @@ def test_every_pair(name):
     for site, code in pv.encode(make(name), *batch).items():
         assert data.posterior[site].shape == (1, 3, *code.shape)
     assert data.posterior_predictive["x"].shape == (1, 3, *batch[0].shape)
-    assert data.log_likelihood["x"].dims == ("chain", "draw", "data")
+    (site,) = data.log_likelihood  # of labels and x together, one "joint" density
+    assert data.log_likelihood[site].dims == ("chain", "draw", "data")
     if name == "deep-markov":  # what is beyond the end of a sequence is masked
         inside = torch.arange(3) < batch[1][:, None]
         batch = (torch.where(inside[..., None], batch[0], torch.nan), *batch[1:])
     assert np.array_equal(data.observed_data["x"], batch[0], equal_nan=True)
-    assert np.isfinite(data.log_likelihood["x"]).all()
+    assert np.isfinite(data.log_likelihood[site]).all()
     assert len(batch) == 1 or "context_1" in data.constant_data or name in ENUMERATED
 
 

@@ -45,7 +45,7 @@ SPOILED = [
     ),
     ("pyro_vae.pairs.summing.evidence", 0.01, "enumeration", "log p(x), a class summed"),
     ("pyro_vae.inference.encoding._scale", 0.01, "use", "encode, scales"),
-    ("pyro_vae.inference.passes.mean", 0.01, "use", "reconstruct, means"),
+    ("pyro_vae.inference.passes.typical", 0.01, "use", "reconstruct, means"),
     ("pyro_vae.diagnostics.information.log", 0.5, "information", "mutual information"),
     (
         "pyro_vae.parts.distributions.LevelLogistic.log_prob",
