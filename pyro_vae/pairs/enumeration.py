@@ -15,6 +15,7 @@ from pyro.poutine import Trace, replay
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor, nn
 
+from pyro_vae.compat import enumerate_dim
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import places
 from pyro_vae.pairs.guide import trace_guide
@@ -28,11 +29,7 @@ from pyro_vae.pairs.traces import trace
 
 def enumerated(trace: Trace) -> dict[str, Site]:
     """The sites of a trace that took all of their values, by name."""
-    return {
-        name: site
-        for name, site in latents(trace).items()
-        if site["infer"].get("_enumerate_dim") is not None
-    }
+    return {name: site for name, site in latents(trace).items() if enumerate_dim(site) is not None}
 
 
 def to_enumerate(*traces: Trace) -> list[str]:

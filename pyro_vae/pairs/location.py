@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
+from pyro_vae.compat import full_size
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import places
 from pyro_vae.pairs.pair import Pair
@@ -77,7 +78,7 @@ def _require_amortized(first: _Run, other: _Run) -> None:
     Such a parameter grows with the rows; or the guide keeps its plate at the rows of its first run.
     """
     whole, cut = (
-        {f.name: f.size == f.full_size for s in observed(run.model).values() for f in at_data(s)}
+        {f.name: f.size == full_size(f) for s in observed(run.model).values() for f in at_data(s)}
         for run in (first, other)
     )
     kept = [f"the plate '{name}' keeps" for name in cut if whole.get(name) and not cut[name]]
