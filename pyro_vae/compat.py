@@ -206,6 +206,9 @@ def has_step_hooks(optimizer: Any) -> bool:
 
 # Graphs
 
+REORDERS = torch.__version__ < (2, 14)
+"""Whether Inductor may draw in another order than the graph that it compiles."""
+
 
 def make_graph(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
     """The graph of a function of tensors, by ``make_fx``, the tracer below torch.compile.
@@ -234,7 +237,10 @@ def compile_graph(
     import torch._inductor
 
     # The generators are those of the eager step, so that the draws are the same.
-    return torch._inductor.compile(graph, list(examples), options={"fallback_random": True})
+    options = {"fallback_random": True}
+    if REORDERS:
+        options["reorder_for_locality"] = False
+    return torch._inductor.compile(graph, list(examples), options=options)
 
 
 # Errors that have no type of their own

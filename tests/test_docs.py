@@ -1,9 +1,9 @@
 """The Python blocks of README.md and docs/ run, one page after another as a reader would.
 
 They run as they are printed, but for their size: `pyro_vae.load_data` gives the first rows of each
-part, and `pyro_vae.fit` trains for one epoch. A block that starts with the name of a file is
-that file. ```` ```python no-test ```` marks a block that does not run here, and a comment in the
-page says why.
+part, `pyro_vae.fit` trains for one epoch, by the eager engine where a block names no other, and
+`pyro_vae.diagnose` takes a second. A block that starts with the name of a file is that file.
+```` ```python no-test ```` marks a block that does not run, and a comment in the page says why.
 """
 
 import re
@@ -18,8 +18,8 @@ import pyro_vae as pv
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-ROWS = 400
-"""Rows of each part of a data set; more than any block names."""
+ROWS = 200
+"""Rows of each part of a data set."""
 
 
 def blocks(page):
@@ -43,13 +43,19 @@ def small(function):
 
 def short(function):
     """`fit` for one epoch."""
-    return lambda *args, **kwargs: function(*args, **kwargs | {"epochs": 1})
+    return lambda *args, **kwargs: function(*args, **{"engine": "eager"} | kwargs | {"epochs": 1})
+
+
+def hasty(function):
+    """`diagnose` with a second to spend."""
+    return lambda *args, **kwargs: function(*args, **kwargs | {"budget": 1.0})
 
 
 @pytest.fixture
 def _small(monkeypatch, tmp_path):
     monkeypatch.setattr(pv, "load_data", small(pv.load_data))
     monkeypatch.setattr(pv, "fit", short(pv.fit))
+    monkeypatch.setattr(pv, "diagnose", hasty(pv.diagnose))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
