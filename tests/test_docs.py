@@ -62,7 +62,7 @@ def _small(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda p: p.stem)
 @pytest.mark.usefixtures("_small")
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:DeprecationWarning")
 def test_the_blocks_of_a_page_run(page):
     for block in blocks(page):
         if name := re.match(r"# (\w+\.py)\n", block):
