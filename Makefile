@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: train test lint clean
+OLDEST = .venv-oldest/bin
+PROSE = README.md CONTRIBUTING.md CHANGELOG.md docs examples benchmarks
+
+.PHONY: train test test-oldest lint clean
 
 train: .venv/installed
 	$(BIN)/pyro-vae train digits --out runs/digits --overwrite \
@@ -13,11 +16,18 @@ train: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest --numprocesses auto
 
+# The engine, the contract of a pair and run folders, with the oldest versions allowed.
+test-oldest: .venv-oldest/installed
+	$(OLDEST)/python -m pytest --numprocesses auto tests/test_compat.py tests/runs \
+		tests/training/test_engine.py tests/training/test_engine_in_fit.py \
+		tests/training/test_tracing.py tests/pairs/test_contract.py
+
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell $(PROSE)
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, found " + sys.version.split()[0])'
@@ -31,5 +41,11 @@ lint: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@ .venv/installed
 
+.venv-oldest/installed: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint tests/oldest.txt --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest runs

@@ -133,7 +133,7 @@ def figure(vaes: dict[str, pv.VAE], x: Tensor, labels: Tensor) -> Figure:
         show_images(column[0], pairs.transpose(1, 2).flatten(0, 2))
         show_images(column[1], pv.sample(vae, 36, means=True, seed=0))
         show_codes(column[2], vae, x, labels)
-    titles = ("data and reconstructions", "draws", "codes, and N(0, I) in grey")
+    titles = ("data and reconstructions", "draws", "codes, and N(0, I) in gray")
     for axis, title in zip(axes[:, 0], titles, strict=True):
         axis.set_ylabel(title, fontsize=10)
     return drawn

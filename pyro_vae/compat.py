@@ -1,19 +1,37 @@
-"""Every unstable name of torch and Pyro that we import: why, and what it was tried on.
+"""Every private or unstable name of torch and Pyro that the package uses, and why it uses it.
 
-They are there in torch 2.6.0 and 2.14.1, and in Pyro 1.9.1 and 1.9.2.
+Nothing outside this file names one: `tests/test_compat.py` reads the package and fails otherwise.
+A new version of torch or Pyro may change what is here, and nothing else.
+Tried: the tests of this file pass with torch 2.6.0 and Pyro 1.9.1, and with torch 2.14.1 and
+Pyro 1.9.2.
 """
 
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.util import is_validation_enabled, zero_grads
+from pyro.poutine import Trace
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+)
 
 __all__ = [
-    # The handlers that are active, to be left aside for a moment.
-    "_PYRO_STACK",
     # What tensors are while `make_fx` traces.
     "FakeTensor",
+    # What a node of a graph calls.
+    "OpOverload",
     # Whether Pyro checks values; no public function tells.
     "is_validation_enabled",
     # The density of a masked site as `Trace.compute_log_prob` makes it.
@@ -25,3 +43,261 @@ __all__ = [
     # What `SVI.step` itself does to gradients.
     "zero_grads",
 ]
+
+PROTOCOL = {
+    "_pyro_sample": "a handler's own part of pyro.sample, as Pyro's tutorials define it",
+    "_pyro_post_sample": "the same, after the value is drawn",
+    "_pyro_param": "a handler's own part of pyro.param",
+    "_get_trace": "where every Pyro ELBO takes its pair of traces",
+    "_get_traces": "the pairs of traces of all particles of a Pyro ELBO",
+    "_extended_shape": "the shape of draws; torch tells writers of distributions to call it",
+    "_validate_args": "whether a distribution checks values",
+    "_validate_sample": "that check",
+}
+"""What a subclass defines, or calls on itself, as the base classes of torch and Pyro do."""
+
+
+# Sites and plates
+
+
+def is_deterministic(site: Any) -> bool:
+    """Whether a site is a ``pyro.deterministic``; Pyro marks it by this entry alone."""
+    return bool(site["infer"].get("_deterministic"))
+
+
+def enumerate_dim(site: Any) -> Any:
+    """The dimension in which a site has all of its values; `EnumMessenger` notes it here alone."""
+    return site["infer"].get("_enumerate_dim")
+
+
+def was_observed(site: Any) -> bool:
+    """Whether ``pyro.poutine.uncondition`` made a latent of an observed site."""
+    return bool(site["infer"].get("was_observed"))
+
+
+OBSERVED_PART, UNOBSERVED_PART = "_observed", "_unobserved"
+"""How the names of the two sites end that ``pyro.sample(name, fn, obs_mask=...)`` makes."""
+
+
+class Enumerate(EnumMessenger):
+    """Pyro's ``EnumMessenger``, also for sites in ``pyro.markov`` that are given their values.
+
+    Pyro notes the markov depth only of sites that it draws itself, and fails on the next one.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        for name, depth in (msg["infer"].get("_markov_scope") or {}).items():
+            self._markov_depths.setdefault(name, depth)
+            self._value_dims.setdefault(name, {})
+        super()._pyro_sample(msg)
+
+
+def full_size(frame: Any) -> int | None:
+    """The size of a plate before subsampling; a field of its frame that Pyro does not document."""
+    return frame.full_size
+
+
+def active_handlers() -> Iterator[Any]:
+    """The handlers that are active, the innermost first; Pyro has no public list."""
+    return reversed(_PYRO_STACK)
+
+
+# Objectives
+
+
+def get_trace(objective: Any, *args: Any) -> tuple[Trace, Trace]:
+    """One pair of traces, of the model and of the guide, as an ELBO takes it."""
+    return objective._get_trace(*args)
+
+
+def particle_traces(
+    objective: Any, model: Any, guide: Any, batch: Sequence[Tensor]
+) -> Iterator[tuple[Trace, Trace]]:
+    """A pair of traces for each particle of an ELBO."""
+    return objective._get_traces(model, guide, batch, {})
+
+
+def particle_loss(objective: Any, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any]:
+    """The loss of a ``Trace_ELBO`` for one particle, and what it differentiates."""
+    loss, surrogate = objective._differentiable_loss_particle(model_trace, guide_trace)
+    return loss, surrogate
+
+
+def tapped(objective: Any, tap: Callable[[Trace, Trace], None]) -> Any:
+    """A copy of an ELBO that shows each pair of traces to ``tap`` as it takes it."""
+    copied = copy.copy(objective)
+    take = copied._get_trace
+
+    def get_trace(*args: Any) -> tuple[Trace, Trace]:
+        model_trace, guide_trace = take(*args)
+        tap(model_trace, guide_trace)
+        return model_trace, guide_trace
+
+    copied._get_trace = get_trace
+    return copied
+
+
+# Parameters and modules
+
+
+def declared_parameters(store: Any) -> Iterable[Tensor]:
+    """The unconstrained parameters of a store; its public methods give constrained values."""
+    return store._params.values()
+
+
+def full_name(module: Any, name: str) -> str:
+    """The name in the parameter store of a parameter of a ``PyroModule``.
+
+    Pyro's own ``_pyro_get_fullname`` refuses to give it before the module's first call.
+    """
+    return f"{module._pyro_name}.{name}" if module._pyro_name else name
+
+
+def is_unconstrained(name: str) -> bool:
+    """Whether a ``PyroModule`` keeps under this name what stands behind a constrained parameter."""
+    return name.endswith("_unconstrained")
+
+
+def parameters_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own parameters by name, to be replaced by tensors that are not parameters."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own buffers by name, to be replaced as its parameters are."""
+    return module._buffers
+
+
+@contextmanager
+def flat_weights_renewed(module: nn.Module) -> Iterator[None]:
+    """Let recurrent networks use the parameters that they hold now.
+
+    They keep a list of their weights for their kernels, which is the old one again at the end.
+    """
+    networks = [part for part in module.modules() if isinstance(part, nn.RNNBase)]
+    kept = [network._flat_weights for network in networks]
+    for network in networks:
+        network._flat_weights = [network._parameters[name] for name in network._flat_weights_names]
+    try:
+        yield
+    finally:
+        for network, weights in zip(networks, kept, strict=True):
+            network._flat_weights = weights
+
+
+# Distributions and tensors
+
+
+def mask_of(fn: Any) -> Any:
+    """The mask of a ``MaskedDistribution``, and True for other distributions."""
+    return getattr(fn, "_mask", True)
+
+
+def validates(fn: Any) -> bool:
+    """Whether a distribution checks the values that it scores."""
+    return bool(fn._validate_args)
+
+
+def version(tensor: Tensor) -> int:
+    """A count that rises whenever a tensor is changed in place."""
+    return tensor._version
+
+
+def leaf_of(node: Any) -> Tensor | None:
+    """The leaf tensor that a node of the autograd graph adds gradients to, if it is such a node."""
+    return getattr(node, "variable", None)
+
+
+# The optimizer
+
+fused_adam_ = torch._fused_adam_
+"""The kernel that ``torch.optim.Adam(fused=True)`` calls."""
+
+
+def has_step_hooks(optimizer: Any) -> bool:
+    """Whether something is called before or after each step of an optimizer."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+# Graphs
+
+REORDERS = torch.torch_version.TorchVersion(torch.__version__) < "2.14"
+"""Whether Inductor may draw in another order than the graph that it compiles."""
+
+
+def make_graph(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
+    """The graph of a function of tensors, by ``make_fx``, the tracer below torch.compile.
+
+    ``torch.export`` is public, but gives no graph of a function that calls ``autograd.grad``.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+
+
+def schema(target: OpOverload) -> Any:
+    """The schema of an operation: its name, what it changes and what it returns a view of."""
+    return target._schema
+
+
+def value_in_graph(node: torch.fx.Node) -> Any:
+    """The fake tensor that ``make_fx`` notes for a node, None if there is none."""
+    return node.meta.get("val")
+
+
+def compile_graph(
+    graph: torch.fx.GraphModule, examples: Sequence[Tensor]
+) -> Callable[..., list[Tensor]]:
+    """A graph as compiled by Inductor, whose public face, torch.compile, would trace once more."""
+    import torch._inductor
+
+    # The generators are those of the eager step, so that the draws are the same.
+    options = {"fallback_random": True}
+    if REORDERS:
+        options["reorder_for_locality"] = False
+    return torch._inductor.compile(graph, list(examples), options=options)
+
+
+# Errors that have no type of their own
+#
+# What follows reads messages, for want of types or fields to look at. `tests/test_compat.py` raises
+# each of them in torch and Pyro themselves.
+
+
+def depends_on_values(error: Exception) -> bool:
+    """Whether `make_graph` failed since the function reads the values of tensors.
+
+    `make_fx` raises a plain RuntimeError where ``item()`` is called.
+    """
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    kinds = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+    return isinstance(error, kinds) or "data-dependent" in str(error)
+
+
+_MISMATCH = re.compile(
+    r"Shape mismatch inside plate\('(.+)'\) at site (\S+) dim -1, (\d+) vs (\d+)"
+)
+
+
+def plate_mismatch(message: str) -> "re.Match[str] | None":
+    """The plate at dimension -1, the site, the size of the plate and that of the site: groups 1-4.
+
+    None for other messages. A plate raises a plain ValueError before any handler sees the site.
+    """
+    return _MISMATCH.match(message)
+
+
+def bad_parameter(error: Exception) -> str | None:
+    """What a distribution says of numbers that it cannot have, None for other errors.
+
+    The distribution is not made then: torch raises a ValueError, and ``normal_`` a RuntimeError.
+    """
+    said = str(error).strip().partition("\n")[0]
+    known = said.startswith(("Expected parameter", "normal expects"))
+    return said.split(" (", 1)[0] if known else None
+
+
+def lacks_variance(error: Exception) -> bool:
+    """Whether batch normalization was given one value for each channel, a plain ValueError."""
+    return "more than 1 value per channel" in str(error)

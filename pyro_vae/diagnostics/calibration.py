@@ -12,12 +12,12 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
+from pyro_vae.compat import Enumerate
 from pyro_vae.diagnostics.ranks import in_words, ranked, ranks_of, simultaneous_band
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import CELLS
 from pyro_vae.pairs import enumeration, masks, summing
 from pyro_vae.pairs.arrays import as_tensor
-from pyro_vae.pairs.enumeration import Enumerate
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.progress import bar

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import IndependentTransform
 
-from pyro_vae.compat import scale_and_mask, sum_rightmost
+from pyro_vae.compat import Enumerate, scale_and_mask, sum_rightmost
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import enumeration, masks, summing
-from pyro_vae.pairs.enumeration import Enumerate
 from pyro_vae.pairs.folds import is_delta
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model

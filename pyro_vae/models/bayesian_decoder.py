@@ -11,6 +11,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_vae.compat import flat_weights_renewed, parameters_of
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.pair import Batch, Pair
 
@@ -133,22 +134,16 @@ def _holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
     """The module with these tensors in place of its parameters, wherever it holds them."""
     drawn = {id(own): tensors[name] for name, own in module.named_parameters()}
     places: list[tuple[Any, str, Any]] = [
-        (part._parameters, name, own)
+        (parameters_of(part), name, own)
         for part in module.modules()
-        for name, own in part._parameters.items()
+        for name, own in parameters_of(part).items()
         if own is not None
     ]
-    # torch's recurrent networks keep a list of their weights beside.
-    lists = [(m, m._flat_weights) for m in module.modules() if isinstance(m, nn.RNNBase)]
     for held, name, own in places:
         held[name] = drawn[id(own)]
-    for part, _ in lists:
-        part._flat_weights = [part._parameters[name] for name in part._flat_weights_names]
     try:
-        with _NoParameters(drawn.values()):
+        with flat_weights_renewed(module), _NoParameters(drawn.values()):
             yield
     finally:
         for held, name, own in places:
             held[name] = own
-        for part, weights in lists:
-            part._flat_weights = weights

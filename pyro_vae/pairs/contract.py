@@ -1,6 +1,5 @@
 """What a pair must keep, and the words for what it breaks."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
+from pyro_vae.compat import full_size, leaf_of, plate_mismatch
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import enumeration, masks, summing
 from pyro_vae.pairs.pair import Site
@@ -26,11 +26,6 @@ def no_pair(pair: Any) -> str | None:
     return None
 
 
-_MISMATCH = re.compile(
-    r"Shape mismatch inside plate\('(.+)'\) at site (\S+) dim -1, (\d+) vs (\d+)"
-)
-
-
 def run_in_words(what: str, run: Callable[[], Trace], batch: Sequence[Tensor]) -> Trace:
     try:
         return run()
@@ -38,7 +33,7 @@ def run_in_words(what: str, run: Callable[[], Trace], batch: Sequence[Tensor]) -
         raise
     except Exception as error:  # a user's own code may raise anything
         message, n = first_line(error), len(batch[0])
-        found = _MISMATCH.match(message)
+        found = plate_mismatch(message)
         if found and int(found[3]) == n:
             raise UsageError(
                 f"site '{found[2]}' of the {what} has size {found[4]} where the plate "
@@ -214,7 +209,7 @@ def _matches(value: torch.Size, shape: torch.Size) -> bool:
 def _plates(traced: Trace) -> dict[str, int]:
     """The whole size of each plate, before any subsampling."""
     return {
-        frame.name: frame.full_size or frame.size
+        frame.name: full_size(frame) or frame.size
         for site in sample_sites(traced).values()
         for frame in site["cond_indep_stack"]
     }
@@ -222,7 +217,7 @@ def _plates(traced: Trace) -> dict[str, int]:
 
 def _subsampled(trace: Trace) -> bool:
     return any(
-        frame.full_size is not None and frame.full_size != frame.size
+        full_size(frame) is not None and full_size(frame) != frame.size
         for site in sample_sites(trace).values()
         for frame in site["cond_indep_stack"]
     )
@@ -268,7 +263,7 @@ def _leaves(loss: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
+        leaf = leaf_of(node)
         if leaf is not None:
             found[id(leaf)] = leaf
         stack += [function for function, _ in node.next_functions]

@@ -12,9 +12,9 @@ from math import prod
 from typing import Any, cast
 
 from pyro.poutine import Trace, replay
-from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor, nn
 
+from pyro_vae.compat import Enumerate, enumerate_dim
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import places
 from pyro_vae.pairs.guide import trace_guide
@@ -28,11 +28,7 @@ from pyro_vae.pairs.traces import trace
 
 def enumerated(trace: Trace) -> dict[str, Site]:
     """The sites of a trace that took all of their values, by name."""
-    return {
-        name: site
-        for name, site in latents(trace).items()
-        if site["infer"].get("_enumerate_dim") is not None
-    }
+    return {name: site for name, site in latents(trace).items() if enumerate_dim(site) is not None}
 
 
 def to_enumerate(*traces: Trace) -> list[str]:
@@ -97,19 +93,6 @@ def values(pair: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def nesting(pair: nn.Module, batch: Batch) -> int:
     """How many plates a pair nests, found by running it on two rows."""
     return nesting_of(*glance(pair, batch))
-
-
-class Enumerate(EnumMessenger):
-    """Pyro's ``EnumMessenger``, also for sites in ``pyro.markov`` that are given their values.
-
-    Pyro notes the markov depth only of sites that it draws itself, and fails on the next one.
-    """
-
-    def _pyro_sample(self, msg: Any) -> None:
-        for name, depth in (msg["infer"].get("_markov_scope") or {}).items():
-            self._markov_depths.setdefault(name, depth)
-            self._value_dims.setdefault(name, {})
-        super()._pyro_sample(msg)
 
 
 def traces(pair: nn.Module, batch: Batch, plates: int, around: Any = None) -> tuple[Trace, Trace]:

@@ -20,7 +20,7 @@ from torch.distributions.transforms import (
     IndependentTransform,
 )
 
-from pyro_vae.compat import _PYRO_STACK, FakeTensor
+from pyro_vae.compat import FakeTensor, active_handlers
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.pair import Site
 from pyro_vae.pairs.sites import latents
@@ -178,7 +178,7 @@ def auxiliary_value(fold: Fold, auxiliary: str, fn: Any) -> Tensor | None:
 
 
 def _given(name: str, support: Any) -> Tensor | None:
-    for handler in reversed(_PYRO_STACK):
+    for handler in active_handlers():
         gives = getattr(handler, "gives", None)
         value = None if gives is None else gives(name, support)
         if value is not None:

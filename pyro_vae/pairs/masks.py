@@ -17,6 +17,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.distributions import Independent
 
+from pyro_vae.compat import OBSERVED_PART, UNOBSERVED_PART, mask_of
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
@@ -70,7 +71,7 @@ def seen(site: Site, x: Tensor) -> Tensor:
 def _within(fn: Any, like: Tensor) -> Tensor:
     """The mask within a distribution, to be broadcast against its values; one number if none."""
     if isinstance(fn, MaskedDistribution):
-        return _wide(fn._mask, fn.event_dim, like) & _within(fn.base_dist, like)
+        return _wide(mask_of(fn), fn.event_dim, like) & _within(fn.base_dist, like)
     if isinstance(fn, Independent | ExpandedDistribution):
         return _within(fn.base_dist, like)
     if isinstance(inside := getattr(fn, "inside", None), Tensor):  # the steps of a sequence
@@ -213,8 +214,8 @@ def _shared(model: Trace, guide: Trace) -> list[tuple[str, Site, Site]]:
 
 def _imputed(name: str, model: Trace) -> str | None:
     """The site whose unobserved part this one is, where ``obs_mask`` made it."""
-    site = name.removesuffix("_unobserved")
-    return site if site != name and f"{site}_observed" in model.nodes else None
+    site = name.removesuffix(UNOBSERVED_PART)
+    return site if site != name and f"{site}{OBSERVED_PART}" in model.nodes else None
 
 
 def _number(scale: Tensor) -> str:

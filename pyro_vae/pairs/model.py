@@ -8,6 +8,7 @@ from pyro.poutine import Trace
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor, nn
 
+from pyro_vae.compat import is_deterministic, was_observed
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.location import find_places
 from pyro_vae.pairs.pair import Pair
@@ -32,7 +33,7 @@ class _Uncondition(UnconditionMessenger):
     """Pyro's ``uncondition``, but for ``pyro.deterministic``, which computes its value anew."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("_deterministic"):
+        if not is_deterministic(msg):
             super()._pyro_sample(msg)
 
 
@@ -46,7 +47,7 @@ def global_latents(pair: nn.Module, batch: Sequence[Tensor]) -> list[str]:
     with using(pair, seed=0):
         drawn = trace(unconditioned(pair), few)
         sites = {name: site for name, site in latents(drawn).items() if not is_local(site)}
-    return [name for name, site in sites.items() if not site["infer"].get("was_observed")]
+    return [name for name, site in sites.items() if not was_observed(site)]
 
 
 def require_local(pair: nn.Module, batch: Sequence[Tensor], why: str) -> None:

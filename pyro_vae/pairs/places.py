@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from pyro_vae.compat import full_size
 from pyro_vae.errors import UsageError
 
 NO_SIZE = -1
@@ -134,7 +135,7 @@ def _sizes(site: Any) -> dict[tuple[str, int], tuple[int, int | None]]:
     """
     shape = site["fn"].batch_shape
     return {
-        (frame.name, frame.dim): (frame.size, frame.full_size)
+        (frame.name, frame.dim): (frame.size, full_size(frame))
         if frame.size != NO_SIZE or len(shape) < -frame.dim
         else (shape[frame.dim], None)
         for frame in site["cond_indep_stack"]

@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_vae.compat import site_is_subsample
+from pyro_vae.compat import full_name, full_size, is_unconstrained, parameters_of, site_is_subsample
 from pyro_vae.pairs import places
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.threads import alone
@@ -65,7 +65,7 @@ class _PerRow(poutine.messenger.Messenger):
             return
         for frame in msg["cond_indep_stack"]:
             if frame.name in found.plates:
-                msg["scale"] = msg["scale"] * (frame.size / frame.full_size)
+                msg["scale"] = msg["scale"] * (frame.size / (full_size(frame) or frame.size))
 
 
 def _store(pair: nn.Module) -> Any:
@@ -82,13 +82,11 @@ def _frozen(pair: nn.Module) -> dict[str, Any]:
     The store would make them take gradients as it first meets them.
     """
     return {
-        module._pyro_get_fullname(name): parameter
+        full_name(module, name): parameter
         for module in pair.modules()
         if isinstance(module, PyroModule)
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-        and not parameter.requires_grad
-        and not name.endswith("_unconstrained")
+        for name, parameter in parameters_of(module).items()
+        if parameter is not None and not parameter.requires_grad and not is_unconstrained(name)
     }
 
 

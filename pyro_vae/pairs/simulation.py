@@ -5,6 +5,7 @@ from typing import cast
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
+from pyro_vae.compat import was_observed
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import masks, places
 from pyro_vae.pairs.location import find_places
@@ -28,11 +29,7 @@ def simulate(pair: nn.Module, number: int, context: Batch = ()) -> tuple[Batch, 
     require_normalized(drawn, "data cannot be simulated from it")
     batch = tuple(_with_draws(list(batch), drawn))
     sites = latents(drawn)
-    values = {
-        name: site["value"]
-        for name, site in sites.items()
-        if not site["infer"].get("was_observed", False)
-    }
+    values = {name: site["value"] for name, site in sites.items() if not was_observed(site)}
     with Given(values):
         again = observed(trace(cast(Pair, pair).model, batch))
     for name, site in observed(drawn).items():

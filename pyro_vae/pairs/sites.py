@@ -8,7 +8,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vae.compat import scale_and_mask, site_is_subsample
+from pyro_vae.compat import is_deterministic, scale_and_mask, site_is_subsample, was_observed
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import places
 from pyro_vae.pairs.pair import Site
@@ -45,9 +45,7 @@ def sample_sites(trace: Trace) -> dict[str, Site]:
     return {
         name: site
         for name, site in nodes.items()
-        if site["type"] == "sample"
-        and not site_is_subsample(site)
-        and not site["infer"].get("_deterministic")
+        if site["type"] == "sample" and not site_is_subsample(site) and not is_deterministic(site)
     }
 
 
@@ -65,8 +63,7 @@ def observed(trace: Trace) -> dict[str, Site]:
     return {
         name: site
         for name, site in sample_sites(trace).items()
-        if (site["is_observed"] or site["infer"].get("was_observed", False))
-        and not is_auxiliary(site)
+        if (site["is_observed"] or was_observed(site)) and not is_auxiliary(site)
     }
 
 

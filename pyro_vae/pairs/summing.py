@@ -7,6 +7,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
+from pyro_vae.compat import enumerate_dim
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.enumeration import (
     enumerated,
@@ -78,7 +79,7 @@ def is_named(pair: nn.Module, batch: Batch, name: str) -> bool:
     They are where it observes whole numbers, labels, whose density depends on the site.
     """
     model, _ = traces(pair, batch, nesting(pair, batch))
-    dim = enumerated(model)[name]["infer"]["_enumerate_dim"] if name in enumerated(model) else 0
+    dim = enumerate_dim(enumerated(model)[name]) if name in enumerated(model) else 0
     return any(
         dim < 0 and not site["value"].is_floating_point() and _extends(log_prob(site), dim)
         for site in observed(model).values()
@@ -224,7 +225,7 @@ def _conditional(pair: nn.Module, batch: Batch, guide: Trace) -> dict[str, Tenso
 def _layout(model: Trace, guide: Trace) -> tuple[list[int], dict[str, int]]:
     """Dimensions of the plates within a datum, and that of each enumerated site."""
     sites = enumerated(guide) | enumerated(model)
-    dims = {name: site["infer"]["_enumerate_dim"] for name, site in sites.items()}
+    dims = {name: enumerate_dim(site) for name, site in sites.items()}
     if len(set(dims.values())) < len(dims):
         raise UsageError(
             f"the enumerated sites {', '.join(dims)} share dimensions (pyro.markov), and their sum "

@@ -7,7 +7,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_vae.compat import site_is_subsample
+from pyro_vae.compat import bad_parameter, site_is_subsample
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs.moments import mean, mode
 from pyro_vae.pairs.places import is_local
@@ -34,9 +34,7 @@ class BadNumbers(UsageError):
 def require_numbers(error: Exception) -> None:
     """Raise `BadNumbers` where an error says that a distribution was given numbers it cannot have,
     such as a scale that is infinite or NaN."""
-    said = first_line(error)
-    if said.startswith(("Expected parameter", "normal expects")):
-        said = said.split(" (", 1)[0]
+    if said := bad_parameter(error):
         raise BadNumbers(
             f"the pair gives a distribution numbers that it cannot have ({said}): look for extreme "
             "values in the data, and bound its scales"

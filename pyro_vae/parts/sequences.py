@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vae.compat import mask_of, version
 from pyro_vae.errors import UsageError
 from pyro_vae.parts.factors import Family
 from pyro_vae.parts.networks import Shape
@@ -97,7 +98,7 @@ class _Remembering(dist.TorchDistribution):
     _seen: tuple[Tensor, tuple[bool, int], Tensor] | None = None
 
     def log_prob(self, value: Tensor) -> Tensor:
-        state = (torch.is_grad_enabled(), value._version)
+        state = (torch.is_grad_enabled(), version(value))
         if self._seen is None or self._seen[0] is not value or self._seen[1] != state:
             self._seen = (value, state, self._log_prob(value))
         return self._seen[2]
@@ -273,7 +274,7 @@ def elements(fn: Any, value: Tensor) -> Tensor:
     if isinstance(fn, torch.distributions.Independent):
         inner = elements(fn.base_dist, value)
         return inner.sum(tuple(range(-fn.reinterpreted_batch_ndims, 0)))
-    mask = getattr(fn, "_mask", True)
+    mask = mask_of(fn)
     each = torch.ones(value.shape[: value.dim() - len(fn.event_shape)], device=value.device)
     each = each * cast(int, fn.event_shape.numel())
     return each * mask if isinstance(mask, Tensor) else each

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_vae.compat import zero_grads
+from pyro_vae.compat import get_trace, zero_grads
 from pyro_vae.errors import NotTraceable
 from pyro_vae.pairs import places
 from pyro_vae.pairs.pair import Batch
@@ -119,7 +119,7 @@ class Engine(ELBO):
         self.weight.weight = value
 
     def _get_trace(self, *args: Any) -> Any:
-        return self.objective._get_trace(*args)
+        return get_trace(self.objective, *args)
 
     def loss(self, model: Any, guide: Any, *batch: Tensor) -> float:
         """The objective's loss, eagerly."""

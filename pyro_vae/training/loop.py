@@ -15,6 +15,7 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pyro_vae.compat import lacks_variance
 from pyro_vae.data.preparation import Preparation
 from pyro_vae.data.ranges import CURE, extreme
 from pyro_vae.data.sources import Source
@@ -197,7 +198,7 @@ class TrainingRun:
         ) as error:  # an index: a label that the pair has no place for
             if isinstance(error, UsageError):
                 raise UsageError(first_line(error)) from None
-            if len(batch[0]) == 1 and "more than 1 value per channel" in str(error):
+            if len(batch[0]) == 1 and lacks_variance(error):
                 raise UsageError(_single_row(self)) from error
             if explain_nonfinite(self.pair, self.prepare(batch)) is not None:
                 self._nonfinite("loss", {}, batch, error)

@@ -10,6 +10,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from pyro_vae.compat import fused_adam_, has_step_hooks
 from pyro_vae.errors import UsageError
 
 
@@ -133,7 +134,7 @@ class _FusedAdam:
     def of(cls, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> "_FusedAdam | None":
         """One for this optimiser, or None where it is no fused Adam, or one with more to do."""
         group, *others = optimizer.param_groups
-        hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        hooked = has_step_hooks(optimizer)
         if type(optimizer) is not torch.optim.Adam or others or hooked or not group["fused"]:
             return None
         special = ("amsgrad", "differentiable", "capturable", "decoupled_weight_decay")
@@ -156,7 +157,7 @@ class _FusedAdam:
         if norm.is_cuda:
             unusable = torch.isfinite(norm).logical_not().float()
             self.count -= unusable
-        torch._fused_adam_(
+        fused_adam_(
             self.params,
             gradients,
             self.averages,

@@ -1,6 +1,5 @@
 """What is recorded beside an objective: the parts of the ELBO."""
 
-import copy
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyro_vae.compat import is_validation_enabled
+from pyro_vae import compat
 from pyro_vae.errors import NotTraceable
 from pyro_vae.pairs import enumeration, fold_plan, folding, folds, summing
 from pyro_vae.pairs.pair import Batch
@@ -55,7 +54,7 @@ class ELBOParts:
             _add(self.reconstruction, name, term * (share * own))
             if is_factor(site):
                 continue
-            if not is_validation_enabled() and name in self.validated:
+            if not compat.is_validation_enabled() and name in self.validated:
                 inside = site["fn"].support.check(site["value"])
                 _add(self.outside, name, inside.logical_not().sum())
             elif _validates(site["fn"]):
@@ -90,15 +89,9 @@ def recorded(objective: ELBO, parts: ELBOParts) -> ELBO:
     Every Pyro ELBO gets its traces from its own ``_get_trace``, so this serves each of them, a
     user's own too, and costs no second pass.
     """
-    copied: Any = copy.copy(objective)
-    take = copied._get_trace
-
-    def get_trace(*args: Any) -> tuple[Trace, Trace]:
-        model_trace, guide_trace = take(*args)
-        parts.add(model_trace, guide_trace, 1 / copied.num_particles)
-        return model_trace, guide_trace
-
-    copied._get_trace = get_trace
+    copied: Any = compat.tapped(
+        objective, lambda model, guide: parts.add(model, guide, 1 / copied.num_particles)
+    )
     return copied
 
 
@@ -129,9 +122,9 @@ def surrogate(objective: Any, model: Any, guide: Any, batch: Batch) -> tuple[Ten
         loss = objective.differentiable_loss(model, guide, *batch)
         return loss, loss
     loss = differentiable = torch.zeros(())
-    for model_trace, guide_trace in objective._get_traces(model, guide, batch, {}):
+    for model_trace, guide_trace in compat.particle_traces(objective, model, guide, batch):
         with _Items():
-            terms = objective._differentiable_loss_particle(model_trace, guide_trace)
+            terms = compat.particle_loss(objective, model_trace, guide_trace)
         loss = loss + terms[0] / objective.num_particles
         differentiable = differentiable + terms[1] / objective.num_particles
     return loss, differentiable
@@ -140,7 +133,7 @@ def surrogate(objective: Any, model: Any, guide: Any, batch: Batch) -> tuple[Ten
 def _validates(fn: Any) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return bool(fn._validate_args)
+    return compat.validates(fn)
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -5,6 +5,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pyro_vae.compat import OpOverload, schema, value_in_graph
+
 aten = torch.ops.aten
 
 _ALIASES = (aten.alias.default, aten.detach.default)
@@ -28,7 +30,7 @@ def tidy(graph: torch.fx.GraphModule) -> None:
     constants: dict[torch.fx.Node, float] = {}
     written, known = _written(graph.graph), dict[Any, torch.fx.Node]()
     for node in list(graph.graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if node.op != "call_function" or not isinstance(node.target, OpOverload):
             continue
         constant = _constant(node, constants)
         if constant is not None:
@@ -50,10 +52,10 @@ def tidy(graph: torch.fx.GraphModule) -> None:
 
 def _has_effect(node: torch.fx.Node) -> bool:
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and (
-        target._schema.is_mutable
+    return isinstance(target, OpOverload) and (
+        schema(target).is_mutable
         or torch.Tag.nondeterministic_seeded in target.tags
-        or "batch_norm" in target._schema.name  # it moves its running means unannounced
+        or "batch_norm" in schema(target).name  # it moves its running means unannounced
     )
 
 
@@ -63,8 +65,8 @@ def _written(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     for nodes in (reversed(list(graph.nodes)), graph.nodes):
         for node in nodes:
             target = node.target
-            if isinstance(target, torch._ops.OpOverload) and any(
-                returned.alias_info is not None for returned in target._schema.returns
+            if isinstance(target, OpOverload) and any(
+                returned.alias_info is not None for returned in schema(target).returns
             ):
                 shared = {node, *node.all_input_nodes}
                 if shared & found:
@@ -87,7 +89,7 @@ def _constant(node: torch.fx.Node, constants: dict[torch.fx.Node, float]) -> flo
     operands = [constants.get(a) if isinstance(a, torch.fx.Node) else a for a in node.args]
     if not all(isinstance(value, (int, float)) for value in operands):
         return None
-    dtypes = [a.meta["val"].dtype if isinstance(a, torch.fx.Node) else None for a in node.args]
+    dtypes = [value_in_graph(a).dtype if isinstance(a, torch.fx.Node) else None for a in node.args]
     return target(
         *(
             value if dtype is None else torch.tensor(value, dtype=dtype)
@@ -124,7 +126,7 @@ def _same(node: torch.fx.Node, constants: dict[torch.fx.Node, float]) -> torch.f
 
 def _alike(a: torch.fx.Node, b: torch.fx.Node) -> bool:
     """Whether the values of two nodes are tensors of one shape and type."""
-    left, right = a.meta.get("val"), b.meta.get("val")
+    left, right = value_in_graph(a), value_in_graph(b)
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return False
     return left.shape == right.shape and left.dtype == right.dtype

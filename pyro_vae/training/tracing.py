@@ -19,6 +19,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_vae import compat
 from pyro_vae.errors import NotTraceable, UsageError, first_line
 from pyro_vae.pairs import rng
 from pyro_vae.pairs.scope import scope
@@ -65,11 +66,12 @@ class Graphs:
         known: set[int] = set()
         self._parameters: list[tuple[dict[str, Any], str]] = []
         for module in pair.modules():
-            for held in (module._parameters, module._buffers, vars(module)):
+            own = compat.parameters_of(module)
+            for held in (own, compat.buffers_of(module), vars(module)):
                 for name, value in held.items():
                     if isinstance(value, Tensor):
                         self._places.append((cast(dict[str, Any], held), name))
-                        if held is module._parameters and id(value) not in known:
+                        if held is own and id(value) not in known:
                             self._parameters.append(self._places[-1])
                             known.add(id(value))
                     elif isinstance(value, (bool, int, float, str)):
@@ -169,14 +171,12 @@ class Graphs:
     def _trace(
         self, values: list[Tensor], inputs: Sequence[Tensor]
     ) -> tuple[torch.fx.GraphModule, list[str]]:
-        from torch.fx.experimental.proxy_tensor import make_fx
-
         names: list[str] = []
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             with self._holding(tensors[: len(values)]), scope(self.pair):
                 found = self.function(*tensors[len(values) :])
-                foreign = set(map(id, pyro.get_param_store()._params.values()))
+                foreign = set(map(id, compat.declared_parameters(pyro.get_param_store())))
             if foreign - set(map(id, tensors)):
                 raise NotTraceable(
                     "it declares a pyro.param that it does not hold: pyro_vae.check adopts it"
@@ -189,9 +189,7 @@ class Graphs:
         shared = [leaves[id(value)] for value in values]
         try:
             with pyro.validation_enabled(False), _quiet():
-                graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(
-                    *shared, *inputs
-                )
+                graph = compat.make_graph(flat, [*shared, *inputs])
             tidy(graph)  # shapes are compared here, which may depend on values
         except NotTraceable:
             raise
@@ -338,9 +336,7 @@ def _python_state() -> tuple[Any, ...]:
 
 def _reason(error: Exception) -> str:
     """Why tracing failed, in words that go on from "because"."""
-    kinds = [kind.__name__ for kind in type(error).__mro__]
-    data = ("DataDependentOutputException", "GuardOnDataDependentSymNode", "DynamicOutputShape")
-    if any(kind.startswith(data) for kind in kinds) or "data-dependent" in str(error):
+    if compat.depends_on_values(error):
         return "a branch, a number or a shape in it depends on the values of tensors"
     return f"it cannot be traced ({type(error).__name__}: {first_line(error)})"
 
@@ -360,12 +356,5 @@ def _quiet() -> Iterator[None]:
 
 
 def _compile(graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Any]:
-    import torch._inductor
-
     with torch.no_grad(), _quiet():
-        # The generators are those of the eager step, so that the draws are the same.
-        return torch._inductor.compile(
-            graph,
-            [tensor.detach() for tensor in examples],
-            options={"fallback_random": True},
-        )
+        return compat.compile_graph(graph, [tensor.detach() for tensor in examples])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from likelihoods_helpers import CONTINUOUS, DISCRETE, EVERY, FAMILIES
+from pairs import CONTINUOUS, DISCRETE, EVERY, FAMILIES
 from torch import nn
 
 import pyro_vae as pv

@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 import torch
-from likelihoods_helpers import EVERY
+from pairs import EVERY
 from torch import nn
 
 import pyro_vae as pv

@@ -1,6 +1,7 @@
 """The engines against stock Pyro: the same loss, gradients, parameters."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from engine_helpers import MORE, OBJECTIVES, Run, assert_same, assert_state
 from pairs import ALL, ENUMERATED, GLOBAL, LIKELIHOODS
 from torch import nn
 
+from pyro_vae.compat import REORDERS
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.training.optimizer import Optimizer
 
@@ -79,11 +81,18 @@ COMPILED += [("params", "doubly")]
 COMPILED += [("semi-supervised", "enumerated")]
 
 
+REORDERED = [("normalized", "elbo")] if REORDERS else []
+"""Graphs that this version of Inductor would draw in another order: they are replayed."""
+
+
 @pytest.mark.parametrize(("name", "objective"), COMPILED)
 def test_a_compiled_step_is_that_of_stock_pyro(name, objective):
     stock, compiled = Run(name, objective), Run(name, objective, "compiled", batch_size=12)
-    for number in range(6):
-        assert_same(stock.step(number), compiled.step(number), 1e-6)
+    words = "replayed, not compiled: its draws or values"
+    replayed = (name, objective) in REORDERED
+    with pytest.warns(UserWarning, match=words) if replayed else nullcontext():
+        for number in range(6):
+            assert_same(stock.step(number), compiled.step(number), 1e-6)
     for number in range(6, 200):
         stock.step(number), compiled.step(number)
     assert_state(stock, compiled, 1e-5)

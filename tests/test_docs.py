@@ -1,0 +1,78 @@
+"""The Python blocks of README.md and docs/ run, one page after another as a reader would.
+
+They run as they are printed, but for their size: `pyro_vae.load_data` gives the first rows of each
+part, `pyro_vae.fit` trains for one epoch, by the eager engine where a block names no other, and
+`pyro_vae.diagnose` takes a second. A block that starts with the name of a file is that file.
+```` ```python no-test ```` marks a block that does not run, and a comment in the page says why.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mktestdocs import check_md_file, grab_code_blocks
+
+import pyro_vae as pv
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+ROWS = 200
+"""Rows of each part of a data set."""
+
+
+def blocks(page):
+    return grab_code_blocks(page.read_text(), lang="python")
+
+
+def few(split):
+    return type(split)(*(None if part is None else part[:ROWS] for part in split))
+
+
+def small(function):
+    """`load_data` with a few rows."""
+
+    def load_data(*args, **kwargs):
+        data = function(*args, **kwargs)
+        parts = {name: few(getattr(data, name)) for name in ("train", "validation", "test")}
+        return replace(data, **parts)
+
+    return load_data
+
+
+def short(function):
+    """`fit` for one epoch."""
+    return lambda *args, **kwargs: function(*args, **{"engine": "eager"} | kwargs | {"epochs": 1})
+
+
+def hasty(function):
+    """`diagnose` with a second to spend."""
+    return lambda *args, **kwargs: function(*args, **kwargs | {"budget": 1.0})
+
+
+@pytest.fixture
+def _small(monkeypatch, tmp_path):
+    monkeypatch.setattr(pv, "load_data", small(pv.load_data))
+    monkeypatch.setattr(pv, "fit", short(pv.fit))
+    monkeypatch.setattr(pv, "diagnose", hasty(pv.diagnose))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda p: p.stem)
+@pytest.mark.usefixtures("_small")
+@pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:DeprecationWarning")
+def test_the_blocks_of_a_page_run(page):
+    for block in blocks(page):
+        if name := re.match(r"# (\w+\.py)\n", block):
+            Path(name[1]).write_text(block)
+    check_md_file(page, memory=True)
+
+
+def test_few_blocks_are_left_out():
+    """Each block has a language that is known, so that none is missed by its spelling."""
+    first = re.compile(r"^ *```(\w+)(.*)$", re.M)
+    starts = {match.groups() for page in PAGES for match in first.finditer(page.read_text())}
+    assert {words for language, words in starts if language == "python"} <= {"", " no-test"}
+    assert {language for language, _ in starts} <= {"python", "bash", "sh", "text", "console"}

@@ -1,0 +1,69 @@
+"""A likelihood or a diagnostic that was forgotten somewhere fails here."""
+
+import re
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import torch
+from pairs import EVERY, LIKELIHOODS, make
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.cli.make_parts import make_likelihood
+from pyro_vae.cli.options import Model
+from pyro_vae.diagnostics import guide_studies, model_studies
+from pyro_vae.diagnostics.studies import STUDIES
+from pyro_vae.diagnostics.study import Bench
+from pyro_vae.parts import likelihoods
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+FAMILIES = [
+    kind
+    for name, kind in vars(likelihoods).items()
+    if isinstance(kind, type) and kind.__module__ == likelihoods.__name__ and name[0] != "_"
+]
+
+NAMES = get_type_hints(Model)["likelihood"].__args__
+"""What ``--likelihood`` takes."""
+
+
+@pytest.fixture(scope="module")
+def in_pairs():
+    """The families of the pairs that the contract tests take, Bernoulli's is the usual one."""
+    pairs = [make(name) for name in ("bernoulli", *LIKELIHOODS)]
+    return {type(module) for pair in pairs for module in pair.modules()}
+
+
+def test_every_likelihood_is_found():
+    assert {pv.Bernoulli, pv.Gaussian, pv.NegativeBinomial} <= set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda kind: kind.__name__)
+def test_a_likelihood_is_everywhere(family, in_pairs):
+    """In the public names, the command line, the lists of the tests, and docs/vae.md."""
+    assert family.__name__ in pv.__all__
+    assert family in {type(make_likelihood(Model(likelihood=name))) for name in NAMES}
+    assert family in {type(build()) for build in EVERY.values()}
+    assert family in in_pairs
+    assert re.search(rf"^\| `{family.__name__}\b", (DOCS / "vae.md").read_text(), re.M)
+
+
+def studies_of(module):
+    return [f for name, f in vars(module).items() if name.endswith("_study")]
+
+
+@pytest.mark.parametrize("module", [guide_studies, model_studies])
+def test_every_study_is_run(module):
+    assert studies_of(module)
+    assert set(studies_of(module)) <= set(STUDIES)
+
+
+def test_every_study_and_its_threshold_are_documented():
+    batch = (torch.zeros(200, 2),)
+    bench = Bench(nn.Module(), batch, torch.arange(200), 0, "eager", 1e-3, 1e-6, other=batch)
+    rows = (DOCS / "diagnostics.md").read_text().splitlines()
+    for study in STUDIES:
+        name = study(bench).name
+        assert sum(row.startswith(f"| `{name}` |") for row in rows) == 2, name
