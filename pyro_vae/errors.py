@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 
-_ARGUMENT = re.compile(r"`(\w+)`")
+_ARGUMENT = re.compile(r"`([\w.]+)`")
 
 
 class UsageError(ValueError):
