@@ -29,8 +29,8 @@ class Model:
         vae; hierarchical; semi-supervised (some rows have labels); mixture (finds clusters);
         deep-markov (sequences: rows of shape (steps, d), or images read from top to bottom); or
         module:Class for a pair of your own. The constructor of your class receives data_shape,
-        latent_dim, hidden, context_shapes and num_classes, as far as it takes them. Your class
-        rejects the other options that build a pair.
+        latent_dim, hidden, context_shapes and num_classes, if it has arguments of these names. The
+        other options that build a pair are then rejected.
     network
         Kind of neural network: multilayer perceptrons (mlp), convolutions for images (conv), or
         recurrent networks for text (recurrent). auto chooses recurrent for text and mlp for other
@@ -52,8 +52,8 @@ class Model:
     activation
         Nonlinearity of the hidden layers. glu makes gated layers, for --network mlp.
     guide
-        How --model hierarchical infers its levels: from the top down, where data correct the
-        conditionals of the model, or from the data up.
+        How --model hierarchical infers its levels: from the top level down, where the data correct
+        the conditional distributions of the model (top-down), or from the data up (bottom-up).
     normalize
         Normalize hidden layers, for --model hierarchical.
     likelihood
@@ -209,9 +209,9 @@ class Objective:
     ----------
     objective
         The ELBO (elbo); the ELBO with its KL in closed form (analytic); the importance-weighted
-        bound; free bits; or separate weights on mutual information, total correlation and the KL of
-        each unit (total-correlation, the β-TCVAE). The default is the recipe of the pair, or the
-        ELBO if the pair has no recipe.
+        bound (importance-weighted); the ELBO with a minimum KL (free-bits); or the β-TCVAE, with
+        separate weights on mutual information, total correlation and the KL of each unit
+        (total-correlation). The default is the recipe of the pair, or elbo if it has no recipe.
     num_samples
         Samples for each datum: particles of the ELBO, or importance samples of the
         importance-weighted bound.
@@ -228,9 +228,8 @@ class Objective:
     beta
         Weight on the KL. 1 gives the ELBO.
     warm_up
-        How the weight on the KL reaches --beta: at once (none), along a line (linear), or along a
-        line in each cycle (cyclical). The default is the recipe of the pair, or none if the pair
-        has no recipe.
+        How the weight on the KL reaches --beta: at once (none), linearly (linear), or linearly in
+        each cycle (cyclical). The default is the recipe of the pair, or none if it has no recipe.
     warm_up_epochs
         Epochs of the linear warm-up, or of one cycle.
     learning_rate_schedule
@@ -293,8 +292,8 @@ class Input:
         How gray intensities become binary for --likelihood bernoulli: drawn again at each visit
         (dynamic), drawn once (fixed), or not at all (none, which does not define a likelihood).
     length
-        Maximum width of a row of text in characters, including the end. Longer docstrings are left
-        out; longer lines of a file are cut.
+        Maximum width of a row of text in characters, including the end symbol. Longer docstrings
+        are left out; longer lines of a file are cut.
     """
 
     data_dir: Path | None = None

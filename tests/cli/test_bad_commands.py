@@ -198,7 +198,7 @@ COMMANDS = {
     "reals as bernoulli": ("train table.npy --batch-size 8", ["outside the support", "Gaussian"]),
     "batch of more than all": (
         "train table.npy --likelihood gaussian --batch-size 43",
-        ["--batch-size", "43", "42 rows"],
+        ["--batch-size must be at most 42", "got 43"],
     ),
     "convolutions of rows": ("train table.npy --network conv", ["(4,)", "height"]),
     "condition without labels": ("train table.npy --condition label", ["labels", "table"]),
