@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _spell(words: list[str]) -> Callable[[str], str]:
-    """How the shell spells a name: the option of the command, where it has one of this name."""
+    """How the shell spells a name: as an option, if the typed command has such an option."""
     _, apps, _ = app.parse_commands(words)
     options = {one.field_info.name: one.name for one in apps[-1].assemble_argument_collection()}
     names = {name: option for name, option in options.items() if option.startswith("--")}

@@ -70,7 +70,7 @@ def train(
     from pyro_vae.runs.held_out_rows import split_checksums
     from pyro_vae.training.fit import fit
 
-    del config  # `read_options` has added its options.
+    del config  # `read_options` has already added the options of this file.
     require_positive("num_eval_samples", num_eval_samples)
     run = out or Path("runs") / Path(data).stem
     recorded = recorded_options(run) if resume else {}

@@ -31,7 +31,7 @@ def sample(
     seed: int = 0,
     model: UserClass = None,
 ) -> None:
-    """Draw data from the model, and write samples.npy and figures/samples.png.
+    """Draw data from the model; write samples.npy and figures/samples.png.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def reconstruct(run: RunFolder, *, num: int = 12, model: UserClass = None) -> No
 
 @app.command
 def encode(run: RunFolder, *, part: str = "test", model: UserClass = None) -> None:
-    """Encode data, and write codes.npz: means and scales of each latent site, and labels.
+    """Encode data; write codes.npz: posterior means and scales of each latent site, and labels.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def traverse(
     index
         Index of the test datum to start from.
     span
-        Each unit takes values from -span to span.
+        Each unit takes values from minus this number to this number.
     steps
         Number of values of each unit.
     """

@@ -78,7 +78,7 @@ class Plain:
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """A run trained by the command line, data files and modules, to be copied."""
+    """A folder to copy: a run of the command line, data files and modules."""
     folder = tmp_path_factory.mktemp("shelf")
     generator = np.random.default_rng(0)
     np.save(folder / "table.npy", generator.normal(size=(60, 4)).astype(np.float32))
@@ -116,7 +116,7 @@ def shelf(tmp_path_factory):
 
 @pytest.fixture
 def here(shelf, tmp_path, monkeypatch):
-    """The current folder: a copy of the shelf, from which modules are imported."""
+    """The current folder: a copy of the shelf. Modules are imported from it."""
     folder = shutil.copytree(shelf, tmp_path / "here")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
@@ -127,7 +127,7 @@ def here(shelf, tmp_path, monkeypatch):
 
 
 def complaint(words, capsys):
-    """What the command line prints on standard error, checked to be one line, with status 2."""
+    """The error of a command: one line on standard error, with status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(words.split())

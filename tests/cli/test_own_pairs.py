@@ -1,4 +1,4 @@
-"""Pairs of one's own, and discrete latents, on the command line."""
+"""Pairs of the user's own, and discrete latents, on the command line."""
 
 import sys
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cli_helpers import PNG, SHORT, command, is_png, read, train
 
-# A pair of one's own
+# A pair of the user's own
 
 OWN = """
 import pyro
