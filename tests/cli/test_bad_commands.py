@@ -286,7 +286,7 @@ COMMANDS = {
     "model is a pickle": ("sample evil", ["model.safetensors"]),
     "checkpoint is a pickle": (
         "train digits --resume --out evil --epochs 2",
-        ["checkpoint.pt", "refused"],
+        ["checkpoint.pt", "checkpoint of a run"],
     ),
     "check a faulty pair": ("check own:Silent --data table.npy", ["'z'", "missing from the guide"]),
     "check on other data": ("check own:Sound --data wide.npy", ["guide fails", "(16, 6)"]),
