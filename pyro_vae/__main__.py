@@ -1,4 +1,4 @@
-"""``python -m pyro_vae`` is ``pyro-vae``."""
+"""``python -m pyro_vae`` runs the command ``pyro-vae``."""
 
 from pyro_vae.cli.main import main
 

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 
-_ARGUMENT = re.compile(r"`(\w+)`")
+_ARGUMENT = re.compile(r"`([\w.]+)`")
 
 
 class UsageError(ValueError):
@@ -14,7 +14,8 @@ class UsageError(ValueError):
     as one line and exits with status 2.
 
     Arguments:
-        message: the message. Names of arguments in backticks are spelled as the reader writes them.
+        message: the message. Names in backticks, such as those of arguments, are spelled as the
+            reader writes them.
         argument: the argument that the message is about; its name comes first.
 
     >>> error = UsageError("must be at least 1, got 0", argument="num_samples")
@@ -30,7 +31,7 @@ class UsageError(ValueError):
         super().__init__(self.spelled(lambda name: name))
 
     def spelled(self, spell: Callable[[str], str]) -> str:
-        """The message, with the names of arguments as ``spell`` gives them."""
+        """The message, with the names in backticks as ``spell`` gives them."""
         return _ARGUMENT.sub(lambda found: spell(found[1]), self.template)
 
 
@@ -39,12 +40,18 @@ class NotTraceable(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message without the lines that Pyro and torch put behind it.
+    """The message of an error without the lines that Pyro and torch append.
+
+    A `UsageError` keeps the backticks around its arguments, so that the line can be the message of
+    another one.
 
     >>> first_line(UsageError("x is empty\\n Trace Shapes:"))
     'x is empty'
+    >>> first_line(UsageError("must be at least 1, got 0", argument="num_samples"))
+    '`num_samples` must be at least 1, got 0'
     """
-    lines = str(error).strip().splitlines()
+    message = error.template if isinstance(error, UsageError) else str(error)
+    lines = message.strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 

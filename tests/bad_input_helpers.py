@@ -1,4 +1,4 @@
-"""What the tests share that test_bad_input.py held together."""
+"""Helpers of the tests of bad input."""
 
 import pyro
 import pyro.distributions as dist
@@ -22,7 +22,7 @@ SCALES["whole"] = (255 * SCALES["unit"]).round()
 
 
 def refused(call, *words):
-    """The call raises one line that holds these words."""
+    """The call raises a `UsageError` with one line that contains these words."""
     with pytest.raises(UsageError) as caught:
         call()
     message = str(caught.value)
@@ -33,7 +33,7 @@ def refused(call, *words):
 
 
 def snapshot(folder):
-    """Every file beneath a folder, and what is in it."""
+    """Every file in a folder and its subfolders, with its content."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
@@ -48,7 +48,7 @@ def binary(n=8):
     return torch.rand(n, 4, generator=torch.Generator().manual_seed(0)).round()
 
 
-# Pairs, sound and faulty
+# Sound and faulty pairs
 
 NORMAL = dist.Normal
 
@@ -69,7 +69,7 @@ def sound_guide(pair, x):
 
 
 class Pair(nn.Module):
-    """A sound pair over rows of four numbers, where no other model or guide is given."""
+    """A sound pair over rows of four numbers, unless another model or guide is given."""
 
     def __init__(self, model=sound_model, guide=sound_guide):
         super().__init__()
@@ -102,7 +102,7 @@ def guide_with_global_site(pair, x):
 
 
 class Parameterless(nn.Module):
-    """Nothing of it is learnt."""
+    """A pair without parameters."""
 
     def model(self, x):
         with plate(x):
@@ -123,11 +123,11 @@ def bad(value, row=5):
 OUTSIDE = ["outside the support", "site 'x'"]
 
 
-# Files that would execute something
+# Files that would run code
 
 
 class Marker:
-    """Unpickling it makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = path

@@ -1,4 +1,4 @@
-"""What the tests share that test_cli.py held together."""
+"""Helpers of the tests of the command line."""
 
 import json
 
@@ -12,7 +12,7 @@ QUICK = f"{SHORT} --latent-dim 2 --hidden 16"
 
 
 def command(line, **paths):
-    """Run a command, with paths for the names in braces."""
+    """Run a command. Names in braces stand for paths."""
     main([word.format(**paths) for word in line.split()])
 
 

@@ -1,1 +1,1 @@
-"""The command line, and the place where names become parts."""
+"""The command line, and the functions that turn names into parts."""

@@ -1,4 +1,4 @@
-"""The application, to which commands are added."""
+"""The application. Other modules add commands to it."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,15 +7,15 @@ from cyclopts import App, Parameter
 
 Flat = Parameter(name="*")
 
-RunFolder = Annotated[Path, Parameter(help="A run folder.")]
+RunFolder = Annotated[Path, Parameter(help="Run folder.")]
 
 UserClass = Annotated[
-    str | None, Parameter(help="module:Class, where the run's pair is one of your own.")
+    str | None, Parameter(help="module:Class, required if the pair of the run is your own.")
 ]
 
 
 def _default(value: Any) -> str | None:
-    """A default as it would be typed; of one that is None, the help says what it means."""
+    """A default as a user types it. If the default is None, the help text explains it."""
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
     return None if value is None else str(value)
@@ -25,7 +25,7 @@ MANY = Parameter(consume_multiple=True, show_default=_default)
 
 app = App(
     name="pyro-vae",
-    help="Variational autoencoders as Pyro programs: train, evaluate, use.",
+    help="Train, evaluate, diagnose and use variational autoencoders, written as Pyro programs.",
     default_parameter=MANY,
     result_action="return_value",
     suppress_keyboard_interrupt=False,

@@ -33,18 +33,19 @@ def evaluate(
     num_samples: int = 500,
     engine: EngineName = "auto",
 ) -> None:
-    """Measure a run on the test part of its data: ELBO, log p(x), KL, active units, a probe.
+    """Measure a run on test data: ELBO, log p(x), KL, active units, a linear probe.
 
     Parameters
     ----------
     data
-        Other data than those of training.
+        Data to use instead of those of training: a name or a file, as for train.
     data_dir
-        Folder of torchvision's files.
+        Folder of the torchvision data sets.
     num_samples
-        Importance samples for log p(x) of each datum.
+        Importance samples for the log p(x) of each datum.
     engine
-        How log p(x) is computed: eager, traced or compiled; auto goes by the work to be done.
+        How to compute log p(x): with stock Pyro (eager), a traced graph (traced) or a compiled
+        graph (compiled). auto chooses by the amount of work.
     """
     pair, loaded, given = open_run(run, data, data_dir, model)
     kept = _current_findings(run, pair) | (_seen(run, loaded) if data is not None else {})
@@ -65,27 +66,27 @@ def diagnose(
     seed: int = 0,
     report: bool = True,
 ) -> None:
-    """Say whether a run's inference can be believed, into metrics.json, figures and the report.
+    """Check whether the inference of a run can be believed; write metrics, figures and the report.
 
     Parameters
     ----------
     num
-        How many test data.
+        Number of test data.
     budget
-        Seconds; what is left out for lack of time is said.
+        Time limit in seconds. The result names the checks for which there was no time.
     data
-        Other data than those of training.
+        Data to use instead of those of training: a name or a file, as for train.
     other
-        Data that do not belong, whose outlier scores are held against those of the test data.
+        Out-of-distribution data. Their outlier scores are compared with those of the test data.
     data_dir
-        Folder of torchvision's files.
+        Folder of the torchvision data sets.
     engine
-        How weights and gradients are computed: eager, traced or compiled; auto goes by the work to
-        be done.
+        How to compute weights and gradients: with stock Pyro (eager), a traced graph (traced) or a
+        compiled graph (compiled). auto chooses by the amount of work.
     seed
-        Of all draws.
+        Random seed.
     report
-        Write report.html anew.
+        Write report.html again.
     """
     from pyro_vae.diagnostics.diagnosis import diagnose as run_diagnose
     from pyro_vae.plots import canvas
@@ -95,15 +96,15 @@ def diagnose(
     require_positive("num", num)
     pair, loaded, given = open_run(run, data, data_dir, model)
     x, context = test_part(loaded, given, num)
-    strangers = None
+    outliers = None
     if other is not None:
         rows, others = test_part(load_of_run(run, given, other, data_dir), given, num)
-        strangers = (rows, *others)
+        outliers = (rows, *others)
     found = run_diagnose(
         pair,
         x,
         *context,
-        other=strangers,
+        other=outliers,
         budget=budget,
         binarize=binarize_of(given),
         engine=engine,
@@ -127,7 +128,7 @@ def diagnose(
 
 
 def _current_findings(run: Path, pair: "nn.Module") -> dict[str, Any]:
-    """What `diagnose` found, for metrics.json, unless it is about other weights."""
+    """The findings of `diagnose` in metrics.json, unless they describe other weights."""
     from pyro_vae.runs import files as run_files
     from pyro_vae.runs import metrics as run_metrics
 
@@ -136,9 +137,8 @@ def _current_findings(run: Path, pair: "nn.Module") -> dict[str, Any]:
         return {}
     if found.get("model", (now := run_metrics.fingerprint(pair))) != now:
         warnings.warn(
-            f"{run / run_files.METRICS} had findings of diagnose on other weights: they are left "
-            f"out, "
-            "run diagnose again",
+            f"{run / run_files.METRICS} had findings of diagnose for other weights. They are "
+            "removed; run diagnose again",
             stacklevel=2,
         )
         return {}
@@ -146,7 +146,7 @@ def _current_findings(run: Path, pair: "nn.Module") -> dict[str, Any]:
 
 
 def _seen(run: Path, data: "Data") -> dict[str, int]:
-    """For metrics: how many test rows of other data a run was trained on, with a warning."""
+    """For metrics.json: how many test rows of other data the run has seen, with a warning."""
     from pyro_vae.runs import folder as run_folder
     from pyro_vae.runs import held_out_rows
 
@@ -155,8 +155,8 @@ def _seen(run: Path, data: "Data") -> dict[str, int]:
     seen = held_out_rows.count_seen(run, data.test.x)
     if seen:
         warnings.warn(
-            f"{seen} of {len(data.test.x)} test rows of {data.name} equal rows that {run} was "
-            "trained on or validated with: the numbers are not those of held-out data alone",
+            f"{seen} of {len(data.test.x)} test rows of {data.name} equal training or validation "
+            f"rows of {run}, so the numbers are not those of held-out data alone",
             stacklevel=2,
         )
     return {} if seen is None else {"rows_trained_on": seen}

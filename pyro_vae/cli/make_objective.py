@@ -1,4 +1,4 @@
-"""Where options become an objective, a weight on the KL and a schedule."""
+"""Options become an objective, a weight on the KL, and a schedule."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ if TYPE_CHECKING:
 
 
 def make_objective(config: Objective, num_data: int, enumerated: bool = False) -> ELBO | None:
-    """The Pyro ELBO of a configuration, for so many training data; None leaves it to the pair.
+    """The Pyro ELBO of a configuration, or None for the objective of the pair's recipe.
 
-    ``enumerated`` says whether the pair has discrete latents to be summed out.
+    Arguments:
+        config: the options.
+        num_data: the number of training data.
+        enumerated: whether the pair has discrete latents that must be summed out.
     """
     from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
@@ -44,7 +47,7 @@ def make_objective(config: Objective, num_data: int, enumerated: bool = False) -
 
 
 def make_beta(config: Objective) -> float | Schedule | None:
-    """The weight on the KL, as a number or as a schedule; None leaves it to the pair."""
+    """The weight on the KL as a number or a schedule, or None for that of the pair's recipe."""
     from pyro_vae.training.schedules import Cyclical, Linear
 
     if config.warm_up == "linear":
@@ -55,7 +58,7 @@ def make_beta(config: Objective) -> float | Schedule | None:
 
 
 def make_learning_rate_schedule(config: Objective, epochs: int) -> Schedule | None:
-    """The factor on the learning rate by epoch, or None where it is constant."""
+    """The factor on the learning rate at each epoch, or None if it is constant."""
     from pyro_vae.training.schedules import Cosine, Linear
 
     if config.learning_rate_schedule == "constant":

@@ -1,17 +1,17 @@
-"""Where options become a pair."""
+"""Options become a pair."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.cli.make_parts import make_activation, make_likelihood, make_posterior, make_prior
-from pyro_vae.cli.options import COUNTS, Model, option_of
+from pyro_vae.cli.options import COUNTS, Model, in_words
 from pyro_vae.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def make_pair(config: Model, data: Data) -> nn.Module:
-    """The pair that a configuration asks for, on data of this shape."""
+    """The pair that a configuration describes, for these data."""
     pair = _make_pair(config, data)
     if not config.bayesian_decoder:
         return pair
@@ -43,7 +43,7 @@ def _make_pair(config: Model, data: Data) -> nn.Module:
         pair = make_user_pair(config.model, given)
         takes = inspect.signature(type(pair).__init__).parameters
         untaken = [name for name in ("latent_dim", "hidden") if name not in takes]
-        _require_default(config, config.model, *untaken)
+        _reject(untaken, config, f"{config.model}, whose constructor does not take it")
         return pair
     if config.model == "deep-markov":
         return _deep_markov_model(config, data)
@@ -55,14 +55,14 @@ def _make_pair(config: Model, data: Data) -> nn.Module:
     }
     if config.model not in makers:
         known = nearest(config.model, [*makers, "deep-markov"])
-        raise UsageError(f"no model is called '{config.model}'; {known} (or give module:Class)")
+        raise UsageError(f"unknown model '{config.model}'; {known} (or give module:Class)")
     if data.train.lengths is not None:
-        raise UsageError("rows of unequal lengths are for --model deep-markov")
+        raise UsageError("rows of unequal lengths need --model deep-markov")
     if data.vocabulary is not None:
         return _text_pair(config, data, context)
     if config.network == "recurrent":
-        raise UsageError(f"--network recurrent is for text, {data.name} is none")
-    _require_default(config, f"{data.name} is no text and", "embedding_dim", "word_dropout")
+        raise UsageError(f"--network recurrent applies only to text; {data.name} is not text")
+    _reject(("embedding_dim", "word_dropout"), config, f"{data.name}, which is not text")
     common: dict[str, Any] = {
         "data_shape": data.shape,
         "hidden": config.hidden,
@@ -80,7 +80,7 @@ def _make_pair(config: Model, data: Data) -> nn.Module:
 
 
 def _make_vae(config: Model, common: dict[str, Any]) -> tuple[Any, nn.Module]:
-    """The pair, and its q(z | x, context)."""
+    """The pair, and its encoder q(z | x, context)."""
     from pyro_vae.models.vae import VAE
 
     make: Any = VAE.conv if config.network == "conv" else VAE.mlp
@@ -89,12 +89,13 @@ def _make_vae(config: Model, common: dict[str, Any]) -> tuple[Any, nn.Module]:
 
 
 def _make_hierarchical(config: Model, common: dict[str, Any]) -> tuple[Any, nn.Module | None]:
-    """The pair, and q of its top level given the data, where the guide has it."""
+    """The pair, and the encoder of its top level given the data, if the guide has one."""
     from pyro_vae.models.hierarchical import HierarchicalVAE
 
     if config.posterior != Model.posterior:
         raise UsageError(
-            f"--model hierarchical has diagonal-normal posteriors, {config.posterior} came"
+            f"must be diagonal-normal for --model hierarchical, got {config.posterior}",
+            argument="posterior",
         )
     make: Any = HierarchicalVAE.conv if config.network == "conv" else HierarchicalVAE.mlp
     top_down = config.guide == "top-down"
@@ -110,7 +111,7 @@ def _make_semisupervised(
     from pyro_vae.models.semisupervised import SemiSupervisedVAE
 
     if data.num_classes < 2:
-        raise UsageError(f"--model semi-supervised needs labels, {data.name} has none")
+        raise UsageError(f"--model semi-supervised needs labels, but {data.name} has no labels")
     own = {
         "prior": make_prior(config, ((data.num_classes,),)),
         "num_classes": data.num_classes,
@@ -139,26 +140,28 @@ def _make_vamp(config: Model, encoder: nn.Module, data: Data, context: Sequence[
     from pyro_vae.parts.priors import VampPrior
 
     if context:
-        raise UsageError("--prior vamp is for pairs without context here, --condition came with it")
+        raise UsageError(
+            "--prior vamp needs a pair without context; remove --condition or --library-size"
+        )
     whole = config.likelihood in COUNTS
     return VampPrior.of_data(encoder, data.train.x, components=config.components, whole=whole)
 
 
 def plain_dim(latent_dim: Sequence[int]) -> int | tuple[int, ...]:
-    """One dimension as a number, several as a tuple: what a pair of a user's own is given."""
+    """One dimension as a number, several dimensions as a tuple, for a pair of the user's own."""
     return latent_dim[0] if len(latent_dim) == 1 else tuple(latent_dim)
 
 
 def _deep_markov_model(config: Model, data: Data) -> nn.Module:
-    """The deep Markov model that a configuration asks for."""
-    _require_default(config, "--model deep-markov", "network", "prior", "condition", "activation")
-    _require_default(config, "--model deep-markov", "library_size", "embedding_dim", "word_dropout")
+    """The deep Markov model that a configuration describes."""
+    _reject(("network", "prior", "condition", "activation"), config, "--model deep-markov")
+    _reject(("library_size", "embedding_dim", "word_dropout"), config, "--model deep-markov")
     _require_one_width(config, "--model deep-markov")
     sequence = data.shape[1:] if len(data.shape) == 3 and data.shape[0] == 1 else data.shape
     if data.vocabulary is not None or len(sequence) != 2:
         raise UsageError(
-            "--model deep-markov is for sequences (n, steps, d), or images of one channel, "
-            f"{'text' if data.vocabulary else f'data of shape {data.shape}'} came"
+            "--model deep-markov needs sequences (n, steps, d), or images with one channel; got "
+            f"{'text' if data.vocabulary else f'rows of shape {data.shape}'}"
         )
     from pyro_vae.models.sequence import DeepMarkovModel
 
@@ -172,25 +175,28 @@ def _deep_markov_model(config: Model, data: Data) -> nn.Module:
     )
 
 
-def _require_default(config: Model, what: str, *names: str) -> None:
+def _reject(names: Iterable[str], config: Model, what: str) -> None:
+    """Raise `UsageError` for options that do not apply to a kind of model or data."""
     for name in names:
-        if getattr(config, name) != getattr(Model, name):
-            raise UsageError(f"{what} takes no {option_of(name)}: {getattr(config, name)} came")
+        value = getattr(config, name)
+        if value != getattr(Model, name):
+            raise UsageError(f"does not apply to {what}; got {in_words(value)}", argument=name)
 
 
 def _require_one_width(config: Model, what: str) -> None:
     if config.hidden != Model.hidden and len(config.hidden) != 1:
-        raise UsageError(f"{what} takes one width as --hidden, {len(config.hidden)} came")
+        raise UsageError(
+            f"must be one number for {what}, got {len(config.hidden)} numbers", argument="hidden"
+        )
 
 
 def _text_pair(config: Model, data: Data, context: Sequence[tuple[int, ...]]) -> nn.Module:
-    """The VAE of rows of characters that a configuration asks for."""
+    """The VAE of rows of characters that a configuration describes."""
     if config.network not in ("auto", "recurrent"):
-        raise UsageError(f"--network {config.network} is not for text: use recurrent")
+        raise UsageError(f"must be recurrent for text, got {config.network}", argument="network")
     if config.model != "vae" or config.prior == "vamp":
-        raise UsageError("text is for --model vae, and for priors other than vamp")
-    _require_default(config, "text", "likelihood", "scale", "library_size")
-    _require_default(config, "text", "activation")
+        raise UsageError("text needs --model vae and a --prior other than vamp")
+    _reject(("likelihood", "scale", "library_size", "activation"), config, "text")
     _require_one_width(config, "text")
     from pyro_vae.models.vae import VAE
 
@@ -208,15 +214,17 @@ def _text_pair(config: Model, data: Data, context: Sequence[tuple[int, ...]]) ->
 
 
 def context_shapes(config: Model, data: Data) -> tuple[tuple[int, ...], ...]:
-    """The row shapes of what a configuration gives to the pair beside the data."""
+    """The row shapes of the context that a configuration gives to the pair."""
     shapes: list[tuple[int, ...]] = []
     if "label" in config.condition:
         if data.train.labels is None:
-            raise UsageError(f"--condition label needs labels, {data.name} has none")
+            raise UsageError(f"--condition label needs labels, but {data.name} has no labels")
         shapes.append((data.num_classes,))
     if "context" in config.condition:
         if data.train.context is None:
-            raise UsageError(f"--condition context needs an array 'context', {data.name} has none")
+            raise UsageError(
+                f"--condition context needs an array 'context', but {data.name} has no such array"
+            )
         shapes.append(tuple(data.train.context.shape[1:]))
     if config.library_size:
         shapes.append((1,))
@@ -224,7 +232,7 @@ def context_shapes(config: Model, data: Data) -> tuple[tuple[int, ...], ...]:
 
 
 def make_user_pair(path: str, given: dict[str, Any]) -> nn.Module:
-    """An instance of ``module:Class``, made with those of the given arguments that it takes."""
+    """An instance of ``module:Class``, which receives the given arguments that it takes."""
     kind = user_class(path)
     signature = inspect.signature(kind.__init__)
     taken = {name: value for name, value in given.items() if name in signature.parameters}
@@ -237,21 +245,21 @@ def make_user_pair(path: str, given: dict[str, Any]) -> nn.Module:
     ]
     if missing:
         raise UsageError(
-            f"{path} takes '{missing[0]}', which the command line cannot give; it gives "
+            f"the constructor of {path} requires '{missing[0]}', but the command line gives only "
             f"{', '.join(given)}"
         )
     try:
         with current_folder():
             return kind(**taken)
-    except Exception as error:  # a user's own code may raise anything
-        raise UsageError(f"{path} cannot be made: {type(error).__name__}: {error}") from error
+    except Exception as error:  # The user's own code may raise anything.
+        raise UsageError(f"cannot make {path}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
 def current_folder() -> Iterator[None]:
-    """Python finds modules of the current folder too; afterwards ``sys.path`` is as it was.
+    """Let Python find modules of the current folder too, and restore ``sys.path`` afterwards.
 
-    What a module itself adds to ``sys.path`` as it is imported stays there.
+    Folders that a module itself adds to ``sys.path`` during its import stay there.
     """
     here = str(Path.cwd())
     added = "" not in sys.path and here not in sys.path
@@ -265,20 +273,19 @@ def current_folder() -> Iterator[None]:
 
 
 def user_class(path: str) -> type[nn.Module]:
-    """The class that ``module:Class`` names; modules in the current folder are found too.
+    """The class that ``module:Class`` names. The module may be in the current folder.
 
-    ``sys.path`` is afterwards as it was. The module stays in ``sys.modules``, as after any import:
-    its class needs it.
+    ``sys.path`` does not change. The module stays in ``sys.modules``, because its class needs it.
     """
     module_name, _, name = path.partition(":")
     if not module_name or not name:
-        raise UsageError(f"a pair is named module:Class, '{path}' came")
+        raise UsageError(f"a pair of your own has the form module:Class, got '{path}'")
     try:
         with current_folder():
             module = importlib.import_module(module_name)
-    except Exception as error:  # a user's own code may raise anything
+    except Exception as error:  # The user's own code may raise anything.
         raise UsageError(
-            f"module '{module_name}' cannot be imported: {type(error).__name__}: {error}"
+            f"cannot import module '{module_name}': {type(error).__name__}: {error}"
         ) from error
     if not hasattr(module, name):
         classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
@@ -287,5 +294,5 @@ def user_class(path: str) -> type[nn.Module]:
     from torch import nn
 
     if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
-        raise UsageError(f"a pair is a class that is an nn.Module, {path} is none")
+        raise UsageError(f"a pair must be a subclass of nn.Module, but {path} is not")
     return kind

@@ -1,4 +1,4 @@
-"""Where names become parts: likelihood, posterior, prior, activation."""
+"""Names become parts: likelihood, posterior, prior, activation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def make_likelihood(config: Model) -> Any:
             scale = float(config.scale)
         except ValueError:
             raise UsageError(
-                f"scale is 'predicted', 'learned' or a number, '{config.scale}' came"
+                f"must be 'predicted', 'learned' or a number, got '{config.scale}'",
+                argument="scale",
             ) from None
         return likelihoods.Gaussian(scale)
     kinds: dict[str, Callable[[], Any]] = {
@@ -67,7 +68,7 @@ def make_prior(config: Model, context: Sequence[tuple[int, ...]] = ()) -> Any:
 
     if config.prior == "conditional":
         if not context:
-            raise UsageError("--prior conditional needs context: give --condition too")
+            raise UsageError("--prior conditional needs --condition label or --condition context")
         family, activation = posteriors.DiagonalNormal(), make_activation(config.activation)
         outputs = family.outputs((config.top_dim,))
         network = (
@@ -83,13 +84,13 @@ def make_prior(config: Model, context: Sequence[tuple[int, ...]] = ()) -> Any:
         "standard-normal": priors.StandardNormal,
         "gaussian-mixture": lambda dim: priors.GaussianMixture(dim, config.components or 10),
         "flow": priors.FlowPrior,
-        "vamp": priors.StandardNormal,  # until the encoder is there, see `_make_vamp`
+        "vamp": priors.StandardNormal,  # `_make_vamp` replaces it when the encoder exists.
     }
     return kinds[config.prior](config.top_dim)
 
 
 def make_activation(name: str) -> type[nn.Module]:
-    """The torch module of an activation's name."""
+    """The torch module class of an activation."""
     from torch import nn
 
     return {

@@ -1,6 +1,6 @@
-"""The options that build a pair and its objective, and which of them go together.
+"""The options that build a pair and its objective, and the rules about which go together.
 
-This file imports nothing heavy, so that ``pyro-vae --help`` answers at once."""
+This file imports nothing heavy, so ``pyro-vae --help`` answers before torch is loaded."""
 
 from __future__ import annotations
 
@@ -16,75 +16,78 @@ if TYPE_CHECKING:
 
 
 COUNTS = ("poisson", "negative-binomial", "zero-inflated-negative-binomial")
-"""Likelihoods of whole numbers, whose 8-bit data are no intensities."""
+"""Likelihoods of counts. Under these, 8-bit data are whole numbers, not intensities."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Which pair is built, and of which parts.
+    """The pair to build, and its parts.
 
     Parameters
     ----------
     model
-        vae; hierarchical; semi-supervised, with labels of some rows; mixture, which clusters;
-        deep-markov, for sequences, which are rows (steps, d) or images read from the top; or
-        module:Class for a pair of your own, whose constructor gets those of data_shape,
-        latent_dim, hidden, context_shapes and num_classes that it takes; what else builds our
-        models is refused beside it.
+        vae; hierarchical; semi-supervised (some rows have labels); mixture (finds clusters);
+        deep-markov (sequences: rows of shape (steps, d), or images read from top to bottom); or
+        module:Class for a pair of your own. The constructor of your class receives data_shape,
+        latent_dim, hidden, context_shapes and num_classes, if it has arguments of these names. The
+        other options that build a pair are then rejected.
     network
-        Multilayer perceptrons, convolutions for images, or recurrent networks for text; auto takes
-        the last for text and the first for other data.
+        Kind of neural network: multilayer perceptrons (mlp), convolutions for images (conv), or
+        recurrent networks for text (recurrent). auto chooses recurrent for text and mlp for other
+        data.
     latent_dim
-        Dimension of the latent vector; of each level, from the data upwards, for --model
-        hierarchical.
+        Dimension of the latent vector. For --model hierarchical: the dimension of each level, from
+        the data upwards.
     hidden
-        Widths of the encoder's hidden layers, from the data inwards; the decoder reverses them.
-        For text and deep-markov, the first is the width of each network.
+        Widths of the hidden layers of the encoder, from the data inwards. The decoder uses them in
+        reverse order. For text and --model deep-markov: the width of each network, one number.
     embedding_dim
         Width of the embedding of a character, for text.
     word_dropout
-        Rate at which the decoder of text is not shown the character before, in training.
+        Probability that the decoder of text does not see the previous character during training.
     channels
-        Channels of the encoder's convolutions, for --network conv.
+        Channels of the convolutions of the encoder, for --network conv.
     blocks
-        Residual blocks beside each convolution, for --network conv.
+        Number of residual blocks after each convolution, for --network conv.
     activation
-        Nonlinearity of the hidden layers; glu makes gated ones, for --network mlp.
+        Nonlinearity of the hidden layers. glu makes gated layers, for --network mlp.
     guide
-        How --model hierarchical infers its levels: from the top down, correcting the model's own
-        conditionals, or from the data up.
+        How --model hierarchical infers its levels: from the top level down, where the data correct
+        the conditional distributions of the model (top-down), or from the data up (bottom-up).
     normalize
-        Normalise hidden layers, for --model hierarchical.
+        Normalize hidden layers, for --model hierarchical.
     likelihood
-        Family of p(x | z).
+        Family of the likelihood p(x | z).
     scale
-        Standard deviation of a Gaussian likelihood: predicted by the network, learned as one
-        parameter, or a number.
+        Standard deviation of a Gaussian likelihood: predicted by the network (predicted), one
+        learned parameter (learned), or a number.
     logistics
-        How many logistic distributions are mixed for each element, for --likelihood
+        Number of logistic distributions in the mixture of each element, for --likelihood
         discretized-logistic-mixture.
     library_size
-        Whether means of counts are shares of the total of their row, which is observed and given
-        to the pair as context.
+        Model the means of counts as shares of the total of their row. The pair receives the log of
+        this observed total as context.
     posterior
-        Family of q(z | x): normals, or flows of autoregressive layers, affine (iaf) or spline.
+        Family of the approximate posterior q(z | x): normal distributions, or flows of affine
+        (iaf) or spline autoregressive layers.
     prior
-        Prior of z, or of the top level; "conditional" learns one that depends on the context,
-        "vamp" is a mixture of posteriors of pseudo-inputs that start at data.
+        Prior of z, or of the top level. conditional learns a prior that depends on the context.
+        vamp is a mixture of approximate posteriors of pseudo-inputs, which start at training data.
     components
-        Terms of --prior gaussian-mixture, 10 by default, or vamp, 500, or all rows where there are
-        fewer; clusters of --model mixture, 10.
+        Number of components of --prior gaussian-mixture (default: 10) or --prior vamp (default:
+        500, or all training rows if there are fewer); number of clusters of --model mixture
+        (default: 10).
     bayesian_decoder
-        Give the decoder's weights a prior and a posterior of their own.
+        Give the weights of the decoder a prior and an approximate posterior.
     condition
-        What encoder and decoder are given, in a conditional VAE: the labels, one-hot, the
-        "context" of the data file, or both.
+        What the encoder and the decoder of a conditional VAE receive: the labels as one-hot vectors
+        (label), the array "context" of the data file (context), or both.
     num_labels
-        How many training rows keep their label, as many of each class; the pair gets whole numbers,
-        -1 elsewhere. For --model semi-supervised, which needs it, or a pair of your own, which
-        gets no labels by default.
+        Number of training rows that keep their label, equally many for each class. The pair
+        receives labels as whole numbers, and -1 for a hidden label. --model semi-supervised needs
+        this option. A pair of your own receives no labels without it.
     classification_weight
-        Weight of the classifier's log q(y | x) on rows with labels, for --model semi-supervised.
+        Weight of log q(y | x), the classifier, on rows with labels, for --model semi-supervised.
     """
 
     model: str = "vae"
@@ -126,49 +129,64 @@ class Model:
     classification_weight: float = 50.0
 
     def __post_init__(self) -> None:
-        _require_heard_fields(self)
+        _reject_ignored_fields(self)
         self._require_discrete()
+        self._require_sizes()
+        self._require_levels()
+        if self.prior == "flow" and self.top_dim < 2:
+            raise UsageError(f"--prior flow needs a `latent_dim` of at least 2, got {self.top_dim}")
+        if self.network == "conv" and self.activation == "glu":
+            raise UsageError("--activation glu needs --network mlp, got --network conv")
+
+    def _require_sizes(self) -> None:
         for name in ("latent_dim", "hidden", "channels", "embedding_dim", "logistics"):
             value = getattr(self, name)
             sizes = value if isinstance(value, tuple) else (value,)
             if any(size < 1 for size in sizes):
-                raise UsageError(f"{name} must be positive, {', '.join(map(str, sizes))} came")
-        if len(self.latent_dim) > 1 and self.model != "hierarchical" and ":" not in self.model:
+                raise UsageError(f"must be at least 1, got {in_words(value)}", argument=name)
+            if not sizes and name != "hidden":
+                raise UsageError("must have at least one number, got none", argument=name)
+        if self.blocks < 0:
+            raise UsageError(f"must be at least 0, got {self.blocks}", argument="blocks")
+        if self.components is not None and self.components < 1:
+            raise UsageError(f"must be at least 1, got {self.components}", argument="components")
+
+    def _require_levels(self) -> None:
+        """Raise `UsageError` for a number of levels that the model cannot have."""
+        levels = len(self.latent_dim)
+        if levels > 1 and self.model != "hierarchical" and ":" not in self.model:
             raise UsageError(
-                f"latent_dim of --model {self.model} is one number, {len(self.latent_dim)} came: "
-                "several levels are for --model hierarchical"
+                f"must be one number for --model {self.model}, got {levels} numbers; --model "
+                "hierarchical has several levels",
+                argument="latent_dim",
             )
-        if len(self.latent_dim) < 2 and self.model == "hierarchical":
+        if levels < 2 and self.model == "hierarchical":
             raise UsageError(
-                "--model hierarchical needs two levels or more, from the data upwards: "
-                f"--latent-dim 32 16, say; {self.top_dim} came"
+                f"--model hierarchical needs at least two levels, got --latent-dim {self.top_dim}; "
+                "give their dimensions from the data upwards, for example --latent-dim 32 16"
             )
         if self.prior == "vamp" and self.guide == "bottom-up":
             raise UsageError(
-                "--prior vamp needs q of the top level given the data: --guide top-down"
+                "--prior vamp needs --guide top-down, which has an approximate posterior of the "
+                "top level given the data; got --guide bottom-up"
             )
-        if self.prior == "flow" and self.top_dim < 2:
-            raise UsageError(f"--prior flow needs a latent_dim of 2 or more, {self.top_dim} came")
-        if self.network == "conv" and self.activation == "glu":
-            raise UsageError("--activation glu is for --network mlp, conv came")
-        if self.blocks < 0:
-            raise UsageError(f"blocks must not be negative, {self.blocks} came")
-        if self.components is not None and self.components < 1:
-            raise UsageError(f"components must be 1 or more, {self.components} came")
 
     def _require_discrete(self) -> None:
-        """Options that go with discrete latents, or do not."""
+        """Raise `UsageError` for options that do not agree with the discrete latents."""
         if self.model == "semi-supervised" and self.num_labels is None:
             raise UsageError("--model semi-supervised needs --num-labels")
         takes = self.model == "semi-supervised" or ":" in self.model
         if self.num_labels is not None and not takes:
-            raise UsageError(f"num_labels are for --model semi-supervised, {self.model} came")
+            raise UsageError(
+                "--num-labels needs --model semi-supervised or a pair of your own, got --model "
+                f"{self.model}"
+            )
         if self.model in ("semi-supervised", "mixture") and (self.condition or self.library_size):
-            raise UsageError(f"--model {self.model} takes no condition and no library size")
+            raise UsageError(f"--model {self.model} does not support --condition or --library-size")
         if self.model == "mixture" and self.prior != Model.prior:
-            raise UsageError(f"--model mixture has a prior of its own, --prior {self.prior} came")
+            raise UsageError(f"--model mixture has its own prior, got --prior {self.prior}")
         if self.model == "semi-supervised" and self.prior == "vamp":
-            raise UsageError("--prior vamp is for pairs without classes")
+            raise UsageError("--model semi-supervised does not support --prior vamp")
 
     @property
     def top_dim(self) -> int:
@@ -176,37 +194,46 @@ class Model:
         return self.latent_dim[-1]
 
 
+_GRADIENTS = {
+    "elbo": ("total", "sticking-the-landing"),
+    "importance-weighted": ("total", "sticking-the-landing", "doubly-reparametrized"),
+}
+"""The gradients of an objective, if there are several."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What training maximises.
+    """The objective that training maximizes.
 
     Parameters
     ----------
     objective
-        The ELBO; the same with its KL in closed form; the importance-weighted bound; free bits; or
-        weights on mutual information, total correlation and KL by unit (β-TCVAE). By default what
-        the pair's own recipe says, the ELBO where there is none.
+        The ELBO (elbo); the ELBO with its KL in closed form (analytic); the importance-weighted
+        bound (importance-weighted); the ELBO with a minimum KL (free-bits); or the β-TCVAE, with
+        separate weights on mutual information, total correlation and the KL of each unit
+        (total-correlation). The default is the recipe of the pair, or elbo if it has no recipe.
     num_samples
-        Samples for each datum: particles of the ELBO, weights of the importance-weighted bound.
+        Samples for each datum: particles of the ELBO, or importance samples of the
+        importance-weighted bound.
     gradient
-        How the gradient of elbo or importance-weighted reaches the guide.
+        Gradient estimator of the guide, for --objective elbo or importance-weighted.
     free_bits
-        Floor of the KL of each latent unit, in nats, for --objective free-bits.
+        Minimum KL of each latent unit in nats, for --objective free-bits.
     mutual_information
-        Weight on the mutual information of datum and code, for --objective total-correlation.
+        Weight on the mutual information between datum and code, for --objective total-correlation.
     total_correlation
-        Weight on the total correlation of the code's units, for --objective total-correlation.
+        Weight on the total correlation of the units of the code, for --objective total-correlation.
     dimension_kl
-        Weight on the KL of each unit's aggregate, for --objective total-correlation.
+        Weight on the KL of the aggregate posterior of each unit, for --objective total-correlation.
     beta
-        Weight on the KL; 1 is the ELBO.
+        Weight on the KL. 1 gives the ELBO.
     warm_up
-        How the weight on the KL rises to beta: at once, linearly, or again in each cycle; by
-        default as the pair's own recipe says, at once where there is none.
+        How the weight on the KL reaches --beta: at once (none), linearly (linear), or linearly in
+        each cycle (cyclical). The default is the recipe of the pair, or none if it has no recipe.
     warm_up_epochs
-        Length of the linear rise, or of one cycle.
+        Epochs of the linear warm-up, or of one cycle.
     learning_rate_schedule
-        Course of the learning rate over all epochs.
+        How the learning rate changes over all epochs.
     """
 
     objective: (
@@ -224,43 +251,49 @@ class Objective:
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
 
     def __post_init__(self) -> None:
-        _require_heard_fields(self)
-        if self.num_samples < 1:
-            raise UsageError(f"num_samples must be 1 or more, {self.num_samples} came")
+        _reject_ignored_fields(self)
+        self._require_numbers()
         if self.objective in ("free-bits", "total-correlation") and self.num_samples > 1:
             raise UsageError(
-                f"{self.objective} takes one sample, num_samples = {self.num_samples} came"
+                f"--objective {self.objective} uses one sample for each datum, got --num-samples "
+                f"{self.num_samples}"
             )
-        gradients = {
-            "elbo": ("total", "sticking-the-landing"),
-            "importance-weighted": ("total", "sticking-the-landing", "doubly-reparametrized"),
-        }
-        if self.gradient not in gradients.get(self.objective or "elbo", ("total",)):
+        objective = self.objective or "elbo"
+        gradients = _GRADIENTS.get(objective, ("total",))
+        if self.gradient not in gradients:
             raise UsageError(
-                f"gradient {self.gradient} is not for --objective {self.objective or 'elbo'}"
+                f"must be {' or '.join(gradients)} for --objective {objective}, got "
+                f"{self.gradient}",
+                argument="gradient",
             )
+
+    def _require_numbers(self) -> None:
+        if self.num_samples < 1:
+            raise UsageError(f"must be at least 1, got {self.num_samples}", argument="num_samples")
         weights = ("beta", "free_bits", "mutual_information", "total_correlation", "dimension_kl")
         for name in weights:
             if getattr(self, name) < 0:
-                raise UsageError(f"{name} must not be negative, {getattr(self, name)} came")
+                raise UsageError(f"must be at least 0, got {getattr(self, name)}", argument=name)
         if not self.warm_up_epochs > 0:
-            raise UsageError(f"warm_up_epochs must be positive, {self.warm_up_epochs} came")
+            raise UsageError(
+                f"must be positive, got {self.warm_up_epochs}", argument="warm_up_epochs"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """Where data come from and how they are shown to the pair.
+    """Where the data are, and how the pair sees them.
 
     Parameters
     ----------
     data_dir
-        Folder of torchvision's files; else the environment variable PYRO_VAE_DATA.
+        Folder of the torchvision data sets. The default is the environment variable PYRO_VAE_DATA.
     binarize
-        Grey intensities under a Bernoulli likelihood: drawn at each visit, drawn once, or passed
-        as they are, which is no likelihood.
+        How gray intensities become binary for --likelihood bernoulli: drawn again at each visit
+        (dynamic), drawn once (fixed), or not at all (none, which does not define a likelihood).
     length
-        Greatest width of a row of text in characters, the end counted: docstrings that are longer
-        are left out, lines of a file are cut.
+        Maximum width of a row of text in characters, including the end symbol. Longer docstrings
+        are left out; longer lines of a file are cut.
     """
 
     data_dir: Path | None = None
@@ -268,7 +301,7 @@ class Input:
     length: int = 60
 
 
-_ONLY_FOR: dict[str, dict[str, tuple[str, ...]]] = {
+_APPLIES_WITH: dict[str, dict[str, tuple[str, ...]]] = {
     "embedding_dim": {"network": ("auto", "recurrent")},
     "word_dropout": {"network": ("auto", "recurrent")},
     "channels": {"network": ("conv",)},
@@ -287,55 +320,67 @@ _ONLY_FOR: dict[str, dict[str, tuple[str, ...]]] = {
     "dimension_kl": {"objective": ("total-correlation",)},
     "warm_up_epochs": {"warm_up": ("linear", "cyclical")},
 }
-"""Options that only some values of another option hear, or of either of two."""
+"""Options that apply only with some values of another option, or of one of two options."""
 
 _ANY_PAIR = ("model", "latent_dim", "hidden", "library_size", "condition", "num_labels")
-"""Options of `Model` that a pair of a user's own hears."""
+"""Options of `Model` that apply to a pair of the user's own."""
 
 _OF_MODELS = {field.name for field in fields(Model)}
 
 
-def require_heard(given: Iterable[str], chosen: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for a given option that nothing hears of what is chosen."""
+def reject_ignored(given: Iterable[str], chosen: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for a given option that the chosen configuration would ignore."""
     model = chosen.get("model") or ""
-    unheard = _OF_MODELS - set(_ANY_PAIR) if ":" in model else set()
+    ignored = _OF_MODELS - set(_ANY_PAIR) if ":" in model else set()
     for name in given:
-        if name in unheard:
+        if name in ignored:
             raise UsageError(
-                f"{option_of(name)} is not for a pair of your own, --model {model} came"
+                f"does not apply to a pair of your own, got --model {model}", argument=name
             )
-        goes_with = _ONLY_FOR.get(name, {})
-        known = {of: chosen[of] for of in goes_with if of in chosen and of not in unheard}
-        if known and not any(value in goes_with[of] for of, value in known.items()):
-            kinds = (f"{option_of(of)} {' or '.join(goes_with[of])}" for of in goes_with)
-            came = (
+        needed = _APPLIES_WITH.get(name, {})
+        known = {of: chosen[of] for of in needed if of in chosen and of not in ignored}
+        if known and not any(value in needed[of] for of, value in known.items()):
+            kinds = (f"{option_of(of)} {' or '.join(needed[of])}" for of in needed)
+            got = (
                 f"{option_of(of)} {value}" if value else f"no {option_of(of)}"
                 for of, value in known.items()
             )
             raise UsageError(
-                f"{option_of(name)} goes with {', or with '.join(kinds)}; {' and '.join(came)} came"
+                f"applies only with {', or with '.join(kinds)}; got {' and '.join(got)}",
+                argument=name,
             )
 
 
-def _require_heard_fields(config: Model | Objective) -> None:
+def _reject_ignored_fields(config: Model | Objective) -> None:
     own = {field.name: getattr(config, field.name) for field in fields(config)}
-    require_heard((f.name for f in fields(config) if own[f.name] != f.default), own)
+    reject_ignored((f.name for f in fields(config) if own[f.name] != f.default), own)
 
 
-def require_data(source: Input, data: Data) -> None:
-    """Raise `UsageError` for options of data that these data do not hear."""
+def reject_ignored_by_data(source: Input, data: Data) -> None:
+    """Raise `UsageError` for options that do not apply to these data."""
     from pyro_vae.data.datasets import TORCHVISION
 
     if source.length != Input.length and data.vocabulary is None:
-        raise UsageError(f"--length is for text, {data.name} is none")
+        raise UsageError(f"applies only to text; {data.name} is not text", argument="length")
     if source.data_dir is not None and data.name not in TORCHVISION:
-        raise UsageError(f"--data-dir is for {', '.join(TORCHVISION)}, {data.name} came")
+        raise UsageError(
+            f"applies only to {', '.join(TORCHVISION)}; got {data.name}", argument="data_dir"
+        )
 
 
 def option_of(name: str) -> str:
-    """The option that gives an argument of this name.
+    """The option that sets the argument of this name.
 
     >>> option_of("free_bits")
     '--free-bits'
     """
     return f"--{name.replace('_', '-')}"
+
+
+def in_words(value: Any) -> str:
+    """A value as a user types it.
+
+    >>> in_words((128, 64)), in_words("iaf")
+    ('128 64', 'iaf')
+    """
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

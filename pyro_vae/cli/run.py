@@ -1,4 +1,4 @@
-"""What commands share: a run opened with its data and context, measured and reported."""
+"""Functions that commands share: open a run with its data and context, measure and report it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +52,7 @@ def report_run(run: Path, pair: "nn.Module", data: "Data", given: dict[str, Any]
 
 
 def split_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The checksums of the parts of a run's data, none where none were recorded."""
+    """The checksums of the parts of the data of a run; empty if the run does not record them."""
     split = config.get("split") or {}
     return split if isinstance(split, dict) else {"train": None}
 
@@ -71,28 +71,28 @@ _RECORDED: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("data_shape", "context_shapes", "condition", "hidden"), list),
     "latent_dim": (list, int),
 }
-"""The types of the options in config.json that commands read."""
+"""The types of those options in config.json that commands read."""
 
 
 def recorded_options(run: Path) -> dict[str, Any]:
-    """The options that a run was trained with, as far as config.json records them."""
+    """The training options of a run, as far as config.json records them."""
     from pyro_vae.runs import files as run_files
     from pyro_vae.runs import folder as run_folder
 
     given = run_folder.read_config(run).get("train", {})
     if not isinstance(given, dict):
-        raise UsageError(f"{run / run_files.CONFIG}: 'train' must be an object of options")
+        raise UsageError(f"{run / run_files.CONFIG}: 'train' must be a JSON object of options")
     for name, kind in _RECORDED.items():
         if given.get(name) is not None and not isinstance(given[name], kind):
-            raise UsageError(f"{run / run_files.CONFIG}: '{name}' cannot be {given[name]!r}")
+            raise UsageError(f"{run / run_files.CONFIG}: '{name}' must not be {given[name]!r}")
     return given
 
 
 def require_recorded(run: Path, given: dict[str, Any], model: str) -> None:
-    """Raise `UsageError` for another kind of pair than the run was trained with."""
+    """Raise `UsageError` if the run was trained with another kind of pair."""
     recorded = given.get("model", model)
     if model != recorded:
-        raise UsageError(f"{run} was trained with --model {recorded}, --model {model} was given")
+        raise UsageError(f"{run} was trained with --model {recorded}, got --model {model}")
 
 
 def pair_of_run(run: Path, model: str | None) -> tuple["nn.Module", dict[str, Any]]:
@@ -107,7 +107,7 @@ def pair_of_run(run: Path, model: str | None) -> tuple["nn.Module", dict[str, An
 
 
 def _user_pair(model: str, given: dict[str, Any]) -> "nn.Module":
-    """A pair of a user's own, made as `train` made it."""
+    """A pair of the user's own, made in the same way as in `train`."""
     arguments = {
         "data_shape": tuple(given.get("data_shape", ())),
         "latent_dim": plain_dim(given.get("latent_dim", Model.latent_dim)),
@@ -121,9 +121,9 @@ def _user_pair(model: str, given: dict[str, Any]) -> "nn.Module":
 def open_run(
     run: Path, data: str | None = None, data_dir: Path | None = None, model: str | None = None
 ) -> tuple["nn.Module", "Data", dict[str, Any]]:
-    """The pair of a run, its data, and the options it was trained with.
+    """The pair of a run, its data, and its training options.
 
-    Data that are not named must be those that it was trained on.
+    If no data are named, the data must equal those of training.
     """
     pair, given = pair_of_run(run, model)
     loaded = load_of_run(run, given, data, data_dir)
@@ -135,12 +135,12 @@ def open_run(
 def load_of_run(
     run: Path, given: dict[str, Any], data: str | None, data_dir: Path | None
 ) -> "Data":
-    """A run's data, or others that are cut into tokens as its were."""
+    """The data of a run, or other data. Other text is tokenized in the same way."""
     from pyro_vae.data.datasets import load_data
 
     name = data or given.get("data")
     if name is None:
-        raise UsageError(f"{run} does not record its data: name them with --data")
+        raise UsageError(f"{run} does not record its data; name them with --data")
     folder = data_dir or given.get("data_dir")
     vocabulary, length = given.get("vocabulary"), given.get("length", Input.length)
     if vocabulary is not None:
@@ -154,7 +154,7 @@ def test_part(data: "Data", given: dict[str, Any], n: int) -> tuple["Tensor", li
 
 
 def context_of(given: dict[str, Any], data: "Data", split: "Split") -> list["Tensor"]:
-    """What a run gives to its pair beside the data: labels, the file's context, library sizes."""
+    """The context that a run gives to its pair: labels, context of the file, library sizes."""
     context: list[Tensor] = []
     if given.get("num_labels") is not None:
         from pyro_vae.data.datasets import hide_labels
@@ -165,12 +165,17 @@ def context_of(given: dict[str, Any], data: "Data", split: "Split") -> list["Ten
         context.append(one_hot_labels(given, data, split))
     if "context" in given.get("condition", ()):
         if split.context is None:
-            raise UsageError(f"--condition context needs an array 'context', {data.name} has none")
+            raise UsageError(
+                f"--condition context needs an array 'context', but {data.name} has no such array"
+            )
         context.append(split.context)
     if given.get("library_size"):
         totals = split.x.flatten(1).double().sum(1, keepdim=True)
         if not bool((totals > 0).all()):
-            raise UsageError(f"{data.name} has a row of total {totals.min():g}: no library size")
+            raise UsageError(
+                f"a library size must be positive, but {data.name} has a row with total "
+                f"{totals.min():g}"
+            )
         context.append(totals.log().float())
     if split.lengths is not None:
         context.append(split.lengths)
@@ -185,18 +190,19 @@ def one_hot_labels(given: dict[str, Any], data: "Data", split: "Split") -> "Tens
 
 def labels_of(given: dict[str, Any], data: "Data", split: "Split") -> "Tensor":
     if split.labels is None:
-        raise UsageError(f"the run needs labels, {data.name} has none")
+        raise UsageError(f"the run needs labels, but {data.name} has no labels")
     classes = given["num_classes"]
     if data.num_classes > classes:
         raise UsageError(
-            f"the run knows labels 0 to {classes - 1}, {data.name} goes to {data.num_classes - 1}"
+            f"the run has labels 0 to {classes - 1}, but {data.name} has labels up to "
+            f"{data.num_classes - 1}"
         )
     return split.labels
 
 
 def require_positive(name: str, value: int) -> None:
     if value < 1:
-        raise UsageError(f"{name} must be 1 or more, {value} came")
+        raise UsageError(f"must be at least 1, got {value}", argument=name)
 
 
 def binarize_of(given: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Commands that ask whether things are sound: a pair of one's own, this machine."""
+"""Commands that test a pair of the user's own (check) and the estimators (selftest)."""
 
 import sys
 from pathlib import Path
@@ -19,25 +19,26 @@ def check(
     data_dir: Path | None = None,
     condition: tuple[Literal["label", "context"], ...] = (),
 ) -> None:
-    """Run a pair of your own once on data, and explain in words what would go wrong.
+    """Run a pair of your own once on data, and explain what to fix.
 
     Parameters
     ----------
     model
-        module:Class.
+        Your pair, as module:Class.
     data
-        The data it is for.
+        Data for the pair: a name or a file, as for train.
     data_dir
-        Folder of torchvision's files.
+        Folder of the torchvision data sets.
     condition
-        What is given as context: labels, the "context" of the data file, or both.
+        Context that the pair receives: the labels as one-hot vectors (label), the array "context"
+        of the data file (context), or both.
     """
     from pyro_vae.data.datasets import load_data
     from pyro_vae.training.check import check as run_check
 
     loaded = load_data(data, data_dir)
     if ":" not in model:
-        raise UsageError(f"a pair is named module:Class, '{model}' came")
+        raise UsageError(f"a pair of your own has the form module:Class, got '{model}'")
     pair = make_pair(Model(model=model, condition=condition), loaded)
     given = {"condition": condition, "num_classes": loaded.num_classes}
     x, context = loaded.train.x[:16], context_of(given, loaded, loaded.train)
@@ -49,7 +50,7 @@ def check(
 
 @app.command
 def selftest() -> None:
-    """Hold every estimator against exact answers on this machine; status 1 where one is wrong."""
+    """Compare every estimator with exact answers on this machine; exit with 1 if one is wrong."""
     from pyro_vae.diagnostics.selftest import selftest as run_selftest
 
     found = run_selftest()

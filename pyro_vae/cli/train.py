@@ -1,13 +1,18 @@
-"""The command that trains."""
+"""The command that trains a pair."""
 
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pyro_vae.cli.app import Flat, app
+from pyro_vae.cli.config_file import (
+    read_options,
+    reject_typed_ignored,
+    require_typed_class,
+)
 from pyro_vae.cli.make_objective import make_beta, make_learning_rate_schedule, make_objective
 from pyro_vae.cli.make_pair import context_shapes, make_pair
-from pyro_vae.cli.options import Input, Model, Objective, require_data
+from pyro_vae.cli.options import Input, Model, Objective, reject_ignored_by_data
 from pyro_vae.cli.run import (
     context_of,
     measure_run,
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
     from pyro_vae.data.split import Data
 
 
-@app.command
+@app.command(config=(read_options, require_typed_class, reject_typed_ignored))
 def train(
     data: str,
     *,
@@ -40,37 +45,38 @@ def train(
     report: bool = True,
     config: Path | None = None,
 ) -> None:
-    """Fit a pair to data, evaluate it on the test part, and write a run folder with a report.
+    """Fit a pair to data, evaluate it on test data, and write a run folder with a report.
 
     Parameters
     ----------
     data
-        A name (digits, docstrings, shapes, mnist, fashion-mnist, kmnist, emnist, omniglot, cifar10,
-        svhn) or the path of a .npy or .npz file, of a .txt file of lines, or of music as .json.
+        Name of a data set (digits, docstrings, shapes, mnist, fashion-mnist, kmnist, emnist,
+        omniglot, cifar10, svhn), or path of a file: arrays (.npy, .npz), lines of text (.txt) or
+        music (.json).
     out
-        The run folder; runs/DATA by default.
+        Run folder to write. The default is runs/DATA.
     num_eval_samples
-        Importance samples for log p(x) of each test datum.
+        Importance samples for the log p(x) of each test datum.
     resume
-        Go on from the checkpoint in the run folder.
+        Continue from the checkpoint in the run folder.
     overwrite
-        Replace a run that is in the run folder.
+        Replace the run in the run folder.
     report
         Write report.html.
     config
-        A JSON file of options, or a run's config.json; options given here override it.
+        JSON file of options, or the config.json of a run. Options on the command line override it.
     """
     from pyro_vae.data.datasets import load_data
     from pyro_vae.runs.held_out_rows import split_checksums
     from pyro_vae.training.fit import fit
 
-    assert config is None  # `_config_file` has put its options in place
+    del config  # `read_options` has already added the options of this file.
     require_positive("num_eval_samples", num_eval_samples)
     run = out or Path("runs") / Path(data).stem
     recorded = recorded_options(run) if resume else {}
     require_recorded(run, recorded, model.model)
     loaded = load_data(data, source.data_dir, source.length)
-    require_data(source, loaded)
+    reject_ignored_by_data(source, loaded)
     if resume:
         require_split(run, loaded)
     seeded_pair = _seeded_pair(model, loaded, settings.seed)
@@ -118,7 +124,7 @@ def _seeded_pair(model: Model, data: "Data", seed: int) -> "nn.Module":
 
 
 def _enumerated(pair: "nn.Module", given: dict[str, Any], data: "Data") -> bool:
-    """Whether a pair has discrete latents to be summed out; what is no pair has none."""
+    """Whether a pair has discrete latents that must be summed out; False for a faulty pair."""
     from pyro_vae.data.preparation import Preparation
     from pyro_vae.pairs.enumeration import enumerates
     from pyro_vae.pairs.pair import placement
@@ -127,7 +133,7 @@ def _enumerated(pair: "nn.Module", given: dict[str, Any], data: "Data") -> bool:
     few = tuple(part[:2] for part in (data.train.x, *context))
     try:
         return enumerates(pair, Preparation(*placement(pair))(few))
-    except Exception:  # `fit` checks the pair, and says in words what is wrong
+    except Exception:  # `fit` checks the pair and explains what is wrong.
         return False
 
 

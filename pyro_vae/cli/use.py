@@ -31,19 +31,19 @@ def sample(
     seed: int = 0,
     model: UserClass = None,
 ) -> None:
-    """Draw data from the model, into samples.npy and figures/samples.png.
+    """Draw data from the model; write samples.npy and figures/samples.png.
 
     Parameters
     ----------
     num
-        How many.
+        Number of samples.
     label
-        Of this class, for a conditional pair; of each class in turn by default. Or of this value of
-        a discrete latent. Other context is that of the test data, in turn.
+        Class of the samples, for a pair that is conditional on labels (default: each class in
+        turn), or value of the discrete latent. Other context is taken from the test data in turn.
     means
-        Means of the data given their latents, instead of draws.
+        Write the means of the data given their latents, instead of draws.
     seed
-        Of the draws.
+        Random seed.
     """
     from pyro_vae.inference import generation
 
@@ -61,12 +61,12 @@ def sample(
 
 @app.command
 def reconstruct(run: RunFolder, *, num: int = 12, model: UserClass = None) -> None:
-    """Encode and decode test data, into reconstructions.npy and figures/reconstructions.png.
+    """Encode and decode test data; write reconstructions.npy and figures/reconstructions.png.
 
     Parameters
     ----------
     num
-        How many test data.
+        Number of test data.
     """
     from pyro_vae.inference import generation
     from pyro_vae.plots import canvas
@@ -81,12 +81,12 @@ def reconstruct(run: RunFolder, *, num: int = 12, model: UserClass = None) -> No
 
 @app.command
 def encode(run: RunFolder, *, part: str = "test", model: UserClass = None) -> None:
-    """Encode data, into codes.npz: posterior means and scales of each latent site, and labels.
+    """Encode data; write codes.npz: posterior means and scales of each latent site, and labels.
 
     Parameters
     ----------
     part
-        train, validation or test.
+        Part of the data: train, validation or test.
     """
     import io
 
@@ -97,7 +97,7 @@ def encode(run: RunFolder, *, part: str = "test", model: UserClass = None) -> No
 
     pair, loaded, given = open_run(run, model=model)
     if part not in ("train", "validation", "test"):
-        raise UsageError(f"part is train, validation or test, '{part}' came")
+        raise UsageError(f"must be train, validation or test, got '{part}'", argument="part")
     split: Split = getattr(loaded, part)
     context = context_of(given, loaded, split)
     arrays: dict[str, Any] = {}
@@ -121,14 +121,14 @@ def encode(run: RunFolder, *, part: str = "test", model: UserClass = None) -> No
 
 @app.command
 def interpolate(run: RunFolder, *, num: int = 6, steps: int = 9, model: UserClass = None) -> None:
-    """Decode lines between codes of test data: interpolations.npy, figures/interpolations.png.
+    """Decode lines between codes; write interpolations.npy and figures/interpolations.png.
 
     Parameters
     ----------
     num
-        How many lines.
+        Number of lines. Each line needs two test data.
     steps
-        Points on each.
+        Number of points on each line.
     """
     from pyro_vae.inference import generation
 
@@ -151,16 +151,16 @@ def interpolate(run: RunFolder, *, num: int = 6, steps: int = 9, model: UserClas
 def traverse(
     run: RunFolder, *, index: int = 0, span: float = 3.0, steps: int = 11, model: UserClass = None
 ) -> None:
-    """Move one latent unit at a time: traversals.npy, figures/traversals.png.
+    """Move one latent unit at a time; write traversals.npy and figures/traversals.png.
 
     Parameters
     ----------
     index
-        Which test datum to start from.
+        Index of the test datum to start from.
     span
-        Each unit goes from minus this to this.
+        Each unit takes values from minus this number to this number.
     steps
-        Values of each unit.
+        Number of values of each unit.
     """
     import torch
 
@@ -169,7 +169,9 @@ def traverse(
     require_positive("steps", steps)
     pair, loaded, given = open_run(run, model=model)
     if not 0 <= index < len(loaded.test.x):
-        raise UsageError(f"index is 0 to {len(loaded.test.x) - 1}, {index} came")
+        raise UsageError(
+            f"must be from 0 to {len(loaded.test.x) - 1}, got {index}", argument="index"
+        )
     x, context = test_part(loaded, given, len(loaded.test.x))
     lines = generation.traverse(
         pair,
@@ -183,33 +185,33 @@ def traverse(
 
 @app.command
 def report(run: RunFolder, *, model: UserClass = None) -> None:
-    """Write report.html anew, with its figures inside it."""
+    """Write report.html again, with its figures."""
     pair, loaded, given = open_run(run, model=model)
     report_run(run, pair, loaded, given)
     print(run / "report.html")
 
 
 def _of_class(run: Path, pair: "nn.Module", num: int, label: int) -> dict[str, "Tensor"]:
-    """The first discrete latent of a pair, with this value in every row."""
+    """The first discrete latent of a pair, with the same value in every row."""
     from pyro_vae.pairs.enumeration import values
     from pyro_vae.pairs.template import template
 
     found = values(pair, template(pair, 2))
     if not found:
         raise UsageError(
-            f"{run} is not conditional on a label and has no classes: train with "
+            f"--label needs a run with classes, but {run} has no classes; train with "
             "--condition label, --model semi-supervised or --model mixture"
         )
     name, every = next(iter(found.items()))
     if not 0 <= label < len(every):
-        raise UsageError(f"label is 0 to {len(every) - 1}, {label} came")
+        raise UsageError(f"must be from 0 to {len(every) - 1}, got {label}", argument="label")
     return {name: every[label].expand(num, *every.shape[1:])}
 
 
 def _asked(
     run: Path, given: dict[str, Any], num: int, label: int | None, model: str | None
 ) -> list["Tensor"]:
-    """The context of so many samples: the label, or each in turn, and that of test data."""
+    """The context of the samples: a label, or each label in turn, and context of test data."""
     import torch
 
     from pyro_vae.data.datasets import one_hot
@@ -218,7 +220,7 @@ def _asked(
     condition, classes = tuple(given.get("condition", ())), given.get("num_classes", 0)
     if "label" in condition:
         if label is not None and not 0 <= label < classes:
-            raise UsageError(f"label is 0 to {classes - 1}, {label} came")
+            raise UsageError(f"must be from 0 to {classes - 1}, got {label}", argument="label")
         labels = torch.arange(num) % classes if label is None else torch.full((num,), label)
         context.append(one_hot(labels, classes))
     if "context" in condition or given.get("library_size") or given.get("ragged"):
@@ -237,7 +239,7 @@ def _write(
     rows: list[tuple[str, "Tensor"]],
     across: bool = False,
 ) -> None:
-    """An array as NAME.npy, and as figures/NAME.png or, where it is text, NAME.txt in words."""
+    """Write an array as NAME.npy, and as figures/NAME.png or, for text, as NAME.txt."""
     import io
 
     import numpy as np

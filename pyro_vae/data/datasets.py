@@ -99,13 +99,14 @@ def hide_labels(labels: Tensor, num_labels: int, seed: int = 0) -> Tensor:
     tensor([-1, -1,  0,  1])
     """
     if num_labels < 0:
-        raise UsageError(f"num_labels must be 0 or more, {num_labels} came")
+        raise UsageError(f"must be at least 0, got {num_labels}", argument="num_labels")
     labels = as_labels(labels)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     classes = labels[labels >= 0].unique().tolist()
     if 0 < num_labels < len(classes):
         raise UsageError(
-            f"num_labels is 0, or {len(classes)} or more, one for each class: {num_labels} came"
+            f"must be 0 or at least {len(classes)}, one for each class, got {num_labels}",
+            argument="num_labels",
         )
     counts = [(num_labels + i) // len(classes) for i in range(len(classes))]
     hidden = torch.full_like(labels, -1)
@@ -113,7 +114,9 @@ def hide_labels(labels: Tensor, num_labels: int, seed: int = 0) -> Tensor:
         rows = order[labels[order] == label]
         if len(rows) < count:
             raise UsageError(
-                f"num_labels is {num_labels}, {count} of each class; class {label} has {len(rows)}"
+                f"is {num_labels}, which needs {count} labels of class {label}, "
+                f"but the data have only {len(rows)}",
+                argument="num_labels",
             )
         hidden[rows[:count]] = label
     return hidden

@@ -195,7 +195,7 @@ def evaluate(
     (8, True)
     """
     if num_samples < 1:
-        raise UsageError(f"num_samples must be 1 or more, {num_samples} came")
+        raise UsageError(f"must be at least 1, got {num_samples}", argument="num_samples")
     rows, prepare = held_rows(pair, x, context, binarize)
     given = None if train is None else parts(train)
     known = None if given is None else held_rows(pair, given[0], given[1:], binarize)

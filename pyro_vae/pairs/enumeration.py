@@ -43,7 +43,7 @@ def require_summed(*traces: Trace) -> None:
         if not any(name in enumerated(trace) for trace in traces):
             raise UsageError(
                 f"site '{name}' is to be summed out (enumerated), which this objective does not: "
-                "use pyro_vae.EnumeratedELBO"
+                "use `pyro_vae.EnumeratedELBO`"
             )
 
 

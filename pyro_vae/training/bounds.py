@@ -55,7 +55,7 @@ class FreeBitsELBO(DifferentiableELBO):
         require_reparametrized(list(latents(guide_trace).values()), "free bits need")
         for name, site in latents(guide_trace).items():
             if name not in model_trace.nodes:
-                raise UsageError(f"site '{name}' of the guide has no prior: use Trace_ELBO")
+                raise UsageError(f"site '{name}' of the guide has no prior: use `Trace_ELBO`")
             kl = site_kl(sample_sites(model_trace)[name], site, closed)
             if not is_local(site, plates):
                 loss = loss + (kl * site["scale"]).sum()
@@ -162,26 +162,26 @@ def _one_factorized(model_trace: Trace, guide_trace: Trace) -> tuple[Site, Site]
     if others or name not in priors or len(latents(model_trace)) > 1:
         found = ", ".join(latents(model_trace) | latents(guide_trace))
         raise UsageError(
-            f"total correlation needs one latent site with a prior, {found} came; use Trace_ELBO"
+            f"total correlation needs one latent site with a prior, {found} came; use `Trace_ELBO`"
         )
     site, prior = latents(guide_trace)[name], priors[name]
     inside = is_local(site, data_plates(model_trace, guide_trace))
     if not inside or len(site["fn"].batch_shape) > 1 or masks.is_masked(site):
         raise UsageError(
             f"total correlation needs latent site '{name}' in the data plate alone, without a "
-            "mask; use Trace_ELBO"
+            "mask; use `Trace_ELBO`"
         )
     for fn, what in ((site["fn"], "posterior"), (prior["fn"], "prior")):
         if fn.event_shape and not factorizes(fn):
             raise UsageError(
                 f"total correlation needs independent units, the {what} of '{name}' has none "
-                f"({type(fn).__name__}); use Trace_ELBO"
+                f"({type(fn).__name__}); use `Trace_ELBO`"
             )
     require_reparametrized([site], "total correlation needs")
     same = site["value"].detach()[:1].expand(site["value"].shape)
     if not are_equal(log_p := prior["fn"].log_prob(same), log_p[..., :1]):
         raise UsageError(
             f"total correlation needs one prior for all data, that of '{name}' differs from row to "
-            "row with the context; use Trace_ELBO"
+            "row with the context; use `Trace_ELBO`"
         )
     return site, prior

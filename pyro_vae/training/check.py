@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pyro
@@ -80,6 +80,15 @@ def check(
     >>> print(check(pv.VAE.mlp((4,)), (torch.ones(2, 4),)))
     the pair is sound
     """
+    report = _examine(pair, batch, objective)
+    return replace(report, errors=tuple(str(UsageError(error)) for error in report.errors))
+
+
+@alone()
+def _examine(
+    pair: nn.Module, batch: Tensor | Sequence[Tensor], objective: ELBO | None = None
+) -> Report:
+    """`check`, with errors whose names are in backticks, as `UsageError` takes them."""
     if fault := no_pair(pair):
         return Report((fault,))
     batch = Preparation(*placement(pair))((batch,) if isinstance(batch, Tensor) else batch)
@@ -104,7 +113,7 @@ def check(
                     raise
                 return Report(tuple(found))
         except UsageError as error:
-            return Report((str(error),))
+            return Report((error.template,))
         adopt(pair, batch)
         # Anew, so that the traces know adopted parameters as the pair's own.
         guide = run_guide(pair, batch)
@@ -124,7 +133,7 @@ def check(
 
 def require(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = None) -> Report:
     """`check`, raising `UsageError` with the first error."""
-    report = check(pair, batch, objective)
+    report = _examine(pair, batch, objective)
     if report.errors:
         raise UsageError(report.errors[0])
     return report
@@ -180,11 +189,11 @@ def _objective(
     if summed and not isinstance(objective, TraceEnum_ELBO):
         return [
             f"site '{summed[0]}' is to be summed out (enumerated), which "
-            f"{type(objective).__name__} does not do: use pyro_vae.EnumeratedELBO"
+            f"{type(objective).__name__} does not do: use `pyro_vae.EnumeratedELBO`"
         ]
     terms = [name for name, site in sample_sites(guide).items() if site["is_observed"]]
     if terms and not takes_guide_terms(objective):
-        stock = "TraceEnum_ELBO" if summed else "Trace_ELBO"
+        stock = "TraceEnum_ELBO" if summed else "`Trace_ELBO`"
         return [
             f"site '{terms[0]}' that the guide observes is a term of the loss, which "
             f"{type(objective).__name__} does not take: use {stock}"
@@ -195,14 +204,14 @@ def _objective(
     if whole and isinstance(objective, joint):
         return [
             f"site '{whole[0]}' is outside the data plate, where {type(objective).__name__} weighs "
-            "samples for the whole batch, not for each datum: use Trace_ELBO"
+            "samples for the whole batch, not for each datum: use `Trace_ELBO`"
         ]
     order = [name for name in sample_sites(model) if name in latents(guide)]
     if isinstance(objective, TraceMeanField_ELBO) and order != drawn:
         return [
             "the closed-form KL is valid only where guide and model sample in one order; the "
             f"guide samples {', '.join(drawn)}, the model {', '.join(order)}: "
-            "use Trace_ELBO"
+            "use `Trace_ELBO`"
         ]
     typed, loss = cast(Pair, pair), cast(Any, objective).loss
     try:

@@ -125,7 +125,7 @@ def require_weighable(objective: ELBO | None, beta: Any) -> None:
     if stock and (callable(beta) or beta != 1):
         raise UsageError(
             f"{type(objective).__name__} takes no weight on the KL (beta) beside its sums over "
-            "discrete latents: use pyro_vae.EnumeratedELBO"
+            "discrete latents: use `pyro_vae.EnumeratedELBO`"
         )
 
 
@@ -134,7 +134,7 @@ def require_reparametrized(sites: Sequence[Site], what: str) -> None:
         if not site["fn"].has_rsample:
             raise UsageError(
                 f"latent site '{site['name']}' is not reparametrised ({type(site['fn']).__name__}),"
-                f" which {what}; use Trace_ELBO"
+                f" which {what}; use `Trace_ELBO`"
             )
 
 

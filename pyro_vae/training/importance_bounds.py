@@ -70,7 +70,7 @@ class _PathELBO(DifferentiableELBO):
             poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
             raise UsageError(
                 "the guide has no density at given draws, which a gradient through the draws "
-                f"alone needs ({first_line(error)}); use Gradient.TOTAL or Trace_ELBO"
+                f"alone needs ({first_line(error)}); use Gradient.TOTAL or `Trace_ELBO`"
             ) from error
 
 
@@ -162,7 +162,7 @@ class ImportanceWeightedELBO(_PathELBO):
             if not is_local(site, plates):
                 raise UsageError(
                     f"site '{name}' is outside the data plate: the importance-weighted bound "
-                    "would be one for the whole batch, not for each datum; use Trace_ELBO"
+                    "would be one for the whole batch, not for each datum; use `Trace_ELBO`"
                 )
         sites = list(latents(guide_trace).values())
         require_reparametrized(sites, "the importance-weighted bound needs")
@@ -234,7 +234,7 @@ def _common_scale(model_trace: Trace, guide_trace: Trace) -> Any:
             raise UsageError(
                 f"site '{site['name']}' is scaled otherwise than site '{first['name']}', and the "
                 "importance-weighted bound is of data weighed as a whole: weigh the KL by beta "
-                "(KLWeight), or use Trace_ELBO"
+                "(KLWeight), or use `Trace_ELBO`"
             )
     return first["scale"]
 

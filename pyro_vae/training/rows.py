@@ -32,8 +32,9 @@ def training_rows(
         raise UsageError(f"{len(rows)} row of data came, 2 or more are expected")
     if isinstance(rows, Arrays) and len(rows) < cast(int, settings.batch_size):
         raise UsageError(
-            f"batch_size is {settings.batch_size}, the data have {len(rows)} rows: "
-            "choose at most that"
+            f"must be at most {len(rows)}, the number of rows of the data, got "
+            f"{settings.batch_size}",
+            argument="batch_size",
         )
     plain = Preparation(*placement(pair))
     first = plain(rows.first(16))

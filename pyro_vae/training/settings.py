@@ -67,15 +67,21 @@ class Settings:
         for name in ("epochs", "batch_size", "patience"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
-                raise UsageError(f"{name} must be a whole number of 1 or more, {value} came")
+                raise UsageError(
+                    f"must be a whole number of at least 1, got {value}", argument=name
+                )
         for name in ("learning_rate", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < inf):
-                raise UsageError(f"{name} must be positive and finite, {value} came")
+                raise UsageError(f"must be positive and finite, got {value}", argument=name)
         if not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
-            raise UsageError(f"seed must be a whole number from 0 to 2^63 - 1, {self.seed} came")
+            raise UsageError(
+                f"must be a whole number from 0 to 2^63 - 1, got {self.seed}", argument="seed"
+            )
         if self.precision not in ("float32", "bfloat16"):
-            raise UsageError(f"precision is float32 or bfloat16, '{self.precision}' came")
+            raise UsageError(
+                f"must be float32 or bfloat16, got '{self.precision}'", argument="precision"
+            )
         require_engine(self.engine)
 
     def for_rows(self, n: int) -> Settings:

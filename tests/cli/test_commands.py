@@ -42,7 +42,7 @@ def test_help_answers_at_once():
     for _ in range(3):
         before = os.times()
         done = subprocess.run(words, capture_output=True, text=True, check=True)
-        after = os.times()  # the processor's: tests beside this one take the clock's
+        after = os.times()  # CPU time: other tests run at the same time
         seconds.append(sum(after[2:4]) - sum(before[2:4]))
     assert 0 < statistics.median(seconds) < 1.5
     assert all(name in done.stdout for name in COMMANDS)
@@ -287,7 +287,7 @@ def test_counts_with_their_library_size(tmp_path):
     command("sample {run} --num 24 --means", run=run)
     means = np.load(run / "samples.npy").sum(1)
     test = load_data(tmp_path / "cells.npz").test.x.double().sum(1).numpy()
-    # Zero inflation aside, the total of the means is that of the test rows in turn.
+    # Apart from zero inflation, the means have the totals of the test rows in turn.
     assert np.corrcoef(means, np.tile(test, 2))[0, 1] > 0.9
     command("encode {run}", run=run)
     assert np.load(run / "codes.npz")["z_mean"].shape == (12, 2)
@@ -297,7 +297,7 @@ def test_counts_with_their_library_size(tmp_path):
 
 
 def test_images_of_a_file_as_context(tmp_path):
-    """The context is a corner of the image, beside its label."""
+    """The context is the label and a corner of the image."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -331,7 +331,7 @@ def test_sample_by_label(labelled):
     command("sample {run} --num 12 --means", run=labelled)
     each = np.load(labelled / "samples.npy")
     assert each.shape == made[0].shape == (12, 1, 8, 8)
-    # The latents are those of the seed: only the label tells the two apart.
+    # The seed fixes the latents, so only the label makes a difference.
     assert not np.allclose(made[0], made[1])
     assert np.allclose(each[[0, 1, 10, 11]], [made[i % 2][i] for i in (0, 1, 10, 11)], atol=1e-6)
 

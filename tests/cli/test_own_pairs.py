@@ -1,4 +1,4 @@
-"""Pairs of one's own, and discrete latents, on the command line."""
+"""Pairs of the user's own, and discrete latents, on the command line."""
 
 import sys
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cli_helpers import PNG, SHORT, command, is_png, read, train
 
-# A pair of one's own
+# A pair of the user's own
 
 OWN = """
 import pyro
@@ -148,7 +148,7 @@ def test_a_semi_supervised_run(tmp_path, capsys):
         assert "y_scale" not in codes
     with pytest.raises(SystemExit):
         command("sample {run} --label 10", run=run)
-    assert "label is 0 to 9, 10 came" in capsys.readouterr().err
+    assert "--label must be from 0 to 9, got 10" in capsys.readouterr().err
 
 
 def test_a_mixture_run(tmp_path, capsys):
@@ -163,10 +163,16 @@ def test_a_mixture_run(tmp_path, capsys):
     ("options", "words"),
     [
         ("--model semi-supervised", "needs --num-labels"),
-        ("--model mixture --num-labels 20", "--num-labels are for --model semi-supervised"),
-        ("--model semi-supervised --num-labels 5000", "of each class; class 0 has"),
-        ("--model mixture --prior flow", "has a prior of its own"),
-        ("--model mixture --condition label", "takes no condition"),
+        (
+            "--model mixture --num-labels 20",
+            "--num-labels needs --model semi-supervised or a pair of your own",
+        ),
+        (
+            "--model semi-supervised --num-labels 5000",
+            "--num-labels is 5000, which needs 500 labels of class 0",
+        ),
+        ("--model mixture --prior flow", "has its own prior"),
+        ("--model mixture --condition label", "does not support --condition"),
         ("--model mixture --objective free-bits", "use --objective elbo"),
     ],
 )

@@ -85,10 +85,16 @@ def test_lengths_come_with_a_file_of_arrays(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("docstrings",), "is for sequences (n, steps, d), or images of one channel, text came"),
-        (("digits", "--network", "conv"), "--model deep-markov takes no --network: conv came"),
-        (("digits", "--condition", "label"), "--model deep-markov takes no --condition"),
-        (("digits", "--prior", "gaussian-mixture"), "--model deep-markov takes no --prior"),
+        (("docstrings",), "needs sequences (n, steps, d), or images with one channel; got text"),
+        (
+            ("digits", "--network", "conv"),
+            "--network does not apply to --model deep-markov; got conv",
+        ),
+        (("digits", "--condition", "label"), "--condition does not apply to --model deep-markov"),
+        (
+            ("digits", "--prior", "gaussian-mixture"),
+            "--prior does not apply to --model deep-markov",
+        ),
     ],
 )
 def test_what_makes_no_sense_for_a_deep_markov_model_is_refused(capsys, words, message):

@@ -123,8 +123,8 @@ def test_the_command_line_serves_text(file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--network", "conv"), "--network conv is not for text: use recurrent"),
-        (("--likelihood", "gaussian"), "text takes no --likelihood: gaussian came"),
+        (("--network", "conv"), "--network must be recurrent for text, got conv"),
+        (("--likelihood", "gaussian"), "--likelihood does not apply to text; got gaussian"),
         (("--length", 1), "length must be 2 or more, 1 came"),
         (("--word-dropout", 2), "--word-dropout is a rate from 0 to 1, 2.0 came"),
     ],
@@ -139,7 +139,8 @@ def test_what_makes_no_sense_for_text_is_refused(file, words, message, capsys):
 def test_recurrent_networks_are_for_text(capsys):
     with pytest.raises(SystemExit):
         run("train", "digits", "--network", "recurrent")
-    assert "--network recurrent is for text, digits is none" in capsys.readouterr().err
+    assert "--network recurrent applies only to text; digits is not text" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("train", "digits", "--word-dropout", 0.5)
-    assert "digits is no text and takes no --word-dropout: 0.5 came" in capsys.readouterr().err
+    words = "--word-dropout does not apply to digits, which is not text; got 0.5"
+    assert words in capsys.readouterr().err

@@ -431,7 +431,7 @@ def test_text_is_shown_in_words(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [("--budget 0", "budget must be above 0"), ("--num 0", "num must be 1 or more")],
+    [("--budget 0", "budget must be above 0"), ("--num 0", "--num must be at least 1")],
 )
 def test_the_command_refuses_in_one_line(digits, options, expected, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -182,7 +182,7 @@ def test_a_latent_that_depends_on_another_is_named_and_left_out():
 
 @pytest.mark.parametrize(
     ("options", "n", "words"),
-    [({"num_samples": 0}, 9, "num_samples must be 1 or more, 0 came"), ({}, 1, "2 rows of data")],
+    [({"num_samples": 0}, 9, "num_samples must be at least 1, got 0"), ({}, 1, "2 rows of data")],
 )
 def test_kl_parts_refuse(options, n, words):
     with pytest.raises(pv.UsageError, match=words):

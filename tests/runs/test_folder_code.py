@@ -271,7 +271,7 @@ def test_a_class_of_ones_own_leaves_the_path_as_it_was(here):
     kind = user_class("spy:Pair")
     assert kind.__module__ == "spy"
     assert sys.path == before
-    with pytest.raises(UsageError, match="cannot be imported"):
+    with pytest.raises(UsageError, match="cannot import module"):
         user_class("nowhere:Pair")
     assert sys.path == before
 

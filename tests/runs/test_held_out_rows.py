@@ -148,7 +148,7 @@ def test_other_data_are_counted_row_by_row(here, capsys):
     assert 10 < count < len(other.test.x) == 21
     main(["evaluate", "run", "--num-samples", "2", "--data", "more.npz"])
     error = capsys.readouterr().err
-    assert f"{count} of 21 test rows of more equal rows that run was trained on" in error
+    assert f"{count} of 21 test rows of more equal training or validation rows of run" in error
     assert metrics(here)["rows_trained_on"] == count
     main(["diagnose", "run", "--budget", "0.1", "--data", "more.npz", "--no-report"])
     assert metrics(here)["diagnostics"]["rows_trained_on"] == count

@@ -130,7 +130,7 @@ def test_findings_of_earlier_weights_do_not_stay_beside_new_numbers(here, capsys
     train_on(here)
     capsys.readouterr()
     main(["evaluate", "run", "--num-samples", "2"])
-    assert "findings of diagnose on other weights" in capsys.readouterr().err
+    assert "findings of diagnose for other weights" in capsys.readouterr().err
     assert "diagnostics" not in metrics(here)
     assert metrics(here)["model"] == run_metrics.fingerprint(pv.load(here))
 

@@ -90,7 +90,7 @@ REFUSED = {
     "no rows": (given(torch.rand(0, 4)), ["empty", "(0, 4)"]),
     "no columns": (given(torch.rand(8, 0)), ["empty", "(8, 0)"]),
     "one row": (given(binary(1)), ["1 row", "2 or more"]),
-    "fewer rows than a batch": (given(binary(3)), ["batch_size is 4", "3 rows"]),
+    "fewer rows than a batch": (given(binary(3)), ["batch_size must be at most 3", "got 4"]),
     "wrong rank": (given(binary().reshape(8, 2, 2)), ["(8, 2, 2)", "(..., 4)"]),
     "a number": (given(torch.tensor(1.0)), ["empty"]),
     "other width": (given(torch.rand(8, 3)), ["(8, 3)", "(..., 4)"]),
@@ -148,13 +148,13 @@ REFUSED = {
     "data set of dictionaries": (given(Pictures({"x": torch.ones(4)})), ["tensor", "dict"]),
     "data set without length": (given(Endless()), ["Endless", "length"]),
     "unknown option": (given(binary(), epoch=3), ["'epoch'", "did you mean 'epochs'?"]),
-    "no epochs": (given(binary(), epochs=0), ["epochs", "0 came"]),
+    "no epochs": (given(binary(), epochs=0), ["epochs", "got 0"]),
     "epochs in words": (given(binary(), epochs="three"), ["epochs", "three"]),
     "half a row": (given(binary(), batch_size=2.5), ["batch_size", "2.5"]),
-    "no learning rate": (given(binary(), learning_rate=0.0), ["learning_rate", "0.0 came"]),
+    "no learning rate": (given(binary(), learning_rate=0.0), ["learning_rate", "got 0.0"]),
     "nan learning rate": (given(binary(), learning_rate=torch.nan), ["learning_rate", "nan"]),
-    "negative clip": (given(binary(), clip_norm=-1.0), ["clip_norm", "-1.0 came"]),
-    "no patience": (given(binary(), validation=binary(), patience=0), ["patience", "0 came"]),
+    "negative clip": (given(binary(), clip_norm=-1.0), ["clip_norm", "got -1.0"]),
+    "no patience": (given(binary(), validation=binary(), patience=0), ["patience", "got 0"]),
     "patience with what": (given(binary(), patience=3), ["patience", "validation"]),
     "seed too great": (given(binary(), seed=10**30), ["seed", "1000000"]),
     "unknown precision": (given(binary(), precision="float8"), ["precision", "'float8'"]),
@@ -208,7 +208,7 @@ def test_names_of_parts_are_for_the_command_line(make):
 
 def test_fewer_labels_than_classes_are_refused():
     labels = torch.arange(30) % 5
-    refused(lambda: pv.hide_labels(labels, 4), "0, or 5 or more", "4 came")
+    refused(lambda: pv.hide_labels(labels, 4), "0 or at least 5", "got 4")
     kept = pv.hide_labels(labels, 6)
     assert kept[kept >= 0].bincount().tolist() == [1, 1, 1, 1, 2]
     assert bool((pv.hide_labels(labels, 0) == -1).all())

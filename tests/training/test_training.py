@@ -339,7 +339,7 @@ def test_a_minibatch_is_no_larger_than_the_data_unless_it_is_asked_for(tmp_path)
         history["elbo"]
         == pv.fit(make("bernoulli"), x, epochs=1, batch_size=40, progress=False)["elbo"]
     )
-    with pytest.raises(pv.UsageError, match="batch_size is 41, the data have 40 rows"):
+    with pytest.raises(pv.UsageError, match=r"batch_size must be at most 40, .* got 41"):
         pv.fit(make("bernoulli"), x, epochs=1, batch_size=41, progress=False)
     with pytest.raises(pv.UsageError, match="with batch_size = 40, 20 came"):
         pv.fit(make("bernoulli"), x, epochs=3, resume=True, batch_size=20, **options)

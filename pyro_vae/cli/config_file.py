@@ -1,0 +1,99 @@
+"""Files of options: what ``--config FILE`` and ``--resume`` add to the options that are typed."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App
+from cyclopts.config import Dict as ConfigDict
+
+from pyro_vae.cli.options import Input, Model, Objective, reject_ignored
+from pyro_vae.errors import UsageError, nearest
+from pyro_vae.training.settings import Settings
+
+_RECORDED = ("num_classes", "data_shape", "context_shapes", "vocabulary", "ragged")
+"""What config.json records about the data. These names are not options."""
+
+
+def read_options(app: App, commands: tuple[str, ...], arguments: Any) -> None:
+    """Add the options of a JSON file. An option that is typed overrides the file.
+
+    The file is that of ``--config``. Without it, ``--resume`` reads config.json of the run folder.
+    """
+    typed = _typed(arguments)
+    resumed = "config" not in typed and typed.get("resume", False)
+    file = _config_of_run(typed) if resumed else typed.get("config")
+    if file is None:
+        return
+    options = _read(file)
+    _require_known(file, options, resumed)
+    kept = {name: value for name, value in options.items() if name not in _RECORDED}
+    # The library's own JSON configuration reads a path that is known before the words are parsed.
+    ConfigDict({"train": kept}, source=str(file))(app, commands, arguments)
+
+
+def require_typed_class(_: App, __: Sequence[str], arguments: Any) -> None:
+    """Raise `UsageError` for a class that only a file names: a file must not import a module."""
+    for token in _by_name(arguments)["model"].tokens:
+        if token.source != "cli" and ":" in token.value:
+            raise UsageError(
+                f"{token.source} names the class '{token.value}', but a file cannot make a command "
+                f"import a module; if you trust it, type --model {token.value}"
+            )
+
+
+def reject_typed_ignored(_: App, __: Sequence[str], arguments: Any) -> None:
+    """Reject typed options that the configuration would ignore, even at their default value."""
+    named = _by_name(arguments)
+    chosen = {
+        name: one.tokens[-1].value if one.tokens else one.field_info.default
+        for name, one in named.items()
+    }
+    reject_ignored(_typed(arguments), chosen)
+
+
+def _by_name(arguments: Any) -> dict[str, Any]:
+    """The arguments of a command, by their names in Python."""
+    return {argument.field_info.name: argument for argument in arguments}
+
+
+def _typed(arguments: Any) -> dict[str, Any]:
+    """The values of the arguments that are typed."""
+    return {
+        name: one.convert()
+        for name, one in _by_name(arguments).items()
+        if any(token.source == "cli" for token in one.tokens)
+    }
+
+
+def _config_of_run(typed: dict[str, Any]) -> Path | None:
+    """The configuration of the run that is resumed, if it exists."""
+    data = typed.get("data", "")
+    file = typed.get("out", Path("runs") / Path(data).stem) / "config.json"
+    return file if file.is_file() else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The options in a JSON file, which may be the config.json of a run."""
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is not valid JSON ({error})") from error
+    options = content.get("train", content) if isinstance(content, dict) else None
+    if not isinstance(options, dict):
+        raise UsageError(f"{file} must hold a JSON object of options")
+    return options
+
+
+def _require_known(file: Path, options: dict[str, Any], resumed: bool) -> None:
+    """Raise `UsageError` for an unknown option in a file."""
+    known = [field.name for kind in (Model, Objective, Input, Settings) for field in fields(kind)]
+    # A run does not record its own folder: a copy of it would write into the first one.
+    known += ["data", "num_eval_samples", "report", *(() if resumed else ("out",))]
+    for name in options:
+        if name not in (*known, *_RECORDED):
+            raise UsageError(f"{file}: unknown option '{name}'; {nearest(name, known)}")
