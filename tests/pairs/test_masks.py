@@ -1,4 +1,4 @@
-"""Masks: right where model and guide agree on them, and told in one line where they do not."""
+"""Masks: results are right if model and guide agree, and a one-line error says if they do not."""
 
 from typing import ClassVar
 
@@ -31,14 +31,14 @@ def holes(n, share=0.4, seed=0):
 
 
 class Holes(nn.Module):
-    """x | z ~ N(W z + b, s^2 I) of which some entries are seen; its guide is exact, widened."""
+    """x | z ~ N(W z + b, s^2 I) with missing entries; the guide is the widened exact posterior."""
 
     def __init__(self, spread=1.2):
         super().__init__()
         self.exact, self.spread = linear_gaussian(), spread
 
     def posterior(self, x, seen):
-        """The mean and covariance of each row's z given what is seen."""
+        """The mean and the covariance of z in each row, given the seen entries."""
         w, s = self.exact.weight, self.exact.noise
         precision = torch.einsum("nj,ja,jb->nab", seen.double(), w, w) / s**2
         covariance = torch.linalg.inv(precision + torch.eye(LATENT).double())
@@ -46,7 +46,7 @@ class Holes(nn.Module):
         return torch.einsum("nab,jb,nj->na", covariance, w, off) / s**2, covariance
 
     def log_p(self, x, seen):
-        """log p of what is seen of each row, (n,)."""
+        """log p of the seen entries of each row, (n,)."""
         whole, found = self.exact.marginal(), []
         for row, m in zip(x, seen, strict=True):
             part = dist.MultivariateNormal(whole.loc[m], whole.covariance_matrix[m][:, m])
@@ -74,7 +74,7 @@ class Holes(nn.Module):
 
 
 class Imputed(nn.Module):
-    """z ~ N(0, 1), x | z ~ N(z, 1), seen in some rows, by obs_mask; the guide has the rest."""
+    """z ~ N(0, 1), x | z ~ N(z, 1) with obs_mask; the guide draws the unobserved rows."""
 
     def __init__(self, masked=True):
         super().__init__()
@@ -110,7 +110,7 @@ class Without(Imputed):
 def imputed_rows(n=40):
     torch.manual_seed(3)
     seen = torch.rand(n) > 0.4
-    seen[:3] = True  # the first rows do not give it away
+    seen[:3] = True  # so that the first rows do not reveal it
     return torch.randn(n).double() * 2**0.5 * seen, seen
 
 
@@ -146,7 +146,10 @@ def test_an_unmasked_guide_of_obs_mask_is_refused_in_words(tool):
 def test_check_says_the_same():
     batch = imputed_rows()
     assert not pv.check(Imputed(), batch).errors
-    assert "obs_mask at site 'x' masks it" in pv.check(Imputed(masked=False), batch).errors[0]
+    assert (
+        "obs_mask at site 'x' masks the site in the model"
+        in pv.check(Imputed(masked=False), batch).errors[0]
+    )
     assert "makes a latent site 'x_unobserved'" in pv.check(Without(), batch).errors[0]
 
 
@@ -164,7 +167,7 @@ def test_obs_mask_with_its_guide_gives_log_p_of_what_is_seen():
 
 
 class Latent(nn.Module):
-    """Two latents z ~ N(0, 1), each seen through its own x ~ N(z, 1), and any masks around z."""
+    """Two latents z ~ N(0, 1), each with its own x ~ N(z, 1), and any masks around z."""
 
     def __init__(self, model_mask=None, guide_mask=None, x_masked=True, events=False):
         super().__init__()
@@ -172,7 +175,7 @@ class Latent(nn.Module):
         self.shift = nn.Parameter(torch.zeros(()).double())
 
     def latent(self, which, fn, live):
-        """z under its mask: as an event of elements that are masked, or as a masked row."""
+        """z under its mask: an event with masked elements, or a masked row."""
         mask = self.masks[which]
         if mask is None:
             return pyro.sample("z", fn.to_event(1))
@@ -196,7 +199,7 @@ class Latent(nn.Module):
         return (dist.Normal(0.0, 2**0.5).log_prob(x) * live).sum(-1)
 
     def kl(self, live):
-        """The KL of each unit, where the mean of x is 0."""
+        """The KL of each unit, if the mean of x is 0."""
         return live.double()
 
     def template(self, n):
@@ -204,7 +207,7 @@ class Latent(nn.Module):
 
 
 def ragged(n=30):
-    """Two steps for most rows, one for some, the last without any."""
+    """Two steps for most rows, one for some, and none for the last."""
     torch.manual_seed(5)
     live = torch.tensor([[True, True], [True, False]])[torch.arange(n) % 3 // 2]
     live[-1] = False
@@ -234,7 +237,7 @@ DISAGREE = {
 def test_masks_of_a_latent_that_differ_are_refused(kind):
     ours, theirs, events = DISAGREE[kind]
     pair, rows = Latent(ours, theirs, events=events), ragged()
-    words = "the masks of latent site 'z' differ.*put it under the same pyro.poutine.mask"
+    words = "the masks of latent site 'z' differ.*put the site under the same pyro.poutine.mask"
     with pytest.raises(pv.UsageError, match=words):
         pv.log_likelihood(pair, *rows, num_samples=5)
     with pytest.raises(pv.UsageError, match=words):
@@ -252,9 +255,9 @@ def test_a_mask_that_hides_nothing_agrees_with_none(ours):
 
 
 def test_what_counts_must_not_depend_on_what_a_mask_hides():
-    """z has no prior where it is hidden; today the weights have the mean E_q[p(x | z)]."""
+    """Hidden entries of z have no prior; the mean of the weights would be E_q[p(x | z)]."""
     pair, rows = Latent(same, same, x_masked=False, events=True), ragged()
-    words = "site 'x' of the model depends on numbers of latent site 'z' that a mask hides"
+    words = "site 'x' of the model depends on entries of latent site 'z' that a mask hides"
     with pytest.raises(pv.UsageError, match=words):
         pv.log_likelihood(pair, *rows, num_samples=5)
     assert "that a mask hides" in pv.check(pair, rows).errors[0]
@@ -267,7 +270,7 @@ def test_padded_latents_count_for_nothing(engine):
     found = pv.log_likelihood(pair, x, live, num_samples=2000, engine=engine)
     wanted = pair.log_p(x, live)
     assert bool(((found.per_datum - wanted).abs() < 5 * found.standard_errors + 1e-9).all())
-    assert found.per_datum[-1] == 0  # nothing of the last row is seen
+    assert found.per_datum[-1] == 0  # all entries of the last row are missing
     result = pv.evaluate(pair, x, live, num_samples=1)
     q = dist.Normal(0.5 * x + 0.2, 0.8)
     kl = torch.distributions.kl_divergence(q, dist.Normal(torch.zeros_like(x), 1.0))
@@ -276,7 +279,7 @@ def test_padded_latents_count_for_nothing(engine):
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_boolean_masks_within_a_distribution(mask):
-    """Pyro gives the number 0.0, no tensor, for the KL of what is masked whole."""
+    """For a fully masked site, Pyro returns the KL as the number 0.0 and not as a tensor."""
     pair, (x, live) = Latent(lambda live: mask, lambda live: mask, events=True), ragged()
     live = live & mask
     found = pv.evaluate(pair, x, live, num_samples=500)
@@ -296,7 +299,7 @@ def test_boolean_masks_within_a_distribution(mask):
     ],
 )
 def test_gradients_of_objectives_leave_padding_out(objective):
-    """What is in the padding of x has no part in a loss."""
+    """The padding of x does not affect a loss."""
     pair, (x, live) = Latent(same, same, events=True), ragged()
     torch.manual_seed(0)
     loss = objective.differentiable_loss(pair.model, pair.guide, x, live)
@@ -307,7 +310,7 @@ def test_gradients_of_objectives_leave_padding_out(objective):
 
 
 def test_weights_are_each_datums_own():
-    """The bound of many samples is log p of each row's own entries, summed."""
+    """With many samples, the bound is the sum of log p of each row's seen entries."""
     pair, (x, live) = Latent(same, same, events=True), ragged()
     torch.manual_seed(0)
     loss = pv.ImportanceWeightedELBO(5000).differentiable_loss(pair.model, pair.guide, x, live)
@@ -325,7 +328,7 @@ def test_free_bits_floor_counts_what_is_live():
 
 
 class Scaled(Latent):
-    """A weight on the KL that only the model, or the guide too, has."""
+    """A scale on the KL, only in the model or also in the guide."""
 
     def __init__(self, ours, theirs):
         super().__init__()
@@ -343,7 +346,7 @@ def test_scales_of_a_latent_must_agree():
     assert words in pv.check(Scaled(0.5, 1.0), rows).errors[0]
     with pytest.raises(pv.UsageError, match=words):
         pv.fit(Scaled(0.5, 1.0), *rows, epochs=1, batch_size=10, progress=False)
-    # Densities leave scales out, and so are right all the same.
+    # Densities leave out scales, so they are still right.
     found = pv.log_likelihood(Scaled(0.5, 1.0), *rows, num_samples=2000)
     assert found.value == pytest.approx(Latent().log_p(*rows).mean().item(), abs=0.02)
 
@@ -359,7 +362,7 @@ def test_holes_give_log_p_of_what_is_seen():
 
 
 def test_a_right_model_is_not_called_wrong_by_what_is_masked():
-    """Today zeros in the holes of the data are compared with draws: p < 0.02 everywhere."""
+    """If zeros in the holes of the data were compared with draws, p would be below 0.02."""
     pair, (x, seen) = Holes(spread=1.0), holes(300)
     found = pv.predictive_check(pair, x, seen, num_replicates=200, progress=False)
     assert all(0.05 < p < 0.95 for p in found.whole_p_values.values())
@@ -368,7 +371,7 @@ def test_a_right_model_is_not_called_wrong_by_what_is_masked():
     torch.testing.assert_close(found.observed[:, :2], torch.stack(wanted, 1), equal_nan=True)
     greatest = torch.where(seen, x, -torch.inf).amax(1)[:-1]
     torch.testing.assert_close(found.observed[:-1, 2], greatest)
-    assert found.observed[-1].isnan().all()  # nothing of it is seen
+    assert found.observed[-1].isnan().all()  # all of its entries are missing
     assert found.p_values[-1].isnan().all()
     assert len(found.observed) - 1 not in found.worst(number=299).tolist()
     filled = torch.where(seen, x, 1e4)
@@ -393,7 +396,7 @@ def test_a_statistic_of_ones_own_must_leave_nan_out():
 
 
 class Pixels(nn.Module):
-    """Bits with p = 1/2, independent of z, some of them missing."""
+    """Bits with p = 1/2 that do not depend on z; some are missing."""
 
     def __init__(self, around):
         super().__init__()
@@ -403,7 +406,7 @@ class Pixels(nn.Module):
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
             p = dist.Bernoulli(logits=self.logit.expand(x.shape))
-            if self.around:  # whole rows
+            if self.around:  # masks whole rows
                 with poutine.mask(mask=seen[:, 0]):
                     pyro.sample("x", p.to_event(1), obs=x)
             else:
@@ -416,7 +419,7 @@ class Pixels(nn.Module):
 
 @pytest.mark.parametrize("around", [False, True])
 def test_bits_per_dimension_count_what_is_seen(around):
-    """Each bit that is seen takes one bit."""
+    """Each seen bit costs one bit."""
     x, seen = torch.ones(10, 4), torch.rand(10, 4, generator=torch.Generator().manual_seed(0)) > 0.5
     assert pv.evaluate(Pixels(around), x, seen, num_samples=2).bits_per_dim == pytest.approx(1.0)
     nothing = pv.evaluate(Pixels(around), x, seen & False, num_samples=2)
@@ -424,7 +427,7 @@ def test_bits_per_dimension_count_what_is_seen(around):
 
 
 def test_units_are_active_where_they_count():
-    """What a mask hides of a latent is no code: its mean follows x, and is arbitrary."""
+    """Hidden entries of a latent are not codes: their mean depends on x and is arbitrary."""
     pair, (x, live) = Latent(same, same, events=True), ragged()
     live = live & torch.tensor([True, False])
     assert pv.evaluate(pair, x, live, num_samples=2).active_units == {"z": 1}
@@ -442,7 +445,7 @@ def test_arviz_gets_nan_for_what_is_masked():
         (name,) = data[group].data_vars
         found = torch.as_tensor(data[group][name].values[0])
         assert torch.equal(found.isnan(), torch.as_tensor(hidden))
-    # Neither does what is hidden reach what is drawn.
+    # Hidden entries do not affect draws either.
     (name,) = data.log_likelihood.data_vars
     mean = data.log_likelihood[name].values[0].mean(0)
     torch.testing.assert_close(torch.as_tensor(mean), pair.log_p(x, live), atol=0.15, rtol=0.1)
@@ -474,7 +477,7 @@ def test_annealing_through_masks_gives_log_p():
 
 
 class Rates(nn.Module):
-    """Two rates of counts on (0, infinity), the second hidden: no Jacobian of it counts."""
+    """Two rates of counts on (0, infinity); the second is hidden: its Jacobian must not count."""
 
     def __init__(self):
         super().__init__()
@@ -506,7 +509,7 @@ def test_no_jacobian_of_what_is_hidden_counts():
 
 
 class Arbitrary(Latent):
-    """The exact guide where z counts, and far off where a mask hides it, as it may be."""
+    """Exact where z counts; far from the posterior where a mask hides z, which is valid."""
 
     def guide(self, x, live):
         with pyro.plate("data", len(x), dim=-1):
@@ -525,7 +528,7 @@ def test_calibration_ranks_what_counts():
     hidden = pv.calibration(pair, (live & torch.tensor([1, 0]).bool(),), **settings)
     assert hidden.left_out == {"z[1]": "a mask hides it in all but 0 simulations"}
     assert hidden.names[0] == "z[0]"
-    wrong = Latent(same, same, events=True)  # off by 0.2, where it counts
+    wrong = Latent(same, same, events=True)  # off by 0.2 at entries that count
     assert {"z[0]", "z[1]"} <= pv.calibration(wrong, (live,), **settings).failures.keys()
 
 
@@ -534,7 +537,7 @@ def epochs(kl):
 
 
 def alarm(kl, draws, are_kl=True):
-    """The alarm for a site of three units after epochs of this KL, and what it said."""
+    """The alarm for a site of three units after epochs with this KL, and its message."""
     found = CollapseAlarm({"z": 3}, 20, 100, draws, are_kl)
     heard = [epoch.epoch for epoch in epochs(kl) if found.heard(epoch)]
     return found, heard
@@ -545,7 +548,7 @@ def test_a_negative_kl_is_an_inconsistency_and_no_collapse():
     assert (found.collapsed, found.inconsistent, heard) == ((), ("z",), [5])
     assert found.words("z").startswith("the KL of latent site 'z' is negative, for 20 epochs now")
     assert "model and guide disagree" in found.words("z")
-    # What Monte Carlo error explains is a collapse; a term that is no KL may be negative.
+    # A value within Monte Carlo error is a collapse; a term that is not a KL may be negative.
     found, heard = alarm([-0.007] * 20, 1000)
     assert (found.collapsed, found.inconsistent, heard) == (("z",), (), [10])
     assert "has collapsed" in found.words("z")
@@ -554,17 +557,17 @@ def test_a_negative_kl_is_an_inconsistency_and_no_collapse():
 
 
 def test_the_error_of_a_collapsed_kl_is_within_what_is_allowed():
-    """Of q = N(m, 1) and p = N(0, 1), for the worst m: estimates are N(k, 2k) with k = m^2 / 2."""
+    """For q = N(m, 1), p = N(0, 1) and the worst m, estimates are N(k, 2k) with k = m^2 / 2."""
     n, generator = 100, torch.Generator().manual_seed(0)
     k = 8 / n
     means = k + (2 * k / n) ** 0.5 * torch.randn(100_000, generator=generator)
     share = sum(is_negative(value, n) for value in means.tolist()) / 100_000
-    assert 0 < share < 1e-4  # four standard errors, on one side: 3e-5
+    assert 0 < share < 1e-4  # one-sided, four standard errors: 3e-5
     assert is_negative(-8.1 / n, n)
 
 
 class Factored(nn.Module):
-    """The guide's density of z is 1/e of one that integrates to 1: the KL is -1 too low."""
+    """The guide's density of z is too small by a factor of e, so the KL is too low by 1."""
 
     def __init__(self, off):
         super().__init__()
@@ -609,7 +612,7 @@ def test_fit_and_diagnose_tell_the_two_apart(off):
 
 
 def test_padding_is_no_collapse():
-    """A latent that counts for one row in fifty has little KL per example, and is used."""
+    """A latent that counts in one row of fifty has a small KL per example but is used."""
     live = (torch.arange(500) % 50 == 0)[:, None] & torch.ones(2, dtype=torch.bool)
     pair = Latent(same, same, events=True)
     x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)).double() * 2**0.5
@@ -665,7 +668,7 @@ def test_masks_of_a_plate_within_a_datum():
 
 
 class Classes(nn.Module):
-    """A class k, summed out, gives x ~ N(2 k, 1); rows that are masked say nothing of it."""
+    """A class k, summed out, with x ~ N(2 k, 1); masked rows contain no information on k."""
 
     def __init__(self, by_guide):
         super().__init__()
@@ -699,7 +702,7 @@ def test_masks_with_enumeration(by_guide):
 
 
 def test_tools_serve_obs_mask():
-    """The observed part is what is checked, the rest is NaN."""
+    """The check uses the observed part; the rest is NaN."""
     pair, (x, seen) = Imputed(), imputed_rows(200)
     found = pv.predictive_check(pair, x, seen, num_replicates=50, progress=False)
     assert torch.equal(found.observed[:, 0].isnan(), ~seen)
