@@ -1,4 +1,4 @@
-"""What the tests share that test_likelihoods.py held together."""
+"""Families, data and helpers that the tests of likelihoods share."""
 
 import pyro_vae as pv
 
@@ -22,7 +22,7 @@ CONTINUOUS = {
 
 FAMILIES = {name: make for name, (make, _) in DISCRETE.items() if name[-2:] != "-2"} | CONTINUOUS
 
-# Held against independent references in test_counts.py; what holds for every family, here.
+# test_counts.py compares these with independent references; this file has general checks.
 EVERY = FAMILIES | {
     "tokens": lambda: pv.Categorical(5, tokens=True),
     "student-t": pv.StudentT,
