@@ -1,6 +1,6 @@
-"""Every unstable name of torch and Pyro that we import: why, and what it was tried on.
+"""The unstable names of torch and Pyro that the library imports, each with the reason.
 
-They are there in torch 2.6.0 and 2.14.1, and in Pyro 1.9.1 and 1.9.2.
+All of them exist in torch 2.6.0 and 2.14.1, and in Pyro 1.9.1 and 1.9.2.
 """
 
 from pyro.distributions.util import scale_and_mask, sum_rightmost
@@ -10,18 +10,18 @@ from pyro.poutine.util import site_is_subsample
 from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
-    # The handlers that are active, to be left aside for a moment.
+    # The active handlers: `pairs/folds.py` asks them which values they give to a latent.
     "_PYRO_STACK",
-    # What tensors are while `make_fx` traces.
+    # The type of tensors while `make_fx` traces.
     "FakeTensor",
-    # Whether Pyro checks values; no public function tells.
+    # Pyro does not have a public function that tells whether validation is on.
     "is_validation_enabled",
-    # The density of a masked site as `Trace.compute_log_prob` makes it.
+    # Masks a density in the same way as `Trace.compute_log_prob`.
     "scale_and_mask",
-    # Whether a site is a plate's own subsample; Pyro documents no other way to tell.
+    # Pyro does not document another way to recognize the subsampling site of a plate.
     "site_is_subsample",
-    # A sum over the dimensions of an event.
+    # Sums over event dimensions.
     "sum_rightmost",
-    # What `SVI.step` itself does to gradients.
+    # Resets gradients in the same way as `SVI.step`.
     "zero_grads",
 ]
