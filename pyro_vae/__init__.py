@@ -1,7 +1,7 @@
-"""Variational autoencoders as Pyro programs, with the inference in plain sight.
+"""Variational autoencoders as Pyro programs, with diagnostics of the inference.
 
-The imports below are the list of public names. Python itself skips them, and imports each name on
-its first use, so that the command line answers before torch is loaded.
+The imports below are the only list of public names. Type checkers read them; at run time they are
+skipped. Each name is imported at its first use, so that ``pyro-vae --help`` does not load torch.
 """
 
 import ast
@@ -106,7 +106,7 @@ __version__ = "0.1.0"
 
 
 def _listed() -> dict[str, str]:
-    """The module of each public name, read from the imports above."""
+    """The module of each public name, read from the source of the imports above."""
     tree = ast.parse(inspect.getsource(sys.modules[__name__]))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     return {
@@ -123,6 +123,7 @@ __all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name at its first use."""
     if name in _WHERE:
         value = getattr(import_module(_WHERE[name]), name)
         globals()[name] = value

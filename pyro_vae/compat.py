@@ -34,13 +34,13 @@ __all__ = [
     "OpOverload",
     # Whether Pyro checks values; no public function tells.
     "is_validation_enabled",
-    # The density of a masked site as `Trace.compute_log_prob` makes it.
+    # Masks a density in the same way as `Trace.compute_log_prob`.
     "scale_and_mask",
-    # Whether a site is a plate's own subsample; Pyro documents no other way to tell.
+    # Pyro does not document another way to recognize the subsampling site of a plate.
     "site_is_subsample",
-    # A sum over the dimensions of an event.
+    # Sums over event dimensions.
     "sum_rightmost",
-    # What `SVI.step` itself does to gradients.
+    # Resets gradients in the same way as `SVI.step`.
     "zero_grads",
 ]
 
@@ -80,9 +80,9 @@ OBSERVED_PART, UNOBSERVED_PART = "_observed", "_unobserved"
 
 
 class Enumerate(EnumMessenger):
-    """Pyro's ``EnumMessenger``, also for sites in ``pyro.markov`` that are given their values.
+    """Pyro's ``EnumMessenger`` that also accepts given values of sites in ``pyro.markov``.
 
-    Pyro notes the markov depth only of sites that it draws itself, and fails on the next one.
+    Pyro records the markov depth only for sites that it draws, and fails at the next site.
     """
 
     def _pyro_sample(self, msg: Any) -> None:

@@ -341,7 +341,7 @@ class Fault(nn.Module):
 FAULTS = {
     "global": "site 'w' is outside the data plate",
     "discrete": "site 'k' is discrete and not summed out",
-    "auxiliary": "site 'u' of the guide is not one of the model",
+    "auxiliary": "site 'u' of the guide is missing from the model",
 }
 
 

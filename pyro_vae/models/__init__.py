@@ -1,1 +1,1 @@
-"""Pairs that are ready to use."""
+"""Models: pairs that are ready to use."""

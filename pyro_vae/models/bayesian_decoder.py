@@ -1,4 +1,4 @@
-"""A Bayesian decoder: weights with a prior and a posterior, beside the latents of each datum."""
+"""The Bayesian decoder: its weights are global latents with a prior and a posterior."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,28 +18,30 @@ from pyro_vae.pairs.pair import Batch, Pair
 _Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 START = 0.05
-"""The standard deviation that a posterior starts with, as a share of the prior's."""
+"""The initial standard deviation of the posterior, as a fraction of the prior's."""
 
 
 class BayesianDecoder(nn.Module):
-    r"""A pair whose decoder's weights w are latent: one draw of them makes all data.
+    r"""A pair in which the weights w of the decoder are global latents, shared by all data.
 
-    :math:`p(w) \prod_i p(z_i)\, p(x_i \mid z_i, w)` with guide
-    :math:`q(w) \prod_i q(z_i \mid x_i)`. Each weight has the prior :math:`N(0, s^2/f)`, with f
-    the number of inputs of its unit (1 for a bias; of a strided transposed convolution the mean),
-    and the posterior :math:`N(m, \sigma^2)` of its own (mean field). The bound on all N data is
-    :math:`\sum_i E_q[\log p(x_i|z_i, w) - \mathrm{KL}_i] - \mathrm{KL}(q(w) \| p(w))`; a
-    minibatch of M has the share M / N of the last term.
+    :math:`p(w) \prod_i p(z_i)\, p(x_i \mid z_i, w)` with the guide
+    :math:`q(w) \prod_i q(z_i \mid x_i)`. Each weight has the prior :math:`N(0, s^2/f)`, where f is
+    the number of inputs of its unit: 1 for a bias, and the mean number for a strided transposed
+    convolution. Each weight has its own posterior :math:`N(m, \sigma^2)` (mean field). The bound on
+    all N data is
+    :math:`\sum_i E_q[\log p(x_i|z_i, w) - \mathrm{KL}_i] - \mathrm{KL}(q(w) \| p(w))`. A minibatch
+    of M data gets the share M / N of the last term.
 
     Arguments:
-        pair: any pair. Its decoder's own parameters become the means m.
-        module: the submodule whose parameters are latent, by its name in the pair.
-        prior_scale: s, the standard deviation of a unit's input when its weights are drawn from
-            the prior and what comes in is of size 1.
+        pair: any pair. The parameters of its decoder become the means m.
+        module: the name of the submodule of the pair whose parameters become latents.
+        prior_scale: s, the standard deviation of a unit's output before the nonlinearity, if its
+            weights are drawn from the prior and its inputs have size 1.
 
-    Sites are named by parameter, ``decoder.network.layers.0.weight``. Raises `UsageError` where the
-    pair has no such module, or that has no parameters. Scaling of priors with width: Neal, 1996;
-    the guide: Blundell et al., 2015 (https://arxiv.org/abs/1505.05424).
+    The sites have the names of the parameters, such as ``decoder.network.layers.0.weight``. Raises
+    `UsageError` if ``prior_scale`` is not positive, or if the pair does not have this module or the
+    module does not have parameters. Neal, 1996, for priors scaled with the width; Blundell et al.,
+    2015 (https://arxiv.org/abs/1505.05424), for the guide.
 
     >>> import torch, pyro_vae as pv
     >>> pair = pv.BayesianDecoder(pv.VAE.mlp((4,), latent_dim=2, hidden=(3,)))
@@ -52,13 +54,13 @@ class BayesianDecoder(nn.Module):
         super().__init__()
         self.pair, self.module, self.prior_scale = pair, module, prior_scale
         if prior_scale <= 0:
-            raise UsageError(f"prior_scale must be positive, {prior_scale} came")
+            raise UsageError(f"must be positive, got {prior_scale}", argument="prior_scale")
         places = dict(pair.named_modules())
         if module not in places or not list(places[module].parameters()):
             known = [name for name, part in pair.named_children() if list(part.parameters())]
             raise UsageError(
-                f"{type(pair).__name__} has no module '{module}' with parameters; its modules "
-                f"with parameters are: {', '.join(known) or 'none'}"
+                f"{type(pair).__name__} does not have a module '{module}' with parameters; its "
+                f"modules with parameters are: {', '.join(known) or 'none'}"
             )
         self.free_scales = nn.ParameterList(
             torch.full_like(weight, log(expm1(START * self._prior_scale(name))))
@@ -73,25 +75,26 @@ class BayesianDecoder(nn.Module):
         for name, own in self._weights().items():
             if drawn[name].shape != own.shape:
                 raise UsageError(
-                    f"site '{self._site(name)}' came as {tuple(drawn[name].shape)}: the decoder "
-                    "takes one draw of its weights at a time (vectorize_particles=False)"
+                    f"site '{self._site(name)}' must have shape {tuple(own.shape)}, got "
+                    f"{tuple(drawn[name].shape)}: the decoder needs one draw of its weights at a "
+                    "time (vectorize_particles=False)"
                 )
         with _holding(self._decoder(), drawn):
             return cast(Pair, self.pair).model(*batch)
 
     def guide(self, *batch: Tensor) -> Any:
-        pyro.module("means", self._decoder())  # stock SVI trains what it sees
+        pyro.module("means", self._decoder())  # stock SVI trains only what the guide declares
         pyro.module("scales", self.free_scales)
         for (name, own), free in zip(self._weights().items(), self.free_scales, strict=True):
             _normal(self._site(name), own, nn.functional.softplus(free))
         return cast(Pair, self.pair).guide(*batch)
 
     def template(self, n: int) -> Batch:
-        """A batch of n rows of the right shapes; its values mean nothing."""
+        """A batch of n rows of the right shapes; the values have no meaning."""
         return cast(Any, self.pair).template(n)
 
     def recipe(self, epochs: int) -> dict[str, Any]:
-        """How `pyro_vae.fit` fits the pair, if it has a way of its own."""
+        """The defaults of `pyro_vae.fit` for the wrapped pair, if it has any."""
         return cast(Any, self.pair).recipe(epochs) if hasattr(self.pair, "recipe") else {}
 
     def _decoder(self) -> nn.Module:
@@ -117,7 +120,7 @@ def _normal(name: str, loc: Tensor, scale: Tensor | float) -> Tensor:
 
 
 class _NoParameters(Messenger):
-    """What a module declares of these tensors, as pyro.module does, is no parameter."""
+    """Keeps these tensors from becoming parameters if a module declares them in pyro.module."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
@@ -131,7 +134,7 @@ class _NoParameters(Messenger):
 
 @contextmanager
 def _holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The module with these tensors in place of its parameters, wherever it holds them."""
+    """Replace the parameters of a module by these tensors, wherever the module holds them."""
     drawn = {id(own): tensors[name] for name, own in module.named_parameters()}
     places: list[tuple[Any, str, Any]] = [
         (parameters_of(part), name, own)

@@ -1,10 +1,10 @@
-"""A linear-Gaussian pair whose p(x) and p(z | x) are known in closed form.
+"""A linear-Gaussian pair with p(x) and p(z | x) in closed form.
 
     z ~ N(0, I),  x | z ~ N(W z + b, s^2 I)
     x ~ N(b, W W' + s^2 I)
     z | x ~ N(M^-1 W' (x - b), s^2 M^-1),  M = W' W + s^2 I
 
-With W, b and s free this is probabilistic PCA (Tipping & Bishop, 1999).
+If W, b and s are parameters, this is probabilistic PCA (Tipping & Bishop, 1999).
 """
 
 import math
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 
 class LinearGaussian(nn.Module):
-    """The pair; its guide is the exact posterior, widened by ``spread``.
+    """The linear-Gaussian pair; its guide is the exact posterior with scaled standard deviations.
 
     Arguments:
-        weight: W, of shape (data_dim, latent_dim); with b a parameter, in float64.
+        weight: W, of shape (data_dim, latent_dim). W and b are parameters in float64.
         noise: s, the standard deviation of the noise.
-        spread: what the standard deviations of the guide are multiplied by.
+        spread: the factor of the guide's standard deviations; 1 gives the exact posterior.
 
     >>> pair = linear_gaussian()
     >>> pair.marginal().sample((3,)).shape
@@ -35,7 +35,7 @@ class LinearGaussian(nn.Module):
         self.noise, self.spread = noise, spread
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (n, d) and covariance (d, d) of z given x."""
+        """The mean (n, d) and the covariance (d, d) of z given x."""
         identity = torch.eye(self.weight.shape[1], dtype=torch.float64)
         m = self.weight.T @ self.weight + self.noise**2 * identity
         covariance = self.noise**2 * torch.linalg.inv(m)
@@ -48,7 +48,7 @@ class LinearGaussian(nn.Module):
         return torch.distributions.MultivariateNormal(self.bias, covariance)
 
     def information(self) -> float:
-        """I(x; z) under the model, in nats: log det(I + W' W / s^2) / 2."""
+        """The mutual information I(x; z) of the model in nats, log det(I + W' W / s^2) / 2."""
         identity = torch.eye(self.weight.shape[1], dtype=torch.float64)
         return 0.5 * torch.logdet(identity + self.weight.T @ self.weight / self.noise**2).item()
 
@@ -69,7 +69,7 @@ class LinearGaussian(nn.Module):
 
 
 def linear_gaussian(data_dim: int = 6, latent_dim: int = 2, spread: float = 1.0) -> LinearGaussian:
-    """A fixed pair of this size."""
+    """A linear-Gaussian pair with a fixed random W of this size."""
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(data_dim, latent_dim, generator=generator, dtype=torch.float64)
     return LinearGaussian(weight, noise=0.5, spread=spread)
@@ -79,7 +79,14 @@ CORRELATED = torch.tensor([[1.0, 0.9], [0.8, 1.1], [1.2, 1.0], [0.2, -0.3]]).dou
 
 
 class Spoiled(LinearGaussian):
-    """The linear-Gaussian pair; its guide is the best of its family, each datum's spoiled."""
+    """The linear-Gaussian pair with a guide that differs from the best one by a known amount.
+
+    Arguments:
+        family: the family of the guide, "diagonal", "low-rank" or another name for full rank.
+        shift: the size of the error of the guide's means, which varies between data.
+        stretch: the factor of the guide's standard deviations.
+        weight: W, of shape (data_dim, latent_dim).
+    """
 
     def __init__(
         self, family: str, shift: float = 0.0, stretch: float = 1.0, weight: Tensor = CORRELATED
@@ -88,14 +95,14 @@ class Spoiled(LinearGaussian):
         self.family, self.shift, self.stretch = family, shift, stretch
 
     def factor(self, x: Tensor) -> Tensor:
-        """The factor of the covariance of the best normal of the family: (d, d)."""
+        """A factor (d, d) of the covariance of the best normal of the family."""
         _, covariance = self.posterior(x)
         if self.family == "diagonal":
             return torch.linalg.inv(covariance).diagonal().rsqrt().diag()
         return torch.linalg.cholesky(covariance)
 
     def q(self, x: Tensor) -> dist.MultivariateNormal:
-        """The guide as a normal, whose mean is off by more for some data than for others."""
+        """The guide as a multivariate normal; the error of its mean varies between data."""
         mean, _ = self.posterior(x)
         off = self.shift * x[:, :1].tanh()
         return dist.MultivariateNormal(mean + off, scale_tril=self.stretch * self.factor(x))
@@ -105,7 +112,7 @@ class Spoiled(LinearGaussian):
         if self.family == "diagonal":
             q = dist.Normal(q.loc, q.scale_tril.diagonal(dim1=-2, dim2=-1)).to_event(1)
         elif self.family == "low-rank":
-            # A covariance of rank one and a diagonal, from the factor: exact in two dimensions.
+            # In two dimensions, rank one plus a diagonal represents any covariance exactly.
             (a, b), (_, c) = q.covariance_matrix[0]
             left = (b.abs() * (a / c).sqrt()).sqrt(), -(b.abs() * (c / a).sqrt()).sqrt()
             rest = torch.stack([a - left[0] ** 2, c - left[1] ** 2])
@@ -114,14 +121,14 @@ class Spoiled(LinearGaussian):
             pyro.sample("z", q)
 
     def kl(self, x: Tensor, q: dist.MultivariateNormal) -> Tensor:
-        """From a normal to the posterior, for each datum."""
+        """The KL from a normal q to the exact posterior, for each datum, in nats."""
         mean, covariance = self.posterior(x)
         exact = dist.MultivariateNormal(mean, covariance)
         return torch.distributions.kl_divergence(q, exact).detach()
 
 
 def ppca_log_likelihood(x: Tensor, latent_dim: int) -> float:
-    """The greatest mean log p(x) that probabilistic PCA can reach on these rows, in nats."""
+    """The maximum mean log p(x) of probabilistic PCA on these rows, in nats per example."""
     n, d = x.shape
     centred = x - x.mean(0)
     eigenvalues = torch.linalg.eigvalsh(centred.T @ centred / n).flip(0)

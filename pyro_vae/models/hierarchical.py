@@ -1,4 +1,4 @@
-"""The hierarchical variational autoencoder: levels of latents, each given those above it."""
+"""The hierarchical variational autoencoder: levels of latents, each given the levels above it."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -21,24 +21,24 @@ from pyro_vae.training.bounds import FreeBitsELBO
 from pyro_vae.training.schedules import Linear
 
 Modules: Any = PyroModule[nn.ModuleList]
-"""A list that tells its parts their place, so that Pyro knows their parameters apart."""
+"""A module list that gives its items distinct Pyro names, so that parameters do not clash."""
 
 Above: TypeAlias = Callable[..., TorchDistribution]
-"""p(z_l | the latents above, context), of a level, a list of these latents, and the context."""
+"""Returns p(z_l | latents above, context), given the level l, these latents, and the context."""
 
 
 class HierarchicalVAE(PyroModule):
-    r"""Latents in any number of levels, from the top down to the data.
+    r"""A hierarchical VAE: each datum has latents in any number of levels.
 
-    :math:`z_L \sim p(z_L|c),\ z_l \sim p(z_l|z_{l+1..L}, c),\ x \sim p(x|z_{1..L}, c)`, with one
-    amortised guide for all levels. The latent sites are z1, next to the data, to zL.
+    :math:`z_L \sim p(z_L|c),\ z_l \sim p(z_l|z_{l+1..L}, c),\ x \sim p(x|z_{1..L}, c)`, with an
+    amortized guide for all levels. The latent sites are z1 (next to the data) to zL.
 
     Arguments:
         inference: the guide, a `TopDown` or a `BottomUp`.
         decoder: a factor that returns p(x | z_1, ..., z_L, context).
         levels: factors that return p(z_l | z_{l+1}, ..., z_L, context), for l = 1 to L - 1.
         prior: a module that returns p(z_L | context).
-        markov: data and levels are given the one level above them alone.
+        markov: whether the data and each level depend only on the level directly above.
         context_shapes: the shape of one row of each context tensor.
 
     Rezende, Mohamed & Wierstra, 2014; Sønderby et al., Ladder variational autoencoders, 2016
@@ -76,7 +76,7 @@ class HierarchicalVAE(PyroModule):
             self.inference(self.above, x, *context)
 
     def above(self, level: int, z: Sequence[Tensor], *context: Tensor) -> TorchDistribution:
-        """What the model says of the latents of a level given those above it."""
+        """The model's distribution of the latents of a level, given the latents above."""
         factor = self.levels[level - 1] if z else self.prior
         return factor(*self._seen(z), *context)
 
@@ -84,13 +84,14 @@ class HierarchicalVAE(PyroModule):
         return z[:1] if self.markov else z
 
     def template(self, n: int) -> tuple[Tensor, ...]:
-        """A batch of n rows of the right shapes; its values mean nothing."""
+        """A batch of n rows of the right shapes; the values have no meaning."""
         return tuple(torch.zeros(n, *shape) for shape in (self.decoder.shape, *self.context_shapes))
 
     def recipe(self, epochs: int) -> dict[str, Any]:
-        """What `pyro_vae.fit` does against collapse, unless it is told otherwise.
+        """The defaults of `pyro_vae.fit` for this pair, which counteract posterior collapse.
 
-        KL warm-up over the first fifth of the epochs, and a floor of 0.02 nats for each unit.
+        They are a KL warm-up over the first fifth of the epochs, and free bits of 0.02 nats for
+        each unit.
         """
         return {"beta": Linear(epochs / 5), "objective": FreeBitsELBO(0.02)}
 
@@ -108,19 +109,22 @@ class HierarchicalVAE(PyroModule):
         context_shapes: Sequence[Shape] = (),
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> "HierarchicalVAE":
-        """Multilayer perceptrons between all levels.
+        """A hierarchical VAE with multilayer perceptrons between all levels.
 
         Arguments:
             data_shape: the shape of one datum.
-            latent_dim: the dimension of each level, from the data upwards.
-            hidden: the widths of the hidden layers of each network, from the data upwards.
+            latent_dim: the dimension of each level, from the data to the top.
+            hidden: the widths of the hidden layers of each network, from the data to the top.
             likelihood: a family, or its class.
-            prior: a module that returns p(z_L | context), or what makes one for its dimension.
-            top_down: whether the guide is a `TopDown` or a `BottomUp`.
-            markov: see the class.
-            normalize: normalise hidden layers over their units (see `pyro_vae.MLP`).
+            prior: a module that returns p(z_L | context), or a class or function of its dimension
+                that returns such a module.
+            top_down: whether the guide is a `TopDown`; otherwise it is a `BottomUp`.
+            markov: as in the class.
+            normalize: whether hidden layers are normalized over their units (see `pyro_vae.MLP`).
             context_shapes: the shape of one row of each context tensor.
-            activation: makes the nonlinearity.
+            activation: a class or function that returns the nonlinearity.
+
+        Raises `UsageError` if ``latent_dim`` or ``hidden`` is empty or has a size below 1.
         """
         style: dict[str, Any] = {"activation": activation, "normalize": normalize}
         family = made(likelihood)
@@ -148,10 +152,10 @@ class HierarchicalVAE(PyroModule):
         activation: Callable[[], nn.Module] = nn.ReLU,
         blocks: int = 0,
     ) -> "HierarchicalVAE":
-        """Convolutions of stride 2 next to images, multilayer perceptrons between the levels.
+        """A hierarchical VAE for images, with convolutions of stride 2 next to the images.
 
-        Arguments as those of `HierarchicalVAE.mlp`; ``channels`` and ``blocks`` as those of
-        `VAE.conv`.
+        Between the levels are multilayer perceptrons. The arguments ``channels`` and ``blocks`` are
+        as in `VAE.conv`, and all others as in `HierarchicalVAE.mlp`.
         """
         style: dict[str, Any] = {"activation": activation, "normalize": normalize}
         family = made(likelihood)
@@ -181,7 +185,12 @@ class HierarchicalVAE(PyroModule):
         context_shapes: Sequence[Shape],
         style: dict[str, Any],
     ) -> "HierarchicalVAE":
-        """A pair of what makes the networks next to the data, from the shapes that they see."""
+        """A hierarchical VAE, given functions that build the two networks next to the data.
+
+        Arguments:
+            encode: builds the encoder network from the shapes of its inputs.
+            decode: builds the decoder network from the shapes of its inputs and its output width.
+        """
         context = [tuple(shape) for shape in context_shapes]
         given = context[: len(context) - likelihood.context]
         first = viewed(lambda shape: encode([shape, *context]), likelihood, data_shape)
@@ -198,15 +207,16 @@ class HierarchicalVAE(PyroModule):
 
 
 class TopDown(PyroModule):
-    r"""A ladder: features go up without chance, and latents are drawn from the top down.
+    r"""A ladder guide: features are computed bottom-up, and latents are drawn top-down.
 
-    :math:`q(z_L|x) = m_L(x)` and :math:`q(z_l|z_{l+1..L}, x) \propto m_l(x)\,p(z_l|z_{l+1..L})`,
-    the model's own conditional corrected by what the data say, both diagonal normals.
+    :math:`q(z_L|x) = m_L(x)` and :math:`q(z_l|z_{l+1..L}, x) \propto m_l(x)\,p(z_l|z_{l+1..L})`.
+    The conditional of a level is the model's conditional times a message from the data. Both are
+    diagonal normals.
 
     Arguments:
-        trunks: networks, the first from the data (and context) to features, each further one from
-            the features of the level below to its own.
-        messages: factors that return :math:`m_l` from the features of each level.
+        trunks: one network for each level. The first maps the data (and context) to features. Each
+            further network maps the features of the level below to the features of its level.
+        messages: factors that return :math:`m_l`, given the features of each level.
 
     Sønderby et al., Ladder variational autoencoders, 2016 (https://arxiv.org/abs/1602.02282).
     """
@@ -226,15 +236,15 @@ class TopDown(PyroModule):
             z.insert(0, pyro.sample(f"z{level}", q))
 
     def top(self) -> Chain:
-        """q(z_L | x, context) alone, of the same parts: the encoder for a `pyro_vae.VampPrior`."""
+        """q(z_L | x, context), made of the same parts: the encoder for a `pyro_vae.VampPrior`."""
         return Chain([*self.trunks, self.messages[-1]])
 
 
 class BottomUp(PyroModule):
-    r"""Latents drawn from the data upwards, :math:`q(z_1|x, c),\ q(z_{l+1}|z_l, c)`.
+    r"""A bottom-up guide, :math:`q(z_1|x, c),\ q(z_{l+1}|z_l, c)`.
 
     Arguments:
-        factors: what returns these, from the data upwards.
+        factors: factors that return these distributions, from the data to the top.
     """
 
     def __init__(self, factors: Sequence[Factor]) -> None:
@@ -287,8 +297,8 @@ def _normal(network: nn.Module, dim: int) -> Factor:
 def _require_levels(data_shape: Shape, latent_dim: Sequence[int], hidden: Sequence[int]) -> None:
     if not isinstance(latent_dim, Sequence) or not latent_dim or not hidden:
         raise UsageError(
-            "latent_dim gives the dimension of each level, from the data upwards, and hidden one "
-            f"layer or more: {latent_dim} and {hidden} came"
+            "`latent_dim` must give the dimension of each level, from the data to the top, and "
+            f"`hidden` at least one layer, got {latent_dim} and {hidden}"
         )
     for dim in latent_dim:
         require_sizes(data_shape, dim, hidden)

@@ -1,4 +1,4 @@
-"""The mixture variational autoencoder: a discrete component, and a latent vector given it."""
+"""The mixture variational autoencoder: a latent vector given a discrete component."""
 
 from typing import Any
 
@@ -15,11 +15,12 @@ from pyro_vae.parts.priors import GaussianMixture
 
 
 class MixtureVAE(PyroModule):
-    r"""Clusters: :math:`k \sim p(k),\ z \sim N(m_k, \mathrm{diag}(s_k^2)),\ x \sim p(x|z)`.
+    r"""A mixture VAE, which finds clusters: each datum has a component k and a latent vector z.
 
-    The guide is :math:`q(z|x)`; the component k is summed out in the model, and its posterior is
-    the exact :math:`p(k|z)`. The bound is that of `VAE` with a `GaussianMixture` for a prior; here
-    k is a site, with a KL of its own, which every tool sees. Jiang et al., VaDE, 2017
+    :math:`k \sim p(k),\ z \sim N(m_k, \mathrm{diag}(s_k^2)),\ x \sim p(x|z)`, with the guide
+    :math:`q(z|x)`. The model sums out k, and the posterior of k is the exact :math:`p(k|z)`. The
+    bound equals the bound of `VAE` with the prior `GaussianMixture`. The difference is that k is a
+    site, with its own KL, which every tool sees. Jiang et al., VaDE, 2017
     (https://arxiv.org/abs/1611.05148), with p(k | z) at each draw of z.
 
     Arguments:
@@ -50,17 +51,29 @@ class MixtureVAE(PyroModule):
             pyro.sample("z", self.encoder(x))
 
     def template(self, n: int) -> tuple[Tensor]:
-        """A batch of n rows of the right shapes; its values mean nothing."""
+        """A batch of n rows of the right shapes; the values have no meaning."""
         return (torch.zeros(n, *self.decoder.shape),)
 
     @classmethod
     def mlp(cls, data_shape: Shape, components: int = 10, **parts: Any) -> "MixtureVAE":
-        """One of multilayer perceptrons; ``parts`` are the other arguments of `VAE.mlp`."""
+        """A mixture VAE of multilayer perceptrons.
+
+        Arguments:
+            data_shape: the shape of one datum.
+            components: the number of components.
+            parts: the other arguments of `VAE.mlp`.
+        """
         return cls._of(VAE.mlp(data_shape, prior=_mixture(components), **parts))
 
     @classmethod
     def conv(cls, data_shape: Shape, components: int = 10, **parts: Any) -> "MixtureVAE":
-        """One of convolutions, for images; ``parts`` are the other arguments of `VAE.conv`."""
+        """A mixture VAE of convolutions, for images.
+
+        Arguments:
+            data_shape: the shape of one image, (channels, height, width).
+            components: the number of components.
+            parts: the other arguments of `VAE.conv`.
+        """
         return cls._of(VAE.conv(data_shape, prior=_mixture(components), **parts))
 
     @classmethod

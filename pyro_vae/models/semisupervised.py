@@ -1,4 +1,4 @@
-"""The semi-supervised variational autoencoder: labels that are known of some rows only."""
+"""The semi-supervised variational autoencoder, for data of which only some rows have labels."""
 
 from typing import Any, cast
 
@@ -18,20 +18,22 @@ from pyro_vae.parts.posteriors import Classes
 
 
 class SemiSupervisedVAE(PyroModule):
-    r"""A class and a style for each datum: :math:`y \sim p(y),\ z \sim p(z|y),\ x \sim p(x|z, y)`.
+    r"""A semi-supervised VAE: each datum has a class y and a latent vector z for its style.
 
-    A label, where there is one, is y itself. The guide is :math:`q(y|x)\,q(z|x, y)`, with q(y|x)
-    all on the label where that is known; y is summed out. Batches are ``(x, labels)``, with -1 for
-    a label that is missing, row by row. This is M2 of Kingma et al., 2014
-    (https://arxiv.org/abs/1406.5298).
+    :math:`y \sim p(y),\ z \sim p(z|y),\ x \sim p(x|z, y)`, with the guide
+    :math:`q(y|x)\,q(z|x, y)`. A known label is the value of y, and q(y|x) is then 1 at the label.
+    An unknown y is summed out. Batches are ``(x, labels)``, where -1 marks a missing label. This is
+    the model M2 of Kingma et al., 2014 (https://arxiv.org/abs/1406.5298).
 
     Arguments:
-        classifier: a factor that returns q(y | x), of the family `Classes`.
+        classifier: a factor that returns q(y | x), with the family `Classes`.
         encoder: a factor that returns q(z | x, one-hot y).
         decoder: a factor that returns p(x | z, one-hot y).
         prior: a module that returns p(z | one-hot y).
-        classification_weight: weight of the classifier's log q(y | x) on rows with a label. It is a
-            term of the objective alone, and no part of the ELBO or of log p(x).
+        classification_weight: the weight of the classifier's log q(y | x) on rows with a label. It
+            is a term of the objective, and not part of the ELBO or of log p(x).
+
+    Raises `UsageError` if ``classification_weight`` is not positive, or if labels are not integers.
 
     >>> import torch, pyro_vae as pv
     >>> vae = SemiSupervisedVAE.mlp((4,), num_classes=3, latent_dim=2)
@@ -52,7 +54,7 @@ class SemiSupervisedVAE(PyroModule):
         super().__init__()
         if not classification_weight > 0:
             raise UsageError(
-                f"classification_weight must be positive, {classification_weight} came"
+                f"must be positive, got {classification_weight}", argument="classification_weight"
             )
         self.classifier, self.encoder, self.decoder, self.prior = (
             classifier,
@@ -94,9 +96,15 @@ class SemiSupervisedVAE(PyroModule):
     def mlp(
         cls, data_shape: Shape, num_classes: int, classification_weight: float = 50.0, **parts: Any
     ) -> "SemiSupervisedVAE":
-        """One of multilayer perceptrons; ``parts`` are the other arguments of `VAE.mlp`.
+        """A semi-supervised VAE of multilayer perceptrons.
 
-        The classifier has the encoder's hidden layers.
+        Arguments:
+            data_shape: the shape of one datum.
+            num_classes: the number of classes.
+            classification_weight: as in the class.
+            parts: the other arguments of `VAE.mlp`.
+
+        The classifier has hidden layers of the same widths as the encoder.
         """
         vae = VAE.mlp(data_shape, context_shapes=[(num_classes,)], **parts)
         own: MLP = vae.encoder.network  # type: ignore[assignment]
@@ -107,7 +115,14 @@ class SemiSupervisedVAE(PyroModule):
     def conv(
         cls, data_shape: Shape, num_classes: int, classification_weight: float = 50.0, **parts: Any
     ) -> "SemiSupervisedVAE":
-        """One of convolutions, for images; ``parts`` are the other arguments of `VAE.conv`."""
+        """A semi-supervised VAE of convolutions, for images.
+
+        Arguments:
+            data_shape: the shape of one image, (channels, height, width).
+            num_classes: the number of classes.
+            classification_weight: as in the class.
+            parts: the other arguments of `VAE.conv`.
+        """
         vae = VAE.conv(data_shape, context_shapes=[(num_classes,)], **parts)
         own: ConvEncoder = vae.encoder.network  # type: ignore[assignment]
         sizes = own.channels, own.hidden, num_classes, own.activation, own.blocks
@@ -123,7 +138,7 @@ class SemiSupervisedVAE(PyroModule):
 
 
 def _whole(labels: Tensor) -> Tensor:
-    """Labels of any whole type as indices."""
+    """Labels of any integer type as indices."""
     if labels.is_floating_point():
-        raise UsageError(f"labels must be whole numbers, -1 where missing, got {labels.dtype}")
+        raise UsageError(f"labels must be integers, or -1 for a missing label, got {labels.dtype}")
     return labels.long()

@@ -15,22 +15,24 @@ from pyro_vae.parts.sequences import MarkovChain
 
 
 class DeepMarkovModel(PyroModule):
-    r"""A Markov chain of latent vectors: :math:`z_t \sim p(z_t|z_{t-1}),\ x_t \sim p(x_t|z_t)`.
+    r"""A deep Markov model: each sequence has a Markov chain of latent vectors.
 
-    The guide is of the form of the exact posterior, :math:`q(z_t | z_{t-1}, x_{t:T})`: a network
-    reads the sequence from its end. The trajectory is one latent site "z" with events of shape
-    ``(steps, latent_dim)``, :math:`z_0` a parameter.
+    :math:`z_t \sim p(z_t|z_{t-1}),\ x_t \sim p(x_t|z_t)`. The guide factorizes like the exact
+    posterior, :math:`q(z_t | z_{t-1}, x_{t:T})`, where a network reads the sequence backward. The
+    trajectory is one latent site "z" with event shape ``(steps, latent_dim)``. :math:`z_0` is a
+    parameter.
 
     Arguments:
         transition: a factor that returns p(z_t | z_{t-1}).
         emission: a factor that returns p(x_t | z_t).
         smoother: a factor that returns q(z_t | z_{t-1}, h_t).
-        reader: a network that gives h of shape (..., steps, width) from x and its lengths.
-        steps: the steps of a row of data.
-        ragged: whether a second tensor of each batch gives the length of each row, in whole steps;
-            what is beyond it counts for nothing.
+        reader: a network that returns h of shape (..., steps, width), given x and its lengths.
+        steps: the number of steps in a row of data.
+        ragged: whether a second tensor of each batch gives the length of each row in steps. Later
+            steps are ignored.
 
-    Rows of data have shape ``(steps, *emission.shape)``, or any other of as many numbers.
+    Rows of data have shape ``(steps, *emission.shape)``, or another shape of the same size.
+    Raises `UsageError` if lengths are missing or not expected.
     Krishnan, Shalit & Sontag, Structured inference networks for nonlinear state space models, 2017
     (https://arxiv.org/abs/1609.09869).
 
@@ -55,7 +57,8 @@ class DeepMarkovModel(PyroModule):
         self.start = nn.Parameter(torch.zeros(transition.shape))
 
     def model(self, x: Tensor, *lengths: Tensor) -> None:
-        # The transition is scored after the model has run, when stock SVI sees no parameters.
+        # The density of the transition is computed after the model has run. Stock SVI sees only
+        # the parameters that are declared during the run.
         pyro.module("pair", self)
         x, inside = self._rows(x, *lengths)
         with pyro.plate("data", len(x), dim=-1):
@@ -69,16 +72,16 @@ class DeepMarkovModel(PyroModule):
             pyro.sample("z", MarkovChain(self.smoother, self.start, inside, read))
 
     def template(self, n: int) -> tuple[Tensor, ...]:
-        """A batch of n rows of the right shapes, of full length; its values mean nothing."""
+        """A batch of n rows of the right shapes and of full length; the values have no meaning."""
         lengths = (torch.full((n,), self.steps),) if self.ragged else ()
         return (torch.zeros(n, self.steps, *self.emission.shape), *lengths)
 
     def _rows(self, x: Tensor, *lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The data by steps, and which steps count."""
+        """The data of shape (n, steps, *emission.shape), and which steps count, (n, steps)."""
         if len(lengths) != self.ragged:
             raise UsageError(
-                f"the model takes {'the lengths' if self.ragged else 'nothing'} beside x, "
-                f"{len(lengths)} tensors came"
+                f"the model needs x and {'the lengths' if self.ragged else 'no other tensors'}, "
+                f"got {len(lengths)} tensors after x"
             )
         places = torch.arange(self.steps, device=x.device)
         each = lengths[0] if lengths else torch.full((len(x),), self.steps, device=x.device)
@@ -95,15 +98,15 @@ class DeepMarkovModel(PyroModule):
         posterior: Family | type[Family] = DiagonalNormal,
         ragged: bool = False,
     ) -> "DeepMarkovModel":
-        """A deep Markov model with a gated transition, an LSTM and perceptrons of one layer.
+        """A deep Markov model with a gated transition, an LSTM and one-layer perceptrons.
 
         Arguments:
-            steps: the steps of a row of data.
-            data_dim: the numbers of a step.
+            steps: the number of steps in a row of data.
+            data_dim: the width of each step.
             latent_dim: the dimension of each z_t.
-            hidden: units of the LSTM and of each perceptron.
-            likelihood, posterior: families, or their classes, of x_t and z_t.
-            ragged: whether lengths come with the data.
+            hidden: the units of the LSTM and of each perceptron.
+            likelihood, posterior: the families of x_t and z_t, or their classes.
+            ragged: whether each batch also contains the lengths of its rows.
         """
         likelihood, posterior, latents = made(likelihood), made(posterior), (latent_dim,)
         outputs = posterior.outputs(latents)

@@ -1,4 +1,4 @@
-"""The variational autoencoder, conditional where there is context."""
+"""The variational autoencoder, which is conditional if there is context."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,11 +18,12 @@ from pyro_vae.parts.sequences import Autoregressive
 
 
 class VAE(PyroModule):
-    r"""A latent vector for each datum: :math:`z_i \sim p(z|c_i),\ x_i \sim p(x|z_i, c_i)`.
+    r"""A variational autoencoder: each datum has a latent vector z.
 
-    The guide is amortised, :math:`q(z_i|x_i, c_i)`. Without context :math:`c` this is the VAE of
-    Kingma & Welling, 2014 (https://arxiv.org/abs/1312.6114); with it, the conditional VAE of Sohn,
-    Lee & Yan, 2015.
+    :math:`z_i \sim p(z|c_i),\ x_i \sim p(x|z_i, c_i)`, with the amortized guide
+    :math:`q(z_i|x_i, c_i)`. Without context :math:`c` this is the VAE of Kingma & Welling, 2014
+    (https://arxiv.org/abs/1312.6114). With context it is the conditional VAE of Sohn, Lee & Yan,
+    2015.
 
     Arguments:
         encoder: a factor that returns q(z | x, context).
@@ -57,7 +58,7 @@ class VAE(PyroModule):
             pyro.sample("z", self.encoder(x, *context))
 
     def template(self, n: int) -> tuple[Tensor, ...]:
-        """A batch of n rows of the right shapes; its values mean nothing."""
+        """A batch of n rows of the right shapes; the values have no meaning."""
         return tuple(torch.zeros(n, *shape) for shape in (self.decoder.shape, *self.context_shapes))
 
     @classmethod
@@ -72,16 +73,17 @@ class VAE(PyroModule):
         context_shapes: Sequence[Shape] = (),
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> "VAE":
-        """A VAE of two multilayer perceptrons, the decoder's layers the encoder's in reverse.
+        """A VAE of two multilayer perceptrons; the decoder has the encoder's widths in reverse.
 
         Arguments:
             data_shape: the shape of one datum.
             latent_dim: the dimension of z.
-            hidden: the widths of the encoder's hidden layers, from the data inwards.
+            hidden: the widths of the encoder's hidden layers, from the data to the latents.
             likelihood, posterior: families, or their classes.
-            prior: a module that returns p(z | context), or what makes one for a latent_dim.
-            context_shapes: the shape of one row of each context tensor; none for a plain VAE.
-            activation: makes the nonlinearity.
+            prior: a module that returns p(z | context), or a class or function of latent_dim that
+                returns such a module.
+            context_shapes: the shape of one row of each context tensor; empty without context.
+            activation: a class or function that returns the nonlinearity.
         """
         require_sizes(data_shape, latent_dim, hidden)
         likelihood, posterior = made(likelihood), made(posterior)
@@ -118,10 +120,16 @@ class VAE(PyroModule):
     ) -> "VAE":
         """A VAE for images of shape (channels, height, width), with convolutions of stride 2.
 
-        Arguments as those of `VAE.mlp`; ``channels`` are those of the encoder's convolutions, from
-        the data inwards, ``hidden`` the widths of the layers between them and the latents, and
-        ``blocks`` the residual blocks beside each convolution. Images in the context may be of any
-        size; encoder and decoder see each through convolutions of its own.
+        Arguments:
+            channels: the output channels of the encoder's convolutions, from the data to the
+                latents.
+            hidden: the widths of the layers between the convolutions and the latents.
+            blocks: the number of residual blocks next to each convolution.
+            data_shape, latent_dim, likelihood, posterior, prior, context_shapes, activation: as in
+                `VAE.mlp`.
+
+        Images in the context may have any size. The encoder and the decoder have their own
+        convolutions for each of them.
         """
         require_sizes(data_shape, latent_dim, hidden)
         likelihood, posterior = made(likelihood), made(posterior)
@@ -164,12 +172,12 @@ class VAE(PyroModule):
         """A VAE for rows of tokens, such as the characters of sentences, with one z for each row.
 
         Arguments:
-            data_shape: ``(length,)``, the tokens of a row; token 0 ends it.
-            tokens: how many tokens there are, the end counted.
+            data_shape: ``(length,)``, the number of tokens in a row; token 0 ends a row.
+            tokens: the number of different tokens, including the end token 0.
             latent_dim: the dimension of z.
-            hidden: units of the decoder's LSTM, and of the encoder's in each direction.
-            embedding_dim, word_dropout: as those of `pyro_vae.Autoregressive`.
-            posterior, prior, context_shapes: as those of `VAE.mlp`.
+            hidden: the units of the decoder's LSTM, and of each of the encoder's two LSTMs.
+            embedding_dim, word_dropout: as in `pyro_vae.Autoregressive`.
+            posterior, prior, context_shapes: as in `VAE.mlp`.
 
         Bowman et al., 2016 (https://arxiv.org/abs/1511.06349).
 

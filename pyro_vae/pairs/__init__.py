@@ -1,1 +1,1 @@
-"""The contract of a pair, and how it is run."""
+"""The contract of a pair, and the tools that run a pair."""

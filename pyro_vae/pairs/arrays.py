@@ -1,4 +1,4 @@
-"""Arrays from outside: as tensors of numbers, or refused in one line that says what to do."""
+"""Conversion of the user's arrays to tensors, with one-line errors that say what to do."""
 
 from typing import Any
 
@@ -10,19 +10,20 @@ from pyro_vae.errors import UsageError
 
 
 def as_tensor(value: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
-    """An array as a tensor, checked to hold finite numbers alone.
+    """Convert an array to a tensor and check that it holds only finite numbers.
 
     Arguments:
-        value: a tensor, an array of NumPy or of what has ``__array__``, or a list.
-        name: what it is, for messages.
-        dtype: the type that it is cast to later, in which its values must be finite too.
+        value: a tensor, a NumPy array, an object with ``__array__``, or a list.
+        name: the name of the array in error messages.
+        dtype: the type to which the array is cast later. Its values must be finite in this type,
+            too.
 
-    Raises `UsageError` for an array that is empty, masked, sparse, nested, quantized, complex, not
-    finite, or no numbers.
+    Raises `UsageError` if the array is empty, masked, sparse, nested, quantized or complex, if it
+    holds values that are not finite, or if it does not hold numbers.
     """
     tensor = _numbers(value, name)
     if tensor.dim() == 0 or len(tensor) == 0 or tensor.numel() == 0:
-        raise UsageError(f"{name} is empty: an array of shape {tuple(tensor.shape)} came")
+        raise UsageError(f"{name} is empty: got an array of shape {tuple(tensor.shape)}")
     require_finite(tensor, name, dtype)
     return tensor
 
@@ -30,9 +31,10 @@ def as_tensor(value: Any, name: str, dtype: torch.dtype | None = None) -> Tensor
 def require_finite(
     tensor: Tensor, name: str, dtype: torch.dtype | None = None, start: int = 0, of: str = ""
 ) -> None:
-    """Raise `UsageError`, which names the row, for values that are not finite once they are cast.
+    """Raise `UsageError` if a value is not finite after the cast to ``dtype``.
 
-    Rows are counted from ``start``; ``of`` says of what, where that is not plain.
+    The error names the row. Rows are counted from ``start``. ``of`` follows the row number in the
+    message, for example " of the epoch".
     """
     if not tensor.is_floating_point():
         return
@@ -45,8 +47,8 @@ def require_finite(
         value, row = part[at][bad[at]].flatten()[0].item(), f"row {start + offset + at}{of}"
         if np.isfinite(value):
             raise UsageError(
-                f"{name} holds {value:g} in {row}, more than {dtype}, the type of the pair's "
-                "parameters, can hold: standardize the column, or use pair.double()"
+                f"{name} holds {value:g} in {row}, which is too large for {dtype}, the type of the "
+                "pair's parameters: standardize the column, or use pair.double()"
             )
         raise UsageError(
             f"{name} holds values that are not finite (NaN or infinite), first in {row}"
@@ -54,12 +56,16 @@ def require_finite(
 
 
 def as_labels(value: Any, name: str = "labels", count: int | None = None) -> Tensor:
-    """Labels as whole numbers (n,), of which -1 is a missing one.
+    """Convert labels to integers of shape (n,), where -1 marks a missing label.
 
     Arguments:
-        value: whole numbers of any type, -1 where missing; or floats that are whole numbers, NaN
-            where missing.
-        count: how many there must be.
+        value: integers of any type, with -1 for a missing label; or floats with integer values,
+            with NaN for a missing label.
+        name: the name of the labels in error messages.
+        count: the required number of labels.
+
+    Raises `UsageError` if a label is not an integer from -1 on, or if the number of labels differs
+    from ``count``.
 
     >>> as_labels([2.0, float("nan"), 0.0])
     tensor([ 2, -1,  0])
@@ -67,8 +73,8 @@ def as_labels(value: Any, name: str = "labels", count: int | None = None) -> Ten
     labels = _numbers(value, name).cpu()
     if labels.dim() == 0 or labels.numel() != len(labels):
         raise UsageError(
-            f"{name} must be one number for each row, got shape {tuple(labels.shape)}; rows of a "
-            "one-hot code become labels by argmax(1)"
+            f"{name} must be one number for each row, got shape {tuple(labels.shape)}; convert "
+            "one-hot rows to labels with argmax(1)"
         )
     labels = labels.reshape(-1)
     if labels.is_floating_point():
@@ -80,19 +86,19 @@ def as_labels(value: Any, name: str = "labels", count: int | None = None) -> Ten
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise UsageError(
-            f"{name} must be whole numbers from 0, and -1 where missing, got "
+            f"{name} must be integers of at least 0, or -1 for a missing label, got "
             f"{np.asarray(value).reshape(-1)[row]} in row {row}"
         )
     if count is not None and len(whole) != count:
-        raise UsageError(f"{len(whole)} {name} came for {count} rows")
+        raise UsageError(f"got {len(whole)} {name} for {count} rows; the numbers must match")
     return whole
 
 
 def plain_fault(value: Any) -> str | None:
-    """Why this holds more or less than an array of numbers, and what to do; None where it does not.
+    """Say why a value is not a plain array of numbers and what to do; None if it is one.
 
     >>> plain_fault(np.ma.array([1.0, 2.0], mask=[True, False]))
-    'has masked values, which are not served: fill them in, or leave out their rows'
+    'has masked values, which are not supported: fill them in, or leave out their rows'
     """
     if isinstance(value, np.ma.MaskedArray):
         masked = np.ma.is_masked(value)
@@ -101,7 +107,7 @@ def plain_fault(value: Any) -> str | None:
     else:
         masked = False
     if masked:
-        return "has masked values, which are not served: fill them in, or leave out their rows"
+        return "has masked values, which are not supported: fill them in, or leave out their rows"
     if hasattr(value, "toarray") and hasattr(value, "nnz"):  # scipy
         return f"is sparse ({type(value).__name__}): pass its toarray()"
     if not isinstance(value, Tensor):
@@ -112,11 +118,11 @@ def plain_fault(value: Any) -> str | None:
         return f"is sparse ({value.layout}): pass its to_dense()"
     if value.is_quantized:
         return f"is quantized ({value.dtype}): pass its dequantize()"
-    return f"must be real, an array of {value.dtype} came" if value.is_complex() else None
+    return f"must be real, got an array of {value.dtype}" if value.is_complex() else None
 
 
 def _numbers(value: Any, name: str) -> Tensor:
-    """An array as a tensor, without a look at its values."""
+    """Convert an array to a tensor without checking its values."""
     parts = value if isinstance(value, (list, tuple)) else ()
     for part in (value, *parts):
         if fault := plain_fault(part):
@@ -125,14 +131,14 @@ def _numbers(value: Any, name: str) -> Tensor:
         value = value.get_data()
     try:
         if not isinstance(value, Tensor) and hasattr(value, "__array__"):
-            # A pandas column is read by its positions, not by its labels.
+            # Index a pandas column by position, not by label.
             value = _native(np.asarray(value))
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         words = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
         kind = np.dtype("U") if words else getattr(value, "dtype", type(value).__name__)
         raise UsageError(
-            f"{name} must be an array of numbers, one of {kind} came{_cure(kind)}"
+            f"{name} must be an array of numbers, got one of {kind}{_cure(kind)}"
         ) from error
     if fault := plain_fault(tensor):
         raise UsageError(f"{name} {fault}")
@@ -140,7 +146,7 @@ def _numbers(value: Any, name: str) -> Tensor:
 
 
 def _native(array: np.ndarray) -> np.ndarray:
-    """An array that torch takes: of the machine's byte order, writable, of positive strides."""
+    """The array in a form that torch accepts: native byte order, writable, positive strides."""
     odd = not (array.dtype.isnative and array.flags.writeable)
     if odd or any(stride < 0 for stride in array.strides):
         return array.astype(array.dtype.newbyteorder("="), order="C")
@@ -150,17 +156,17 @@ def _native(array: np.ndarray) -> np.ndarray:
 def _cure(kind: Any) -> str:
     code = getattr(kind, "kind", None)
     if code == "O":
-        return "; objects are often numbers beside missing values (None, pandas.NA): fill these in"
+        return "; often the cause is missing values (None, pandas.NA): fill them in"
     if code in ("U", "S"):
-        return "; numpy.unique(values, return_inverse=True)[1] numbers the words"
+        return "; numpy.unique(values, return_inverse=True)[1] converts words to integers"
     return ""
 
 
 def recorded_divisor(pair: nn.Module) -> int | None:
-    """What the pair's 8-bit training data were divided by; None where it had none."""
+    """The divisor of the pair's 8-bit training data; None if its training data were not 8-bit."""
     found = (vars(module).get(DIVISOR) for module in pair.modules())
     return next((divisor for divisor in found if divisor is not None), None)
 
 
 DIVISOR = "uint8_divisor"
-"""The attribute of a fitted pair that holds it, recorded in config.json by the same name."""
+"""The attribute of a fitted pair that holds the divisor; config.json uses the same name."""

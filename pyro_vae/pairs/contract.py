@@ -1,4 +1,4 @@
-"""What a pair must keep, and the words for what it breaks."""
+"""The rules that a pair must follow, and the messages for each violation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,10 +16,10 @@ from pyro_vae.pairs.sites import is_auxiliary, latents, log_prob, observed, samp
 
 
 def no_pair(pair: Any) -> str | None:
-    """Why this is no pair at all, or None."""
+    """Say why an object is not a pair; None if it is one."""
     name = type(pair).__name__
     if not isinstance(pair, nn.Module):
-        return f"a pair is an nn.Module with model and guide, {name} is none"
+        return f"a pair must be an nn.Module with model and guide, got {name}"
     for method in ("model", "guide"):
         if not callable(getattr(pair, method, None)):
             return f"{name} has no method '{method}(*batch)'"
@@ -27,6 +27,13 @@ def no_pair(pair: Any) -> str | None:
 
 
 def run_in_words(what: str, run: Callable[[], Trace], batch: Sequence[Tensor]) -> Trace:
+    """Run a program of a pair, and turn any exception into a `UsageError` that explains it.
+
+    Arguments:
+        what: "model" or "guide", for the message.
+        run: runs the program and returns its trace.
+        batch: the batch on which the program runs.
+    """
     try:
         return run()
     except UsageError:
@@ -36,13 +43,13 @@ def run_in_words(what: str, run: Callable[[], Trace], batch: Sequence[Tensor]) -
         found = plate_mismatch(message)
         if found and int(found[3]) == n:
             raise UsageError(
-                f"site '{found[2]}' of the {what} has size {found[4]} where the plate "
-                f"'{found[1]}' has {n}: declare what is right of the data as an event by "
-                ".to_event(1)"
+                f"site '{found[2]}' of the {what} has size {found[4]} but the plate "
+                f"'{found[1]}' has size {n}: declare the dimensions to the right of the data plate "
+                "as event dimensions with .to_event(1)"
             ) from error
         if found:
             raise UsageError(
-                f"the data plate of the {what} has size {found[3]}, the batch {n} rows: "
+                f"the data plate of the {what} has size {found[3]} but the batch has {n} rows: "
                 'use pyro.plate("data", len(x), dim=-1)'
             ) from error
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in batch)
@@ -52,15 +59,17 @@ def run_in_words(what: str, run: Callable[[], Trace], batch: Sequence[Tensor]) -
 
 
 def faults_of_sites(model: Trace, guide: Trace) -> list[str]:
+    """Errors in the sets of sites: sites without a partner, and sites observed by mistake."""
     errors = []
     if not observed(model):
-        errors.append("the model observes nothing: give one pyro.sample the data, as obs=x")
+        errors.append("the model does not observe data: pass obs=x to one pyro.sample")
     in_model, in_guide = sample_sites(model), latents(guide)
     for name in [name for name in sample_sites(guide) if name not in in_guide]:
         if name in latents(model) or not is_auxiliary(sample_sites(guide)[name]):
             errors.append(
-                f"the guide observes site '{name}': a guide samples latents, drop obs=; or mark a "
-                'term of the loss alone, of a name of its own, infer={"is_auxiliary": True}'
+                f"the guide observes site '{name}', but a guide samples latents: remove obs=; for "
+                "a term that only the loss contains, use a site name that the model does not have, "
+                'and infer={"is_auxiliary": True}'
             )
     summed = enumeration.to_enumerate(model, guide)
     for name in summed:
@@ -72,39 +81,45 @@ def faults_of_sites(model: Trace, guide: Trace) -> list[str]:
         if name not in in_model and not site["infer"].get("is_auxiliary"):
             errors.append(
                 f"site '{name}' of the guide is missing from the model: add it to the model, or "
-                "take it out of the guide"
+                "remove it from the guide"
             )
         elif name in in_model and in_model[name]["is_observed"]:
-            errors.append(f"site '{name}' is sampled by the guide and observed by the model")
+            errors.append(
+                f"the guide samples site '{name}' but the model observes it: remove it from the "
+                "guide, or remove obs= from the model"
+            )
     return errors
 
 
 def _summable(site: Site) -> list[str]:
-    """Why a site that is marked so cannot be summed out."""
+    """Errors of a site that is marked for enumeration but cannot be summed out."""
     name, fn = site["name"], site["fn"]
-    start = f"latent site '{name}' is to be enumerated, "
+    start = f"latent site '{name}' is marked for enumeration, "
     if site["infer"]["enumerate"] != "parallel" or site["infer"].get("num_samples"):
-        return [start + 'which is served as infer={"enumerate": "parallel"} alone: nothing else']
+        return [start + 'but only infer={"enumerate": "parallel"} is supported; use that']
     if site["infer"].get("is_auxiliary"):
-        return [start + "and the guide alone has it: drop the mark, or add it to the model"]
+        return [start + "but only the guide has it: remove the mark, or add it to the model"]
     if fault := enumeration.misplaced(site):
         return [fault]
     try:
         fn.enumerate_support(expand=False)
     except NotImplementedError:
         kind = type(getattr(fn, "base_dist", fn)).__name__
-        return [f"{start}and its distribution ({kind}) has no finite list of values"]
+        return [
+            f"{start}but its distribution ({kind}) does not have a finite list of values: remove "
+            "the mark, or use a discrete distribution such as Categorical"
+        ]
     return []
 
 
 def faults_of_enumeration(
     pair: nn.Module, batch: Sequence[Tensor], model: Trace, guide: Trace
 ) -> list[str]:
-    """What is wrong where enumerated sites take all of their values at once."""
+    """Errors that occur when each enumerated site takes all of its values at once."""
     names = enumeration.to_enumerate(model, guide)
     if not names:
         return []
-    said = f"with all values of '{names[0]}' in a dimension of their own, left of the plates, "
+    said = f"with all values of '{names[0]}' in an extra dimension to the left of the plates, "
     try:
         nesting = enumeration.nesting_of(model, guide)
         model, guide = enumeration.traces(pair, tuple(batch), nesting)
@@ -123,6 +138,7 @@ def faults_of_enumeration(
 
 
 def faults_of_shapes(model: Trace, guide: Trace, batch: Sequence[Tensor]) -> list[str]:
+    """Errors in plates and shapes: of each site, and between the model and the guide."""
     n, errors = len(batch[0]), []
     for where, traced in (("model", model), ("guide", guide)):
         for name, site in (observed(traced) | latents(traced)).items():
@@ -144,20 +160,20 @@ def faults_of_shapes(model: Trace, guide: Trace, batch: Sequence[Tensor]) -> lis
         if p.event_shape != q.event_shape:
             errors.append(
                 f"site '{name}' has event shape {tuple(p.event_shape)} in the model and "
-                f"{tuple(q.event_shape)} in the guide: they must be one"
+                f"{tuple(q.event_shape)} in the guide; they must match"
             )
     for name, site in observed(model).items():
         shape = site["fn"].batch_shape + site["fn"].event_shape
         if not _matches(site["value"].shape, shape):
             errors.append(
-                f"the value observed at site '{name}' has shape {tuple(site['value'].shape)}, its "
-                f"distribution is over {tuple(shape)}: they must agree"
+                f"the value observed at site '{name}' has shape {tuple(site['value'].shape)} but "
+                f"its distribution has shape {tuple(shape)}; they must match"
             )
     return errors
 
 
 def _placement(where: str, name: str, site: Site, n: int, subsampled: bool) -> list[str]:
-    """What is wrong with the plates around a site."""
+    """Errors in the plates around a site."""
     shape = tuple(site["fn"].batch_shape)
     sizes = {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized}
     extra = len(shape) - max((-dim for dim in sizes), default=0)
@@ -169,31 +185,32 @@ def _placement(where: str, name: str, site: Site, n: int, subsampled: bool) -> l
         ]
     if extra > 0:
         return [
-            f"site '{name}' of the {where} has batch shape {shape}, {extra} more than its plates: "
-            f"declare the rest on the right as an event by .to_event({extra})"
+            f"site '{name}' of the {where} has batch shape {shape}, which has {extra} more "
+            "dimensions than its plates: declare the rightmost dimensions as event dimensions with "
+            f".to_event({extra})"
         ]
     if sizes and -1 not in sizes:
         return [
-            f"site '{name}' of the {where} is in a plate at dim={max(sizes)}: the data plate is "
-            'pyro.plate("data", len(x), dim=-1)'
+            f"site '{name}' of the {where} is in a plate at dim={max(sizes)}: the data plate must "
+            'be pyro.plate("data", len(x), dim=-1)'
         ]
     if is_local(site) and sizes[-1] not in (n, NO_SIZE) and not subsampled:
         return [
-            f"the data plate of the {where} has size {sizes[-1]}, the batch {n} rows: "
+            f"the data plate of the {where} has size {sizes[-1]} but the batch has {n} rows: "
             'use pyro.plate("data", len(x), dim=-1)'
         ]
     return []
 
 
 def _global(model: Trace, guide: Trace) -> list[str]:
-    """What is wrong with latents outside the data plate, of which all data have one."""
+    """Errors of global latents: latents outside all data plates."""
     in_model = sample_sites(model)
     for name, site in latents(guide).items():
         outside = [not is_local(at) for at in (site, in_model.get(name, site))]
         if outside[0] != outside[1]:
             where, other = ("guide", "model") if outside[0] else ("model", "guide")
             return [
-                f"site '{name}' of the {where} is outside the data plate, and under it in the "
+                f"site '{name}' is outside the data plate in the {where} but inside it in the "
                 f'{other}: put it under with pyro.plate("data", len(x), dim=-1) in both'
             ]
     return []
@@ -207,7 +224,7 @@ def _matches(value: torch.Size, shape: torch.Size) -> bool:
 
 
 def _plates(traced: Trace) -> dict[str, int]:
-    """The whole size of each plate, before any subsampling."""
+    """The full size of each plate, before subsampling."""
     return {
         frame.name: full_size(frame) or frame.size
         for site in sample_sites(traced).values()
@@ -226,6 +243,7 @@ def _subsampled(trace: Trace) -> bool:
 def faults_of_parameters(
     pair: nn.Module, model: Trace, guide: Trace
 ) -> tuple[list[str], list[str]]:
+    """Errors and notes about the parameters that the loss does or does not depend on."""
     loss: Any = 0.0
     for site in sample_sites(model).values():
         loss = loss + log_prob(site).sum()
@@ -235,9 +253,9 @@ def faults_of_parameters(
     known = {id(parameter): name for name, parameter in pair.named_parameters()}
     foreign = [leaf for leaf in reached if id(leaf) not in known]
     errors = [
-        f"the loss depends on a parameter of shape {tuple(leaf.shape)} that is not one of "
-        "pair.parameters(): keep networks as attributes (lists of them as nn.ModuleList), not in "
-        "a plain list, dict or global"
+        f"the loss depends on a parameter of shape {tuple(leaf.shape)} that is not in "
+        "pair.parameters(): store networks as attributes (a list of networks as nn.ModuleList), "
+        "not in a plain list, a dict or a global variable"
         for leaf in foreign[:1]
     ]
     touched = {id(leaf) for leaf in reached}
@@ -250,12 +268,15 @@ def faults_of_parameters(
         f"parameter '{name}' has no effect on the loss and will not be trained" for name in idle
     ]
     if not reached and not errors:
-        errors.append("the loss depends on no parameter: there is nothing to train")
+        errors.append(
+            "the loss does not depend on a parameter, so there is nothing to train: use the "
+            "pair's networks or parameters in the model or the guide"
+        )
     return errors, notes
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
-    """The leaf tensors that a loss would send gradients to."""
+    """The leaf tensors that receive gradients from a loss."""
     found: dict[int, Tensor] = {}
     stack, seen = [loss.grad_fn], set()
     while stack:

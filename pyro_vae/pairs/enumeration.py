@@ -1,9 +1,10 @@
-r"""Discrete latents that are summed out: every value at once, each with its exact weight.
+r"""Enumeration of discrete latents, which are summed out with exact weights.
 
-A site marked ``infer={"enumerate": "parallel"}`` takes all of its values, along a dimension of its
-own to the left of the plates (Pyro's ``EnumMessenger``). With e the values that the guide
-enumerates and m those that only the model has, the weights are :math:`q(e|x)\,r(m|e,x,z)`, where
-r is the exact conditional :math:`p(m|x,z,e)` under the model. All sums are dense.
+A site marked ``infer={"enumerate": "parallel"}`` takes all of its values at once, along an extra
+dimension to the left of the plates (Pyro's ``EnumMessenger``). Let e be the latents that the guide
+enumerates, and m the enumerated latents that only the model has. The weights are
+:math:`q(e|x)\,r(m|e,x,z)`, where r is the exact conditional :math:`p(m|x,z,e)` under the model.
+All sums are dense.
 """
 
 from collections.abc import Iterable
@@ -27,38 +28,38 @@ from pyro_vae.pairs.traces import trace
 
 
 def enumerated(trace: Trace) -> dict[str, Site]:
-    """The sites of a trace that took all of their values, by name."""
+    """The sites of a trace that took all of their values at once, by name."""
     return {name: site for name, site in latents(trace).items() if enumerate_dim(site) is not None}
 
 
 def to_enumerate(*traces: Trace) -> list[str]:
-    """The latent sites that are marked to be enumerated, in plain traces too."""
+    """The latent sites that are marked for enumeration, also in plain traces."""
     sites = {name: site for trace in traces for name, site in latents(trace).items()}
     return [name for name, site in sites.items() if site["infer"].get("enumerate")]
 
 
 def require_summed(*traces: Trace) -> None:
-    """Raise `UsageError` for a site that is to be summed out and was drawn, as Trace_ELBO does."""
+    """Raise `UsageError` if a site is marked for enumeration but was drawn, as in Trace_ELBO."""
     for name in to_enumerate(*traces):
         if not any(name in enumerated(trace) for trace in traces):
             raise UsageError(
-                f"site '{name}' is to be summed out (enumerated), which this objective does not: "
+                f"site '{name}' is marked for enumeration, but this objective does not sum it out: "
                 "use `pyro_vae.EnumeratedELBO`"
             )
 
 
 def misplaced(site: Site) -> str | None:
-    """Why a site of a plain trace cannot be summed out for each datum by where it is, or None."""
+    """Say why the plates of a site in a plain trace prevent summing it out; None if they do not."""
     if _placed(site):
         return None
     return (
-        f"latent site '{site['name']}' is to be enumerated, and is not in the data plate alone: it "
-        "is summed out for each datum"
+        f"latent site '{site['name']}' is marked for enumeration, but an enumerated site must be "
+        "in the data plate and in no other plate: remove the mark, or move the site"
     )
 
 
 def require_placed(*traces: Trace) -> None:
-    """Raise `UsageError` for a site of plain traces that is to be summed out and is misplaced."""
+    """Raise `UsageError` if a site of plain traces is marked for enumeration but misplaced."""
     sites = {name: site for trace in traces for name, site in latents(trace).items()}
     for name in to_enumerate(*traces):
         if fault := misplaced(sites[name]):
@@ -66,14 +67,15 @@ def require_placed(*traces: Trace) -> None:
 
 
 def enumerates(pair: nn.Module, batch: Batch) -> bool:
-    """Whether a pair has sites that are marked so, found by running it on two rows."""
+    """Whether a pair has sites marked for enumeration, found by a run on two rows."""
     return bool(to_enumerate(*glance(pair, batch)))
 
 
 def discrete(pair: nn.Module, batch: Batch) -> list[str]:
-    """The latent sites of a pair that have a finite list of values, those of the guide first.
+    """The latent sites of a pair that have a finite list of values; sites of the guide come first.
 
-    Those in the data plate alone: of others a datum has more than one.
+    Only sites in the data plate and in no other plate are listed: in another plate, a datum has
+    more than one value of a site.
     """
     guide, model = glance(pair, batch)
     sites = latents(guide) | {
@@ -84,23 +86,23 @@ def discrete(pair: nn.Module, batch: Batch) -> list[str]:
 
 
 def values(pair: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """All values (values, *event) of each latent site of a pair that has a finite list of them."""
+    """All values of each discrete latent site of a pair, of shape (values, *event)."""
     guide, model = glance(pair, batch)
     sites = latents(model) | latents(guide)
     return {name: support_values(sites[name]) for name in discrete(pair, batch)}
 
 
 def nesting(pair: nn.Module, batch: Batch) -> int:
-    """How many plates a pair nests, found by running it on two rows."""
+    """The number of nested plates of a pair, found by a run on two rows."""
     return nesting_of(*glance(pair, batch))
 
 
 def traces(pair: nn.Module, batch: Batch, plates: int, around: Any = None) -> tuple[Trace, Trace]:
-    """Traces of model and guide with every site enumerated that is marked so.
+    """Traces of model and guide in which every site that is marked for enumeration is enumerated.
 
     Arguments:
-        plates: how many plates the pair nests, ``around`` counted where it is one.
-        around: a handler around both, a plate of samples say.
+        plates: the number of nested plates of the pair, including ``around`` if it is a plate.
+        around: a handler around both programs, for example a plate of samples.
     """
     typed, around = cast(Pair, pair), around or nullcontext()
     with around:
@@ -111,20 +113,20 @@ def traces(pair: nn.Module, batch: Batch, plates: int, around: Any = None) -> tu
 
 
 def nesting_of(*traces: Trace) -> int:
-    """How many plates the sites of these traces nest, the data plate counted."""
+    """The number of nested plates in these traces, including the data plate."""
     return max(
         (-dim for trace in traces for dim in plates_of(sample_sites(trace).values())), default=1
     )
 
 
 def combinations(*traces: Trace) -> int:
-    """How many combinations of values the enumerated sites of these traces take."""
+    """The number of combinations of values of the enumerated sites in these traces."""
     sites = {name: site for trace in traces for name, site in enumerated(trace).items()}
     return prod(support_values(site).shape[0] for site in sites.values())
 
 
 def glance(pair: nn.Module, batch: Batch) -> tuple[Trace, Trace]:
-    """Plain traces of guide and model on two rows, whose draws nobody notices."""
+    """Plain traces of guide and model on two rows; the generators are restored afterwards."""
     few = tuple(tensor[:2] for tensor in batch)
     with using(pair, seed=0):
         guide = trace_guide(pair, few)
@@ -139,7 +141,7 @@ def enumerated_model(pair: nn.Module, batch: Batch, guide: Trace) -> Trace:
 
 
 def _placed(site: Site) -> bool:
-    """Whether a site of a plain trace is in the data plate alone."""
+    """Whether a site of a plain trace is in the data plate and in no other plate."""
     return is_local(site) and len(plates_of([site])) == 1
 
 
@@ -155,12 +157,12 @@ def _has_values(fn: Any) -> bool:
 
 
 def support_values(site: Site, expand: bool = False) -> Tensor:
-    """All values of a site, (values, *event), or (values, batch, *event)."""
+    """All values of a site: (values, *event), or (values, batch, *event) if expanded."""
     fn = site["fn"]
     try:
         values = fn.enumerate_support(expand=expand)
     except NotImplementedError:
         raise UsageError(
-            f"site '{site['name']}' ({type(fn).__name__}) has no finite list of values"
+            f"site '{site['name']}' ({type(fn).__name__}) does not have a finite list of values"
         ) from None
     return values if expand else values.reshape(len(values), *fn.event_shape)

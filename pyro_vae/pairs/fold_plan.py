@@ -1,7 +1,8 @@
-"""Which sites of a guide are to be folded, and what keeps its loss from being a bound on log p(x).
+"""The plan of a guide: which sites are folded, and why its loss may not be a bound on log p(x).
 
-A guide is run once with its auxiliary sites as leaves, by which the latents are differentiated: so
-it is found which numbers make which latent, by which map, and whether its density is right.
+The guide runs once with its auxiliary sites as leaves of the autograd graph. The gradients of the
+latents with respect to these leaves show which numbers determine which latent and through which
+map, and whether the density of the latent is right.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,19 +26,19 @@ from pyro_vae.pairs.sites import latents, sample_sites
 from pyro_vae.pairs.traces import trace
 
 LARGEST = 300
-"""Numbers of a latent up to which a map that is not known is checked by its Jacobian."""
+"""The largest dimension of a latent for which the Jacobian of an unknown map is computed."""
 
 
 PLANS: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
 
 
 def known(pair: nn.Module) -> Plan:
-    """The plan that was last made for a pair."""
+    """The most recent plan of a pair."""
     return PLANS.get(pair, Plan())
 
 
 def plan(pair: nn.Module, batch: Sequence[Tensor]) -> Plan:
-    """Find out what is to be folded in the guide of a pair, by running it on a batch."""
+    """Make the plan of a pair's guide by a run on two rows of a batch."""
     if any(isinstance(tensor, FakeTensor) for tensor in batch):
         raise NotTraceable("its guide draws other sites than before")
     typed, few = cast(Pair, pair), tuple(tensor[:2] for tensor in batch)
@@ -55,7 +56,7 @@ def plan(pair: nn.Module, batch: Sequence[Tensor]) -> Plan:
 
 
 def suspects(guide: Trace) -> frozenset[str]:
-    """The sites of a guide that need a plan: auxiliary ones, and Deltas."""
+    """The sites of a guide that need a plan: auxiliary sites and Deltas."""
     return frozenset(
         name
         for name, site in latents(guide).items()
@@ -64,7 +65,7 @@ def suspects(guide: Trace) -> frozenset[str]:
 
 
 class _Leaves(Messenger):
-    """Draws of these sites are leaves, by which what depends on them is differentiated."""
+    """Makes the draws of these sites leaves of the autograd graph."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class _Leaves(Messenger):
 
 
 class _Planner:
-    """Makes the plan of a guide from a trace whose auxiliary sites are leaves."""
+    """Makes the plan of a guide from a trace in which the auxiliary sites are leaves."""
 
     def __init__(self, model: Trace, guide: Trace, other: Trace) -> None:
         self.model, self.guide, self.other = latents(model), latents(guide), latents(other)
@@ -110,8 +111,8 @@ class _Planner:
                 modes.append(name)
                 if bool((site["fn"].log_prob(site["value"]) != 0).any()):
                     self.faults.append(
-                        f"the guide of discrete site '{name}' is a Delta with a log_density: its "
-                        "log probability is 0, drop log_density"
+                        f"the guide of discrete site '{name}' is a Delta with a log_density, but "
+                        "the log probability of a discrete Delta is 0: remove log_density"
                     )
             elif not is_delta(prior["fn"]):
                 continuous.append(name)
@@ -127,8 +128,10 @@ class _Planner:
         )
 
     def _slopes(self, value: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Random weights of the numbers of a value, and the gradient of their weighted sum by each
-        auxiliary site that it depends on."""
+        """Random weights for the numbers of a value, and the gradient of the weighted sum.
+
+        There is one gradient for each auxiliary site on which the value depends.
+        """
         leaves = {n: s["value"] for n, s in self.auxiliaries.items() if s["value"].requires_grad}
         if not value.requires_grad or not leaves:
             return {}
@@ -143,7 +146,7 @@ class _Planner:
         }
 
     def _feeders(self, name: str) -> list[str]:
-        """The auxiliary sites that a Delta is made of."""
+        """The auxiliary sites on which a Delta depends."""
         if self.slopes[name]:
             return list(self.slopes[name])
         value = self.deltas[name]["value"]
@@ -156,7 +159,7 @@ class _Planner:
         ]
 
     def _drawn(self, name: str) -> bool:
-        """Whether a Delta stands for a draw: of auxiliary sites, or of one with its density."""
+        """Whether a Delta represents a draw: it depends on auxiliary draws, or has a density."""
         if self.fed[name]:
             return not all(is_delta(self.auxiliaries[own]["fn"]) for own in self.fed[name])
         site, other = self.deltas[name], self.other[name]["value"]
@@ -197,7 +200,7 @@ class _Planner:
         return Fold(auxiliaries, sites, parts, supports)
 
     def _part(self, name: str) -> Part | None:
-        """The numbers that make a latent as they are, or mapped to its support."""
+        """The numbers of an auxiliary site that determine a latent, directly or through a map."""
         if len(self.fed[name]) != 1:
             return None
         (auxiliary,) = self.fed[name]
@@ -219,7 +222,7 @@ class _Planner:
         return None if found is None else Part(auxiliary, *found, free.dim() - plates, transform)
 
     def _run(self, auxiliary: str, weights: Tensor, slope: Tensor) -> tuple[int, int] | None:
-        """Where the numbers of an auxiliary site lie whose slopes are the weights themselves."""
+        """Start and size of the auxiliary numbers whose gradients equal the weights themselves."""
         numbers = max(1, self.auxiliaries[auxiliary]["fn"].event_shape.numel())
         flat = slope.reshape(-1, numbers)
         (columns,) = (flat != 0).any(0).nonzero(as_tuple=True)
@@ -230,7 +233,7 @@ class _Planner:
         return (start, size) if same else None
 
     def _tiled(self, auxiliaries: tuple[str, ...], parts: Mapping[str, Part]) -> str | None:
-        """What is wrong where latents share numbers of an auxiliary site, or leave some out."""
+        """The error if latents share numbers of an auxiliary site, or do not use all of them."""
         for name in auxiliaries:
             end = 0
             for part in sorted(
@@ -240,8 +243,8 @@ class _Planner:
                 if part.start < end:
                     return (
                         f"latent sites {', '.join(parts)} are Deltas of the same draws of "
-                        f"'{name}': they have no joint density, and the loss is not a bound on "
-                        "log p(x)"
+                        f"'{name}': they do not have a joint density, so the loss is not a bound "
+                        "on log p(x); give each latent its own draws"
                     )
                 if part.start > end:
                     return _unfolded(name, "all of ")
@@ -265,13 +268,13 @@ class _Planner:
             where = dict(zip((*auxiliaries, *sites), inside, strict=True))
             names = [", ".join(f"'{n}'" for n in where if where[n] == one) for one in (True, False)]
             return (
-                f"sites {names[0]} of the guide are in the data plate and made with {names[1]}, "
-                "outside it: put both in the plate, or neither"
+                f"sites {names[0]} of the guide are in the data plate but {names[1]} are outside "
+                "it, and they depend on each other: put both in the plate, or neither"
             )
         return None
 
     def _jacobian(self, auxiliaries: tuple[str, ...], sites: tuple[str, ...]) -> str | None:
-        """What is wrong with a map that is not known: whether it is one to one, and its density."""
+        """The error of an unknown map that is not one-to-one or has the wrong density."""
         leaves = [self.auxiliaries[name] for name in auxiliaries]
         if any(not leaf["value"].requires_grad for leaf in leaves):
             return _unfolded(auxiliaries[0])
@@ -317,7 +320,7 @@ class _Planner:
 
 
 def _row(value: Tensor, site: Site, extra: int = 0) -> Tensor:
-    """The numbers of the first datum of a site in the data plate; all of another."""
+    """The numbers of the first datum of a local site; all numbers of a global site."""
     if not is_local(site):
         return value
     return value.select(value.dim() - 1 - site["fn"].event_dim - extra, 0)
@@ -328,7 +331,7 @@ def _total(term: Tensor, site: Site) -> Tensor:
 
 
 def _to_support(support: Any) -> Any:
-    """The map from the real numbers to a support, None where there is none to be known."""
+    """The map from the real numbers to a support; None if Pyro does not know one."""
     try:
         return biject_to(support)
     except NotImplementedError:
@@ -337,7 +340,7 @@ def _to_support(support: Any) -> Any:
 
 
 def _log_det(transform: Any, value: Tensor, dims: int) -> Tensor:
-    """log |det| of a map at the value that it makes, with so many dimensions."""
+    """log |det| of a map's Jacobian at its output ``value``, with ``dims`` dimensions."""
     if transform is None:
         return torch.zeros((), dtype=value.dtype)
     log_det = transform.log_abs_det_jacobian(transform.inv(value), value)
@@ -346,15 +349,15 @@ def _log_det(transform: Any, value: Tensor, dims: int) -> Tensor:
 
 def _unfolded(name: str, numbers: str = "") -> str:
     return (
-        f"site '{name}' of the guide is not one of the model, and no latent is a Delta of {numbers}"
-        "it, one to one: the loss is not a bound on log p(x); make a latent such a Delta, with its "
-        "log_density, or drop the site"
+        f"site '{name}' of the guide is missing from the model, and no latent is a one-to-one "
+        f"Delta of {numbers}it, so the loss is not a bound on log p(x): make a latent such a Delta "
+        "and give its log_density, or remove the site"
     )
 
 
 def _wrong_density(name: str, said: float, right: float) -> str:
     return (
-        f"the Delta of site '{name}' in the guide has log_density {said:.4g} where that of its map "
-        f"is {right:.4g}: the loss is not a bound on log p(x); give log_density as minus the "
-        "logarithm of the map's Jacobian determinant"
+        f"the Delta of site '{name}' in the guide has log_density {said:.4g} but its map has "
+        f"{right:.4g}, so the loss is not a bound on log p(x): set log_density to minus the "
+        "logarithm of the map's absolute Jacobian determinant"
     )

@@ -1,5 +1,8 @@
-"""The guide's trace with its auxiliary sites folded into its latents, so that every tool sees one
-latent with its density; and what a point estimate or a factor makes of the numbers of a pair."""
+"""The trace of the guide with its auxiliary sites folded into its latents.
+
+Every tool then sees one latent with its density. This module also has the checks of point
+estimates and factors.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -25,9 +28,9 @@ def trace_guide(pair: nn.Module, batch: Sequence[Tensor], *handlers: Callable[..
     """The trace of the guide on a batch, with its auxiliary sites folded into its latents.
 
     Arguments:
-        handlers: put around the guide, the innermost first.
+        handlers: handlers around the guide, innermost first.
 
-    Raises `UsageError` for auxiliary sites that cannot be folded.
+    Raises `UsageError` if an auxiliary site cannot be folded.
     """
     found = PLANS.get(pair)
     if found is None or found.faults:
@@ -39,7 +42,7 @@ def trace_guide(pair: nn.Module, batch: Sequence[Tensor], *handlers: Callable[..
 
 
 def folded(pair: nn.Module, guide: Trace) -> Trace:
-    """A trace of the guide itself, made by an objective, folded as the pair's plan has it."""
+    """Fold a plain trace of the guide, made by an objective, as the pair's plan says."""
     found = known(pair)
     if not found.hidden:
         return guide
@@ -54,30 +57,33 @@ def folded(pair: nn.Module, guide: Trace) -> Trace:
 
 
 def require_density(pair: nn.Module, batch: Sequence[Tensor], what: str) -> None:
-    """Raise `UsageError` where a latent of each datum is estimated by a point."""
+    """Raise `UsageError` if the guide of a local latent is a point estimate."""
     for name in plan(pair, batch).local_points:
         raise UsageError(
             f"the guide of latent site '{name}' is a Delta, a point estimate without a density: "
             f"log p(x, {name}) at a point is not a bound on log p(x), and {what}; give the site a "
-            "distribution with a spread"
+            "distribution with a positive variance"
         )
 
 
 def factors_of(pair: nn.Module, batch: Sequence[Tensor]) -> tuple[str, ...]:
-    """The ``pyro.factor`` sites of a pair's model, found by running it on two rows."""
+    """The ``pyro.factor`` sites of a pair's model, found by a run on two rows."""
     few = tuple(tensor[:2] for tensor in batch)
     with using(pair, 0):
         return tuple(factors(trace_model(pair, few, trace_guide(pair, few))))
 
 
 def require_factors_placed(pair: nn.Module, batch: Sequence[Tensor]) -> None:
-    """Raise `UsageError` for a factor outside the data plate that depends on single data."""
+    """Raise `UsageError` if a factor outside the data plate depends on single data."""
     for fault in misplaced_factors(pair, batch):
         raise UsageError(fault)
 
 
 def misplaced_factors(pair: nn.Module, batch: Sequence[Tensor]) -> list[str]:
-    """Factors outside the data plate that differ for one row of a batch, or for other latents."""
+    """Errors of factors outside the data plate whose value changes with the rows of the batch.
+
+    The check compares two rows with one row, at the same global latents and new local latents.
+    """
     few = tuple(tensor[:2] for tensor in batch)
     with using(pair, 0):
         guide = trace(cast(Pair, pair).guide, few)
@@ -97,7 +103,7 @@ def misplaced_factors(pair: nn.Module, batch: Sequence[Tensor]) -> list[str]:
         others = {"model": trace_model(pair, one, other), "guide": other}
     before = {"model": model, "guide": guide}
     return [
-        f"factor '{name}' of the {where} depends on single data and is outside the data plate: put "
+        f"factor '{name}' of the {where} depends on single data but is outside the data plate: put "
         'it under with pyro.plate("data", len(x), dim=-1)'
         for where, name in outside
         if not close(*(_total_factor(run[where], name) for run in (before, others)))
@@ -144,7 +150,7 @@ def _around(program: Callable[..., Any], handlers: Sequence[Any]) -> Callable[..
 
 
 class _Folding(Messenger):
-    """Gives each latent that is made of auxiliary sites the density of both."""
+    """Gives each latent that is a function of auxiliary sites its own density."""
 
     def __init__(self, found: Plan, again: Callable[[], Trace]) -> None:
         super().__init__()
@@ -169,7 +175,7 @@ class _Folding(Messenger):
                 raise Stale
             msg["fn"] = fold_density(fold, name, self.nodes, msg["fn"], value, self.again)
             msg["value"], msg["done"] = value, True
-            # Draws of a map that is not known are runs of the guide, and cannot be within one.
+            # Draws through an unknown map need runs of the guide, so they wait until this run ends.
             msg["folded"] = "now" if name in fold.parts else "later"
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -178,7 +184,7 @@ class _Folding(Messenger):
 
 
 def _needed(fold: Fold, name: str) -> tuple[str, ...]:
-    """The auxiliary sites that are drawn before a latent gets its density."""
+    """The auxiliary sites that must be drawn before a latent gets its density."""
     if name in fold.parts:
         return (fold.parts[name].auxiliary,)
     return fold.auxiliaries if name == fold.sites[-1] else ()

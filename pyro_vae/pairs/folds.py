@@ -1,8 +1,8 @@
-r"""Latents that a guide makes of auxiliary sites of its own, and the density they have of both.
+r"""Folds: latents that a guide computes from its own auxiliary sites, and their densities.
 
 Pyro's AutoGuides and ``EasyGuide`` draw an auxiliary site u and make each latent a ``Delta`` of it,
-z = f(u), whose ``log_density`` is :math:`-\log |\det f'(u)|`. The density of z is
-:math:`\log q(u) - \log |\det f'(u)|`: here it gets the distribution that has it.
+z = f(u), with the ``log_density`` :math:`-\log |\det f'(u)|`. The log density of z is
+:math:`\log q(u) - \log |\det f'(u)|`. This module gives z the distribution with this density.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,67 +26,71 @@ from pyro_vae.pairs.pair import Site
 from pyro_vae.pairs.sites import latents
 
 CLOSE = 1e-3
-"""How far numbers may be apart that are one but for rounding, relatively and absolutely."""
+"""The relative and absolute tolerance for numbers that are equal up to rounding."""
 
 
 class Part(NamedTuple):
-    """Which numbers of an auxiliary site a latent is made of, and by which map."""
+    """Which numbers of an auxiliary site determine a latent, and through which map."""
 
     auxiliary: str
     start: int
     size: int
     own_dims: int
-    """Dimensions of the latent, off its support, that are not those of the auxiliary's plates."""
+    """The number of dimensions of the unconstrained latent to the right of the auxiliary's plates.
+    """
     transform: Any
-    """From these numbers to the latent's support; None where they are the latent's own."""
+    """The map from these numbers to the latent's support; None for the identity."""
 
 
 class Fold(NamedTuple):
-    """Auxiliary sites and the latents that are made of them, one to one."""
+    """Auxiliary sites and the latents that are a one-to-one function of them."""
 
     auxiliaries: tuple[str, ...]
     sites: tuple[str, ...]
     parts: Mapping[str, Part]
-    """By latent; none where the map is known at its draws alone."""
+    """The part of each latent; empty if the map is known only at its draws."""
     supports: Mapping[str, Any]
 
 
 class Plan(NamedTuple):
-    """What is to be folded in the guide of a pair, and what keeps its loss from being a bound."""
+    """The folds of a pair's guide, its point estimates, and the errors that make it unusable."""
 
     folds: tuple[Fold, ...] = ()
     silent: tuple[str, ...] = ()
-    """Auxiliary sites that stand for a point, not for a draw."""
+    """Auxiliary sites that are Deltas: they represent a point, not a draw."""
     faults: tuple[str, ...] = ()
+    """Errors because of which the loss is not a bound on log p(x)."""
     local_points: tuple[str, ...] = ()
-    """Continuous latents in the data plate whose guide is a Delta without a density."""
+    """Continuous local latents whose guide is a Delta without a density."""
     global_points: tuple[str, ...] = ()
-    """Those outside the data plate."""
+    """Continuous global latents whose guide is a Delta without a density."""
     modes: tuple[str, ...] = ()
-    """Discrete latents whose guide is a Delta: one value of several."""
+    """Discrete latents whose guide is a Delta at one value."""
     sites: frozenset[str] = frozenset()
-    """All sites that the plan speaks of, by which a guide that has changed is noticed."""
+    """All sites that the plan covers. Other sites show that the guide has changed."""
 
     @property
     def points(self) -> tuple[str, ...]:
-        """All latents that are estimated by a point."""
+        """All latents with a point estimate."""
         return (*self.local_points, *self.global_points)
 
     @property
     def hidden(self) -> tuple[str, ...]:
-        """The sites that leave the trace."""
+        """The sites that are removed from the trace."""
         return (*self.silent, *(name for fold in self.folds for name in fold.auxiliaries))
 
 
 class Drawn(dist.TorchDistribution):
-    """A latent whose density is known at its draw, not in closed form.
+    """The distribution of a latent whose density is known only at its draw.
 
     Arguments:
-        value: the draw.
-        log_density: at the draw, of the batch shape.
-        draws: gives so many further draws.
-        joint: the sites that share one density, where they do: only its sum over them has a
-            meaning.
+        value: the draw, of shape (*batch_shape, *event_shape).
+        log_density: the log density at the draw, of the batch shape.
+        support: the support of the latent.
+        event_dim: the number of event dimensions.
+        draws: returns the given number of further draws.
+        joint: the sites that share one density, if any. Only the sum of the log density over these
+            sites has a meaning.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -128,42 +132,46 @@ class Drawn(dist.TorchDistribution):
 
 
 def shares(site: Site) -> tuple[str, ...]:
-    """The sites, itself among them, with which a latent shares one density; none for most."""
+    """The sites that share one density with a latent, including itself; empty for most latents."""
     fn = site["fn"]
     return fn.joint if isinstance(fn, Drawn) else ()
 
 
 def joint_name(site: Site) -> str:
-    """Under which name the KL of a latent site is reported: that of all whose density it shares."""
+    """The name under which the KL of a latent is reported: all sites that share its density."""
     return " + ".join(shares(site)) or cast(str, site["name"])
 
 
 def point_name(name: str) -> str:
-    """Under which name the prior's term of a point estimate is reported, in the place of a KL."""
+    """The name under which the prior term of a point estimate is reported instead of a KL."""
     return f"-log p({name})"
 
 
 def is_delta(fn: Any) -> bool:
-    """Whether a distribution is a point."""
+    """Whether a distribution is a Delta."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, dist.Delta)
 
 
 class Stale(Exception):
-    """The guide is not what its plan was made for."""
+    """The guide has changed since its plan was made."""
 
 
 def auxiliary_value(fold: Fold, auxiliary: str, fn: Any) -> Tensor | None:
-    """The value of an auxiliary site whose latents are given by a handler around the guide."""
+    """The value of an auxiliary site, from the latents that a handler around the guide gives.
+
+    Returns None if no latent is given. Raises `UsageError` if only some latents are given, or if
+    the inverse of the map is unknown.
+    """
     given = {name: _given(name, fold.supports[name]) for name in fold.sites}
     if all(value is None for value in given.values()):
         return None
     if not fold.parts or any(value is None for value in given.values()):
         names = ", ".join(f"'{name}'" for name in fold.sites)
         raise UsageError(
-            f"the guide makes {names} of its own draws of '{auxiliary}' by a map without a known "
-            "inverse: their density is known at these draws, not at other values"
+            f"the guide computes {names} from its draws of '{auxiliary}' through a map without a "
+            "known inverse: their density is known only at these draws and not at other values"
         )
     pieces = []
     for name, part in sorted(fold.parts.items(), key=lambda item: item[1].start):
@@ -194,7 +202,14 @@ def fold_density(
     value: Tensor,
     again: Callable[[], Trace] | None,
 ) -> Any:
-    """The distribution of a latent, from its Delta and the auxiliary sites drawn before it."""
+    """The distribution of a latent, from its Delta and the auxiliary sites drawn before it.
+
+    Arguments:
+        nodes: ``fn`` and ``value`` of each site that the guide has drawn.
+        delta: the Delta in the guide.
+        value: the value of the latent.
+        again: runs the guide again, for further draws; None if it cannot run here.
+    """
     part, event_dim = fold.parts.get(name), delta.event_dim
     if part is not None:
         node = nodes[part.auxiliary]
@@ -226,12 +241,12 @@ def fold_density(
 
 
 def _closed_alone(fold: Fold, auxiliary: str, nodes: Mapping[str, Any]) -> bool:
-    """Whether the density of an auxiliary site is that of latents in closed form."""
+    """Whether the latents of an auxiliary site have closed-form densities that replace its own."""
     return bool(fold.parts) and _normal(nodes[auxiliary]["fn"]) is not None
 
 
 def _closed(part: Part, fn: Any, drawn: Tensor, value: Tensor, event_dim: int) -> Any:
-    """The distribution of a latent where it is known: slices of normals, or a whole site."""
+    """The distribution of a latent in closed form, from normals or a whole site; else None."""
     transform, shape = part.transform, _free_shape(part, value)
     normal = _normal(fn)
     if normal is not None:
@@ -255,14 +270,14 @@ def _closed(part: Part, fn: Any, drawn: Tensor, value: Tensor, event_dim: int) -
 
 
 def _normal(fn: Any) -> Any:
-    """The normals that a distribution has for its units, or None."""
+    """The normal distributions of the units of a distribution, or None."""
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
     return fn if type(fn) in (dist.Normal, torch.distributions.Normal) else None
 
 
 def _elementwise(transform: Any) -> Any:
-    """The map of single numbers that a map consists of, or None."""
+    """The elementwise map inside a map, or None."""
     while isinstance(transform, IndependentTransform):
         transform = transform.base_transform
     if isinstance(transform, ComposeTransform) and _is_identity(transform.parts[-1]):
@@ -273,7 +288,7 @@ def _elementwise(transform: Any) -> Any:
 
 
 def _is_identity(transform: Any) -> bool:
-    """Whether a map is that which torch puts behind another where a lower bound is 0."""
+    """Whether a map is the identity that torch appends to another map if a lower bound is 0."""
     numbers = (getattr(transform, "loc", None), getattr(transform, "scale", None))
     return isinstance(transform, AffineTransform) and numbers == (0, 1)
 
@@ -283,19 +298,20 @@ def _free_shape(part: Part, value: Tensor) -> torch.Size:
 
 
 def _slice(part: Part, value: Tensor, fn: Any) -> Tensor:
-    """The numbers of an auxiliary value that make a latent, along a last dimension."""
+    """The numbers of an auxiliary value that determine a latent, along a new last dimension."""
     events = len(fn.event_shape)
     flat = value.flatten(-events) if events else value[..., None]
     return flat[..., part.start : part.start + part.size]
 
 
 def _map(part: Part, drawn: Tensor, fn: Any, shape: Sequence[int]) -> Tensor:
-    """What an auxiliary value makes of a latent."""
+    """The value of a latent that an auxiliary value determines."""
     free = _slice(part, drawn, fn).reshape(shape)
     return free if part.transform is None else part.transform(free)
 
 
 def _require_current(part: Part, drawn: Tensor, value: Tensor, fn: Any) -> None:
+    """Raise `Stale` if the map of the plan no longer gives the value of the latent."""
     if isinstance(value, FakeTensor) or type(value) is not Tensor:
         return
     try:
@@ -307,4 +323,5 @@ def _require_current(part: Part, drawn: Tensor, value: Tensor, fn: Any) -> None:
 
 
 def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal up to rounding."""
     return torch.allclose(a, b.to(a), rtol=CLOSE, atol=CLOSE, equal_nan=True)

@@ -1,4 +1,4 @@
-"""The trace of a pair's guide, with what it draws by way of auxiliary sites folded."""
+"""The trace of a pair's guide, with its auxiliary sites folded into its latents."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +10,12 @@ from pyro_vae.pairs.location import find_places
 
 
 def trace_guide(pair: nn.Module, batch: Sequence[Tensor], *handlers: Any) -> Trace:
-    """The trace of the guide on a batch, inside these handlers, the innermost first.
+    """The trace of the guide on a batch, inside these handlers, innermost first.
 
-    What it draws by way of an auxiliary site is one latent of the trace (`pyro_vae.pairs.folding`).
+    A latent that depends on an auxiliary site is one latent of the trace, with its own density
+    (`pyro_vae.pairs.folding`).
     """
-    from pyro_vae.pairs.folding import trace_guide as folded_guide  # built on this module
+    from pyro_vae.pairs.folding import trace_guide as folded_guide  # avoids a circular import
 
     find_places(pair, batch)
     return folded_guide(pair, batch, *handlers)

@@ -1,4 +1,4 @@
-"""Finding the data plate of a pair, by runs on two and on three rows."""
+"""Search for the data plate of a pair, by runs on two and on three rows."""
 
 import warnings
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ class _Run(NamedTuple):
     batch: Sequence[Tensor]
     model: Trace
     guide: Trace | None
-    """None where the guide fails, or does not go with the model."""
+    """None if the guide fails, or if the model fails when it is replayed against the guide."""
     shapes: dict[str, torch.Size]
-    """Those of the parameters that ``pyro.param`` declared."""
+    """Shapes of the parameters that ``pyro.param`` declared."""
     drawn: Trace | None = None
-    """The trace of the guide, also where it does not go with the model."""
+    """The trace of the guide, even if the model fails when it is replayed against it."""
 
     def kept_rows(self) -> list[tuple[str, int]]:
-        """The plates that the guide keeps at another number of rows, and that number."""
+        """The plates of the guide with another number of rows than the batch, and that number."""
         names = {frame.name for site in observed(self.model).values() for frame in at_data(site)}
         drawn = {} if self.drawn is None else latents(self.drawn)
         frames = [frame for site in drawn.values() for frame in at_data(site)]
@@ -43,8 +43,8 @@ class _Run(NamedTuple):
 def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
     """Find the data plate of a pair and what its sites observe, by runs on two and three rows.
 
-    A pair that cannot be run leaves them unknown; the run that follows says what is wrong. Raises
-    `UsageError` for a guide with a parameter that has a row for each datum.
+    If the pair fails, both remain unknown; the next run reports the error. Raises `UsageError` if
+    the guide has a parameter with a row for each datum.
     """
     if places.known(pair) is not None:
         return
@@ -69,7 +69,7 @@ def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
 
 
 def _run(pair: nn.Module, batch: Sequence[Tensor]) -> _Run | None:
-    """A run of model and guide; of the model alone where they fail together; None if it fails."""
+    """A run of model and guide; only of the model if they fail together; None if that fails."""
     model, guide = cast(Pair, pair).model, cast(Pair, pair).guide
     with using(pair, seed=0), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -87,9 +87,10 @@ def _run(pair: nn.Module, batch: Sequence[Tensor]) -> _Run | None:
 
 
 def _require_amortized(first: _Run, other: _Run) -> None:
-    """Raise `UsageError` where the guide has a parameter with a row for each datum.
+    """Raise `UsageError` if the guide has a parameter with a row for each datum.
 
-    Such a parameter grows with the rows; or the guide keeps its plate at the rows of its first run.
+    Two signs show such a parameter: it grows with the number of rows, or the guide's plate keeps
+    the number of rows of its first run.
     """
     kept = [
         (f"the plate '{name}' keeps {size}", len(run.batch[0]))
@@ -104,7 +105,7 @@ def _require_amortized(first: _Run, other: _Run) -> None:
     if kept:
         what, rows = kept[0]
         raise UsageError(
-            f"the guide has a parameter with a row for each datum ({what} rows where x has {rows})"
-            ": give the guide an encoder of x, or pass the row numbers as context, "
-            "torch.arange(len(x)), and index a parameter of fixed size by them"
+            f"the guide has a parameter with a row for each datum ({what} rows but x has {rows}): "
+            "use an encoder of x in the guide, or pass row numbers, torch.arange(len(x)), as "
+            "context and use them to index a parameter of fixed size"
         )

@@ -1,9 +1,9 @@
-"""Masks: which numbers of a site count, and whether model and guide agree on them.
+"""Masks: which entries of a site count, and whether the model and the guide agree on them.
 
 A mask (``poutine.mask``, ``fn.mask``, ``obs_mask``) leaves terms out of a density. On an observed
-site it marks entries that are missing, and the model may have it alone. On a latent site model and
-guide must have the same, and nothing that counts may depend on what the mask hides: else the
-weights p(x, z) / q(z | x) have another mean than p(x), and no number made of them is right.
+site it marks missing entries, and only the model needs it. On a latent site, the model and the
+guide must have the same mask, and no unmasked site may depend on the hidden entries. Otherwise the
+mean of the weights p(x, z) / q(z | x) is not p(x), and all results based on them are wrong.
 """
 
 from collections.abc import Iterable
@@ -29,9 +29,10 @@ from pyro_vae.pairs.traces import Given, trace
 
 
 def scored(site: Site) -> Tensor:
-    """Which numbers of a site's value count in its density: booleans of the value's shape.
+    """Which entries of a site's value count in its density: booleans of the value's shape.
 
-    By masks around the site and within its distribution, and by steps beyond a sequence's end.
+    Three things hide entries: a mask around the site, a mask within its distribution, and the end
+    of a sequence.
     """
     fn, value = site["fn"], site["value"]
     ones = torch.ones_like(value, dtype=torch.bool)
@@ -39,7 +40,7 @@ def scored(site: Site) -> Tensor:
 
 
 def is_masked(site: Site) -> bool:
-    """Whether a mask is around a site or within its distribution, even one that hides nothing."""
+    """Whether a site has a mask, around it or within its distribution, even an all-true mask."""
     fn, found = site["fn"], site["mask"] is not None
     while hasattr(fn, "base_dist") and not found:
         found, fn = isinstance(fn, MaskedDistribution), fn.base_dist
@@ -47,7 +48,7 @@ def is_masked(site: Site) -> bool:
 
 
 def hidden_as_nan(site: Site) -> Tensor:
-    """A site's value, with NaN for what a mask hides; left as it is where nothing is hidden."""
+    """A site's value, with NaN for entries that a mask hides; unchanged if it hides nothing."""
     counts = scored(site)
     value = site["value"].expand(counts.shape)
     if bool(counts.all()):
@@ -57,19 +58,19 @@ def hidden_as_nan(site: Site) -> Tensor:
 
 
 def seen(site: Site, x: Tensor) -> Tensor:
-    """What a model observes or draws in place of data x, in their shape, NaN where masked."""
+    """The value that the model observes or draws for x, in the shape of x, NaN where masked."""
     made = hidden_as_nan(site)
     made = made.movedim(made.dim() - 1 - site["fn"].event_dim, 0)
     if made.numel() != x.numel():
         raise UsageError(
-            f"the model draws data of shape {tuple(made.shape[1:])} for x of shape "
-            f"{tuple(x.shape[1:])}: the two cannot be compared"
+            f"the model draws data of shape {tuple(made.shape[1:])} but x has rows of shape "
+            f"{tuple(x.shape[1:])}; they must match"
         )
     return made.reshape(x.shape).to(x.dtype)
 
 
 def _within(fn: Any, like: Tensor) -> Tensor:
-    """The mask within a distribution, to be broadcast against its values; one number if none."""
+    """The mask within a distribution, in a shape that broadcasts with its values."""
     if isinstance(fn, MaskedDistribution):
         return _wide(mask_of(fn), fn.event_dim, like) & _within(fn.base_dist, like)
     if isinstance(fn, Independent | ExpandedDistribution):
@@ -80,38 +81,39 @@ def _within(fn: Any, like: Tensor) -> Tensor:
 
 
 def _wide(mask: Any, right: int, like: Tensor) -> Tensor:
-    """A mask of a batch, with so many dimensions more on its right."""
+    """A mask of the batch shape, with ``right`` more dimensions on its right."""
     mask = torch.as_tensor(True if mask is None else mask, device=like.device)
     return mask.reshape(mask.shape + (1,) * right) if mask.dim() else mask
 
 
 def fault(pair: nn.Module, batch: Batch, model: Trace, guide: Trace) -> str | None:
-    """Why masks of latents make a density that is not log p(x), or None.
+    """Say why the masks of latents prevent an estimate of log p(x); None if they do not.
 
     Arguments:
-        model, guide: traces of the pair on the batch, the model's replayed against the guide's.
+        model, guide: traces of the pair on the batch; the model is replayed against the guide.
 
-    To be called where the pair is in use (`pyro_vae.pairs.scope.using`).
+    Call this inside `pyro_vae.pairs.scope.using`.
     """
     return _apart(model, guide) or _needed(pair, batch, guide)
 
 
 def scale_fault(model: Trace, guide: Trace) -> str | None:
-    """Why the scales of a latent (``poutine.scale``) make a loss that is no bound, or None."""
+    """Say why scales of a latent (``poutine.scale``) make the loss not a bound; None otherwise."""
     for name, ours, theirs in _shared(model, guide):
         p, q = (torch.as_tensor(site["scale"], dtype=torch.double) for site in (ours, theirs))
         if not bool(torch.isclose(p, q.to(p.device)).all()):
             return (
                 f"latent site '{name}' is scaled by {_number(p)} in the model and by {_number(q)} "
-                "in the guide (poutine.scale, or a plate's subsampling): scale it alike in both"
+                "in the guide (by poutine.scale or plate subsampling): use the same scale in both"
             )
     return None
 
 
 def require(pair: nn.Module, batches: Iterable[Batch]) -> None:
-    """Raise `UsageError` where latents of a pair and their masks make no log p(x) of a batch.
+    """Raise `UsageError` if the latents or their masks prevent an estimate of log p(x).
 
-    Batches are prepared. A pair without masks on its latents is run on two rows of the first alone.
+    The batches must be prepared. A pair without masks on its latents runs only once, on two rows of
+    the first batch.
     """
     batches = iter(batches)
     first = next(batches)
@@ -129,7 +131,7 @@ def require(pair: nn.Module, batches: Iterable[Batch]) -> None:
 
 
 def missing(name: str, model: Trace) -> str:
-    """What to say of a latent site of the model that the guide lacks."""
+    """The error for a latent site of the model that is missing from the guide."""
     if (site := _imputed(name, model)) is None:
         return (
             f"latent site '{name}' of the model is missing from the guide: add "
@@ -137,8 +139,8 @@ def missing(name: str, model: Trace) -> str:
         )
     return (
         f"obs_mask at site '{site}' makes a latent site '{name}', which is missing from the guide: "
-        f'add pyro.sample("{name}", ...) to it under pyro.poutine.mask(mask=~obs_mask), or leave '
-        f"obs_mask out and mask site '{site}' itself by pyro.poutine.mask(mask=obs_mask)"
+        f'add pyro.sample("{name}", ...) to the guide under pyro.poutine.mask(mask=~obs_mask), or '
+        f"mask site '{site}' with pyro.poutine.mask(mask=obs_mask) instead of obs_mask"
     )
 
 
@@ -148,7 +150,7 @@ def _traces(pair: nn.Module, batch: Batch) -> tuple[Trace, Trace]:
 
 
 def _absent(model: Trace, guide: Trace) -> str | None:
-    """What is wrong with latents of the model that are neither the guide's nor enumerated."""
+    """The error for a latent of the model that is neither in the guide nor enumerated."""
     for name, site in latents(model).items():
         if name not in guide.nodes and not site["infer"].get("enumerate"):
             return missing(name, model)
@@ -156,29 +158,29 @@ def _absent(model: Trace, guide: Trace) -> str | None:
 
 
 def _apart(model: Trace, guide: Trace) -> str | None:
-    """Which latent site has another mask in the model than in the guide."""
+    """The error for a latent site whose masks differ between the model and the guide."""
     for name, ours, theirs in _shared(model, guide):
         p, q = torch.broadcast_tensors(scored(ours), scored(theirs))
         if bool((p != q).any()):
             return (
-                f"the masks of latent site '{name}' differ: {int(p.sum())} of {p.numel()} of its "
-                f"numbers count in the model, {int(q.sum())} in the guide, {int((p != q).sum())} "
-                f"in one alone: {_remedy(name, model)}"
+                f"the masks of latent site '{name}' differ: {int(p.sum())} of {p.numel()} entries "
+                f"count in the model, {int(q.sum())} in the guide, and {int((p != q).sum())} "
+                f"entries count in only one of them: {_remedy(name, model)}"
             )
     return None
 
 
 def _remedy(name: str, model: Trace) -> str:
     if (site := _imputed(name, model)) is None:
-        return "put it under the same pyro.poutine.mask(mask=...) in both"
+        return "put the site under the same pyro.poutine.mask(mask=...) in both"
     return (
-        f"obs_mask at site '{site}' masks it in the model, so put it under "
+        f"obs_mask at site '{site}' masks the site in the model, so put it under "
         "pyro.poutine.mask(mask=~obs_mask) in the guide"
     )
 
 
 def _needed(pair: nn.Module, batch: Batch, guide: Trace) -> str | None:
-    """Which site of the model counts, and depends on what a latent's mask hides."""
+    """The error for a site of the model that depends on entries that a latent's mask hides."""
     hidden = {name: site for name, site in latents(guide).items() if not scored(site).all()}
     if not hidden:
         return None
@@ -192,22 +194,23 @@ def _needed(pair: nn.Module, batch: Batch, guide: Trace) -> str | None:
     for name, density in before.items():
         if not torch.allclose(density, after[name], 1e-4, 1e-4, equal_nan=True):
             return (
-                f"site '{name}' of the model depends on numbers of latent site "
-                f"'{next(iter(hidden))}' that a mask hides: they have no prior then, and log p(x) "
-                "is not defined; mask what depends on them too, or take the mask off"
+                f"site '{name}' of the model depends on entries of latent site "
+                f"'{next(iter(hidden))}' that a mask hides: hidden entries do not have a prior, so "
+                "log p(x) is not defined; also mask the entries that depend on them, or remove the "
+                "mask"
             )
     return None
 
 
 def _densities(pair: nn.Module, batch: Batch, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """The log density of each site of the model, given values of the guide's latents."""
-    with seeded(0), Given(values):  # what the model alone draws is drawn alike
+    with seeded(0), Given(values):  # sites that only the model has get the same draws each time
         sites = sample_sites(trace(cast(Pair, pair).model, batch))
     return {name: log_prob(site) for name, site in sites.items()}
 
 
 def _shared(model: Trace, guide: Trace) -> list[tuple[str, Site, Site]]:
-    """The latents that both have, as the model and the guide have them."""
+    """The latents that both programs have: name, site in the model, site in the guide."""
     ours = latents(model)
     return [(name, ours[name], site) for name, site in latents(guide).items() if name in ours]
 

@@ -25,12 +25,12 @@ def trace_model(pair: nn.Module, batch: Sequence[Tensor], guide: Trace) -> Trace
 
 
 def unconditioned(pair: nn.Module) -> Callable[..., Any]:
-    """The model of a pair, which draws the data that it would observe."""
+    """The model of a pair, changed so that it draws the data instead of observing them."""
     return cast(Callable[..., Any], _Uncondition()(cast(Pair, pair).model))
 
 
 class _Uncondition(UnconditionMessenger):
-    """Pyro's ``uncondition``, but for ``pyro.deterministic``, which computes its value anew."""
+    """Pyro's ``uncondition``, except that ``pyro.deterministic`` sites keep their own value."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if not is_deterministic(msg):
@@ -38,9 +38,9 @@ class _Uncondition(UnconditionMessenger):
 
 
 def global_latents(pair: nn.Module, batch: Sequence[Tensor]) -> list[str]:
-    """The latent sites of a pair that are outside the data plate: all data have one of each.
+    """The global latents of a pair: the latent sites outside all data plates.
 
-    Found by running its model on two rows of a batch.
+    They are found by a run of the model on two rows of a batch.
     """
     few = [tensor[:2] for tensor in batch]
     find_places(pair, few)
@@ -51,6 +51,6 @@ def global_latents(pair: nn.Module, batch: Sequence[Tensor]) -> list[str]:
 
 
 def require_local(pair: nn.Module, batch: Sequence[Tensor], why: str) -> None:
-    """Raise `UsageError` for a pair with a latent outside the data plate, and say why."""
+    """Raise `UsageError`, with the reason ``why``, if a pair has a global latent."""
     for name in global_latents(pair, batch):
-        raise UsageError(f"latent site '{name}' is outside the data plate: {why}")
+        raise UsageError(f"latent site '{name}' is outside the data plate (a global latent): {why}")

@@ -10,7 +10,7 @@ from pyro_vae.errors import UsageError
 
 
 def mean(fn: Any, num_samples: int = 100) -> Tensor:
-    """The mean of a distribution, by draws where it has no closed form."""
+    """The mean of a distribution: in closed form, or else the average of ``num_samples`` draws."""
     closed = _closed_mean(fn)
     if closed is None or bool(closed.isnan().any()):  # torch's Categorical has a mean of NaN
         draws = fn.sample((num_samples,))
@@ -26,15 +26,15 @@ def _closed_mean(fn: Any) -> Tensor | None:
 
 
 def is_category(fn: Any) -> bool:
-    """Whether a distribution is over classes without order, which have a mode and no mean."""
+    """Whether a distribution is over unordered classes, which have a mode but not a mean."""
     closed = _closed_mean(fn) if fn.support.is_discrete else None
     return closed is not None and bool(closed.isnan().any())
 
 
 def typical(fn: Any) -> Tensor:
-    """The mean of a distribution; of one that has none, as of classes, the most probable value.
+    """The mean of a distribution, or the mode if it does not have a mean, as for classes.
 
-    Where a class is a row of zeros with a one, the mean is its probability.
+    For one-hot classes the mean is the vector of class probabilities.
     """
     closed = _closed_mean(fn)
     if closed is None:
@@ -51,13 +51,15 @@ def mode(fn: Any) -> Tensor:
     except NotImplementedError:
         pass
     if fn.event_shape or not num_values(fn):
-        raise UsageError(f"{type(fn).__name__} has neither a mode nor a list of values")
+        raise UsageError(
+            f"{type(fn).__name__} has neither a mode nor a list of values; give it a property mode"
+        )
     values = [torch.full_like(fn.mean, k) for k in range(num_values(fn))]
     return torch.stack([fn.log_prob(value) for value in values]).argmax(0)
 
 
 def num_values(fn: Any) -> int:
-    """How many values each element has of a distribution over 0, 1, ..., else 0."""
+    """The number of values of each element if they are 0, 1, ...; 0 for other distributions."""
     support = fn.support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint

@@ -13,14 +13,15 @@ Site: TypeAlias = Any
 
 
 class Pair(Protocol):
-    """An ``nn.Module`` with a generative model and an amortised guide, both Pyro programs.
+    """An ``nn.Module`` with a generative model and an amortized guide, both Pyro programs.
 
-    ``batch`` is a tuple of tensors whose dimension 0 is the minibatch: the data ``x``, then
-    context. Local sites sit in one ``pyro.plate("data", len(x), dim=-1)``. Every unobserved site
-    of the model is a site of the guide. A pair that can be sampled without data also has
-    ``template(n)``, which returns a batch of n rows whose values mean nothing. One that is best
-    fitted in a way of its own may have ``recipe(epochs)``, which returns a dictionary with the
-    ``objective`` and ``beta`` that `pyro_vae.fit` takes unless it is given others.
+    ``batch`` is a tuple of tensors: the data ``x``, then the context. Dimension 0 of each tensor is
+    the minibatch. Local sites are in one ``pyro.plate("data", len(x), dim=-1)``. Every unobserved
+    site of the model is also a site of the guide, or is enumerated.
+
+    Two more methods are optional. ``template(n)`` returns a batch of n rows whose values have no
+    meaning; sampling without data needs it. ``recipe(epochs)`` returns a dictionary with the
+    default ``objective`` and ``beta`` of `pyro_vae.fit` for this pair.
     """
 
     def model(self, *batch: Tensor) -> Any: ...
@@ -28,17 +29,17 @@ class Pair(Protocol):
 
 
 def placement(pair: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a pair's parameters are, and their floating-point type.
+    """The device and the floating-point type of a pair's parameters.
 
-    Raises `UsageError` for a type of 16 bits, in which sums of log densities keep three digits.
+    Raises `UsageError` for a 16-bit type: in 16 bits, sums of log densities keep only three digits.
     """
     for tensor in (*pair.parameters(), *pair.buffers()):
         if tensor.is_floating_point():
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 raise UsageError(
-                    f"the pair's parameters are {tensor.dtype}, in which log densities lose their "
-                    "digits: call pair.float(); fit(..., precision='bfloat16') runs its networks "
-                    "in 16 bits"
+                    f"the pair's parameters have type {tensor.dtype}, which is not precise enough "
+                    "for log densities: call pair.float(); fit(..., precision='bfloat16') runs "
+                    "only the networks in 16 bits"
                 )
             return tensor.device, tensor.dtype
     return torch.device("cpu"), torch.get_default_dtype()

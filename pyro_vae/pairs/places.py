@@ -1,8 +1,9 @@
 """Which plate is the data plate of a pair, and which observed site observes x.
 
-The data plate is the plate of the site that observes the data. It is found by that site, never by
-a dimension or a name: other plates, of topics or groups, may use the same dimension. A pair is run
-on two and on three rows. The plate of observed sites that grows with the rows is the data plate.
+The data plate is the plate of the site that observes the data. It is identified by this site, and
+never by its dimension or name, because other plates (of topics or groups) may use the same
+dimension. The pair runs on two and on three rows. The data plate is the plate around an observed
+site that grows with the number of rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,24 +18,24 @@ from pyro_vae.compat import full_size
 from pyro_vae.errors import UsageError
 
 NO_SIZE = -1
-"""What Pyro writes for the size of ``pyro.plate("data")``."""
+"""The size that Pyro records for ``pyro.plate("data")``, a plate without a size."""
 
 
 class Places(NamedTuple):
-    """Where a pair keeps its data."""
+    """The data plate of a pair, and which site observes which tensor of the batch."""
 
     plates: frozenset[str]
-    """The names of the data plate, as the model and the guide call it."""
+    """The names of the data plate in the model and in the guide."""
     observes: dict[str, int]
-    """The observed sites that observe a whole tensor of the batch, and which: 0 is x."""
+    """The index of the observed tensor for each site that observes a whole tensor; 0 is x."""
     num_data: int | None = None
-    """N, where the data plate takes its rows for a part of N data (``subsample_size=len(x)``)."""
+    """N if the data plate treats its rows as a part of N data (``subsample_size=len(x)``)."""
     declares: tuple[tuple[list[int], str], ...] = ()
     """Row shapes and types of the batch whose first run made parameters, as an AutoGuide does."""
 
     @property
     def x(self) -> str | None:
-        """The one site that observes x; None where several sites observe parts of it."""
+        """The site that observes x; None if several sites observe parts of it."""
         names = [name for name, i in self.observes.items() if i == 0]
         return names[0] if len(names) == 1 else None
 
@@ -46,7 +47,7 @@ _IN_USE: ContextVar[nn.Module | None] = ContextVar("pair in use", default=None)
 
 @contextmanager
 def in_use(pair: nn.Module) -> Iterator[None]:
-    """Read sites as those of this pair."""
+    """Make this pair the pair in use, so that its sites are read with its own data plate."""
     token = _IN_USE.set(pair)
     try:
         yield
@@ -55,22 +56,22 @@ def in_use(pair: nn.Module) -> Iterator[None]:
 
 
 def known(pair: nn.Module | None = None) -> Places | None:
-    """What was found of a pair, or of the pair in use."""
+    """The places found for a pair, or for the pair in use."""
     pair = pair if pair is not None else _IN_USE.get()
     return None if pair is None else _FOUND.get(pair)
 
 
 def keep(pair: nn.Module, places: Places) -> None:
-    """Remember what was found of a pair."""
+    """Remember the places found for a pair."""
     _FOUND[pair] = places
 
 
 def is_local(site: Any, plates: frozenset[str] | None = None) -> bool:
-    """Whether a site is in the data plate.
+    """Whether a site is local, that is, in the data plate.
 
     Arguments:
-        plates: the names of the data plate; those of the pair in use by default. Where neither is
-            known, each plate at dimension -1 counts as the data plate.
+        plates: the names of the data plate. The default is the data plate of the pair in use. If
+            neither is known, each plate at dimension -1 counts as the data plate.
     """
     if plates is None and (found := known()) is not None:
         plates = found.plates
@@ -83,14 +84,14 @@ def is_local(site: Any, plates: frozenset[str] | None = None) -> bool:
 def locate(
     observed: Mapping[str, Any], more: Mapping[str, Any] | None, batch: Sequence[Tensor]
 ) -> Places | None:
-    """The data plate and the site of x, from the observed sites of one run, or of two.
+    """Find the data plate and the site of x from the observed sites of one or two runs.
 
     Arguments:
-        observed: the observed sites of a model that was run on this batch.
-        more: the same of a run on another number of rows, where there is one.
-        batch: the first is x.
+        observed: the observed sites of a run of the model on this batch.
+        more: the observed sites of a run on another number of rows, or None.
+        batch: the tensors of the batch; the first is x.
 
-    Raises `UsageError` where the data plate is at another dimension than -1.
+    Raises `UsageError` if the data plate is not at dimension -1.
     """
     plates, local, num_data = set(), {}, None
     for name, site in observed.items():
@@ -105,8 +106,8 @@ def locate(
             _require_rows(plate, sizes[plate, dim], len(batch[0]))
             if dim != -1:
                 raise UsageError(
-                    f"the data plate '{plate}' is at dim={dim} at site '{name}': it must be at "
-                    'dim=-1, pyro.plate("data", len(x), dim=-1), with other plates to its left'
+                    f"the data plate '{plate}' has dim={dim} at site '{name}' but must have "
+                    'dim=-1: use pyro.plate("data", len(x), dim=-1), with other plates to its left'
                 )
             plates.add(plate)
             local[name] = site
@@ -119,19 +120,19 @@ def locate(
 
 
 def _require_rows(plate: str, size: tuple[int, int | None], n: int) -> None:
-    """Raise `UsageError` for a data plate that takes a part of the rows it is given."""
+    """Raise `UsageError` if a data plate uses only some of the rows that it is given."""
     if size[1] == n and size[0] < n:
         raise UsageError(
-            f"the data plate '{plate}' draws {size[0]} of the {n} rows it is given: the library "
-            f'draws minibatches itself, so write pyro.plate("{plate}", len(x), dim=-1), or '
-            f'pyro.plate("{plate}", N, subsample_size=len(x)) where N is the number of all data'
+            f"the data plate '{plate}' draws {size[0]} of the {n} rows of its batch, but fit draws "
+            f'minibatches itself: use pyro.plate("{plate}", len(x), dim=-1), or '
+            f'pyro.plate("{plate}", N, subsample_size=len(x)), where N is the number of all data'
         )
 
 
 def _sizes(site: Any) -> dict[tuple[str, int], tuple[int, int | None]]:
-    """The size, and the size before any subsampling, of each plate around a site.
+    """The size, and the size before subsampling, of each plate around a site.
 
-    A plate without a size has that of the site's distribution.
+    A plate without a size gets the size of the site's distribution.
     """
     shape = site["fn"].batch_shape
     return {
@@ -144,9 +145,9 @@ def _sizes(site: Any) -> dict[tuple[str, int], tuple[int, int | None]]:
 
 
 def _observed_parts(sites: Mapping[str, Any], batch: Sequence[Tensor]) -> dict[str, int]:
-    """Which tensor of the batch each site observes: the tensor itself, or else one that equals it.
+    """Which tensor of the batch each site observes: the same object, or else an equal tensor.
 
-    An only site observes x, however the model transforms it.
+    If there is only one site, it observes x, even if the model transforms x.
     """
     found = {}
     for name, site in sites.items():

@@ -1,4 +1,4 @@
-"""Progress bars: on standard error, quiet where nobody looks."""
+"""Progress bars on standard error."""
 
 import sys
 
@@ -6,8 +6,10 @@ from tqdm import tqdm
 
 
 def bar(shown: bool, total: int, title: str, initial: int = 0, delay: float = 0) -> tqdm:
-    """A progress bar of so many steps, shown after so many seconds; a line every ten seconds where
-    the output is no terminal."""
+    """A progress bar of ``total`` steps, shown after ``delay`` seconds.
+
+    If the output is not a terminal, the bar is printed at most every ten seconds.
+    """
     return tqdm(
         total=total,
         initial=initial,

@@ -1,4 +1,4 @@
-"""Random generators: seeded and given back, saved and restored."""
+"""Random generators: seed, save and restore them."""
 
 import random
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from pyro_vae.pairs.threads import alone
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed every generator (torch on all devices, NumPy, Python) and give them back afterwards.
+    """Seed every generator (torch on all devices, NumPy, Python) and restore it afterwards.
 
-    Other threads that run a pair, or seed, wait meanwhile.
+    Other threads that run a pair or seed the generators wait in the meantime.
 
     >>> import torch
     >>> with seeded(1):
@@ -34,7 +34,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Give every generator back as it was, whatever is drawn meanwhile."""
+    """Restore the state of every generator at the end of the block."""
     with alone():
         before = state()
         try:
@@ -44,7 +44,7 @@ def kept() -> Iterator[None]:
 
 
 def state() -> dict[str, Any]:
-    """The state of every generator, of types that ``torch.load(weights_only=True)`` reads."""
+    """The state of every generator, in types that ``torch.load(weights_only=True)`` reads."""
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -55,7 +55,7 @@ def state() -> dict[str, Any]:
 
 
 def restore(saved: dict[str, Any]) -> None:
-    """Put every generator back into a saved state."""
+    """Restore a saved state of every generator."""
     torch.set_rng_state(saved["torch"])
     if saved["cuda"]:
         torch.cuda.set_rng_state_all(saved["cuda"])

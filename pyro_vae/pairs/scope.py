@@ -1,4 +1,4 @@
-"""The parameters of a pair: a store of its own, and the adoption of what only the store knows."""
+"""The parameters of a pair: its own parameter store, and the adoption of ``pyro.param``s."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from pyro_vae.pairs.threads import alone
 
 
 class _Adopted(nn.Module):
-    """Parameters declared by ``pyro.param`` alone, unconstrained, and their constraints."""
+    """Parameters that only ``pyro.param`` declares: unconstrained values and constraints."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class _Adopted(nn.Module):
         self.batch: list[tuple[list[int], str]] = []
 
     def state(self) -> dict[str, dict[str, Any]]:
-        # Not get_parameter, which refuses what stands in for a parameter in a graph.
+        # get_parameter would reject the tensors that replace parameters while a graph is traced.
         params = {name: self._parameters[_key(name)] for name in self.constraints}
         return {"params": params, "constraints": dict(self.constraints)}
 
@@ -41,11 +41,11 @@ def _key(name: str) -> str:
 
 @contextmanager
 def scope(pair: nn.Module) -> Iterator[None]:
-    """Run inside a parameter store that belongs to this pair alone, while other threads wait."""
+    """Run inside a parameter store that only this pair uses; other threads wait."""
     with alone(), _store(pair), places.in_use(pair), warnings.catch_warnings():
-        # What is frozen is frozen on purpose: a decoder, while another guide is fitted to it.
+        # Users freeze parameters on purpose, for example a decoder while a new guide is fitted.
         warnings.filterwarnings("ignore", message=".* was not registered in the param store")
-        # `check` says in words where model and guide do not go together.
+        # `check` reports these mismatches between model and guide with more explanation.
         warnings.filterwarnings("ignore", message="Found plate statements in guide but not model")
         warnings.filterwarnings("ignore", message="Found non-auxiliary vars in guide but not model")
         with _PerRow():
@@ -53,10 +53,10 @@ def scope(pair: nn.Module) -> Iterator[None]:
 
 
 class _PerRow(poutine.messenger.Messenger):
-    """Scales no row by N / B in ``plate("data", N, subsample_size=B)``.
+    """Removes the scale N / B of ``plate("data", N, subsample_size=B)``.
 
-    The tools report nats per example, and weigh the global latents by N themselves. The loss is
-    that of stock Pyro times B / N.
+    The tools report nats per example and weigh the global latents themselves. The loss equals the
+    loss of stock Pyro times B / N.
     """
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -77,9 +77,9 @@ def _store(pair: nn.Module) -> Any:
 
 
 def _frozen(pair: nn.Module) -> dict[str, Any]:
-    """Parameters that take no gradients, by the names under which their PyroModules declare them.
+    """Parameters without gradients, by the names under which their PyroModules declare them.
 
-    The store would make them take gradients as it first meets them.
+    Without this entry, the store would turn their gradients on at the first use.
     """
     return {
         full_name(module, name): parameter
@@ -95,9 +95,9 @@ def _union(states: Sequence[dict[str, dict[str, Any]]], kind: str) -> dict[str, 
 
 
 def adopt(pair: nn.Module, batch: Sequence[Tensor]) -> None:
-    """Make every parameter of the current store, which only the store knows, one of the pair.
+    """Register each parameter that only the current store has as a parameter of the pair.
 
-    The row shapes of the batch are kept, for `adopted_batch`.
+    The pair also keeps the row shapes of the batch, for `adopted_batch`.
     """
     store = pyro.get_param_store()
     state, known = store.get_state(), {id(p) for p in pair.parameters()}
@@ -114,7 +114,7 @@ def adopt(pair: nn.Module, batch: Sequence[Tensor]) -> None:
 
 
 def adopted_batch(pair: nn.Module) -> list[tuple[list[int], str]]:
-    """Row shapes and types of a batch on which running the pair declares what it has adopted."""
+    """Row shapes and types of a batch on which the pair declares its adopted parameters."""
     adopted, found = getattr(pair, _ADOPTED, None), places.known(pair)
     if isinstance(adopted, _Adopted):
         return adopted.batch
@@ -127,9 +127,9 @@ def row_shapes(batch: Sequence[Tensor]) -> list[tuple[list[int], str]]:
 
 
 def registered(pair: nn.Module, program: Callable[..., Any]) -> Callable[..., Any]:
-    """The program, with every trainable parameter of the pair made a param site of its trace.
+    """The program, with every trainable parameter of the pair as a param site of its trace.
 
-    Stock ``SVI`` steps only parameters that it sees as sites; a plain attribute is none.
+    Stock ``SVI`` updates only parameters that are param sites; a plain attribute is not a site.
     """
 
     def run(*batch: Tensor) -> Any:
@@ -143,7 +143,7 @@ def registered(pair: nn.Module, program: Callable[..., Any]) -> Callable[..., An
 
 @contextmanager
 def evaluation_mode(pair: nn.Module) -> Iterator[None]:
-    """Every module of the pair in evaluation mode, and then each as it was."""
+    """Put every module of the pair in evaluation mode, and restore each mode afterwards."""
     training = [module for module in pair.modules() if module.training]
     pair.eval()
     try:
@@ -155,16 +155,16 @@ def evaluation_mode(pair: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def using(pair: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Use a pair without training it: its own scope, evaluation mode, no gradients, a seed."""
+    """Use a pair without training: own parameter store, evaluation mode, no gradients, a seed."""
     draws = nullcontext() if seed is None else seeded(seed)
     with alone(), evaluation_mode(pair), scope(pair), torch.no_grad(), draws, _AllRows():
         yield
 
 
 class _AllRows(poutine.messenger.Messenger):
-    """``plate("data", N, subsample_size=len(x))`` takes any number of rows, more than N too.
+    """Lets ``plate("data", N, subsample_size=len(x))`` take any number of rows, even more than N.
 
-    The rows that a tool gives are the subsample; which of the N data they are does not matter.
+    The rows of the batch are the subsample; their indices among the N data do not matter.
     """
 
     def _pyro_sample(self, msg: Any) -> None:

@@ -1,4 +1,4 @@
-"""Data drawn from a pair's model, as a batch, with the latents that made them."""
+"""Simulation of data from a pair's model, as a batch with its latents."""
 
 from typing import cast
 
@@ -17,11 +17,14 @@ from pyro_vae.pairs.traces import Given, trace
 
 
 def simulate(pair: nn.Module, number: int, context: Batch = ()) -> tuple[Batch, dict[str, Tensor]]:
-    """A batch that the model draws, and the latents it was drawn from, by site.
+    """A batch drawn from the model, and the latents that generated it, by site.
 
-    The context is that of the template, or what is given. Raises `UsageError` for a model that
-    observes what is no function of the batch, so that its draws cannot be put into one, and for
-    latents whose masks are not those of the guide.
+    Arguments:
+        number: the number of rows.
+        context: the context tensors; the default is the context of the template.
+
+    Raises `UsageError` if the draws cannot be written into a batch, because an observed value is
+    not a function of the batch, or if the masks of a latent differ between model and guide.
     """
     batch = template(pair, number, context)
     find_places(pair, batch)
@@ -35,13 +38,16 @@ def simulate(pair: nn.Module, number: int, context: Batch = ()) -> tuple[Batch, 
     for name, site in observed(drawn).items():
         differs = again[name]["value"] != site["value"]
         if bool((differs & masks.scored(again[name])).any()):
-            raise UsageError(f"what the model draws at site '{name}' has no place in its batch")
+            raise UsageError(
+                f"the draws of the model at site '{name}' cannot be written into a batch: the "
+                "value that the site observes must be a tensor of the batch"
+            )
     masks.require(pair, [batch])
     return batch, values
 
 
 def _with_draws(batch: list[Tensor], drawn: Trace) -> list[Tensor]:
-    """A batch that holds what was drawn at each site that observes one of its tensors."""
+    """The batch, with each observed tensor replaced by the draws at its site."""
     found, sites = places.known(), observed(drawn)
     observes = {data_site(drawn)["name"]: 0} if found is None else found.observes
     if 0 not in observes.values():
@@ -50,8 +56,8 @@ def _with_draws(batch: list[Tensor], drawn: Trace) -> list[Tensor]:
         value = data_first(sites[name]["value"], sites[name])
         if value.numel() != batch[i].numel():
             raise UsageError(
-                f"the model draws data of shape {tuple(value.shape)} at site '{name}', and the "
-                f"batch has shape {tuple(batch[i].shape)} there: draws cannot be put into a batch"
+                f"the model draws data of shape {tuple(value.shape)} at site '{name}' but the "
+                f"batch has a tensor of shape {tuple(batch[i].shape)}; they must match"
             )
         batch[i] = value.reshape(batch[i].shape).to(batch[i].dtype)
     return batch

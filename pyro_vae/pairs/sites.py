@@ -1,4 +1,4 @@
-"""The sites of a trace: which are latent, observed, local; their densities, KL and means."""
+"""The sites of a trace: which are latent, observed or local; their densities and KL."""
 
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from pyro_vae.pairs.places import is_local
 
 
 def data_plates(model: Trace, guide: Trace) -> frozenset[str]:
-    """The names of the data plate: those of the pair in use, or else of the observed sites."""
+    """The names of the data plate: of the pair in use, or else of the observed sites."""
     if (found := places.known()) is not None:
         return found.plates
     plates = frozenset(f.name for site in observed(model).values() for f in at_data(site))
@@ -24,7 +24,7 @@ def data_plates(model: Trace, guide: Trace) -> frozenset[str]:
 
 
 def with_guides(plates: frozenset[str], model: Trace, guide: Trace) -> frozenset[str]:
-    """These names, and those that the guide has for the plate of the same latents."""
+    """The names of the data plate in the model, plus its names in the guide."""
     inside = [name for name, site in latents(model).items() if is_local(site, plates)]
     return plates | {f.name for name in inside for f in at_data(latents(guide).get(name))}
 
@@ -38,8 +38,8 @@ def at_data(site: Site | None) -> list[Any]:
 def sample_sites(trace: Trace) -> dict[str, Site]:
     """The sample sites of a trace, by name.
 
-    Without those of plates' subsampling, and without ``pyro.deterministic``, which has a value and
-    no density.
+    Two kinds are left out: the subsampling sites of plates, and ``pyro.deterministic``, which has a
+    value but not a density.
     """
     nodes: dict[str, Site] = dict(trace.nodes)
     return {
@@ -55,10 +55,10 @@ def latents(trace: Trace) -> dict[str, Site]:
 
 
 def observed(trace: Trace) -> dict[str, Site]:
-    """The observed sample sites of a trace, by name; those of an unconditioned model too.
+    """The observed sample sites of a trace, by name, also of an unconditioned model.
 
-    Without those marked ``infer={"is_auxiliary": True}``: they are terms of the objective alone, a
-    classification loss say, and no part of p(x).
+    Sites marked ``infer={"is_auxiliary": True}`` are left out. They are terms of the objective, for
+    example a classification loss, and not part of p(x).
     """
     return {
         name: site
@@ -76,32 +76,35 @@ def is_factor(site: Site) -> bool:
 
 
 def factors(trace: Trace) -> dict[str, Site]:
-    """The sites of ``pyro.factor`` in a trace, by name."""
+    """The ``pyro.factor`` sites of a trace, by name."""
     return {name: site for name, site in sample_sites(trace).items() if is_factor(site)}
 
 
 def scored(trace: Trace) -> dict[str, Site]:
-    """The observed sites of a model and its factors: what p(x, z) has beside its latents."""
+    """The observed sites and the factors of a model: all terms of p(x, z) except the latents."""
     return observed(trace) | factors(trace)
 
 
 def require_normalized(model: Trace, why: str) -> None:
-    """Raise `UsageError` for a model with factors, and say why."""
+    """Raise `UsageError`, with the reason ``why``, if a model has factors."""
     for name in factors(model):
         raise UsageError(
-            f"the model has a pyro.factor, '{name}', so that its density is not normalized: {why}"
+            f"the model has a pyro.factor, '{name}', so its density is not normalized: {why}"
         )
 
 
 def is_auxiliary(site: Site) -> bool:
-    """Whether a site is a term of the objective alone; of the guide, one without a prior."""
+    """Whether a site is marked auxiliary.
+
+    In the model it is a term of the objective only. In the guide it is a site without a prior.
+    """
     return bool(site["infer"].get("is_auxiliary"))
 
 
 def data_site(trace: Trace, name: str | None = None) -> Site:
     """The observed site of this name, or the one that observes x.
 
-    Raises `UsageError` where no site is named and several sites observe parts of x.
+    Raises `UsageError` if no name is given and several sites observe parts of x.
     """
     sites = observed(trace)
     if name is None and (only := x_site(trace)) is not None:
@@ -109,7 +112,7 @@ def data_site(trace: Trace, name: str | None = None) -> Site:
     if name is None and sites:
         raise UsageError(
             f"the model observes parts of x at several sites ({', '.join(sites)}): pass one of "
-            "these names as site"
+            "these names as `site`"
         )
     if name not in sites:
         raise UsageError(
@@ -120,7 +123,7 @@ def data_site(trace: Trace, name: str | None = None) -> Site:
 
 
 def x_site(trace: Trace) -> Site | None:
-    """The observed site that observes x, None where several sites observe parts of it."""
+    """The site that observes x; None if several sites observe parts of it."""
     sites, found = observed(trace), places.known()
     if len(sites) == 1:
         return next(iter(sites.values()))
@@ -128,44 +131,47 @@ def x_site(trace: Trace) -> Site | None:
 
 
 def log_prob(site: Site) -> Tensor:
-    """The log density of a site, masked but not scaled: KL weights and subsampling left out."""
+    """The log density of a site, masked but not scaled by KL weights or subsampling."""
     try:
         density = site["fn"].log_prob(site["value"])
-    except ValueError as error:  # a guide, say, that draws what the model's support does not hold
+    except ValueError as error:  # for example, a draw of the guide outside the model's support
         reason = first_line(error).removesuffix(", but found invalid values:")
-        raise UsageError(f"site '{site['name']}' cannot be scored: {reason}") from error
+        raise UsageError(
+            f"the log density of site '{site['name']}' cannot be computed: {reason}"
+        ) from error
     return scale_and_mask(density, mask=site["mask"])
 
 
 def data_first(value: Tensor, site: Site) -> Tensor:
-    """A value of a local site with the data as dimension 0, the plates within a datum after it."""
+    """A value of a local site with the data as dimension 0, then the plates within a datum."""
     return value.movedim(-1 - site["fn"].event_dim, 0)
 
 
 def by_datum(term: Tensor, particles: bool) -> Tensor:
-    """A local log density summed over the plates between the particles, if any, and the data."""
+    """A local log density, summed over the plates within a datum: (particles, n) or (n,)."""
     if particles:
         return term.flatten(1, -2).sum(1) if term.dim() > 2 else term
     return term.reshape(-1, term.shape[-1]).sum(0)
 
 
 def same_order(model: Trace, guide: Trace) -> bool:
-    """Whether model and guide draw the latents that they share in one order.
+    """Whether model and guide draw their common latents in the same order.
 
-    Only then is each of their conditionals given what both have drawn before, so that the KL of
-    the two may stand for its expectation.
+    Only then do both conditionals of a latent depend on the same earlier draws, so that a KL in
+    closed form may replace its estimate.
     """
     shared = [name for name in latents(guide) if name in model.nodes]
     return shared == [name for name in sample_sites(model) if name in shared]
 
 
 def site_kl(model_site: Site, guide_site: Site, closed: bool = True) -> Tensor:
-    r"""KL of one latent site, in nats: of shape (batch, *units) where it splits over units.
+    r"""The KL of one latent site, in nats.
 
-    :math:`\mathrm{KL}(q \| p)` in closed form where torch knows it and ``closed`` allows it (see
-    `same_order`), else the estimate :math:`\log q(z) - \log p(z)` at the draw in the trace. Where
-    both distributions have independent coordinates the last dimensions are those of the event, else
-    there are none.
+    :math:`\mathrm{KL}(q \| p)` in closed form if torch knows it and ``closed`` allows it (see
+    `same_order`). Otherwise the estimate :math:`\log q(z) - \log p(z)` at the draw in the trace.
+
+    The shape is (batch, *units) if both distributions have independent coordinates, where units is
+    the event shape. Otherwise it is (batch,).
     """
     p, q, z, mask = model_site["fn"], guide_site["fn"], guide_site["value"], guide_site["mask"]
     if factorizes(p) and factorizes(q):
@@ -174,7 +180,7 @@ def site_kl(model_site: Site, guide_site: Site, closed: bool = True) -> Tensor:
         kl = kl_divergence(q, p) if closed else None
     except NotImplementedError:
         kl = None
-    if not isinstance(kl, Tensor):  # a number where a mask within the distributions hides all
+    if not isinstance(kl, Tensor):  # a number if masks within the distributions hide everything
         kl = q.log_prob(z) - p.log_prob(z)
     if isinstance(mask, Tensor):
         mask = mask.reshape(mask.shape + (1,) * (kl.dim() - len(guide_site["fn"].batch_shape)))
@@ -182,7 +188,7 @@ def site_kl(model_site: Site, guide_site: Site, closed: bool = True) -> Tensor:
 
 
 def factorizes(fn: Any) -> bool:
-    """Whether a distribution's units are independent, its ``base_dist`` being theirs."""
+    """Whether the units of a distribution are independent; its ``base_dist`` is then over units."""
     return isinstance(fn, torch.distributions.Independent) and fn.reinterpreted_batch_ndims == len(
         fn.event_shape
     )

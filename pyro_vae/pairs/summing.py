@@ -1,4 +1,4 @@
-"""Enumerated latents summed out: evidence, densities and probabilities of a datum."""
+"""Sums over enumerated latents: evidence, densities and probabilities of each datum."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -35,28 +35,28 @@ from pyro_vae.pairs.sites import (
 
 @dataclass(frozen=True)
 class Terms:
-    """Log densities of one pair of traces at every value of the enumerated sites, with weights.
+    """Log densities of two traces at every value of the enumerated sites, with weights.
 
-    Each term is summed over the plates within a datum; enumerated dimensions come first, then a
-    plate of samples, if any, then those of the plates within a datum, of size 1, then the data.
+    Each term is summed over the plates within a datum. The dimensions are: the enumerated
+    dimensions; the plate of samples, if any; the plates within a datum, of size 1; the data.
     """
 
     weights: Tensor
     """q(e|x) r(m|e,x,z)."""
     posterior: dict[str, Tensor]
-    """log q of each latent site of the guide, log r of each that only the model has.
+    """log q of each latent site of the guide, and log r of each that only the model has.
 
-    Where the model alone has several, r splits into a factor for each, given those before it in
-    the model: the chain rule."""
+    If several sites are only in the model, r is the product of their conditionals, each given the
+    earlier sites of the model (the chain rule)."""
     prior: dict[str, Tensor]
     """log p of each latent site of the model."""
     observed: dict[str, Tensor]
-    """log p of each observed site, those that are auxiliary included."""
+    """log p of each observed site, including auxiliary sites."""
     dims: dict[str, int]
     """The dimension of each enumerated site."""
 
     def mean(self, term: Tensor) -> Tensor:
-        """The weighted mean of a term over the enumerated values; weight zero takes no part."""
+        """The weighted mean of a term over the enumerated values, without values of weight zero."""
         dims = [dim for dim in self.dims.values() if _extends(term, dim)]
         if not dims:
             return term
@@ -65,7 +65,7 @@ class Terms:
         return (torch.where(alive, weights, 0.0) * torch.where(alive, term, 0.0)).sum(dims, True)
 
     def units(self, values: Tensor, right: int) -> Tensor:
-        """The weighted mean of values with as many dimensions right of the data."""
+        """The weighted mean of values with ``right`` dimensions to the right of the data."""
         if not self.dims:
             return values
         weights = self.weights.reshape(*self.weights.shape, *[1] * right)
@@ -74,9 +74,9 @@ class Terms:
 
 
 def is_named(pair: nn.Module, batch: Batch, name: str) -> bool:
-    """Whether the values of an enumerated site are classes that the model is told the names of.
+    """Whether observed labels identify the values of an enumerated site.
 
-    They are where it observes whole numbers, labels, whose density depends on the site.
+    They do if the model observes integers (labels) whose density depends on the site.
     """
     model, _ = traces(pair, batch, nesting(pair, batch))
     dim = enumerate_dim(enumerated(model)[name]) if name in enumerated(model) else 0
@@ -87,7 +87,7 @@ def is_named(pair: nn.Module, batch: Batch, name: str) -> bool:
 
 
 def terms(model: Trace, guide: Trace) -> Terms:
-    """What the ELBO of these traces is made of, by site."""
+    """The terms of the ELBO of these traces, by site."""
     inner, dims = _layout(model, guide)
     q = {name: _term(site, inner) for name, site in latents(guide).items()}
     summed = [name for name in enumerated(model) if name not in q]
@@ -100,7 +100,7 @@ def terms(model: Trace, guide: Trace) -> Terms:
         if not own and any(_extends(p[name], dim) for dim in targets):
             joint = joint + p[name]
     if enumerated(guide):
-        # What has no weight may be impossible, and its conditional no distribution.
+        # A value of weight zero may be impossible under the model, and r would then be NaN.
         joint = torch.where(torch.isneginf(log_weights), torch.zeros_like(joint), joint)
     for name in reversed(summed):
         above = joint.logsumexp(dims[name], keepdim=True)
@@ -117,12 +117,11 @@ def terms(model: Trace, guide: Trace) -> Terms:
 
 
 def evidence(model: Trace, guide: Trace) -> Tensor:
-    r"""The log weight of each draw for log p(x), every enumerated site summed out.
-
-    Given the draws of latents outside the data plate, which take no part.
+    r"""The log weight of each draw for log p(x), with every enumerated site summed out.
 
     :math:`\log \sum_{e,m} p(x, z, e, m) / q(z|x, e)`, of the shape of the plates of the enumerated
-    sites. Its exponential has the mean p(x) whatever the draws z, and q(e|x) takes no part.
+    sites. The mean of its exponential over draws z is p(x). q(e|x) is not needed. The weight is
+    conditional on the draws of global latents, whose own densities are left out.
     """
     inner, dims = _layout(model, guide)
     total = log_ratio(model, guide)
@@ -131,7 +130,7 @@ def evidence(model: Trace, guide: Trace) -> Tensor:
 
 
 def log_ratio(model: Trace, guide: Trace) -> Tensor:
-    """The terms of `evidence` before their sum, with the enumerated dimensions first."""
+    """The terms of `evidence` before the sum; the enumerated dimensions come first."""
     inner, dims = _layout(model, guide)
     total = _zero({})
     for name, site in (latents(model) | scored(model)).items():
@@ -144,9 +143,9 @@ def log_ratio(model: Trace, guide: Trace) -> Tensor:
 
 
 def joint(model: Trace, guide: Trace) -> Tensor:
-    r"""log p(x, z) of latents z that are given, :math:`\log \sum_{e,m} p(x, z, e, m)`.
+    r"""log p(x, z) at given latents z, :math:`\log \sum_{e,m} p(x, z, e, m)`.
 
-    Its exponential is the density of the data and of all latents that are not enumerated.
+    Its exponential is the density of the data and of all local latents that are not enumerated.
     """
     sites = latents(model) | scored(model)
     local = {name: site for name, site in sites.items() if is_local(site)}
@@ -154,7 +153,7 @@ def joint(model: Trace, guide: Trace) -> Tensor:
 
 
 def proposal(model: Trace, guide: Trace) -> Tensor:
-    r"""log q(z|x) of latents z that are given, :math:`\log \sum_e q(z, e|x)`."""
+    r"""log q(z|x) at given latents z, :math:`\log \sum_e q(z, e|x)`."""
     inner, dims = _layout(model, guide)
     return _marginal(latents(guide), inner, {name: dims[name] for name in enumerated(guide)})
 
@@ -168,10 +167,11 @@ def _marginal(sites: dict[str, Site], inner: list[int], dims: dict[str, int]) ->
 
 
 def probabilities(pair: nn.Module, batch: Batch, name: str, num_samples: int) -> Tensor:
-    """The posterior probabilities (batch, values) of one discrete site, averaged over draws.
+    """The posterior probabilities of one discrete site, of shape (batch, values).
 
-    Those of the guide, :math:`q(y|x)`, exact where nothing is drawn before it; of a site that only
-    the model has, :math:`E_{q(z|x)}[r(k|x,z)]`.
+    For a site of the guide they are :math:`q(y|x)`, averaged over ``num_samples`` draws of the
+    latents before it; they are exact if the site is the first latent. For a site that only the
+    model has, they are :math:`E_{q(z|x)}[r(k|x,z)]`.
     """
     found = []
     for _ in range(num_samples):
@@ -189,9 +189,10 @@ def probabilities(pair: nn.Module, batch: Batch, name: str, num_samples: int) ->
 def summed_values(
     pair: nn.Module, batch: Batch, guide: Trace, num_samples: int, draw: bool
 ) -> dict[str, Tensor]:
-    """Values of the latents that only the model has: their modes, or draws given the guide's.
+    """Values of the latents that only the model has.
 
-    Modes are those of their probabilities averaged over ``num_samples`` draws of the guide.
+    With ``draw`` they are draws, given the latents in a trace of the guide. Otherwise they are the
+    modes of the probabilities, averaged over ``num_samples`` draws of the guide.
     """
     alone, model = glance(pair, batch)
     names = [name for name in to_enumerate(model) if name not in latents(alone)]
@@ -213,7 +214,7 @@ def summed_values(
 
 
 def _conditional(pair: nn.Module, batch: Batch, guide: Trace) -> dict[str, Tensor]:
-    """r (values, batch) of each latent that only the model has, given a trace of the guide."""
+    """r of each latent that only the model has, of shape (values, batch), given a guide trace."""
     found = terms(enumerated_model(pair, batch, guide), guide)
     n = len(batch[0])
     return {
@@ -223,17 +224,18 @@ def _conditional(pair: nn.Module, batch: Batch, guide: Trace) -> dict[str, Tenso
 
 
 def _layout(model: Trace, guide: Trace) -> tuple[list[int], dict[str, int]]:
-    """Dimensions of the plates within a datum, and that of each enumerated site."""
+    """The dimensions of the plates within a datum, and the dimension of each enumerated site."""
     sites = enumerated(guide) | enumerated(model)
     dims = {name: enumerate_dim(site) for name, site in sites.items()}
     if len(set(dims.values())) < len(dims):
         raise UsageError(
-            f"the enumerated sites {', '.join(dims)} share dimensions (pyro.markov), and their sum "
-            "is no sum over all combinations: use TraceEnum_ELBO by itself"
+            f"the enumerated sites {', '.join(dims)} share dimensions (pyro.markov), which is not "
+            "supported: use Pyro's TraceEnum_ELBO"
         )
     if len({frozenset(plates_of([site])) for site in sites.values()}) > 1:
         raise UsageError(
-            f"the enumerated sites {', '.join(dims)} are in different plates: use TraceEnum_ELBO"
+            f"the enumerated sites {', '.join(dims)} are in different plates, which is not "
+            "supported: use Pyro's TraceEnum_ELBO"
         )
     everywhere = plates_of(sample_sites(model).values()) | plates_of(sample_sites(guide).values())
     own = plates_of(sites.values()) if sites else everywhere
@@ -242,7 +244,7 @@ def _layout(model: Trace, guide: Trace) -> tuple[list[int], dict[str, int]]:
 
 def _term(site: Site, inner: list[int], masked: bool = True) -> Tensor:
     """The log density of a site, summed over the plates within a datum."""
-    # A mask says that a value is unknown, not that it has no distribution to be summed over.
+    # A mask marks a value as unknown. The sum over its values still needs its distribution.
     term = log_prob(site) if masked else site["fn"].log_prob(site["value"])
     return _sum(term, [dim for dim in inner if term.dim() >= -dim])
 

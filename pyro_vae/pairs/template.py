@@ -1,4 +1,4 @@
-"""Batches of a pair that are made without data."""
+"""Batches of a pair that are made without data, from its template."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -13,11 +13,15 @@ from pyro_vae.pairs.pair import Batch, placement
 
 
 def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
-    """A batch of n rows from the pair's template, with this context in place of the template's."""
+    """A batch of n rows from the pair's template; ``context`` replaces the template's context.
+
+    Raises `UsageError` if the pair does not have a template, or if the number or the shapes of the
+    context tensors are wrong.
+    """
     if not hasattr(pair, "template"):
         raise UsageError(
-            f"{type(pair).__name__} has no method template(n), which returns a batch of n rows "
-            "of the right shapes; sampling without data needs it"
+            f"{type(pair).__name__} has no method template(n), which sampling without data needs: "
+            "add one that returns a batch of n rows of the right shapes"
         )
     if isinstance(context, Tensor):
         context = (context,)
@@ -30,7 +34,7 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
         return batch
     if len(context) != len(batch) - 1:
         raise UsageError(
-            f"{type(pair).__name__} takes {len(batch) - 1} context tensors, {len(context)} came"
+            f"{type(pair).__name__} needs {len(batch) - 1} context tensors, got {len(context)}"
         )
     placed = []
     for given, like in zip(context, batch[1:], strict=True):
@@ -38,8 +42,8 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
         wanted = (n, *like.shape[1:])
         if tuple(given.shape) not in (wanted, (1, *wanted[1:])):
             raise UsageError(
-                f"context of shape {wanted} ({n} rows, or one for all, of shape {wanted[1:]}) is "
-                f"expected, a tensor of shape {tuple(given.shape)} came; labels become rows by "
+                f"context must have shape {wanted} ({n} rows of shape {wanted[1:]}) or a single "
+                f"row, got shape {tuple(given.shape)}; convert labels to rows with "
                 "pyro_vae.one_hot"
             )
         placed.append(given.expand(like.shape))
@@ -47,16 +51,16 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
 
 
 def _draws_all(pair: nn.Module, batch: Sequence[Tensor]) -> bool:
-    """Whether the model observes every tensor of a batch, and so can draw them all."""
+    """Whether the model observes every tensor of a batch and can therefore draw all of them."""
     find_places(pair, batch)
     found = places.known(pair)
     return found is not None and set(found.observes.values()) == set(range(len(batch)))
 
 
 def missing_context(pair: nn.Module, n: int) -> Batch:
-    """The context of n rows of which nothing is known, for a pair that needs none.
+    """The context of n rows with unknown labels; empty for a pair that needs known context.
 
-    Labels say: a pair whose template gives negative whole numbers alone takes those for missing.
+    The pair accepts unknown labels if all context tensors of its template are negative integers.
     """
     if not hasattr(pair, "template"):
         return ()

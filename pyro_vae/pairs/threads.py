@@ -1,10 +1,11 @@
 """One pair runs at a time: the threads of a process take turns.
 
-Pyro's handlers, its parameter store, the validation flags and torch's, NumPy's and Python's
-generators belong to the process, not to a thread. Everything that runs a pair therefore holds one
-re-entrant lock, `alone`. Calls from other threads wait, first come, first served. A `pyro_vae.fit`
-gives way between its steps: it takes its parameter store and its generators away first, and puts
-them back afterwards, so that each call gives what it would have given by itself.
+Pyro's handlers and parameter store, the validation flags, and the generators of torch, NumPy and
+Python belong to the process and not to a thread. Everything that runs a pair therefore holds one
+re-entrant lock, `alone`. Calls from other threads wait and run in the order of their arrival.
+`pyro_vae.fit` lets them run between its steps. Before, it removes its parameter store and its
+generator states; afterwards, it restores them. Each call therefore gives the same result as it
+gives without other threads.
 """
 
 import os
@@ -16,11 +17,12 @@ from contextlib import contextmanager
 from pyro_vae.errors import UsageError
 
 FORK_SECONDS = 2.0
-"""How long a fork waits for the threads that run a pair; the child of an earlier one runs none."""
+"""How long a fork waits for a thread that runs a pair. After this time, the child process raises
+an error if it runs a pair."""
 
 
 class _Turns:
-    """A re-entrant lock, first come, first served, whose holder can see that others wait."""
+    """A re-entrant lock that serves threads in order, and shows its holder that others wait."""
 
     def __init__(self, broken: bool = False) -> None:
         self.owner: int | None = None
@@ -30,11 +32,11 @@ class _Turns:
         self.broken = broken
 
     def acquire(self, timeout: float | None = None) -> bool:
-        """Wait for the lock and take it, once more if this thread has it; False after a timeout."""
+        """Wait for the lock and take it, again if this thread holds it; False after a timeout."""
         if self.broken:
             raise UsageError(
-                "this process was forked while another thread ran a pair, and inherited its state; "
-                "start processes by multiprocessing's 'spawn', or before the threads"
+                "this process was forked while another thread ran a pair, and inherited its state: "
+                "start processes with multiprocessing's 'spawn', or before you start threads"
             )
         if self.owner != threading.get_ident() and not self._wait(timeout):
             return False
@@ -57,9 +59,9 @@ class _Turns:
                 self.changed.notify_all()
 
     def release(self) -> None:
-        """Give back one `acquire`; the last one lets the next thread go on."""
+        """Undo one `acquire`; after the last one the next thread gets the lock."""
         if self.owner != threading.get_ident():
-            return  # the child of a fork leaves what its parent had entered
+            return  # the child of a fork leaves a block that its parent entered
         self.depth -= 1
         if self.depth == 0:
             with self.changed:
@@ -74,8 +76,8 @@ _turns = _Turns()
 def alone() -> Iterator[None]:
     """Hold the lock under which pairs run; also a decorator.
 
-    A program with threads that seeds torch, draws from its global generator or makes a pair while
-    another thread may run one does so under this lock, as the generator is that of the process.
+    Use it in a program with threads when you seed torch, draw from its global generator or create
+    a pair while another thread may run a pair: all threads share the generator.
 
     >>> import torch, pyro_vae as pv
     >>> with alone():
@@ -90,18 +92,18 @@ def alone() -> Iterator[None]:
 
 
 def waited_for() -> bool:
-    """Whether another thread waits for the lock."""
+    """Whether another thread is waiting for the lock."""
     return bool(_turns.waiting)
 
 
 def give_way() -> None:
-    """Let the threads that wait have a turn each, unless a caller of this one holds the lock."""
+    """Let each waiting thread run once, unless a caller of this function also holds the lock."""
     _turns.release()
     _turns.acquire()
 
 
 class _Fork(threading.local):
-    """Whether the fork that this thread makes holds the lock."""
+    """Whether the current fork of this thread holds the lock."""
 
     holds = False
 
@@ -110,7 +112,7 @@ _fork = _Fork()
 
 
 def _before_fork() -> None:
-    # Bounded, since the thread that runs a pair may itself wait for the one that forks.
+    # The wait is bounded, because the thread that runs a pair may itself wait for this thread.
     _fork.holds = not _turns.broken and _turns.acquire(FORK_SECONDS)
 
 

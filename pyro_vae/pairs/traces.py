@@ -1,4 +1,4 @@
-"""Traces of a pair: model and guide run on a batch, without asking what the pair is."""
+"""Traces of a pair's model and guide on a batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,13 +14,13 @@ from pyro_vae.pairs.places import is_local
 
 
 def trace(program: Callable[..., Any], batch: Sequence[Tensor]) -> Trace:
-    """The trace of a program on a batch; an error of use stays one line."""
+    """The trace of a program on a batch; a usage error keeps its single line."""
     try:
         return poutine.trace(program).get_trace(*batch)
     except UsageError as error:
-        # Pyro writes the shapes of all sites behind the message.
+        # Pyro appends the shapes of all sites to the message.
         raise UsageError(first_line(error)) from None
-    except IndexError as error:  # a label, say, that the pair has no place for
+    except IndexError as error:  # for example, a label that is too large for the pair
         raise UsageError(f"the pair fails on a value of its batch: {first_line(error)}") from error
     except (ValueError, RuntimeError) as error:
         require_numbers(error)
@@ -28,21 +28,20 @@ def trace(program: Callable[..., Any], batch: Sequence[Tensor]) -> Trace:
 
 
 class BadNumbers(UsageError):
-    """A pair gave a distribution numbers that it cannot have."""
+    """The pair gave a distribution invalid parameters."""
 
 
 def require_numbers(error: Exception) -> None:
-    """Raise `BadNumbers` where an error says that a distribution was given numbers it cannot have,
-    such as a scale that is infinite or NaN."""
+    """Raise `BadNumbers` if an error reports invalid parameters of a distribution, such as NaN."""
     if said := bad_parameter(error):
         raise BadNumbers(
-            f"the pair gives a distribution numbers that it cannot have ({said}): look for extreme "
-            "values in the data, and bound its scales"
+            f"the pair gives a distribution invalid parameters ({said}): look for extreme values "
+            "in the data, and bound the scales of the pair's distributions"
         ) from error
 
 
 class Means(poutine.messenger.Messenger):
-    """Every unobserved site takes its distribution's mean (a discrete one its mode), not a draw."""
+    """Sets every unobserved site to the mean of its distribution, or the mode if it is discrete."""
 
     def _pyro_sample(self, msg: Any) -> None:
         free = msg["value"] is None and not msg["done"]
@@ -58,14 +57,14 @@ class Means(poutine.messenger.Messenger):
 
 
 class Given(poutine.messenger.Messenger):
-    """Some sites are given these values as if they had been drawn."""
+    """Sets some sites to given values, as if they had been drawn."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         super().__init__()
         self.values = values
 
     def gives(self, name: str, support: Any) -> Tensor | None:
-        """The value that a site is given, if any."""
+        """The given value of a site, or None."""
         return self.values.get(name)
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -74,7 +73,7 @@ class Given(poutine.messenger.Messenger):
 
 
 class DataFirst(Given):
-    """`Given` for values with the data as dimension 0, as `data_first` gives them."""
+    """`Given` for values with the data as dimension 0, as returned by `data_first`."""
 
     def _pyro_sample(self, msg: Any) -> None:
         super()._pyro_sample(msg)

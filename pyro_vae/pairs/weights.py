@@ -1,4 +1,4 @@
-"""Log weights of draws of the guide, and the structure of a pair, which decides how to draw."""
+"""Log importance weights of draws from the guide, and the structure of a pair."""
 
 from math import prod
 
@@ -18,43 +18,45 @@ from pyro_vae.pairs.traces import Given
 
 
 def log_weights(pair: nn.Module, batch: Batch, num_samples: int, nesting: int = 1) -> Tensor:
-    """log p(x, z) - log q(z | x) for draws of the guide, of shape (num_samples, batch)."""
+    """log p(x, z) - log q(z | x) for draws from the guide, of shape (num_samples, batch)."""
     return _weights(*_sampled(pair, batch, num_samples, nesting), nesting)
 
 
 def _sampled(
     pair: nn.Module, batch: Batch, num_samples: int, nesting: int
 ) -> tuple[poutine.Trace, poutine.Trace]:
-    """Traces of model and guide under a plate of samples, to the left of all others."""
+    """Traces of model and guide under a plate of samples, to the left of all other plates."""
     plate = pyro.plate("importance_samples", num_samples, dim=-1 - nesting)
     return enumeration.traces(pair, batch, nesting + 1, plate)
 
 
 def _weights(model: poutine.Trace, guide: poutine.Trace, nesting: int) -> Tensor:
-    """The weights of traces under a plate of samples."""
+    """The log weights of two traces under a plate of samples."""
     summed = len(enumeration.enumerated(model) | enumeration.enumerated(guide))
     for name, site in (_local(guide) | observed(model)).items():
         if not nesting < log_prob(site).dim() <= nesting + 1 + summed:
-            raise ValueError(f"site '{name}' does not take a plate of samples")
+            raise ValueError(f"site '{name}' does not broadcast over a plate of samples")
     if summed:
         return summing.evidence(model, guide)
     return log_density(model, True) - _log_q(guide, True)
 
 
 def _local(trace: poutine.Trace) -> dict[str, Site]:
-    """The latents that each datum has of its own: what others draw is given."""
+    """The local latents of a trace; weights are conditional on global latents."""
     return {name: site for name, site in latents(trace).items() if is_local(site)}
 
 
 def log_density(model: poutine.Trace, particles: bool) -> Tensor:
-    """All latents, observed sites and factors of a model's trace, summed for each datum: of shape
-    (particles, n) or (n,)."""
+    """The log joint density of a model's trace for each datum, of shape (particles, n) or (n,).
+
+    It is the sum of all local latents, observed sites and local factors.
+    """
     terms = {name: site for name, site in factors(model).items() if is_local(site)}
     return _summed(_local(model) | observed(model) | terms, particles)
 
 
 def _log_q(guide: poutine.Trace, particles: bool) -> Tensor:
-    """All latents of a guide's trace; what it observes is a term of the loss, and not of q."""
+    """log q of all local latents; sites that the guide observes are terms of the loss, not of q."""
     return _summed(_local(guide), particles)
 
 
@@ -64,7 +66,11 @@ def _summed(sites: dict[str, Site], particles: bool) -> Tensor:
 
 
 def structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
-    """How many plates a pair nests, whether it takes a plate of samples, its widest site."""
+    """The number of nested plates, whether the pair broadcasts over a plate of samples, the
+    largest number of values of a site for one datum.
+
+    Raises `UsageError` if importance weights of the pair are not defined.
+    """
     folding.require_density(pair, batch, "gives no importance weights")
     guide = trace_guide(pair, batch)
     model = trace_model(pair, batch, guide)
@@ -76,15 +82,15 @@ def structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
     for name, site in observed(model).items():
         if not is_local(site):
             raise UsageError(
-                f"site '{name}' is outside the data plate: log p(x) of a datum is not defined by "
-                "importance weights of it"
+                f"observed site '{name}' is outside the data plate, so importance weights cannot "
+                "estimate log p(x) of a datum: put it in the data plate"
             )
     widest *= enumeration.combinations(*enumeration.traces(pair, batch, nesting))
     return nesting, _vectorizes(pair, batch, nesting), widest
 
 
 def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
-    """Whether a plate of samples gives the weights that its draws have one by one."""
+    """Whether weights under a plate of samples equal the weights of the same draws one by one."""
     try:
         model, guide = _sampled(pair, batch, 3, nesting)
         together = _weights(model, guide, nesting)
@@ -108,7 +114,7 @@ def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
 
 
 def _right(site: Site, nesting: int) -> int:
-    """How many dimensions a site has on its own, right of a plate of samples."""
+    """The number of dimensions of a site to the right of the plate of samples."""
     inner = [-f.dim for f in site["cond_indep_stack"] if f.vectorized and -f.dim <= nesting]
     return max(inner, default=0) + site["fn"].event_dim
 
@@ -116,7 +122,7 @@ def _right(site: Site, nesting: int) -> int:
 def log_weights_alone(
     pair: nn.Module, batch: Batch, nesting: int, draw: dict[str, Tensor] | None = None
 ) -> Tensor:
-    """The weight of one draw for each datum, of the guide or a given one."""
+    """The log weight of one draw for each datum: a new draw from the guide, or a given draw."""
     model, guide = enumeration.traces(pair, batch, nesting, Given(draw or {}))
     if enumeration.enumerated(model):
         return summing.evidence(model, guide)

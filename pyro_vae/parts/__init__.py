@@ -1,1 +1,1 @@
-"""What pairs are made of."""
+"""The parts of pairs: networks, likelihoods, posteriors, priors and flows."""

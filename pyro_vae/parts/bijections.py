@@ -1,4 +1,4 @@
-"""Bijections of one coordinate: what a flow does to each of them."""
+"""Bijections of one coordinate, which a flow layer applies to each coordinate."""
 
 from typing import Protocol
 
@@ -11,7 +11,10 @@ from pyro_vae.parts.factors import bounded_scale
 
 
 class Bijection(Protocol):
-    """What is done to each coordinate, by ``outputs`` parameters of shape (..., outputs, dim)."""
+    """A map of each coordinate, with ``outputs`` parameters, of shape (..., outputs, dim).
+
+    Both directions return the result and the log derivative of the forward map.
+    """
 
     outputs: int
 
@@ -50,14 +53,15 @@ class Affine(nn.Module):
 
 
 class Spline(nn.Module):
-    r"""Bend each coordinate by a monotone rational-quadratic spline, the identity outside a box.
+    r"""Map each coordinate by a monotone rational-quadratic spline, the identity outside a box.
 
     Arguments:
-        bins: how many pieces the spline has.
-        bound: it bends the interval from -bound to bound onto itself.
-        low, high: bounds of its slopes at the knots; no bin is narrower or lower than ``low`` times
-            what each would have if all were alike.
+        bins: the number of pieces of the spline, at least 2.
+        bound: the spline maps the interval from -bound to bound onto itself.
+        low, high: bounds of the slopes at the knots. The width and the height of each bin are also
+            at least ``low`` times those of equal bins.
 
+    Raises `UsageError` if ``bins`` is below 2 or ``bound`` is not positive.
     Durkan et al., Neural Spline Flows, 2019 (https://arxiv.org/abs/1906.04032).
 
     >>> spline = Spline(bins=4)
@@ -72,7 +76,10 @@ class Spline(nn.Module):
     ) -> None:
         super().__init__()
         if bins < 2 or not bound > 0:
-            raise UsageError(f"bins must be 2 or more and bound positive, {bins} and {bound} came")
+            raise UsageError(
+                "`bins` must be at least 2 and `bound` must be positive, "
+                f"got bins={bins} and bound={bound}"
+            )
         self.bins, self.bound, self.low, self.high = bins, bound, low, high
         self.outputs = 3 * bins - 1
 
@@ -88,7 +95,7 @@ class Spline(nn.Module):
         x_knots, y_knots, slopes = self._knots(raw)
         inside = y.clamp(-self.bound, self.bound)
         bottom, height, left, width, before, after = self._bin(inside, y_knots, x_knots, slopes)
-        # The root in [0, 1] of a t^2 + b t + c, in the form that does not cancel.
+        # The root in [0, 1] of a t^2 + b t + c, in a form without cancellation.
         r, slope = (inside - bottom) / height, height / width
         bend = r * (before + after - 2 * slope)
         a, b, c = slope - before + bend, before - bend, -slope * r
@@ -97,7 +104,7 @@ class Spline(nn.Module):
         return self._placed(y, left + width * t, log_slope)
 
     def _knots(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Knots of both axes and the slopes there, each of shape (..., dim, bins + 1)."""
+        """The knots on both axes and the slopes at the knots, each (..., dim, bins + 1)."""
         widths, heights, slopes = raw.mT.split([self.bins, self.bins, self.bins - 1], -1)
         slopes = F.pad(bounded_scale(slopes, self.low, self.high), (1, 1), value=1.0)
         return self._edges(widths), self._edges(heights), slopes
@@ -105,12 +112,15 @@ class Spline(nn.Module):
     def _edges(self, raw: Tensor) -> Tensor:
         shares = self.low / self.bins + (1 - self.low) * raw.softmax(-1)
         inner = 2 * self.bound * shares[..., :-1].cumsum(-1) - self.bound
-        # The ends exactly, which a sum of all shares would miss.
+        # The ends are set exactly; the sum of all shares would have rounding errors.
         return F.pad(F.pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
 
     @staticmethod
     def _bin(value: Tensor, along: Tensor, across: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:
-        """Start and size of a value's bin on both axes, the first its own, and the slopes there."""
+        """Start and size of a value's bin on both axes, and the slopes at its ends.
+
+        The value lies on the axis ``along``.
+        """
         number = (value[..., None] >= along[..., 1:-1]).sum(-1, keepdim=True)
         shape = number.shape[:-1]
         found = [
@@ -128,7 +138,12 @@ class Spline(nn.Module):
 def _rational_quadratic(
     t: Tensor, slope: Tensor, before: Tensor, after: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Height in a unit bin at t, and the log slope; with the mean slope and those at its ends."""
+    """The height in a unit bin at t, and the log slope.
+
+    Arguments:
+        slope: the mean slope of the bin.
+        before, after: the slopes at its ends.
+    """
     rest = t * (1 - t)
     below = slope + (before + after - 2 * slope) * rest
     height = (slope * t * t + before * rest) / below

@@ -19,17 +19,17 @@ from pyro_vae.parts.networks import (
 
 
 class Convolutions(nn.Module):
-    """Convolutions of stride 2 over each input that is an image; other inputs pass as they are.
+    """Convolutions of stride 2 over each input that is an image; other inputs do not change.
 
     Arguments:
-        inputs: the shape of each input; those of three numbers, (channels, height, width), are
-            images, of any size.
+        inputs: the shape of each input. A shape of three numbers, (channels, height, width), is an
+            image, of any size.
         channels: the output channels of each convolution; each halves height and width.
-        activation: makes the nonlinearity.
-        blocks: residual blocks after each convolution.
+        activation: a class or function that returns the nonlinearity.
+        blocks: the number of residual blocks after each convolution.
 
-    Images of the context have convolutions of their own. Returns a list of features, whose shapes
-    are ``shapes``.
+    Each image has its own convolutions, also in the context. Returns a list of features with the
+    shapes in the attribute ``shapes``.
 
     >>> import torch
     >>> layers = Convolutions([(3, 17, 30), 5], (8, 16))
@@ -76,16 +76,18 @@ class Convolutions(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    r"""Two convolutions that learn a difference, :math:`x + f(x)`.
+    r"""Two convolutions that learn a residual, :math:`x + f(x)`.
 
-    Each is preceded by a normalisation over the channels and places of each image, which no other
-    image of the minibatch enters (group normalisation in one group), and by the nonlinearity.
+    Before each convolution are a normalization and the nonlinearity. The normalization is over the
+    channels and positions of each image (group normalization with one group), so it does not depend
+    on the other images of the minibatch.
     He et al., Identity mappings in deep residual networks, 2016 (https://arxiv.org/abs/1603.05027);
     Wu & He, Group normalization, 2018 (https://arxiv.org/abs/1803.08494).
 
     Arguments:
-        channels: of the image (n, channels, height, width), which keeps its shape.
-        activation: makes the nonlinearity.
+        channels: the channels of the image (n, channels, height, width). The output has the same
+            shape.
+        activation: a class or function that returns the nonlinearity.
 
     >>> import torch
     >>> ResidualBlock(4)(torch.zeros(2, 4, 5, 7)).shape
@@ -109,13 +111,13 @@ class ConvEncoder(nn.Module):
     """Convolutions of stride 2 over images of any size, then an MLP that also sees the context.
 
     Arguments:
-        inputs: the shape of the image ``(channels, height, width)``, then that of each context;
-            images in the context go through convolutions of their own.
+        inputs: the shape of the image ``(channels, height, width)``, then the shape of each
+            context tensor. Images in the context have their own convolutions.
         channels: the output channels of each convolution; each halves height and width.
-        hidden: the hidden widths of the MLP after the convolutions.
-        outputs: the width of the output; None ends with the last hidden layer.
-        activation: makes the nonlinearity.
-        blocks: residual blocks after each convolution (see `ResidualBlock`).
+        hidden: the widths of the hidden layers of the MLP after the convolutions.
+        outputs: the width of the output; with None, the last hidden layer is the output.
+        activation: a class or function that returns the nonlinearity.
+        blocks: the number of residual blocks after each convolution (see `ResidualBlock`).
 
     >>> import torch
     >>> ConvEncoder([(3, 17, 30)], (8, 16), (32,), 12)(torch.zeros(2, 3, 17, 30)).shape
@@ -145,13 +147,14 @@ class ConvDecoder(nn.Module):
     """The mirror image of `ConvEncoder`: an MLP, then transposed convolutions of stride 2.
 
     Arguments:
-        inputs: the width of the latents, or a list with the shapes of latents and context; images
-            in the context go through convolutions of their own, as in `ConvEncoder`.
-        hidden: the hidden widths of the MLP before the convolutions.
-        channels: the input channels of each transposed convolution; each doubles the size.
+        inputs: the width of the latents, or a list with the shapes of latents and context. Images
+            in the context have their own convolutions, as in `ConvEncoder`.
+        hidden: the widths of the hidden layers of the MLP before the convolutions.
+        channels: the input channels of each transposed convolution; each doubles height and width.
         image: the shape ``(channels, height, width)`` of the output before it is flattened.
-        activation: makes the nonlinearity.
-        blocks: residual blocks before each transposed convolution (see `ResidualBlock`).
+        activation: a class or function that returns the nonlinearity.
+        blocks: the number of residual blocks before each transposed convolution (see
+            `ResidualBlock`).
 
     >>> import torch
     >>> ConvDecoder(5, (32,), (16, 8), (3, 17, 30))(torch.zeros(7, 2, 5)).shape

@@ -1,4 +1,4 @@
-"""Distributions that torch and Pyro lack, or that they compute with too few digits."""
+"""Distributions that torch and Pyro do not have, or compute with too few digits."""
 
 from typing import Any, ClassVar
 
@@ -10,10 +10,10 @@ from torch.distributions import constraints
 
 
 class TruncatedExponential(dist.TorchDistribution):
-    r"""The continuous Bernoulli by its logits, :math:`p(x) = e^{lx}\,l / (e^l - 1)` on [0, 1].
+    r"""The continuous Bernoulli with logits l, :math:`p(x) = e^{lx}\,l / (e^l - 1)` on [0, 1].
 
-    torch's own ``ContinuousBernoulli`` clamps probabilities but not logits, and stops being a
-    density where the logits are large: from about 15 in float32.
+    torch's ``ContinuousBernoulli`` clamps probabilities but not logits. For large logits (from
+    about 15 in float32), it does not integrate to one.
 
     >>> TruncatedExponential(torch.tensor(1000.0)).log_prob(torch.tensor(1.0))  # log 1000
     tensor(6.907...)
@@ -39,7 +39,7 @@ class TruncatedExponential(dist.TorchDistribution):
         return torch.where(small, near, exact)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        # log((e^l - 1) / l) = l/2 + log(sinh(l/2) / (l/2)), whose second term is even in l.
+        # log((e^l - 1) / l) = l/2 + log(sinh(l/2) / (l/2)); the second term is even in l.
         half = self.logits / 2
         small = half.abs() < 0.1
         size = torch.where(small, 1.0, half.abs())
@@ -85,11 +85,11 @@ class _LevelDistribution(dist.TorchDistribution):
 
 
 class LevelCategorical(_LevelDistribution):
-    """A categorical distribution whose outcome k is the value k/(levels - 1).
+    """A categorical distribution over the values k/(levels - 1), for k = 0 to levels - 1.
 
     Arguments:
-        logits: unnormalised log probabilities of shape ``(..., levels)``.
-        whole: the values are k themselves instead.
+        logits: unnormalized log probabilities of shape ``(..., levels)``.
+        whole: whether the values are the integers k instead.
     """
 
     arg_constraints: ClassVar = {"logits": constraints.independent(constraints.real, 1)}
@@ -110,7 +110,7 @@ class LevelCategorical(_LevelDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Of levels their mean; NaN of whole values, which are names, as torch has it of them."""
+        """The mean of levels; NaN for integers k, which are class names, as in torch."""
         if self.whole:
             return torch.full_like(self.logits[..., 0], torch.nan)
         grid = torch.arange(self.levels, dtype=self.logits.dtype, device=self.logits.device)
@@ -141,7 +141,7 @@ class LevelLogistic(_LevelDistribution):
     """A logistic distribution cut into bins around the values k/(levels - 1).
 
     Arguments:
-        loc, scale: of the logistic distribution, of one shape.
+        loc, scale: location and scale of the logistic distribution, broadcast together.
         levels: the number of levels.
     """
 
@@ -159,7 +159,7 @@ class LevelLogistic(_LevelDistribution):
 
     @property
     def mean(self) -> Tensor:
-        # E[k] is the sum over k >= 1 of the probability of at least k.
+        # E[k] is the sum over j >= 1 of P(k >= j).
         total = torch.zeros_like(self.loc)
         for k in range(1, self.levels):
             edge = (k - 0.5) / (self.levels - 1)
@@ -185,9 +185,9 @@ class LevelLogistic(_LevelDistribution):
 
 
 class ExactPoisson(dist.Poisson):
-    """Pyro's Poisson, its log density computed in double precision.
+    """Pyro's Poisson, with the log density computed in double precision.
 
-    In single precision the terms of log p of a count of a million round to whole nats.
+    In single precision, for a count of a million, the terms of log p are rounded to whole nats.
 
     >>> ExactPoisson(torch.tensor(1e6)).log_prob(torch.tensor(1e6))  # -log(2 pi 1e6) / 2
     tensor(-7.8267)
@@ -199,7 +199,10 @@ class ExactPoisson(dist.Poisson):
 
 
 class ExactNegativeBinomial(dist.NegativeBinomial):
-    """Pyro's negative binomial, its log density computed in double precision, as `ExactPoisson`."""
+    """Pyro's negative binomial, with the log density computed in double precision.
+
+    See `ExactPoisson` for the reason.
+    """
 
     def log_prob(self, value: Tensor) -> Tensor:
         exact = torch.distributions.NegativeBinomial(

@@ -1,4 +1,4 @@
-"""A factor is a module whose forward returns a distribution: a network, and a family over it."""
+"""Factors: modules with a network and a family, whose forward returns a distribution."""
 
 from collections.abc import Callable
 from math import log, prod
@@ -13,11 +13,12 @@ from pyro_vae.parts.networks import Shape, Viewed
 
 
 class Family(PyroModule):
-    """What turns a network's outputs into a distribution; likelihoods and posteriors are families.
+    """Turns the outputs of a network into a distribution; likelihoods and posteriors are families.
 
-    A family of your own has ``outputs`` and ``forward``, and works wherever ours do. One that
-    takes context itself, as counts do a library size, says by ``context`` how many tensors: the
-    factor's last so many inputs go to ``forward`` after the shape, and not to the network.
+    Your own family needs ``outputs`` and ``forward``, and then works like the families of the
+    library. If the family itself uses context, as counts use a library size, set ``context`` to the
+    number of these tensors. The factor then passes its last ``context`` inputs to ``forward``,
+    after the shape, and not to the network.
     """
 
     context: int = 0
@@ -26,30 +27,30 @@ class Family(PyroModule):
         super().__init__()
 
     def view(self, shape: Shape) -> nn.Module | None:
-        """What stands between data of this family and their encoder; None where nothing does."""
+        """A module that transforms the data before the encoder sees them, or None."""
         return None
 
     def outputs(self, shape: Shape) -> int:
-        """How many numbers the network must give for one event of this shape."""
+        """The number of network outputs for one event of this shape."""
         raise NotImplementedError
 
     def forward(self, raw: Tensor, shape: Shape) -> TorchDistribution:
-        """The distribution over events of this shape, from ``raw`` of shape (..., outputs)."""
+        """The distribution over events of this shape, given ``raw`` of shape (..., outputs)."""
         raise NotImplementedError
 
 
 class Factor(PyroModule):
-    r"""A conditional distribution :math:`p(\text{event} \mid \text{inputs})`: family over network.
+    r"""A conditional distribution :math:`p(\text{event} \mid \text{inputs})`: network and family.
 
     Arguments:
         network: maps the inputs to a tensor of shape ``(..., family.outputs(shape))``.
-        family: makes a distribution of those numbers.
-        shape: the shape of one event, ``(latent_dim,)`` or ``(channels, height, width)``.
+        family: turns the network's outputs into a distribution.
+        shape: the shape of one event, such as ``(latent_dim,)`` or ``(channels, height, width)``.
 
-    Called with inputs it returns a Pyro distribution with event shape ``shape``. Under autocast
-    the network runs in bfloat16, the distribution in at least float32.
+    A call with inputs returns a Pyro distribution with event shape ``shape``. Under autocast, the
+    network runs in bfloat16 and the distribution in at least float32.
 
-    Raises `UsageError` where the network's output has another width than the family needs.
+    Raises `UsageError` if the width of the network's output is not the width that the family needs.
 
     >>> import torch, pyro_vae as pv
     >>> decoder = pv.Factor(pv.MLP(20, (400,), 784), pv.Bernoulli(), (1, 28, 28))
@@ -67,44 +68,55 @@ class Factor(PyroModule):
         if raw.shape[-1] != self.family.outputs(self.shape):
             raise UsageError(
                 f"{type(self.family).__name__} over events of shape {self.shape} needs "
-                f"{self.family.outputs(self.shape)} network outputs, {raw.shape[-1]} came"
+                f"{self.family.outputs(self.shape)} network outputs, got {raw.shape[-1]}"
             )
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return self.family(raw, self.shape, *inputs[seen:])
 
 
 def made(family: Family | type[Family]) -> Family:
-    """A family from a family or its class; `UsageError` where it is neither."""
+    """A family, given a family or its class; raises `UsageError` for anything else."""
     found = family() if isinstance(family, type) else family
     if not isinstance(found, Family):
-        raise UsageError(f"a family such as pyro_vae.Bernoulli is expected, {family!r} came")
+        raise UsageError(
+            "likelihoods and posteriors must be families such as pyro_vae.Bernoulli, got "
+            f"{family!r}"
+        )
     return found
 
 
 def made_prior(prior: nn.Module | Callable[[int], nn.Module], latent_dim: int) -> nn.Module:
-    """A prior from a prior, or from what makes one for this dimension; `UsageError` for others."""
+    """A prior, given a module or a function of latent_dim that returns one.
+
+    Raises `UsageError` for anything else.
+    """
     if isinstance(prior, nn.Module):
         return prior
     if not callable(prior):
         raise UsageError(
-            "prior is a module, or what makes one for a latent_dim, such as "
-            f"pyro_vae.GaussianMixture or pyro_vae.FlowPrior, {prior!r} came; a VampPrior is set "
-            "afterwards: pair.prior = pyro_vae.VampPrior.of_data(pair.encoder, x)"
+            "must be a module, or a class or function of latent_dim such as "
+            f"pyro_vae.GaussianMixture or pyro_vae.FlowPrior, got {prior!r}; set a VampPrior "
+            "afterwards: pair.prior = pyro_vae.VampPrior.of_data(pair.encoder, x)",
+            argument="prior",
         )
     return prior(latent_dim)
 
 
 def image_of(family: Family, shape: Shape) -> Shape:
-    """The image that a convolutional decoder gives for data of this shape: channels of outputs."""
+    """The output shape of a convolutional decoder for images of this shape.
+
+    The channels hold all outputs of the family for one pixel. Raises `UsageError` if the data are
+    not images.
+    """
     if len(shape) != 3:
         raise UsageError(
-            f"a convolutional VAE needs data of shape (channels, height, width), {shape} came"
+            f"a convolutional VAE needs data of shape (channels, height, width), got {shape}"
         )
     return (family.outputs(shape) // prod(shape[1:]), *shape[1:])
 
 
 def viewed(make: Callable[[Shape], nn.Module], likelihood: Family, shape: Shape) -> nn.Module:
-    """An encoding network, made for what the likelihood lets it see of data of this shape."""
+    """An encoder network for data of this shape, behind the view of the likelihood, if any."""
     view = likelihood.view(shape)
     if view is None:
         return make(shape)
@@ -112,18 +124,18 @@ def viewed(make: Callable[[Shape], nn.Module], likelihood: Family, shape: Shape)
 
 
 def split(raw: Tensor, shape: Shape, pieces: int) -> tuple[Tensor, ...]:
-    """Cut ``(..., pieces * prod(shape))`` into as many tensors of shape ``(..., *shape)``."""
-    if pieces == 1:  # a cut would cost a copy in the backward pass
+    """Split ``(..., pieces * prod(shape))`` into ``pieces`` tensors of shape ``(..., *shape)``."""
+    if pieces == 1:  # unbind would cost a copy in the backward pass
         return (raw.reshape(*raw.shape[:-1], *shape),)
     return raw.reshape(*raw.shape[:-1], pieces, *shape).unbind(-1 - len(shape))
 
 
 def bounded_scale(raw: Tensor, low: float, high: float) -> Tensor:
-    r"""A scale that stays within bounds, whatever the network says.
+    r"""A scale between ``low`` and ``high``, for any output ``raw`` of a network.
 
     :math:`\log s = \log l + (\log h - \log l)\,\sigma(k\,r + c)`, with :math:`k, c` such that
-    :math:`s = 1` and :math:`ds/dr = 1` at :math:`r = 0`: near zero it acts as :math:`e^r`, far
-    away it levels off instead of overflowing.
+    :math:`s = 1` and :math:`ds/dr = 1` at :math:`r = 0`. Near zero it is close to :math:`e^r`. Far
+    from zero it approaches its bounds and does not overflow.
 
     >>> bounded_scale(torch.tensor([-1e9, 0.0, 1e9]), 1e-4, 10.0)
     tensor([1.0000e-04, 1.0000e+00, 1.0000e+01])
@@ -133,7 +145,7 @@ def bounded_scale(raw: Tensor, low: float, high: float) -> Tensor:
 
 
 def unbounded_scale(scale: float, low: float, high: float) -> float:
-    """The number that `bounded_scale` takes to this scale.
+    """The inverse of `bounded_scale`: the number that it maps to this scale.
 
     >>> round(unbounded_scale(1.0, 1e-4, 10.0), 6)
     0.0

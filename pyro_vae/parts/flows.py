@@ -1,10 +1,10 @@
-r"""Normalising flows: a normal passed through invertible layers, as a distribution with context.
+r"""Normalizing flows: a normal transformed by invertible layers, as a distribution with context.
 
-A layer says which coordinates depend on which (`AutoregressiveLayer`, `CouplingLayer`), a bijection
-what is done to each (`Affine`, `Spline`); `stack` puts layers one behind the other. A layer of your
-own is a module with ``forward(x, context)`` and ``inverse(y, context)``, which both return the
-result and :math:`\log|\det dy/dx|`, for any leading dimensions. Every layer here starts as the
-identity.
+A layer determines which coordinates depend on which (`AutoregressiveLayer`, `CouplingLayer`). A
+bijection determines the map of each coordinate (`Affine`, `Spline`). `stack` composes layers. Your
+own layer is a module with ``forward(x, context)`` and ``inverse(y, context)``; both return the
+result and :math:`\log|\det dy/dx|`, for any leading dimensions. Every layer of this module starts
+as the identity.
 """
 
 import warnings
@@ -22,22 +22,24 @@ from pyro_vae.parts.bijections import Affine, Bijection
 from pyro_vae.parts.networks import MLP
 
 POINTS = 256
-"""Points of noise over which the mean and the variance of a flow are taken."""
+"""The number of noise points for the mean and the variance of a flow."""
 
 
 class AutoregressiveLayer(nn.Module):
-    r"""Each coordinate by parameters from those before it, :math:`y_j = b(x_j; x_{<j}, c)`.
+    r"""Each coordinate is mapped given the coordinates before it, :math:`y_j = b(x_j; x_{<j}, c)`.
 
-    The inverse autoregressive flow where ``bijection`` is `Affine` (Kingma et al., 2016,
-    https://arxiv.org/abs/1606.04934). Forward takes one pass of the masked network, the inverse
-    ``dim`` passes.
+    With the bijection `Affine`, this is the inverse autoregressive flow (Kingma et al., 2016,
+    https://arxiv.org/abs/1606.04934). Forward takes one pass of the masked network. The inverse
+    takes ``dim`` passes.
 
     Arguments:
         dim: the number of coordinates.
-        context_dim: the width of the context, which may be 0.
-        hidden: widths of the masked network, each at least ``dim``.
-        bijection: what is done to each coordinate.
-        order: the order of the coordinates, a permutation; as they come by default.
+        context_dim: the width of the context; it may be 0.
+        hidden: the widths of the hidden layers of the masked network, each at least ``dim``.
+        bijection: the map of each coordinate; the default is `Affine`.
+        order: the order of the coordinates, a permutation; the default is 0, 1, ...
+
+    Raises `UsageError` if ``hidden`` is empty or has a width below ``dim``.
 
     >>> layer = AutoregressiveLayer(3, context_dim=2)
     >>> layer(torch.ones(4, 3), torch.zeros(4, 2))[1].shape
@@ -55,13 +57,13 @@ class AutoregressiveLayer(nn.Module):
         super().__init__()
         if not hidden or min(hidden) < dim:
             raise UsageError(
-                f"the hidden widths of an autoregressive flow over {dim} coordinates must be "
-                f"{dim} or more, {tuple(hidden)} came"
+                f"the `hidden` widths of an autoregressive flow over {dim} coordinates must be at "
+                f"least {dim}, got {tuple(hidden)}"
             )
         self.dim = dim
         self.bijection = bijection or Affine()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one coordinate, of which Pyro says there are few
+            warnings.simplefilter("ignore")  # Pyro warns if there is only one coordinate
             self.network = ConditionalAutoRegressiveNN(
                 dim,
                 context_dim,
@@ -87,17 +89,19 @@ class AutoregressiveLayer(nn.Module):
 
 
 class CouplingLayer(nn.Module):
-    r"""One half of the coordinates by parameters from the other, which stays as it is.
+    r"""One half of the coordinates is mapped given the other half, which does not change.
 
     :math:`y_a = x_a,\ y_b = b(x_b; x_a, c)`. Forward and inverse take one pass each.
     Dinh, Sohl-Dickstein & Bengio, Real NVP, 2017 (https://arxiv.org/abs/1605.08803).
 
     Arguments:
-        dim: the number of coordinates, 2 or more.
-        context_dim: the width of the context, which may be 0.
-        hidden: widths of the network.
-        bijection: what is done to each coordinate.
-        order: a permutation, whose first half stays; as they come by default.
+        dim: the number of coordinates, at least 2.
+        context_dim: the width of the context; it may be 0.
+        hidden: the widths of the hidden layers of the network.
+        bijection: the map of each coordinate; the default is `Affine`.
+        order: a permutation; its first half does not change. The default is 0, 1, ...
+
+    Raises `UsageError` if ``dim`` is below 2.
 
     >>> layer = CouplingLayer(3)
     >>> layer.inverse(torch.ones(4, 3), torch.zeros(4, 0))[0].shape
@@ -116,7 +120,9 @@ class CouplingLayer(nn.Module):
     ) -> None:
         super().__init__()
         if dim < 2:
-            raise UsageError(f"a coupling needs 2 coordinates, {dim} came: use AutoregressiveLayer")
+            raise UsageError(
+                f"a coupling layer needs at least 2 coordinates, got {dim}: use AutoregressiveLayer"
+            )
         self.bijection, self.kept = bijection or Affine(), dim // 2
         self.register_buffer("order", torch.arange(dim) if order is None else order)
         outputs = (dim - self.kept) * self.bijection.outputs
@@ -144,12 +150,13 @@ def stack(
     hidden: Sequence[int],
     bijection: Bijection,
 ) -> nn.ModuleList:
-    """So many layers of one kind, each over another order of the coordinates.
+    """A stack of layers of one kind, each with a different order of the coordinates.
 
-    Each second order is the reverse of the one before, so that all coordinates are reached.
+    Every second order is the reverse of the order before it, so that all coordinates are mapped.
+    Raises `UsageError` if ``layers`` is below 1.
     """
     if layers < 1:
-        raise UsageError(f"layers must be 1 or more, {layers} came")
+        raise UsageError(f"must be at least 1, got {layers}", argument="layers")
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(dim, generator=generator) for _ in range(0, layers, 2)]
     both = [order for pair in orders for order in (pair, pair.flip(0))][:layers]
@@ -157,19 +164,19 @@ def stack(
 
 
 class Flow(dist.TorchDistribution):
-    r"""A standard normal passed through layers, then scaled and shifted.
+    r"""A standard normal that is transformed by layers, then scaled and shifted.
 
-    :math:`z = m + s \odot f(\epsilon; c),\ \epsilon \sim N(0, I)`, with :math:`f` the layers one
-    after the other.
+    :math:`z = m + s \odot f(\epsilon; c),\ \epsilon \sim N(0, I)`, where :math:`f` is the
+    composition of the layers.
 
     Arguments:
-        loc, scale: of shape (..., dim).
-        context: of shape (..., context_dim), which the layers see.
+        loc, scale: the shift m and the scale s, of shape (..., dim).
+        context: the context c that the layers see, of shape (..., context_dim).
         layers: modules such as `AutoregressiveLayer` and `CouplingLayer`.
 
-    ``rsample`` runs the layers forward, and the log density of what was drawn last comes along;
-    other values need the layers' inverse. Mean and variance have no closed form: they are taken
-    over fixed quasi-random points of noise, the same for all data and at every call.
+    ``rsample`` runs the layers forward and keeps the log density of its last draw. The log density
+    of other values needs the inverse of the layers. The mean and the variance do not have a closed
+    form. They are averages over fixed quasi-random noise points, the same for all data and calls.
 
     >>> from pyro_vae.parts.bijections import Spline
     >>> layers = stack(CouplingLayer, 2, dim=3, context_dim=0, hidden=(8,), bijection=Spline())
@@ -248,12 +255,12 @@ class Flow(dist.TorchDistribution):
         return (base - self.scale.log()).sum(-1) - log_det
 
     def _points(self) -> Tensor:
-        """The layers' images of quasi-random noise, symmetric around 0: (points, *batch, dim)."""
+        """The outputs of the layers at symmetric quasi-random noise, (points, *batch, dim)."""
         (dim,) = self.event_shape
         engine = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0)
         uniform = engine.draw(POINTS // 2).to(self.loc).clamp(1e-6, 1 - 1e-6)
         noise = torch.special.ndtri(uniform)
-        noise = noise / noise.square().mean(0).sqrt()  # the identity has the exact moments
+        noise = noise / noise.square().mean(0).sqrt()  # exact moments if the flow is the identity
         noise = torch.cat([noise, -noise]).reshape(POINTS, *(1 for _ in self.batch_shape), dim)
         return self._bent(noise.expand(POINTS, *self.batch_shape, dim))[0]
 

@@ -1,7 +1,7 @@
-"""Likelihood families: what a decoder's outputs say about the data.
+"""Likelihood families: distributions of the data, given the outputs of a decoder.
 
-Data meet a likelihood on the scale of its support: intensities in [0, 1] for images, so that 8-bit
-pixels k stand as k/255 for the likelihoods of levels too; counts and tokens as whole numbers.
+The data are on the scale of the support of the likelihood. Images have intensities in [0, 1]: an
+8-bit pixel k is k/255, also for the likelihoods of levels. Counts and tokens are integers.
 """
 
 from math import prod
@@ -26,8 +26,9 @@ from pyro_vae.parts.networks import Log1p, OneHot, Shape
 class Bernoulli(Family):
     r"""Binary data, :math:`p(x|z) = \prod_d \sigma(l_d)^{x_d} (1 - \sigma(l_d))^{1 - x_d}`.
 
-    The network gives the logits :math:`l`: one output for each element. Grey intensities are no
-    binary data: the tools draw pixels from them (see `pyro_vae.data.preparation.Preparation`).
+    The network outputs the logits :math:`l`: one output for each element. Gray intensities are not
+    binary data; the tools draw binary pixels from them (see
+    `pyro_vae.data.preparation.Preparation`).
 
     >>> Bernoulli()(torch.zeros(2, 4), (4,)).log_prob(torch.ones(2, 4)) / 4
     tensor([-0.6931, -0.6931])
@@ -44,7 +45,7 @@ class Bernoulli(Family):
 class ContinuousBernoulli(Family):
     r"""Intensities in [0, 1], :math:`p(x|z) \propto \prod_d \lambda_d^{x_d}(1-\lambda_d)^{1-x_d}`.
 
-    The network gives the logits of :math:`\lambda`: one output for each element.
+    The network outputs the logits of :math:`\lambda`: one output for each element.
     Loaiza-Ganem & Cunningham, The continuous Bernoulli, 2019 (https://arxiv.org/abs/1907.06845).
 
     >>> ContinuousBernoulli()(torch.zeros(1, 1), (1,)).log_prob(torch.tensor([[0.3]]))
@@ -63,12 +64,14 @@ class Gaussian(Family):
     r"""Real data, :math:`p(x|z) = \prod_d N(x_d; \mu_d, s_d^2)`.
 
     Arguments:
-        scale: the standard deviation :math:`s`, the same for every element; None lets the network
-            predict one for each element, within ``bounds``.
-        learned: whether that one scale is a parameter that starts at ``scale``.
-        bounds: the least and greatest scale, learned or predicted.
+        scale: the standard deviation :math:`s`, the same for every element. With None, the network
+            predicts one for each element, within ``bounds``.
+        learned: whether the common scale is a parameter that starts at ``scale``.
+        bounds: the smallest and the largest scale, learned or predicted.
 
-    The network gives the means and, where ``scale`` is None, the unbounded scales after them.
+    The network outputs the means and, if ``scale`` is None, then the unbounded scales.
+
+    Raises `UsageError` if ``scale`` is not between the ``bounds``.
 
     >>> Gaussian(scale=0.5)(torch.zeros(1, 2), (2,)).log_prob(torch.zeros(1, 2))
     tensor([-0.4516])
@@ -85,7 +88,8 @@ class Gaussian(Family):
             scale = 1.0
         if scale is not None and not bounds[0] < scale < bounds[1]:
             raise UsageError(
-                f"scale must be positive, between {bounds[0]} and {bounds[1]}, {scale} came"
+                f"must be positive, between {bounds[0]} and {bounds[1]}, got {scale}",
+                argument="scale",
             )
         self.scale, self.learned, self.bounds = scale, learned, tuple(bounds)
         if learned:
@@ -109,14 +113,17 @@ class StudentT(Family):
     r"""Real data with outliers, :math:`p(x|z) = \prod_d t_\nu((x_d - \mu_d)/s_d)/s_d`.
 
     Arguments:
-        degrees_of_freedom: :math:`\nu`, the same for every element; None lets the network predict
-            one for each element. More than 1, so that there is a mean.
-        learned: whether that one number is a parameter that starts at ``degrees_of_freedom``.
-        bounds: the least and greatest scale :math:`s`, which the network predicts.
+        degrees_of_freedom: :math:`\nu`, the same for every element. With None, the network predicts
+            one for each element. It must be between 1.01 and 1001, so that the mean exists.
+        learned: whether the common :math:`\nu` is a parameter that starts at
+            ``degrees_of_freedom``, by default at 4.
+        bounds: the smallest and the largest scale :math:`s`, which the network predicts.
 
-    The network gives the locations, the unbounded scales and, where ``degrees_of_freedom`` is
-    None, what :math:`\nu` is made of. Learned or predicted, it starts near 4 and stays between
-    1.01 and 1001. As :math:`\nu` grows the family becomes `Gaussian`.
+    The network outputs the locations, the unbounded scales and, if ``degrees_of_freedom`` is None,
+    the unbounded :math:`\nu`. A predicted :math:`\nu` starts near 4. A learned or predicted
+    :math:`\nu` stays between 1.01 and 1001. For large :math:`\nu` the family approaches `Gaussian`.
+
+    Raises `UsageError` if ``degrees_of_freedom`` is out of range.
 
     >>> StudentT(3.0)(torch.zeros(1, 2), (1,)).log_prob(torch.zeros(1, 1))
     tensor([-1.0009])
@@ -133,7 +140,8 @@ class StudentT(Family):
             degrees_of_freedom = 4.0
         if degrees_of_freedom is not None and not 1.01 < degrees_of_freedom < 1001:
             raise UsageError(
-                f"degrees_of_freedom must be between 1.01 and 1001, {degrees_of_freedom} came"
+                f"must be between 1.01 and 1001, got {degrees_of_freedom}",
+                argument="degrees_of_freedom",
             )
         self.degrees_of_freedom, self.learned = degrees_of_freedom, learned
         self.bounds = tuple(bounds)
@@ -159,14 +167,14 @@ class StudentT(Family):
 
 
 class Categorical(Family):
-    r"""Levels or tokens without order, :math:`p(x|z) = \prod_d \mathrm{softmax}(l_d)_{k_d}`.
+    r"""Unordered levels or tokens, :math:`p(x|z) = \prod_d \mathrm{softmax}(l_d)_{k_d}`.
 
     Arguments:
-        levels: the number of levels; level k stands in the data as k/(levels - 1).
-        tokens: whether k stands in the data as k itself, as words and categories do. The encoder
-            then sees each element as a row of zeros with a one at k.
+        levels: the number of levels; the data hold level k as k/(levels - 1).
+        tokens: whether the data hold k itself, as for words and categories. The encoder then sees
+            the one-hot code of each element.
 
-    The network gives the logits: ``levels`` outputs for each element.
+    The network outputs the logits: ``levels`` outputs for each element.
 
     >>> Categorical(256)(torch.zeros(1, 256), (1,)).log_prob(torch.tensor([[1.0]])).exp() * 256
     tensor([1.])
@@ -190,23 +198,24 @@ class Categorical(Family):
 
 
 class DiscretizedLogistic(Family):
-    r"""Ordered grey levels, a logistic distribution, or a mixture of them, cut into bins.
+    r"""Ordered gray levels: a logistic distribution, or a mixture of them, discretized into bins.
 
     :math:`p(x|z) = \prod_d \sum_j \pi_{dj} \big[\sigma\big(\tfrac{x_d + h - \mu_{dj}}{s_{dj}}\big)
-    - \sigma\big(\tfrac{x_d - h - \mu_{dj}}{s_{dj}}\big)\big]`, with :math:`h` half the distance of
-    two levels, and the outer bins open.
+    - \sigma\big(\tfrac{x_d - h - \mu_{dj}}{s_{dj}}\big)\big]`, where :math:`h` is half the distance
+    between two levels. The first and the last bin extend to infinity.
 
     Arguments:
-        levels: the number of levels; level k stands in the data as k/(levels - 1).
-        bounds: the least and greatest scale :math:`s`.
-        components: how many logistics are mixed; elements, the channels of a pixel too, are
-            independent given the latents.
+        levels: the number of levels; the data hold level k as k/(levels - 1).
+        bounds: the smallest and the largest scale :math:`s`.
+        components: the number of logistics in the mixture, at least 1. All elements are independent
+            given the latents, including the channels of a pixel.
 
-    The network gives the locations, then the unbounded scales: two outputs for each element. For
-    a mixture it gives the logits of :math:`\pi`, the locations and the unbounded scales:
-    ``3 * components`` outputs for each element. Kingma et al., Improved variational inference
-    with inverse autoregressive flow, 2016 (https://arxiv.org/abs/1606.04934); Salimans et al.,
-    PixelCNN++, 2017 (https://arxiv.org/abs/1701.05517), without its dependence of channels.
+    The network outputs the locations, then the unbounded scales: two outputs for each element. For
+    a mixture it outputs the logits of :math:`\pi`, the locations and the unbounded scales:
+    ``3 * components`` outputs for each element. Raises `UsageError` if ``components`` is below 1.
+    Kingma et al., Improved variational inference with inverse autoregressive flow, 2016
+    (https://arxiv.org/abs/1606.04934); Salimans et al., PixelCNN++, 2017
+    (https://arxiv.org/abs/1701.05517), without its dependence between channels.
 
     >>> family, grid = DiscretizedLogistic(4), torch.arange(4.0)[:, None] / 3
     >>> family(torch.zeros(4, 2), (1,)).log_prob(grid).exp().sum()
@@ -221,7 +230,7 @@ class DiscretizedLogistic(Family):
     ) -> None:
         super().__init__()
         if components < 1:
-            raise UsageError(f"components must be 1 or more, {components} came")
+            raise UsageError(f"must be at least 1, got {components}", argument="components")
         self.levels, self.bounds, self.components = levels, tuple(bounds), components
 
     def outputs(self, shape: Shape) -> int:
@@ -233,7 +242,7 @@ class DiscretizedLogistic(Family):
             return self._logistic(loc, scale, 0.5).to_event(len(shape))
         pieces = torch.stack(split(raw, shape, 3 * self.components), -1)
         logits, loc, scale = pieces.chunk(3, -1)
-        # Of a network that says nothing yet the components share the range.
+        # If the network outputs 0, the components are spread evenly over the range.
         start = (torch.arange(self.components, device=raw.device) + 0.5) / self.components
         mixed = dist.MixtureSameFamily(
             dist.Categorical(logits=logits, validate_args=False),
@@ -243,13 +252,13 @@ class DiscretizedLogistic(Family):
         return mixed.to_event(len(shape))
 
     def _logistic(self, loc: Tensor, scale: Tensor, start: Tensor | float) -> LevelLogistic:
-        # A network that says nothing yet is mid-grey, with a scale of a tenth of the range.
+        # If the network outputs 0, the location is mid-gray and the scale a tenth of the range.
         scale = bounded_scale(scale + unbounded_scale(0.1, *self.bounds), *self.bounds)
         return LevelLogistic(loc + start, scale, self.levels)
 
 
 class _Counts(Family):
-    """Families of counts by their means; see `Poisson`."""
+    """Families of counts that are given by their means; see `Poisson`."""
 
     def __init__(self, library_size: bool, bounds: tuple[float, float]) -> None:
         super().__init__()
@@ -269,7 +278,7 @@ class _Counts(Family):
 
 
 TINY = 1e-8
-"""Added to means that are shares of a library size, so that none is 0."""
+"""Added to means that are shares of a library size, so that they are positive."""
 
 
 class Poisson(_Counts):
@@ -277,14 +286,14 @@ class Poisson(_Counts):
 
     Arguments:
         library_size: whether the means are shares of a library size, :math:`m = \ell\,
-            \mathrm{softmax}(f)`. The factor's last context tensor, of shape (n, 1), is then
-            :math:`\log \ell`; for single cells, documents and the like :math:`\ell` is the total of
-            the row. The decoder's network does not see it.
-        bounds: the least and greatest mean without a library size, :math:`m` being about
+            \mathrm{softmax}(f)`. The last context tensor of the factor, of shape (n, 1), is then
+            :math:`\log \ell`. For single cells or documents, :math:`\ell` is the total of the row.
+            The decoder's network does not see it.
+        bounds: the smallest and the largest mean without a library size; :math:`m` is about
             :math:`e^f` near 1 (see `pyro_vae.parts.factors.bounded_scale`).
 
-    The network gives one output :math:`f` for each element. The encoder sees log(1 + x). Counts
-    may come as floats or integers of any type, and are taken as they are.
+    The network outputs one number :math:`f` for each element. The encoder sees log(1 + x). Counts
+    may be floats or integers of any type, and are not rescaled.
 
     >>> Poisson()(torch.zeros(1, 1), (1,)).log_prob(torch.tensor([[0.0]]))
     tensor([-1.0000])
@@ -308,20 +317,21 @@ class Poisson(_Counts):
 
 
 class NegativeBinomial(_Counts):
-    r"""Counts that scatter more than a Poisson's: variance :math:`m_d + m_d^2 / r_d`.
+    r"""Overdispersed counts: their variance :math:`m_d + m_d^2 / r_d` is larger than a Poisson's.
 
     :math:`p(x|z) = \prod_d \tfrac{\Gamma(x_d + r_d)}{\Gamma(r_d)\,x_d!}
     \big(\tfrac{r_d}{r_d + m_d}\big)^{r_d} \big(\tfrac{m_d}{r_d + m_d}\big)^{x_d}`
 
     Arguments:
-        zero_inflated: whether an element is 0 with a probability :math:`g_d` of its own, and
-            drawn as above otherwise.
-        library_size, bounds: of the means, as those of `Poisson`.
-        dispersion_bounds: the least and greatest inverse dispersion :math:`r`.
+        zero_inflated: whether an element is 0 with an additional probability :math:`g_d`, and
+            follows the distribution above otherwise.
+        library_size, bounds: as in `Poisson`.
+        dispersion_bounds: the smallest and the largest inverse dispersion :math:`r`.
 
-    The network gives what the means are made of, the unbounded inverse dispersions and, where
-    ``zero_inflated``, the logits of :math:`g`: two or three outputs for each element. The encoder
-    sees log(1 + x). Lopez et al., Deep generative modeling for single-cell transcriptomics, 2018
+    The network outputs the unbounded means (:math:`f` in `Poisson`), the unbounded inverse
+    dispersions and, with ``zero_inflated``, the logits of :math:`g`: two or three outputs for each
+    element. The encoder sees log(1 + x).
+    Lopez et al., Deep generative modeling for single-cell transcriptomics, 2018
     (https://doi.org/10.1038/s41592-018-0229-2).
 
     >>> NegativeBinomial()(torch.zeros(1, 2), (1,)).log_prob(torch.tensor([[0.0]]))  # log 1/2

@@ -1,4 +1,4 @@
-"""Networks: plain torch modules that map inputs and context to a flat vector of outputs."""
+"""Networks: torch modules that map inputs and context to a flat vector of outputs."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -14,22 +14,23 @@ Shape = tuple[int, ...]
 
 
 class MLP(nn.Module):
-    r"""A multilayer perceptron over the concatenation of all its inputs.
+    r"""A multilayer perceptron over the concatenation of its inputs.
 
     :math:`f(a, b, \dots) = W_L\,\sigma(\cdots\sigma(W_1 [a; b; \dots] + c_1)\cdots) + c_L`
 
     Arguments:
-        inputs: the width of the one input, or a list with the shape (or width) of each input.
-        hidden: the width of each hidden layer; none gives a linear map.
-        outputs: the width of the output; None ends with the last hidden layer.
-        activation: makes the nonlinearity after each hidden layer; ``nn.GLU`` gives gated layers,
-            :math:`(W h + b) \odot \sigma(V h + c)`.
-        normalize: normalise each hidden layer over its units before the nonlinearity, row by row
-            (Ba, Kiros & Hinton, 2016), so that no row depends on the others of its minibatch.
+        inputs: the width of a single input, or a list with the shape (or width) of each input.
+        hidden: the width of each hidden layer; an empty tuple gives a linear map.
+        outputs: the width of the output; with None, the last hidden layer is the output.
+        activation: a class or function that returns the nonlinearity after each hidden layer;
+            ``nn.GLU`` gives gated layers, :math:`(W h + b) \odot \sigma(V h + c)`.
+        normalize: whether each hidden layer is normalized over its units before the nonlinearity
+            (layer normalization; Ba, Kiros & Hinton, 2016). A row then does not depend on the other
+            rows of its minibatch.
 
-    Inputs have shape ``(..., *shape)``; their leading dimensions are broadcast against each
-    other, so that context of shape ``(batch, 10)`` meets latents of shape
-    ``(samples, batch, 20)``. The output has shape ``(..., outputs)``.
+    Inputs have shape ``(..., *shape)``. Their leading dimensions are broadcast together: context of
+    shape ``(batch, 10)`` and latents of shape ``(samples, batch, 20)`` can be combined. The output
+    has shape ``(..., outputs)``.
 
     >>> import torch
     >>> network = MLP([(1, 28, 28), 10], (400,), 40)
@@ -66,10 +67,10 @@ class MLP(nn.Module):
 
 
 class Chain(nn.Module):
-    """Modules one after another, each fed by the one before; the first takes the context too.
+    """A sequence of modules, where the first module also takes the context.
 
     Arguments:
-        parts: the modules; the last may be a `pyro_vae.Factor`, so that a distribution comes out.
+        parts: the modules. The last may be a `pyro_vae.Factor`; the output is then a distribution.
 
     >>> import torch
     >>> Chain([MLP([4, 2], (8,), 8), MLP(8, (), 3)])(torch.zeros(5, 4), torch.zeros(5, 2)).shape
@@ -89,11 +90,11 @@ class Chain(nn.Module):
 
 
 class Viewed(nn.Module):
-    """A network whose first input is shown to it through a view, such as `Log1p`.
+    """A network that sees its first input through a view, such as `Log1p`.
 
     Arguments:
-        network: takes what the view makes of the first input, then the other inputs.
-        view: any elementwise module.
+        network: takes the output of the view, then the other inputs.
+        view: a module that transforms the first input.
 
     >>> import torch
     >>> Viewed(MLP([2, 1], (), 3), Log1p())(torch.ones(5, 2), torch.zeros(5, 1)).shape
@@ -109,7 +110,9 @@ class Viewed(nn.Module):
 
 
 class Log1p(nn.Module):
-    """Counts x as log(1 + x), what is below 0 (a pseudo-input of `pyro_vae.VampPrior`) as 0.
+    """The view log(1 + x) of counts x, where negative x count as 0.
+
+    A pseudo-input of `pyro_vae.VampPrior` may be negative.
 
     >>> Log1p()(torch.tensor([0.0, 1e6]))
     tensor([ 0.0000, 13.8155])
@@ -123,11 +126,12 @@ class Log1p(nn.Module):
 
 
 class OneHot(nn.Module):
-    """Tokens 0 to levels - 1 as rows of zeros with a one, the levels put before the channels.
+    """The one-hot view of tokens 0 to levels - 1, where the levels multiply the channels.
 
     Arguments:
-        levels: how many tokens there are.
-        dims: the dimensions of one datum: (..., 5, 8, 8) becomes (..., 5 * levels, 8, 8) for 3.
+        levels: the number of tokens.
+        dims: the number of dimensions of one datum. For 3, (..., 5, 8, 8) becomes
+            (..., 5 * levels, 8, 8).
 
     >>> OneHot(3, 1)(torch.tensor([[0, 2]]))
     tensor([[1., 0., 0., 0., 0., 1.]])
@@ -145,29 +149,35 @@ class OneHot(nn.Module):
 
 def _require_maker(activation: Any) -> None:
     if not callable(activation):
-        raise UsageError(f"activation is a class such as torch.nn.ReLU, {activation!r} came")
+        raise UsageError(
+            f"must be a class such as torch.nn.ReLU, got {activation!r}", argument="activation"
+        )
 
 
 def require_ungated(activation: Callable[[], nn.Module]) -> None:
+    """Raise `UsageError` if an activation of convolutions is ``nn.GLU``."""
     _require_maker(activation)
     if activation is nn.GLU:
-        raise UsageError("nn.GLU is for multilayer perceptrons, convolutions take another one")
+        raise UsageError(
+            "cannot be nn.GLU for convolutions: use another one, such as torch.nn.ReLU",
+            argument="activation",
+        )
 
 
 def require_sizes(data_shape: Shape, latent_dim: int, hidden: Sequence[int]) -> None:
-    """Raise `UsageError` where a size is none."""
+    """Raise `UsageError` if a size is not positive, or if shape or widths are not sequences."""
     for name, value in (("data_shape", data_shape), ("hidden", hidden)):
         if not isinstance(value, Sequence):
-            raise UsageError(f"{name} is a tuple of whole numbers, {value!r} came")
+            raise UsageError(f"must be a tuple of integers, got {value!r}", argument=name)
     if min(latent_dim, *hidden, *data_shape) < 1:
         raise UsageError(
-            f"sizes must be positive: data_shape {tuple(data_shape)}, latent_dim {latent_dim}, "
-            f"hidden {tuple(hidden)} came"
+            f"sizes must be positive, got `data_shape` {tuple(data_shape)}, `latent_dim` "
+            f"{latent_dim} and `hidden` {tuple(hidden)}"
         )
 
 
 def join(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
-    """Flatten each input by its shape, broadcast the leading dimensions, and concatenate."""
+    """Flatten each input to a vector, broadcast the leading dimensions, and concatenate."""
     require_number(inputs, shapes)
     leading = [
         tensor.shape[: tensor.dim() - len(shape)] for tensor, shape in zip_sizes(inputs, shapes)
@@ -183,15 +193,17 @@ def join(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
 
 
 def require_number(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> None:
+    """Raise `UsageError` if the number of inputs is wrong."""
     if len(inputs) != len(shapes):
-        raise UsageError(f"the network takes {len(shapes)} inputs, {len(inputs)} came")
+        raise UsageError(f"the network needs {len(shapes)} inputs, got {len(inputs)}")
 
 
 def require_shape(tensor: Tensor, shape: Shape) -> None:
+    """Raise `UsageError` if the last dimensions of an input are not this shape."""
     if tensor.dim() < len(shape) or tuple(tensor.shape[tensor.dim() - len(shape) :]) != shape:
         raise UsageError(
-            f"the network takes an input of shape (..., {', '.join(map(str, shape))}), "
-            f"one of shape {tuple(tensor.shape)} came"
+            f"the network needs an input of shape (..., {', '.join(map(str, shape))}), "
+            f"got shape {tuple(tensor.shape)}"
         )
 
 
@@ -200,14 +212,14 @@ def zip_sizes(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> zip:
 
 
 def shapes_of(inputs: int | Sequence[int | Shape]) -> list[Shape]:
-    """The shape of each input, of widths, shapes or one width."""
+    """The shape of each input, given one width or a list of widths and shapes."""
     if isinstance(inputs, int):
         inputs = [inputs]
     return [(item,) if isinstance(item, int) else tuple(item) for item in inputs]
 
 
 def all_sizes(image: Shape, halvings: int) -> list[tuple[int, int]]:
-    """Height and width before the first and after each convolution of stride 2."""
+    """Height and width of an image, and after each of ``halvings`` convolutions of stride 2."""
     _, height, width = image
     sizes = [(height, width)]
     for _ in range(halvings):

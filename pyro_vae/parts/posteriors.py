@@ -1,4 +1,4 @@
-"""Posterior families: what an encoder's outputs say about the latents."""
+"""Posterior families: distributions of the latents, given the outputs of an encoder."""
 
 from collections.abc import Sequence
 from math import prod
@@ -20,7 +20,7 @@ class DiagonalNormal(Family):
     Arguments:
         low, high: bounds of every :math:`\sigma_j` (see `pyro_vae.parts.factors.bounded_scale`).
 
-    The network gives the means, then the unbounded scales: ``2 * latent_dim`` outputs.
+    The network outputs the means, then the unbounded scales: ``2 * latent_dim`` outputs.
     Kingma & Welling, Auto-Encoding Variational Bayes, 2014 (https://arxiv.org/abs/1312.6114).
 
     >>> import torch
@@ -42,15 +42,15 @@ class DiagonalNormal(Family):
 
 
 class FullRankNormal(Family):
-    r"""A normal with any covariance, :math:`q(z|x) = N(z; \mu, LL^\top)`, L lower triangular.
+    r"""A normal with full covariance, :math:`q(z|x) = N(z; \mu, LL^\top)`, L lower triangular.
 
     Arguments:
         low, high: bounds of the diagonal of :math:`L` (see `pyro_vae.parts.factors.bounded_scale`).
 
-    The network gives the means, the unbounded diagonal, and what is below it, row by row:
-    ``d + d * (d + 1) / 2`` outputs for ``latent_dim = d``.
+    The network outputs the means, the unbounded diagonal of L, and the entries below the diagonal,
+    row by row: ``d + d * (d + 1) / 2`` outputs for ``latent_dim = d``.
 
-    Raises `UsageError` for latents that are not vectors.
+    Raises `UsageError` if the latents are not vectors.
 
     >>> import torch
     >>> FullRankNormal()(torch.zeros(5, 5), (2,)).covariance_matrix[0]
@@ -76,17 +76,19 @@ class FullRankNormal(Family):
 
 
 class LowRankNormal(Family):
-    r"""A normal whose covariance is of low rank but for its diagonal.
+    r"""A normal whose covariance is a low-rank matrix plus a diagonal matrix.
 
-    :math:`q(z|x) = N(z; \mu, WW^\top + \mathrm{diag}(\sigma^2))` with W of ``rank`` columns: for
-    latents of many dimensions, a few directions of correlation.
+    :math:`q(z|x) = N(z; \mu, WW^\top + \mathrm{diag}(\sigma^2))` where W has ``rank`` columns. It
+    models a few directions of correlation between many latent dimensions.
 
     Arguments:
-        rank: the number of columns of W.
+        rank: the number of columns of W, at least 1.
         low, high: bounds of every :math:`\sigma_j` (see `pyro_vae.parts.factors.bounded_scale`).
 
-    The network gives the means, the unbounded scales, and W column by column:
-    ``(2 + rank) * latent_dim`` outputs. Latents are vectors. Raises `UsageError` otherwise.
+    The network outputs the means, the unbounded scales, and W column by column:
+    ``(2 + rank) * latent_dim`` outputs.
+
+    Raises `UsageError` if ``rank`` is below 1, or if the latents are not vectors.
 
     >>> import torch
     >>> LowRankNormal(1)(torch.zeros(5, 6), (2,)).covariance_matrix[0]
@@ -97,7 +99,7 @@ class LowRankNormal(Family):
     def __init__(self, rank: int = 2, low: float = 1e-4, high: float = 10.0) -> None:
         super().__init__()
         if rank < 1:
-            raise UsageError(f"rank must be 1 or more, {rank} came")
+            raise UsageError(f"must be at least 1, got {rank}", argument="rank")
         self.rank, self.low, self.high = rank, low, high
 
     def outputs(self, shape: Shape) -> int:
@@ -113,23 +115,25 @@ class LowRankNormal(Family):
 
 
 class FlowPosterior(Family):
-    r"""A normal bent by invertible layers: posteriors of any shape, even of several modes.
+    r"""A normal transformed by invertible layers, for posteriors of any shape.
 
-    :math:`z = \mu + \sigma \odot f(\epsilon; c),\ \epsilon \sim N(0, I)`, with layers :math:`f`
-    that all data share and a context :math:`c` of each datum. It starts as the diagonal normal.
+    :math:`z = \mu + \sigma \odot f(\epsilon; c),\ \epsilon \sim N(0, I)`, where all data share the
+    layers :math:`f` and each datum has its own context :math:`c`. The posterior starts as the
+    diagonal normal, and it can become multimodal.
 
     Arguments:
         latent_dim: the dimension of z.
         layer: `pyro_vae.AutoregressiveLayer` or `pyro_vae.CouplingLayer`.
-        bijection: what a layer does to each coordinate: `pyro_vae.Affine` by default, which with
-            `AutoregressiveLayer` is the inverse autoregressive flow, or `pyro_vae.Spline`.
-        layers: how many.
-        hidden: widths of the network of each layer.
-        context_dim: the width of the context; 0 gives one shape to all data.
+        bijection: the map of each coordinate in a layer. The default `pyro_vae.Affine` gives the
+            inverse autoregressive flow with `AutoregressiveLayer`; `pyro_vae.Spline` is more
+            flexible.
+        layers: the number of layers, at least 1.
+        hidden: the widths of the hidden layers in the network of each layer.
+        context_dim: the width of the context; with 0, :math:`f` is the same for all data.
         low, high: bounds of every :math:`\sigma_j` (see `pyro_vae.parts.factors.bounded_scale`).
 
-    The network gives the means, the unbounded scales, and the context: ``2 * latent_dim +
-    context_dim`` outputs. Raises `UsageError` for latents of another shape.
+    The network outputs the means, the unbounded scales, and the context: ``2 * latent_dim +
+    context_dim`` outputs. Raises `UsageError` if the latents have another shape.
     Rezende & Mohamed, 2015 (https://arxiv.org/abs/1505.05770); Kingma et al., 2016.
 
     >>> import torch
@@ -150,7 +154,7 @@ class FlowPosterior(Family):
     ) -> None:
         super().__init__()
         if context_dim < 0:
-            raise UsageError(f"context_dim must be 0 or more, {context_dim} came")
+            raise UsageError(f"must be at least 0, got {context_dim}", argument="context_dim")
         self.latent_dim, self.layer, self.layers, self.hidden = (
             latent_dim,
             layer,
@@ -164,8 +168,8 @@ class FlowPosterior(Family):
     def outputs(self, shape: Shape) -> int:
         if tuple(shape) != (self.latent_dim,):
             raise UsageError(
-                f"FlowPosterior was made for latents of shape {(self.latent_dim,)}, latents of "
-                f"shape {tuple(shape)} came"
+                f"this FlowPosterior needs latents of shape {(self.latent_dim,)}, got shape "
+                f"{tuple(shape)}"
             )
         return 2 * self.latent_dim + self.context_dim
 
@@ -175,9 +179,10 @@ class FlowPosterior(Family):
 
 
 def product(q: dist.TorchDistribution, p: dist.TorchDistribution) -> dist.TorchDistribution:
-    r"""The normalised product of two diagonal normals: precisions add, means are weighed by them.
+    r"""The normalized product of two diagonal normals.
 
-    Raises `UsageError` for other distributions.
+    Its precision is the sum of both precisions. Its mean is the average of both means, weighted by
+    their precisions. Raises `UsageError` for other distributions.
 
     >>> one = dist.Normal(torch.zeros(1), 1.0).to_event(1)
     >>> product(one, dist.Normal(torch.ones(1), 1.0).to_event(1)).mean
@@ -186,8 +191,8 @@ def product(q: dist.TorchDistribution, p: dist.TorchDistribution) -> dist.TorchD
     for factor in (q, p):
         if not isinstance(getattr(factor, "base_dist", None), torch.distributions.Normal):
             raise UsageError(
-                f"a product is formed of diagonal normals, a {type(factor).__name__} came: a "
-                "top-down guide needs DiagonalNormal at every level"
+                f"a product needs two diagonal normals, got a {type(factor).__name__}: use "
+                "DiagonalNormal at every level of a top-down guide"
             )
     (a, s), (b, t) = ((f.base_dist.loc, f.base_dist.scale) for f in (q, p))
     variance = 1 / (s**-2 + t**-2)
@@ -198,18 +203,19 @@ def product(q: dist.TorchDistribution, p: dist.TorchDistribution) -> dist.TorchD
 def _dim(family: Family, shape: Shape) -> int:
     if len(shape) != 1:
         raise UsageError(
-            f"{type(family).__name__} is over vectors, latents of shape {tuple(shape)} came"
+            f"{type(family).__name__} needs latents that are vectors, got shape {tuple(shape)}"
         )
     return shape[0]
 
 
 class Classes(Family):
-    r"""One of some classes, :math:`q(y|x) = \mathrm{softmax}(\text{raw})_y`, y from 0 on.
+    r"""A class y from 0 to num_classes - 1, :math:`q(y|x) = \mathrm{softmax}(\text{raw})_y`.
 
     Arguments:
-        num_classes: how many.
+        num_classes: the number of classes, at least 2.
 
-    Raises `UsageError` for an event that is no single class.
+    The network outputs the logits, one for each class. Raises `UsageError` if the event shape is
+    not ().
 
     >>> import torch
     >>> Classes(3)(torch.zeros(5, 3), ()).probs[0]
@@ -219,12 +225,12 @@ class Classes(Family):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         if num_classes < 2:
-            raise UsageError(f"num_classes must be 2 or more, {num_classes} came")
+            raise UsageError(f"must be at least 2, got {num_classes}", argument="num_classes")
         self.num_classes = num_classes
 
     def outputs(self, shape: Shape) -> int:
         if tuple(shape):
-            raise UsageError(f"Classes are for events of shape (), {tuple(shape)} came")
+            raise UsageError(f"Classes needs events of shape (), got {tuple(shape)}")
         return self.num_classes
 
     def forward(self, raw: Tensor, shape: Shape) -> dist.TorchDistribution:

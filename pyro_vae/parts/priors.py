@@ -17,7 +17,10 @@ from pyro_vae.parts.networks import Shape, shapes_of
 
 
 class StandardNormal(PyroModule):
-    r"""The prior :math:`p(z) = N(z; 0, I)`, whatever the context.
+    r"""The prior :math:`p(z) = N(z; 0, I)`, which ignores the context.
+
+    Arguments:
+        latent_dim: the dimension of z.
 
     >>> StandardNormal(3)().event_shape
     torch.Size([3])
@@ -35,16 +38,18 @@ class StandardNormal(PyroModule):
 
 
 class GaussianMixture(PyroModule):
-    r"""A mixture of normals that is learnt with the rest, the component summed out.
+    r"""A learned mixture of normals, with the component summed out.
 
-    :math:`p(z) = \sum_c \pi_c \prod_j N(z_j; m_{cj}, s_{cj}^2)`, whatever the context.
+    :math:`p(z) = \sum_c \pi_c \prod_j N(z_j; m_{cj}, s_{cj}^2)`. It ignores the context and is
+    trained with the rest of the pair.
 
     Arguments:
         latent_dim: the dimension of z.
-        components: how many normals; they start at draws of a standard normal with scale 1.
+        components: the number of normals, at least 1. The means start at draws from a standard
+            normal, and the scales at 1.
         low, high: bounds of every :math:`s_{cj}` (see `pyro_vae.parts.factors.bounded_scale`).
 
-    Its KL from a posterior has no closed form and is estimated at the draw.
+    The KL from a posterior to this prior does not have a closed form and is estimated at the draw.
     Dilokthanakul et al., 2016 (https://arxiv.org/abs/1611.02648), without the discrete site.
 
     >>> GaussianMixture(3, 5)().event_shape
@@ -56,7 +61,7 @@ class GaussianMixture(PyroModule):
     ) -> None:
         super().__init__()
         if components < 1:
-            raise UsageError(f"components must be 1 or more, {components} came")
+            raise UsageError(f"must be at least 1, got {components}", argument="components")
         self.latent_dim, self.components, self.low, self.high = latent_dim, components, low, high
         self.logits = nn.Parameter(torch.zeros(components))
         self.means = nn.Parameter(torch.randn(components, latent_dim))
@@ -70,19 +75,21 @@ class GaussianMixture(PyroModule):
 
 
 class FlowPrior(PyroModule):
-    r"""A standard normal bent by invertible layers, learnt with the rest, whatever the context.
+    r"""A standard normal transformed by learned invertible layers.
 
-    :math:`z = f(\epsilon),\ \epsilon \sim N(0, I)`; it starts as the standard normal.
+    :math:`z = f(\epsilon),\ \epsilon \sim N(0, I)`. It ignores the context, starts as the standard
+    normal, and is trained with the rest of the pair.
 
     Arguments:
         latent_dim: the dimension of z.
-        layer: `pyro_vae.CouplingLayer`, which is drawn from and scored in one pass, or
-            `pyro_vae.AutoregressiveLayer`, which takes ``latent_dim`` passes to be scored.
-        bijection: what a layer does to each coordinate: `pyro_vae.Spline` by default.
-        layers: how many.
-        hidden: widths of the network of each layer.
+        layer: `pyro_vae.CouplingLayer` or `pyro_vae.AutoregressiveLayer`. With `CouplingLayer`, a
+            draw and a log density take one pass each. With `AutoregressiveLayer`, a log density
+            takes ``latent_dim`` passes.
+        bijection: the map of each coordinate in a layer; the default is `pyro_vae.Spline`.
+        layers: the number of layers, at least 1.
+        hidden: the widths of the hidden layers in the network of each layer.
 
-    Its KL from a posterior has no closed form and is estimated at the draw.
+    The KL from a posterior to this prior does not have a closed form and is estimated at the draw.
     Chen et al., Variational Lossy Autoencoder, 2017 (https://arxiv.org/abs/1611.02731).
 
     >>> FlowPrior(3)().log_prob(torch.zeros(3)).shape
@@ -115,18 +122,19 @@ class FlowPrior(PyroModule):
 
 
 class VampPrior(PyroModule):
-    r"""The mixture of posteriors of learnt pseudo-inputs, :math:`p(z) = \tfrac1K \sum_k q(z|u_k)`.
+    r"""A mixture of posteriors at learned pseudo-inputs, :math:`p(z) = \tfrac1K \sum_k q(z|u_k)`.
 
     Arguments:
-        encoder: the encoder of the pair, a factor that returns q(z | x, context); it is shared, so
-            that the prior moves along with the posteriors.
-        inputs: the shape (or width) of x, or a list with those of x and of each context, as for
-            `pyro_vae.MLP`: a pseudo-input has all that the encoder takes.
-        components: K, how many pseudo-inputs. They start at uniform draws in [0, 1]; `of_data`
-            starts them at data, which is where they should.
+        encoder: the encoder of the pair, a factor that returns q(z | x, context). The prior shares
+            it, so it changes together with the posteriors.
+        inputs: the shape (or width) of x, or a list with the shape of x and of each context
+            tensor, as for `pyro_vae.MLP`. A pseudo-input contains all inputs of the encoder.
+        components: K, the number of pseudo-inputs, at least 1. They start at uniform draws in
+            [0, 1]. `of_data` starts them at data, which is better.
 
-    The best prior for the ELBO is the posterior averaged over all data; this is its stand-in with
-    few terms. Its KL from a posterior has no closed form and is estimated at the draw.
+    The prior with the highest ELBO is the average of the posteriors of all data. This prior
+    approximates it with few terms. The KL from a posterior to this prior does not have a closed
+    form and is estimated at the draw.
     Tomczak & Welling, VAE with a VampPrior, 2018 (https://arxiv.org/abs/1705.07120).
 
     >>> import torch, pyro_vae as pv
@@ -142,8 +150,8 @@ class VampPrior(PyroModule):
     ) -> None:
         super().__init__()
         if components < 1:
-            raise UsageError(f"components must be 1 or more, {components} came")
-        # As torch adds a part, not as Pyro does: the encoder keeps its place and name in the pair.
+            raise UsageError(f"must be at least 1, got {components}", argument="components")
+        # PyroModule would give the encoder a new name; with torch's method it keeps its name.
         nn.Module.add_module(self, "encoder", encoder)
         self.inputs, self.components = inputs, components
         self.pseudo_inputs = nn.ParameterList(
@@ -167,18 +175,26 @@ class VampPrior(PyroModule):
         whole: bool = False,
         seed: int = 0,
     ) -> "VampPrior":
-        """A prior whose pseudo-inputs start at rows of the data, drawn with a seed.
+        """A prior whose pseudo-inputs start at random rows of the data.
 
         Arguments:
-            components: at most as many as there are rows; 500 by default, or all rows where there
-                are fewer.
-            whole: 8-bit x are whole numbers, such as counts, and stay so. Without it they are
-                intensities and become floats in [0, 1], unless all are 0 and 1, as `pyro_vae.fit`
-                shows them to the pair.
+            encoder: the encoder of the pair.
+            x: the data, of shape (n, *data_shape).
+            context: the context tensors, with n rows each.
+            components: the number of pseudo-inputs, at most n; the default is 500, or n if n is
+                smaller.
+            whole: whether 8-bit x are integers such as counts, which do not change. Otherwise they
+                are intensities and are divided by 255, unless all are 0 or 1, as in `pyro_vae.fit`.
+            seed: the random seed for the choice of rows.
+
+        Raises `UsageError` if ``components`` is more than n.
         """
         components = min(500, len(x)) if components is None else components
         if len(x) < components:
-            raise UsageError(f"{components} pseudo-inputs cannot start at {len(x)} rows of data")
+            raise UsageError(
+                f"must be at most {len(x)}, the number of rows, got {components}",
+                argument="components",
+            )
         with seeded(seed):
             chosen = torch.randperm(len(x))[:components]
         rows = [as_tensor(tensor, "x")[chosen] for tensor in (x, *context)]

@@ -1,4 +1,4 @@
-"""Recurrent networks: plain torch modules over sequences (..., steps, width), padded at the end."""
+"""Recurrent networks: torch modules over sequences (..., steps, width), padded at the end."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,18 @@ from pyro_vae.parts.networks import MLP, Shape
 
 
 class TokenEncoder(nn.Module):
-    """LSTMs that read a row of tokens from both ends; a linear map of the means of their states.
+    """Two LSTMs that read a row of tokens from both ends, and a linear map of their mean states.
 
-    The last states alone would learn more slowly what to keep. The map sees the context too.
+    The mean of all states learns faster than the last state. The linear map also sees the context.
 
     Arguments:
-        tokens: how many tokens there are; token 0 ends a row, and what follows it is not read.
+        tokens: the number of different tokens. Token 0 ends a row; the tokens after it are ignored.
         embedding_dim: the width of a token's embedding.
-        hidden: the units of the LSTM, in each direction.
+        hidden: the units of each LSTM.
         outputs: the width of the output.
-        context: the shape of each context.
+        context: the shape of each context tensor.
 
-    Rows have shape (..., length), of whole numbers of any type.
+    Rows have shape (..., length) and hold integers of any type.
 
     >>> import torch
     >>> TokenEncoder(5, 3, 8, 4)(torch.tensor([[2.0, 1, 0, 0], [4, 3, 2, 1]])).shape
@@ -57,14 +57,14 @@ class TokenEncoder(nn.Module):
 
 
 class BackwardLSTM(nn.Module):
-    """An LSTM that reads a sequence from its end: at each step, what is known of the rest.
+    """An LSTM that reads a sequence backward; its state at a step summarizes the rest from there.
 
     Arguments:
-        inputs: the numbers of a step.
+        inputs: the width of each step.
         hidden: the units of the LSTM.
 
-    Sequences have shape (..., steps, inputs), their lengths (...,); the states have shape
-    (..., steps, hidden), and mean nothing beyond the length.
+    Sequences have shape (..., steps, inputs) and their lengths have shape (...,). The states have
+    shape (..., steps, hidden); beyond the length they have no meaning.
 
     >>> import torch
     >>> BackwardLSTM(2, 5)(torch.zeros(3, 4, 2), torch.tensor([4, 2, 1])).shape
@@ -81,14 +81,14 @@ class BackwardLSTM(nn.Module):
 
 
 class GatedTransition(nn.Module):
-    r"""What a state says about the next one: a linear map and a multilayer perceptron, gated.
+    r"""A gated transition between states: a gate mixes a linear map and a multilayer perceptron.
 
-    :math:`\mu(z) = (1 - g(z)) \odot (W z + b) + g(z) \odot h(z)`, and the unbounded scale from
-    :math:`h(z)`; the linear map starts at the identity.
+    :math:`\mu(z) = (1 - g(z)) \odot (W z + b) + g(z) \odot h(z)`. The unbounded scale is a function
+    of :math:`h(z)`. The linear map starts as the identity.
 
     Arguments:
         latent_dim: the dimension d of a state.
-        hidden: the hidden units of gate and perceptron.
+        hidden: the hidden units of the gate g and of the perceptron h.
 
     The output has shape (..., 2 d), as `pyro_vae.DiagonalNormal` needs it.
     Krishnan, Shalit & Sontag, 2017 (https://arxiv.org/abs/1609.09869).
@@ -117,16 +117,16 @@ class GatedTransition(nn.Module):
 def recur(
     lstm: nn.LSTM, inputs: Tensor, state: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Run an LSTM of one layer over (..., steps, width): its outputs and the state after them.
+    """Run an LSTM of one layer over (..., steps, width); return its outputs and its last state.
 
-    The first state, two tensors (..., hidden), is 0 by default.
+    The first state is two tensors of shape (..., hidden); the default is 0.
     """
     leading = inputs.shape[:-2]
     flat = inputs.reshape(-1, *inputs.shape[-2:])
     if state is None:
         state = (flat.new_zeros(lstm.hidden_size),) * 2
     states = [s.expand(*leading, -1).reshape(1, len(flat), -1) for s in state]
-    # The module itself would use a list of weights of its own, which a graph's inputs are not in.
+    # The module would use its own list of weights, which does not contain the inputs of a graph.
     outputs, *after = torch.lstm(
         flat, states, list(lstm.parameters()), True, 1, 0.0, True, False, True
     )
@@ -135,7 +135,7 @@ def recur(
 
 
 def backwards(x: Tensor, lengths: Tensor) -> Tensor:
-    """Sequences (..., steps, width) turned round within their lengths (...,).
+    """Reverse sequences (..., steps, width) within their lengths (...,).
 
     >>> backwards(torch.tensor([[1], [2], [3], [9]]), torch.tensor(3)).flatten()
     tensor([3, 2, 1, 1])
@@ -146,7 +146,7 @@ def backwards(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 def token_lengths(tokens: Tensor) -> Tensor:
-    """How many tokens of each row (..., length) count: to the first 0, itself among them.
+    """The number of tokens of each row (..., length) up to and including the first 0.
 
     >>> token_lengths(torch.tensor([[3, 0, 0, 0], [3, 2, 1, 2], [0, 1, 1, 1]]))
     tensor([2, 4, 1])

@@ -1,6 +1,6 @@
-"""Sequences: a likelihood of tokens that writes one after another, and Markov chains of vectors.
+"""Sequences: an autoregressive likelihood of tokens, and Markov chains of vectors.
 
-Token 0 ends a sequence; what follows it in a row is padding, which nothing here looks at.
+Token 0 ends a sequence. The tokens after it in a row are padding, and this module ignores them.
 """
 
 from collections.abc import Callable
@@ -20,22 +20,23 @@ from pyro_vae.parts.recurrent import recur, token_lengths
 
 
 class Autoregressive(Family):
-    r"""Sequences of tokens, each written by an LSTM that has read those before it.
+    r"""Sequences of tokens, where an LSTM predicts each token from the tokens before it.
 
-    :math:`p(x|z) = \prod_{t=1}^{\tau} p(x_t \mid x_{<t}, z)`, where :math:`\tau` is the place of
-    the first token 0, which ends a sequence, or the end of the row. What follows is padding.
+    :math:`p(x|z) = \prod_{t=1}^{\tau} p(x_t \mid x_{<t}, z)`, where :math:`\tau` is the position of
+    the first token 0, which ends the sequence, or the end of the row. Later tokens are padding.
 
     Arguments:
-        tokens: how many tokens there are, 0 to ``tokens - 1``, the end counted.
+        tokens: the number of different tokens, 0 to ``tokens - 1``, including the end token 0; at
+            least 2.
         embedding_dim: the width of a token's embedding.
         hidden: the units of the LSTM.
-        word_dropout: the rate at which, in training only, the LSTM reads an unknown token in place
-            of the one before. It must then ask z, which guards against collapse (Bowman et al.,
-            2016, https://arxiv.org/abs/1511.06349).
+        word_dropout: the rate at which the LSTM reads an unknown token instead of the previous
+            token, only in training. The LSTM then has to use z, which counteracts posterior
+            collapse (Bowman et al., 2016, https://arxiv.org/abs/1511.06349).
 
-    The network gives what the LSTM knows of z: what is added to each input and to the logits of
-    each token, and its first state, ``embedding_dim + tokens + hidden`` outputs. Data are rows of
-    tokens as numbers, of shape (length,).
+    The network outputs three vectors, ``embedding_dim + tokens + hidden`` outputs: a shift of the
+    LSTM's inputs, a shift of its logits, and its first state. Data are rows of tokens as numbers,
+    of shape (length,).
 
     >>> import torch
     >>> family = Autoregressive(5, embedding_dim=3, hidden=4)
@@ -49,16 +50,20 @@ class Autoregressive(Family):
     ) -> None:
         super().__init__()
         if tokens < 2:
-            raise UsageError(f"tokens must be 2 or more, the end counted, {tokens} came")
+            raise UsageError(
+                f"must be at least 2, including the end token, got {tokens}", argument="tokens"
+            )
         if not 0 <= word_dropout <= 1:
-            raise UsageError(f"word_dropout is a rate from 0 to 1, {word_dropout} came")
+            raise UsageError(
+                f"must be a rate from 0 to 1, got {word_dropout}", argument="word_dropout"
+            )
         self.tokens, self.embedding_dim, self.hidden = tokens, embedding_dim, hidden
         self.word_dropout = word_dropout
         self.writer = Writer(tokens, embedding_dim, hidden)
 
     def outputs(self, shape: Shape) -> int:
         if len(shape) != 1:
-            raise UsageError(f"a row of tokens has shape (length,), {tuple(shape)} came")
+            raise UsageError(f"rows of tokens must have shape (length,), got {tuple(shape)}")
         return self.embedding_dim + self.tokens + self.hidden
 
     def forward(self, raw: Tensor, shape: Shape) -> dist.TorchDistribution:
@@ -69,19 +74,19 @@ class Autoregressive(Family):
 
 
 class Writer(nn.Module):
-    """An LSTM over embedded tokens, and the logits of the next one."""
+    """An LSTM over embedded tokens that returns the logits of the next token."""
 
     def __init__(self, tokens: int, embedding_dim: int, hidden: int) -> None:
         super().__init__()
         self.tokens, self.embedding_dim, self.hidden = tokens, embedding_dim, hidden
-        self.embedding = nn.Embedding(tokens + 1, embedding_dim)  # the last one is unknown
+        self.embedding = nn.Embedding(tokens + 1, embedding_dim)  # the last token means "unknown"
         self.lstm = nn.LSTM(embedding_dim, hidden, batch_first=True)
         self.head = nn.Linear(hidden, tokens)
 
     def forward(
         self, read: Tensor, condition: Tensor, state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Logits after each token read, (..., length, tokens), and the state after the last."""
+        """Logits after each token, of shape (..., length, tokens), and the last state."""
         shift, direct, first = condition.split([self.embedding_dim, self.tokens, self.hidden], -1)
         if state is None:
             state = (first.tanh(), torch.zeros_like(first))
@@ -91,7 +96,7 @@ class Writer(nn.Module):
 
 
 class _Remembering(dist.TorchDistribution):
-    """A distribution whose log density is costly: it is computed once for a value."""
+    """A distribution that remembers its last log density, because it is expensive to compute."""
 
     has_rsample = False
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -108,15 +113,16 @@ class _Remembering(dist.TorchDistribution):
 
 
 class TokenSequence(_Remembering):
-    """Rows of tokens, written one after another until token 0 or the end of the row.
+    """Rows of tokens, drawn one after another until token 0 or the end of the row.
 
     Arguments:
-        writer: gives logits of the next token, from those before it and the condition.
-        condition: of shape (..., width).
-        length: tokens in a row, the end counted.
-        kept: which tokens the writer is shown, of shape (..., length); all by default.
+        writer: returns the logits of the next token, given the tokens before it and the condition.
+        condition: what the writer knows of z, of shape (..., width).
+        length: the number of tokens in a row, including the end token.
+        kept: which tokens the writer sees, of shape (..., length); the default is all.
 
-    Its ``mode`` is its greedy decoding: the likeliest token at each place, given those before.
+    Its ``mode`` is the greedy decoding: the most probable token at each position, given the tokens
+    before it.
     """
 
     def __init__(
@@ -138,7 +144,7 @@ class TokenSequence(_Remembering):
     def _log_prob(self, value: Tensor) -> Tensor:
         tokens = value.long().clamp(0, self.writer.tokens - 1)
         read = tokens if self.kept is None else torch.where(self.kept, tokens, self.writer.tokens)
-        read = F.pad(read[..., :-1], (1, 0))  # a row begins after an end
+        read = F.pad(read[..., :-1], (1, 0))  # the end token 0 also marks the start of a row
         logits, _ = self.writer(read, self.condition)
         tokens = tokens.expand(logits.shape[:-1])
         terms = -F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")
@@ -148,7 +154,7 @@ class TokenSequence(_Remembering):
         return torch.where(inside, terms, 0.0).sum(-1)
 
     def elements(self, value: Tensor) -> Tensor:
-        """How many tokens of each row count, its end among them, of shape (...)."""
+        """The number of tokens of each row, including its end token, of shape (...)."""
         return token_lengths(value.long())
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -161,13 +167,13 @@ class TokenSequence(_Remembering):
 
     @property
     def mean(self) -> Tensor:
-        """NaN, as torch has it of categories: tokens are names."""
+        """NaN, as in torch's Categorical, because tokens do not have a mean."""
         shape = (*self.condition.shape[:-1], self.length)
         return self.condition.new_full(shape, torch.nan)
 
     @property
     def mode(self) -> Tensor:
-        """The row whose tokens are each the most probable after those before."""
+        """The row in which each token is the most probable one, given the tokens before it."""
         return self._write(self.condition, lambda logits: logits.argmax(-1))
 
     @torch.no_grad()
@@ -184,18 +190,20 @@ class TokenSequence(_Remembering):
 
 
 class MarkovChain(_Remembering):
-    r"""A trajectory as one event of shape (steps, d), each vector drawn given the one before.
+    r"""A trajectory as one event of shape (steps, d); each vector depends on the previous one.
 
-    :math:`p(z_{1:T}) = \prod_t p(z_t \mid z_{t-1}, h_t)`, drawn step by step, scored all at once.
+    :math:`p(z_{1:T}) = \prod_t p(z_t \mid z_{t-1}, h_t)`. Draws are made step by step. The log
+    density is computed for all steps at once.
 
     Arguments:
-        step: returns the distribution of :math:`z_t`, over vectors, from the vector before and,
-            where there are inputs, from those of its step; takes any leading dimensions.
+        step: returns the distribution of the vector :math:`z_t`, given the previous vector and, if
+            there are inputs, :math:`h_t`; it must accept any leading dimensions.
         start: :math:`z_0`, of shape (d,).
-        inside: which steps count, of shape (..., steps); a trajectory is 0 at the others.
+        inside: which steps count, of shape (..., steps); a trajectory is 0 at other steps.
         inputs: :math:`h`, of shape (..., steps, width).
 
-    Its ``mean`` goes from mean to mean, which is the mean where steps are linear.
+    ``mean`` takes the mean of each step, given the mean of the previous step. This is the mean of
+    the trajectory if the steps are linear.
 
     >>> import torch, pyro_vae as pv
     >>> def step(before):
@@ -237,7 +245,7 @@ class MarkovChain(_Remembering):
         return MarkovChain(self.step, self.start, inside, inputs)
 
     def terms(self, value: Tensor) -> Tensor:
-        """The log density of each step given the one before, 0 outside, of shape (..., steps)."""
+        """The log density of each step given the previous one, (..., steps); 0 for other steps."""
         first = self.start.expand(*value.shape[:-2], 1, -1)
         before = torch.cat([first, value[..., :-1, :]], -2)
         inputs = () if self.inputs is None else (self.inputs,)
@@ -268,7 +276,7 @@ class MarkovChain(_Remembering):
 
 
 def elements(fn: Any, value: Tensor) -> Tensor:
-    """How many numbers of each datum its distribution scores: all, but for what is masked."""
+    """The number of entries of each datum that count in its log density, without masked entries."""
     if hasattr(fn, "elements"):
         return fn.elements(value)
     if isinstance(fn, torch.distributions.Independent):

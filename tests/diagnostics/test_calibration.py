@@ -241,7 +241,7 @@ def test_misuse_is_told_in_one_line():
     with pytest.raises(pv.UsageError, match="Untemplated has no method template"):
         pv.calibration(Untemplated(), progress=False)
     conditional, (_, context) = make("conditional"), rows("conditional", 4)
-    with pytest.raises(pv.UsageError, match="takes 1 context tensors, 0 came"):
+    with pytest.raises(pv.UsageError, match="needs 1 context tensors, got 0"):
         pv.calibration(conditional, progress=False)
     with pytest.raises(pv.UsageError, match="have 4, 3 rows: as many are expected"):
         pv.calibration(conditional, (context, context[:3]), progress=False)

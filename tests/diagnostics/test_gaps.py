@@ -173,7 +173,7 @@ def test_misuse_is_told_in_one_line():
     x = data(pair)
     with pytest.raises(pv.UsageError, match=r"take 21 samples or more .*, 20 came"):
         pv.gaps(pair, x, num_samples=20)
-    with pytest.raises(pv.UsageError, match="site 'u' of the guide is not one of the model"):
+    with pytest.raises(pv.UsageError, match="site 'u' of the guide is missing from the model"):
         pv.gaps(Auxiliary(), torch.ones(3, 1), steps=1, progress=False)
 
 

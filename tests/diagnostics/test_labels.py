@@ -201,5 +201,5 @@ def test_labels_that_the_model_observes_are_of_any_whole_type(kind):
 
 @pytest.mark.parametrize("labels", [Y.double(), torch.eye(3)[Y]])
 def test_labels_that_the_model_observes_are_no_floats(labels):
-    with pytest.raises(UsageError, match="labels must be whole numbers, -1 where missing"):
+    with pytest.raises(UsageError, match="labels must be integers, or -1 for a missing label"):
         pv.fit(semisupervised(), X, labels, **FAST)

@@ -180,7 +180,7 @@ def test_draws_of_the_model_come_with_their_latents():
         (_, missing), values = simulate(pair, 4)
         assert missing.tolist() == [-1] * 4
         assert set(values) == {"y", "z"}
-        with pytest.raises(pv.UsageError, match="draws at site 'label' has no place"):
+        with pytest.raises(pv.UsageError, match="at site 'label' cannot be written into a batch"):
             simulate(pair, 4, (labels.clamp(min=0),))
 
 

@@ -51,11 +51,11 @@ MISUSES = {
     "sample without template": (lambda: pv.sample(Pair(), 3), ["Pair", "template(n)"]),
     "context too much": (
         lambda: pv.sample(small(), 3, [torch.rand(3, 2)]),
-        ["0 context", "1 came"],
+        ["0 context", "got 1"],
     ),
     "context too little": (
         lambda: pv.sample(small(context_shapes=[(2,)]), 3),
-        ["1 context", "0 came"],
+        ["1 context", "got 0"],
     ),
     "context too wide": (
         lambda: pv.sample(small(context_shapes=[(2,)]), 3, [torch.rand(3, 5)]),

@@ -1,4 +1,4 @@
-"""Latents outside the data plate, of which all data have one: weights of a decoder, say."""
+"""Global latents, for example the weights of a Bayesian decoder."""
 
 import math
 
@@ -27,7 +27,7 @@ N, D, P = 90, 4, 3
 
 
 class Known(nn.Module):
-    """x = W z + noise, z about a known place: q(W) has a closed form, and q(z) is the prior."""
+    """x = W z + noise, with z near a known place: q(W) has a closed form, and q(z) is the prior."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ def known():
 
 
 def data(n=N, seed=0):
-    """Data of known weights, at places whose coordinates are orthogonal, of sizes of their own."""
+    """Data of known weights, at places with orthogonal coordinates of different sizes."""
     generator = torch.Generator().manual_seed(seed)
     place = torch.randn(n, P, generator=generator, dtype=torch.float64)
     place = torch.linalg.qr(place)[0] * torch.tensor([2.0, 6.0, 10.0], dtype=torch.float64)
@@ -63,7 +63,7 @@ def data(n=N, seed=0):
 
 
 def conjugate(x, place):
-    """Mean and standard deviation of the posterior of each weight, given q(z)."""
+    """The mean and the standard deviation of the posterior of each weight, given q(z)."""
     precision = 1 / PRIOR**2 + (place.square().sum(0) + len(x) * SPREAD**2) / NOISE**2
     return x.T @ place / NOISE**2 / precision, precision.rsqrt().expand(D, P)
 
@@ -80,12 +80,12 @@ def set_posterior(pair, mean, scale):
 
 
 def exact():
-    """The pair with the closed form as its guide."""
+    """The pair with the closed-form posterior as its guide."""
     return set_posterior(known(), *conjugate(*data()))
 
 
 class ByHand(Known):
-    """The same with weights written out, for many draws side by side."""
+    """The same pair with explicit weights, which broadcast over many draws."""
 
     def __init__(self):
         super().__init__()
@@ -105,13 +105,13 @@ class ByHand(Known):
         super().guide(x, place)
 
 
-# The pairs' own q(z) is the prior, whatever the data.
+# q(z) of these pairs is the prior, for any data.
 same_posterior = pytest.mark.filterwarnings("ignore:the posterior of latent site 'z' has collapsed")
 
 
 @same_posterior
 def test_minibatches_lead_to_the_conjugate_posterior():
-    """The last minibatch is a smaller one; a wrong share of the KL would widen q by a half."""
+    """The last minibatch is smaller; a wrong share of the KL would widen q by a half."""
     torch.manual_seed(0)
     pair, batch = ByHand().double(), data()
     history = pv.fit(
@@ -136,7 +136,7 @@ def test_minibatches_lead_to_the_conjugate_posterior():
 
 @same_posterior
 def test_a_bayesian_decoder_comes_to_the_conjugate_posterior():
-    """With ten draws of the weights for each step; what is left of the error is theirs."""
+    """With ten draws of the weights for each step; the remaining error is from these draws."""
     pair, batch = known(), data()
     schedule = pv.Cosine(300)
     settings = {"batch_size": 45, "epochs": 300, "learning_rate": 0.05, "progress": False}
@@ -150,7 +150,7 @@ def test_a_bayesian_decoder_comes_to_the_conjugate_posterior():
 
 
 class Weighed(nn.Module):
-    """No latent but the weights, whose draw alone is random: one seed, one draw."""
+    """The weights are the only latents, so one seed gives one draw."""
 
     def __init__(self):
         super().__init__()
@@ -168,7 +168,7 @@ class Weighed(nn.Module):
 
 @pytest.mark.parametrize("engine", ["eager", "traced"])
 def test_losses_and_gradients_of_minibatches_add_up_to_those_of_all_data(engine):
-    """To those of stock Trace_ELBO on the model of all data, and the last batch is a small one."""
+    """Compare with stock Trace_ELBO on the model of all data; the last batch is smaller."""
     torch.manual_seed(0)
     pair, batch = Weighed().double(), data()
 
@@ -214,7 +214,7 @@ def test_the_weight_on_the_kl_is_that_of_codes():
 
 
 def predictive(pair, place):
-    """Mean and covariance of one element of x given its place, over weights, code and noise."""
+    """Mean and covariance of one element of x given its place, over weights, z and noise."""
     mean, scale = posterior(pair)
     second = place.square() + SPREAD**2
     variance = second @ scale.square().T + SPREAD**2 * mean.square().sum(1) + NOISE**2
@@ -222,9 +222,9 @@ def predictive(pair, place):
 
 
 def test_log_likelihood_is_that_of_the_posterior_predictive():
-    """Where q(z) is a point, N(W place, noise) with W integrated under its posterior."""
+    """If q(z) is a point, p(x) is N(W place, noise), with W integrated over its posterior."""
     pair, (x, place) = exact(), data(30, seed=1)
-    pair.free_scales[0].data += 0.7  # wide, so that the prediction is not that of the means
+    pair.free_scales[0].data += 0.7  # wide, so that the prediction differs from that of the means
     mean, scale = posterior(pair)
     original = SPREAD
     globals()["SPREAD"] = 1e-4
@@ -237,7 +237,7 @@ def test_log_likelihood_is_that_of_the_posterior_predictive():
     wanted = dist.Normal(place @ mean.T, spread).log_prob(x).sum(1)
     assert ((result.per_datum - wanted).abs() < 5 * result.standard_errors).all()
     assert result.standard_errors.max() < 0.2
-    # The ELBO of held-out data is E_q(W)[log p(x|W)]: nothing of the weights' KL is in it.
+    # The ELBO of held-out data is E_q(W)[log p(x|W)], without the KL of the weights.
     excess = (place.square() @ scale.square().T).sum(1) / (2 * NOISE**2)
     inner = dist.Normal(place @ mean.T, NOISE).log_prob(x).sum(1) - excess
     assert result.elbo == pytest.approx(inner.mean().item(), abs=4 * result.elbo_standard_error)
@@ -255,7 +255,7 @@ def test_the_error_of_a_mean_over_data_that_share_draws_is_no_less_than_what_it_
     spread = torch.tensor([run.elbo for run in runs]).std().item()
     said = sum(run.elbo_standard_error for run in runs) / len(runs)
     independent = runs[0].elbo_standard_errors.square().sum().sqrt().item() / len(x)
-    assert independent < 0.7 * spread < said  # errors of data by themselves would say too little
+    assert independent < 0.7 * spread < said  # errors of independent data would be too small
 
 
 def test_draws_are_of_the_posterior_predictive():
@@ -264,7 +264,7 @@ def test_draws_are_of_the_posterior_predictive():
     place = torch.tensor([[0.3, -0.5, 1.0]], dtype=torch.float64)
     draws = pv.sample(pair, 6000, place, seed=0)
     mean, variance = predictive(pair, place)
-    # Sixty rows share a draw of the weights: 100 draws of them tell the spread of the mean.
+    # Sixty rows share a draw of the weights; 100 such draws give the spread of the mean.
     assert ((draws.mean(0) - mean[0]).abs() < 5 * (variance[0] / 100).sqrt()).all()
     torch.testing.assert_close(draws.var(0), variance[0], rtol=0.5, atol=0)
     assert pv.sample(pair, 2, place.expand(2, -1), seed=1).shape == (2, D)
@@ -310,7 +310,7 @@ def test_more_data_take_epistemic_variance_away():
 
 
 def test_validation_measures_what_the_weights_predict():
-    """The validation bound is E_q(w) of the ELBO, and the best epoch the best prediction."""
+    """The validation bound is E_q(w) of the ELBO; the best epoch has the best prediction."""
     pair, batch, held = known(), data(), data(30, seed=2)
     history = pv.fit(
         pair, *batch, validation=held, batch_size=45, epochs=3, progress=False, engine="eager"
@@ -336,7 +336,7 @@ def test_what_is_refused():
     for objective in (pv.ImportanceWeightedELBO(2), RenyiELBO(num_particles=2)):
         assert "outside the data plate" in str(check(pair, batch, objective))
     assert str(check(pair, batch, pv.FreeBitsELBO(0.1))) == "the pair is sound"
-    with pytest.raises(pv.UsageError, match=r"'decoder.* is outside the data plate: so it is"):
+    with pytest.raises(pv.UsageError, match=r"'decoder.* is outside the data plate .*: so it is"):
         require_local(pair, batch, "so it is")
     for tool in (pv.gaps, pv.anneal):
         with pytest.raises(pv.UsageError, match=r"'decoder.*outside the data plate"):
@@ -349,12 +349,12 @@ def test_what_is_refused():
         pv.uncertainty(pair, *batch, num_weights=1)
     with pytest.raises(pv.UsageError, match=r"'head'.*encoder, decoder"):
         pv.BayesianDecoder(pv.VAE.mlp((4,)), "head")
-    with pytest.raises(pv.UsageError, match="prior_scale must be positive, 0 came"):
+    with pytest.raises(pv.UsageError, match="prior_scale must be positive, got 0"):
         pv.BayesianDecoder(pv.VAE.mlp((4,)), prior_scale=0)
 
 
 class Misplaced(nn.Module):
-    """A site in the plate in the guide alone; or a plate that takes the batch for a part."""
+    """A site that is in the plate only in the guide; or a plate with subsampling."""
 
     def __init__(self, size=None, inside=True):
         super().__init__()
@@ -381,10 +381,10 @@ class Misplaced(nn.Module):
 def test_a_latent_is_in_the_plate_in_both_or_in_neither():
     x = torch.zeros(5, 2)
     found = str(check(Misplaced(), (x,)))
-    assert "'w' of the model is outside the data plate, and under it in the guide" in found
+    assert "'w' is outside the data plate in the model but inside it in the guide" in found
     assert str(check(Misplaced(inside=False), (x,))) == "the pair is sound"
     found = str(check(Misplaced(size=50, inside=False), (x,)))
-    assert "'w' is outside a data plate that takes the batch for a part" in found
+    assert "'w' is a global latent, but the data plate uses subsampling" in found
 
 
 def test_a_configuration_asks_for_one():
@@ -392,7 +392,7 @@ def test_a_configuration_asks_for_one():
     pair = make_pair(Model(bayesian_decoder=True, hidden=(5,)), digits)
     assert isinstance(pair, pv.BayesianDecoder)
     assert isinstance(make_pair(Model(), digits), pv.VAE)
-    with pytest.raises(pv.UsageError, match="no module 'decoder'"):
+    with pytest.raises(pv.UsageError, match="does not have a module 'decoder'"):
         make_pair(Model(bayesian_decoder=True, model="deep-markov"), digits)
 
 
@@ -418,12 +418,12 @@ def test_recurrent_decoders_have_latent_weights_too():
     locs = [one.nodes["x"]["fn"].base_dist.loc for one in drawn]
     assert not torch.equal(*locs)
     assert pair.pair.decoder._flat_weights is weights
-    assert torch.equal(locs[0][0], locs[0][1])  # one draw makes all data
+    assert torch.equal(locs[0][0], locs[0][1])  # all data share one draw
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_prior_of_a_transposed_convolution_goes_by_what_reaches_a_pixel(groups):
-    """Of a pixel away from the border, over all places within a stride: the mean of squares."""
+    """The mean square of a pixel away from the border, over all positions within a stride."""
     layer = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=groups)
     pair = Known()
     pair.decoder = layer

@@ -1,4 +1,4 @@
-"""Hierarchical VAEs, the VampPrior, and parts that a pair shares."""
+"""Hierarchical VAEs, the VampPrior, and shared parts of a pair."""
 
 from math import log
 
@@ -16,11 +16,11 @@ from pyro_vae.parts.posteriors import product
 from pyro_vae.runs.description import describe
 
 A, B, LEVEL, NOISE = 0.8, 1.5, 0.6, 0.5
-"""z2 ~ N(0, 1), z1 ~ N(A z2, LEVEL), x ~ N(B z1, NOISE), all of one dimension."""
+"""z2 ~ N(0, 1), z1 ~ N(A z2, LEVEL), x ~ N(B z1, NOISE), all one-dimensional."""
 
 
 class Affine(pv.Family):
-    """A normal whose mean is the network's one output and whose scale is given."""
+    """A normal with the network's output as its mean, and with a given scale."""
 
     def __init__(self, scale):
         super().__init__()
@@ -78,7 +78,7 @@ def test_the_exact_guide_of_a_linear_pair_has_no_gap_at_any_draw(top_down):
 
 
 def test_free_bits_of_a_guide_in_the_other_order_take_no_closed_form():
-    """KL(q(z1|x) || p(z1|z2)) at a draw of z2 that came from z1 would not be its expectation."""
+    """If z2 is drawn given z1, KL(q(z1|x) || p(z1|z2)) at the draw is not an unbiased estimate."""
     pair = linear(top_down=False)
     with seeded(0):
         loss = pv.FreeBitsELBO(1e-9)
@@ -93,7 +93,7 @@ def test_a_product_of_normals_is_that_of_their_densities():
     z = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
     left = product(q, p).log_prob(z) - q.log_prob(z) - p.log_prob(z)
     torch.testing.assert_close(left, left[:1].expand(6), rtol=1e-4, atol=1e-4)
-    with pytest.raises(pv.UsageError, match="needs DiagonalNormal at every level"):
+    with pytest.raises(pv.UsageError, match="use DiagonalNormal at every level"):
         product(q, dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
 
 
@@ -118,7 +118,7 @@ def test_a_pair_brings_a_recipe_that_arguments_switch_off(tmp_path):
 
 
 def test_collapsed_levels_come_back_with_the_recipe():
-    """The upper level of a Markov pair is lost without it, and used with it."""
+    """Without the recipe, the upper level of a Markov pair collapses; with it, it is used."""
     digits = pv.load_data("digits")
     kl = []
     for recipe in ({"beta": 1.0, "objective": Trace_ELBO()}, {"objective": pv.FreeBitsELBO(0.3)}):
@@ -143,7 +143,7 @@ def test_a_vamp_prior_is_the_mixture_of_the_posteriors_of_its_pseudo_inputs():
     start = pv.VampPrior.of_data(vae.encoder, bytes_, components=20).pseudo_inputs[0]
     assert start.max() <= 1
     torch.testing.assert_close(start.sort(0)[0], (bytes_ / 255).sort(0)[0])
-    with pytest.raises(pv.UsageError, match="30 pseudo-inputs cannot start at 20 rows"):
+    with pytest.raises(pv.UsageError, match=r"components must be at most 20, .*, got 30"):
         pv.VampPrior.of_data(vae.encoder, x, components=30)
     assert pv.VampPrior.of_data(vae.encoder, x).components == 20
     assert pv.VampPrior.of_data(vae.encoder, x.repeat(30, 1)).components == 500
@@ -155,7 +155,7 @@ def test_a_conditional_pair_has_pseudo_inputs_with_context():
     vae.prior = pv.VampPrior.of_data(vae.encoder, x, context, components=4)
     assert [tuple(rows.shape) for rows in vae.prior.pseudo_inputs] == [(4, 6), (4, 3)]
     assert str(pv.check(vae, (x, context))) == "the pair is sound"
-    bytes_ = context.to(torch.uint8)  # of context whole numbers are never intensities
+    bytes_ = context.to(torch.uint8)  # integers in the context are never intensities
     start = pv.VampPrior.of_data(vae.encoder, x, bytes_).pseudo_inputs[1]
     assert torch.equal(start.sum(1), torch.ones(20))
 
@@ -196,7 +196,7 @@ def test_a_gated_layer_is_a_linear_map_times_a_gate():
     first, _, last = network.layers
     linear, gate = first(x).chunk(2, -1)
     torch.testing.assert_close(network(x), last(linear * torch.sigmoid(gate)))
-    with pytest.raises(pv.UsageError, match=r"nn.GLU is for multilayer perceptrons"):
+    with pytest.raises(pv.UsageError, match=r"activation cannot be nn\.GLU for convolutions"):
         pv.VAE.conv((1, 8, 8), activation=nn.GLU)
 
 
@@ -216,7 +216,7 @@ def test_a_chain_without_an_output_layer_ends_with_features():
 
 @pytest.mark.parametrize("latent_dim", [(), 3])
 def test_levels_that_make_no_sense_are_refused(latent_dim):
-    with pytest.raises(pv.UsageError, match="dimension of each level, from the data upwards"):
+    with pytest.raises(pv.UsageError, match="dimension of each level, from the data to the top"):
         pv.HierarchicalVAE.mlp((6,), latent_dim)
 
 

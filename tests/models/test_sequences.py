@@ -1,4 +1,4 @@
-"""Sequences: probabilities that sum to one, padding that counts for nothing, the Kalman filter."""
+"""Sequences: probabilities sum to one, padding is ignored, and the Kalman filter agrees."""
 
 from itertools import product
 
@@ -29,7 +29,7 @@ def condition(n, width=8, seed=1):
 
 
 def whole_rows(tokens, length):
-    """Every row that token 0 ends, padded by it, and those that it does not end."""
+    """Every possible row: those that token 0 ends, padded with 0, and those without token 0."""
     rows = torch.tensor(list(product(range(tokens), repeat=length)), dtype=torch.float64)
     places = torch.arange(length)
     padded = (rows == 0) | (places < token_lengths(rows)[:, None])
@@ -44,7 +44,7 @@ def test_probabilities_of_all_rows_sum_to_one():
 
 
 def test_a_row_is_scored_as_an_lstm_reads_it():
-    """Against torch's own LSTM, one step after another."""
+    """Compare with torch's LSTM, step by step."""
     made, raw = family(), condition(1)
     writer, row = made.writer, [2, 1, 1, 0]
     state = (raw[:, 5:].tanh(), torch.zeros(1, 3).double())
@@ -79,7 +79,7 @@ def test_the_mode_is_the_greedy_decoding():
             others = row.repeat(3, 1)
             others[:, place] = torch.arange(3.0)
             others[:, place + 1 :] = 0
-            # Up to this place alone, no other token is likelier.
+            # No other token is more probable up to this position.
             short = family()(raw, (place + 1,)).log_prob(others[:, : place + 1])
             assert short.argmax() == row[place]
         assert alone.log_prob(row) <= 0
@@ -106,7 +106,7 @@ ENDED = torch.tensor([[3, 1, 0, 0], [2, 0, 0, 0], [1, 2, 3, 0], [0, 0, 0, 0]]).d
 
 
 def test_padding_changes_no_number():
-    """Bound, gradients and log p(x), with three columns of padding or with none."""
+    """The bound, gradients and log p(x), with three columns of padding or without padding."""
     short, long = texts(4), texts(7)
     wide = nn.functional.pad(ENDED, (0, 3))
     a, b = pv.evaluate(short, ENDED, num_samples=20), pv.evaluate(long, wide, num_samples=20)
@@ -150,13 +150,13 @@ def test_word_dropout_hides_what_was_before_in_training_only():
     made, raw = family(word_dropout=1.0), condition(1)
     a, b = torch.tensor([[1.0, 1, 2], [2, 1, 2]]).double()
     last = [made(raw, (3,)).log_prob(x) - made(raw, (2,)).log_prob(x[:2]) for x in (a, b)]
-    assert abs(last[0] - last[1]).item() > 1e-3  # p(x_3 | x_1, x_2, z) knows x_1
+    assert abs(last[0] - last[1]).item() > 1e-3  # p(x_3 | x_1, x_2, z) depends on x_1
     made.train()
     last = [made(raw, (3,)).log_prob(x) - made(raw, (2,)).log_prob(x[:2]) for x in (a, b)]
     assert last[0].item() == pytest.approx(last[1].item(), abs=1e-12)
     half = family(word_dropout=0.5)
     scores = [half.train()(raw, (3,)).log_prob(a).item() for _ in range(20)]
-    assert 1 < len(set(scores)) <= 4  # of two tokens that are read, each is kept or not
+    assert 1 < len(set(scores)) <= 4  # each of the two read tokens is kept or dropped
 
 
 def test_an_lstm_runs_as_torchs_own():
@@ -176,7 +176,7 @@ FIRST = torch.tensor([0.5, -1.0]).double()
 
 
 class ExactReader(nn.Module):
-    """What x_t to x_T say of z_t, as a vector and the Cholesky factor of a precision."""
+    """The information of x_t to x_T on z_t: a vector and the Cholesky factor of a precision."""
 
     def forward(self, x, lengths):
         n, inverse, turn = len(x), torch.eye(2).double() / DRIFT**2, TURN
@@ -195,7 +195,7 @@ class ExactReader(nn.Module):
 
 
 class ExactSmoother(nn.Module):
-    """The posterior of z_t given z_{t-1} and what is read, its scale widened."""
+    """The posterior of z_t given z_{t-1} and the reader's output, with a widened scale."""
 
     def __init__(self, spread=1.0):
         super().__init__()
@@ -209,7 +209,7 @@ class ExactSmoother(nn.Module):
 
 
 def linear_chain(spread=1.0):
-    """A deep Markov model that is a linear-Gaussian state space model, its guide exact."""
+    """A deep Markov model that is a linear-Gaussian state space model with the exact guide."""
     transition, emission = pv.MLP(2, (), 4).double(), pv.MLP(2, (), 3).double()
     scale = unbounded_scale(DRIFT, 1e-4, 10.0)
     with torch.no_grad():
@@ -231,7 +231,7 @@ def linear_chain(spread=1.0):
 
 
 def kalman(x):
-    """log p(x) of one sequence by the filter: predict, score, correct."""
+    """log p(x) of one sequence from the Kalman filter: predict, score, correct."""
     mean, covariance, total = FIRST, torch.zeros(2, 2).double(), 0.0
     for seen in x:
         mean = TURN @ mean
@@ -347,12 +347,12 @@ def test_elements_are_those_that_are_scored():
 def test_a_model_of_whole_rows_takes_no_lengths():
     x, lengths = sequences()
     pair = pv.DeepMarkovModel.usual(STEPS, 3, 2, 4, likelihood=pv.Gaussian(NOISE))
-    with pytest.raises(pv.UsageError, match="takes nothing beside x, 1 tensors came"):
+    with pytest.raises(pv.UsageError, match="needs x and no other tensors, got 1 tensors after x"):
         pv.evaluate(pair, x.float(), lengths, num_samples=2)
 
 
 def test_a_graph_in_float32_runs_the_kernel_of_an_lstm():
-    """Another path through torch than that of float64, which is a long graph of small steps."""
+    """torch runs float32 with other kernels than float64, whose graph has many small steps."""
     fitted = {}
     for engine in ("eager", "traced"):
         pair = texts(4, word_dropout=0.2).float()

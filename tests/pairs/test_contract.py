@@ -1,4 +1,4 @@
-"""Every tool serves every pair: ours, and users' own in each style."""
+"""Every tool works for every pair: the library's models, and user pairs of each style."""
 
 import copy
 import warnings
@@ -27,14 +27,14 @@ def parameters(pair):
 
 
 def train(pair, batch, **settings):
-    """A short run, without a graph: tracing one costs more than these runs do."""
+    """A short run without a graph, because tracing costs more than these runs."""
     settings = {"epochs": 3, "batch_size": 16, "progress": False, "engine": "eager"} | settings
     settings = {"learning_rate": 0.01} | settings
     return pv.fit(pair, *batch, **settings)
 
 
 def usual_engine(pair):
-    """That of `fit`; recurrent pairs have long graphs in float64, which test_engine has."""
+    """The engine of `fit`, but eager for recurrent pairs: test_engine covers their long graphs."""
     return "eager" if any(isinstance(part, nn.LSTM) for part in pair.modules()) else "auto"
 
 
@@ -70,7 +70,7 @@ def test_shapes_of_every_tool(name):
     assert torch.allclose(lines[:, 0], decoded[:3])
     if not context:
         assert torch.allclose(lines[:, -1], decoded[3:6])
-    # Of "bags" the first latent of floats is one-hot, and none of real numbers.
+    # In "bags" the site y is a float but one-hot, so it is not a real-valued code.
     real = [code for site, code in codes.items() if code.is_floating_point() and site != "y"]
     first = real[0]
     moved = pv.traverse(pair, x[:1], *one, values=[first[0].flatten()[0].item(), 2.0])
@@ -139,7 +139,7 @@ def test_two_pairs_of_one_class_train_side_by_side(name):
 
 
 def stock_training(pair, batch, steps_seed, objective, epochs=3, batch_size=16):
-    """The same minibatches and draws as `fit`, stepped by stock SVI with one Adam a parameter."""
+    """Train with stock SVI on the same minibatches and draws as `fit`; one Adam per parameter."""
     pyro.clear_param_store()
     svi = SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 0.01}), loss=objective)
     losses = []
@@ -167,7 +167,7 @@ def test_stock_svi_trains_the_same_step_for_step(name):
 
 
 def test_stock_svi_would_leave_plain_attributes_untrained():
-    """Why `fit` registers every parameter itself."""
+    """This is why `fit` registers every parameter itself."""
     pair, batch = make("plain"), rows("plain")
     before = parameters(pair)
     with warnings.catch_warnings():
@@ -200,7 +200,7 @@ def test_a_pair_that_takes_no_plate_of_samples_is_weighed_sample_by_sample():
         def model(self, x):
             with pyro.plate("data", len(x), dim=-1):
                 z = pyro.sample("z", pyro.distributions.Normal(x.new_zeros(2), 1.0).to_event(1))
-                logits = self.decoder(z.reshape(len(x), 2))  # no dimension to the left survives
+                logits = self.decoder(z.reshape(len(x), 2))  # removes any dimension to the left
                 pyro.sample("x", pyro.distributions.Bernoulli(logits=logits).to_event(1), obs=x)
 
     torch.manual_seed(0)
@@ -221,7 +221,7 @@ def test_a_pair_whose_plate_of_samples_goes_wrong_in_silence_is_weighed_right():
         def model(self, x):
             with pyro.plate("data", len(x), dim=-1):
                 z = pyro.sample("z", pyro.distributions.Normal(x.new_zeros(2), 1.0).to_event(1))
-                # [:, :1] cuts the batch, not the latent, where a dimension of samples leads.
+                # With a leading dimension of samples, [:, :1] slices the batch and not the latent.
                 first = z[..., :1] if self.index == "last" else z[:, :1]
                 logits = 3 * first.sum(-1)[..., None] + self.decoder.bias
                 likelihood = pyro.distributions.Bernoulli(logits=logits.expand(*z.shape[:-1], 6))

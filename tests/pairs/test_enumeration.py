@@ -1,4 +1,4 @@
-"""Discrete latents that are summed out, against sums by hand and stock Pyro."""
+"""Enumerated latents, compared with sums by hand and with stock Pyro."""
 
 import warnings
 from math import log
@@ -32,7 +32,7 @@ every_pair = pytest.mark.parametrize("name", ENUMERATED)
 
 
 def taken(pair, batch, objective, beta=1.0, seed=3):
-    """Loss, gradients and parts of a step."""
+    """The loss, the gradients and the parts of the ELBO of one step."""
     pair.zero_grad()
     parts, weight = ELBOParts(), pv.KLWeight(beta)
     with scope(pair), seeded(seed):
@@ -67,7 +67,7 @@ def test_loss_and_gradients_are_those_of_stock_pyro(name, particles, side_by_sid
 
 
 def semi_supervised_by_hand(pair, x, labels, beta):
-    """The bound summed label by label, with the draws of z that the guide makes."""
+    """The bound as an explicit sum over labels, with the guide's draws of z."""
     with seeded(3):
         noise = torch.randn(3, len(x), 2, dtype=x.dtype)
     total, n = 0.0, len(x)
@@ -89,7 +89,7 @@ def semi_supervised_by_hand(pair, x, labels, beta):
 
 @pytest.mark.parametrize("beta", [1.0, 0.3, 0.0])
 def test_the_semi_supervised_bound_is_the_sum_by_hand(beta):
-    """Rows with and without labels in one batch; the labelled term is that of Kingma et al."""
+    """One batch has rows with and without labels; the labeled term is the one of Kingma et al."""
     pair, (x, labels) = make("semi-supervised"), rows("semi-supervised", 12)
     assert {-1, 0, 1, 2} == set(labels.tolist())
     loss, grads, parts = taken(pair, (x, labels), pv.EnumeratedELBO(), beta)
@@ -107,7 +107,7 @@ def test_the_semi_supervised_bound_is_the_sum_by_hand(beta):
 
 
 def twin(pair):
-    """The same parts with the component summed out within the prior."""
+    """The same parts in a pair whose prior sums out the component."""
     other = make("mixture-prior")
     other.load_state_dict(pair.state_dict())
     return other
@@ -128,7 +128,7 @@ def test_the_mixture_is_the_vae_with_a_mixture_prior():
 
 
 def test_beta_weighs_every_kl_of_the_mixture_and_nothing_else():
-    """By hand: the posterior of the component stays exact, whatever the weight."""
+    """By hand: the posterior of the component is exact for any weight."""
     pair, (x,) = make("mixture"), rows("mixture", 12)
     loss, grads, parts = taken(pair, (x,), pv.EnumeratedELBO(), beta=0.3)
     pair.zero_grad()
@@ -148,7 +148,7 @@ def test_beta_weighs_every_kl_of_the_mixture_and_nothing_else():
 
 @every_pair
 def test_parts_make_up_the_bound(name):
-    """And are those of any weight: the draws are the same."""
+    """The parts do not depend on the weight, because the draws are the same."""
     pair, batch = make(name), rows(name, 12)
     bounds = []
     for beta in (1.0, 0.4):
@@ -165,7 +165,7 @@ def test_parts_make_up_the_bound(name):
 
 
 class Table(nn.Module):
-    """One discrete latent and nothing else: log p(x) is a finite sum."""
+    """The only latent is discrete, so log p(x) is a finite sum."""
 
     def __init__(self, guided):
         super().__init__()
@@ -201,7 +201,7 @@ def test_log_likelihood_is_exact_where_every_latent_is_summed_out(guided):
     exact = pair.joint(x).logsumexp(-1)
     torch.testing.assert_close(found.per_datum, exact.detach())
     assert found.standard_error < 1e-6
-    # The bound of a model alone is log p(x) itself; its posterior is exact.
+    # If only the model has the latent, the bound is log p(x) and the posterior is exact.
     loss, _, parts = taken(pair, (x,), pv.EnumeratedELBO())
     if not guided:
         assert -loss == pytest.approx(exact.sum().item())
@@ -230,7 +230,7 @@ def test_draws_of_a_summed_out_latent_follow_its_posterior():
 
 @every_pair
 def test_log_likelihood_is_that_of_weights_one_by_one(name):
-    """An estimate by drawing from the prior and summing by hand, without any enumeration."""
+    """Compare with an estimate from draws of the prior, without enumeration."""
     pair, batch = make(name), rows(name, 4)
     found = pv.log_likelihood(pair, *batch, num_samples=3000)
     n = 20000
@@ -298,7 +298,7 @@ def test_weight_zero_takes_no_part():
 
 
 class Counts(nn.Module):
-    """A plate of five items within a datum, all of the datum's one component."""
+    """A plate of five items within a datum; all items share the component of the datum."""
 
     def __init__(self):
         super().__init__()
@@ -330,7 +330,7 @@ def test_several_latents_of_the_model_alone_share_their_kl_by_the_chain_rule():
     pair, (x,) = make("bags"), rows("bags", 10)
     _, _, parts = taken(pair, (x,), pv.EnumeratedELBO())
     assert list(parts.kl) == ["y", "z", "m", "k"] or set(parts.kl) == {"y", "z", "k", "m"}
-    # The first one's KL is that of its own posterior, the other summed out.
+    # The KL of the first site is that of its own posterior, with the other site summed out.
     seen = {}
 
     class Watch(pyro.poutine.messenger.Messenger):
@@ -401,7 +401,7 @@ def test_the_default_is_the_enumerated_bound_in_a_graph(name):
 
 
 def broken(**changes):
-    """A pair with one discrete latent, marked to be summed out, that has this fault."""
+    """A pair with one discrete latent that is marked for enumeration, and with this fault."""
     marked = changes.get("infer", MARKED)
     categorical = dist.Categorical(torch.ones(3) / 3)
 
@@ -433,13 +433,13 @@ def broken(**changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"infer": {"enumerate": "sequential"}}, 'infer={"enumerate": "parallel"} alone'),
-        ({"infer": MARKED | {"num_samples": 4}}, 'infer={"enumerate": "parallel"} alone'),
-        ({"fn": dist.Geometric(0.999)}, "(Geometric) has no finite list of values"),
-        ({"plate": True}, "not in the data plate alone"),
+        ({"infer": {"enumerate": "sequential"}}, 'only infer={"enumerate": "parallel"}'),
+        ({"infer": MARKED | {"num_samples": 4}}, 'only infer={"enumerate": "parallel"}'),
+        ({"fn": dist.Geometric(0.999)}, "(Geometric) does not have a finite list of values"),
+        ({"plate": True}, "must be in the data plate and in no other plate"),
         (
             {"logits": lambda weight, k, x: weight[k].reshape(len(x), 6)},
-            "with all values of 'k' in a dimension of their own, left of the plates, the pair",
+            "with all values of 'k' in an extra dimension to the left of the plates, the pair",
         ),
     ],
 )
@@ -521,7 +521,7 @@ def test_classes_are_named_by_labels_and_clusters_are_matched():
     assert "classes" in str(named)
     mixture = make("mixture")
     found = pv.predict(mixture, x).argmax(1)
-    labels = (found + 1) % 3  # the same clusters by other names
+    labels = (found + 1) % 3  # the same clusters with permuted labels
     assert len(labels.unique()) > 1
     matched = pv.evaluate(mixture, x, labels=labels, num_samples=1)
     assert matched.clustering_accuracy == pytest.approx(1.0)
@@ -540,7 +540,7 @@ def test_calibration_error_and_matching_by_hand():
 
 
 def test_training_raises_the_likelihood_of_labelled_and_unlabelled_rows():
-    """Two blocks of pixels are two classes; six labels are enough to name them."""
+    """Two blocks of pixels are two classes; six labels are enough to identify them."""
     with seeded(0):
         labels = torch.arange(200) % 2
         probs = torch.where(labels[:, None] == 0, 0.9, 0.1) * torch.ones(6)

@@ -17,7 +17,7 @@ from pyro_vae.training.optimizer import Optimizer
 
 
 class Energy(nn.Module):
-    """z ~ N(0, 1) with the energy z^2, that is N(0, 1/3) / sqrt(3); x ~ N(z, 1)."""
+    """z ~ N(0, 1) with the factor exp(-z^2), which is N(0, 1/3) / sqrt(3); x ~ N(z, 1)."""
 
     def __init__(self, kind="energy"):
         super().__init__()
@@ -33,7 +33,7 @@ class Energy(nn.Module):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             if self.kind == "energy":
                 pyro.factor("energy", -(z**2))
-            if self.kind == "parts":  # in a plate within the datum, twice a half
+            if self.kind == "parts":  # two factors of one half each, in a plate within the datum
                 with pyro.plate("halves", 2, dim=-2):
                     pyro.factor("energy", -(z**2) / 2)
             pyro.sample("x", dist.Normal(z + w, 1.0), obs=x)
@@ -56,7 +56,7 @@ class Energy(nn.Module):
         return (torch.zeros(n),)
 
     def log_z(self, x):
-        """log of the integral of p(x, z) exp(-z^2)."""
+        """The log of the integral of p(x, z) exp(-z^2) over z."""
         return dist.Normal(0.0, (4 / 3) ** 0.5).log_prob(x) - log(3) / 2
 
 
@@ -94,7 +94,7 @@ def test_nuts_annealing_and_gaps_include_the_factors():
     assert annealed.value == pytest.approx(pair.log_z(x).item(), abs=0.05)
     assert "p(x) includes the factor energy" in str(annealed)
     found = pv.gaps(pair, data(10), steps=300, num_samples=1000, **options)
-    assert found.approximation.value == pytest.approx(0, abs=0.02)  # the family holds N(x/4, 1/4)
+    assert found.approximation.value == pytest.approx(0, abs=0.02)  # N(x/4, 1/4) is in the family
     assert "p(x) includes the factor energy" in str(found)
     codes = pv.encode(found.refinement.pair, *found.refinement.batch)["z"]
     torch.testing.assert_close(codes, data(10) / 4, atol=0.08, rtol=0)
@@ -108,7 +108,7 @@ def test_what_needs_draws_of_a_model_with_factors_is_refused():
         lambda: pv.sandwich(pair, 3, progress=False),
         lambda: pv.to_arviz(pair, x, progress=False),
     ):
-        with pytest.raises(pv.UsageError, match="'energy', so that its density is not normalized"):
+        with pytest.raises(pv.UsageError, match="'energy', so its density is not normalized"):
             refused()
     assert pv.reconstruct(pair, x).shape == x.shape
     assert pv.decode(pair, {"z": x}).shape == x.shape
@@ -120,7 +120,7 @@ def test_what_needs_draws_of_a_model_with_factors_is_refused():
 )
 def test_a_factor_of_single_data_outside_the_plate_is_refused(kind, name, where):
     pair, x = Energy(kind), data()
-    said = f"factor '{name}' of the {where} depends on single data and is outside the data plate"
+    said = f"factor '{name}' of the {where} depends on single data but is outside the data plate"
     assert said in pv.check(pair, x).errors[0]
     for refused in (pv.fit, pv.log_likelihood, pv.nuts):
         with pytest.raises(pv.UsageError, match=said):
@@ -128,7 +128,7 @@ def test_a_factor_of_single_data_outside_the_plate_is_refused(kind, name, where)
 
 
 def test_a_factor_of_a_global_latent_counts_once_for_all_data():
-    """With its energy the prior of w is N(0, 1/3) / sqrt(3), and an epoch has it once."""
+    """With the factor, the prior of w is N(0, 1/3) / sqrt(3). It counts once in an epoch."""
     pair, x = Energy("of all"), data()
     history = pv.fit(pair, x, epochs=400, batch_size=10, learning_rate=1e-30, progress=False)
     second, m, s = 0.25, pair.slope.item(), pair.scale.item()

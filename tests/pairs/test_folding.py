@@ -1,4 +1,4 @@
-"""Guides that draw a latent by way of a site of their own: AutoGuides, EasyGuide, Delta by hand."""
+"""Guides with auxiliary sites: AutoGuides, EasyGuide, and a Delta written by hand."""
 
 import pyro
 import pyro.distributions as dist
@@ -31,7 +31,7 @@ AUXILIARY = {"is_auxiliary": True}
 
 
 class Linear(nn.Module):
-    """x ~ N(Wz, 1), z ~ N(0, I): the posterior and log p(x) are normal. How z is drawn differs."""
+    """z ~ N(0, I), x ~ N(Wz, 1): the posterior and p(x) are normal. ``kind`` is how z is drawn."""
 
     def __init__(self, how="plain"):
         super().__init__()
@@ -72,7 +72,7 @@ class Linear(nn.Module):
             if self.how in ("two", "two joint"):
                 pyro.sample("a", dist.Delta(u[..., 0]))
                 return pyro.sample("b", dist.Delta(u[..., 1]))
-            if self.how == "also read":  # what else depends on u depends on z, which is u
+            if self.how == "also read":  # another site depends on u, which equals z
                 pyro.factor("nothing", 0 * u.sum(-1), has_rsample=True)
             return pyro.sample("z", dist.Delta(u, event_dim=1))
 
@@ -84,7 +84,7 @@ class Linear(nn.Module):
         return dist.MultivariateNormal(x.new_zeros(3), covariance).log_prob(x)
 
     def kl(self, x):
-        """KL(q || p) of each unit, in closed form."""
+        """The KL(q || p) of each unit in closed form."""
         loc, scale = self.q(x)
         return 0.5 * (scale**2 + loc**2 - 1) - scale.log()
 
@@ -156,12 +156,12 @@ def test_tools_of_inference_take_the_latent_with_its_density(how):
             calibrated = pv.calibration(pair, num_simulations=100, num_draws=19, progress=False)
             assert calibrated.left_out == {}
     else:
-        with pytest.raises(pv.UsageError, match="known at these draws, not at other values"):
+        with pytest.raises(pv.UsageError, match="known only at these draws"):
             pv.anneal(pair, x, **settings)
 
 
 class Positive(nn.Module):
-    """s ~ Gamma, drawn by the guide as the exponential of a normal, or given to a simplex."""
+    """s ~ Gamma, which the guide draws as the exponential of a normal; or s on a simplex."""
 
     def __init__(self, kind="positive", density=True):
         super().__init__()
@@ -257,7 +257,7 @@ JOINT = ("multivariate", "low rank", "flow")
 
 
 class Shared(nn.Module):
-    """Mean and scale of all data, latent, with any of Pyro's guides for them."""
+    """The mean and the scale of the data are global latents, with any of Pyro's AutoGuides."""
 
     def __init__(self, kind):
         super().__init__()
@@ -313,14 +313,14 @@ def test_every_tool_with_a_guide_of_pyros(kind, tmp_path):
     else:
         assert pv.uncertainty(pair, x[:2], num_weights=3, progress=False).epistemic.shape == (2, 3)
     if points or kind == "structured":
-        with pytest.raises(pv.UsageError, match=r"Delta, a point estimate|known at these draws"):
+        with pytest.raises(pv.UsageError, match=r"a point estimate|known only at these draws"):
             pv.to_arviz(pair, x[:2], progress=False)
     else:
         told = pv.to_arviz(pair, x[:2], num_samples=3, progress=False)
         assert told.posterior["w"].shape == (1, 3, 3)
     pv.save(pair, tmp_path / "run")
     other = Shared(kind)
-    pv.check(other, x)  # which makes its parameters
+    pv.check(other, x)  # this creates its parameters
     loaded = pv.load(tmp_path / "run", other)
     torch.testing.assert_close(pv.sample(loaded, 3, seed=0), pv.sample(pair, 3, seed=0))
 
@@ -329,12 +329,12 @@ def test_every_tool_with_a_guide_of_pyros(kind, tmp_path):
     ("kind", "engine"),
     [
         *((k, e) for k in ("normal", "multivariate", "delta", "easy") for e in ("eager", "traced")),
-        ("flow", "eager"),  # it keeps a tensor of its last draw, and cannot be a graph
+        ("flow", "eager"),  # it keeps its last draw, so it cannot be traced
         ("aux", "traced"),
     ],
 )
 def test_steps_are_those_of_stock_svi(kind, engine):
-    """Trace_ELBO of the programs as they are written, under the engine that `fit` runs."""
+    """Compare with stock Trace_ELBO of the original programs, under each engine of `fit`."""
     x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
     states = []
     for run in ("stock", engine):
@@ -358,7 +358,7 @@ def test_steps_are_those_of_stock_svi(kind, engine):
 
 
 class Mixed(nn.Module):
-    """A mixture of two, summed out, with a latent drawn as it is or by way of another site."""
+    """A mixture of two components, summed out; the latent is drawn directly or through a fold."""
 
     def __init__(self, folded):
         super().__init__()

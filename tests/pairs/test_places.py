@@ -1,4 +1,4 @@
-"""The data plate is the plate of the site that observes x, whatever other plates there are."""
+"""The data plate is the plate of the site that observes x, even if there are other plates."""
 
 from math import log
 
@@ -16,7 +16,7 @@ TOPICS = 16
 
 
 class Plain(nn.Module):
-    """x = z + noise: p(x) is N(0, 2) in each of three columns' sum."""
+    """x = z + noise: p(x) is N(0, 2) for each of three columns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Plain(nn.Module):
 
 
 class Topics(Plain):
-    """A plate of topics at dimension -1, as many topics as a minibatch has rows."""
+    """A plate of topics at dimension -1, with as many topics as a minibatch has rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Topics(Plain):
 
 
 class Events(Topics):
-    """The same model, its topics declared as an event."""
+    """The same model with the topics as an event dimension."""
 
     def model(self, x: Tensor) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(TOPICS), 1.0).to_event(1))
@@ -104,7 +104,7 @@ def test_encode_and_uncertainty_tell_topics_from_data():
 
 
 class OtherName(Plain):
-    """The guide calls the data plate by a name of its own."""
+    """The guide has another name for the data plate."""
 
     def guide(self, x: Tensor) -> None:
         with pyro.plate("rows", len(x)):
@@ -123,7 +123,7 @@ class NoSize(Plain):
 
 
 class Subsample(Plain):
-    """The rows are taken for a part of 40 data."""
+    """The rows are a subsample of 40 data."""
 
     def model(self, x: Tensor) -> None:
         with pyro.plate("data", 40, subsample_size=len(x)):
@@ -136,7 +136,7 @@ class Subsample(Plain):
 
 
 class Deterministic(Plain):
-    """What the model and the guide note beside their sites is no datum and no latent."""
+    """pyro.deterministic sites of model and guide are neither data nor latents."""
 
     def model(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -167,7 +167,7 @@ def test_a_plate_written_otherwise_gives_the_same_numbers(kind):
     for pair in (before, after):
         torch.manual_seed(0)
         pv.fit(pair, x, epochs=2, batch_size=10, engine="eager", progress=False)
-    if kind is not Subsample:  # Pyro draws the rows there, and so other noise afterwards
+    if kind is not Subsample:  # Pyro draws the rows, so later noise differs
         assert after.slope.item() == pytest.approx(before.slope.item(), abs=1e-6)
 
 
@@ -183,7 +183,7 @@ class OwnSubsample(Plain):
 
 
 class VisitsRight(Plain):
-    """The data at dimension -2, as many visits as rows at -1."""
+    """The data plate at dimension -2, and a plate of as many visits as rows at -1."""
 
     def model(self, x: Tensor) -> None:
         with pyro.plate("data", len(x), dim=-2), pyro.plate("visits", 3, dim=-1):
@@ -199,8 +199,8 @@ class VisitsRight(Plain):
     ("pair", "x", "words"),
     [
         (OwnSubsample(), torch.randn(30), "draws 10 of the"),
-        (VisitsRight(), torch.randn(3, 3), "data plate 'data' is at dim=-2"),
-        (VisitsRight(), torch.randn(8, 3), "data plate 'data' is at dim=-2"),
+        (VisitsRight(), torch.randn(3, 3), "data plate 'data' has dim=-2"),
+        (VisitsRight(), torch.randn(8, 3), "data plate 'data' has dim=-2"),
     ],
 )
 def test_a_plate_that_is_not_served_is_refused_by_every_tool(pair, x, words):
@@ -217,7 +217,7 @@ def test_a_plate_that_is_not_served_is_refused_by_every_tool(pair, x, words):
 
 
 class Visits(nn.Module):
-    """Three visits of each datum in a plate at dimension -2; p(x) is N(0, 2) at each."""
+    """Three visits of each datum in a plate at dimension -2; p(x) is N(0, 2) at each visit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ def test_the_tools_of_a_datum_with_visits_agree_with_closed_forms():
 
 
 class Pieces(nn.Module):
-    """y is a bit and x three; p(y, x) is a sum over the latent, by quadrature."""
+    """y is one bit and x is three bits; quadrature over the latent gives p(y, x)."""
 
     def __init__(self, x_first: bool) -> None:
         super().__init__()
@@ -330,7 +330,7 @@ def test_several_observed_sites_are_one_datum(x_first):
 
 
 class Posterior(Pieces):
-    """The guide is the posterior, on a grid."""
+    """The guide is the posterior on a grid."""
 
     def guide(self, x: Tensor, y: Tensor) -> None:
         z = torch.linspace(-6, 6, 601)
@@ -348,7 +348,7 @@ def test_calibration_draws_every_observed_site():
     options = {"num_simulations": 1000, "num_draws": 19, "progress": False}
     assert pv.calibration(Posterior(False), **options).calibrated
     wrong = pv.calibration(Pieces(False), **options)
-    assert not wrong.calibrated  # this guide sees y alone
+    assert not wrong.calibrated  # this guide sees only y
 
 
 def test_a_report_of_several_observed_sites(tmp_path):
@@ -359,7 +359,7 @@ def test_a_report_of_several_observed_sites(tmp_path):
 
 
 class Columns(Plain):
-    """Each column of x is a site of its own."""
+    """Each column of x has its own site."""
 
     def model(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -412,7 +412,7 @@ class AutoRows(nn.Module):
 
 
 class RowNumbers(Plain):
-    """The rows of a parameter are chosen by row numbers, as the refusal advises."""
+    """Row numbers index the rows of a parameter, as the error message advises."""
 
     def model(self, x: Tensor, rows: Tensor) -> None:
         super().model(x)

@@ -1,4 +1,4 @@
-"""Counts, tokens and Student's t against scipy, and how such data are prepared."""
+"""Counts, tokens and Student's t compared with scipy, and the preparation of such data."""
 
 from math import pi
 
@@ -33,7 +33,7 @@ def outputs(family, dims, n=4, seed=0):
 
 
 def reference(name, raw, mean, x):
-    """log p by scipy of each element, from network outputs (n, pieces * d) and means (n, d)."""
+    """log p of each element from scipy, given network outputs (n, pieces * d) and means (n, d)."""
     _, *rest = raw.unflatten(-1, (-1, mean.shape[-1])).unbind(-2)
     m, x = mean.numpy(), np.asarray(x)
     if name == "poisson":
@@ -102,7 +102,7 @@ def test_counts_and_gradients_are_finite_at_extremes(name, library, dtype):
     family = FAMILIES[name](library_size=library is not None)
     pieces = family.outputs((1,))
     signs = torch.cartesian_prod(*[torch.tensor([-1e4, 0.0, 1e4])] * pieces).reshape(-1, pieces, 1)
-    # A second element, so that shares of the library are extreme too.
+    # With a second element, shares of the library can also be extreme.
     raw = torch.cat([signs, -signs], -1).flatten(1).to(dtype).requires_grad_()
     context = () if library is None else (torch.tensor([[library]], dtype=dtype).log(),)
     for x in (0.0, 1.0, 1e6):
@@ -119,7 +119,7 @@ def test_single_precision_keeps_the_digits_of_large_counts(name):
     x = (log_library.exp() * raw[:, :2].softmax(-1)).round()
     expected = family(raw, (2,), log_library).log_prob(x)
     found = family(raw.float(), (2,), log_library.float()).log_prob(x.float())
-    # Means in single precision are off by a few units in 2e6, which a Poisson of 1e6 feels.
+    # Means in single precision have errors of a few units in 2e6, which affect this Poisson.
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-2)
 
 
@@ -147,7 +147,7 @@ def test_the_encoder_sees_counts_by_their_logarithm():
 
 
 def test_pseudo_inputs_of_a_vamp_prior_are_counts():
-    """They start at the data, bytes as whole numbers, and may go below 0 without harm."""
+    """They start at the data, with bytes as integers, and may become negative."""
     part = Split(torch.arange(60, dtype=torch.uint8).reshape(20, 3))
     config = Model(likelihood="poisson", prior="vamp", components=20, hidden=(4,))
     vae = make_pair(config, Data("cells", part, part, part))
@@ -235,7 +235,7 @@ def test_students_t_integrates_to_one(freedom):
 
 
 def test_degrees_of_freedom_learned_from_data_with_outliers():
-    """They fall for Cauchy-like data and rise for normal ones, from the same start."""
+    """From the same start, they fall for Cauchy-like data and rise for normal data."""
     found = []
     for truth in (1.5, None):
         with seeded(1):
@@ -267,7 +267,7 @@ def test_tokens_are_whole_numbers():
     torch.testing.assert_close(fn.log_prob(x), expected)
     torch.testing.assert_close(fn.log_prob(x.double()), expected)
     mean = (logits.softmax(1) * torch.arange(4.0).double()[:, None]).sum(1)
-    assert bool(fn.mean.isnan().all())  # tokens are names, whose codes have no mean
+    assert bool(fn.mean.isnan().all())  # tokens do not have a mean
     torch.testing.assert_close(fn.mode, logits.argmax(1).to(logits.dtype))
     with seeded(0):
         draws = fn.sample((4000,))
@@ -295,10 +295,10 @@ def test_a_mixture_of_logistics_sums_its_components():
     raw, x = outputs(family, 2), torch.tensor([0.0, 3 / 7]).double()
     logits, locs, scales = raw.unflatten(-1, (3, 3, 2)).unbind(1)
     parts = []
-    for j, start in enumerate((1 / 6, 3 / 6, 5 / 6)):  # spread over the range to begin with
+    for j, start in enumerate((1 / 6, 3 / 6, 5 / 6)):  # spread over the range at the start
         each = torch.cat([locs[:, j] + start - 0.5, scales[:, j]], -1)
         parts.append(single(each, (2,)).base_dist.log_prob(x))
     expected = torch.logsumexp(torch.stack(parts, 1) + logits.log_softmax(1), 1).sum(-1)
     torch.testing.assert_close(family(raw, (2,)).log_prob(x), expected)
-    with pytest.raises(pv.UsageError, match="components must be 1 or more, 0 came"):
+    with pytest.raises(pv.UsageError, match="components must be at least 1, got 0"):
         pv.DiscretizedLogistic(components=0)

@@ -1,4 +1,4 @@
-"""Flows: densities and inverses against references; posteriors that no normal reaches."""
+"""Flows: densities and inverses compared with references; posteriors that are not normal."""
 
 import itertools
 from math import log
@@ -33,7 +33,7 @@ every_kind = pytest.mark.parametrize(
 
 
 def flow(layer, bijection, context_dim, dim=2, seed=0, layers=2, strength=0.5, batch=()):
-    """A flow whose layers are far from the identity they start as."""
+    """A flow whose layers are far from the identity."""
     with seeded(seed):
         made = stack(layer, layers, dim, context_dim, (8,), bijection).double()
         for parameter in made.parameters():
@@ -74,7 +74,7 @@ def test_given_values_have_the_density_of_drawn_ones(layer, bijection, context_d
     q = flow(layer, bijection, context_dim, dim=3, layers=3, batch=(5,))
     wide = q.expand((4, 5))
     z = wide.rsample()
-    assert wide.log_prob(z) is wide.log_prob(z)  # what the draw brought along
+    assert wide.log_prob(z) is wide.log_prob(z)  # the density that the draw kept
     torch.testing.assert_close(wide.log_prob(z.clone()), wide.log_prob(z))
     torch.testing.assert_close(q.log_prob(z), wide.log_prob(z))
     torch.testing.assert_close(q.log_prob(z[0]), wide.log_prob(z)[0])
@@ -106,7 +106,7 @@ def test_an_affine_autoregressive_layer_is_pyros():
         network.load_state_dict(ours.network.state_dict())
         x = torch.randn(6, 4).double()
 
-    def bounded(x):  # Pyro's takes the log scale itself
+    def bounded(x):  # Pyro's flow takes the log scale
         shift, raw = network(x)
         return shift, pv.Affine()(torch.zeros_like(x), torch.stack([shift, raw], -2))[1]
 
@@ -193,17 +193,17 @@ def test_codes_do_not_depend_on_seed_or_company():
 
 
 def test_sizes_that_make_no_sense_are_refused():
-    with pytest.raises(pv.UsageError, match=r"shape \(3,\), latents of shape \(2,\) came"):
+    with pytest.raises(pv.UsageError, match=r"shape \(3,\), got shape \(2,\)"):
         pv.VAE.mlp((4,), latent_dim=2, posterior=pv.FlowPosterior(3))
-    with pytest.raises(pv.UsageError, match="over 9 coordinates must be 9 or more, \\(8,\\) came"):
+    with pytest.raises(pv.UsageError, match="9 coordinates must be at least 9, got \\(8,\\)"):
         pv.FlowPosterior(9, hidden=(8,))
-    with pytest.raises(pv.UsageError, match="a coupling needs 2 coordinates, 1 came"):
+    with pytest.raises(pv.UsageError, match="a coupling layer needs at least 2 coordinates, got 1"):
         pv.FlowPrior(1)
-    with pytest.raises(pv.UsageError, match="layers must be 1 or more, 0 came"):
+    with pytest.raises(pv.UsageError, match="layers must be at least 1, got 0"):
         pv.FlowPrior(2, layers=0)
-    with pytest.raises(pv.UsageError, match="context_dim must be 0 or more, -1 came"):
+    with pytest.raises(pv.UsageError, match="context_dim must be at least 0, got -1"):
         pv.FlowPosterior(2, context_dim=-1)
-    with pytest.raises(pv.UsageError, match="bins must be 2 or more and bound positive, 1 and 5"):
+    with pytest.raises(pv.UsageError, match=r"bins must be at least 2 .* got bins=1 and bound=5"):
         pv.Spline(1)
 
 
@@ -218,7 +218,7 @@ def test_the_command_line_names_flows():
 
 
 class Bent(nn.Module):
-    """Two standard normal latents, seen through a curve: what z is like given x has a known shape.
+    """Two standard normal latents, observed through a curve: the posterior has a known shape.
 
     "banana": x ~ N(z_2 + exp(1.5 z_1), 0.3^2);  "two modes": x ~ N((z_1^2, z_1 + z_2), 0.5^2 I).
     """
@@ -255,7 +255,7 @@ class Bent(nn.Module):
 
 
 def gap(shape, posterior, x, steps):
-    """log p(x) - ELBO of each datum, of a guide that is fitted to the known model."""
+    """log p(x) - ELBO of each datum, for a guide that is fitted to the known model."""
     with seeded(0):
         pair = Bent(shape, posterior).double()
     pv.fit(

@@ -17,7 +17,7 @@ SPREADS = (1.0, 10.0, 1e3)
 
 
 def outputs(family, shape, spread, n=8, dtype=torch.float64):
-    """Network outputs: random, or, for a spread of a thousand, every sign of very large ones."""
+    """Network outputs: random; or for a spread of 1000, all signs of very large outputs."""
     generator = torch.Generator().manual_seed(7)
     raw = torch.randn(n, family.outputs(shape), generator=generator, dtype=torch.float64)
     return ((raw.sign() if spread >= 100 else raw) * spread).to(dtype)
@@ -30,7 +30,7 @@ def grid(levels, dims):
 
 
 def composite(edges):
-    """Nodes and weights of 20-point Gauss-Legendre quadrature between each two edges."""
+    """Nodes and weights of 20-point Gauss-Legendre quadrature between adjacent edges."""
     node, weight = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(20))
     edges = torch.as_tensor(edges)
     half, middle = edges.diff()[:, None] / 2, (edges[1:] + edges[:-1])[:, None] / 2
@@ -128,7 +128,7 @@ def test_samples_have_the_mean(name, spread):
     draws = fn.sample((n,))
     assert draws.shape == (n, 4, 1, 3)
     assert bool(fn.support.check(draws).all())
-    # 1/n is what a level so rare that it is hardly ever drawn may add to the variance.
+    # 1/n covers the variance of a level that is too rare to be drawn.
     error = ((draws.var(0) + 1 / n) / n).sqrt()
     assert float(((draws.mean(0) - fn.mean).abs() / error).max()) < 5
 
@@ -208,7 +208,7 @@ def test_single_precision_agrees_with_double(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_elements_are_independent_and_outputs_come_piece_by_piece(name):
-    """The first output of every element comes first, then the second of every element."""
+    """The first outputs of all elements precede the second outputs of all elements."""
     family, shape = EVERY[name](), (3, 1, 2)
     dims = prod(shape)
     pieces = family.outputs(shape) // dims
@@ -237,9 +237,9 @@ def test_expand_keeps_the_log_density(name):
     assert x.shape == (4, 3, 2, 2)
     expected = torch.stack([fn.log_prob(part) for part in x])
     torch.testing.assert_close(wide.log_prob(x), expected)
-    # Tokens have a mode, and no mean.
+    # Tokens have a mode but not a mean.
     torch.testing.assert_close(wide.mean, fn.mean.expand(4, 3, 2, 2), equal_nan=name == "tokens")
-    # One value for all of the batch, and one batch for several values.
+    # One value for a whole batch, and several values for one batch.
     torch.testing.assert_close(fn.log_prob(x[0, 0])[0], expected[0, 0])
     torch.testing.assert_close(fn.log_prob(x), expected)
 
@@ -278,7 +278,7 @@ def test_discretized_logistic_is_a_difference_of_cdfs(levels, loc, scale):
     logistic = scipy.stats.logistic(float(fn.loc), float(fn.scale))
     inner = (x[1:].numpy() + x[:-1].numpy()) / 2
     low, high = np.append(-np.inf, inner), np.append(inner, np.inf)
-    # Of cdf and survival function the one that is small at the bin loses no digits.
+    # Of the cdf and the survival function, the one that is small at the bin keeps its digits.
     expected = np.where(
         low < loc, logistic.cdf(high) - logistic.cdf(low), logistic.sf(low) - logistic.sf(high)
     )
@@ -286,7 +286,7 @@ def test_discretized_logistic_is_a_difference_of_cdfs(levels, loc, scale):
 
 
 def test_discretized_logistic_starts_in_the_middle():
-    """Outputs of zero are a location of a half; the first output moves it, the second the scale."""
+    """Outputs of 0 give location 1/2; the first output moves it, and the second sets the scale."""
     raw = torch.tensor([[0.0, 0.0], [0.3, 0.0], [-0.3, 1.0], [0.0, -1.0]]).double()
     fn = pv.DiscretizedLogistic(256)(raw, (1,))
     torch.testing.assert_close(fn.base_dist.loc[:, 0], torch.tensor([0.5, 0.8, 0.2, 0.5]).double())
@@ -332,7 +332,7 @@ def test_categorical_is_the_cross_entropy(levels):
 
 @pytest.mark.parametrize("family", [pv.Categorical(256), pv.DiscretizedLogistic(256)])
 def test_every_8_bit_pixel_finds_its_level(family):
-    """Pixels k/255 in single precision score as level k in double precision."""
+    """Pixels k/255 in single precision have the density of level k in double precision."""
     raw = outputs(family, (1,), 1.0, n=1)
     pixels = torch.arange(256, dtype=torch.uint8)[:, None].float() / 255
     found = family(raw.float(), (1,)).log_prob(pixels)

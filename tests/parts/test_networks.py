@@ -46,7 +46,7 @@ def test_leading_dimensions_broadcast(name):
     torch.testing.assert_close(network(wide, context), expected)
     row = torch.stack([network(wide[0, i : i + 1], context[i : i + 1])[0] for i in range(5)])
     torch.testing.assert_close(expected[0], row)
-    # Samples of the context around one batch of the first input, and one row without a batch.
+    # Context with a dimension of samples, and one row without a batch dimension.
     contexts = torch.randn(4, 5, 2)
     expected = torch.stack([network(wide[0], part) for part in contexts])
     torch.testing.assert_close(network(wide[0], contexts), expected)
@@ -120,7 +120,7 @@ def test_a_residual_block_normalises_row_by_row():
     assert not torch.allclose(block(x), x)
     alone = block(x[:1])
     torch.testing.assert_close(block(torch.cat([x[:1], 100 * x[1:]]))[:1], alone)
-    # The difference is of the normalised image: its size and level do not matter to it.
+    # The residual sees the normalized image, so its scale and offset do not matter.
     wide = 50 * x + 7
     torch.testing.assert_close(block(wide) - wide, block(x) - x, rtol=1e-3, atol=1e-3)
 
@@ -154,10 +154,10 @@ def test_conv_decoder_gives_channels_first_pieces_outermost():
 WRONG = [
     ("mlp", [(5, 4), (5, 2)], r"shape \(\.\.\., 3\).*\(5, 4\)"),
     ("mlp", [(5, 3), (5, 3)], r"shape \(\.\.\., 2\).*\(5, 3\)"),
-    ("mlp", [(5, 3)], "takes 2 inputs, 1 came"),
+    ("mlp", [(5, 3)], "needs 2 inputs, got 1"),
     ("mlp", [(), (5, 2)], r"shape \(\.\.\., 3\)"),
     ("conv-decoder", [(5, 4), (5, 2)], r"shape \(\.\.\., 3\).*\(5, 4\)"),
-    ("conv-encoder", [(4, 2, 5, 8)], "takes 2 inputs, 1 came"),
+    ("conv-encoder", [(4, 2, 5, 8)], "needs 2 inputs, got 1"),
     ("conv-encoder", [(4, 2, 5, 8), (4, 3)], r"shape \(\.\.\., 2\).*\(4, 3\)"),
     ("conv-encoder", [(4, 5, 8, 2), (4, 2)], r"2, 5, 8.*\(4, 5, 8, 2\)"),
     ("conv-encoder", [(4, 1, 5, 8), (4, 2)], r"2, 5, 8.*\(4, 1, 5, 8\)"),
@@ -179,9 +179,7 @@ def test_a_network_of_the_wrong_width_is_named_in_one_line(name):
     family = EVERY[name]()
     right = family.outputs((3,))
     factor = pv.Factor(pv.MLP(2, (), right + 1), family, (3,))
-    with pytest.raises(
-        pv.UsageError, match=f"needs {right} network outputs, {right + 1} came"
-    ) as e:
+    with pytest.raises(pv.UsageError, match=f"needs {right} network outputs, got {right + 1}") as e:
         factor(torch.zeros(5, 2))
     assert "\n" not in str(e.value)
     assert type(family).__name__ in str(e.value)

@@ -1,4 +1,4 @@
-"""Posteriors and priors against closed forms."""
+"""Posteriors and priors compared with closed forms."""
 
 from math import log
 
@@ -53,19 +53,19 @@ def test_draws_have_the_moments_of_the_family(family):
 
 @pytest.mark.parametrize("family", [pv.FullRankNormal, pv.LowRankNormal])
 def test_latents_that_are_no_vectors_are_refused(family):
-    with pytest.raises(pv.UsageError, match=r"over vectors, latents of shape \(2, 3\) came"):
+    with pytest.raises(pv.UsageError, match=r"latents that are vectors, got shape \(2, 3\)"):
         family().outputs((2, 3))
 
 
 def test_sizes_that_make_no_sense_are_refused():
-    with pytest.raises(pv.UsageError, match="rank must be 1 or more, 0 came"):
+    with pytest.raises(pv.UsageError, match="rank must be at least 1, got 0"):
         pv.LowRankNormal(0)
-    with pytest.raises(pv.UsageError, match="components must be 1 or more, 0 came"):
+    with pytest.raises(pv.UsageError, match="components must be at least 1, got 0"):
         pv.GaussianMixture(2, 0)
 
 
 def correlated():
-    """A linear-Gaussian model with a strongly correlated posterior, as parts, and data of it."""
+    """The parts of a linear-Gaussian model with a strongly correlated posterior, and its data."""
     with seeded(5):
         weight = torch.tensor([[1.0, 0.9], [0.8, 1.1], [1.2, 1.0], [0.2, -0.3]]).double()
         truth = LinearGaussian(weight, 0.6)
@@ -78,7 +78,7 @@ def correlated():
     ids=["diagonal", "full-rank", "low-rank"],
 )
 def test_the_gap_that_a_family_leaves_is_that_of_the_closed_form(posterior, best):
-    """Only the guide is fitted. The best diagonal normal has the precisions of the posterior."""
+    """Only the guide is fitted. The best diagonal normal has the posterior's precisions."""
     truth, x = correlated()
     with seeded(0):
         vae = pv.VAE.mlp(
@@ -109,7 +109,7 @@ def test_the_gap_that_a_family_leaves_is_that_of_the_closed_form(posterior, best
     gap = torch.distributions.kl_divergence(q, exact).mean().item()
     precision = torch.linalg.inv(covariance)
     diagonal = (precision.diagonal().log().sum() - torch.logdet(precision)).item() / 2
-    assert diagonal > 0.5  # so that there is something to win
+    assert diagonal > 0.5  # so that there is room for improvement
     assert gap == pytest.approx(0.0 if best else diagonal, abs=0.01)
 
 
@@ -133,7 +133,7 @@ def test_a_mixture_sums_its_components_out():
 
 
 def test_a_mixture_prior_finds_the_clusters_of_what_it_is_fitted_to():
-    """Far apart clusters of equal weight: the KL of a code is log 2 less than under one of them."""
+    """With two distant clusters of equal weight, the KL is log 2 more than under one cluster."""
     centers = torch.tensor([[6.0, 0.0], [-6.0, 0.0]])
     with seeded(2):
         z = centers[torch.arange(600) % 2] + 0.5 * torch.randn(600, 2)
@@ -152,7 +152,7 @@ def test_a_mixture_prior_finds_the_clusters_of_what_it_is_fitted_to():
 
 
 def test_a_prior_may_depend_on_the_context():
-    """Labels that say where the data are: the prior goes there, and the KL all but vanishes."""
+    """If labels determine the codes, the conditional prior learns them and the KL is near zero."""
     with seeded(4):
         labels = torch.arange(400) % 2
         context = pv.one_hot(labels, 2)

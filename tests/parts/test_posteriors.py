@@ -1,4 +1,4 @@
-"""Bounded scales, posterior and prior."""
+"""Bounded scales, posteriors and priors."""
 
 from math import log, pi, prod
 

@@ -99,10 +99,10 @@ REFUSED = {
     "complex": (given(np.zeros((8, 4), complex)), ["real", "complex128"]),
     "the name of a data set": (given("digits"), ["array", "str"]),
     "context of other length": (given(binary(), binary(7)), ["7 rows", "8"]),
-    "context that the pair lacks": (given(binary(), binary()), ["1 inputs, 2 came"]),
+    "context that the pair lacks": (given(binary(), binary()), ["1 inputs, got 2"]),
     "context is missing": (
         given(binary(), pair=lambda: small(context_shapes=[(2,)])),
-        ["2 inputs, 1 came"],
+        ["2 inputs, got 1"],
     ),
     "floats to 255 as bernoulli": (likelihood(pv.Bernoulli, SCALES["whole"]), AS_BYTES),
     "integers as bernoulli": (likelihood(pv.Bernoulli, SCALES["whole"].long()), AS_BYTES),

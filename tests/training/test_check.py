@@ -162,15 +162,15 @@ FAULTS = {
     ),
     "guide observes a latent": (
         lambda: Pair(guide=guide_that_observes),
-        ["guide observes site 'z'", "drop obs="],
+        ["guide observes site 'z'", "remove obs="],
     ),
     "guide observes data": (
         lambda: Pair(guide=guide_that_observes_beside),
-        ["guide observes site 'x'", "drop obs="],
+        ["guide observes site 'x'", "remove obs="],
     ),
     "guide samples data": (
         lambda: Pair(guide=guide_of_the_data),
-        ["'x'", "sampled by the guide and observed by the model"],
+        ["'x'", "samples site 'x' but the model observes it"],
     ),
     "no plate in the model": (lambda: Pair(model_without_plate), ["model", *UNDER_PLATE]),
     "no plate in the guide": (lambda: Pair(guide=guide_without_plate), ["guide", *UNDER_PLATE]),
@@ -193,9 +193,12 @@ FAULTS = {
         ["'z'", "event shape (2,) in the model", "(4,) in the guide"],
     ),
     "data of another shape": (lambda: Pair(model_of_another_shape), ["'x'", "shape"]),
-    "nothing is observed": (lambda: Pair(model_that_observes_nothing), ["observes", "obs=x"]),
+    "nothing is observed": (
+        lambda: Pair(model_that_observes_nothing),
+        ["not observe data", "obs=x"],
+    ),
     "networks in a plain list": (Listed, ["pair.parameters()", "nn.ModuleList", "plain list"]),
-    "no parameters": (Parameterless, ["no parameter", "nothing to train"]),
+    "no parameters": (Parameterless, ["does not depend on a parameter", "nothing to train"]),
     "model raises": (
         lambda: Pair(model_that_raises),
         ["the model fails", "KeyError", "a key"],

@@ -48,5 +48,5 @@ def test_words_in_the_place_of_objects(given, words, tmp_path):
     ids=["fit", "encode", "evaluate", "sample", "decode", "check"],
 )
 def test_a_pair_of_16_bits(convert, tool):
-    with pytest.raises(UsageError, match=r"log densities lose their digits: call pair.float\(\)"):
+    with pytest.raises(UsageError, match=r"precise enough for log densities: call pair.float\(\)"):
         tool(convert(small()))
