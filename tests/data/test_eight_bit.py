@@ -52,13 +52,13 @@ def test_bits_in_a_loader_are_the_same_data():
     later = torch.cat([BITS] * 6)
     later[-1, 0] = 200
     loader = DataLoader(TensorDataset(later), 20)
-    with pytest.raises(UsageError, match="goes to 200, after uint8 data of 0 and 1"):
+    with pytest.raises(UsageError, match="values up to 200, but earlier uint8 data had only"):
         pv.fit(small(), loader, **FAST)
 
 
 @pytest.mark.parametrize("likelihood", [pv.Gaussian, pv.ContinuousBernoulli, pv.Categorical])
 def test_bits_under_a_likelihood_of_more_are_said_to_be_bits(likelihood):
-    with pytest.warns(UserWarning, match="holds 0 and 1 alone: taken for 0 and 1, as they are"):
+    with pytest.warns(UserWarning, match="only the values 0 and 1: they are used as they are"):
         pair = fitted(BITS, likelihood)
     torch.testing.assert_close(shown(pair, BITS), BITS.float())
 
@@ -77,9 +77,9 @@ def test_counts_stay_counts(likelihood, greatest):
 @pytest.mark.parametrize("greatest", [2, 15, 63])
 def test_levels_that_are_not_of_8_bits_are_refused(likelihood, greatest):
     x = BITS * greatest
-    with pytest.raises(UsageError, match=f"goes to {greatest} only.*x / {greatest} for levels"):
+    with pytest.raises(UsageError, match=f"values up to {greatest}, .*x / {greatest} for levels"):
         pv.fit(small(likelihood), x, **FAST)
-    with pytest.raises(UsageError, match=f"goes to {greatest} only"):
+    with pytest.raises(UsageError, match=f"values up to {greatest}, but 8-bit intensities"):
         pv.encode(small(likelihood), x)
 
 
@@ -87,7 +87,7 @@ def test_a_few_rows_of_gray_data_are_what_they_were_in_training(tmp_path):
     """The decision is the pair's, in memory and in its folder, whatever rows a tool is given."""
     pair = fitted(GRAY, pv.Gaussian, out=tmp_path / "run")
     every = pv.encode(pair, GRAY)["z"]
-    with pytest.warns(UserWarning, match="taken for 8-bit intensities k/255, as in training"):
+    with pytest.warns(UserWarning, match="treated as 8-bit intensities k/255, as in training"):
         few = pv.encode(pair, GRAY[:20])["z"]
     torch.testing.assert_close(few, every[:20])
     again = pv.load(tmp_path / "run")
@@ -105,7 +105,7 @@ def test_validation_data_are_what_training_data_are(tmp_path):
     pair = small(pv.Gaussian)
     with pytest.warns(UserWarning, match="as in training"):
         pv.fit(pair, GRAY, validation=BITS, **FAST)
-    with pytest.raises(UsageError, match="validation: x is uint8 and goes to 255"):
+    with pytest.raises(UsageError, match="validation: x is uint8 with values up to 255"):
         pv.fit(small(), BITS, validation=GRAY | 255, **FAST)
 
 

@@ -42,7 +42,7 @@ def test_music_is_a_piano_roll_with_lengths(chorales):
 def test_a_file_that_is_no_music_is_refused(tmp_path, content):
     path = tmp_path / "bad.json"
     path.write_text(content)
-    with pytest.raises(pv.UsageError, match=r"bad.json( is no JSON|: an object of train, valid)"):
+    with pytest.raises(pv.UsageError, match=r"bad.json (cannot be read as JSON|must be an object)"):
         pv.load_data(path)
 
 
@@ -78,7 +78,7 @@ def test_lengths_come_with_a_file_of_arrays(tmp_path, capsys):
     )
     assert "unequal lengths are for --model deep-markov" in refused(capsys, path)
     np.savez(path, x=x, lengths=np.arange(20))
-    with pytest.raises(pv.UsageError, match="lengths must be 1 to 4, 0 to 19 came"):
+    with pytest.raises(pv.UsageError, match="lengths must be from 1 to 4, got 0 to 19"):
         pv.load_data(path)
 
 

@@ -142,7 +142,7 @@ def test_schedules_go_by_the_rows_of_an_epoch():
 
 @pytest.mark.parametrize(("gives", "says"), [(40, 400), (400, 40)])
 def test_a_length_that_is_false_is_refused(gives, says):
-    with pytest.raises(UsageError, match=f"length of {says} rows, and gave {gives} in an epoch"):
+    with pytest.raises(UsageError, match=f"length of {says} rows but gave {gives} in an epoch"):
         pv.fit(Mean(), DataLoader(Rows(gives, says), 20), **FAST)
 
 

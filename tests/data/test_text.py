@@ -59,9 +59,9 @@ def test_sentences_of_the_standard_library():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "has 0 rows: 10 or more"),
+        ("", "has 0 rows, but a split .* needs at least 10"),
         ("a\nb\n", "has 2 rows"),
-        (b"\xff\xfe\xfa", "no text in UTF-8"),
+        (b"\xff\xfe\xfa", "cannot be read as UTF-8"),
     ],
 )
 def test_a_file_without_lines_is_refused(tmp_path, content, message):
@@ -112,7 +112,7 @@ def test_the_command_line_serves_text(file, tmp_path, capsys):
     run("evaluate", out, "--num-samples", 2)
     run("traverse", out, "--steps", 2)
     other = tmp_path / "other.txt"
-    other.write_text("\n".join(LINES[::-1]))
+    other.write_text("\n".join(line[::-1] for line in LINES))
     run("evaluate", out, "--data", other, "--num-samples", 2)
     loaded = pv.load(out)
     assert pv.sample(loaded, 2).shape == (2, *config["data_shape"])
@@ -123,7 +123,7 @@ def test_the_command_line_serves_text(file, tmp_path, capsys):
     [
         (("--network", "conv"), "--network conv is not for text: use recurrent"),
         (("--likelihood", "gaussian"), "text takes no --likelihood: gaussian came"),
-        (("--length", 1), "length must be 2 or more, 1 came"),
+        (("--length", 1), "length must be at least 2, got 1"),
         (("--word-dropout", 2), "--word-dropout is a rate from 0 to 1, 2.0 came"),
     ],
 )
