@@ -29,7 +29,7 @@ import pyro_vae as pv
 
 def test_another_run_is_refused_and_untouched(run):
     before = snapshot(run)
-    words = [str(run), "holds another run", "--overwrite", "--resume"]
+    words = [str(run), "already holds a run", "overwrite", "resume"]
     refused(lambda: pv.fit(small(), binary(), out=run, **FAST), *words)
     assert snapshot(run) == before
 
@@ -40,7 +40,7 @@ def test_what_is_left_of_a_run_is_a_run(run, name):
         if path.name != name:
             path.unlink()
     before = snapshot(run)
-    refused(lambda: pv.fit(small(), binary(), out=run, **FAST), "holds another run", name)
+    refused(lambda: pv.fit(small(), binary(), out=run, **FAST), "already holds a run", name)
     assert snapshot(run) == before
 
 

@@ -153,14 +153,14 @@ def test_types_are_compared(part, run):
     state[part][name] = state[part][name].double()
     torch.save(state, run / "checkpoint.pt")
     with pytest.raises(
-        UsageError, match=f"'{name}' .*torch.float64, the pair expects torch.float32"
+        UsageError, match=f"'{name}' .*torch.float64 but the pair expects torch.float32"
     ):
         pv.fit(small(), binary(), validation=binary(), out=run, resume=True, **FAST | {"epochs": 2})
 
 
 def test_resuming_in_another_precision_is_refused(run):
     options = FAST | {"epochs": 2, "out": run, "resume": True}
-    with pytest.raises(UsageError, match=r"torch.float32, the pair expects torch.float64"):
+    with pytest.raises(UsageError, match=r"torch.float32 but the pair expects torch.float64"):
         pv.fit(small().double(), binary(), validation=binary(), **options)
 
 
@@ -169,7 +169,9 @@ def test_whole_numbers_are_no_weights(run):
     name = next(iter(state))
     state[name] = state[name].long()
     safetensors.torch.save_file(state, run / "model.safetensors")
-    with pytest.raises(UsageError, match=f"'{name}' .*torch.int64, the pair expects torch.float32"):
+    with pytest.raises(
+        UsageError, match=f"'{name}' .*torch.int64 but the pair expects torch.float32"
+    ):
         pv.load(run)
 
 

@@ -202,7 +202,7 @@ def test_a_type_of_numbers_is_one(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     model = tmp_path / "model.safetensors"
     safetensors.torch.save_file(safetensors.torch.load_file(model), model)  # as of 0.1.0
-    with pytest.raises(UsageError, match="no batch that can be made"):
+    with pytest.raises(UsageError, match="a batch that cannot be created"):
         pv.load(tmp_path)
 
 
