@@ -109,7 +109,7 @@ COMMANDS = ("evaluate", "diagnose", "reconstruct", "encode", "interpolate", "tra
 @pytest.mark.parametrize("command", [*COMMANDS, "sample"])
 def test_every_command_that_reads_the_data_refuses(command, here, capsys):
     np.savez(here / "data.npz", **appended(arrays()))
-    assert "train, validation, test rows are others" in refusal(f"{command} run", capsys)
+    assert "train, validation, test rows differ" in refusal(f"{command} run", capsys)
 
 
 def test_the_parts_that_have_changed_are_named(here, capsys):
@@ -121,7 +121,7 @@ def test_the_parts_that_have_changed_are_named(here, capsys):
     for name in ("train", "validation", "test"):
         changed = parts | {f"x_{name}": parts[f"x_{name}"] + 1}
         np.savez(here / "parts.npz", **changed)
-        assert f"its {name} rows are others" in refusal("evaluate other", capsys)
+        assert f"its {name} rows differ" in refusal("evaluate other", capsys)
         assert name in refusal("train parts.npz --out other --resume --epochs 2", capsys)
     np.savez(here / "parts.npz", **parts)
     main(["evaluate", "other", "--num-samples", "2"])
@@ -161,8 +161,8 @@ def test_the_report_says_what_data_and_how_many_rows_were_trained_on(here):
     main(["report", "run"])
     page = (here / "run/report.html").read_text()
     count = metrics(here)["rows_trained_on"]
-    assert f"equal rows of training or validation</td><td>{count}</td>" in page
-    assert "Numbers are of the test part of more." in page
+    assert f"equal to training or validation rows</td><td>{count}</td>" in page
+    assert "The numbers describe the test part of more." in page
 
 
 def test_data_without_a_row_in_common_are_marked_with_0(here, capsys):
