@@ -42,8 +42,8 @@ class Preparation:
 
     def __call__(self, batch: Sequence[Tensor]) -> Batch:
         x, *context = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        grey = x.dtype == torch.uint8 and not self.whole
-        x = x.to(self.dtype) / 255 if grey else x.to(self.dtype)
+        gray = x.dtype == torch.uint8 and not self.whole
+        x = x.to(self.dtype) / 255 if gray else x.to(self.dtype)
         if self.binarize:
             x = (torch.rand_like(x) < x).to(x.dtype)  # like torch.bernoulli, in half the time
         return (x, *(c.to(self.dtype) if c.is_floating_point() else c for c in context))
