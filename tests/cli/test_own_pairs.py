@@ -164,7 +164,7 @@ def test_a_mixture_run(tmp_path, capsys):
     [
         ("--model semi-supervised", "needs --num-labels"),
         ("--model mixture --num-labels 20", "--num-labels are for --model semi-supervised"),
-        ("--model semi-supervised --num-labels 5000", "of each class; class 0 has"),
+        ("--model semi-supervised --num-labels 5000", "labels of class 0, but the data have only"),
         ("--model mixture --prior flow", "has a prior of its own"),
         ("--model mixture --condition label", "takes no condition"),
         ("--model mixture --objective free-bits", "use --objective elbo"),

@@ -208,7 +208,7 @@ def test_names_of_parts_are_for_the_command_line(make):
 
 def test_fewer_labels_than_classes_are_refused():
     labels = torch.arange(30) % 5
-    refused(lambda: pv.hide_labels(labels, 4), "0, or 5 or more", "4 came")
+    refused(lambda: pv.hide_labels(labels, 4), "must be 0 or at least 5", "got 4")
     kept = pv.hide_labels(labels, 6)
     assert kept[kept >= 0].bincount().tolist() == [1, 1, 1, 1, 2]
     assert bool((pv.hide_labels(labels, 0) == -1).all())
