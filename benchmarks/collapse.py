@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.plots.canvas import BLUE, GREY, ORANGE, new_figure
+from pyro_vae.plots.canvas import BLUE, GRAY, ORANGE, new_figure
 from pyro_vae.training.collapse import CollapseAlarm, units
 
 
@@ -36,7 +36,7 @@ WRITING = {"epochs": 13, "batch_size": 16, "learning_rate": 3e-3}
 RUNS: dict[str, tuple[str | None, Any, Any, dict[str, Any]]] = {  # with the color of its curve
     "digits": (ORANGE, digits_pair, DIGITS, {}),
     "digits, batches of 32": (None, digits_pair, DIGITS, {"batch_size": 32}),
-    "digits, 30 epochs": (GREY, digits_pair, DIGITS, {"epochs": 30}),
+    "digits, 30 epochs": (GRAY, digits_pair, DIGITS, {"epochs": 30}),
     "digits, warm-up of 20": (BLUE, digits_pair, DIGITS, {"beta": pv.Linear(20)}),
     "digits, two levels, recipe": (None, levels_pair, DIGITS, {}),
     "text": (ORANGE, lambda: text_pair(0.0), TEXT, WRITING),
@@ -75,7 +75,7 @@ def main() -> None:
                 if site in spoke:
                     axis.plot(spoke[site], kl[spoke[site] - 1], "o", color=color)
     for axis in axes.values():
-        axis.axhline(0.2, color=GREY, linewidth=0.8, linestyle=":")
+        axis.axhline(0.2, color=GRAY, linewidth=0.8, linestyle=":")
         axis.set_yscale("log")
         axis.set_xlabel("epoch", fontsize=8)
         axis.set_ylabel("KL, nats per example", fontsize=8)

@@ -1,1 +1,1 @@
-"""Sources of data and minibatches, and data sets by name."""
+"""Data sets by name or from files, and their minibatches."""

@@ -1,4 +1,4 @@
-"""Data sets by name or from a file, in three parts that share no row."""
+"""Load data sets by name or from a file, as training, validation and test data."""
 
 import os
 from collections.abc import Callable
@@ -23,26 +23,38 @@ def load_data(
     length: int = 60,
     vocabulary: str | None = None,
 ) -> Data:
-    """A data set by name, or from a file, split into three parts.
+    """Load a data set by name or from a file, split into training, validation and test data.
+
+    A data set that has a test set keeps it, and a sixth of its training set becomes the validation
+    set. Other data are split 70 : 10 : 20. Both splits are random with a fixed seed.
 
     Arguments:
-        data: ``digits`` (embedded), ``shapes`` (drawn, with factors; see `pyro_vae.data.shapes`), a
-            torchvision name (``mnist``, ``fashion-mnist``, ``kmnist``,
-            ``emnist``, ``omniglot``, ``cifar10``, ``svhn``), or a path. A ``.npz`` holds ``x`` and
-            maybe labels ``y`` and ``context``, or ``x_train``, ``x_test``, maybe ``x_validation``,
-            and ``y_`` and ``context_`` likewise. Context is rows or images; 8-bit context becomes
-            floats in [0, 1]. Sequences are rows (n, steps, d), with their ``lengths`` beside them
-            where these differ. A ``.json`` holds music (see `pyro_vae.data.music`), a ``.txt``
-            a datum in each line; ``docstrings`` are sentences of the same kind, from Python's
-            standard library (see `pyro_vae.data.text.docstrings`).
-        data_dir: where torchvision's files are; else the environment variable ``PYRO_VAE_DATA``,
-            else ``~/.cache/pyro_vae``.
-        length: of text, the greatest width of a row of tokens, the end counted.
-        vocabulary: of text, what the tokens stand for, so that rows have just this length; by
-            default the characters that there are.
+        data: a name or a path. The names are:
 
-    A data set that comes with a test set keeps it, and a sixth of its training set, drawn with a
-    fixed seed, becomes the validation set; other data are split 70 : 10 : 20 with a fixed seed.
+            - ``digits``: gray images (1, 8, 8), included in scikit-learn;
+            - ``shapes``: drawn images with known factors, see `pyro_vae.data.shapes`;
+            - ``docstrings``: sentences from Python's standard library, see
+              `pyro_vae.data.text.docstrings`;
+            - data sets of torchvision: ``mnist``, ``fashion-mnist``, ``kmnist``, ``emnist``,
+              ``omniglot``, ``cifar10``, ``svhn``.
+
+            The files are:
+
+            - ``.npy``: the array ``x``;
+            - ``.npz``: the array ``x``, and optionally the labels ``y``, the ``context`` and the
+              ``lengths``. For data that are already split: ``x_train``, ``x_test`` and optionally
+              ``x_validation``, with ``y_train`` and so on. Context is rows or images; 8-bit context
+              becomes floats in [0, 1]. Sequences have the shape (n, steps, d). They need
+              ``lengths`` (n,) if their lengths differ;
+            - ``.txt``: one datum in each line;
+            - ``.json``: music, see `pyro_vae.data.music`.
+        data_dir: the folder with the files of torchvision. The default is the environment variable
+            ``PYRO_VAE_DATA``, or ``~/.cache/pyro_vae`` if it is not set.
+        length: for text, the largest width of a row of tokens, including the end token.
+        vocabulary: for text, the character of each token. Rows then have exactly the width
+            ``length``. The default is all characters that occur in the text.
+
+    Raises `UsageError` for an unknown name, and for a file that cannot be read or has other arrays.
 
     >>> load_data("digits").train.x.shape
     torch.Size([1257, 1, 8, 8])
@@ -65,13 +77,15 @@ def load_data(
         root = data_dir or os.environ.get("PYRO_VAE_DATA") or Path.home() / ".cache" / "pyro_vae"
         return _torchvision(name, Path(root).expanduser())
     raise UsageError(
-        f"'{name}' is no data set and no file; {nearest(name, NAMES)} "
-        "(or give the path of a .npy, .npz, .txt or .json file)"
+        f"unknown data set or file '{name}'; {nearest(name, NAMES)} "
+        "(or pass the path of a .npy, .npz, .txt or .json file)"
     )
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Integer labels (n,) as float rows (n, num_classes), to be a pair's context.
+    """Integer labels (n,) as one-hot rows (n, num_classes) of floats, for the context of a pair.
+
+    Raises `UsageError` for labels outside 0 to num_classes - 1.
 
     >>> one_hot(torch.tensor([2, 0]), 3)
     tensor([[0., 0., 1.], [1., 0., 0.]])
@@ -79,21 +93,22 @@ def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     labels = as_labels(labels)
     if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise UsageError(
-            f"labels must be 0 to {num_classes - 1}, {int(labels.min())} to {int(labels.max())} "
-            "came"
+            f"labels must be from 0 to {num_classes - 1}, "
+            f"got {int(labels.min())} to {int(labels.max())}"
         )
     return nn.functional.one_hot(labels, num_classes).float()
 
 
 def hide_labels(labels: Tensor, num_labels: int, seed: int = 0) -> Tensor:
-    """Labels (n,) of which so many are kept, as many of each class, and the others are -1.
+    """Keep the same number of labels of each class, and set all other labels to -1.
 
     Arguments:
-        num_labels: how many to keep, one of each class at least; 0 hides them all. Where they do
-            not divide evenly, the greatest labels keep one more.
-        seed: of the draw of those that are kept.
+        labels: integers (n,).
+        num_labels: the number of labels to keep in total, at least one for each class; 0 hides all
+            labels. If they do not divide evenly, the classes with the largest labels keep one more.
+        seed: the seed of the random choice of the labels to keep.
 
-    Raises `UsageError` for fewer labels than classes, and for more of a class than there are.
+    Raises `UsageError` for fewer labels than classes, and for more labels of a class than it has.
 
     >>> hide_labels(torch.tensor([0, 1, 0, 1]), 2, seed=1).sort().values
     tensor([-1, -1,  0,  1])
@@ -138,7 +153,7 @@ def _mnist_like(kind: str, **options: Any) -> Callable[[Path, bool, bool], Split
         x = torch.as_tensor(data.data)
         x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
         if kind == "EMNIST":
-            x = x.transpose(2, 3).contiguous()  # its files hold the images lying on their side
+            x = x.transpose(2, 3).contiguous()  # EMNIST stores its images transposed
         return Split(x, torch.as_tensor(data.targets))
 
     return get
@@ -156,7 +171,7 @@ def _omniglot(root: Path, train: bool, download: bool) -> Split:
 
     data = datasets.Omniglot(str(root), background=train, download=download)
     images = [255 - np.asarray(image.convert("L").resize((28, 28))) for image, _ in data]
-    # No labels: the characters of the test part are none of the training part's.
+    # No labels: the test part and the training part have no character in common.
     return Split(torch.from_numpy(np.stack(images))[:, None], None)
 
 
@@ -195,7 +210,7 @@ def _torchvision(name: str, root: Path) -> Data:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise UsageError(
                 f"'{name}' is not in {root} and cannot be downloaded ({reason}); place "
-                f"{files} there, or use the embedded 'digits'"
+                f"{files} there, or use 'digits', which needs no download"
             ) from error
     part, validation = shuffled(train, (5, 1))
     return Data(name, part, validation, test)

@@ -1,4 +1,4 @@
-"""Data from files: .npy and .npz arrays, text and music."""
+"""Read data from files: .npy and .npz arrays, text and music."""
 
 import zipfile
 import zlib
@@ -19,6 +19,7 @@ from pyro_vae.pairs.arrays import as_tensor
 
 
 def load_music(path: Path) -> Data:
+    """Music as piano rolls (n, steps, 88) with their lengths; see `pyro_vae.data.music`."""
     pieces = read_pieces(path)
     steps = max(len(piece) for part in pieces.values() for piece in part)
     splits = {name: Split(*_rolls(part, steps)) for name, part in pieces.items()}
@@ -30,15 +31,16 @@ def _rolls(pieces: Sequence[Piece], steps: int) -> tuple[Tensor, None, None, Ten
 
 
 def load_text(name: str, lines: list[str], length: int, vocabulary: str | None) -> Data:
+    """Lines of text as rows of tokens (n, width), with the vocabulary."""
     if length < 2:
-        raise UsageError(f"length must be 2 or more, {length} came")
+        raise UsageError(f"must be at least 2, got {length}", argument="length")
     if vocabulary is None:
         vocabulary, length = vocabulary_of(lines), min(length, 1 + max(map(len, lines), default=0))
     data = three_ways(name, Split(as_tokens(lines, vocabulary, length)))
     return replace(data, vocabulary=vocabulary)
 
 
-# What torchvision raises where files are absent, cut short, or of something else.
+# What torchvision raises for files that are missing, cut short or of another kind.
 UNREADABLE = (
     *(RuntimeError, OSError, ValueError, EOFError),
     *(IndexError, KeyError, TypeError, AssertionError),
@@ -46,10 +48,11 @@ UNREADABLE = (
 
 
 def load_file(path: Path) -> Data:
+    """The arrays of a .npy or .npz file; see `pyro_vae.load_data` for their names."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     if path.suffix not in (".npy", ".npz"):
-        raise UsageError(f"{path}: a .npy, .npz, .txt or .json file is expected")
+        raise UsageError(f"{path} must be a .npy, .npz, .txt or .json file")
     try:
         with open(path, "rb") as file:
             loaded: Any = np.load(file, allow_pickle=False)
@@ -57,7 +60,7 @@ def load_file(path: Path) -> Data:
             arrays = {"x": loaded} if plain else {key: loaded[key] for key in loaded.files}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(
-            f"{path} is no {path.suffix} file of plain arrays without pickles "
+            f"{path} is not a {path.suffix} file of plain arrays without pickles "
             f"({' '.join(str(error).split())[:90]})"
         ) from error
     if "x" in arrays:
@@ -65,8 +68,8 @@ def load_file(path: Path) -> Data:
         return three_ways(path.stem, _split(arrays, x, "", path))
     if "x_train" not in arrays or "x_test" not in arrays:
         raise UsageError(
-            f"{path}: arrays 'x' (and 'y'), or 'x_train' and 'x_test', are expected; it holds "
-            f"{', '.join(arrays) or 'none'}"
+            f"{path} must hold the array 'x' (and optionally 'y'), or 'x_train' and 'x_test'; "
+            f"it holds {', '.join(arrays) or 'no arrays'}"
         )
     splits = {}
     for key in ("train", "validation", "test"):
@@ -75,13 +78,14 @@ def load_file(path: Path) -> Data:
             splits[key] = _split(arrays, x, f"_{key}", path)
             if x.shape[1:] != splits["train"].x.shape[1:]:
                 raise UsageError(
-                    f"{path}: x_{key} has rows of shape {tuple(x.shape[1:])}, x_train of shape "
-                    f"{tuple(splits['train'].x.shape[1:])}: they must agree"
+                    f"{path}: the rows of x_{key} have shape {tuple(x.shape[1:])} but those of "
+                    f"x_train have shape {tuple(splits['train'].x.shape[1:])}; they must match"
                 )
             if _row(splits[key].context) != _row(splits["train"].context):
                 raise UsageError(
-                    f"{path}: context_{key} has rows of shape {_row(splits[key].context)}, "
-                    f"context_train of shape {_row(splits['train'].context)}: they must agree"
+                    f"{path}: the rows of context_{key} have shape {_row(splits[key].context)} but "
+                    f"those of context_train have shape {_row(splits['train'].context)}; they must "
+                    "match"
                 )
     if "validation" not in splits:
         splits["train"], splits["validation"] = shuffled(splits["train"], (5, 1))
@@ -89,32 +93,37 @@ def load_file(path: Path) -> Data:
 
 
 def _split(arrays: dict[str, np.ndarray], x: Tensor, suffix: str, path: Path) -> Split:
-    """Rows with the labels and the context that a file holds for them."""
+    """One part of the data: the rows x with their labels, context and lengths."""
     labels = read_labels(arrays.get(f"y{suffix}"), len(x), path)
     context = read_context(arrays, suffix, len(x), path)
     return Split(x, labels, context, read_lengths(arrays.get(f"lengths{suffix}"), x, path))
 
 
 def read_lengths(array: np.ndarray | None, x: Tensor, path: Path) -> Tensor | None:
-    lengths = read_labels(array, len(x), path)  # whole numbers of 0 or more, as labels are
+    """The number of steps of each row (n,)."""
+    lengths = read_labels(array, len(x), path)  # like labels, they are whole numbers from 0
     if lengths is not None and not 1 <= int(lengths.min()) <= int(lengths.max()) <= x.shape[-2]:
         raise UsageError(
-            f"{path}: lengths must be 1 to {x.shape[-2]}, {int(lengths.min())} to "
-            f"{int(lengths.max())} came"
+            f"{path}: lengths must be from 1 to {x.shape[-2]}, got {int(lengths.min())} to "
+            f"{int(lengths.max())}"
         )
     return lengths
 
 
 def read_context(arrays: dict[str, np.ndarray], suffix: str, n: int, path: Path) -> Tensor | None:
+    """The context of each row as floats, 8-bit intensities in [0, 1]."""
     array = arrays.get(f"context{suffix}")
     if array is None:
         return None
     context = _images(array[:, None] if array.ndim == 1 else array, path)
     if len(context) != n:
-        raise UsageError(f"{path}: {len(context)} rows of context came for {n} rows")
+        raise UsageError(
+            f"{path}: context{suffix} has {len(context)} rows but x{suffix} has {n}; they must "
+            "match"
+        )
     if context.dtype != torch.uint8:
         return context.float()
-    # Of 0 and 1 alone, in all parts of the file, they are no intensities.
+    # If all parts of the file have only 0 and 1, these are not intensities.
     parts = [part for name, part in arrays.items() if name.startswith("context")]
     greatest = max(int(part.max()) for part in parts if part.dtype == np.uint8)
     return context.float() / (255 if greatest > 1 else 1)
@@ -125,7 +134,7 @@ def _row(context: Tensor | None) -> tuple[int, ...] | None:
 
 
 def _images(array: np.ndarray, path: Path) -> Tensor:
-    """Rows (n, d) as they are; images with their channels first, one channel added if need be."""
+    """Rows (n, d) as they are; images as (n, channels, height, width), one channel if gray."""
     x = as_tensor(array, str(path))
     if x.dim() == 2:
         return x
@@ -136,20 +145,21 @@ def _images(array: np.ndarray, path: Path) -> Tensor:
     if x.dim() == 4 and x.shape[3] in (1, 3, 4):
         return x.permute(0, 3, 1, 2).contiguous()
     raise UsageError(
-        f"{path}: rows (n, d), grey images (n, height, width) or images (n, channels, height, "
-        f"width) are expected, an array of shape {tuple(x.shape)} came"
+        f"{path}: expected rows (n, d), gray images (n, height, width) or images (n, channels, "
+        f"height, width), got an array of shape {tuple(x.shape)}"
     )
 
 
 def read_labels(array: np.ndarray | None, n: int, path: Path) -> Tensor | None:
+    """Whole numbers from 0, one for each row (n,)."""
     if array is None:
         return None
     if array.dtype.kind not in "biuf":
-        raise UsageError(f"{path}: labels must be whole numbers, {array.dtype} came")
+        raise UsageError(f"{path}: labels must be whole numbers, got {array.dtype}")
     flat = array.reshape(-1)
     wrong = flat[(flat < 0) | (flat != np.floor(flat))]
     if len(wrong):
-        raise UsageError(f"{path}: labels must be whole numbers of 0 or more, {wrong[0]} came")
+        raise UsageError(f"{path}: labels must be whole numbers of at least 0, got {wrong[0]}")
     if len(flat) != n:
-        raise UsageError(f"{path}: {len(flat)} labels came for {n} rows")
+        raise UsageError(f"{path} has {len(flat)} labels but {n} rows; they must match")
     return torch.from_numpy(flat.astype(np.int64))

@@ -1,8 +1,9 @@
-"""Music as piano rolls: which of the 88 keys sound at each step.
+"""Music as piano rolls, which show the sounding keys (of 88) at each step.
 
-A file is JSON, as the JSB chorales (Boulanger-Lewandowski et al., 2012) are handed on: an object
-with the parts "train", "valid" (or "validation") and "test", each a list of pieces, a piece a list
-of steps, a step the list of the MIDI numbers that sound. Numbers off the keyboard are rests.
+A file is JSON in the format of the JSB chorales (Boulanger-Lewandowski et al., 2012). It is an
+object with the parts "train", "valid" (or "validation") and "test". Each part is a list of pieces,
+a piece is a list of steps, and a step is a list of the MIDI numbers that sound. A number outside
+the keyboard is a rest.
 """
 
 import json
@@ -18,28 +19,31 @@ from pyro_vae.errors import UsageError
 Piece: TypeAlias = Sequence[Sequence[float]]
 
 LOWEST, KEYS = 21, 88
-"""The MIDI number of a piano's lowest key, and how many keys there are."""
+"""The MIDI number of the lowest key of a piano, and the number of keys."""
 
 
 def read_pieces(path: Path) -> dict[str, list[Piece]]:
-    """The pieces of a file, by part: "train", "validation" and "test"."""
+    """The pieces of a file by part: "train", "validation" and "test".
+
+    Raises `UsageError` for a file that cannot be read or has another format.
+    """
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is no JSON that can be read ({error})") from error
+        raise UsageError(f"{path} cannot be read as JSON ({error})") from error
     if isinstance(content, dict) and "valid" in content:
         content["validation"] = content.pop("valid")
     parts = ("train", "validation", "test")
     if not (isinstance(content, dict) and all(_are_pieces(content.get(part)) for part in parts)):
         raise UsageError(
-            f"{path}: an object of train, valid and test is expected, each a list of pieces, which "
-            "are lists of steps, which are lists of MIDI numbers"
+            f"{path} must be an object with the parts train, valid and test: each part is a list "
+            "of pieces, a piece is a list of steps, and a step is a list of MIDI numbers"
         )
     return {part: content[part] for part in parts}
 
 
 def piano_rolls(pieces: Sequence[Piece], steps: int) -> Tensor:
-    """Pieces as zeros and ones of shape (n, steps, 88), zero beyond their lengths.
+    """Pieces as zeros and ones of shape (n, steps, 88), with zeros after the end of a piece.
 
     >>> piano_rolls([[[21, 23], [-1]]], 3)[0, :, :4]
     tensor([[1., 0., 1., 0.],

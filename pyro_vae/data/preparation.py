@@ -1,5 +1,4 @@
-"""How a minibatch is prepared for a pair: device, type, and the binarization of gray
-intensities."""
+"""Prepare a minibatch for a pair: its device, its type, and the binarization of intensities."""
 
 import warnings
 from collections.abc import Sequence
@@ -28,11 +27,12 @@ BINARIZE = ("dynamic", "fixed", "none")
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to each minibatch on its way to the pair.
+    """The function that prepares each minibatch for the pair.
 
-    uint8 intensities become floats in [0, 1], unless they are ``whole`` numbers, such as counts or
-    0 and 1; then, where ``binarize``, each pixel is drawn as Bernoulli(intensity), anew at each
-    visit (Salakhutdinov & Murray, 2008). Floating context takes the pair's type.
+    uint8 intensities become floats in [0, 1]. uint8 data that are ``whole`` numbers, such as counts
+    or 0 and 1, keep their values. With ``binarize`` each pixel is then drawn from
+    Bernoulli(intensity), with a new draw each time (Salakhutdinov & Murray, 2008). Floating-point
+    context gets the type of the pair.
     """
 
     device: torch.device
@@ -42,27 +42,30 @@ class Preparation:
 
     def __call__(self, batch: Sequence[Tensor]) -> Batch:
         x, *context = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        grey = x.dtype == torch.uint8 and not self.whole
-        x = x.to(self.dtype) / 255 if grey else x.to(self.dtype)
+        gray = x.dtype == torch.uint8 and not self.whole
+        x = x.to(self.dtype) / 255 if gray else x.to(self.dtype)
         if self.binarize:
-            x = (torch.rand_like(x) < x).to(x.dtype)  # as torch.bernoulli, in half the time
+            x = (torch.rand_like(x) < x).to(x.dtype)  # like torch.bernoulli, in half the time
         return (x, *(c.to(self.dtype) if c.is_floating_point() else c for c in context))
 
 
 def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Preparation:
-    """How these rows are prepared for this pair, found by running it on a few of them.
+    """Find the preparation of these rows for this pair by running the pair on a few rows.
 
-    Where the pair observes the data under a distribution on {0, 1}, intensities in between are
-    drawn (``dynamic``), or pass as they are only when asked for by ``none``. Where it observes
-    them under one on whole numbers, uint8 data are such numbers, and no intensities. Other uint8
-    data are what those were that the pair was fitted to (`recorded_divisor`), else 0 and 1 where
-    they hold these alone, else intensities.
+    - If the likelihood is on {0, 1}, intensities between 0 and 1 are binarized. With
+      ``binarize="none"`` they pass unchanged.
+    - If the likelihood is on whole numbers, uint8 data are whole numbers.
+    - Other uint8 data are treated like the data that the pair was fitted to (`recorded_divisor`).
+      Without such a record, data with only the values 0 and 1 keep them, and all other data are
+      intensities.
 
-    Raises `UsageError` for values outside the support of the data's distribution, and for uint8
-    data that are neither 0 and 1 nor spread over 256 levels.
+    Raises `UsageError` for values outside the support of the likelihood, and for uint8 data whose
+    largest value is between 2 and 63, because these are probably not 8-bit intensities.
     """
     if binarize not in BINARIZE:
-        raise UsageError(f"binarize is '{binarize}'; {nearest(binarize, BINARIZE)}")
+        raise UsageError(
+            f"cannot be '{binarize}'; {nearest(binarize, BINARIZE)}", argument="binarize"
+        )
     plain = Preparation(*placement(pair))
     raw = rows.first(16)
     batch = plain(raw)
@@ -116,7 +119,7 @@ def _support(site: Site) -> Any:
 def _with_eight_bit(
     plain: Preparation, pair: nn.Module, rows: Source, few: Tensor, support: Any
 ) -> Preparation:
-    """The preparation with what 8-bit data are: whole numbers, or intensities."""
+    """The preparation that treats 8-bit data as whole numbers or as intensities."""
     if few.dtype != torch.uint8:
         return plain
     if isinstance(support, _WHOLE):
@@ -125,24 +128,26 @@ def _with_eight_bit(
     greatest, divisor = int(seen.max()), recorded_divisor(pair)
     if divisor is None and 1 < greatest < FEWEST_LEVELS:
         raise UsageError(
-            f"x is uint8 and goes to {greatest} only, where 8-bit intensities go to 255: pass "
-            f"floats, x / {greatest} for levels 0 to {greatest}, x / 255 for dark pixels"
+            f"x is uint8 with values up to {greatest}, but 8-bit intensities go up to 255: pass "
+            f"floats (x / {greatest} for levels from 0 to {greatest}, x / 255 for dark pixels)"
         )
     if divisor == 1 and greatest > 1:
         raise UsageError(mixed_eight_bit(greatest))
     whole = greatest <= 1 if divisor is None else divisor == 1
     if greatest == 1 and (not whole or (divisor is None and support is not constraints.boolean)):
-        taken = "0 and 1, as they are" if whole else "8-bit intensities k/255, as in training"
-        warnings.warn(f"x is uint8 and holds 0 and 1 alone: taken for {taken}", stacklevel=2)
+        taken = (
+            "used as they are" if whole else "treated as 8-bit intensities k/255, as in training"
+        )
+        warnings.warn(f"x is uint8 with only the values 0 and 1: they are {taken}", stacklevel=2)
     if whole and isinstance(rows, Stream):
         rows.greatest = 1
     return replace(plain, whole=whole)
 
 
 def record_divisor(pair: nn.Module, rows: Source, prepare: Preparation) -> None:
-    """Keep in the pair what its 8-bit training data were divided by, 255 or 1, for later data.
+    """Record in the pair the divisor of its 8-bit training data, 255 or 1, for later data.
 
-    A few rows cannot tell: those of an almost black image hold 0 and 1 alone.
+    A few rows are not enough to find it: a nearly black image may have only the values 0 and 1.
     """
     x = rows.first(256)[0] if isinstance(rows, Stream) else rows.tensors[0]
     if x.dtype == torch.uint8 and recorded_divisor(pair) is None and bool(x.any()):
@@ -150,16 +155,16 @@ def record_divisor(pair: nn.Module, rows: Source, prepare: Preparation) -> None:
 
 
 FEWEST_LEVELS = 64
-"""8-bit data that go less far, and further than 1, may be other things than intensities."""
+"""8-bit data whose largest value is below this, and above 1, are probably not intensities."""
 
 
 def _run(pair: nn.Module, batch: Batch) -> Trace:
-    """The trace of the model, replayed against the guide, of a pair that may not fit the data."""
+    """The trace of the model, replayed against the guide; the pair may fail on these data."""
     try:
         return trace_model(pair, batch, trace_guide(pair, batch))
     except UsageError:
         raise
-    except Exception as error:  # a user's own code may raise anything
+    except Exception as error:  # the code of a user may raise anything
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in batch)
         raise UsageError(
             f"{type(pair).__name__} fails on a batch of shapes {shapes}: "
@@ -168,7 +173,7 @@ def _run(pair: nn.Module, batch: Batch) -> Trace:
 
 
 def held_out(rows: Source, prepare: Preparation) -> tuple[Source, Preparation]:
-    """Rows for evaluation: binarised once with a fixed seed instead of at each visit."""
+    """Rows for evaluation, which are binarized once with a fixed seed instead of at each use."""
     if prepare.binarize and isinstance(rows, Arrays):
         return rows.binarized(), Preparation(prepare.device, prepare.dtype)
     return rows, prepare
@@ -177,8 +182,8 @@ def held_out(rows: Source, prepare: Preparation) -> tuple[Source, Preparation]:
 def held_rows(
     pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str = "dynamic"
 ) -> tuple[Source, Preparation]:
-    """Rows for evaluation and how they are prepared, from data as they came."""
-    with seeded(0):  # a loader draws as it begins
+    """Held-out rows and their preparation, from the data that the caller passed."""
+    with seeded(0):  # a loader uses a random generator when it starts
         rows = source(x, context, pair)
         rows, prepare = held_out(rows, preparation(pair, rows, binarize))
     require_masks(pair, rows, prepare)
@@ -186,14 +191,13 @@ def held_rows(
 
 
 def require_masks(pair: nn.Module, rows: Source, prepare: Preparation) -> None:
-    """`pyro_vae.pairs.masks.require` of rows in memory; of a stream the first have to stand for
-    all."""
+    """Compare the masks of model and guide on all rows in memory, or on the first of a stream."""
     with seeded(0):
         parts = rows.batches(500) if isinstance(rows, Arrays) else iter([rows.first(500)])
         masks.require(pair, map(prepare, parts))
 
 
-# The supports of counts and of tokens; torch's {0, 1} is another.
+# The supports of counts and of tokens; the support {0, 1} is another class in torch.
 _WHOLE = (type(constraints.nonnegative_integer), constraints.integer_interval)
 
 _FAMILIES = {
@@ -212,13 +216,13 @@ def _outside(value: float, x: Tensor, site: dict[str, Any]) -> str:
     low, high = x.min().item(), x.max().item()
     whole = bool((x == x.round()).all())
     if eight_bit or (low >= 0 and high <= 1):
-        fit = "a ContinuousBernoulli or Gaussian likelihood would fit values in [0, 1]"
+        fit = "for values in [0, 1], use a ContinuousBernoulli or Gaussian likelihood"
     elif whole and low >= 0 and high <= 255:
         fit = "whole numbers up to 255 look like 8-bit pixels: pass them as uint8"
     elif whole and low >= 0:
-        fit = "a Poisson or NegativeBinomial likelihood would fit counts"
+        fit = "for counts, use a Poisson or NegativeBinomial likelihood"
     else:
-        fit = "a Gaussian likelihood would fit real values"
+        fit = "for real values, use a Gaussian likelihood"
     name = type(getattr(site["fn"], "base_dist", site["fn"])).__name__
     name = _FAMILIES.get(name, name)
     return (

@@ -1,4 +1,4 @@
-"""Whether data are in the range that a pair starts from, by the draws that its model has."""
+"""Check before training whether the range of the data fits the range of the model's draws."""
 
 from typing import Any, cast
 
@@ -16,28 +16,32 @@ from pyro_vae.pairs.sites import data_site
 from pyro_vae.pairs.traces import trace
 
 FAR = 20.0
-"""How many spreads of the model's draws a column may be from them: a network's first outputs are
-near 0, with a spread near 1, and whole spreads away its gradients are of the range, not the data.
-A spread under 1 counts as 1, as a small fixed scale says nothing of what a network reaches."""
+"""The largest allowed distance of a column from the model's draws, in units of their spread.
+
+The first outputs of a network are near 0, with a spread near 1. If the data are many spreads away,
+the gradients depend on the range and not on the structure of the data. A spread below 1 counts as
+1, because a small fixed scale does not limit what a network can reach."""
 
 APART = 500.0
-"""How far apart the scales of two columns may be: a factor of 1,000 is more, whichever rows are
-looked at, and that of 8-bit pixels is 255 at most."""
+"""The largest allowed ratio between the scales of two columns.
+
+A factor of 1,000 exceeds it, whichever rows are used. The factor between 8-bit pixels is at most
+255."""
 
 RANGE_ROWS = 256
-"""Rows that are looked at."""
+"""The number of rows that are checked."""
 
 CURE = (
-    "standardize x (subtract the mean of each column, divide by its standard deviation), or use a "
-    "likelihood whose scale is learned and starts near that of x"
+    "standardize x (subtract the mean of each column and divide by its standard deviation), or use "
+    "a likelihood with a learned scale that starts near the scale of x"
 )
 
 
 def range_fault(pair: nn.Module, rows: Source, prepare: Preparation) -> str | None:
-    """What is wrong with the range of the data for a pair that is not trained yet, or None.
+    """Describe what is wrong with the range of the data for an untrained pair, or return None.
 
-    Only of data under a distribution without bounds: counts, classes and intensities have a scale
-    of their own.
+    Only data under a likelihood with unbounded support are checked, because counts, classes and
+    intensities have a fixed scale.
     """
     try:
         with using(pair, seed=0), pyro.validation_enabled(False):
@@ -46,13 +50,13 @@ def range_fault(pair: nn.Module, rows: Source, prepare: Preparation) -> str | No
             if not _unbounded(site["fn"].support):
                 return None
             values, draws = (_columns(site, x, len(batch[0])) for x in _observed_and_drawn(site))
-    except Exception:  # a user's own code may raise anything, and training says so better
+    except Exception:  # the code of a user may raise anything; training reports it better
         return None
     return _far(values, draws) or _apart(values, draws)
 
 
 def _some(rows: Source) -> Batch:
-    """Rows from all over the data, where they are in memory."""
+    """Evenly spaced rows of data in memory, or the first rows of a stream."""
     if not isinstance(rows, Arrays):
         return rows.first(RANGE_ROWS)
     index = torch.linspace(0, len(rows) - 1, min(RANGE_ROWS, len(rows))).long()
@@ -60,7 +64,7 @@ def _some(rows: Source) -> Batch:
 
 
 def _unbounded(support: Any) -> bool:
-    """Whether a support holds real numbers without end."""
+    """Whether a support contains arbitrarily large real numbers."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     ends = (type(constraints.real), constraints.greater_than, constraints.greater_than_eq)
@@ -72,7 +76,7 @@ def _observed_and_drawn(site: Site) -> tuple[Tensor, Tensor]:
 
 
 def _columns(site: Site, value: Tensor, n: int) -> np.ndarray:
-    """A value of the site by rows of the data (n, columns), what is masked as NaN."""
+    """A value of the site as an array (n, columns), with NaN for masked entries."""
     mask = site["mask"]
     if isinstance(mask, Tensor):
         mask = mask.reshape(mask.shape + (1,) * len(site["fn"].event_shape))
@@ -82,7 +86,7 @@ def _columns(site: Site, value: Tensor, n: int) -> np.ndarray:
 
 
 def _far(values: np.ndarray, draws: np.ndarray) -> str | None:
-    """Whether columns are far from the draws, or all of them have far less spread."""
+    """A message if columns are far from the draws, or if all columns vary far less than they do."""
     center = np.nanmedian(draws, 0)
     spread = np.nanquantile(abs(draws - center), 0.68, 0)
     distance = np.nanquantile(abs(values - center), 0.9, 0)
@@ -90,25 +94,26 @@ def _far(values: np.ndarray, draws: np.ndarray) -> str | None:
     column = int(np.nanargmax(ratio))
     if ratio[column] > FAR:
         return (
-            f"the range of x is not that of the model before training: {(ratio > FAR).sum()} of "
-            f"{len(ratio)} columns are far from its draws, column {column} the most, about "
-            f"{distance[column]:.2g} away where they spread over {spread[column]:.2g}; {CURE}"
+            f"the range of x differs from that of the untrained model: {(ratio > FAR).sum()} of "
+            f"{len(ratio)} columns are far from the draws of the model. Column {column} is the "
+            f"farthest, at a distance of about {distance[column]:.2g} from draws with a spread of "
+            f"{spread[column]:.2g}; {CURE}"
         )
     width = np.ptp(values, 0)
     if width.max() > 0 and (width < spread / APART).all():
         return (
-            f"the range of x is not that of the model before training: its columns vary by "
-            f"{width.max():.2g} at most, where the model's draws spread over {spread.max():.2g}; "
-            f"{CURE}"
+            f"the range of x differs from that of the untrained model: the columns of x vary by at "
+            f"most {width.max():.2g}, but the draws of the model have a spread of "
+            f"{spread.max():.2g}; {CURE}"
         )
     return None
 
 
 def _apart(values: np.ndarray, draws: np.ndarray) -> str | None:
-    """Whether the scales of two columns, next to those of the draws, are far apart.
+    """A message if the scales of two columns, relative to those of the draws, are far apart.
 
-    By their widths, which rare values do not make small, and by their mean deviations, which rare
-    values do not make large.
+    Both the range and the mean deviation of the columns must differ: rare values do not make the
+    range small, and they do not make the mean deviation large.
     """
     spread = np.nanquantile(abs(draws - np.nanmedian(draws, 0)), 0.68, 0)
     width, deviation = np.ptp(values, 0), np.nanmean(abs(values - np.nanmedian(values, 0)), 0)
@@ -121,19 +126,19 @@ def _apart(values: np.ndarray, draws: np.ndarray) -> str | None:
     if min(scale.max() / scale.min() for scale in scales) < APART:
         return None
     return (
-        f"the columns of x differ in range: column {small} varies by {width[small]:.2g}, column "
+        f"the columns of x differ in range: column {small} varies by {width[small]:.2g} and column "
         f"{large} by {width[large]:.2g}; {CURE}"
     )
 
 
 def extreme(x: Tensor) -> str | None:
-    """In words the greatest number of a minibatch, where it is far beyond those of other rows."""
+    """Describe the largest value of a minibatch if it is far larger than those of other rows."""
     if not x.is_floating_point():
         return None
     greatest = x.detach().reshape(len(x), -1).abs().amax(1).double()
     if float(greatest.max()) <= APART * max(1.0, float(greatest.median())):
         return None
     return (
-        f"x holds a number of size {float(greatest.max()):.2g}, where those of most rows are at "
-        f"most {float(greatest.median()):.2g}"
+        f"x holds a value of size {float(greatest.max()):.2g}, but the largest value of the median "
+        f"row has size {float(greatest.median()):.2g}"
     )

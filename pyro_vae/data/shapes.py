@@ -1,4 +1,4 @@
-"""A data set of drawn shapes, whose factors of variation are known."""
+"""A data set of drawn shapes with known factors of variation."""
 
 from math import pi
 
@@ -6,26 +6,26 @@ import torch
 from torch import Tensor
 
 SIZE = 32
-"""Height and width of an image."""
+"""Height and width of an image, in pixels."""
 
 SCALES = torch.linspace(4.4, 8.6, 4)
 """Radii, in pixels."""
 
 ROTATIONS = torch.arange(6) * (pi / 12)
-"""Angles within a quarter turn, so that no two images are the same."""
+"""Angles in radians, below a quarter turn, so that no two images are equal."""
 
 POSITIONS = torch.linspace(9.0, 23.0, 8)
-"""Centres, in pixels."""
+"""Centers, in pixels."""
 
 FACTORS = ("shape", "scale", "rotation", "x", "y")
-"""What an image is made from, as columns."""
+"""The factors of an image, in the order of the columns of `draw`."""
 
 
 def draw() -> tuple[Tensor, Tensor]:
-    """All 4,608 images, one for each combination of square, ellipse or heart and the other factors.
+    """Draw all 4,608 images, one for each combination of the factors.
 
-    Returns images of shape (n, 1, 32, 32), 0 or 255 as uint8, and the index of each factor's value,
-    of shape (n, 5), in the order of ``FACTORS``.
+    The shape is a square, an ellipse or a heart. Returns the images (n, 1, 32, 32) as uint8 with
+    values 0 and 255, and the index of the value of each factor (n, 5), in the order of ``FACTORS``.
 
     >>> images, factors = draw()
     >>> images.shape, factors[-1]
@@ -38,7 +38,7 @@ def draw() -> tuple[Tensor, Tensor]:
 
 
 def _drawn(factors: Tensor) -> Tensor:
-    """Images of one shape."""
+    """The images of one shape."""
     _, scale, rotation, x, y = factors.T[..., None, None]
     row, column = torch.meshgrid(*[torch.arange(SIZE) + 0.5] * 2, indexing="ij")
     right, up = column - POSITIONS[x], POSITIONS[y] - row

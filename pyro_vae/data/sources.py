@@ -1,6 +1,7 @@
-"""Data: from tensors, data sets and loaders to prepared minibatches.
+"""Minibatches from tensors, data sets and loaders.
 
-Data are held as they came (uint8 stays uint8); each minibatch is prepared on its way to the pair.
+Data keep their type (uint8 stays uint8). `pyro_vae.data.preparation` prepares each minibatch for
+the pair.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ Rows: TypeAlias = "Tensor | np.ndarray | Dataset | DataLoader"
 
 
 class Arrays:
-    """Rows held in memory, cut into minibatches without a loader."""
+    """Rows in memory, which are cut into minibatches without a loader."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tuple(tensors)
@@ -41,22 +42,22 @@ class Arrays:
 
     @property
     def num_data(self) -> int:
-        """How many data there are, of which each has its share of what all data have in common."""
+        """The number of different data, over which the KL of global latents is shared."""
         return len(self)
 
     def batch_size(self, batch_size: int) -> int:
-        """Rows of a full minibatch where this many are asked for."""
+        """The number of rows of a full minibatch if the caller asks for ``batch_size``."""
         return batch_size
 
     def steps(self, batch_size: int) -> int:
-        """Minibatches of an epoch."""
+        """The number of minibatches of an epoch."""
         return -(-len(self) // batch_size)
 
     def require_length(self, counted: int) -> None:
-        """Rows in memory are as many as they are."""
+        """Do nothing: the number of rows in memory is known."""
 
     def batches(self, batch_size: int, shuffle: bool = False) -> Iterator[Batch]:
-        """Minibatches as they came; shuffled by torch's global generator."""
+        """Minibatches of unprepared rows; the global generator of torch shuffles them."""
         device = self.tensors[0].device
         order = torch.randperm(len(self)).to(device) if shuffle else None
         for start in range(0, len(self), batch_size):
@@ -65,7 +66,7 @@ class Arrays:
             yield tuple(tensor[index] for tensor in self.tensors)
 
     def first(self, n: int) -> Batch:
-        """The first n rows, and those where a whole number of the context is least and greatest."""
+        """The first n rows, and the rows with the smallest and largest integers of the context."""
         kept = list(range(min(n, len(self))))
         for tensor in self.tensors[1:]:
             if not tensor.is_floating_point():
@@ -74,11 +75,11 @@ class Arrays:
         return tuple(tensor[kept] for tensor in self.tensors)
 
     def to(self, device: torch.device) -> "Arrays":
-        """The same rows on another device."""
+        """Return the same rows on another device."""
         return Arrays([tensor.to(device) for tensor in self.tensors])
 
     def binarized(self, seed: int = 0) -> "Arrays":
-        """The data drawn once as Bernoulli(intensity) with a seed, and held as booleans."""
+        """Draw x once from Bernoulli(intensity) with a fixed seed, and keep it as booleans."""
         x, *context = self.tensors
         with seeded(seed):
             drawn = [
@@ -91,8 +92,8 @@ class Arrays:
 class Stream:
     """A torch ``Dataset`` or ``DataLoader`` as a source of minibatches.
 
-    Its length is the rows that an epoch gives, ``num_data`` the different ones it gives over all
-    epochs: a sampler may leave rows out, or give them twice.
+    Its length is the number of rows of an epoch. ``num_data`` is the number of different rows over
+    all epochs. They may differ, because a sampler may leave rows out or repeat them.
     """
 
     def __init__(
@@ -100,47 +101,46 @@ class Stream:
     ) -> None:
         self.rows, self.width, self.dtype = rows, width, dtype
         self.greatest: int | None = None
-        """The greatest value that 8-bit data may have; None for any."""
+        """The largest value that 8-bit data may have; None if there is no limit."""
         _require_plain_items(rows)
         self.length, self.num_data, self.exact = _lengths(rows)
         if self.length < 1:
             raise UsageError(
-                "the loader gives no minibatch; with drop_last=True it needs batch_size rows or "
-                "more"
+                "the loader gives no minibatch; with drop_last=True it needs at least batch_size "
+                "rows"
             )
 
     def __len__(self) -> int:
         return self.length
 
     def batch_size(self, batch_size: int) -> int:
-        """Rows of a full minibatch where this many are asked for; a loader has its own number."""
+        """The number of rows of a full minibatch; a loader has its own batch size."""
         own = self.rows.batch_size if isinstance(self.rows, DataLoader) else batch_size
         return own or batch_size
 
     def steps(self, batch_size: int) -> int:
-        """Minibatches of an epoch."""
+        """The number of minibatches of an epoch."""
         if isinstance(self.rows, DataLoader) and self.rows.batch_size is None:
             return len(self.rows)
         return -(-len(self) // self.batch_size(batch_size))
 
     def require_length(self, counted: int) -> None:
-        """Raise `UsageError` where an epoch gave so many rows, and others were announced."""
+        """Raise `UsageError` if an epoch gave another number of rows than the length."""
         if not self.exact and counted != len(self):
             raise UsageError(
-                f"the data set has a length of {len(self)} rows, and gave {counted} in an epoch: "
-                "__len__ must be right, as schedules and the KL of latents outside the data plate "
-                "go by it"
+                f"the data set has a length of {len(self)} rows but gave {counted} in an epoch: "
+                "correct its __len__, because schedules and the KL of global latents depend on it"
             )
 
     def first(self, n: int) -> Batch:
-        """The first n rows, or as many as a loader gives."""
+        """The first n rows, or the first minibatch of a loader."""
         batch = next(iter(self.batches(max(1, min(n, len(self))))), None)
         if batch is None:
-            raise UsageError(f"the data set has a length of {len(self)} rows, and gave none")
+            raise UsageError(f"the data set has a length of {len(self)} rows but gave no rows")
         return batch
 
     def batches(self, batch_size: int, shuffle: bool = False) -> Iterator[Batch]:
-        """Minibatches; a ``DataLoader`` keeps its own batch size and order."""
+        """Minibatches of unprepared rows; a ``DataLoader`` keeps its own batch size and order."""
         loader, row = self.rows, 0
         if not isinstance(loader, DataLoader):
             loader = DataLoader(loader, batch_size=batch_size, shuffle=shuffle)
@@ -154,7 +154,7 @@ class Stream:
 
     def _require_sound(self, item: Any, name: str, row: int) -> None:
         if not isinstance(item, Tensor):
-            raise UsageError(f"the data set must give tensors, it gave {type(item).__name__}")
+            raise UsageError(f"the data set must give tensors, got {type(item).__name__}")
         if fault := plain_fault(item):
             raise UsageError(f"{name} {fault}")
         require_finite(item, name, self.dtype, row, " of the epoch")
@@ -167,28 +167,30 @@ class Stream:
             yield from loader
         except TypeError as error:
             raise UsageError(f"the data set must give tensors: {first_line(error)}") from error
-        except RuntimeError as error:  # rows of unequal shapes, say
+        except RuntimeError as error:  # for example, rows of different shapes
             raise UsageError(f"the loader cannot make a minibatch: {first_line(error)}") from error
 
 
 def _require_plain_items(rows: Dataset | DataLoader) -> None:
-    """Refuse what is no array of numbers by a data set's first item: collation drops masks."""
+    """Check that the first item of a data set has plain arrays, because collation drops masks."""
     data: Any = rows.dataset if isinstance(rows, DataLoader) else rows
     if isinstance(data, (IterableDataset, TensorDataset)):
         return
     try:
         item = data[0]
-    except Exception:  # what cannot be read is said as minibatches are
+    except Exception:  # reading the minibatches reports this error
         return
     for part in item if isinstance(item, (tuple, list)) else (item,):
-        if isinstance(part, np.ma.MaskedArray):  # the first may hide nothing
-            raise UsageError("the data set gives masked arrays, which are not served: fill them in")
+        if isinstance(part, np.ma.MaskedArray):  # even if its mask hides nothing
+            raise UsageError(
+                "the data set gives masked arrays, which are not supported: fill in the values"
+            )
         if fault := plain_fault(part):
-            raise UsageError(f"what the data set gives {fault}")
+            raise UsageError(f"an item of the data set {fault}")
 
 
 def _lengths(rows: Dataset | DataLoader) -> tuple[int, int, bool]:
-    """The rows of an epoch, how many different ones all epochs have, and whether that is sure."""
+    """The numbers of rows of an epoch and of different rows, and whether both are exact."""
     if not isinstance(rows, DataLoader):
         n = _length(rows)
         return n, n, not isinstance(rows, IterableDataset)
@@ -202,12 +204,12 @@ def _lengths(rows: Dataset | DataLoader) -> tuple[int, int, bool]:
     n, different = _drawn(batches.sampler)
     if batches.drop_last:
         n -= n % batches.batch_size
-    # Rows that a fixed order leaves out at its end are left out of every epoch.
+    # With a fixed order, drop_last leaves out the same rows in every epoch.
     return n, n if isinstance(batches.sampler, SequentialSampler) else different, True
 
 
 def _drawn(sampler: Any) -> tuple[int, int]:
-    """How many rows a sampler gives in an epoch, and how many different ones in all epochs."""
+    """The number of rows of a sampler in an epoch, and of different rows in all epochs."""
     if type(sampler) in (SequentialSampler, RandomSampler):
         return len(sampler), len(sampler.data_source)
     if type(sampler) is WeightedRandomSampler:
@@ -220,19 +222,22 @@ def _length(rows: Any) -> int:
     try:
         return len(rows)
     except (TypeError, NotImplementedError) as error:
-        raise UsageError(
-            f"{type(rows).__name__} has no length: the data set must have __len__"
-        ) from error
+        raise UsageError(f"{type(rows).__name__} has no length: define its __len__") from error
 
 
 Source: TypeAlias = "Arrays | Stream"
 
 
 def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) -> Source:
-    """Rows and their context as a source of minibatches, checked where they are in memory.
+    """Make a source of minibatches from rows and their context.
 
-    Raises `UsageError` for data that are empty, of unequal lengths, not finite as the pair's type
-    holds them, or no numbers.
+    Arguments:
+        x: data (n, *data_shape), a ``Dataset`` or a ``DataLoader``.
+        context: arrays with n rows.
+        pair: the pair that uses the rows; its type and its `template` determine what is checked.
+
+    Raises `UsageError` for data that are empty, not numbers, or not finite in the type of the pair,
+    and for context with another number of rows. A stream is checked when it is read.
     """
     dtype = None if pair is None else placement(pair)[1]
     if isinstance(x, (Dataset, DataLoader)) and not isinstance(x, Tensor):
@@ -246,18 +251,19 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
     for i, tensor in enumerate(tensors):
         if len(tensor) != len(tensors[0]):
             raise UsageError(
-                f"context {i} has {len(tensor)} rows, x has {len(tensors[0])}: as many are expected"
+                f"context {i} has {len(tensor)} rows but x has {len(tensors[0])}; they must match"
             )
     return Arrays(tensors)
 
 
 def mixed_eight_bit(greatest: int) -> str:
+    """The message for uint8 data that are not 0 and 1, as earlier uint8 data were."""
     return (
-        f"x is uint8 and goes to {greatest}, after uint8 data of 0 and 1 alone: pass floats, "
-        "x / 255 for intensities"
+        f"x is uint8 with values up to {greatest}, but earlier uint8 data had only the values 0 "
+        "and 1: pass floats (x / 255 for intensities)"
     )
 
 
 def parts(given: Any) -> tuple[Any, ...]:
-    """x and its context, of what is given as x alone or as both."""
+    """x and its context as a tuple; the caller passes x alone or both."""
     return tuple(given) if isinstance(given, (tuple, list)) else (given,)

@@ -1,4 +1,4 @@
-"""Data in three parts: training, validation and test."""
+"""Data in three parts: training, validation and test data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,29 +12,29 @@ from pyro_vae.errors import UsageError
 
 
 class Split(NamedTuple):
-    """One part of a data set: ``x`` of shape (n, *data_shape), and what comes with its rows."""
+    """One part of a data set: the rows ``x`` (n, *data_shape), and values for each row."""
 
     x: Tensor
     labels: Tensor | None = None
     """Integers (n,)."""
     context: Tensor | None = None
-    """What a conditional pair is given, floats (n, *context_shape)."""
+    """The context of a conditional pair, floats (n, *context_shape)."""
     lengths: Tensor | None = None
-    """How many steps of each row count, integers (n,), where rows are sequences."""
+    """The number of steps of each row, integers (n,), if rows are sequences."""
     factors: Tensor | None = None
-    """The index of each factor's value that a drawn datum was made from, integers (n, factors)."""
+    """The index of the value of each known factor, integers (n, factors), for drawn data."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set in three parts that share no row."""
+    """A data set in three parts, each row in one part."""
 
     name: str
     train: Split
     validation: Split
     test: Split
     vocabulary: str | None = None
-    """What each token stands for, where the data are text."""
+    """The character of each token, if the data are text."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -43,22 +43,23 @@ class Data:
 
     @property
     def num_classes(self) -> int:
-        """One more than the greatest label, 0 without labels."""
+        """The largest label plus 1; 0 without labels."""
         labels = [split.labels for split in (self.train, self.validation, self.test)]
         return max((int(part.max()) + 1 for part in labels if part is not None), default=0)
 
 
 def three_ways(name: str, whole: Split) -> Data:
+    """Split data 70 : 10 : 20 into training, validation and test data."""
     if len(whole.x) < 10:
         raise UsageError(
-            f"{name} has {len(whole.x)} rows: 10 or more are expected, to split in three"
+            f"{name} has {len(whole.x)} rows, but a split into three parts needs at least 10"
         )
     train, validation, test = shuffled(whole, (7, 1, 2))
     return Data(name, train, validation, test)
 
 
 def shuffled(split: Split, shares: Sequence[int]) -> list[Split]:
-    """Cut a split by shares, after a permutation with a fixed seed."""
+    """Permute the rows with a fixed seed, and cut them into parts of these shares."""
     n = len(split.x)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     edges = [n * sum(shares[:i]) // sum(shares) for i in range(len(shares) + 1)]

@@ -1,4 +1,4 @@
-"""Text as rows of tokens: a token for each character, token 0 for the end of a line."""
+"""Text as rows of tokens: one token for each character, and token 0 for the end of a line."""
 
 import re
 import sysconfig
@@ -14,7 +14,7 @@ END = "\n"
 
 
 def vocabulary_of(lines: Sequence[str]) -> str:
-    """The characters of some lines in order, after the end of a line, which is token 0.
+    """The sorted characters of the lines, after the end of a line, which is token 0.
 
     >>> vocabulary_of(["abba", "cab"])
     '\\nabc'
@@ -23,9 +23,9 @@ def vocabulary_of(lines: Sequence[str]) -> str:
 
 
 def as_tokens(lines: Sequence[str], vocabulary: str, length: int) -> Tensor:
-    """Lines as rows of tokens of shape (n, length), each ended by 0, as is the padding after it.
+    """Lines as rows of tokens (n, length). The token 0 ends a line and fills the rest of its row.
 
-    A longer line is cut, and has no end.
+    A line with ``length`` or more characters is cut to ``length`` and has no end token.
 
     Raises `UsageError` for a character that is not in the vocabulary.
 
@@ -47,7 +47,7 @@ def as_tokens(lines: Sequence[str], vocabulary: str, length: int) -> Tensor:
 
 
 def as_text(rows: Tensor, vocabulary: str) -> list[str]:
-    """Rows of tokens (n, length) as lines, each up to its end.
+    """Rows of tokens (n, length) as lines, each up to its first end token.
 
     >>> as_text(torch.tensor([[1, 2, 0, 3], [3, 3, 3, 3]]), "\\nabc")
     ['ab', 'cccc']
@@ -57,24 +57,28 @@ def as_text(rows: Tensor, vocabulary: str) -> list[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file in UTF-8: once each, without spaces around them or empty ones."""
+    """The different non-empty lines of a UTF-8 text file, without leading and trailing spaces.
+
+    Raises `UsageError` for a file that cannot be read as UTF-8.
+    """
     try:
         content = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path} is no text in UTF-8 that can be read ({error})") from error
+        raise UsageError(f"{path} cannot be read as UTF-8 text ({error})") from error
     lines = dict.fromkeys(line.strip() for line in content.splitlines())
     return [line for line in lines if line]
 
 
-# What stands first under a line that ends in a colon, to the end of its first paragraph.
+# The string right after a line that ends in a colon, up to the end of its first paragraph.
 _DOCSTRING = re.compile(r""":[ \t]*\n\s+[rR]?(\"{3}|'{3}|"|')(.*?)(?:\1|\n\s*\n)""", re.DOTALL)
 
 
 def docstrings(length: int) -> list[str]:
-    """First sentences of the docstrings of Python's standard library, of fewer characters.
+    """First sentences of the docstrings of Python's standard library, as lines of text.
 
-    They are read from the installation that runs this (licence: PSF-2.0), and differ a little
-    from one version of Python to another. Those of tests are left out.
+    Only sentences with fewer than ``length`` characters are used, and docstrings of tests are left
+    out. They are read from the running Python installation (license: PSF-2.0), so they differ a
+    little between versions of Python.
     """
     root, found = Path(sysconfig.get_path("stdlib")), dict[str, None]()
     for path in sorted(root.rglob("*.py")):

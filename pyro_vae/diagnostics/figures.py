@@ -19,7 +19,7 @@ from pyro_vae.inference.importance import LogLikelihood
 from pyro_vae.inference.nuts import Moments, Posterior
 from pyro_vae.plots.canvas import (
     BLUE,
-    GREY,
+    GRAY,
     ORANGE,
     _strip,
     alike,
@@ -54,7 +54,7 @@ def reliability(
     bins = np.linspace(min(-0.2, k.min(initial=0)), max(1.2, k.max(initial=0)), 50)
     axis.hist(k, bins=bins, color=BLUE)
     axis.axvline(estimate.k_threshold, color=ORANGE, linewidth=1, linestyle="--")
-    axis.axvline(1, color=GREY, linewidth=1, linestyle=":")
+    axis.axvline(1, color=GRAY, linewidth=1, linestyle=":")
     over = int((estimate.pareto_k > estimate.k_threshold).sum())
     infinite = len(estimate.pareto_k) - len(k)
     axis.set_title(
@@ -129,7 +129,7 @@ def calibration_bands(found: Calibration, number: int = 7) -> "Figure":
         name = found.names[which]
         color = ORANGE if name in failures else BLUE
         axis.fill_between(
-            found.points, low[:, which], high[:, which], color=GREY, alpha=0.3, linewidth=0
+            found.points, low[:, which], high[:, which], color=GRAY, alpha=0.3, linewidth=0
         )
         axis.plot(found.points, found.differences[:, which], color=color, linewidth=1.2)
         words = failures.get(name, "uniform").removeprefix("draws are ").replace(" and ", ",\n")
@@ -146,7 +146,7 @@ def _coverage(axis: Any, found: Calibration) -> None:
     """Shares of truths within central intervals, against their probabilities, by quantity."""
     nominal, failures = np.array(INTERVALS), found.failures
     error = 2 * np.sqrt(nominal * (1 - nominal) / found.num_simulations)
-    axis.fill_between(nominal, nominal - error, nominal + error, color=GREY, alpha=0.3, linewidth=0)
+    axis.fill_between(nominal, nominal - error, nominal + error, color=GRAY, alpha=0.3, linewidth=0)
     for name, shares in zip(found.names, found.coverage.numpy(), strict=True):
         color = ORANGE if name in failures else BLUE
         axis.plot(nominal, shares, color=color, linewidth=0.8, marker=".", markersize=4)
@@ -173,7 +173,7 @@ def bounds(found: Sandwich) -> "Figure":
         2 * errors[order].nan_to_num(0.0),
         fmt=".",
         color=BLUE,
-        ecolor=GREY,
+        ecolor=GRAY,
         elinewidth=0.8,
         markersize=4,
     )
@@ -211,7 +211,7 @@ def posteriors(result: Posterior, number: int = 4, rows: Tensor | None = None) -
     for axis, row in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         first, second = (apart[row].argsort(descending=True).tolist() * 2)[:2]
         few = draws[:: max(1, len(draws) // 1000), row]
-        axis.scatter(few[:, first], few[:, second], s=3, color=GREY, alpha=0.4, linewidths=0)
+        axis.scatter(few[:, first], few[:, second], s=3, color=GRAY, alpha=0.4, linewidths=0)
         for name, color, moments in (
             ("NUTS", "black", result.moments),
             ("guide", ORANGE, result.guide_moments),

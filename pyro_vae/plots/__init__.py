@@ -1,1 +1,1 @@
-"""Figures of data and of pairs."""
+"""Draw figures of data and of pairs."""

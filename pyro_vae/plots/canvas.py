@@ -1,4 +1,4 @@
-"""What every figure is drawn with: colors, grids of images, lines of text, PNG."""
+"""The shared parts of all figures: colors, grids of images, lines of text, PNG."""
 
 import io
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from pyro_vae.data.text import as_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY = "#1f6f8b", "#d1603d", "#8a8a8a"
+BLUE, ORANGE, GRAY = "#1f6f8b", "#d1603d", "#8a8a8a"
 
 
 def is_picture(x: Tensor) -> bool:
-    """Whether data of this shape (n, channels, height, width) can be shown as pictures."""
+    """Whether data can be shown as pictures: (n, channels, height, width) with 1 or 3 channels."""
     return x.dim() == 4 and x.shape[1] in (1, 3)
 
 
 def literal(text: str) -> str:
-    """Text of a run, a site's name say, that matplotlib shall not read as mathematics.
+    """Escape text of a run, such as the name of a site, so that matplotlib reads no formulas in it.
 
     >>> literal("$z$")
     '\\\\$z\\\\$'
@@ -32,7 +32,7 @@ def literal(text: str) -> str:
 
 
 def grid(rows: Sequence[tuple[str, Tensor]], title: str) -> "Figure":
-    """Rows of pictures, each with a label to its left; of curves where data are no pictures."""
+    """Rows of pictures with a label to the left; data that are not pictures become curves."""
     columns = max(len(images) for _, images in rows)
     figure = new_figure(0.75 * columns + 1.4, 0.75 * len(rows) + 0.45)
     tiled = all(is_picture(images) for _, images in rows)
@@ -41,7 +41,7 @@ def grid(rows: Sequence[tuple[str, Tensor]], title: str) -> "Figure":
         for axis in line:
             axis.set_axis_off()
         if tiled:
-            # One picture for the whole row draws many times faster than one for each image.
+            # One picture for a whole row is drawn many times faster than one for each image.
             line[0].imshow(_strip(images, columns), vmin=0, vmax=1, interpolation="nearest")
         for axis, image in zip(line, [] if tiled else images, strict=False):
             axis.plot(image.detach().cpu().float().flatten(), color=BLUE, linewidth=0.8)
@@ -52,7 +52,7 @@ def grid(rows: Sequence[tuple[str, Tensor]], title: str) -> "Figure":
 
 
 def lines(rows: Sequence[tuple[str, Tensor]], vocabulary: str, across: bool = False) -> str:
-    """Rows of text in words, with their labels: a block for each row, or ``across`` the rows."""
+    """Tokens as labeled lines: one block for each entry, or with ``across`` one for each datum."""
     width = max(len(label) for label, _ in rows)
     blocks = [
         [f"{label:<{width}}  {line}".strip() for line in as_text(tokens, vocabulary)]
@@ -64,7 +64,7 @@ def lines(rows: Sequence[tuple[str, Tensor]], vocabulary: str, across: bool = Fa
 
 
 def alike(made: Tensor, x: Tensor) -> Tensor:
-    """What a pair made, in the shape of the data, where the pair flattens or unflattens them."""
+    """Reshape what a pair made to the shape of the data, which the pair may have flattened."""
     for leading in range(1, made.dim()):
         if made.shape[leading:].numel() == x.shape[1:].numel():
             return made.reshape(*made.shape[:leading], *x.shape[1:])
@@ -79,11 +79,12 @@ def png(figure: "Figure") -> bytes:
 
 
 def intensity(x: Tensor) -> Tensor:
-    """8-bit pixels as floats in [0, 1]; other data, of 8 bits that are 0 and 1 too, as they are."""
+    """8-bit pixels as floats in [0, 1]; other data, and 8-bit data of 0 and 1, as they are."""
     return x / 255 if x.dtype == torch.uint8 and int(x.max()) > 1 else x
 
 
 def padded(values: np.ndarray) -> tuple[float, float]:
+    """The limits of an axis for these values, with a margin of 5 % of their range."""
     values = values[np.isfinite(values)]
     if not len(values):
         return 0.0, 1.0
@@ -92,11 +93,11 @@ def padded(values: np.ndarray) -> tuple[float, float]:
 
 
 def _strip(images: Tensor, columns: int) -> np.ndarray:
-    """A row of pictures side by side, white between them, of shape (height, width, 3)."""
+    """Pictures side by side on white, as an array (height, width, 3)."""
     n, _, height, width = images.shape
     gap = max(1, width // 12)
     strip = np.ones((height, columns * (width + gap) - gap, 3), dtype=np.float32)
-    images = images.nan_to_num(0.5)  # what is masked is gray
+    images = images.nan_to_num(0.5)  # masked entries are gray
     arrays = images.detach().cpu().float().clamp(0, 1).expand(n, 3, height, width).numpy()
     for i, array in enumerate(arrays):
         strip[:, i * (width + gap) : i * (width + gap) + width] = array.transpose(1, 2, 0)
@@ -104,6 +105,7 @@ def _strip(images: Tensor, columns: int) -> np.ndarray:
 
 
 def new_figure(width: float, height: float) -> "Figure":
+    """A figure of this size in inches, which does not use the state of pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, ceil(10 * height) / 10), dpi=130, layout="constrained")

@@ -1,4 +1,4 @@
-"""Pictures of a pair: its training, reconstructions, samples and latent space."""
+"""Draw the training, reconstructions, samples and latent space of a pair."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from pyro_vae.inference.encoding import encode
 from pyro_vae.inference.generation import decode, hidden, interpolate, reconstruct, sample, traverse
 from pyro_vae.plots.canvas import (
     BLUE,
-    GREY,
+    GRAY,
     ORANGE,
     alike,
     grid,
@@ -43,7 +43,7 @@ def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
                 values = np.asarray(history[name], float)
                 axis.plot(history["epoch"], values, color=color, label=label, linewidth=1.3)
                 if column != "gradient_norm":
-                    # The first steps would squeeze the rest of the curve flat.
+                    # The large range of the first epochs would hide the rest of the curve.
                     low, high = axis.get_ylim() if name != column else (np.inf, -np.inf)
                     settled = values[len(values) // 20 :]
                     axis.set_ylim(min(low, *padded(settled)), max(high, *padded(settled)))
@@ -52,10 +52,10 @@ def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
         if "validation_bound" in history:
             bounds = np.asarray(history["validation_bound"], float)
             finite = np.where(np.isfinite(bounds), bounds, -np.inf)
-            # Where no bound is finite, the last epoch is kept.
+            # If no bound is finite, training keeps the last epoch.
             at = int(finite.argmax()) if np.isfinite(bounds).any() else -1
             best = history["epoch"][at]
-            axis.axvline(best, color=GREY, linewidth=0.8, linestyle=":", label="kept")
+            axis.axvline(best, color=GRAY, linewidth=0.8, linestyle=":", label="kept epoch")
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("epoch", fontsize=8)
         axis.set_ylabel(unit, fontsize=8)
@@ -66,25 +66,25 @@ def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
 
 
 def kl_by_unit(kl: Mapping[str, Sequence[float]]) -> "Figure":
-    """The mean KL of each unit of each latent site, from the greatest down."""
+    """The mean KL of each unit of each latent site, in descending order."""
     figure = new_figure(7, 2.6 * len(kl))
     for axis, (site, values) in zip(
         figure.subplots(len(kl), 1, squeeze=False)[:, 0], kl.items(), strict=True
     ):
         heights = np.asarray(values, float)
-        heights = np.where(np.isfinite(heights), heights, 0.0)  # no bar reaches so far
+        heights = np.where(np.isfinite(heights), heights, 0.0)  # a bar has a finite height
         order = np.argsort(heights)[::-1]
         axis.bar(range(len(order)), heights[order], color=BLUE)
         axis.set_xticks(range(len(order)), [str(unit) for unit in order], fontsize=7)
         axis.set_xlabel(f"unit of {literal(site)}", fontsize=8)
         axis.set_ylabel("KL, nats per example", fontsize=8)
         axis.tick_params(labelsize=7)
-    figure.suptitle("KL by unit: a unit near zero is not used", fontsize=10)
+    figure.suptitle("KL by unit: a unit near zero has collapsed", fontsize=10)
     return figure
 
 
 def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
-    """Codes (n, d) in the plane of their first two principal components, coloured by label."""
+    """Codes (n, d) in the plane of their first two principal components, colored by label."""
     from sklearn.decomposition import PCA
 
     figure = new_figure(5.6, 4.8)
@@ -104,7 +104,7 @@ def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
     shown = axis.scatter(
         points[:, 0],
         points[:, 1],
-        c=GREY if labels is None else labels.numpy(),
+        c=GRAY if labels is None else labels.numpy(),
         cmap=None if labels is None else "tab10" if int(labels.max()) < 10 else "viridis",
         s=10,
         linewidths=0,
@@ -122,14 +122,14 @@ def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
 
 
 def reconstructions(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = ()) -> "Figure":
-    """Data, without what the model masks, and their reconstructions beneath."""
+    """Data without the entries that the model masks, and their reconstructions below."""
     again = alike(reconstruct(pair, x, *context), x)
     data = torch.where(hidden(pair, x, *context), torch.nan, intensity(x))
     return grid([("data", data), ("reconstruction", again)], "reconstructions")
 
 
 def samples(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = (), seed: int = 0) -> "Figure":
-    """Means of data drawn from the model; with context, a row for each of its rows."""
+    """Means of data drawn from the model; with context, one row of pictures for each row of it."""
     if context:
         rows = [
             (
@@ -141,7 +141,7 @@ def samples(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = (), seed: in
             )
             for i in range(len(context[0]))
         ]
-        return grid(rows, "samples (means), by context")
+        return grid(rows, "samples (means) by context")
     images = alike(sample(pair, 48, means=True, seed=seed), x)
     rows = [("", part) for part in images.split(12)]
     return grid(rows, "samples (means)")
@@ -155,9 +155,9 @@ def by_value(
     values: Tensor,
     seed: int = 0,
 ) -> "Figure":
-    """Means of data for each value of a discrete latent, the other latents drawn.
+    """Means of data for each value of a discrete latent, with draws of the other latents.
 
-    Where those do not depend on it, each column shares a draw of them.
+    A column shares one draw of the latents that do not depend on the discrete latent.
     """
     one = [part[:1] for part in context]
     rows = [
@@ -167,13 +167,13 @@ def by_value(
         )
         for i, value in enumerate(values)
     ]
-    return grid(rows, f"samples (means), by {latent}")
+    return grid(rows, f"samples (means) by {latent}")
 
 
 def traversals(
     pair: nn.Module, x: Tensor, context: Sequence[Tensor], units: Sequence[int], latent: str
 ) -> "Figure":
-    """One datum's code with one unit at a time moved from -3 to 3."""
+    """The code of one datum, with one unit at a time moved from -3 to 3."""
     values = np.linspace(-3, 3, 11).tolist()
     images = alike(traverse(pair, x, *context, values=values, units=units, latent=latent), x)
     rows = [(f"{latent}[{unit}]", line) for unit, line in zip(units, images, strict=True)]
@@ -183,7 +183,7 @@ def traversals(
 def interpolations(
     pair: nn.Module, start: Tensor, end: Tensor, context: Sequence[Tensor] = ()
 ) -> "Figure":
-    """Straight lines between the codes of pairs of data, with the data at both ends."""
+    """Straight lines between the codes of start and end data, with the data at both ends."""
     lines = alike(interpolate(pair, start, end, *context, steps=9), start)
     rows = [
         ("", torch.cat([intensity(a)[None].to(line), line, intensity(b)[None].to(line)]))
@@ -193,6 +193,6 @@ def interpolations(
 
 
 def codes(pair: nn.Module, x: Tensor, context: Sequence[Tensor]) -> tuple[str, Tensor]:
-    """The name and the codes of the latent site of most units, a discrete one only for want."""
+    """The latent site with the most units and its codes; a continuous site comes first."""
     found = encode(pair, x, *context)
     return max(found.items(), key=lambda item: (item[1].is_floating_point(), item[1][0].numel()))

@@ -1,4 +1,4 @@
-"""The page of a report, as HTML."""
+"""Build the HTML page of a report."""
 
 import base64
 import html
@@ -21,24 +21,30 @@ p { color: #555 }
 """
 
 _WORDS = {
-    "curves": "The ELBO is the true bound, also where training weighed the KL otherwise.",
-    "reconstructions": "Test data above, the means of their reconstructions beneath.",
-    "samples": "Latents drawn from the prior, and the mean of the data given them.",
-    "classes": "A row for each value of a discrete latent, a class or a cluster; the other latents "
-    "are drawn.",
-    "traversals": "One test datum's code, with one latent unit at a time set to values from -3 to "
-    "3; the units with the greatest KL first.",
-    "interpolations": "Straight lines between the codes of two test data.",
-    "latent": "The posterior means of the test data.",
-    "kl": "What each unit tells about the data. A unit whose KL is near zero has collapsed.",
+    "curves": "The curves show the ELBO without the KL weight that training may use.",
+    "reconstructions": "The top row shows test data. The bottom row shows the means of their "
+    "reconstructions.",
+    "samples": "The latents are drawn from the prior. Each picture is the mean of the data given "
+    "the latents.",
+    "classes": "Each row shows one value of a discrete latent, which is a class or a cluster. The "
+    "other latents are drawn at random.",
+    "traversals": "The code of one test datum is changed: each row sets one latent unit to values "
+    "from -3 to 3. The units with the largest KL come first.",
+    "interpolations": "Each row follows a straight line between the codes of two test data, which "
+    "are at its ends.",
+    "latent": "Each point is the posterior mean of one test datum. Colors show the labels, if "
+    "there are any.",
+    "kl": "The KL of a unit measures how much the unit encodes about the data. A unit with a KL "
+    "near zero has collapsed.",
 }
 
 
 _TEXT_WORDS = {
-    "reconstructions": "Test data, and the likeliest text given their codes beneath.",
-    "samples": "Latents drawn from the prior, and text drawn given them.",
-    "interpolations": "The likeliest text on straight lines between the codes of two test data, "
-    "which are the first and the last line.",
+    "reconstructions": "Each block shows a test datum, and below it the most probable text given "
+    "its code.",
+    "samples": "The latents are drawn from the prior, and the text is drawn given the latents.",
+    "interpolations": "Each block follows a straight line between the codes of two test data, from "
+    "the first to the last line. It shows the most probable text at each step.",
 }
 
 _TITLES = {
@@ -54,41 +60,41 @@ _TITLES = {
 
 _NUMBERS = {
     "num_examples": "test examples",
-    "rows_trained_on": "test examples that equal rows of training or validation",
+    "rows_trained_on": "test examples that are equal to training or validation rows",
     "elbo": "ELBO",
-    "log_likelihood": "log p(x), a lower bound by importance sampling",
-    "log_likelihood_standard_error": "its Monte Carlo standard error",
-    "num_samples": "importance samples for each example",
-    "log_joint": "log p(x, z) at a point estimate, not a bound on log p(x)",
+    "log_likelihood": "log p(x), lower bound from importance sampling",
+    "log_likelihood_standard_error": "Monte Carlo standard error of log p(x)",
+    "num_samples": "importance samples per example",
+    "log_joint": "log p(x, z) at a point estimate, which is not a bound on log p(x)",
     "reconstruction": "reconstruction, E log p(x | z)",
     "kl": "KL",
     "bits_per_dim": "bits per dimension",
-    "probe_accuracy": "accuracy of a linear probe of the codes",
+    "probe_accuracy": "accuracy of a linear probe on the codes",
     "accuracy": "accuracy of the most probable class",
-    "calibration_error": "expected calibration error of its probability",
-    "clustering_accuracy": "accuracy of the most probable cluster, each matched to a label",
-    "mutual_information": "normalised mutual information of cluster and label",
+    "calibration_error": "expected calibration error of the class probability",
+    "clustering_accuracy": "accuracy of the most probable cluster, clusters matched to labels",
+    "mutual_information": "normalized mutual information of cluster and label",
 }
 
 
 def shown_diagnostics(run: Path, found: dict[str, Any] | None) -> str:
-    """What `diagnose` found, as a part of the page: the summary first."""
+    """The findings of `diagnose` as a part of the page, with the summary first."""
     if found is None:
         return ""
-    lines = ["<h2>Whether the inference can be believed</h2>"]
+    lines = ["<h2>Can the inference be believed?</h2>"]
     for kind, title in KINDS.items():
         words = [part["words"] for part in found["findings"] if part["kind"] == kind]
         if words:
             told = html.escape("; ".join(dict.fromkeys(words)))
             lines.append(f"<p><b>{title}:</b> {told}.</p>")
     if found.get("worst_data"):
-        lines.append("<p>The data whose log p(x) is least to be trusted:</p>")
+        lines.append("<p>The data with the least reliable log p(x):</p>")
         lines.append(f"<pre>{html.escape(found['worst_data'])}</pre>")
     for name, table in found["tables"].items():
         paths = {
             picture: run / run_files.FIGURES / f"{run_files.DIAGNOSIS}{picture}.png"
             for picture in found["pictures"].get(name, [])
-            if Path(picture).name == picture  # a picture of this run
+            if Path(picture).name == picture  # reject pictures outside the folder of the run
         }
         picture = "".join(
             _picture(what, path.read_bytes()) for what, path in paths.items() if path.exists()
@@ -113,6 +119,7 @@ def whole_page(
     figures: dict[str, bytes | str],
     believed: str,
 ) -> str:
+    """The page of a run: numbers, findings of `diagnose`, figures and configuration."""
     numbers = "".join(
         f"<tr><td>{label}</td><td>{_number(metrics[name])}</td></tr>"
         for name, label in _NUMBERS.items()
@@ -126,20 +133,20 @@ def whole_page(
     pictures = "".join(
         f"<h2>{_TITLES[name]}</h2>{_shown(name, made)}" for name, made in figures.items()
     )
-    trained = str((config.get("train") or {}).get("data", "data of its own"))
+    trained = str((config.get("train") or {}).get("data", "data from memory"))
     said = "".join(f"<p><b>{html.escape(remark)}</b></p>" for remark in remarks)
     if "data" in metrics:
-        said += f"<p>Numbers are of the test part of {html.escape(str(metrics['data']))}.</p>"
+        said += f"<p>The numbers describe the test part of {html.escape(str(metrics['data']))}.</p>"
     settings = html.escape(json.dumps(config, indent=2))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"{run_metrics.model_mark(model)}<title>{html.escape(title)}</title>"
         f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
-        f"<p>{html.escape(config['pair']['class'].rpartition(':')[2])} on "
+        f"<p>{html.escape(config['pair']['class'].rpartition(':')[2])} trained on "
         f"{html.escape(trained)}, model {model[:12]}. "
-        f"Bounds, likelihoods and KL in nats per example, on test data.</p>{said}"
+        f"All bounds, likelihoods and KL are in nats per example, on test data.</p>{said}"
         f"<table>{numbers}</table>{believed}{pictures}"
-        f"<h2>configuration</h2><details><summary>config.json</summary><pre>{settings}</pre>"
+        f"<h2>Configuration</h2><details><summary>config.json</summary><pre>{settings}</pre>"
         f"</details></body></html>\n"
     )
 

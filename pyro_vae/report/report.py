@@ -1,4 +1,4 @@
-"""`write_report`: the figures of a run, and one HTML file that shows them and opens anywhere."""
+"""Write the report of a run: its figures, and one HTML file that contains them."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -33,16 +33,28 @@ def write_report(
     labels: Tensor | None = None,
     seed: int = 0,
 ) -> Path:
-    """Draw a run's figures from held-out data, and write report.html with them inside it.
+    """Draw the figures of a run from held-out data, and write them into report.html.
 
     Arguments:
-        run: a run folder; its config.json, history.csv and metrics.json are shown where they are.
+        run: a run folder. The report also shows its config.json, and its history.csv and
+            metrics.json if they exist.
         pair: the pair of the run.
-        x, context: held-out data.
-        labels: integer classes of x, for colours.
+        x: held-out data (n, *data_shape).
+        context: held-out context tensors, each with n rows.
+        labels: integer labels (n,) of x, for the colors.
+        seed: the random seed of the samples.
 
-    Text, of which config.json records the vocabulary, is shown in words.
-    Returns the path of report.html. Figures are also written as figures/NAME.png.
+    The report shows text in words, if config.json records a vocabulary. The figures are also
+    written as figures/NAME.png. Returns the path of report.html.
+
+    Raises `UsageError` if a file of the run is missing or has another format.
+
+    >>> import tempfile, pyro_vae as pv
+    >>> x = pv.load_data("digits").test.x[:20] / 255
+    >>> vae = pv.VAE.mlp((1, 8, 8), latent_dim=2, hidden=(8,), likelihood=pv.Gaussian)
+    >>> with tempfile.TemporaryDirectory() as run:
+    ...     pv.write_report(pv.save(vae, run), vae, x).name
+    'report.html'
     """
     run = Path(run)
     config, model = run_folder.read_config(run), run_metrics.fingerprint(pair)
@@ -67,31 +79,31 @@ def write_report(
 
 @contextmanager
 def _well_formed(run: Path) -> Iterator[None]:
-    """Say in one line that a file has another form than it is written in."""
+    """Raise `UsageError` if a file of the run does not have its format."""
     try:
         yield
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"{run / run_files.METRICS} or {run_files.CONFIG} is not what pyro_vae writes: "
+            f"{run / run_files.METRICS} or {run_files.CONFIG} does not have its format: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
 
 
 def _current(metrics: dict[str, Any], model: str) -> tuple[dict[str, Any], list[str]]:
-    """What was measured on these weights, and what is to be said of the rest."""
+    """The numbers of these weights, and remarks about numbers of other weights."""
     found = metrics.get("diagnostics")
     numbers = {name: value for name, value in metrics.items() if name != "diagnostics"}
     kept: dict[str, Any] = {}
     remarks: list[str] = []
     for what, part, command in (
-        ("Numbers", numbers, "evaluate"),
-        ("Findings of diagnose", {} if found is None else found, "diagnose"),
+        ("The numbers", numbers, "evaluate"),
+        ("The findings of diagnose", {} if found is None else found, "diagnose"),
     ):
         of = part.get("model")
         if of not in (None, model):
             remarks.append(
-                f"{what} in metrics.json are of other weights (model {of[:12]}) and are not shown: "
-                f"run pyro-vae {command} again."
+                f"{what} in metrics.json describe other weights (model {of[:12]}), so the report "
+                f"does not show them. Run pyro-vae {command} again."
             )
             continue
         if part and of is None:
@@ -173,7 +185,7 @@ def _texts(
 
 
 def _kl_by_unit(metrics: dict[str, Any]) -> dict[str, list[float]]:
-    """The KL of each unit by site, where metrics.json has numbers of it."""
+    """The KL of each unit by site, if metrics.json has it."""
     kl = metrics.get("kl_by_unit") or {}
     numbers = [v for values in kl.values() for v in (values if isinstance(values, list) else [""])]
     if not all(isinstance(value, (int, float)) for value in numbers):
@@ -182,7 +194,7 @@ def _kl_by_unit(metrics: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def _contexts(context: Sequence[Tensor], labels: Tensor | None) -> list[Tensor]:
-    """A row of context for each label, or a few rows of it."""
+    """One row of context for each label, or a few rows without labels."""
     if not context:
         return []
     if labels is None:
@@ -201,4 +213,4 @@ def _history(path: Path) -> dict[str, list[float]]:
             raise ValueError("no epochs")
         return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}
     except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise UsageError(f"{path} is cut short or no table of numbers") from error
+        raise UsageError(f"{path} is cut short or not a table of numbers") from error

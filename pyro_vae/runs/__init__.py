@@ -1,1 +1,1 @@
-"""The run folder."""
+"""Run folders: what `pyro_vae.fit` writes and `pyro_vae.load` reads."""

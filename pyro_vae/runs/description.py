@@ -1,4 +1,4 @@
-"""A pair as JSON: its class, its parts and their arguments, and the pair that this gives back."""
+"""Describe a pair as JSON by its class, its parts and their arguments, and build it again."""
 
 import inspect
 import re
@@ -13,7 +13,7 @@ from pyro_vae.errors import UsageError
 
 
 def recipe(pair: nn.Module) -> dict[str, Any]:
-    """How to make a pair again: its class, and its arguments where they can be told."""
+    """The description of a pair: its class, and its arguments if they are known."""
     try:
         return describe(pair)
     except UsageError:
@@ -21,9 +21,11 @@ def recipe(pair: nn.Module) -> dict[str, Any]:
 
 
 def describe(value: Any, place: str = "pair", known: dict[int, str] | None = None) -> Any:
-    """A value as JSON from which `_built` makes it again: parts by class and arguments.
+    """Describe a value as JSON, from which `built` makes it again: parts by class and arguments.
 
-    A part that was met before, at another place, is named by that place: it is one and the same.
+    If the same part occurs at a second place, the second place refers to the first.
+
+    Raises `UsageError` for a part that does not keep its arguments as attributes of the same names.
     """
     known = {} if known is None else known
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -37,19 +39,22 @@ def describe(value: Any, place: str = "pair", known: dict[int, str] | None = Non
             return {"same": known[id(value)]}
         known[id(value)] = place
         arguments = {}
-        # PyroModule's metaclass hides the signature of the class itself.
+        # The metaclass of PyroModule hides the signature of the class.
         parameters = list(inspect.signature(type(value).__init__).parameters.items())[1:]
         for name, parameter in parameters:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or not hasattr(
                 value, name
             ):
-                raise UsageError(f"{_path(type(value))} does not keep its argument '{name}'")
+                raise UsageError(
+                    f"{_path(type(value))} does not keep its argument '{name}' as an attribute"
+                )
             arguments[name] = describe(getattr(value, name), f"{place}.{name}", known)
         return {"class": _path(type(value)), "arguments": arguments}
     raise UsageError(f"a {type(value).__name__} cannot be described")
 
 
 def built(value: Any, place: str, made: dict[str, Any]) -> Any:
+    """Make a value from its description; ``made`` keeps the parts by their places."""
     if isinstance(value, list):
         return tuple(built(item, f"{place}.{i}", made) for i, item in enumerate(value))
     if isinstance(value, dict) and "type" in value:
@@ -64,6 +69,7 @@ def built(value: Any, place: str, made: dict[str, Any]) -> Any:
 
 
 def built_arguments(values: dict[str, Any], place: str, made: dict[str, Any]) -> dict[str, Any]:
+    """Make the arguments of a part from their descriptions."""
     return {name: built(value, f"{place}.{name}", made) for name, value in values.items()}
 
 
@@ -72,7 +78,7 @@ _FORMER = (
     *("priors", "recurrent", "sequences", "models.hierarchical", "models.mixture"),
     *("models.semisupervised", "models.sequence", "models.vae"),
 )
-"""The modules by which folders of version 0.1.0 name this library's parts."""
+"""The modules in the names of parts that version 0.1.0 wrote."""
 
 _INNER = {
     **{
@@ -88,23 +94,27 @@ _INNER = {
     },
     **{"LinearGaussian": "models.exact", "Spoiled": "models.exact"},
 }
-"""Parts that are within others, and no public names, by their modules."""
+"""Parts inside other parts, without public names, and their modules."""
 
 
 def is_ours(path: str) -> bool:
+    """Whether a recorded class is a part of this library or of ``torch.nn``."""
     return path.startswith(("pyro_vae:", "pyro_vae.", "torch.nn."))
 
 
 def class_of(path: str) -> type:
-    """The part of this name: no name that a folder holds makes Python import another module."""
+    """The part with this recorded name.
+
+    Raises `UsageError` for any other class, so that a name in a folder never imports a module.
+    """
     module, _, name = path.partition(":")
     kind = _part(name) if module in _HOMES else None
     if module == "torch.nn" or module.startswith("torch.nn."):
         kind = getattr(torch.nn, name, None) if name in dir(torch.nn) else None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise UsageError(
-            f"'{path}' in config.json is no part that load may build: public parts of pyro_vae "
-            "and torch.nn alone are; pass the pair itself, load(run, pair)"
+            f"load cannot build '{path}' from config.json: it builds only public parts of pyro_vae "
+            "and torch.nn; pass the pair itself, load(run, pair)"
         )
     return kind
 
@@ -113,21 +123,21 @@ _HOMES = ("pyro_vae", *(f"pyro_vae.{module}" for module in _FORMER))
 
 
 def _part(name: str) -> Any:
-    """A part of this library by its name, None where there is no such part."""
+    """The part of this library with this name, or None."""
     if name in _INNER:
         return getattr(import_module(f"pyro_vae.{_INNER[name]}"), name)
     return getattr(pyro_vae, name) if name in pyro_vae.__all__ else None
 
 
 def _path(kind: type) -> str:
-    """How a class is recorded: a part of ours by its public name, wherever it is defined."""
+    """The recorded name of a class: the public name for a part of this library, in any module."""
     module, name = kind.__module__, kind.__qualname__
     ours = module.startswith("pyro_vae.") and _part(name) is kind
     return f"pyro_vae:{name}" if ours else f"{module}:{name}"
 
 
 def renamed(recipe: str) -> str:
-    """A recipe of version 0.1.0 with the names by which parts are recorded now.
+    """Replace the names of parts of version 0.1.0 in a recipe by their present names.
 
     >>> renamed('{"class": "pyro_vae.models.vae:VAE"}')
     '{"class": "pyro_vae:VAE"}'

@@ -1,4 +1,4 @@
-"""The files of a run folder, written atomically and read without unpickling code."""
+"""Write the files of a run folder atomically, and read them without unpickling."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ HISTORY, METRICS, FIGURES, REPORT = "history.csv", "metrics.json", "figures", "r
 TENSORBOARD = "tensorboard"
 
 DIAGNOSIS = "diagnosis-"
-"""How the names of the figures of `pyro_vae.diagnose` begin."""
+"""The prefix of the names of the figures of `pyro_vae.diagnose`."""
 
 ARRAYS = (
     "codes.npz",
@@ -39,7 +39,7 @@ ARRAYS = (
 
 
 def write_checkpoint(run: Path, state: Mapping[str, Any]) -> None:
-    """Write the state of training, with its checksum, into checkpoint.pt."""
+    """Write the state of training into checkpoint.pt, with its checksum."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     with atomic(run / CHECKPOINT) as file:
@@ -47,9 +47,12 @@ def write_checkpoint(run: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_checkpoint(run: Path) -> dict[str, Any]:
-    """The state of training, of tensors and plain values only."""
+    """Read the state of training, which has only tensors and plain values.
+
+    Raises `UsageError` for a file that is damaged or has anything else.
+    """
     content = read_bytes(run / CHECKPOINT)
-    # torch writes zip archives; anything else would be a pickle of old.
+    # torch writes zip archives; another file could be an old pickle.
     if content.startswith(b"PK\x03\x04"):
         seals.require_sealed(content, run / CHECKPOINT)
         try:
@@ -58,21 +61,25 @@ def read_checkpoint(run: Path) -> dict[str, Any]:
                 state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
             raise UsageError(
-                f"{run / CHECKPOINT} holds more than tensors and numbers, or is damaged: refused, "
-                "nothing of it ran"
+                f"{run / CHECKPOINT} is damaged or holds more than tensors and numbers: it was not "
+                "loaded, and no code in it was run"
             ) from error
         if not isinstance(state, dict):
-            raise UsageError(f"{run / CHECKPOINT} is no checkpoint of a run")
+            raise UsageError(f"{run / CHECKPOINT} is not a checkpoint of a run")
         return state
     if b"PK\x03\x04".startswith(content[:4]):
         raise UsageError(f"{run / CHECKPOINT} is cut short")
-    raise UsageError(f"{run / CHECKPOINT} is no checkpoint of a run: refused, nothing of it ran")
+    raise UsageError(
+        f"{run / CHECKPOINT} is not a checkpoint of a run: it was not loaded, and no code in it "
+        "was run"
+    )
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, atomically; numbers that are not finite as "Infinity", "-Infinity", "NaN".
+    """Write JSON atomically.
 
-    JSON has no such numbers. `read_json` gives them back.
+    JSON has no numbers that are not finite. They become the strings "Infinity", "-Infinity" and
+    "NaN", and `read_json` converts them back.
     """
     with atomic(path) as file:
         file.write(
@@ -83,21 +90,21 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON, naming the file where it is none."""
+    """Read JSON; raise a `UsageError` that names the file if it is not valid."""
     content = read_bytes(path)
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is cut short or no JSON ({error})") from error
+        raise UsageError(f"{path} is cut short or not valid JSON ({error})") from error
     return _mapped(found, lambda v: float(v) if v in _NAMED.values() else v)
 
 
 _NAMED = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}
-"""How numbers that are not finite are written in JSON."""
+"""The strings for numbers that are not finite in JSON."""
 
 
 def json_ready(content: Any) -> Any:
-    """The content with numbers that are not finite as the words for them, which any JSON holds.
+    """Replace numbers that are not finite by strings, which standard JSON can hold.
 
     >>> json_ready({"a": [1.0, float("-inf")]})
     {'a': [1.0, '-Infinity']}
@@ -110,7 +117,7 @@ def _is_odd(value: Any) -> bool:
 
 
 def _mapped(content: Any, change: Callable[[Any], Any]) -> Any:
-    """Lists and dictionaries with every value in them changed."""
+    """Apply a function to every value in nested lists and dictionaries."""
     if isinstance(content, Mapping):
         return {key: _mapped(value, change) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -119,7 +126,7 @@ def _mapped(content: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows of one set of columns, atomically."""
+    """Write rows with the same columns as CSV, atomically."""
     rows = list(rows)
     text = io.StringIO(newline="")
     if rows:
@@ -132,7 +139,10 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Any]:
-    """A binary file that appears under its name only when it is whole and on the disk."""
+    """A binary file that gets its name only when it is complete and on the disk.
+
+    Raises `UsageError` if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +159,7 @@ def atomic(path: Path) -> Iterator[Any]:
 
 
 def read_bytes(path: Path) -> bytes:
+    """Read a file; raise `UsageError` if it is missing or cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:

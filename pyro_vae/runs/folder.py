@@ -1,11 +1,11 @@
-"""The run folder: written atomically, read without executing code.
+"""Save a pair in a run folder and load it, without executing code from the folder.
 
-config.json         what rebuilds the pair and repeats the run, versions, checksums of the data
-model.safetensors   the pair's parameters and buffers, best on validation
-checkpoint.pt       the last state of training: see `pyro_vae.training.fit`
-rows.safetensors    a hash of each row that was trained on: see `pyro_vae.runs.held_out_rows`
-history.csv         a row for each epoch
-metrics.json        what `evaluate` measured
+config.json         how to rebuild the pair and repeat the run, versions, checksums of the data
+model.safetensors   parameters and buffers of the pair, best on validation data
+checkpoint.pt       the last state of training, see `pyro_vae.training.fit`
+rows.safetensors    a hash of each row used in training, see `pyro_vae.runs.held_out_rows`
+history.csv         one row for each epoch
+metrics.json        the results of `evaluate` and `diagnose`
 figures/, report.html
 """
 
@@ -55,14 +55,15 @@ from pyro_vae.runs.tensors import distinct, fill, state_dict
 
 @alone()
 def save(pair: nn.Module, run: str | Path, config: Mapping[str, Any] | None = None) -> Path:
-    """Write a pair into a run folder, so that `load` gives it back.
+    """Save a pair in a run folder, from which `load` rebuilds it.
 
     Arguments:
-        pair: any pair. One made of this library's parts, whose constructors keep their arguments
-            as attributes of the same names, is rebuilt by ``load(run)``; any other needs its class
-            or an instance: ``load(run, MyPair)``.
-        run: the folder, made if need be.
-        config: what else config.json shall hold.
+        pair: any pair. ``load(run)`` rebuilds a pair that is made of parts of this library. For
+            another pair, pass its class or an instance, as in ``load(run, MyPair)``.
+        run: the folder, which is created if it does not exist.
+        config: other entries of config.json.
+
+    Returns the path of the folder. Raises `UsageError` if the folder cannot be written.
 
     >>> import tempfile, pyro_vae as pv
     >>> with tempfile.TemporaryDirectory() as run:
@@ -78,18 +79,24 @@ def save(pair: nn.Module, run: str | Path, config: Mapping[str, Any] | None = No
 
 @alone()
 def load(run: str | Path, pair: nn.Module | type[nn.Module] | None = None) -> nn.Module:
-    """The pair of a run folder, on the CPU, in evaluation mode.
+    """Load the pair of a run folder, on the CPU and in evaluation mode.
 
     Arguments:
-        run: a folder written by `pyro_vae.fit` or `save`.
-        pair: for a pair of your own, its class (made again with the recorded arguments) or an
-            instance (whose parameters are overwritten). A run folder never makes Python import a
-            module that is not this library's or torch's.
+        run: a folder that `pyro_vae.fit` or `save` wrote.
+        pair: for your own pair, its class or an instance. A class is called with the recorded
+            arguments. The parameters of an instance are overwritten. A run folder never makes
+            Python import a module, except modules of this library and torch.
 
-    The caller's random generators stay as they were. Raises `UsageError` that names the folder,
-    file or tensor at fault.
+    Your random generators do not change. Raises `UsageError`, which names the folder, file or
+    tensor, if the pair cannot be rebuilt.
+
+    >>> import tempfile, pyro_vae as pv
+    >>> with tempfile.TemporaryDirectory() as run:
+    ...     _ = pv.save(pv.VAE.mlp((4,), latent_dim=3), run)
+    ...     pv.load(run).training
+    False
     """
-    with kept():  # a part that is made draws its first parameters
+    with kept():  # a new part draws its initial parameters
         return _load(Path(run), pair)
 
 
@@ -105,18 +112,18 @@ def _load(run: Path, pair: nn.Module | type[nn.Module] | None) -> nn.Module:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ImportError) as error:
         raise UsageError(
-            f"{run / CONFIG} does not describe a pair that can be made: {type(error).__name__}: "
+            f"{run / CONFIG} does not describe a pair that can be built: {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
     if recipe_of_model not in (None, "", _recipe_checksum(config)):
         raise UsageError(
-            f"{run / CONFIG} describes another pair than {run / MODEL} was written for: one of the "
-            "two is damaged, edited or of another run"
+            f"{run / CONFIG} describes another pair than {run / MODEL}: one of the two files is "
+            "damaged, edited or from another run"
         )
     floating = {name: value.dtype for name, value in state.items() if value.is_floating_point()}
     if floating:
         pair.to(max(floating.values(), key=lambda dtype: torch.finfo(dtype).bits))
-    for name, tensor in distinct(pair).items():  # others, kept in no file, have the widest type
+    for name, tensor in distinct(pair).items():  # tensors that no file has keep the widest type
         if name in floating and tensor.is_floating_point():
             tensor.data = tensor.data.to(floating[name])
     if config.get("adopted_batch"):
@@ -128,7 +135,7 @@ def _load(run: Path, pair: nn.Module | type[nn.Module] | None) -> nn.Module:
 
 
 def write_config(pair: nn.Module, run: Path, config: Mapping[str, Any]) -> None:
-    """Write config.json: how to rebuild the pair, versions, and what the caller adds."""
+    """Write config.json: how to rebuild the pair, versions, and the entries of the caller."""
     content = {
         "format": 1,
         "pair": recipe(pair),
@@ -141,7 +148,7 @@ def write_config(pair: nn.Module, run: Path, config: Mapping[str, Any]) -> None:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The content of a run's config.json."""
+    """Read config.json; raise `UsageError` for an unknown run or another format."""
     if not os.path.isdir(run):
         near = run.parent.glob(f"*/{CONFIG}") if os.path.isdir(run.parent) else []
         known = nearest(run.name, sorted(path.parent.name for path in near))
@@ -153,22 +160,22 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def _recipe_checksum(config: dict[str, Any]) -> str:
-    """A checksum of what rebuilds the pair: it binds model.safetensors to config.json."""
+    """The checksum of the description of the pair, which links model.safetensors to config.json."""
     recipe = json.dumps([config.get("pair"), config.get("adopted_batch")], sort_keys=True)
     return hashlib.sha256(recipe.encode()).hexdigest()
 
 
 def write_model(run: Path, state: Mapping[str, Tensor]) -> None:
-    """Write tensors into model.safetensors; a report of other weights is marked as such."""
+    """Write model.safetensors, and mark a report that describes other weights."""
     recipe = ""
-    with suppress(UsageError):  # a configuration that is damaged is no reason to lose the weights
+    with suppress(UsageError):  # save the weights even if the configuration is damaged
         recipe = _recipe_checksum(read_config(run))
     mark_report(run, seals.fingerprint(state))
     write_tensors(run / MODEL, state, recipe)
 
 
 def read_model(run: Path) -> dict[str, Tensor]:
-    """The tensors of model.safetensors."""
+    """Read the tensors of model.safetensors."""
     return read_tensors(run / MODEL)
 
 
@@ -179,20 +186,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], more: str = "") -> 
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, held against its checksum."""
+    """Read the tensors of a safetensors file and verify its checksum."""
     return seals.open_tensor_file(read_bytes(path), path)[0]
 
 
 def start(run: Path, overwrite: bool = False) -> None:
-    """Make a run folder ready for a new run; one that holds a run is refused, or cleared."""
+    """Prepare a folder for a new run; with ``overwrite``, delete the files of an earlier run.
+
+    Raises `UsageError` if the folder already holds a run, or cannot be created.
+    """
     files = [CONFIG, MODEL, CHECKPOINT, HISTORY, METRICS, REPORT]
     held = [name for name in files if os.path.exists(run / name)]
     if os.path.exists(run) and not run.is_dir():
-        raise UsageError(f"{run} is a file, a folder is expected")
+        raise UsageError(f"{run} must be a folder, but it is a file")
     if held and not overwrite:
         raise UsageError(
-            f"{run} holds another run ({held[0]}): choose another folder, go on with --resume "
-            "(resume=True), or replace it with --overwrite (overwrite=True)"
+            f"{run} already holds a run ({held[0]}): choose another folder, or pass `resume` to "
+            "continue this run or `overwrite` to replace it"
         )
     for name in (*held, *((ROWS, *ARRAYS) if held else ())):
         (run / name).unlink(missing_ok=True)
@@ -204,17 +214,17 @@ def start(run: Path, overwrite: bool = False) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"the folder {run} cannot be made: {error.strerror}") from error
+        raise UsageError(f"the folder {run} cannot be created: {error.strerror}") from error
 
 
 def begun(run: Path) -> bool:
-    """Whether a run was stopped before its first checkpoint: it has nothing to go on from."""
+    """Whether a run ended before its first checkpoint, so that it must start again."""
     held = [name for name in (MODEL, CHECKPOINT, HISTORY) if os.path.exists(run / name)]
     return not held and os.path.exists(run / CONFIG)
 
 
 def versions() -> dict[str, str]:
-    """The versions of what a run depends on."""
+    """The versions of Python and of the packages that a run depends on."""
     found = {"python": python_version()}
     for name in ("pyro-vae", "torch", "pyro-ppl", "numpy"):
         try:
@@ -225,11 +235,13 @@ def versions() -> dict[str, str]:
 
 
 def _declare(pair: nn.Module, spec: Any, path: Path) -> None:
-    """Run a pair once on rows of these shapes, so that it declares what it has adopted."""
+    """Run a pair once on rows of these shapes, so that it declares its adopted parameters."""
     try:
         batch = [torch.zeros(2, *shape, dtype=_DTYPES[kind]) for shape, kind in spec]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UsageError(f"{path} holds no batch that can be made: {first_line(error)}") from error
+        raise UsageError(
+            f"{path} describes a batch that cannot be created: {first_line(error)}"
+        ) from error
     batch = [tensor.to(placement(pair)[0]) for tensor in batch]
     with scope(pair), torch.no_grad(), seeded(0):
         trace_model(pair, batch, trace_guide(pair, batch))
@@ -243,14 +255,14 @@ def _rebuilt(run: Path, config: dict[str, Any], pair: Any) -> nn.Module:
     if isinstance(pair, type):
         if made["arguments"] is None:
             raise UsageError(
-                f"{run} does not record how {made['class']} was made: pass an instance, "
+                f"{run} does not record the arguments of {made['class']}: pass an instance, "
                 "load(run, MyPair(...))"
             )
         return pair(**built_arguments(made["arguments"], "pair", {}))
     if made["arguments"] is None or not is_ours(made["class"]):
         raise UsageError(
-            f"{run} holds a pair of class {made['class']}, which is not this library's: pass "
-            "the class or an instance, load(run, MyPair) (--model module:Class)"
+            f"{run} holds a pair of class {made['class']}, which is not part of this library: pass "
+            "the class or an instance, load(run, MyPair) or --model module:Class"
         )
     return built(made, "pair", {})
 

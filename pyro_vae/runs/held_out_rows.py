@@ -1,7 +1,7 @@
-"""Whether held-out rows were held out: what a run records of its data, and what it says of others.
+"""Record the data of a run, and check that held-out rows were not used in training.
 
-config.json has a checksum of each part of the data set, train, validation and test. The file
-rows.safetensors has 64 bits for each row that was trained on or validated with.
+config.json has a checksum of each part of the data set: train, validation and test. The file
+rows.safetensors has a hash of 64 bits for each training and validation row.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ PARTS = ("train", "validation", "test")
 
 
 def split_checksums(data: "Data") -> dict[str, str]:
-    """A checksum of each part of a data set: its rows in order, with all that goes with them."""
+    """A checksum of each part of a data set: its rows in order, with labels, context and so on."""
     return {name: _checksum(getattr(data, name)) for name in PARTS}
 
 
@@ -33,24 +33,24 @@ def _checksum(split: "Split") -> str:
 
 
 def changed_parts(recorded: Mapping[str, Any], data: "Data") -> list[str]:
-    """The parts of a data set that are not those that a run recorded."""
+    """The names of the parts of a data set that differ from the record of a run."""
     now = split_checksums(data)
     return [name for name in PARTS if recorded.get(name) != now[name]]
 
 
 def require_split(run: Path, recorded: Mapping[str, Any], data: "Data") -> None:
-    """Raise `UsageError` where a run's data are not those that it was trained on."""
+    """Raise `UsageError` if the data have changed since the run was trained."""
     changed = changed_parts(recorded, data)
     if changed:
         raise UsageError(
-            f"{data.name} has changed since {run} was trained: its {', '.join(changed)} rows are "
-            "others, so that rows that were trained on may be among the test rows. Restore the "
-            "data, or train anew; evaluate and diagnose take other data with --data"
+            f"{data.name} has changed since {run} was trained: its {', '.join(changed)} rows "
+            "differ, so its test rows may include rows that were used in training. Restore the "
+            "data, or train again; evaluate and diagnose accept other data with --data"
         )
 
 
 def row_hashes(x: Any) -> Tensor:
-    """64 bits for each row (n,), the same for rows of the same numbers, whatever their type.
+    """A hash of 64 bits for each row (n,); equal rows have equal hashes, whatever their type.
 
     >>> x = torch.tensor([[0, 1], [1, 1], [0, 1]])
     >>> hashes = row_hashes(x)
@@ -61,8 +61,8 @@ def row_hashes(x: Any) -> Tensor:
     """
     x = torch.as_tensor(x)
     width = x[:1].numel()
-    # Multilinear hashing modulo 2**64 (Dietzfelbinger, 1996), once for each half of the 64 bits.
-    # The raw stream of a bit generator is the same in every version of NumPy.
+    # Multilinear hashing modulo 2**64 (Dietzfelbinger, 1996), once for each 32 bits of the hash.
+    # The raw numbers of a bit generator are the same in every version of NumPy.
     factors = np.random.PCG64(0).random_raw(2 * width).reshape(2, width) | np.uint64(1)
     found = []
     for part in x.split(4096):
@@ -74,14 +74,14 @@ def row_hashes(x: Any) -> Tensor:
 
 
 def write_rows(run: Path, parts: Mapping[str, Any]) -> None:
-    """Write down which rows are trained on and validated with, where they are held in memory."""
+    """Record the hashes of the training and validation rows that are in memory."""
     held = {k: row_hashes(x) for k, x in parts.items() if isinstance(x, (Tensor, np.ndarray))}
     if held:
         run_folder.write_tensors(run / run_files.ROWS, held)
 
 
 def count_seen(run: Path, x: Tensor) -> int | None:
-    """How many of these rows a run was trained on or validated with, None without a record."""
+    """The number of rows that were used to train or validate a run; None without a record."""
     if not (run / run_files.ROWS).exists():
         return None
     known = torch.cat(list(run_folder.read_tensors(run / run_files.ROWS).values()))

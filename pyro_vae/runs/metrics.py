@@ -1,4 +1,4 @@
-"""metrics.json, and the weights that its numbers and the report belong to."""
+"""Read and write metrics.json, and record the weights that numbers and report describe."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,35 +13,38 @@ from pyro_vae.runs.tensors import state_dict
 
 
 def fingerprint(pair: nn.Module) -> str:
-    """SHA-256 of a pair's parameters and buffers: which weights a number was measured on."""
+    """SHA-256 of the parameters and buffers of a pair, which identifies the measured weights."""
     return seals.fingerprint(state_dict(pair))
 
 
 def write_metrics(run: str | Path, pair: nn.Module, metrics: Mapping[str, Any]) -> None:
-    """Write metrics.json, with the fingerprint of the weights that were measured."""
+    """Write metrics.json with the fingerprint of the measured weights."""
     write_json(Path(run) / METRICS, {**metrics, "model": fingerprint(pair)})
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
-    """What metrics.json holds, nothing where there is no such file."""
+    """Read metrics.json; it is empty if there is no such file."""
     metrics = read_json(run / METRICS) if (run / METRICS).exists() else {}
     kinds = {"kl_by_unit": dict, "active_units": dict, "diagnostics": dict, "model": str}
     sound = isinstance(metrics, dict) and all(
         isinstance(metrics.get(name), (kind, type(None))) for name, kind in kinds.items()
     )
     if not sound:
-        raise UsageError(f"{run / METRICS} is not what evaluate and diagnose write")
+        raise UsageError(
+            f"{run / METRICS} does not have the format that evaluate and diagnose write"
+        )
     return metrics
 
 
 _STALE = (
-    '<p class="stale"><b>The model of this run has been written anew since this report: numbers '
-    "and pictures are of earlier weights. <code>pyro-vae report</code> draws them again.</b></p>"
+    '<p class="stale"><b>The model of this run has changed since this report was written. The '
+    "numbers and pictures describe earlier weights. Run <code>pyro-vae report</code> to update "
+    "them.</b></p>"
 )
 
 
 def mark_report(run: Path, model: str) -> None:
-    """Say in report.html that it is of earlier weights, unless it is of these."""
+    """Add a notice to report.html if it describes other weights than these."""
     path = run / REPORT
     if not path.is_file():
         return
@@ -52,5 +55,5 @@ def mark_report(run: Path, model: str) -> None:
 
 
 def model_mark(model: str) -> str:
-    """How report.html names the weights that it describes."""
+    """The element of report.html that names the weights that it describes."""
     return f'<meta name="model" content="{model}">'

@@ -1,7 +1,7 @@
-"""Content checksums inside the files of a run: a bit that has changed is noticed on reading.
+"""Checksums inside the files of a run, so that reading detects every changed bit.
 
-Each file carries its own checksum, so that a crash between two files spoils neither. Files of
-version 0.1.0 have no checksum and are read as they were.
+Each file has its own checksum, so that a crash between two writes damages no file. Files of
+version 0.1.0 have no checksum and are read without it.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from torch import Tensor, uint8
 from pyro_vae.errors import UsageError
 
 _KEY = "pyro_vae"
-"""Of the metadata of a safetensors file. One key alone: their order in the file is not fixed."""
+"""The only key in the metadata of a safetensors file; several keys have no fixed order."""
 
 _SEAL = b"pyro_vae sha256 "
 
@@ -26,7 +26,7 @@ _ZIP_END, _ZIP_END_LENGTH = b"PK\x05\x06", 22
 
 
 def checksum(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the shapes and bytes of tensors."""
+    """SHA-256 of the types, shapes and bytes of tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -35,7 +35,7 @@ def checksum(tensors: Iterable[Tensor]) -> str:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the names, types, shapes and bytes of tensors, in whatever order they are.
+    """SHA-256 of the names, types, shapes and bytes of tensors, independent of their order.
 
     >>> import torch
     >>> a, b = torch.zeros(2), torch.ones(3)
@@ -62,14 +62,14 @@ def _seal(tensors: Mapping[str, Tensor], more: str) -> str:
 
 
 def open_tensor_file(content: bytes, path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of a safetensors file and what else it was sealed with, None of 0.1.0.
+    """The tensors of a safetensors file and its ``more``, which is None for files of 0.1.0.
 
-    Raises `UsageError` where the tensors are not those that were written.
+    Raises `UsageError` if the tensors do not match their checksum.
     """
     try:
         tensors = safetensors.torch.load(content)
     except (SafetensorError, KeyError) as error:
-        raise UsageError(f"{path} is cut short or no safetensors file ({error})") from error
+        raise UsageError(f"{path} is cut short or not a safetensors file ({error})") from error
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     if "__metadata__" not in header:
         return tensors, None
@@ -79,25 +79,25 @@ def open_tensor_file(content: bytes, path: Path) -> tuple[dict[str, Tensor], str
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is damaged: its checksum cannot be read") from error
     if sha256 != _seal(tensors, more):
-        raise UsageError(f"{path} is damaged: its tensors do not agree with their checksum")
+        raise UsageError(f"{path} is damaged: its tensors do not match their checksum")
     return tensors, more
 
 
 def sealed_archive(content: bytes) -> bytes:
-    """A zip archive with the SHA-256 of all that is before it as its comment.
+    """A zip archive with the SHA-256 of its content as its comment.
 
-    Programs that read zip archives, ``torch.load`` among them, pass over the comment.
+    Programs that read zip archives, such as ``torch.load``, ignore the comment.
     """
     body = content[:-2] + _SEAL_LENGTH.to_bytes(2, "little")
     return body + _SEAL + hashlib.sha256(body).hexdigest().encode()
 
 
 def require_sealed(content: bytes, path: Path) -> None:
-    """Raise `UsageError` for a zip archive that is not as `sealed_archive` made it."""
+    """Raise `UsageError` if a zip archive differs from what `sealed_archive` made."""
     body, seal = content[:-_SEAL_LENGTH], content[-_SEAL_LENGTH:]
     if seal.startswith(_SEAL):
         whole = seal == _SEAL + hashlib.sha256(body).hexdigest().encode()
-    else:  # one of 0.1.0 has no comment at all
+    else:  # an archive of 0.1.0 has no comment
         whole = content[-_ZIP_END_LENGTH:].startswith(_ZIP_END) and content.endswith(b"\0\0")
     if not whole:
-        raise UsageError(f"{path} is cut short or damaged: it does not agree with its checksum")
+        raise UsageError(f"{path} is cut short or damaged: it does not match its checksum")

@@ -1,4 +1,4 @@
-"""What the tests share that test_data.py held together."""
+"""Shared helpers of the tests of data."""
 
 import numpy as np
 import pyro
@@ -10,15 +10,12 @@ import pyro_vae as pv
 
 
 def rows(x):
-    """Each row as bytes, in an order of its own."""
+    """Each row as bytes, sorted."""
     return sorted(row.numpy().tobytes() for row in x)
 
 
-# Names: torchvision's data sets, from files in the layouts that torchvision reads
-
-
 def flat_images(n, *shape, seed=0):
-    """Images of noise, no two alike."""
+    """Images of noise, all different."""
     generator = np.random.default_rng(seed)
     return generator.integers(0, 256, (n, *shape), dtype=np.uint8)
 
@@ -28,11 +25,11 @@ def small(**options):
 
 
 LOOKING = {"engine": "eager", "progress": False}
-"""A graph would show the pair its data once."""
+"""With a traced engine, the pair would see its data only once."""
 
 
 class Recorder(nn.Module):
-    """Keeps what it observes in training, in the order of the indices that come beside it."""
+    """Records the data that it observes in training, sorted by the index in the context."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +40,7 @@ class Recorder(nn.Module):
         if self.training:
             self.seen.append(x[index.argsort()])
         with pyro.plate("data", len(x), dim=-1):
-            # As this library's own likelihoods do, it leaves the support to the tools to check.
+            # Like the likelihoods of this library, it lets the tools check the support.
             likelihood = dist.Bernoulli(logits=self.bias, validate_args=False)
             pyro.sample("x", likelihood.to_event(1), obs=x)
 

@@ -1,4 +1,4 @@
-"""Arrays that hold more or less than numbers are refused in one line wherever data come in."""
+"""Every tool rejects arrays that are not plain numbers, with an error in one line."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def test_masked_values_are_refused(name):
 
 
 @pytest.mark.parametrize("name", ["fit", "encode", "context of sample", "decode", "outlier_scores"])
-def test_an_array_that_masks_nothing_is_an_array(name):
+def test_a_masked_array_without_masked_values_is_accepted(name):
     ENTRANCES[name](np.ma.array(X))
 
 
@@ -102,7 +102,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_no_array_of_numbers_is_refused(name):
+def test_other_objects_than_arrays_of_numbers_are_rejected(name):
     make, words = OTHERS[name]
     for call in (ENTRANCES["encode"], ENTRANCES["fit"], ENTRANCES["context of encode"]):
         if name == "nothing" and call is ENTRANCES["context of encode"]:
@@ -113,7 +113,7 @@ def test_what_is_no_array_of_numbers_is_refused(name):
 
 
 class Column:
-    """A column with labels of its own, as pandas has it."""
+    """A column with its own index, like a column of pandas."""
 
     def __init__(self, values, index):
         self.values, self.index = values, list(index)
@@ -139,17 +139,17 @@ def test_a_value_beyond_the_type_of_the_pair_is_named_by_its_row(name):
     x[7, 2] = 1e300
     with pytest.raises(UsageError, match=r"holds 1e\+300 in row 7, .* too large for torch.float32"):
         ENTRANCES[name](x)
-    pv.encode(small().double(), x)  # a pair of more digits holds it
+    pv.encode(small().double(), x)  # a pair in double precision can hold it
 
 
 def test_rows_without_a_likelihood_are_named_and_json_stays_json(tmp_path):
-    """Squares of 1e25 are infinite: log p(x) of that row is, and so is the mean."""
+    """The square of 1e25 is infinite, so log p(x) of that row and the mean are infinite."""
     x = X.copy()
     x[11, 3] = 1e25
     with pytest.warns(UserWarning, match=r"in 1 of 60 rows, the first row 11, .* up to 1e\+25"):
         found = pv.evaluate(small(), x, **FEW)
     assert found.log_likelihood == -math.inf
-    assert json.dumps(found.as_dict(), allow_nan=False)  # whoever writes it
+    assert json.dumps(found.as_dict(), allow_nan=False)  # any program can write it
     run_files.write_json(tmp_path / "metrics.json", found.as_dict())
     assert "Infinity" in (tmp_path / "metrics.json").read_text()
     strict(tmp_path / "metrics.json")
@@ -157,15 +157,15 @@ def test_rows_without_a_likelihood_are_named_and_json_stays_json(tmp_path):
 
 
 def strict(path):
-    """Read JSON as a reader does that knows no Infinity and no NaN."""
+    """Read JSON with a parser that rejects Infinity and NaN."""
 
     def refuse(token):
-        raise AssertionError(f"{token} is no JSON")
+        raise AssertionError(f"{token} is not valid JSON")
 
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
-def test_numbers_that_are_not_finite_come_back_from_json(tmp_path):
+def test_json_restores_numbers_that_are_not_finite(tmp_path):
     content = {"a": [math.inf, -math.inf, 1.5], "b": {"c": (math.nan,)}, "d": np.float64("inf")}
     run_files.write_json(tmp_path / "any.json", content)
     assert strict(tmp_path / "any.json")["a"] == ["Infinity", "-Infinity", 1.5]
@@ -184,7 +184,7 @@ def test_a_run_with_an_extreme_test_row_has_metrics_and_a_report(tmp_path, monke
     np.savez("data.npz", x_train=x, x_test=extreme)
     options = "--likelihood gaussian --epochs 1 --batch-size 20 --num-eval-samples 2"
     with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)  # the command line prints it
+        warnings.simplefilter("always", UserWarning)  # the command line prints the warning
         main(["train", "data.npz", *options.split()])
     assert "the first row 4, which holds values of up to 1e+25" in capsys.readouterr().err
     strict(tmp_path / "runs/data/metrics.json")

@@ -1,4 +1,4 @@
-"""Classes without order have a mode and no mean, as data and as latents."""
+"""Data and latents that are unordered classes have a mode and not a mean."""
 
 import pyro
 import pyro.distributions as dist
@@ -13,12 +13,12 @@ from pyro_vae.pairs.moments import is_category, mode, typical
 N = 12
 PROBS = torch.tensor(
     [0.4, 0.05, 0.1, 0.45]
-)  # the average of codes, 1.6, is that of no likely class
+)  # the mean of the codes is 1.6, between two improbable classes
 LOGITS = PROBS.log()
 
 
 class Observing(nn.Module):
-    """A latent of which the data depend a little, under any distribution."""
+    """A latent, and data that depend on it a little, under any distribution."""
 
     def __init__(self, likelihood, width=2):
         super().__init__()
@@ -39,13 +39,13 @@ class Observing(nn.Module):
 
 
 def wide(z, values):
-    """The values for two elements of each datum."""
+    """The same values for the two elements of each datum."""
     return (values + 0 * z[:, None, None]).expand(len(z), 2, len(values))
 
 
 MIXED = torch.stack([LOGITS, LOGITS])
 
-# The distribution of two elements given z, and what stands for it.
+# The distribution of two elements given z, and the expected summary of it.
 CLASSES = {
     "categorical": (lambda z: dist.Categorical(logits=wide(z, LOGITS)).to_event(1), 3.0),
     "masked": (
@@ -92,8 +92,8 @@ def data():
 
 
 @pytest.mark.parametrize("name", [*CLASSES, *NUMBERS])
-def test_what_stands_for_data(name):
-    """Classes by the most probable one, numbers by their mean, in every tool that shows either."""
+def test_the_summary_of_data(name):
+    """Every tool shows the most probable class, and the mean of numbers."""
     likelihood, want = (CLASSES | NUMBERS)[name]
     pair, x = Observing(likelihood), data()
     every = {
@@ -109,7 +109,7 @@ def test_what_stands_for_data(name):
         )
 
 
-def test_rows_of_zeros_with_a_one_have_the_probabilities_for_their_mean():
+def test_the_mean_of_one_hot_rows_is_the_probabilities():
     pair = Observing(lambda z: dist.OneHotCategorical(logits=LOGITS + 0 * z[:, None]), 4)
     x = torch.eye(4).repeat(3, 1)
     torch.testing.assert_close(pv.reconstruct(pair, x), PROBS.expand(12, 4))
@@ -123,10 +123,10 @@ def test_a_mode_is_found_among_the_values():
     scores = torch.stack([fn.base_dist.log_prob(torch.full((3, 2), float(k))) for k in range(4)])
     assert torch.equal(mode(fn), scores.argmax(0))
     assert typical(dist.Normal(1.0, 1.0)) == 1.0
-    assert typical(dist.Cauchy(3.0, 1.0)) == 3.0  # which has no mean either
+    assert typical(dist.Cauchy(3.0, 1.0)) == 3.0  # a Cauchy distribution has no mean
 
 
-def test_statistics_of_classes_are_their_shares():
+def test_statistics_of_classes_are_their_frequencies():
     pair = Observing(CLASSES["categorical"][0])
     x = torch.multinomial(PROBS, 2 * N, replacement=True).reshape(N, 2)
     found = pv.predictive_check(pair, x, num_replicates=200, progress=False)
@@ -137,7 +137,7 @@ def test_statistics_of_classes_are_their_shares():
 
 
 class Latents(nn.Module):
-    """Discrete and bounded latents of each kind, of which the data are a sum."""
+    """Several discrete and bounded latents, and data whose mean is their sum."""
 
     def __init__(self):
         super().__init__()
@@ -159,8 +159,8 @@ class Latents(nn.Module):
             pyro.sample("c", dist.Poisson(1.5 + x[:, 1].abs()))
 
 
-def test_between_two_data_a_class_stays_one_of_them():
-    """On a line only the latent of real numbers moves; classes and counts are of the nearer end."""
+def test_interpolation_takes_classes_from_the_nearer_end():
+    """Only the real-valued latent changes; classes and counts are those of the nearer end."""
     pair, start, end = Latents(), torch.tensor([[0.0, 0.0]]), torch.tensor([[0.5, 5.0]])
     first, last = (pv.encode(pair, x) for x in (start, end))
     line = pv.interpolate(pair, start, end, steps=5)[0, :, 0]
@@ -173,7 +173,11 @@ def test_between_two_data_a_class_stays_one_of_them():
 
 def test_a_latent_is_traversed_within_its_support():
     pair, x = Latents(), torch.tensor([[0.0, 0.0]])
-    assert pv.traverse(pair, x, values=[1.0, 2.0]).shape == (1, 2, 2)  # "r", of real numbers
+    assert pv.traverse(pair, x, values=[1.0, 2.0]).shape == (
+        1,
+        2,
+        2,
+    )  # "r" is the real-valued latent
     counted = pv.traverse(pair, x, latent="c", values=[0, 3])[0, :, 0]
     assert (counted[1] - counted[0]).item() == pytest.approx(3.0)
     for latent, values in (("r", [-1.0]), ("c", [0.5]), ("c", [-1]), ("k", [1.0, 0.0])):

@@ -14,10 +14,10 @@ from PIL import Image
 from pyro_vae.data.datasets import load_data
 from pyro_vae.errors import UsageError
 
-# Names: digits, embedded
+# digits, which scikit-learn includes
 
 
-def test_digits_are_all_of_scikit_learns_images_each_in_one_part():
+def test_digits_are_the_images_of_scikit_learn_each_in_one_part():
     from sklearn.datasets import load_digits
 
     loaded = load_data("digits")
@@ -42,7 +42,7 @@ def test_digits_keep_their_labels():
     assert [truth[x.numpy().tobytes()] for x in test.x] == test.labels.tolist()
 
 
-def test_the_parts_do_not_depend_on_the_global_generator_nor_touch_it():
+def test_the_split_neither_uses_nor_changes_the_global_generator():
     torch.manual_seed(1)
     before, first = torch.get_rng_state(), load_data("digits")
     assert torch.equal(torch.get_rng_state(), before)
@@ -59,7 +59,7 @@ def write_idx(path, array):
 
 
 def write_mnist(root, folder="MNIST", names=("train", "t10k"), n=(12, 4), classes=10):
-    """Two parts of an MNIST-like data set; returns their images and labels."""
+    """Write two parts of a data set like MNIST; return their images and labels."""
     parts = []
     for seed, (name, size) in enumerate(zip(names, n, strict=True)):
         images, labels = flat_images(size, 28, 28, seed=seed), np.arange(size) % classes
@@ -70,7 +70,7 @@ def write_mnist(root, folder="MNIST", names=("train", "t10k"), n=(12, 4), classe
 
 
 def check_loaded(loaded, train, test):
-    """A sixth of the training rows has become the validation part; the test part is as it was."""
+    """A sixth of the training rows becomes validation data; the test part does not change."""
     kept = len(train[0]) * 5 // 6
     assert (len(loaded.train.x), len(loaded.validation.x)) == (kept, len(train[0]) - kept)
     assert rows(torch.cat([loaded.train.x, loaded.validation.x])) == rows(train[0])
@@ -93,7 +93,7 @@ def check_loaded(loaded, train, test):
 )
 def test_idx_files(name, folder, parts, tmp_path):
     train, test = write_mnist(tmp_path, folder, parts)
-    if name == "emnist":  # whose files hold the images lying on their side
+    if name == "emnist":  # EMNIST stores its images transposed
         train, test = ((x.transpose(-1, -2).contiguous(), y) for x, y in (train, test))
     loaded = load_data(name, tmp_path)
     check_loaded(loaded, train, test)
@@ -134,7 +134,7 @@ def test_svhn(tmp_path, monkeypatch):
     for seed, (split, n) in enumerate((("train", 12), ("test", 4))):
         images, labels = flat_images(n, 3, 32, 32, seed=seed), np.arange(n) % 10
         path = tmp_path / f"{split}_32x32.mat"
-        stored = np.where(labels == 0, 10, labels)  # SVHN's own files call the digit 0 a 10
+        stored = np.where(labels == 0, 10, labels)  # the files of SVHN label the digit 0 as 10
         savemat(path, {"X": images.transpose(2, 3, 1, 0), "y": stored[:, None].astype(np.uint8)})
         sums[split] = [SVHN.split_list[split][0], path.name, md5(path)]
         parts.append((torch.from_numpy(images), torch.from_numpy(labels)))
@@ -146,7 +146,10 @@ def test_svhn(tmp_path, monkeypatch):
 
 
 def write_omniglot(root, monkeypatch):
-    """Three characters of four drawings each to learn, one to test; black ink on white."""
+    """Write three training characters and one test character, with four drawings each.
+
+    The ink is black on white.
+    """
     from torchvision.datasets import Omniglot
 
     sums = {}
@@ -172,12 +175,12 @@ def test_omniglot(tmp_path, monkeypatch):
     assert [len(part.x) for part in (loaded.train, loaded.validation, loaded.test)] == [10, 2, 4]
     assert loaded.shape == (1, 28, 28)
     assert loaded.train.x.dtype == torch.uint8
-    assert int(loaded.train.x[:, :, :2].max()) == 0  # paper is dark, ink bright, as in MNIST
+    assert int(loaded.train.x[:, :, :2].max()) == 0  # dark paper and bright ink, as in MNIST
     assert int(loaded.train.x.max()) > 200
-    assert loaded.test.labels is None  # its characters are none of the training part's
+    assert loaded.test.labels is None  # its characters are not in the training part
 
 
-def test_data_dir_comes_before_the_environment_variable(tmp_path, monkeypatch):
+def test_data_dir_has_priority_over_the_environment_variable(tmp_path, monkeypatch):
     _, (first, _) = write_mnist(tmp_path / "a", n=(12, 4))
     _, (second, _) = write_mnist(tmp_path / "b", n=(12, 6))
     monkeypatch.setenv("PYRO_VAE_DATA", str(tmp_path / "a"))
@@ -189,7 +192,7 @@ def test_data_dir_comes_before_the_environment_variable(tmp_path, monkeypatch):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Every connexion is refused: all go through a proxy that is not there."""
+    """Every connection fails, because it uses a proxy that does not exist."""
     for name in ("http_proxy", "https_proxy", "ftp_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
         monkeypatch.delenv(name.upper(), raising=False)
@@ -206,7 +209,7 @@ def offline(monkeypatch):
         ("fashion-mnist", ["FashionMNIST/raw/train-images-idx3-ubyte"]),
         ("kmnist", ["KMNIST/raw/train-images-idx3-ubyte"]),
         ("emnist", ["EMNIST/raw/emnist-balanced-train-images-idx3-ubyte"]),
-        # torchvision reads the folders, but wants the archives beside them.
+        # torchvision reads the folders, but also needs the archives next to them.
         ("omniglot", ["omniglot-py/images_background", "images_evaluation", ".zip"]),
         ("cifar10", ["cifar-10-batches-py/data_batch_1"]),
         ("svhn", ["train_32x32.mat", "test_32x32.mat"]),
@@ -226,7 +229,7 @@ def test_a_download_that_fails_says_how_to_place_the_files(name, files, tmp_path
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("length", [0, 3, 10, 1000])
-def test_an_idx_file_that_is_cut_short_is_one_error_of_use(length, tmp_path):
+def test_an_idx_file_that_is_cut_short_is_a_usage_error(length, tmp_path):
     write_mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:length])

@@ -1,4 +1,4 @@
-"""What 8-bit data are is decided by their values, once for a pair, and kept with it."""
+"""The values of 8-bit training data decide what they are, and the pair keeps this decision."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ FAST = {"epochs": 1, "batch_size": 20, "engine": "eager", "progress": False}
 GENERATOR = torch.Generator().manual_seed(0)
 BITS = (torch.rand(60, 6, generator=GENERATOR) < 0.5).to(torch.uint8)
 GRAY = torch.randint(0, 256, (60, 6), generator=GENERATOR, dtype=torch.uint8)
-GRAY[:20] = BITS[:20]  # rows that hold 0 and 1 alone
+GRAY[:20] = BITS[:20]  # rows with only the values 0 and 1
 GRAY[0, 0] = 1
 
 
@@ -31,7 +31,7 @@ def fitted(x, likelihood=pv.Bernoulli, **more):
 
 
 def shown(pair, x):
-    """What the pair is shown of the first rows of x."""
+    """The prepared rows of x, as the pair sees them."""
     rows = source(x, (), pair)
     return preparation(pair, rows, "none")(rows.first(len(x)))[0]
 
@@ -52,13 +52,13 @@ def test_bits_in_a_loader_are_the_same_data():
     later = torch.cat([BITS] * 6)
     later[-1, 0] = 200
     loader = DataLoader(TensorDataset(later), 20)
-    with pytest.raises(UsageError, match="goes to 200, after uint8 data of 0 and 1"):
+    with pytest.raises(UsageError, match="values up to 200, but earlier uint8 data had only"):
         pv.fit(small(), loader, **FAST)
 
 
 @pytest.mark.parametrize("likelihood", [pv.Gaussian, pv.ContinuousBernoulli, pv.Categorical])
-def test_bits_under_a_likelihood_of_more_are_said_to_be_bits(likelihood):
-    with pytest.warns(UserWarning, match="holds 0 and 1 alone: taken for 0 and 1, as they are"):
+def test_bits_under_a_likelihood_of_intensities_give_a_warning(likelihood):
+    with pytest.warns(UserWarning, match="only the values 0 and 1: they are used as they are"):
         pair = fitted(BITS, likelihood)
     torch.testing.assert_close(shown(pair, BITS), BITS.float())
 
@@ -75,19 +75,19 @@ def test_counts_stay_counts(likelihood, greatest):
 
 @pytest.mark.parametrize("likelihood", [pv.Bernoulli, pv.Gaussian, pv.Categorical])
 @pytest.mark.parametrize("greatest", [2, 15, 63])
-def test_levels_that_are_not_of_8_bits_are_refused(likelihood, greatest):
+def test_levels_that_are_not_8_bit_are_rejected(likelihood, greatest):
     x = BITS * greatest
-    with pytest.raises(UsageError, match=f"goes to {greatest} only.*x / {greatest} for levels"):
+    with pytest.raises(UsageError, match=f"values up to {greatest}, .*x / {greatest} for levels"):
         pv.fit(small(likelihood), x, **FAST)
-    with pytest.raises(UsageError, match=f"goes to {greatest} only"):
+    with pytest.raises(UsageError, match=f"values up to {greatest}, but 8-bit intensities"):
         pv.encode(small(likelihood), x)
 
 
-def test_a_few_rows_of_gray_data_are_what_they_were_in_training(tmp_path):
-    """The decision is the pair's, in memory and in its folder, whatever rows a tool is given."""
+def test_a_few_rows_of_gray_data_are_treated_as_in_training(tmp_path):
+    """The pair keeps the decision, in memory and in its folder, for any rows."""
     pair = fitted(GRAY, pv.Gaussian, out=tmp_path / "run")
     every = pv.encode(pair, GRAY)["z"]
-    with pytest.warns(UserWarning, match="taken for 8-bit intensities k/255, as in training"):
+    with pytest.warns(UserWarning, match="treated as 8-bit intensities k/255, as in training"):
         few = pv.encode(pair, GRAY[:20])["z"]
     torch.testing.assert_close(few, every[:20])
     again = pv.load(tmp_path / "run")
@@ -101,11 +101,11 @@ def test_a_few_rows_of_gray_data_are_what_they_were_in_training(tmp_path):
         )
 
 
-def test_validation_data_are_what_training_data_are(tmp_path):
+def test_validation_data_are_treated_like_training_data(tmp_path):
     pair = small(pv.Gaussian)
     with pytest.warns(UserWarning, match="as in training"):
         pv.fit(pair, GRAY, validation=BITS, **FAST)
-    with pytest.raises(UsageError, match="validation: x is uint8 and goes to 255"):
+    with pytest.raises(UsageError, match="validation: x is uint8 with values up to 255"):
         pv.fit(small(), BITS, validation=GRAY | 255, **FAST)
 
 
@@ -131,14 +131,14 @@ def test_context_of_a_file_that_is_0_and_1_stays_so(tmp_path):
     np.savez(path, x=x, context=np.eye(4, dtype=np.uint8)[np.arange(20) % 4])
     data = pv.load_data(path)
     assert all(part.context.sum(1).eq(1).all() for part in (data.train, data.test))
-    # Of the parts of one file all have one meaning.
+    # All parts of one file are treated alike.
     np.savez(
         path, x_train=x, x_test=x, context_train=GRAY[20:40].numpy(), context_test=BITS[:20].numpy()
     )
     torch.testing.assert_close(pv.load_data(path).test.context, BITS[:20] / 255)
 
 
-def test_pseudo_inputs_start_at_what_the_pair_is_shown():
+def test_pseudo_inputs_start_at_the_prepared_data():
     pair = small()
     for x, want in ((BITS, BITS.float()), (GRAY, GRAY / 255)):
         prior = pv.VampPrior.of_data(pair.encoder, x, components=60)

@@ -11,8 +11,6 @@ import pyro_vae as pv
 from pyro_vae.data.datasets import load_data
 from pyro_vae.errors import UsageError
 
-# Files
-
 
 @pytest.mark.parametrize("dtype", ["uint8", "bool", "int64", "float32", "float64", ">f4"])
 @pytest.mark.parametrize(
@@ -72,7 +70,7 @@ def test_npz_of_two_parts_keeps_its_test_set(tmp_path):
     assert torch.equal(loaded.train.x[:, 0].long(), loaded.train.labels)
 
 
-def test_npz_of_three_parts_is_taken_as_it_is(tmp_path):
+def test_npz_of_three_parts_keeps_them(tmp_path):
     sizes = {"train": 12, "validation": 5, "test": 3}
     arrays = {f"x_{name}": np.full((n, 2, 2), n, np.uint8) for name, n in sizes.items()}
     loaded = archive(tmp_path / "mine.npz", **arrays)
@@ -81,7 +79,7 @@ def test_npz_of_three_parts_is_taken_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(("shape", "row"), [((), (1,)), ((3,), (3,)), ((4, 5), (1, 4, 5))])
-def test_npz_with_context_gives_each_row_its_own(shape, row, tmp_path):
+def test_npz_with_context_gives_each_row_its_context(shape, row, tmp_path):
     x = np.arange(20.0)[:, None]
     context = np.broadcast_to(x.reshape(20, *[1] * len(shape)), (20, *shape))
     for dtype, scale in ((np.uint8, 255), (np.float64, 1)):
@@ -98,15 +96,15 @@ OBJECTS = np.array([[None, 1]] * 20, dtype=object)
 X = np.zeros((20, 3))
 
 
-REFUSED_NPY = {
+REJECTED_NPY = {
     "rank 1": (np.zeros(20), ["(20,)", "expected"]),
     "rank 5": (np.zeros((20, 2, 2, 2, 2)), ["(20, 2, 2, 2, 2)", "expected"]),
     "five channels": (np.zeros((20, 5, 5, 5)), ["(20, 5, 5, 5)", "channels"]),
     "a number": (np.float64(3.0), ["empty"]),
     "no rows": (np.zeros((0, 3)), ["empty", "(0, 3)"]),
     "no columns": (np.zeros((20, 0)), ["empty", "(20, 0)"]),
-    "nine rows": (np.zeros((9, 3)), ["9 rows", "10 or more"]),
-    "one row": (np.zeros((1, 3)), ["1 row", "10 or more"]),
+    "nine rows": (np.zeros((9, 3)), ["9 rows", "at least 10"]),
+    "one row": (np.zeros((1, 3)), ["1 row", "at least 10"]),
     "objects": (OBJECTS, ["pickle"]),
     "words": (np.array([["a", "b"]] * 20), ["numbers", "<U1"]),
     "complex": (np.zeros((20, 3), complex), ["real", "complex128"]),
@@ -115,8 +113,8 @@ REFUSED_NPY = {
 }
 
 
-@pytest.mark.parametrize(("array", "words"), REFUSED_NPY.values(), ids=REFUSED_NPY)
-def test_npy_that_is_refused(array, words, tmp_path):
+@pytest.mark.parametrize(("array", "words"), REJECTED_NPY.values(), ids=REJECTED_NPY)
+def test_npy_that_is_rejected(array, words, tmp_path):
     path = tmp_path / "mine.npy"
     np.save(path, array, allow_pickle=True)
     with pytest.raises(UsageError) as caught:
@@ -125,11 +123,11 @@ def test_npy_that_is_refused(array, words, tmp_path):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-REFUSED_NPZ = {
+REJECTED_NPZ = {
     "unknown key": ({"images": X}, ["'x'", "'x_train'", "images"]),
     "no test part": ({"x_train": X}, ["'x_test'", "x_train"]),
-    "nothing": ({}, ["'x'", "none"]),
-    "nine rows": ({"x": X[:9]}, ["9 rows", "10 or more"]),
+    "nothing": ({}, ["'x'", "no arrays"]),
+    "nine rows": ({"x": X[:9]}, ["9 rows", "at least 10"]),
     "no rows": ({"x": X[:0]}, ["empty"]),
     "objects": ({"x": OBJECTS}, ["pickle"]),
     "objects as labels": ({"x": X, "y": OBJECTS[:, 0]}, ["pickle"]),
@@ -137,7 +135,7 @@ REFUSED_NPZ = {
     "words as labels": ({"x": X, "y": np.array(["cat"] * 20)}, ["whole numbers", "<U3"]),
     "negative labels": ({"x": X, "y": np.full(20, -1)}, ["whole numbers", "-1"]),
     "halves as labels": ({"x": X, "y": np.full(20, 0.5)}, ["whole numbers", "0.5"]),
-    "too little context": ({"x": X, "context": X[:19]}, ["19 rows of context", "20"]),
+    "too little context": ({"x": X, "context": X[:19]}, ["context has 19 rows", "20"]),
     "no number in context": (
         {"x": X, "context": np.where(X == 0, np.nan, X)},
         ["not finite", "row 0"],
@@ -155,8 +153,8 @@ REFUSED_NPZ = {
 }
 
 
-@pytest.mark.parametrize(("arrays", "words"), REFUSED_NPZ.values(), ids=REFUSED_NPZ)
-def test_npz_that_is_refused(arrays, words, tmp_path):
+@pytest.mark.parametrize(("arrays", "words"), REJECTED_NPZ.values(), ids=REJECTED_NPZ)
+def test_npz_that_is_rejected(arrays, words, tmp_path):
     with pytest.raises(UsageError) as caught:
         archive(tmp_path / "mine.npz", **arrays)
     assert "mine" in str(caught.value)
@@ -164,7 +162,7 @@ def test_npz_that_is_refused(arrays, words, tmp_path):
 
 
 class Marker:
-    """Unpickling it makes a file."""
+    """Unpickling this object creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -175,7 +173,7 @@ class Marker:
 
 @pytest.mark.parametrize("name", ["mine.npy", "mine.npz"])
 @pytest.mark.parametrize("raw", [True, False])
-def test_a_pickle_in_an_array_file_is_refused_and_not_executed(raw, name, tmp_path):
+def test_a_pickle_in_an_array_file_is_rejected_and_not_executed(raw, name, tmp_path):
     evil = Marker(tmp_path / "marker")
     with open(tmp_path / name, "wb") as file:
         if raw:
@@ -190,7 +188,7 @@ def test_a_pickle_in_an_array_file_is_refused_and_not_executed(raw, name, tmp_pa
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.99])
 @pytest.mark.parametrize("name", ["mine.npy", "mine.npz"])
-def test_an_array_file_that_is_cut_short_is_one_error_of_use(name, share, tmp_path):
+def test_an_array_file_that_is_cut_short_is_a_usage_error(name, share, tmp_path):
     path = tmp_path / name
     np.save(path, X) if name.endswith("npy") else np.savez(path, x=X)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])

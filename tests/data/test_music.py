@@ -1,4 +1,4 @@
-"""Sequences from files, through the deep Markov model of the command line."""
+"""Sequences from files, with the deep Markov model of the command line."""
 
 import json
 
@@ -22,7 +22,7 @@ def refused(capsys, *words):
 
 @pytest.fixture
 def chorales(tmp_path):
-    """Pieces of one to four steps, in the form in which the JSB chorales are handed on."""
+    """Pieces of one to four steps, in the format of the JSB chorales."""
     path = tmp_path / "chorales.json"
     pieces = [[[60 + i % 5, 64, -1], [62, 65], [64], []][: 1 + i % 4] for i in range(12)]
     path.write_text(json.dumps({"train": pieces, "valid": pieces[:3], "test": pieces[3:6]}))
@@ -39,10 +39,10 @@ def test_music_is_a_piano_roll_with_lengths(chorales):
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"train": []}', "{", '{"train": [[1]], "test": 2}'])
-def test_a_file_that_is_no_music_is_refused(tmp_path, content):
+def test_a_file_that_is_not_music_is_rejected(tmp_path, content):
     path = tmp_path / "bad.json"
     path.write_text(content)
-    with pytest.raises(pv.UsageError, match=r"bad.json( is no JSON|: an object of train, valid)"):
+    with pytest.raises(pv.UsageError, match=r"bad.json (cannot be read as JSON|must be an object)"):
         pv.load_data(path)
 
 
@@ -50,7 +50,7 @@ TRAIN = ("--model", "deep-markov", "--epochs", 1, "--hidden", 4, "--latent-dim",
 TRAIN += ("--engine", "eager", "--num-eval-samples", 2)
 
 
-def test_the_command_line_serves_music(chorales, tmp_path):
+def test_the_command_line_works_with_music(chorales, tmp_path):
     out = tmp_path / "run"
     run("train", chorales, "--out", out, *TRAIN, "--batch-size", 4, "--no-report")
     run("sample", out, "--num", 5)
@@ -69,7 +69,7 @@ def test_images_are_sequences_of_rows(tmp_path):
     assert np.load(tmp_path / "run" / "samples.npy").shape == (5, 1, 4, 3)
 
 
-def test_lengths_come_with_a_file_of_arrays(tmp_path, capsys):
+def test_a_file_of_arrays_may_have_lengths(tmp_path, capsys):
     x, path = np.zeros((20, 4, 3), np.float32), tmp_path / "x.npz"
     np.savez(path, x=x, lengths=np.arange(20) % 4 + 1)
     data = pv.load_data(path)
@@ -78,7 +78,7 @@ def test_lengths_come_with_a_file_of_arrays(tmp_path, capsys):
     )
     assert "unequal lengths are for --model deep-markov" in refused(capsys, path)
     np.savez(path, x=x, lengths=np.arange(20))
-    with pytest.raises(pv.UsageError, match="lengths must be 1 to 4, 0 to 19 came"):
+    with pytest.raises(pv.UsageError, match="lengths must be from 1 to 4, got 0 to 19"):
         pv.load_data(path)
 
 
@@ -97,5 +97,5 @@ def test_lengths_come_with_a_file_of_arrays(tmp_path, capsys):
         ),
     ],
 )
-def test_what_makes_no_sense_for_a_deep_markov_model_is_refused(capsys, words, message):
+def test_options_that_do_not_fit_a_deep_markov_model_are_rejected(capsys, words, message):
     assert message in refused(capsys, *words, "--model", "deep-markov")

@@ -1,4 +1,4 @@
-"""How minibatches are prepared."""
+"""The preparation of minibatches."""
 
 import numpy as np
 import pytest
@@ -12,10 +12,7 @@ from pyro_vae.data.sources import Arrays, source
 CPU = torch.device("cpu")
 
 
-# Preparation
-
-
-def test_intensities_reach_the_pair_in_its_own_type():
+def test_intensities_get_the_type_of_the_pair():
     x = torch.tensor([[0, 51, 255]], dtype=torch.uint8)
     for dtype in (torch.float32, torch.float64):
         prepared = Preparation(CPU, dtype)((x, torch.ones(1, 2), torch.tensor([3])))
@@ -28,21 +25,21 @@ def test_intensities_reach_the_pair_in_its_own_type():
     assert drawn.dtype == torch.float32
 
 
-def test_dynamic_binarisation_is_drawn_anew_with_the_intensity_as_mean():
+def test_dynamic_binarization_is_a_new_draw_with_the_intensity_as_mean():
     torch.manual_seed(0)
     x = torch.arange(256, dtype=torch.uint8).repeat(2000, 1)
     prepare = Preparation(CPU, torch.float32, binarize=True)
     (first,), (second,) = prepare((x,)), prepare((x,))
     assert first.unique().tolist() == [0, 1]
     assert not torch.equal(first, second)
-    grey = torch.arange(256) / 255
-    # 256 columns, 2000 draws each: five standard errors leave about one failure in 10^4.
-    error = (grey * (1 - grey) / 2000).sqrt()
-    assert bool(((first.mean(0) - grey).abs() <= 5 * error).all())
+    gray = torch.arange(256) / 255
+    # With 256 columns of 2000 draws, five standard errors fail about once in 10^4 runs.
+    error = (gray * (1 - gray) / 2000).sqrt()
+    assert bool(((first.mean(0) - gray).abs() <= 5 * error).all())
     assert bool((first[:, 0] == 0).all() & (first[:, 255] == 1).all())
 
 
-def test_held_out_data_are_drawn_once():
+def test_held_out_data_are_binarized_once():
     x = torch.arange(256, dtype=torch.uint8).repeat(500, 1)
     prepare = Preparation(CPU, torch.float32, binarize=True)
     before = torch.get_rng_state()
@@ -75,7 +72,7 @@ def test_held_out_data_are_drawn_once():
         (torch.rand(8, 4).mul(255).byte(), pv.Categorical, "dynamic", False),
     ],
 )
-def test_only_grey_data_under_a_binary_likelihood_are_drawn(x, likelihood, binarize, drawn):
+def test_only_gray_data_under_a_binary_likelihood_are_binarized(x, likelihood, binarize, drawn):
     pair = small(likelihood=likelihood)
     assert preparation(pair, source(x), binarize).binarize is drawn
 
@@ -89,7 +86,7 @@ def test_what_a_pair_sees_in_training(binarize):
     assert torch.equal(first, second) is (binarize == "fixed")
 
 
-def test_grey_targets_come_only_by_name_and_with_a_warning():
+def test_gray_targets_need_an_option_and_give_a_warning():
     pair, x = Recorder(), torch.rand(8, 50)
     with pytest.warns(UserWarning, match="not log-likelihoods"):
         pv.fit(pair, x, torch.arange(8), epochs=1, batch_size=8, binarize="none", **LOOKING)

@@ -1,4 +1,4 @@
-"""Data far from the range that a model starts from are spoken of, and others are not."""
+"""Data far from the range of the untrained model give a warning, and other data do not."""
 
 import warnings
 
@@ -34,7 +34,7 @@ def fault(pair, x):
 
 
 class Standardized(nn.Module):
-    """A user's own pair, which has the scale of its data inside it."""
+    """A pair of a user, which contains the scale of its data."""
 
     def __init__(self, scale):
         super().__init__()
@@ -60,7 +60,11 @@ ODD = {
     "1e8 times": (vae, 1e8 * X, FAR),
     "an offset": (vae, X + 1e4, FAR),
     "1e-4 times": (vae, 1e-4 * X, SMALL),
-    "one column 1,000 times": (vae, X * torch.tensor([1, 1, 1e3, 1, 1]), "column 2 the most"),
+    "one column 1,000 times": (
+        vae,
+        X * torch.tensor([1, 1, 1e3, 1, 1]),
+        "Column 2 is the farthest",
+    ),
     "one column a thousandth": (vae, X * torch.tensor([1, 1e-3, 1, 1, 1]), "column 1 varies"),
     "from 0.1 to 100": (vae, X * torch.tensor([0.01, 1, 1, 1, 10]), "column 0 varies"),
     "heavy tails": (lambda: vae(pv.StudentT), 100 * X, FAR),
@@ -103,7 +107,7 @@ ORDINARY = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_a_range_that_is_odd_is_spoken_of(name):
+def test_an_unusual_range_gives_a_message(name):
     make, x, words = ODD[name]
     said = fault(make(), x)
     assert words in said
@@ -111,22 +115,24 @@ def test_a_range_that_is_odd_is_spoken_of(name):
 
 
 @pytest.mark.parametrize("name", ORDINARY)
-def test_an_ordinary_range_is_not(name):
+def test_an_ordinary_range_gives_no_message(name):
     make, x = ORDINARY[name]
     assert fault(make(), x) is None
 
 
-def test_standardized_data_are_ordinary_whatever_they_were():
+def test_standardized_data_are_ordinary():
     x = (torch.randn(300, 5, generator=GENERATOR) + 3) * torch.tensor([1e-6, 1, 1e3, 1e6, 1e9])
     assert fault(vae(), x) is not None
     assert fault(vae(), (x - x.mean(0)) / x.std(0)) is None
 
 
-def test_fit_says_so_once_and_not_of_a_pair_that_knows_the_range(tmp_path):
+def test_fit_warns_once_and_only_if_the_pair_does_not_know_the_range(tmp_path):
     pair = Standardized(100.0)
     pv.fit(pair, 100 * X, epochs=1, **FAST)
     pair, run = vae(), tmp_path / "run"
-    with pytest.warns(UserWarning, match="range of x is not that of the model") as heard:
+    with pytest.warns(
+        UserWarning, match="range of x differs from that of the untrained model"
+    ) as heard:
         pv.fit(pair, 100 * X, epochs=1, out=run, **FAST)
     assert sum("range of x" in str(warning.message) for warning in heard) == 1
     with warnings.catch_warnings():
@@ -135,7 +141,7 @@ def test_fit_says_so_once_and_not_of_a_pair_that_knows_the_range(tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["eager", "traced"])
-def test_a_loss_that_is_not_finite_blames_the_range(engine):
+def test_the_error_of_a_loss_that_is_not_finite_names_the_range(engine):
     with (
         pytest.warns(UserWarning, match="range of x"),
         pytest.raises(NonFiniteError, match=r"not finite.*standardize x") as caught,
@@ -144,10 +150,10 @@ def test_a_loss_that_is_not_finite_blames_the_range(engine):
     assert "learning_rate" not in str(caught.value)
 
 
-def test_a_loss_that_is_not_finite_names_the_extreme_of_the_minibatch():
+def test_the_error_of_a_loss_that_is_not_finite_names_the_extreme_value():
     x = X.clone()
     x[7, 2] = 1e30
-    words = r"x holds a number of size 1e\+30, where .* most rows"
+    words = r"x holds a value of size 1e\+30, but .* median row has size"
     with (
         pytest.warns(UserWarning, match="column 2 by 1e"),
         pytest.raises(UsageError, match=words),
@@ -155,13 +161,13 @@ def test_a_loss_that_is_not_finite_names_the_extreme_of_the_minibatch():
         pv.fit(vae(), x, epochs=1, **FAST)
 
 
-def test_a_loss_that_is_not_finite_for_another_reason_does_not_blame_the_range():
+def test_a_large_learning_rate_is_not_reported_as_a_problem_of_the_range():
     options = FAST | {"optimizer": torch.optim.SGD, "learning_rate": 1e38}
     with pytest.raises(NonFiniteError, match="a smaller learning_rate"):
         pv.fit(vae(), X, epochs=3, **options)
 
 
-def test_an_extreme_is_held_against_other_rows():
+def test_an_extreme_value_is_compared_with_other_rows():
     assert extreme(X) is None
-    assert extreme(1e3 * X) is None  # all rows are large: no row is an extreme
+    assert extreme(1e3 * X) is None  # all rows are large, so no row is extreme
     assert extreme(torch.cat([X, torch.full((1, 5), 1e6)])) is not None

@@ -1,4 +1,4 @@
-"""Tensors, data sets and loaders as sources."""
+"""Tensors, data sets and loaders as sources of minibatches."""
 
 import numpy as np
 import pyro
@@ -18,7 +18,7 @@ from pyro_vae.errors import UsageError
 # Rows in memory
 
 
-def test_rows_are_held_as_they_came():
+def test_rows_keep_their_type_and_memory():
     array = flat_images(8, 4)
     (tensor,) = source(array).tensors
     assert tensor.dtype == torch.uint8
@@ -37,7 +37,7 @@ def test_rows_are_held_as_they_came():
     ],
     ids=["reversed", "read-only", "float16", "uint16", "fortran"],
 )
-def test_any_array_of_numbers_is_taken(array):
+def test_any_array_of_numbers_is_accepted(array):
     pv.fit(small(), array, epochs=1, batch_size=4, progress=False)
 
 
@@ -79,7 +79,7 @@ def test_shuffling_differs_by_epoch_and_follows_the_seed():
 
 
 class Certain(nn.Module):
-    """A pair without chance: its guide is a point, so that a result depends on the rows alone."""
+    """A pair whose guide is a point, so that results depend only on the rows."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +133,7 @@ def test_the_last_smaller_batch_is_counted(n):
         lambda x: DataLoader(TensorDataset(x), batch_size=len(x)),
         lambda x: DataLoader(x, batch_size=len(x), shuffle=True),
     ],
-    ids=["numpy", "dataset", "labelled dataset", "loader", "shuffling loader"],
+    ids=["numpy", "dataset", "labeled dataset", "loader", "shuffling loader"],
 )
 def test_every_source_trains_as_the_tensor_does(wrap):
     x = table(12)
@@ -170,7 +170,7 @@ def test_a_loader_keeps_its_order_and_batch_size():
     close(pair, other, rtol=1e-5, atol=1e-6)
 
 
-def test_labels_of_a_data_set_are_left_out_for_a_pair_without_context():
+def test_a_pair_without_context_ignores_the_labels_of_a_data_set():
     dataset = TensorDataset(torch.rand(8, 4).round(), torch.arange(8))
     pair = small()
     history = pv.fit(pair, dataset, validation=dataset, epochs=2, batch_size=4, progress=False)
@@ -188,7 +188,7 @@ def test_a_data_set_gives_context_to_a_conditional_pair():
 
 
 @pytest.mark.parametrize("wrap", [TensorDataset, lambda *x: DataLoader(TensorDataset(*x), 8)])
-def test_grey_rows_of_a_data_set_are_drawn_as_those_of_a_tensor_are(wrap):
+def test_gray_rows_of_a_data_set_are_binarized_like_those_of_a_tensor(wrap):
     pair, x = Recorder(), torch.full((8, 50), 127, dtype=torch.uint8)
     pv.fit(pair, wrap(x, torch.arange(8)), epochs=2, batch_size=8, **LOOKING)
     first, second = pair.seen
@@ -197,13 +197,13 @@ def test_grey_rows_of_a_data_set_are_drawn_as_those_of_a_tensor_are(wrap):
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, TensorDataset, lambda x: DataLoader(x, 4)])
-def test_fit_gives_the_callers_generator_back(wrap):
+def test_fit_restores_the_generator_of_the_caller(wrap):
     pair, before = small(), torch.get_rng_state()
     pv.fit(pair, wrap(table(8) > 0), epochs=1, batch_size=4, progress=False)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_data_that_a_pair_does_not_take_are_told_in_one_line():
+def test_data_that_a_pair_cannot_use_give_an_error_in_one_line():
     pair = make("plain")
     for call in (pv.evaluate, pv.log_likelihood, pv.gaps, pv.anneal, pv.predictive_check):
         with pytest.raises(UsageError, match=r"fails on a batch of shapes \(5, 7\): Runtime") as e:

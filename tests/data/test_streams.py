@@ -1,4 +1,4 @@
-"""Loaders whose samplers give other rows than their data sets have, and loaders at fault."""
+"""Loaders whose samplers repeat or leave out rows, and loaders with errors."""
 
 import numpy as np
 import pyro
@@ -28,7 +28,7 @@ DATA = TensorDataset(X)
 
 
 class Mean(nn.Module):
-    """One latent for all data, their mean: its posterior has the precision n + 1."""
+    """A global latent, the mean of the data; its posterior has the precision n + 1."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Mean(nn.Module):
 
 
 class Every(Sampler):
-    """Every tenth row, as a user's own sampler, of a length that may be false."""
+    """A sampler of a user with every tenth row; its length may be wrong."""
 
     def __init__(self, n, length=None):
         self.n, self.length = n, length
@@ -57,7 +57,7 @@ class Every(Sampler):
 
 
 class Rows(IterableDataset):
-    """Rows one after the other, with a length that may be false, or none."""
+    """Rows in order, with a length that may be wrong or missing."""
 
     def __init__(self, n, length):
         self.n, self.length = n, length
@@ -75,7 +75,7 @@ def weighted(number):
     return WeightedRandomSampler([1.0] * 50 + [0.0] * 350, number)
 
 
-LOADERS = {  # rows of an epoch, and different ones of all epochs
+LOADERS = {  # rows of an epoch, and different rows of all epochs
     "plain": (lambda: DataLoader(DATA, 20), 400, 400),
     "shuffled": (lambda: DataLoader(DATA, 20, shuffle=True), 400, 400),
     "subset": (lambda: DataLoader(DATA, 20, sampler=SubsetRandomSampler(range(40))), 40, 40),
@@ -90,8 +90,8 @@ LOADERS = {  # rows of an epoch, and different ones of all epochs
         400,
     ),
     "weighted": (lambda: DataLoader(DATA, 20, sampler=weighted(1000)), 1000, 50),
-    "of one's own": (lambda: DataLoader(DATA, 20, sampler=Every(400)), 40, 40),
-    "of a false length": (lambda: DataLoader(DATA, 20, sampler=Every(400, 400)), 40, 40),
+    "of a user": (lambda: DataLoader(DATA, 20, sampler=Every(400)), 40, 40),
+    "of a wrong length": (lambda: DataLoader(DATA, 20, sampler=Every(400, 400)), 40, 40),
     "batches": (
         lambda: DataLoader(
             DATA, batch_sampler=BatchSampler(SubsetRandomSampler(range(40)), 20, False)
@@ -108,7 +108,7 @@ LOADERS = {  # rows of an epoch, and different ones of all epochs
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_rows_are_those_that_the_sampler_gives(name):
+def test_the_numbers_of_rows_are_those_of_the_sampler(name):
     make, epoch, different = LOADERS[name]
     rows = source(make(), (), Mean())
     assert (len(rows), rows.num_data) == (epoch, different)
@@ -118,7 +118,7 @@ def test_rows_are_those_that_the_sampler_gives(name):
 
 
 @pytest.mark.parametrize("name", ["subset", "weighted"])
-def test_the_posterior_of_what_all_data_share_is_of_the_rows_that_are_drawn(name):
+def test_the_posterior_of_a_global_latent_counts_the_different_rows(name):
     make, epoch, different = LOADERS[name]
     torch.manual_seed(0)
     pair, epochs = Mean(), 30_000 // epoch  # 1,500 steps
@@ -133,7 +133,7 @@ def test_the_posterior_of_what_all_data_share_is_of_the_rows_that_are_drawn(name
     assert pair.raw.exp().item() == pytest.approx((different + 1) ** -0.5, rel=0.15)
 
 
-def test_schedules_go_by_the_rows_of_an_epoch():
+def test_schedules_use_the_rows_of_an_epoch():
     seen = []
     loader = LOADERS["subset"][0]()
     pv.fit(Mean(), loader, beta=lambda epoch: seen.append(epoch) or 1.0, **FAST | {"epochs": 2})
@@ -141,17 +141,17 @@ def test_schedules_go_by_the_rows_of_an_epoch():
 
 
 @pytest.mark.parametrize(("gives", "says"), [(40, 400), (400, 40)])
-def test_a_length_that_is_false_is_refused(gives, says):
-    with pytest.raises(UsageError, match=f"length of {says} rows, and gave {gives} in an epoch"):
+def test_a_wrong_length_is_rejected(gives, says):
+    with pytest.raises(UsageError, match=f"length of {says} rows but gave {gives} in an epoch"):
         pv.fit(Mean(), DataLoader(Rows(gives, says), 20), **FAST)
 
 
-def test_a_stream_without_a_length_is_refused():
+def test_a_stream_without_a_length_is_rejected():
     with pytest.raises(UsageError, match="Rows has no length"):
         pv.fit(Mean(), DataLoader(Rows(40, None), 20), **FAST)
 
 
-def test_a_loader_that_gives_nothing_is_refused():
+def test_a_loader_without_minibatches_is_rejected():
     few = DataLoader(TensorDataset(X[:33]), 64, drop_last=True)
     for call in (lambda: pv.fit(Mean(), few, **FAST), lambda: pv.evaluate(small(), few)):
         with pytest.raises(UsageError, match="gives no minibatch; with drop_last=True"):
@@ -197,7 +197,7 @@ class Sparse(Dataset):
 
 
 @pytest.mark.parametrize(("rows", "words"), [(Masked, "masked arrays"), (Sparse, "is sparse")])
-def test_a_data_set_gives_numbers_alone(rows, words):
+def test_a_data_set_must_give_plain_numbers(rows, words):
     for given in (rows(), DataLoader(rows(), 8)):
         with pytest.raises(UsageError, match=words):
             pv.fit(small(), given, **FAST)
@@ -223,7 +223,7 @@ class Normalized(nn.Module):
 
 
 @pytest.mark.parametrize("engine", ["eager", "traced"])
-def test_batch_normalization_of_one_row_is_refused_with_its_cure(engine):
+def test_batch_normalization_of_one_row_is_rejected_with_advice(engine):
     options = FAST | {"engine": engine, "batch_size": 8}
     with pytest.raises(
         UsageError, match="batch normalization has no variance; choose a batch_size"

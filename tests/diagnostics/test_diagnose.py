@@ -367,7 +367,7 @@ def test_the_command(digits, capsys):
     assert found["results"]["log_likelihood"]["num_samples"] == 100
     assert (digits / "figures" / "diagnosis-reliability.png").read_bytes()[:4] == b"\x89PNG"
     page = (digits / "report.html").read_text()
-    assert "Whether the inference can be believed" in page
+    assert "Can the inference be believed?" in page
     assert page.index("<b>Cannot be trusted:</b>") < page.index("<h2>Training</h2>")
     assert page.count('alt="reliability"') == 1
     assert "for lack of time" in page
@@ -426,7 +426,7 @@ def test_text_is_shown_in_words(tmp_path):
     page = (run / "report.html").read_text()
     found = json.loads((run / "metrics.json").read_bytes())["diagnostics"]
     assert "of text" in found["worst_data"]
-    assert "least to be trusted" in page
+    assert "least reliable log p(x)" in page
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_what_is_no_count_is_refused(value):
     with pytest.raises(pv.UsageError, match=f"x holds {value:g}, outside the support of the Neg"):
         pv.fit(vae, x, epochs=1, batch_size=2, progress=False)
     many = torch.tensor([[0.0, 3.0, 800.0]])
-    with pytest.raises(pv.UsageError, match="NegativeBinomial likelihood would fit counts"):
+    with pytest.raises(pv.UsageError, match="for counts, use a Poisson or NegativeBinomial"):
         pv.evaluate(pv.VAE.mlp((3,), 2), many)
 
 

@@ -1,4 +1,4 @@
-"""Run folders that are damaged, foreign or in the way: one line that names the file."""
+"""Run folders that are damaged, foreign or already used give an error that names the file."""
 
 import json
 import os
@@ -27,24 +27,24 @@ import pyro_vae as pv
 # Output folders
 
 
-def test_another_run_is_refused_and_untouched(run):
+def test_another_run_is_rejected_and_unchanged(run):
     before = snapshot(run)
-    words = [str(run), "holds another run", "--overwrite", "--resume"]
+    words = [str(run), "already holds a run", "overwrite", "resume"]
     refused(lambda: pv.fit(small(), binary(), out=run, **FAST), *words)
     assert snapshot(run) == before
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "checkpoint.pt"])
-def test_what_is_left_of_a_run_is_a_run(run, name):
+def test_each_file_of_a_run_marks_a_run(run, name):
     for path in run.iterdir():
         if path.name != name:
             path.unlink()
     before = snapshot(run)
-    refused(lambda: pv.fit(small(), binary(), out=run, **FAST), "holds another run", name)
+    refused(lambda: pv.fit(small(), binary(), out=run, **FAST), "already holds a run", name)
     assert snapshot(run) == before
 
 
-def test_overwrite_removes_a_runs_own_files_only(run):
+def test_overwrite_removes_only_the_files_of_a_run(run):
     figures = run / "figures"
     figures.mkdir()
     (figures / "samples.png").write_bytes(b"old")
@@ -104,7 +104,7 @@ def test_a_write_that_fails_leaves_the_old_file(run, monkeypatch):
     assert snapshot(run) == before
 
 
-# Run folders that are broken
+# Damaged run folders
 
 
 def resume(run, pair=small, x=None):
@@ -122,7 +122,7 @@ def test_a_missing_file_is_named(name, read, run):
     assert "cut short" not in message
 
 
-def test_resume_does_not_go_on_without_the_configuration(run):
+def test_resume_needs_the_configuration(run):
     (run / "config.json").unlink()
     before = snapshot(run)
     refused(lambda: resume(run), str(run / "config.json"), "missing")
@@ -141,7 +141,7 @@ def test_a_file_that_is_cut_short_is_named(name, read, share, run):
 
 @pytest.mark.parametrize("content", [b"[]", b"3", b"null", b"{}", b"\xff\xfe\x00", b"\x00" * 99])
 @pytest.mark.parametrize(("name", "read"), READERS.items())
-def test_a_file_of_something_else_is_named(name, read, content, run):
+def test_a_file_with_other_content_is_named(name, read, content, run):
     (run / name).write_bytes(content)
     refused(lambda: read(run), str(run / name))
 
@@ -184,7 +184,7 @@ def test_a_checkpoint_tensor_that_does_not_fit_is_named_with_its_file(part, edit
 
 
 @pytest.mark.parametrize("key", ["job", "pair", "best", "optimizer", "epochs", "generators"])
-def test_a_checkpoint_that_lacks_a_part_is_refused(key, run):
+def test_a_checkpoint_without_a_part_is_rejected(key, run):
     path = run / "checkpoint.pt"
     state = torch.load(path, weights_only=True)
     del state[key]
@@ -195,7 +195,7 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(key, run):
 
 
 @pytest.mark.parametrize("content", [torch.ones(3), {"weights": torch.ones(3)}, [1, 2]])
-def test_another_programs_checkpoint_is_refused(content, run):
+def test_the_checkpoint_of_another_program_is_rejected(content, run):
     path = run / "checkpoint.pt"
     torch.save(content, path)
     refused(lambda: resume(run), str(path))
@@ -211,7 +211,7 @@ def test_another_programs_checkpoint_is_refused(content, run):
         ({"binarize": "fixed"}, ["binarize"]),
     ],
 )
-def test_resume_goes_on_only_as_the_run_began(options, words, run):
+def test_resume_needs_the_same_settings(options, words, run):
     before = snapshot(run)
     options = FAST | {"epochs": 2, "out": run, "resume": True} | options
     refused(lambda: pv.fit(small(), binary(), **options), str(run / "checkpoint.pt"), *words)
@@ -226,16 +226,16 @@ def test_resume_with_other_data_or_another_pair(run):
     assert snapshot(run) == before
 
 
-def test_an_unknown_run_is_answered_with_the_nearest(run):
+def test_the_error_of_an_unknown_run_names_the_nearest_run(run):
     (run.parent / "data").mkdir()
     refused(lambda: pv.load(run.parent / "rum"), "no run", "did you mean 'run'?")
     message = refused(lambda: pv.load(run.parent / "zzzzzz"), "no run", "run")
-    assert "data" not in message  # it holds no run
+    assert "data" not in message  # the folder data has no run
     message = refused(lambda: pv.load(run / "none"), "no run")
-    assert "known: " not in message  # there is nothing to name
+    assert "known: " not in message  # there is no other run to name
 
 
-def test_a_pair_of_ones_own_is_asked_for(tmp_path, run):
+def test_a_pair_of_a_user_must_be_passed(tmp_path, run):
     pv.fit(Pair(), SCALES["real"], out=tmp_path / "own", **FAST)
     refused(lambda: pv.load(tmp_path / "own"), ":Pair", "load(run, MyPair)")
     refused(lambda: pv.load(tmp_path / "own", Pair), ":Pair", "instance")
@@ -256,7 +256,7 @@ PICKLES = {
 
 @pytest.mark.parametrize("write", PICKLES.values(), ids=PICKLES)
 @pytest.mark.parametrize(("name", "read"), READERS.items())
-def test_a_pickle_is_refused_and_never_executed(name, read, write, run, tmp_path):
+def test_a_pickle_is_rejected_and_never_executed(name, read, write, run, tmp_path):
     write(Marker(tmp_path / "marker"), run / name)
     before = snapshot(run)
     refused(lambda: read(run), str(run / name))
@@ -295,7 +295,9 @@ PLACES = {
 @pytest.mark.parametrize(
     "name", ["os:system", "builtins:eval", "subprocess:Popen", "spy:Spy", "spy.sub:Spy"]
 )
-def test_a_foreign_class_is_refused_and_not_imported(name, place, kind, run, tmp_path, monkeypatch):
+def test_a_foreign_class_is_rejected_and_not_imported(
+    name, place, kind, run, tmp_path, monkeypatch
+):
     (tmp_path / "spy").mkdir()
     for module in ("__init__", "sub"):
         path = tmp_path / "spy" / f"{module}.py"
@@ -311,7 +313,7 @@ def test_a_foreign_class_is_refused_and_not_imported(name, place, kind, run, tmp
 CONFIGS = {
     "no pair": lambda config: config.pop("pair"),
     "a pair of nothing": lambda config: config.update(pair=None),
-    "a class that is no text": lambda config: config["pair"].update({"class": 3}),
+    "a class that is not text": lambda config: config["pair"].update({"class": 3}),
     "no arguments": lambda config: config["pair"].pop("arguments"),
     "an argument missing": lambda config: arguments(config).pop("prior"),
     "an argument too many": lambda config: arguments(config).update(more=1),
@@ -327,6 +329,6 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("edit", CONFIGS.values(), ids=CONFIGS)
-def test_a_configuration_that_makes_no_sense_is_named(edit, run):
+def test_an_invalid_configuration_is_named(edit, run):
     edit_config(run, edit)
     refused(lambda: pv.load(run), "config.json")

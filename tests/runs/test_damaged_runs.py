@@ -1,4 +1,4 @@
-"""Damage to any file of a run is noticed, and a run killed anywhere can be begun or resumed."""
+"""Damage to any file of a run is detected; a run that was killed can start again or resume."""
 
 import json
 import os
@@ -57,8 +57,8 @@ def refused(read, run, name):
 
 
 @pytest.mark.parametrize(("name", "read"), READERS.items())
-def test_a_flipped_bit_is_noticed_wherever_it_is(name, read, run):
-    """All bits of both ends, where headers and checksums are, and a sample of the others."""
+def test_a_flipped_bit_is_detected_everywhere(name, read, run):
+    """Flip all bits of both ends, which have headers and checksums, and a sample of other bits."""
     content = (run / name).read_bytes()
     size = len(content)
     ends = [*range(min(size, 150)), *range(max(0, size - 150), size)]
@@ -77,7 +77,7 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(name, read, run):
 
 
 @pytest.mark.parametrize(("name", "read"), READERS.items())
-def test_a_file_cut_anywhere_is_noticed(name, read, run):
+def test_a_file_cut_anywhere_is_detected(name, read, run):
     content = (run / name).read_bytes()
     size = len(content)
     lengths = {*range(30), *range(size - 120, size), *range(0, size, max(1, size // 60))}
@@ -90,7 +90,7 @@ def test_a_file_cut_anywhere_is_noticed(name, read, run):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.pt"])
-def test_a_block_that_was_never_written_is_noticed(name, run):
+def test_a_block_that_was_never_written_is_detected(name, run):
     content = (run / name).read_bytes()
     for start in range(0, len(content) - 64, len(content) // 20):
         block = b"\0" * 64
@@ -100,7 +100,7 @@ def test_a_block_that_was_never_written_is_noticed(name, run):
 
 
 def test_other_programs_read_the_files(run):
-    """The checksums are where each format allows for them."""
+    """The checksums are in places that each format allows."""
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     plain = safetensors.torch.load_file(run / "model.safetensors")
     for name, value in pv.load(run).state_dict().items():
@@ -108,8 +108,8 @@ def test_other_programs_read_the_files(run):
         assert state["best"][name].dtype == value.dtype
 
 
-def test_a_checksum_of_another_file_is_no_checksum(run):
-    """Tensors exchanged for others that are sound in themselves."""
+def test_the_checksum_of_other_tensors_is_rejected(run):
+    """Replace tensors by other valid tensors."""
     other = safetensors.torch.load_file(run / "model.safetensors")
     with open(run / "model.safetensors", "rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -120,8 +120,8 @@ def test_a_checksum_of_another_file_is_no_checksum(run):
         refused(pv.load, run, "model.safetensors")
 
 
-def test_a_configuration_that_no_longer_fits_the_weights_is_refused(tmp_path):
-    """The scale of a likelihood is in config.json alone: a bit of it changes every number."""
+def test_a_configuration_that_no_longer_fits_the_weights_is_rejected(tmp_path):
+    """Only config.json has the scale of the likelihood, which changes every number."""
     pair = pv.VAE.mlp((4,), latent_dim=2, likelihood=pv.Gaussian(0.5))
     pv.save(pair, tmp_path)
     pv.load(tmp_path)
@@ -132,8 +132,8 @@ def test_a_configuration_that_no_longer_fits_the_weights_is_refused(tmp_path):
         pv.load(tmp_path)
 
 
-def test_each_file_stands_for_itself(run):
-    """A crash between two files: the one of before and the one of after are both sound."""
+def test_each_file_is_valid_on_its_own(run):
+    """After a crash between two writes, the old file and the new file are both valid."""
     before = {name: (run / name).read_bytes() for name in ("model.safetensors", "checkpoint.pt")}
     pv.fit(small(), binary(), validation=binary(), out=run, resume=True, **FAST | {"epochs": 3})
     after = {name: (run / name).read_bytes() for name in before}
@@ -153,27 +153,29 @@ def test_types_are_compared(part, run):
     state[part][name] = state[part][name].double()
     torch.save(state, run / "checkpoint.pt")
     with pytest.raises(
-        UsageError, match=f"'{name}' .*torch.float64, the pair expects torch.float32"
+        UsageError, match=f"'{name}' .*torch.float64 but the pair expects torch.float32"
     ):
         pv.fit(small(), binary(), validation=binary(), out=run, resume=True, **FAST | {"epochs": 2})
 
 
-def test_resuming_in_another_precision_is_refused(run):
+def test_resuming_in_another_precision_is_rejected(run):
     options = FAST | {"epochs": 2, "out": run, "resume": True}
-    with pytest.raises(UsageError, match=r"torch.float32, the pair expects torch.float64"):
+    with pytest.raises(UsageError, match=r"torch.float32 but the pair expects torch.float64"):
         pv.fit(small().double(), binary(), validation=binary(), **options)
 
 
-def test_whole_numbers_are_no_weights(run):
+def test_integer_weights_are_rejected(run):
     state = safetensors.torch.load_file(run / "model.safetensors")
     name = next(iter(state))
     state[name] = state[name].long()
     safetensors.torch.save_file(state, run / "model.safetensors")
-    with pytest.raises(UsageError, match=f"'{name}' .*torch.int64, the pair expects torch.float32"):
+    with pytest.raises(
+        UsageError, match=f"'{name}' .*torch.int64 but the pair expects torch.float32"
+    ):
         pv.load(run)
 
 
-# Killed at each event of the first seconds
+# Runs that are killed before each write
 
 PROGRAM = """
 import os, sys
@@ -197,7 +199,7 @@ def train(folder, **options):
 
 
 def stop_before(n, folder):
-    \"\"\"Die, as by SIGKILL, before the n-th change to anything in the folder.\"\"\"
+    \"\"\"Exit, as after SIGKILL, before the n-th change in the folder.\"\"\"
     count = 0
 
     def heard(event, arguments):
@@ -233,12 +235,12 @@ def killed(n, folder, **options):
 
 
 root, kind = Path(sys.argv[1]), sys.argv[2]
-train(root / "whole")  # here, so that no child has to import anything
+train(root / "whole")  # import everything before the forks
 for n in range(1, 100):
     folder = root / f"{kind}-{n}"
     if kind == "overwrite":
         assert child(lambda: train(folder, learning_rate=0.1)) == 0
-    if kind == "restart":  # killed again while it begins anew
+    if kind == "restart":  # killed again while it starts again
         folder.mkdir()
         assert child(lambda: killed(5, folder)) == 9
         assert (folder / "config.json").exists()
@@ -253,7 +255,7 @@ for n in range(1, 100):
     if kind == "overwrite" and 0 not in again:
         again.append(child(lambda: train(folder, overwrite=True)))
     assert 0 in again, (n, sorted(path.name for path in folder.iterdir()))
-    if not (kind == "overwrite" and n == 1):  # nothing had changed: the old run was resumed
+    if not (kind == "overwrite" and n == 1):  # nothing had changed, so the old run was resumed
         assert (folder / "model.safetensors").read_bytes() == (
             root / "whole" / "model.safetensors"
         ).read_bytes(), n
@@ -266,14 +268,14 @@ assert n > 20, n
 def test_a_run_killed_at_any_write_can_be_trained_or_resumed(kind, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     words = [sys.executable, str(tmp_path / "program.py"), str(tmp_path), kind]
-    # Autograd can be forked where it has started no thread for a GPU.
+    # A fork works only if autograd has started no thread for a GPU.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_run_that_was_only_begun_takes_its_options_again(tmp_path, monkeypatch, capsys):
-    """The command line: what was chosen is in config.json."""
+def test_a_run_without_a_checkpoint_uses_its_options_again(tmp_path, monkeypatch, capsys):
+    """The command line reads the options from config.json."""
     from pyro_vae.cli.main import main
 
     monkeypatch.chdir(tmp_path)
@@ -291,8 +293,8 @@ def test_a_run_that_was_only_begun_takes_its_options_again(tmp_path, monkeypatch
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_saved_pair_is_no_run_that_was_begun(tmp_path):
-    """Its weights are not thrown away for want of a checkpoint."""
+def test_a_saved_pair_is_not_a_run_without_a_checkpoint(tmp_path):
+    """A missing checkpoint does not delete the weights."""
     pv.save(small(), tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     with pytest.raises(UsageError, match=r"checkpoint\.pt is missing"):

@@ -1,4 +1,4 @@
-"""No folder and no file makes a command or `pyro_vae.load` import a module or write elsewhere."""
+"""Files never make a command or `pyro_vae.load` import a module or write to another folder."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ class Pair(nn.Module):
             pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
 
     def guide(self, x):
-        import neighbor  # as late as this
+        import neighbor  # an import at run time
 
         with pyro.plate("data", len(x), dim=-1):
             loc, scale = self.encoder(x).chunk(2, -1)
@@ -51,7 +51,7 @@ class Other(Pair):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with data and a module that leaves a mark when it is imported."""
+    """A folder with data and a module that creates a file when it is imported."""
     (tmp_path / "spy.py").write_text(SPY.format(marker=str(tmp_path / "marker")))
     (tmp_path / "neighbor.py").write_text("")
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(30, 4)).astype("float32"))
@@ -68,7 +68,7 @@ def forget():
 
 @pytest.fixture
 def own(here):
-    """The run of a pair of one's own, whose class nobody has imported since."""
+    """The run of a pair of a user, whose class has not been imported since."""
     main(f"train x.npy --out run --model spy:Pair {SHORT}".split())
     (here / "marker").unlink()
     forget()
@@ -93,7 +93,7 @@ HOSTILE = {
     "an object": {"data": "x.npy", "model": {"model": "spy:Pair"}},
     "an option within": {"data": "x.npy", "model": {"": "spy:Pair"}},
     "no module": {"data": "x.npy", "model": ":Pair"},
-    "a package of ours": {"data": "x.npy", "model": "pyro_vae.__main__:main"},
+    "a module of this library": {"data": "x.npy", "model": "pyro_vae.__main__:main"},
 }
 
 
@@ -108,7 +108,7 @@ HOSTILE = {
         "train x.npy --resume --config run/config.json --out run",
     ],
 )
-def test_a_file_that_names_a_class_is_refused_and_nothing_is_imported(content, line, here, capsys):
+def test_a_file_that_names_a_class_is_rejected_and_imports_nothing(content, line, here, capsys):
     (here / "run").mkdir()
     (here / "run" / "config.json").write_text(json.dumps(content))
     complaint(line, capsys)
@@ -120,19 +120,19 @@ COMMANDS = ("evaluate", "diagnose", "sample", "reconstruct", "encode", "interpol
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "report"])
-def test_no_command_imports_what_a_run_names(command, own, capsys):
+def test_no_command_imports_the_class_that_a_run_names(command, own, capsys):
     assert "--model module:Class" in complaint(f"{command} {own}", capsys)
     assert not (own.parent / "marker").exists()
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "report"])
-def test_another_class_than_the_recorded_one_is_refused_and_not_imported(command, own, capsys):
+def test_another_class_than_the_recorded_one_is_rejected_and_not_imported(command, own, capsys):
     error = complaint(f"{command} {own} --model spy:Other", capsys)
     assert "--model spy:Pair" in error
     assert not (own.parent / "marker").exists()
 
 
-def test_resume_takes_the_class_that_is_typed_if_it_is_the_recorded_one(own, capsys):
+def test_resume_accepts_the_typed_class_if_the_run_records_it(own, capsys):
     resume = "train x.npy --resume --out run --epochs 2"
     error = complaint(resume, capsys)
     assert "type --model spy:Pair" in error
@@ -146,13 +146,13 @@ def test_resume_takes_the_class_that_is_typed_if_it_is_the_recorded_one(own, cap
     main(["evaluate", "run", "--num-samples", "2", "--model=spy:Pair"])
 
 
-def test_a_file_of_options_takes_the_class_from_the_shell(here):
+def test_the_shell_overrides_the_class_of_a_file_of_options(here):
     (here / "mine.json").write_text(json.dumps({"data": "x.npy", "model": "spy:Other"}))
     main(f"train --config mine.json --out run --model spy:Pair {SHORT}".split())
     assert json.loads((here / "run/config.json").read_text())["train"]["model"] == "spy:Pair"
 
 
-def test_a_run_does_not_choose_where_its_continuation_is_written(here, capsys):
+def test_a_run_cannot_choose_another_output_folder(here, capsys):
     line = f"train x.npy --out run --likelihood gaussian {SHORT}"
     main(line.split())
     content = json.loads((here / "run/config.json").read_text())
@@ -162,7 +162,7 @@ def test_a_run_does_not_choose_where_its_continuation_is_written(here, capsys):
     assert not (here / "victim").exists()
 
 
-# What load builds
+# The parts that load builds
 
 NAMES = [
     *("pyro_vae.__main__:main", "pyro_vae.cli:app", "pyro_vae:fit", "pyro_vae:load"),
@@ -179,7 +179,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_public_parts_are_built_and_nothing_else_is_imported(name, here, monkeypatch):
-    # Even where such a module could be found:
+    # This makes such modules importable.
     monkeypatch.setattr(pv, "__path__", [*pv.__path__, str(here)])
     monkeypatch.setattr(nn, "__path__", [*nn.__path__, str(here)])
     pv.save(pv.VAE.mlp((4,), latent_dim=2), here / "run")
@@ -195,14 +195,14 @@ def test_only_public_parts_are_built_and_nothing_else_is_imported(name, here, mo
 
 
 @pytest.mark.parametrize("kind", ["hub", "_dynamo", "system", "nn", "float33", 3, None])
-def test_a_type_of_numbers_is_one(kind, tmp_path):
+def test_another_name_than_that_of_a_number_type_is_rejected(kind, tmp_path):
     pv.save(pv.VAE.mlp((4,), latent_dim=2), tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     content["adopted_batch"] = [[[4], kind]]
     (tmp_path / "config.json").write_text(json.dumps(content))
     model = tmp_path / "model.safetensors"
-    safetensors.torch.save_file(safetensors.torch.load_file(model), model)  # as of 0.1.0
-    with pytest.raises(UsageError, match="no batch that can be made"):
+    safetensors.torch.save_file(safetensors.torch.load_file(model), model)  # as in 0.1.0
+    with pytest.raises(UsageError, match="a batch that cannot be created"):
         pv.load(tmp_path)
 
 
@@ -233,7 +233,7 @@ def old_names(text):
 
 
 def test_a_folder_of_0_1_0_loads_and_is_resumed(tmp_path):
-    """No checksums, and parts by the modules that they were in."""
+    """Such a folder has no checksums and names parts by their old modules."""
     x = torch.rand(40, 4, generator=torch.Generator().manual_seed(0)).round()
     options = {"batch_size": 20, "engine": "eager", "progress": False}
 
@@ -266,7 +266,7 @@ def test_a_folder_of_0_1_0_loads_and_is_resumed(tmp_path):
 # sys.path
 
 
-def test_a_class_of_ones_own_leaves_the_path_as_it_was(here):
+def test_importing_the_class_of_a_user_restores_the_path(here):
     before = list(sys.path)
     kind = user_class("spy:Pair")
     assert kind.__module__ == "spy"
@@ -277,7 +277,7 @@ def test_a_class_of_ones_own_leaves_the_path_as_it_was(here):
 
 
 @pytest.mark.usefixtures("own")
-def test_a_command_leaves_the_path_as_it_was_and_serves_late_imports(capsys):
+def test_a_command_restores_the_path_and_allows_late_imports(capsys):
     before = list(sys.path)
     main(["encode", "run", "--model", "spy:Pair"])
     assert sys.modules["neighbor"].__file__ == str(Path.cwd() / "neighbor.py")
@@ -287,7 +287,7 @@ def test_a_command_leaves_the_path_as_it_was_and_serves_late_imports(capsys):
 
 
 @pytest.mark.usefixtures("here")
-def test_a_path_that_a_users_module_adds_is_its_own(monkeypatch):
+def test_a_path_that_the_module_of_a_user_adds_stays(monkeypatch):
     Path("spy.py").write_text("import sys\nsys.path.append('mine')\nimport neighbor\n")
     before = list(sys.path)
     with pytest.raises(UsageError, match="has no class"):
@@ -296,8 +296,8 @@ def test_a_path_that_a_users_module_adds_is_its_own(monkeypatch):
     monkeypatch.setattr(sys, "path", before)
 
 
-def test_inner_parts_are_found_where_they_are():
-    """What is built from a folder by a private table is there, and a module."""
+def test_inner_parts_are_in_their_modules():
+    """Every part in the private table exists and is an nn.Module."""
     for name in description._INNER:
         part = description._part(name)
         assert issubclass(part, nn.Module)

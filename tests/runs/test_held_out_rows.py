@@ -1,4 +1,4 @@
-"""Held-out rows are rows that a run was not trained on, or it says that they are not."""
+"""Held-out rows were not used in training, or the tools report that they were."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def shelf(tmp_path_factory):
 
 @pytest.fixture
 def here(shelf, tmp_path, monkeypatch):
-    """A run, and its data at the place that it records."""
+    """A run, with its data at the recorded path."""
     folder = shutil.copytree(shelf, tmp_path / "here")
     config = json.loads((folder / "run/config.json").read_text())
     config["train"]["data"] = "data.npz"
@@ -94,7 +94,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_run_whose_data_have_changed_is_refused(change, here, capsys):
+def test_a_run_whose_data_have_changed_is_rejected(change, here, capsys):
     np.savez(here / "data.npz", **change(arrays()))
     before = (here / "run/metrics.json").read_bytes()
     for line in ("evaluate run", "encode run --part test", "train data.npz --out run --resume"):
@@ -107,13 +107,13 @@ COMMANDS = ("evaluate", "diagnose", "reconstruct", "encode", "interpolate", "tra
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "sample"])
-def test_every_command_that_reads_the_data_refuses(command, here, capsys):
+def test_every_command_that_reads_the_data_rejects_changed_data(command, here, capsys):
     np.savez(here / "data.npz", **appended(arrays()))
-    assert "train, validation, test rows are others" in refusal(f"{command} run", capsys)
+    assert "train, validation, test rows differ" in refusal(f"{command} run", capsys)
 
 
 def test_the_parts_that_have_changed_are_named(here, capsys):
-    """With parts of its own, a file may change in one of them."""
+    """A file with three parts may change in only one of them."""
     x = arrays()["x"]
     parts = {"x_train": x[:60], "x_validation": x[60:80], "x_test": x[80:]}
     np.savez(here / "parts.npz", **parts)
@@ -121,13 +121,13 @@ def test_the_parts_that_have_changed_are_named(here, capsys):
     for name in ("train", "validation", "test"):
         changed = parts | {f"x_{name}": parts[f"x_{name}"] + 1}
         np.savez(here / "parts.npz", **changed)
-        assert f"its {name} rows are others" in refusal("evaluate other", capsys)
+        assert f"its {name} rows differ" in refusal("evaluate other", capsys)
         assert name in refusal("train parts.npz --out other --resume --epochs 2", capsys)
     np.savez(here / "parts.npz", **parts)
     main(["evaluate", "other", "--num-samples", "2"])
 
 
-def test_unchanged_data_are_taken_whatever_their_place(here, capsys):
+def test_unchanged_data_are_accepted_at_another_path(here, capsys):
     before = metrics(here)
     main(["evaluate", "run", "--num-samples", "2"])
     assert metrics(here) == before
@@ -140,7 +140,7 @@ def test_unchanged_data_are_taken_whatever_their_place(here, capsys):
 
 
 def test_other_data_are_counted_row_by_row(here, capsys):
-    """The number is that of an independent comparison of the rows themselves."""
+    """The number agrees with an independent comparison of the rows."""
     np.savez(here / "more.npz", **appended(arrays()))
     own, other = load_data(here / "data.npz"), load_data(here / "more.npz")
     seen = {tuple(row) for part in (own.train, own.validation) for row in part.x.tolist()}
@@ -155,14 +155,14 @@ def test_other_data_are_counted_row_by_row(here, capsys):
     assert f"{count} of 21" in capsys.readouterr().err
 
 
-def test_the_report_says_what_data_and_how_many_rows_were_trained_on(here):
+def test_the_report_names_the_data_and_the_number_of_training_rows_in_them(here):
     np.savez(here / "more.npz", **appended(arrays()))
     main(["evaluate", "run", "--num-samples", "2", "--data", "more.npz"])
     main(["report", "run"])
     page = (here / "run/report.html").read_text()
     count = metrics(here)["rows_trained_on"]
-    assert f"equal rows of training or validation</td><td>{count}</td>" in page
-    assert "Numbers are of the test part of more." in page
+    assert f"equal to training or validation rows</td><td>{count}</td>" in page
+    assert "The numbers describe the test part of more." in page
 
 
 def test_data_without_a_row_in_common_are_marked_with_0(here, capsys):
@@ -175,13 +175,13 @@ def test_data_without_a_row_in_common_are_marked_with_0(here, capsys):
 def test_the_same_rows_in_another_type_are_the_same_rows(here):
     np.savez(here / "more.npz", **arrays() | {"x": arrays()["x"].astype(np.float64)})
     main(["evaluate", "run", "--num-samples", "2", "--data", "more.npz"])
-    assert metrics(here)["rows_trained_on"] == 0  # the split is the same: these are test rows
+    assert metrics(here)["rows_trained_on"] == 0  # the split is the same, so these are test rows
     np.savez(here / "more.npz", **reordered(arrays() | {"x": arrays()["x"].astype(np.float64)}))
     main(["evaluate", "run", "--num-samples", "2", "--data", "more.npz"])
     assert metrics(here)["rows_trained_on"] > 10
 
 
-def test_a_run_made_in_python_counts_too(tmp_path, capsys):
+def test_a_run_from_python_counts_rows_too(tmp_path, capsys):
     np.save(tmp_path / "x.npy", arrays()["x"])
     data = load_data(tmp_path / "x.npy")
     pair = pv.VAE.mlp((4,), latent_dim=2, likelihood=pv.Gaussian())
@@ -195,7 +195,7 @@ def test_a_run_made_in_python_counts_too(tmp_path, capsys):
 
 @pytest.mark.parametrize("binarize", ["dynamic", "fixed"])
 def test_binarization_and_seeds_do_not_hide_rows(binarize, tmp_path):
-    """Rows are recorded as they are given, before any pixel is drawn."""
+    """Rows are recorded before binarization."""
     x = np.random.default_rng(0).integers(0, 256, (60, 4)).astype(np.uint8)
     np.save(tmp_path / "x.npy", x)
     line = f"train {tmp_path}/x.npy --out {tmp_path}/run --binarize {binarize} --seed 3 --epochs 1"
@@ -210,7 +210,7 @@ def test_binarization_and_seeds_do_not_hide_rows(binarize, tmp_path):
         main(f"evaluate {tmp_path}/run --num-samples 2".split())
 
 
-def test_a_line_appended_to_a_text_is_noticed(tmp_path, capsys):
+def test_a_line_appended_to_a_text_is_detected(tmp_path, capsys):
     lines = [f"line {i} of text" for i in range(40)]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
     line = f"train {tmp_path}/lines.txt --out {tmp_path}/run --hidden 4 --epochs 1 --batch-size 8"
@@ -220,7 +220,7 @@ def test_a_line_appended_to_a_text_is_noticed(tmp_path, capsys):
     assert "lines has changed" in refusal(f"evaluate {tmp_path}/run", capsys)
 
 
-def test_a_run_of_0_1_0_has_no_record_and_is_evaluated_as_it_was(here):
+def test_a_run_of_0_1_0_has_no_record_and_is_evaluated_without_it(here):
     config = json.loads((here / "run/config.json").read_text())
     del config["split"]
     (here / "run/config.json").write_text(json.dumps(config))
@@ -231,14 +231,14 @@ def test_a_run_of_0_1_0_has_no_record_and_is_evaluated_as_it_was(here):
     assert "rows_trained_on" not in metrics(here)
 
 
-def test_a_damaged_record_is_refused(here, capsys):
+def test_a_damaged_record_is_rejected(here, capsys):
     np.savez(here / "more.npz", **appended(arrays()))
     path = here / "run/rows.safetensors"
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
     assert "rows.safetensors is damaged" in refusal("evaluate run --data more.npz", capsys)
-    assert torch.equal(  # of which nothing else depends
+    assert torch.equal(  # nothing else depends on the record
         run_folder.read_model(here / "run")["decoder.network.layers.0.bias"],
         pv.load(here / "run").state_dict()["decoder.network.layers.0.bias"],
     )

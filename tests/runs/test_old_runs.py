@@ -1,4 +1,4 @@
-"""Run folders that 0.1.0 wrote: they load, go on, and are saved again under the names of today."""
+"""Run folders of 0.1.0 can be loaded, resumed and saved again with present names."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ X = torch.tensor(EXPECTED["x"])
 
 @pytest.fixture
 def old(tmp_path):
-    """A copy of the folder."""
+    """A copy of a run folder of 0.1.0."""
     return shutil.copytree(OLD, tmp_path / "run")
 
 
@@ -41,7 +41,7 @@ def test_a_folder_of_0_1_0_gives_the_same_codes_and_log_likelihood(old):
     torch.testing.assert_close(found.per_datum, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_run_of_0_1_0_goes_on_from_its_checkpoint(old):
+def test_a_run_of_0_1_0_resumes_from_its_checkpoint(old):
     history = pv.fit(
         pv.load(old),
         X[:32],
@@ -58,7 +58,7 @@ def test_a_run_of_0_1_0_goes_on_from_its_checkpoint(old):
     assert (old / "history.csv").read_text().splitlines()[: len(kept)] == kept
 
 
-def test_a_folder_of_0_1_0_that_is_saved_again_holds_the_names_of_today(old, tmp_path):
+def test_a_folder_of_0_1_0_that_is_saved_again_has_present_names(old, tmp_path):
     new = pv.save(pv.load(old), tmp_path / "new")
     config = json.loads((new / "config.json").read_text())
     found = classes(config["pair"])

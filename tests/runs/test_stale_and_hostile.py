@@ -1,4 +1,4 @@
-"""Numbers say which weights they are of, text from a folder is text, generators are kept."""
+"""Numbers name their weights, text from a folder is escaped, and generators do not change."""
 
 import html.parser
 import json
@@ -44,7 +44,7 @@ def shelf(tmp_path_factory):
 
 @pytest.fixture
 def here(shelf, tmp_path, monkeypatch):
-    """A run of one epoch with its report, beside its data."""
+    """A run of one epoch with its report, next to its data."""
     monkeypatch.chdir(shutil.copytree(shelf, tmp_path / "here"))
     return Path.cwd() / "run"
 
@@ -58,7 +58,7 @@ def shown(run):
 
 
 def train_on(run, epochs=3):
-    """More training, in Python, which measures nothing."""
+    """Train longer in Python, without an evaluation."""
     data = pv.load_data("x.npy")
     pair = pv.load(run)
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def train_on(run, epochs=3):
 # Stale numbers
 
 
-def test_numbers_and_report_say_which_weights_they_are_of(here):
+def test_numbers_and_report_name_their_weights(here):
     model = run_metrics.fingerprint(pv.load(here))
     assert metrics(here)["model"] == model
     assert f'<meta name="model" content="{model}">' in shown(here)
@@ -86,33 +86,33 @@ def test_numbers_of_earlier_weights_are_not_shown(here):
     main(["diagnose", "run", "--budget", "0.1"])
     elbo = f"{metrics(here)['elbo']:.4g}"
     assert elbo in shown(here)
-    assert "Whether the inference can be believed" in shown(here)
+    assert "Can the inference be believed?" in shown(here)
     train_on(here)
     main(["report", "run"])
     page = shown(here)
     assert elbo not in page
-    assert "Whether the inference can be believed" not in page
-    assert "of other weights" in page
-    assert "run pyro-vae evaluate again" in page
-    assert "run pyro-vae diagnose again" in page
+    assert "Can the inference be believed?" not in page
+    assert "describe other weights" in page
+    assert "Run pyro-vae evaluate again" in page
+    assert "Run pyro-vae diagnose again" in page
     main(["evaluate", "run", "--num-samples", "2"])
     main(["report", "run"])
     assert f"{metrics(here)['elbo']:.4g}" in shown(here)
-    assert "run pyro-vae evaluate again" not in shown(here)
+    assert "Run pyro-vae evaluate again" not in shown(here)
 
 
-def test_a_report_that_is_left_behind_is_marked_once(here):
+def test_an_old_report_is_marked_once(here):
     before = shown(here)
     train_on(here)
     train_on(here, epochs=5)
     page = shown(here)
-    assert page.count("has been written anew since this report") == 1
+    assert page.count("has changed since this report was written") == 1
     assert page.replace(run_metrics._STALE, "") == before
     main(["report", "run"])
-    assert "has been written anew" not in shown(here)
+    assert "has changed since" not in shown(here)
 
 
-def test_the_same_weights_leave_the_report_as_it_is(here):
+def test_the_same_weights_do_not_mark_the_report(here):
     before = shown(here)
     pv.save(pv.load(here), here, json.loads((here / "config.json").read_text()))
     assert shown(here) == before
@@ -120,10 +120,10 @@ def test_the_same_weights_leave_the_report_as_it_is(here):
     with torch.no_grad():
         next(other.parameters())[0] += 1
     pv.save(other, here)
-    assert "has been written anew since this report" in shown(here)
+    assert "has changed since this report was written" in shown(here)
 
 
-def test_findings_of_earlier_weights_do_not_stay_beside_new_numbers(here, capsys):
+def test_new_numbers_remove_the_findings_of_earlier_weights(here, capsys):
     main(["diagnose", "run", "--budget", "0.1", "--no-report"])
     main(["evaluate", "run", "--num-samples", "2"])
     assert "diagnostics" in metrics(here)
@@ -135,14 +135,14 @@ def test_findings_of_earlier_weights_do_not_stay_beside_new_numbers(here, capsys
     assert metrics(here)["model"] == run_metrics.fingerprint(pv.load(here))
 
 
-def test_resuming_from_the_shell_measures_anew(here):
+def test_resuming_from_the_shell_evaluates_again(here):
     before = metrics(here)
     resume = "train x.npy --out run --resume --epochs 3"
     main(f"{resume} --num-eval-samples 2 --no-report".split())
     after = metrics(here)
     assert after["model"] == run_metrics.fingerprint(pv.load(here)) != before["model"]
     assert after["elbo"] != before["elbo"]
-    assert "has been written anew since this report" in shown(here)
+    assert "has changed since this report was written" in shown(here)
 
 
 def test_metrics_of_0_1_0_are_shown_with_a_remark(here):
@@ -154,16 +154,16 @@ def test_metrics_of_0_1_0_are_shown_with_a_remark(here):
     assert "do not say on which weights they were measured" in shown(here)
 
 
-def test_a_report_in_python_is_of_the_pair_that_it_is_given(here):
-    """A pair that was changed in memory is not the one that metrics.json describes."""
+def test_a_report_in_python_describes_the_given_pair(here):
+    """metrics.json does not describe a pair that was changed in memory."""
     pair, x = pv.load(here), pv.load_data("x.npy").test.x
     with torch.no_grad():
         next(pair.parameters()).mul_(2)
     pv.write_report(here, pair, x)
-    assert "of other weights" in shown(here)
+    assert "describe other weights" in shown(here)
     run_metrics.write_metrics(here, pair, pv.evaluate(pair, x, num_samples=2).as_dict())
     pv.write_report(here, pair, x)
-    assert "of other weights" not in shown(here)
+    assert "describe other weights" not in shown(here)
 
 
 # Hostile text
@@ -219,14 +219,14 @@ NUMBERS = {
 }
 
 
-def test_text_of_metrics_is_text(here):
+def test_text_of_metrics_is_escaped(here):
     (here / "metrics.json").write_text(json.dumps(NUMBERS | {"diagnostics": FINDINGS}))
     main(["report", "run"])
     page = clean(shown(here))
     assert "&lt;script&gt;" in page
 
 
-def test_text_of_the_configuration_and_the_folders_name_is_text(here):
+def test_text_of_the_configuration_and_the_folder_name_is_escaped(here):
     config = json.loads((here / "config.json").read_text())
     config["train"] |= {"data": EVIL, "note": EVIL}
     config |= {EVIL: [EVIL], "versions": {EVIL: EVIL}}
@@ -241,7 +241,7 @@ def test_text_of_the_configuration_and_the_folders_name_is_text(here):
     clean(shown(here))
 
 
-def test_columns_of_the_history_are_text(here):
+def test_columns_of_the_history_are_escaped(here):
     import csv
 
     with open(here / "history.csv", newline="") as file:
@@ -253,7 +253,7 @@ def test_columns_of_the_history_are_text(here):
 
 
 class Named(nn.Module):
-    """A pair whose site has a name of somebody else's choice."""
+    """A pair whose latent site has a given name."""
 
     def __init__(self, name):
         super().__init__()
@@ -275,7 +275,7 @@ class Named(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["$\\frac{$", "$x$", "<script>alert(1)</script>", "\n", "$"])
-def test_names_of_sites_are_text_in_page_and_pictures(name, tmp_path):
+def test_names_of_sites_are_escaped_in_page_and_pictures(name, tmp_path):
     pair = Named(name)
     x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     pv.save(pair, tmp_path)
@@ -299,20 +299,20 @@ def test_a_picture_of_another_folder_is_not_shown(here):
 
 WRONG = {
     "a list": [1],
-    "units that are no lists": {"kl_by_unit": {"z": "many"}},
+    "units that are not lists": {"kl_by_unit": {"z": "many"}},
     "units in words": {"kl_by_unit": {"z": ["a", "b"]}},
     "units as a list": {"kl_by_unit": [1, 2]},
     "active units as text": {"active_units": "all"},
     "findings as text": {"diagnostics": "fine"},
     "findings without parts": {"diagnostics": {"model": None}},
-    "a finding that is none": {"diagnostics": FINDINGS | {"findings": ["fine"]}},
-    "words that are none": {"diagnostics": FINDINGS | {"findings": [{"kind": "trust"}]}},
-    "tables that are none": {"diagnostics": FINDINGS | {"tables": [1]}},
+    "an invalid finding": {"diagnostics": FINDINGS | {"findings": ["fine"]}},
+    "a finding without words": {"diagnostics": FINDINGS | {"findings": [{"kind": "trust"}]}},
+    "invalid tables": {"diagnostics": FINDINGS | {"tables": [1]}},
 }
 
 
 @pytest.mark.parametrize("content", WRONG.values(), ids=WRONG)
-def test_metrics_of_another_form_are_one_line(content, here, capsys):
+def test_metrics_of_another_format_give_an_error_in_one_line(content, here, capsys):
     (here / "metrics.json").write_text(json.dumps(content))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
@@ -324,7 +324,7 @@ def test_metrics_of_another_form_are_one_line(content, here, capsys):
 
 
 @pytest.mark.parametrize("given", [None, 3, ["digits"], {"data": 5}, {"data_dir": ["a"]}])
-def test_options_of_another_form_are_one_line(given, here, capsys):
+def test_options_of_another_format_give_an_error_in_one_line(given, here, capsys):
     config = json.loads((here / "config.json").read_text())
     config["train"] = given
     (here / "config.json").write_text(json.dumps(config))
@@ -350,7 +350,7 @@ def states():
 
 
 class Drawing(nn.Module):
-    """A pair that draws from every generator as it is made."""
+    """A pair whose constructor draws from every generator."""
 
     def __init__(self, width=2):
         super().__init__()
@@ -376,7 +376,7 @@ def refused_load(run):
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_generators_stay_as_they_were(use, here):
+def test_generators_do_not_change(use, here):
     pv.save(Drawing(), here.parent / "own")
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
     before = states()
@@ -384,7 +384,7 @@ def test_generators_stay_as_they_were(use, here):
     assert states() == before
 
 
-def test_two_loads_are_the_same_whatever_was_drawn(here):
+def test_loading_does_not_depend_on_the_generators(here):
     first = pv.load(here).state_dict()
     torch.rand(3)
     assert all(torch.equal(v, first[k]) for k, v in pv.load(here).state_dict().items())

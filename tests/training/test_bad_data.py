@@ -74,9 +74,9 @@ def given(*data, pair=small, **options):
     return lambda: ((pair(), *data), options)
 
 
-AS_BYTES, AS_REAL = [*OUTSIDE, "uint8", "8-bit"], [*OUTSIDE, "Gaussian likelihood would fit"]
+AS_BYTES, AS_REAL = [*OUTSIDE, "uint8", "8-bit"], [*OUTSIDE, "use a Gaussian likelihood"]
 
-AS_GREY = [*OUTSIDE, "ContinuousBernoulli"]
+AS_GRAY = [*OUTSIDE, "ContinuousBernoulli"]
 
 REFUSED = {
     "nan": (given(bad(torch.nan)), ["x", "not finite", "row 5"]),
@@ -115,10 +115,10 @@ REFUSED = {
     "reals as continuous": (likelihood(pv.ContinuousBernoulli, SCALES["real"]), AS_REAL),
     "floats to 255 as logistic": (likelihood(pv.DiscretizedLogistic, SCALES["whole"]), AS_BYTES),
     "reals as logistic": (likelihood(pv.DiscretizedLogistic, SCALES["real"]), AS_REAL),
-    "grey as logistic": (likelihood(pv.DiscretizedLogistic, SCALES["unit"]), AS_GREY),
+    "gray as logistic": (likelihood(pv.DiscretizedLogistic, SCALES["unit"]), AS_GRAY),
     "floats to 255 as categorical": (likelihood(pv.Categorical, SCALES["whole"]), AS_BYTES),
     "reals as categorical": (likelihood(pv.Categorical, SCALES["real"]), AS_REAL),
-    "grey as categorical": (likelihood(pv.Categorical, SCALES["unit"]), AS_GREY),
+    "gray as categorical": (likelihood(pv.Categorical, SCALES["unit"]), AS_GRAY),
     "validation outside": (
         given(binary(), validation=SCALES["real"]),
         ["validation", *OUTSIDE],
