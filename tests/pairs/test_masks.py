@@ -384,7 +384,7 @@ def test_a_wrong_model_is_still_called_wrong_through_the_mask():
 
 def test_a_statistic_of_ones_own_must_leave_nan_out():
     pair, (x, seen) = Holes(), holes(30)
-    words = "statistic 'total' is not a number for a datum that has masked entries, which are NaN"
+    words = "statistic 'total' is NaN for some data; masked entries are NaN"
     with pytest.raises(pv.UsageError, match=words):
         pv.predictive_check(pair, x, seen, statistics={"total": lambda x: x.sum(1)})
     own = {"total": lambda x: x.nansum(1)}
