@@ -263,7 +263,7 @@ def nuts_study(bench: Bench) -> Study:
         numbers, n = found.as_dict(), len(found.agrees)
         if numbers["agree"] < n:
             words = (
-                "NUTS as a reference: chains agree without divergences for only "
+                "NUTS as a reference: chains agree without divergences for "
                 f"{numbers['agree']} of {n} data"
             )
             return [Finding("doubt", words), Finding("next", "pyro_vae.nuts with more draws")]

@@ -104,4 +104,4 @@ def in_words(ranks: Tensor, draws: int) -> str:
         found.append("too narrow (U shape)" if width > 0 else "too wide (dome)")
     if abs(place) > max(3, abs(width) / 2):
         found.append("too low (slope up)" if place > 0 else "too high (slope down)")
-    return "draws are " + " and ".join(found) if found else "of another shape"
+    return "draws are " + " and ".join(found) if found else "ranks have another shape"

@@ -119,7 +119,7 @@ def test_a_better_bound_is_taken_as_it_is():
     )
     torch.testing.assert_close(found.approximation.standard_errors, found.refined.standard_errors)
     assert found.as_dict()["fraction_k_over_0.7"] is None
-    with pytest.raises(pv.UsageError, match=r"of shape \(60,\), one for each row of x; \(3,\)"):
+    with pytest.raises(pv.UsageError, match=r"of shape \(60,\), one number for each row of x, got \(3,\)"):
         pv.gaps(pair, x, log_likelihood=Given(log_p[:3], log_p[:3]), **OPTIONS)
 
 
