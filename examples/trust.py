@@ -106,7 +106,7 @@ def examined(pair: nn.Module, x: Tensor, options: argparse.Namespace, name: str)
         f"log p(x) by annealing, {options.num} digits": (
             f"{annealed.value:.2f} ± {annealed.standard_error:.2f}"
         ),
-        "amortization gap": f"{gaps.amortisation.value:.2f}",
+        "amortization gap": f"{gaps.amortization.value:.2f}",
         "approximation gap": f"{gaps.approximation.value:.2f}",
         "coverage of 95 % intervals, on model data": f"{ranks.coverage[:-2, -1].mean():.0%}",
     }

@@ -339,8 +339,8 @@ class Fault(nn.Module):
 
 
 FAULTS = {
-    "global": "site 'w' is outside the data plate",
-    "discrete": "site 'k' is discrete and not summed out",
+    "global": "latent site 'w' is not local",
+    "discrete": "latent site 'k' is discrete, so it must be enumerated",
     "auxiliary": "site 'u' of the guide is missing from the model",
 }
 

@@ -1,1 +1,1 @@
-"""Whether the inference can be believed."""
+"""Diagnostics: whether the inference is reliable."""

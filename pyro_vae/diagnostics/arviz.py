@@ -1,4 +1,4 @@
-"""To ArviZ: draws of the latents, data drawn anew, and log p(x) of each datum."""
+"""Export to ArviZ: draws of the latents, replicated data, and log p(x) of each datum."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ from pyro_vae.pairs.traces import Given, trace
 from pyro_vae.pairs.weights import log_density, structure
 
 DRAWN_CELLS = 2**22
-"""Numbers in the greatest tensor that is made at once."""
+"""Numbers in the largest tensor of one pass."""
 
 Statistics: TypeAlias = Mapping[str, Callable[[Tensor], Tensor]]
 
@@ -50,42 +50,42 @@ def to_arviz(
     seed: int = 0,
     progress: bool = True,
 ) -> Any:
-    r"""Draws of a fitted pair for ArviZ's plots and its leave-one-out cross-validation.
+    r"""Export draws of a fitted pair for ArviZ's plots and leave-one-out cross-validation.
 
-    For each datum and each draw s, the guide gives K proposals, of which one is kept with
-    probability proportional to its weight :math:`w_k = p(x, z_k)/q(z_k|x)`: a draw from the
+    For each datum and each draw s, the guide gives K proposals. One of them is kept with
+    probability proportional to its weight :math:`w_k = p(x, z_k)/q(z_k|x)`. It is a draw from the
     posterior as K grows, and from the guide itself with K = 1. Its ``log_likelihood`` is
-    :math:`\log \tfrac1K \sum_k w_k`, an estimate of log p(x) with the local latents integrated out,
-    which is what is left of a datum when it is left out: ``loo`` on :math:`\log p(x|z)` would
-    weigh draws of a posterior into draws of a prior, and fail. Latents w that all data share are
-    drawn from the guide once for each s, and all of this is given w: then ``loo`` estimates
+    :math:`\log \tfrac1K \sum_k w_k`, an estimate of log p(x) with the local latents integrated
+    out. Leave-one-out needs this number: ``loo`` on :math:`\log p(x|z)` would have to reweight
+    draws of a posterior to draws of a prior, and would fail. Global latents w are drawn from the
+    guide once for each s, and all of the above is given w. Then ``loo`` estimates
     :math:`\log p(x_i | x_{-i})` over the posterior of w, as in any Bayesian model.
 
     Arguments:
         pair: any pair.
-        x, context: data; a few hundred rows, since every draw of every datum is kept.
+        x, context: data; a few hundred rows, because every draw of every datum is kept.
         num_samples: draws for each datum.
-        num_particles: K, weights for each draw.
-        new_latents: whether data are drawn anew with latents from their prior, as leave-one-out
-            takes them; else with those of ``posterior``, as `pyro_vae.reconstruct` does.
-        statistics: by name, functions of data (n, *data_shape) that give a number for each row,
-            of shape (n,): further variables of data and draws, for plots of what matters.
+        num_particles: K, the number of weights for each draw.
+        new_latents: draw replicated data with latents from their prior, as leave-one-out needs
+            them. Otherwise use the latents of ``posterior``, as `pyro_vae.reconstruct` does.
+        statistics: functions by name. Each takes data (n, *data_shape) and returns a tensor of
+            shape (n,). The results are further variables of data and draws, for plots.
         binarize, seed, progress: as in `pyro_vae.log_likelihood`.
 
-    Returns an ArviZ ``InferenceData`` (a ``DataTree`` from version 1.0) with the groups
+    Returns an ArviZ ``InferenceData`` (a ``DataTree`` from version 1.0) with these groups:
 
-    - ``posterior``: latent sites, of dimensions (chain, draw, data, ...), also those summed out;
-      (chain, draw, ...) those that all data share;
-    - ``posterior_predictive``: observed sites, likewise, and the statistics;
-    - ``log_likelihood``: of dimensions (chain, draw, data), in nats; under the name of the
-      observed site, or under "joint" for several sites together;
+    - ``posterior``: latent sites, with dimensions (chain, draw, data, ...), including those that
+      are summed out; global latents have dimensions (chain, draw, ...);
+    - ``posterior_predictive``: observed sites, with the same dimensions, and the statistics;
+    - ``log_likelihood``: dimensions (chain, draw, data), in nats; the name is that of the observed
+      site, or "joint" for several sites together;
     - ``observed_data``: what the pair observes, and the statistics; ``constant_data``: the context.
 
-    Numbers that a mask hides are NaN in all of them.
+    Masked entries are NaN in all groups.
 
-    Raises `UsageError` where ArviZ is missing, and where a weight is infinite or all weights of a
-    datum are 0. Vehtari, Gelman & Gabry, 2017; local latents
-    integrated out: Merkle, Furr & Rabe-Hesketh, 2019.
+    Raises `UsageError` if ArviZ is missing, if a weight is infinite, or if all weights of a datum
+    are 0. Vehtari, Gelman & Gabry, 2017; for the integration over local latents: Merkle, Furr &
+    Rabe-Hesketh, 2019.
 
     >>> import torch, pyro_vae as pv
     >>> data = pv.to_arviz(pv.VAE.mlp((4,), latent_dim=2), torch.ones(3, 4), num_samples=5)
@@ -94,7 +94,7 @@ def to_arviz(
     """
     for name, value in (("num_samples", num_samples), ("num_particles", num_particles)):
         if value < 1:
-            raise UsageError(f"{name} must be 1 or more, {value} came")
+            raise UsageError(f"must be at least 1, got {value}", argument=name)
     arviz = _arviz()
     rows, prepare = held_rows(pair, x, context, binarize)
     parts, few = [], prepare(rows.first(2))
@@ -125,18 +125,18 @@ def to_arviz(
 def _require_draws(pair: nn.Module, few: Batch) -> None:
     for name in fold_plan.plan(pair, few).points:
         raise UsageError(
-            f"the guide of latent site '{name}' is a Delta, a point estimate: there are no draws "
-            "of a posterior, and nothing that leave-one-out could weigh"
+            f"the guide of latent site '{name}' is a Delta, a point estimate; to_arviz needs draws "
+            "and a density"
         )
     with using(pair, 0):
         model = trace_model(pair, few, trace_guide(pair, few))
-    require_normalized(model, "it has no log likelihood, and draws no data")
+    require_normalized(model, "it has no log-likelihood and cannot draw data")
 
 
 def _shared(pair: nn.Module, few: Batch, number: int, seed: int) -> dict[str, Tensor]:
-    """So many draws of the guide for each latent that all data share."""
+    """Return ``number`` draws of the guide for each global latent."""
     names = global_latents(pair, few)
-    with using(pair, seed + 1):  # not the draws of the latents that they are joined with
+    with using(pair, seed + 1):  # independent of the draws of the local latents
         drawn = [latents(trace_guide(pair, few)) for _ in range(number if names else 0)]
     return {name: torch.stack([sites[name]["value"] for sites in drawn]) for name in names}
 
@@ -150,9 +150,9 @@ def _draws(
     new_latents: bool,
     around: Given,
 ) -> Groups:
-    """So many draws of each datum, their estimates of log p(x), and data drawn anew."""
+    """Return ``size`` draws of each datum, their estimates of log p(x), and replicated data."""
     n = len(batch[0])
-    # Rows are repeated, not put into a plate of samples, which not every pair takes.
+    # Rows are repeated, because not every pair broadcasts over a plate of samples.
     repeated = tuple(tensor.repeat(size * particles, *[1] * (tensor.dim() - 1)) for tensor in batch)
     model, guide = enumeration.traces(pair, repeated, nesting, around)
     summed = enumeration.enumerated(model) or enumeration.enumerated(guide)
@@ -165,8 +165,8 @@ def _draws(
     estimates = weights.logsumexp(0) - log(particles)
     if not bool(estimates.isfinite().all()):
         raise UsageError(
-            f"{int((~estimates.isfinite()).any(0).sum())} data have weights that are infinite, or "
-            "all 0: the guide gives them no draws of a posterior"
+            f"{int((~estimates.isfinite()).any(0).sum())} data have infinite weights, or only "
+            "weights of 0; the guide gives no draws of their posterior"
         )
     kept = torch.distributions.Categorical(logits=weights.permute(1, 2, 0)).sample()
     index = torch.arange(size * n, device=kept.device)
@@ -198,13 +198,13 @@ def _draws(
 
 
 def _name_of_all(model: Trace) -> str:
-    """The name of log p(x): that of the observed site, or "joint" for several together."""
+    """Return the name of log p(x): that of the observed site, or "joint" for several sites."""
     names = list(observed(model))
     return names[0] if len(names) == 1 else "joint"
 
 
 def _data(pair: nn.Module, batch: Batch) -> Groups:
-    """What the pair observes in a batch, and its context, as one draw."""
+    """Return what the pair observes in a batch, and its context, as one draw."""
     sites = observed(trace_model(pair, batch, trace_guide(pair, batch)))
     return {
         "observed_data": {
@@ -215,7 +215,7 @@ def _data(pair: nn.Module, batch: Batch) -> Groups:
 
 
 def _data_first(site: Site, value: Tensor, like: tuple[int, ...] = ()) -> Tensor:
-    """Values of a site as (values of enumerated sites, data, plates within a datum, event)."""
+    """Move values to (values of enumerated sites, data, plates within a datum, event)."""
     events = site["fn"].event_dim
     shape, event = value.shape[: value.dim() - events], value.shape[value.dim() - events :]
     shape = torch.broadcast_shapes(shape, like)
@@ -226,7 +226,7 @@ def _data_first(site: Site, value: Tensor, like: tuple[int, ...] = ()) -> Tensor
 
 
 def _data_last(values: dict[str, Tensor], sites: dict[str, Site]) -> dict[str, Tensor]:
-    """Draws (draws, data, ...) as a model takes them, the data right of the plates within one."""
+    """Move draws (draws, data, ...) to the layout of a model: the data right of inner plates."""
     return {
         name: value.flatten(0, 1).movedim(0, value.dim() - 2 - sites[name]["fn"].event_dim)
         for name, value in values.items()
@@ -241,27 +241,29 @@ def _joined(parts: Sequence[Groups], dim: int) -> Groups:
 
 
 def _statistics(statistics: Statistics, sites: dict[str, Tensor], site: str) -> dict[str, Tensor]:
-    """Statistics (draws, data) of an observed site (draws, data, ...)."""
+    """Compute statistics (draws, data) of an observed site (draws, data, ...)."""
     data = sites[site]
     found = {name: function(data.flatten(0, 1)) for name, function in statistics.items()}
     empty = data.flatten(0, 1).isnan().reshape(data.shape[:2].numel(), -1).all(1)
     for name, value in found.items():
         if value.shape != (data.shape[:2].numel(),):
             raise UsageError(
-                f"the statistic '{name}' of {data.shape[:2].numel()} rows is to be a tensor of as "
-                f"many numbers, one of shape {tuple(value.shape)} came"
+                f"statistic '{name}' must return shape ({data.shape[:2].numel()},), one number for "
+                f"each row, got {tuple(value.shape)}"
             )
         if bool((value.isnan() & ~empty).any()):
             raise UsageError(
-                f"the statistic '{name}' is not a number for some rows: entries that the model "
-                "masks are NaN, so leave these out"
+                f"statistic '{name}' is NaN for some rows; masked entries of the data are NaN, so "
+                "the statistic must ignore them"
             )
     return {name: value.unflatten(0, data.shape[:2]) for name, value in found.items()}
 
 
 def _converted(arviz: ModuleType, groups: Groups, shared: dict[str, Tensor]) -> Any:
-    """Groups of tensors (draws, data, ...), and draws of what all data share, as an object of
-    ArviZ, of either line of versions."""
+    """Convert groups of tensors (draws, data, ...) and draws of global latents to ArviZ.
+
+    The result is the object of the installed version, before or from 1.0.
+    """
     arrays: dict[str, dict[str, np.ndarray]] = {}
     for group, variables in groups.items():
         for name, value in variables.items():
@@ -277,10 +279,10 @@ def _converted(arviz: ModuleType, groups: Groups, shared: dict[str, Tensor]) -> 
 
 def _arviz() -> ModuleType:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ArviZ announces its next version as it is imported
+        warnings.simplefilter("ignore")  # ArviZ announces its next version at import
         try:
             return import_module("arviz")
         except ImportError as error:
             raise UsageError(
-                "to_arviz takes ArviZ, which is not installed: pip install 'pyro-vae[arviz]'"
+                "to_arviz needs ArviZ, which is not installed; run pip install 'pyro-vae[arviz]'"
             ) from error

@@ -1,4 +1,4 @@
-"""Simulation-based calibration: whether the guide is the posterior, on the model's own data."""
+"""Simulation-based calibration: does the guide equal the posterior, on the model's own data?"""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -29,51 +29,51 @@ from pyro_vae.pairs.traces import Given, trace
 from pyro_vae.pairs.weights import log_density, structure
 
 INTERVALS = (0.5, 0.8, 0.9, 0.95)
-"""Probabilities of the central intervals whose coverage is counted."""
+"""Probabilities of the central intervals for which coverage is computed."""
 
 LEAST_SIMULATIONS, LEAST_DRAWS = 100, 19
-"""So many at least, for a band that can reject, and for an interval of 95 %."""
+"""With fewer simulations the band cannot reject. With fewer draws no interval has 95 %."""
 
 JOINT, LIKELIHOOD = "log p(x, z)", "log p(x | z)"
-"""The test quantities that are always ranked beside the latents."""
+"""The test quantities that are always ranked, in addition to the latents."""
 
 Quantity: TypeAlias = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibration` found: ranks of the truth among draws of the guide, by quantity."""
+    """The results of `calibration`: ranks of the true value among draws of the guide."""
 
     names: tuple[str, ...]
-    """The quantities: each unit of each latent, the two log densities, those of the user."""
+    """The quantities: each unit of each latent, two log densities, and those of the user."""
     ranks: Tensor
-    """How many draws are below the truth, whole numbers from 0 to ``num_draws``, of shape
-    (num_simulations, quantities); -1 where a mask hides the unit, which takes no part then."""
+    """The number of draws below the true value, from 0 to ``num_draws``, as integers of shape
+    (num_simulations, quantities). -1 means that the unit is masked and not ranked."""
     num_draws: int
     """Draws of the guide for each simulated datum."""
     level: float
-    """The probability, at most, that the exact posterior is rejected by any quantity."""
+    """The largest probability that any quantity rejects the exact posterior."""
     left_out: dict[str, str]
-    """Latents, and units of them, that are not ranked, and why."""
+    """The reason for each latent or unit that is not ranked."""
 
     @property
     def num_simulations(self) -> int:
-        """Simulated data."""
+        """The number of simulated data."""
         return len(self.ranks)
 
     @property
     def counts(self) -> Tensor:
-        """How many ranks each quantity has, of shape (quantities,)."""
+        """The number of ranks of each quantity, of shape (quantities,)."""
         return (self.ranks >= 0).sum(0)
 
     @property
     def points(self) -> Tensor:
-        """Where the distribution functions of the ranks are compared, of shape (num_draws,)."""
+        """The points at which distribution functions are compared, of shape (num_draws,)."""
         return torch.arange(1, self.num_draws + 1, dtype=torch.float64) / (self.num_draws + 1)
 
     @property
     def differences(self) -> Tensor:
-        """Empirical less uniform distribution function at the ``points``: of shape
+        """Empirical minus uniform distribution function at the ``points``, of shape
         (num_draws, quantities)."""
         below = [
             torch.bincount(rank[rank >= 0], minlength=self.num_draws + 1) for rank in self.ranks.T
@@ -82,8 +82,11 @@ class Calibration:
 
     @property
     def band(self) -> tuple[Tensor, Tensor]:
-        """Bounds of ``differences``, each of their shape, that those of an exact guide leave at any
-        point with probability ``level`` / quantities, for each quantity."""
+        """Lower and upper bounds of ``differences``, each of the same shape.
+
+        For an exact guide, each quantity leaves its bounds at any point with probability
+        ``level`` / quantities at most.
+        """
         level = self.level / len(self.names)
         bounds = [simultaneous_band(n, self.num_draws, level) for n in self.counts.tolist()]
         share = torch.from_numpy(np.stack(bounds, -1)) / self.counts - self.points[:, None]
@@ -91,7 +94,7 @@ class Calibration:
 
     @property
     def coverage(self) -> Tensor:
-        """Shares of the truths inside central intervals of 50, 80, 90 and 95 %, (quantities, 4)."""
+        """Fractions of true values in central intervals of 50, 80, 90, 95 %, (quantities, 4)."""
         middle = ((self.ranks + self.jitter) / (self.num_draws + 1) - 0.5).abs()
         middle = torch.where(self.ranks < 0, torch.inf, middle)
         inside = [(middle <= interval / 2).double().sum(0) for interval in INTERVALS]
@@ -104,14 +107,14 @@ class Calibration:
 
     @property
     def jitter(self) -> Tensor:
-        """Numbers in (0, 1) that spread each rank over its step, so that any interval has its exact
-        probability; always the same ones."""
+        """Fixed numbers in (0, 1) that spread each rank over its step, so that every interval has
+        its exact probability."""
         generator = np.random.default_rng(0)
         return torch.from_numpy(generator.random(self.ranks.shape))
 
     @property
     def failures(self) -> dict[str, str]:
-        """The quantities whose ranks leave the band, and how, in words."""
+        """The quantities whose ranks leave the band, with a description of the deviation."""
         low, high = self.band
         slack = 1e-9
         outside = (self.differences < low - slack) | (self.differences > high + slack)
@@ -124,11 +127,11 @@ class Calibration:
 
     @property
     def calibrated(self) -> bool:
-        """Whether no quantity leaves its band."""
+        """Whether all quantities stay in their bands."""
         return not self.failures
 
     def as_dict(self) -> dict[str, Any]:
-        """The verdict, and coverage by quantity, as metrics.json holds them."""
+        """Return the verdict and the coverage by quantity for metrics.json."""
         return {
             "calibrated": self.calibrated,
             "level": self.level,
@@ -145,11 +148,11 @@ class Calibration:
 
     def __str__(self) -> str:
         failures = self.failures
-        verdict = "not rejected" if not failures else f"rejected by {len(failures)}"
+        verdict = "not rejected by any" if not failures else f"rejected by {len(failures)}"
         title = "".join(f"{100 * interval:>7.0f} %" for interval in INTERVALS)
         lines = [
             f"calibration {verdict} of {len(self.names)} quantities at level {self.level:g}, "
-            f"{self.num_simulations} simulations of {self.num_draws} draws",
+            f"{self.num_simulations} simulations with {self.num_draws} draws each",
             f"{'coverage of':<20}{title}   ranks",
         ]
         for name, shares in zip(self.names, self.coverage.tolist(), strict=True):
@@ -171,34 +174,37 @@ def calibration(
     seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
-    r"""Test whether the guide is the model's posterior, by data that the model itself draws.
+    r"""Test whether the guide equals the model's posterior, on data that the model itself draws.
 
     For :math:`(z, x) \sim p(z, x)` and :math:`z_1, \dots, z_L \sim q(z|x)`, the rank of
     :math:`f(z, x)` among :math:`f(z_l, x)` is uniform on 0, ..., L for every f if
-    :math:`q(z|x) = p(z|x)`. Ranked are each unit of each latent; log p(x, z) and log p(x | z),
-    which see correlations that q drops and a q that does not heed x; and the functions given. The
-    empirical distribution function of each quantity's ranks is held against a band that uniform
-    ones leave anywhere with probability level / quantities (Bonferroni's, over the quantities).
+    :math:`q(z|x) = p(z|x)`. The test ranks each unit of each latent, the log densities log p(x, z)
+    and log p(x | z), and your own functions. The log densities detect correlations that q lacks,
+    and a q that ignores x. The empirical distribution function of each quantity's ranks is compared
+    with a band. Uniform ranks leave it at any point with probability level / quantities (Bonferroni
+    correction over the quantities).
 
     Arguments:
         pair: any pair with ``template(n)``.
-        context: context tensors for a conditional pair, of which a row is drawn for each
-            simulation.
-        num_simulations: simulated data, 100 or more.
-        num_draws: L for each, 19 or more.
-        test_quantities: by name, functions of the latents (a dictionary by site of tensors
-            (n, *event_shape)) and x (n, *data_shape) that return a tensor of shape (n,).
-        level: the probability that an exact guide is rejected, at most.
-        seed: of all draws. progress: show a bar, where it takes over two seconds.
+        context: context tensors for a conditional pair; each simulation draws one of their rows.
+        num_simulations: number of simulated data, at least 100.
+        num_draws: L for each simulated datum, at least 19.
+        test_quantities: functions by name. Each takes the latents (a dictionary from sites to
+            tensors (n, *event_shape)) and x (n, *data_shape), and returns a tensor of shape (n,).
+        level: the largest probability that an exact guide is rejected.
+        seed: random seed.
+        progress: show a bar if the run takes over two seconds.
 
-    Ties, as of discrete latents, are broken at random. Latents that only the model has are summed
-    out of the densities and not ranked, nor are units in simulations where a mask hides them.
-    **It cannot see** how the guide does on real data: where these differ from the model's own, the
-    encoder is tested on what it was not trained for. Nor does a guide that passes say anything of
-    the model.
+    Ties, such as those of discrete latents, are broken at random. Latents that only the model has
+    are summed out of the densities and not ranked. Units are not ranked in simulations where they
+    are masked.
 
-    Raises `UsageError` for a pair without template, with latents outside the data plate, or whose
-    model observes what has no place in the batch.
+    **The test does not cover real data.** If they differ from the model's own data, the encoder was
+    trained on other data than the test uses. A guide that passes does not show that the model is
+    good.
+
+    Raises `UsageError` for a pair without a template or with latents that are not local, and for a
+    model whose observations do not fit into the batch.
     Talts et al., 2018 (https://arxiv.org/abs/1804.06788); Modrák et al., 2023
     (https://arxiv.org/abs/2211.02383); the bands: Säilynoja, Bürkner & Vehtari, 2022
     (https://arxiv.org/abs/2103.10522).
@@ -213,9 +219,9 @@ def calibration(
         ("num_draws", num_draws, LEAST_DRAWS),
     ):
         if value < least:
-            raise UsageError(f"{name} must be {least} or more, {value} came")
+            raise UsageError(f"must be at least {least}, got {value}", argument=name)
     if not 0 < level < 1:
-        raise UsageError(f"level is a probability between 0 and 1, {level} came")
+        raise UsageError(f"must be between 0 and 1, got {level}", argument="level")
     quantities = dict(test_quantities or {})
     parts: list[Tensor] = []
     with using(pair, seed), bar(progress, num_simulations, "calibration", delay=2) as shown:
@@ -228,7 +234,7 @@ def calibration(
     counts = (ranks >= 0).sum(0).tolist()
     kept = [i for i, number in enumerate(counts) if number >= LEAST_SIMULATIONS]
     left_out |= {
-        simulated.names[i]: f"a mask hides it in all but {number} simulations"
+        simulated.names[i]: f"it is masked in all except {number} simulations"
         for i, number in enumerate(counts)
         if i not in kept
     }
@@ -237,7 +243,7 @@ def calibration(
 
 
 class _Drawn(NamedTuple):
-    """Latents by site and log densities, draws of the guide first where there are any."""
+    """Latents by site, and log densities; the first dimension is that of draws, if any."""
 
     values: dict[str, Tensor]
     """Of shape (draws, n, *event), or (n, *event)."""
@@ -248,7 +254,7 @@ class _Drawn(NamedTuple):
 
 
 class _Simulated:
-    """Data that the model draws, and the ranks of their latents among draws of the guide."""
+    """Data drawn from the model, and the ranks of their latents among draws of the guide."""
 
     def __init__(
         self,
@@ -261,19 +267,19 @@ class _Simulated:
         self.context = [as_tensor(part, f"context {i}") for i, part in enumerate(context, 1)]
         if len({len(part) for part in self.context}) > 1:
             lengths = ", ".join(str(len(part)) for part in self.context)
-            raise UsageError(f"the context tensors have {lengths} rows: as many are expected")
+            raise UsageError(f"the context tensors have {lengths} rows; they must match")
         batch, truth = self._simulate(2)
         guide = latents(trace_guide(pair, batch))
         self.sites = ranked(guide, truth)
         self.left_out = dict.fromkeys(truth.keys() - guide.keys(), "the guide does not draw it")
-        self.left_out |= dict.fromkeys(guide.keys() - truth.keys(), "it is no latent of the model")
+        self.left_out |= dict.fromkeys(guide.keys() - truth.keys(), "the model does not have it")
         self.nesting, self.vectorized, widest = structure(pair, batch)
         self.rows = max(1, CELLS // (widest * (num_draws if self.vectorized else 1)))
         units = (_units(name, truth[name].shape[1:]) for name in self.sites)
         self.names = (*chain.from_iterable(units), JOINT, LIKELIHOOD, *quantities)
 
     def ranks(self, n: int) -> Tensor:
-        """Those of n data, of shape (n, quantities)."""
+        """Return the ranks of n simulated data, of shape (n, quantities)."""
         batch, found = self._simulate(n)
         truth = {name: found[name] for name in self.sites}
         hidden = self._hidden(batch, truth)
@@ -292,7 +298,7 @@ class _Simulated:
         return ranks.cpu()
 
     def _hidden(self, batch: Batch, truth: dict[str, Tensor]) -> Tensor:
-        """Which units a mask hides, of shape (n, units)."""
+        """Return which units are masked, of shape (n, units)."""
         with Given(truth):
             sites = latents(trace(cast(Pair, self.pair).model, batch))
         n = len(batch[0])
@@ -304,7 +310,7 @@ class _Simulated:
         return simulate(self.pair, n, tuple(part[chosen] for part in self.context))
 
     def _draw(self, batch: Batch, truth: dict[str, Tensor]) -> _Drawn:
-        """Draws of the guide, side by side where the pair takes that, else one by one."""
+        """Draw from the guide: in one pass if the pair allows it, otherwise one draw at a time."""
         if self.vectorized:
             return self._guided(batch, truth, self.num_draws)
         draws = [self._guided(batch, truth, None) for _ in range(self.num_draws)]
@@ -320,7 +326,7 @@ class _Simulated:
         return self._scored(batch, values, number)._replace(values=shaped)
 
     def _scored(self, batch: Batch, values: dict[str, Tensor], number: int | None) -> _Drawn:
-        """The densities of latents, those that only the model has summed out."""
+        """Return the densities of latents; latents that only the model has are summed out."""
         plates = self.nesting + (number is not None)
         with self._plate(number), Enumerate(first_available_dim=-1 - plates), Given(values):
             model = trace(cast(Pair, self.pair).model, batch)
@@ -338,15 +344,15 @@ class _Simulated:
     def _own(
         self, name: str, drawn: _Drawn, truth: dict[str, Tensor], x: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A test quantity of the user, of the draws (draws, n, 1) and of the truth (n, 1)."""
+        """Return a user's test quantity for the draws (draws, n, 1) and the true values (n, 1)."""
 
         def value(z: dict[str, Tensor]) -> Tensor:
             found = self.quantities[name](z, x)
             if not isinstance(found, Tensor) or found.shape != x.shape[:1]:
-                came = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise UsageError(
-                    f"test quantity '{name}' must return a number for each datum, a tensor of "
-                    f"shape ({len(x)},); {came} came"
+                    f"test quantity '{name}' must return a tensor of shape ({len(x)},), one number "
+                    f"for each datum, got {got}"
                 )
             return found[:, None]
 
@@ -358,14 +364,14 @@ class _Simulated:
 
 
 def _units(name: str, shape: torch.Size) -> list[str]:
-    """The names of a site's units: z, or z[0], z[1], ..., or z[0,0], ..."""
+    """Return the names of a site's units: z, or z[0], z[1], ..., or z[0,0], ..."""
     if not shape:
         return [name]
     return [f"{name}[{','.join(map(str, index))}]" for index in product(*map(range, shape))]
 
 
 def _density(trace: Trace, drawn: bool) -> Tensor:
-    """log p of all sites of a trace, of shape (draws, n), or (1, n) where it has no draws."""
+    """Return log p of all sites of a trace: (draws, n), or (1, n) without draws."""
     if enumeration.enumerated(trace):
         found = summing.evidence(trace, Trace())
     else:

@@ -1,4 +1,4 @@
-"""`diagnose`: everything that says whether an inference can be believed, within a time budget."""
+"""`diagnose`: all checks of the inference of a pair, within a time budget."""
 
 import warnings
 from collections.abc import Sequence
@@ -26,59 +26,61 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SAFETY = 1.5
-"""What the slope of seconds over costs is multiplied by, before it is relied on."""
+"""Safety factor on the slope of seconds over cost."""
 
 ROUNDS = 2
-"""In the first each diagnostic has its share of the time; what is left goes to a second."""
+"""In the first round each diagnostic gets its share of the time. The second uses the rest."""
 
 TIMED_ROWS = 500
-"""Rows on which the time of a pass is taken."""
+"""Number of rows for the measurement of the time of a pass."""
 
 BUDGET = 200.0
-"""Seconds that `diagnose` may take by default."""
+"""Default time budget of `diagnose`, in seconds."""
 
 
 @dataclass
 class Diagnosis:
-    """What `diagnose` found."""
+    """The results of `diagnose`."""
 
     rows: Tensor
-    """The number of the row, among those that came, to which each datum of a result belongs."""
+    """The row numbers of the data in the results, within the data that you passed."""
     budget: float
-    """Seconds that it might take."""
+    """The time budget in seconds."""
     results: dict[str, Any] = field(default_factory=dict)
-    """What each diagnostic returned, by its name, at the greatest size that it was run at."""
+    """The result of each diagnostic at its largest finished size, by name."""
     findings: list[Finding] = field(default_factory=list)
+    """The parts of the summary."""
     not_applicable: dict[str, str] = field(default_factory=dict)
-    """Diagnostics that do not apply to the pair, and why."""
+    """Diagnostics that do not apply to the pair, with the reason."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Diagnostics that ended with an error which is none of use."""
+    """Diagnostics that failed with an unexpected error."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Diagnostics that were left out, or run at less than their full size, for lack of time."""
+    """Diagnostics that lacked time: they did not run, or not at full size."""
     notes: dict[str, list[str]] = field(default_factory=dict)
-    """What diagnostics warned of."""
+    """The warnings of each diagnostic."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """How long each took."""
+    """The time of each diagnostic."""
     figures: dict[str, "Figure"] = field(default_factory=dict)
+    """The figures, by name."""
     pictures: dict[str, list[str]] = field(default_factory=dict)
     """The names of the figures of each diagnostic."""
 
     @property
     def summary(self) -> str:
-        """What can be trusted, what cannot, and what to try next, in plain words."""
+        """Which results are reliable, which are not, and what to try next, in words."""
         parts = []
         for kind, title in KINDS.items():
             words = [finding.words for finding in self.findings if finding.kind == kind]
             if words:
                 parts.append(f"{title}: {'; '.join(dict.fromkeys(words))}.")
-        return "\n".join(parts) or "Nothing could be measured."
+        return "\n".join(parts) or "No diagnostic gave a result."
 
     def worst(self, number: int = 10) -> Tensor:
-        """The rows of the data whose log p(x) is least to be trusted, the worst first."""
+        """Return the rows whose log p(x) is least reliable, the worst first."""
         return self.rows[self.results["log_likelihood"].worst(number)]
 
     def as_dict(self) -> dict[str, Any]:
-        """Summary and results, as metrics.json holds them."""
+        """Return summary and results for metrics.json."""
         return {
             "summary": self.summary,
             "findings": [finding._asdict() for finding in self.findings],
@@ -118,22 +120,24 @@ def diagnose(
     engine: str = "auto",
     progress: bool = True,
 ) -> Diagnosis:
-    """Say whether the inference of a fitted pair can be believed: all that applies, within a time.
+    """Run all diagnostics that apply to a fitted pair, within a time budget.
 
-    Each diagnostic is run small first. From the seconds that took, and from the time that is left,
-    comes the size at which it is run again: rows of data, draws, steps, temperatures. What is left
-    out, or done on less than all, is said; one that does not apply to the pair is named with its
-    reason, and the rest goes on.
+    Each diagnostic runs at its smallest size first. From this time and the remaining time,
+    `diagnose` chooses the size of the next run: rows of data, draws, steps, temperatures. The
+    result lists diagnostics that lacked time, and diagnostics that do not apply to the pair, with
+    the reason. The others continue.
 
     Arguments:
         pair: any pair.
-        x, context: held-out data, as `pyro_vae.evaluate` takes them; 1,000 rows are plenty.
-        other: data known not to belong, for the AUROC of outlier scores: x, or a tuple of x and
+        x, context: held-out data, as `pyro_vae.evaluate` takes them; 1,000 rows are enough.
+        other: out-of-distribution data for the AUROC of outlier scores: x, or a tuple of x and
             context.
-        budget: seconds. What cannot be done within them, at its smallest, is left out.
+        budget: time in seconds. A diagnostic whose smallest size does not fit is left out.
         binarize, seed, engine: as in `pyro_vae.evaluate`.
+        progress: show a bar.
 
-    Returns a summary in words, with what each diagnostic returned, and figures.
+    Returns a summary in words, the result of each diagnostic, and figures. Raises `UsageError` if
+    ``budget`` is not positive.
 
     >>> import torch, pyro_vae as pv
     >>> found = pv.diagnose(pv.VAE.mlp((4,), latent_dim=2), torch.ones(30, 4), budget=0.1)
@@ -141,7 +145,7 @@ def diagnose(
     30
     """
     if not budget > 0:
-        raise UsageError(f"budget must be above 0 seconds, {budget} came")
+        raise UsageError(f"must be above 0 seconds, got {budget}", argument="budget")
     batch = _prepared(pair, x, context, binarize)
     order = torch.randperm(len(batch[0]), generator=torch.Generator().manual_seed(seed))
     shuffled = tuple(tensor[order.to(tensor.device)] for tensor in batch)
@@ -173,7 +177,7 @@ def _prepared(pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str) -
 
 
 def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, float]:
-    """Seconds of a pass of one row, and for each further one."""
+    """Return the seconds of a pass of one row, and the seconds of each further row."""
 
     def seconds(rows: int) -> float:
         part = tuple(t[torch.arange(rows, device=t.device) % len(t)] for t in batch)
@@ -182,29 +186,29 @@ def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, floa
         return _now() - start
 
     with using(pair, seed):
-        seconds(TIMED_ROWS)  # what is done once only is not counted
+        seconds(TIMED_ROWS)  # the first pass includes work that is done only once
         one, many = seconds(1), seconds(TIMED_ROWS)
     return one, max(0.0, many - one) / (TIMED_ROWS - 1)
 
 
 class _Climb:
-    """A diagnostic run at growing sizes, while the next is sure to fit into its time."""
+    """Runs one diagnostic at growing sizes, as long as the next size fits into its time."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
         self.at, self.result, self.seconds = -1, None, 0.0
         self.known: list[tuple[float, float]] = []
-        """Costs and seconds of the sizes that were run."""
+        """Costs and seconds of the finished sizes."""
         self.fault: Exception | None = None
         self.notes: dict[str, None] = {}
 
     @property
     def over(self) -> bool:
-        """Whether there is nothing more to run."""
+        """Whether the diagnostic failed or ran at its largest size."""
         return self.fault is not None or self.at == len(self.study.rungs) - 1
 
     def go(self, allotted: float) -> None:
-        """Run further sizes within so many seconds."""
+        """Run further sizes within the allotted seconds."""
         start = _now()
         while not self.over and (fits := self._fits(start + allotted - _now())):
             self.at = fits[-1]
@@ -224,13 +228,13 @@ class _Climb:
             warnings.simplefilter("always", UserWarning)
             try:
                 self.result = rung.run()
-            except Exception as error:  # a user's own pair may raise anything; the rest goes on
+            except Exception as error:  # a user's pair may raise anything; the others continue
                 self.fault = error
         self.notes |= dict.fromkeys(str(warning.message) for warning in heard)
         self.known.append((rung.cost, _now() - start))
 
     def tell(self, found: Diagnosis) -> None:
-        """Put what was found, or why nothing was, into the diagnosis."""
+        """Put the result, or the reason for its absence, into the diagnosis."""
         study, name, sizes = self.study, self.study.name, len(self.study.rungs)
         if self.known:
             found.seconds[name] = self.seconds
@@ -238,11 +242,11 @@ class _Climb:
             found.not_applicable[name] = str(self.fault)
         elif self.fault is not None:
             found.failed[name] = f"{type(self.fault).__name__}: {first_line(self.fault)}"
-            found.findings.append(Finding("doubt", f"what {name} would say: it failed"))
+            found.findings.append(Finding("doubt", f"the diagnostic '{name}': it failed"))
         elif not self.known:
-            found.left_out[name] = "not run"
+            found.left_out[name] = "it did not run"
         elif not self.over:
-            found.left_out[name] = f"run at size {self.at + 1} of {sizes}"
+            found.left_out[name] = f"it ran at size {self.at + 1} of {sizes}"
         if self.result is not None:
             found.results[name] = self.result
             found.findings += study.judge(self.result, found.results)
@@ -254,10 +258,10 @@ class _Climb:
 
 
 def _predicted(known: Sequence[tuple[float, float]], cost: float) -> float:
-    """The seconds of a run of this cost, from costs and seconds of those before it.
+    """Predict the seconds of a run from costs and seconds of earlier runs.
 
-    A part of what the first took, tracing say, does not grow: at first costs are believed, then
-    the slope of the last two.
+    A part of the first run, such as tracing, does not grow with size. So the first prediction uses
+    the costs, and later ones use the slope of the last two runs.
     """
     last, seconds = known[-1]
     slope = 1.0
@@ -267,12 +271,12 @@ def _predicted(known: Sequence[tuple[float, float]], cost: float) -> float:
     return min(seconds * cost / last, seconds + slope * (cost - last))
 
 
-KINDS = {"trust": "Can be trusted", "doubt": "Cannot be trusted", "next": "To try next"}
-"""The kinds of findings of `pyro_vae.diagnose`, as a reader sees them."""
+KINDS = {"trust": "Reliable", "doubt": "Not reliable", "next": "Try next"}
+"""The kinds of findings of `pyro_vae.diagnose`, with their titles for the reader."""
 
 REASONS = {
     "does not apply": "not_applicable",
     "failed": "failed",
-    "is cut short for lack of time": "left_out",
+    "lacked time": "left_out",
 }
-"""Why a diagnostic is missing or small, and where `pyro_vae.diagnose` keeps the reasons."""
+"""Titles of the reasons why a diagnostic is missing or small, and the fields with these reasons."""

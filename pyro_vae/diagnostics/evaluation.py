@@ -1,4 +1,4 @@
-"""How good a fitted pair is: the ELBO and its parts, log p(x), active units, a probe."""
+"""Evaluation of a fitted pair: the ELBO and its parts, log p(x), active units, a linear probe."""
 
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_vae.compat import scale_and_mask
 from pyro_vae.data.preparation import Preparation, held_rows
 from pyro_vae.data.sources import Rows, Source, parts
-from pyro_vae.diagnostics.labels import Scores, flat_codes, probe_accuracy_of, told_classes
+from pyro_vae.diagnostics.labels import Scores, flat_codes, probe_accuracy_of, score_classes
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import estimate, unnormalized
 from pyro_vae.pairs import enumeration, fold_plan, folding, folds, masks, summing
@@ -28,18 +28,18 @@ from pyro_vae.training.elbo import elbo
 from pyro_vae.training.validation import bound
 
 ACTIVE = 0.01
-"""A unit is active where its posterior mean varies over the data by more (Burda et al., 2016).
+"""A unit is active if the variance of its posterior mean is larger (Burda et al., 2016).
 
-Of a latent whose prior depends on others or on the context, what varies is taken from the mean of
-that prior: else each unit of a level would pass for active that only follows the one above."""
+If the prior of a latent depends on other latents or on the context, the mean of that prior is
+subtracted first. Otherwise each unit that only follows the level above would count as active."""
 
 PARTICLES = 10
-"""Draws for each datum from which `evaluate` estimates the ELBO."""
+"""Draws for each datum in the estimate of the ELBO by `evaluate`."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured on held-out data; bounds and KL in nats per example."""
+    """The results of `evaluate` on held-out data; bounds and KL in nats per example."""
 
     num_examples: int
     elbo: float
@@ -47,45 +47,44 @@ class Evaluation:
     kl: float
     kl_by_site: dict[str, float]
     kl_by_unit: dict[str, list[float]]
-    """Mean KL of each unit of a latent site, where the site splits into units."""
+    """Mean KL of each unit of a latent site, if the KL is a sum over units."""
     num_units: dict[str, int]
-    """Units of each latent site that is not discrete."""
+    """Number of units of each latent site that is not discrete."""
     active_units: dict[str, int]
-    """Units whose posterior mean, from the prior's, has a variance over 0.01 across the data, for
-    each latent site."""
+    """Number of active units of each latent site: the posterior mean, minus that of the prior, has
+    a variance over 0.01 across the data."""
     log_likelihood: float
     log_likelihood_standard_error: float
-    """Monte Carlo standard error of ``log_likelihood``, not that of the choice of test data."""
+    """Monte Carlo standard error of ``log_likelihood``, for these data."""
     num_samples: int
     bits_per_dim: float | None
-    """-log_likelihood / (dimensions * log 2), where the data are discrete; what is masked is no
-    dimension, nor is padding. 2 to its power is the perplexity of each token, where the data are
-    tokens."""
+    """-log_likelihood / (dimensions * log 2), for discrete data. Masked entries and padding are not
+    dimensions. If the data are tokens, 2 to this power is the perplexity of each token."""
     probe_accuracy: float | None
-    """Accuracy on the held-out data of a linear classifier of the codes, where there are labels."""
+    """Accuracy of a linear classifier of the codes on the held-out data, if there are labels."""
     accuracy: float | None = None
-    """Share of the labels that are the most probable value of a discrete latent, where the model
-    observes labels given it, and so gives its values their names."""
+    """Fraction of labels that equal the most probable value of a discrete latent. It needs a model
+    that observes labels given this latent, so that its values are labels."""
     calibration_error: float | None = None
-    """Expected calibration error of that value's probability: mean distance between probability and
-    accuracy over 15 bins, weighed by their data (Guo et al., 2017)."""
+    """Expected calibration error of the probability of that value: the mean distance between
+    probability and accuracy over 15 bins, weighted by their data (Guo et al., 2017)."""
     clustering_accuracy: float | None = None
-    """Accuracy of a discrete latent's most probable value, with each label matched to one value as
-    is best, where the values have no names."""
+    """Accuracy of the most probable value of a discrete latent under the best one-to-one matching
+    of values and labels, if the values are not labels."""
     mutual_information: float | None = None
-    """Mutual information of that value and the label, over the mean of their entropies."""
+    """Mutual information of that value and the label, divided by the mean of their entropies."""
     not_computed: dict[str, str] = field(default_factory=dict)
-    """Why a score is missing that was asked for, by the score's name."""
+    """The reason for each requested score that is missing, by the name of the score."""
     log_joint: float | None = None
-    """Where the guide of a latent in the data plate is a Delta, a point estimate: log p(x, z) at
-    the point, which is not a bound on log p(x). ``elbo`` and ``log_likelihood`` are NaN then, and
-    ``kl`` is that of the other latents."""
+    """log p(x, z) at a point, if the guide of a local latent is a Delta (a point estimate). It is
+    not a bound on log p(x). ``elbo`` and ``log_likelihood`` are then NaN, and ``kl`` is that of the
+    other latents."""
     point_estimates: tuple[str, ...] = ()
-    """Latents whose guide is a Delta. Where all are outside the data plate, bounds are those on
+    """Latents whose guide is a Delta. If all of them are global, the bounds are bounds on
     log p(x | w) at the points w."""
     factors: tuple[str, ...] = ()
-    """The model's ``pyro.factor`` sites. They count in ``reconstruction``, and with them p(x) is
-    not normalized: ``log_likelihood`` is the logarithm of an integral, and no likelihood."""
+    """The model's ``pyro.factor`` sites. They are part of ``reconstruction``. With them p(x) is not
+    normalized: ``log_likelihood`` is the logarithm of an integral and not a likelihood."""
 
     @property
     def nll(self) -> float:
@@ -93,7 +92,7 @@ class Evaluation:
         return -self.log_likelihood
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, as metrics.json holds them: what is not a number is None, what is infinite
+        """Return the fields for metrics.json; NaN becomes None, and infinite numbers become
         "Infinity" or "-Infinity"."""
         fields = asdict(self).items()
         return run_files.json_ready(
@@ -103,7 +102,7 @@ class Evaluation:
     def _estimate(self) -> str:
         found = with_error(self.log_likelihood, self.log_likelihood_standard_error)
         if self.num_samples == 1:
-            return f"{found}, 1 sample, which tells nothing of its error"
+            return f"{found}, 1 sample, which gives no error"
         return f"{found}, {self.num_samples} samples"
 
     def __str__(self) -> str:
@@ -123,7 +122,7 @@ class Evaluation:
             words = f"{self.log_joint:.3f} nats per example, {at}"
             bounds = [("log joint", words), ("log p(x)", "not estimated: the guide has no density")]
         elif points:
-            bounds.append(("given", f"a point estimate of {points}"))
+            bounds.append(("conditional on", f"a point estimate of {points}"))
         lines = [
             ("examples", f"{self.num_examples}"),
             *bounds,
@@ -134,14 +133,15 @@ class Evaluation:
         if self.bits_per_dim is not None:
             lines.append(("bits per dimension", f"{self.bits_per_dim:.4f}"))
         if self.probe_accuracy is not None:
-            lines.append(("linear probe", f"{100 * self.probe_accuracy:.1f} % right"))
+            lines.append(("linear probe", f"{100 * self.probe_accuracy:.1f} % correct"))
         if self.accuracy is not None:
-            lines.append(("classes", f"{100 * self.accuracy:.1f} % right"))
+            lines.append(("classes", f"{100 * self.accuracy:.1f} % correct"))
             lines.append(("calibration error", f"{100 * (self.calibration_error or 0):.1f} %"))
         if self.clustering_accuracy is not None:
-            lines.append(("clusters", f"{100 * self.clustering_accuracy:.1f} % right, matched"))
+            share = f"{100 * self.clustering_accuracy:.1f} % correct, best matching"
+            lines.append(("clusters", share))
         if self.mutual_information is not None:
-            lines.append(("mutual information", f"{self.mutual_information:.3f}, normalised"))
+            lines.append(("mutual information", f"{self.mutual_information:.3f}, normalized"))
         for name, why in self.not_computed.items():
             lines.append((_TITLES[name], f"not computed: {why}"))
         return "\n".join(f"{name:<20}{value}" for name, value in lines)
@@ -175,19 +175,22 @@ def evaluate(
 
     Arguments:
         pair: any pair.
-        x, context: held-out data, as `pyro_vae.fit` takes them; grey intensities under a Bernoulli
-            are drawn once, with a fixed seed.
-        labels: classes of x, whole numbers from 0, for the linear probe, and to hold the values of
-            a discrete latent against; -1 where a label is missing: such rows count in no score of
-            labels.
-        train, train_labels: training data, as x or a tuple of x and context, and their labels: the
-            probe is fitted on these alone.
-        num_samples: importance samples for log p(x), for each datum.
+        x, context: held-out data, as `pyro_vae.fit` takes them.
+        labels: classes of x, integers from 0, for the linear probe and for comparison with a
+            discrete latent. -1 means that a label is missing; scores of labels ignore such rows.
+        train, train_labels: training data, as x or a tuple of x and context, and their labels. The
+            probe is fitted only to these.
+        num_samples: importance samples of each datum for log p(x).
+        binarize: "dynamic" draws gray intensities under a Bernoulli once, with a fixed seed; see
+            `pyro_vae.fit` for the other values.
+        batch_size: number of rows in one pass.
+        seed: random seed. Parameters, generators and the parameter store do not change.
         engine: how log p(x) is computed, as in `pyro_vae.log_likelihood`.
-        seed: of all draws. Parameters, generators and the parameter store stay as they were.
+        progress: show a bar.
 
-    A score that these labels do not allow is None, and ``not_computed`` says why. A warning names
-    the rows of x whose log p(x) is not finite.
+    If the labels do not allow a score, it is None, and ``not_computed`` has the reason. A warning
+    names the first row of x whose log p(x) is not finite. Raises `UsageError` if ``num_samples`` is
+    below 1 or the labels do not match the rows.
 
     >>> import torch, pyro_vae as pv
     >>> result = pv.evaluate(pv.VAE.mlp((4,), latent_dim=2), torch.ones(8, 4), num_samples=10)
@@ -222,7 +225,7 @@ def evaluate(
             ),
         )
     if labels is not None:
-        told_classes(scores, pair, rows, prepare, labels, batch_size, seed)
+        score_classes(scores, pair, rows, prepare, labels, batch_size, seed)
     hidden = [folds.point_name(name) for name in points.points]
     by_site = {name: kl for name, kl in measured.kl.items() if name not in hidden}
     bits = None
@@ -252,14 +255,16 @@ def evaluate(
 def _labels_of(rows: Source, labels: Any, name: str) -> Tensor:
     labels = as_labels(labels)
     if len(labels) != len(rows):
-        raise UsageError(f"{len(labels)} labels came for {len(rows)} rows of {name}")
+        raise UsageError(
+            f"got {len(labels)} labels but {len(rows)} rows of {name}; they must match"
+        )
     return labels
 
 
 def _warn_of_rows(
     rows: Source, prepare: Preparation, log_likelihood: Tensor, batch_size: int
 ) -> None:
-    """Name the first row whose log p(x) is not finite, and the size of what it holds."""
+    """Warn of rows whose log p(x) is not finite; name the first and the size of its values."""
     bad = (~torch.isfinite(log_likelihood)).nonzero().flatten().tolist()
     if not bad:
         return
@@ -268,9 +273,8 @@ def _warn_of_rows(
         if at <= bad[0] < at + len(batch[0]):
             greatest = float(prepare(batch)[0][bad[0] - at].abs().max())
             warnings.warn(
-                f"log p(x) is not finite in {len(bad)} of {len(log_likelihood)} rows, the first "
-                f"row {bad[0]}, which holds values of up to {greatest:.3g}: what is averaged over "
-                "all rows is not finite either",
+                f"log p(x) is not finite in {len(bad)} of {len(log_likelihood)} rows, so its mean "
+                f"is not finite. The first is row {bad[0]}, with values up to {greatest:.3g}",
                 stacklevel=3,
             )
         at += len(batch[0])
@@ -279,8 +283,10 @@ def _warn_of_rows(
 def _units(
     pair: nn.Module, rows: Source, prepare: Preparation, batch_size: int, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], float]:
-    """KL by unit, codes by site, the same from the prior's means, and how many numbers the data
-    hold that are discrete and not masked."""
+    """Return KL by unit, codes by site, codes minus the prior's means, and the number of dims.
+
+    The dims are the entries of discrete data that are not masked.
+    """
     kl: dict[str, Tensor] = {}
     codes: dict[str, list[Tensor]] = {}
     moves: dict[str, list[Tensor]] = {}
@@ -299,9 +305,9 @@ def _units(
                 if each is not None:
                     kl[name] = kl.get(name, 0) + each.reshape(n, -1).sum(0).cpu()
                 right, loc = len(site["fn"].event_shape), mean(site["fn"])
-                centre = _closed_mean(sample_sites(model).get(name))
+                center = _closed_mean(sample_sites(model).get(name))
                 live = masks.scored(site)
-                code, move = torch.where(live, loc, 0.0), torch.where(live, loc - centre, torch.nan)
+                code, move = torch.where(live, loc, 0.0), torch.where(live, loc - center, torch.nan)
                 for found, value in ((codes, code), (moves, move)):
                     value = terms.units(value, right)
                     found.setdefault(name, []).append(value.reshape(n, -1).cpu())
@@ -320,12 +326,12 @@ def _units(
 
 
 def _variance(move: Tensor) -> Tensor:
-    """The variance of each unit over the data for which it counts; NaN where it never does."""
+    """Return the variance of each unit over the data in which it is not masked."""
     return (move - move.nanmean(0)).square().nanmean(0)
 
 
 def _closed_mean(prior: Any) -> Tensor | float:
-    """The mean of a prior that is in closed form, else 0."""
+    """Return the mean of a prior if it is in closed form, and 0 otherwise."""
     try:
         loc = 0.0 if prior is None else prior["fn"].mean
     except NotImplementedError:
@@ -334,11 +340,11 @@ def _closed_mean(prior: Any) -> Tensor | float:
 
 
 def _kl_of_units(terms: summing.Terms, prior: Any, site: Any, closed: bool) -> Tensor | None:
-    """The KL (batch, *units) of a latent site, None where it does not split into units."""
+    """Return the KL (batch, *units) of a latent site; None if it is not a sum over units."""
     if prior is None or folds.is_delta(site["fn"]) or folds.shares(site):
         return None
     shape = site["fn"].event_shape
-    # Where weights depend on the draw, so must what they weigh.
+    # If the weights depend on the draw, the weighted terms must use the same draw.
     each = site_kl(prior, site, closed and not terms.dims)
     if each.shape[max(1, each.dim() - len(shape)) :] != shape:
         return None

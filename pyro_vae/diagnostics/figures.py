@@ -1,4 +1,4 @@
-"""Figures of what the diagnostics found: each function returns a matplotlib ``Figure``."""
+"""Figures of the results of diagnostics; each function returns a matplotlib ``Figure``."""
 
 from collections.abc import Mapping
 from math import ceil
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 def reliability(
     estimate: LogLikelihood, x: Tensor, number: int = 8, rows: Tensor | None = None
 ) -> "Figure":
-    """Pareto k of each datum's weights, and the data least to be trusted with theirs.
+    """Plot Pareto k of each datum's weights, and the data with the least reliable estimates.
 
     Arguments:
-        estimate: of `pyro_vae.log_likelihood`, from 21 samples or more.
-        x: the data it was made from, of shape (n, *data_shape).
-        number: how many of the worst are shown.
-        rows: what the data are numbered by; from 0 on by default.
+        estimate: the result of `pyro_vae.log_likelihood`, with at least 21 samples.
+        x: the data of this result, of shape (n, *data_shape).
+        number: how many of the worst data are shown.
+        rows: the row numbers of the data; from 0 by default.
     """
     worst = estimate.worst(min(number, len(x)))
     figure = new_figure(8, 4.4)
@@ -61,7 +61,7 @@ def reliability(
         f"{over} of {len(x)} data over {estimate.k_threshold:.2f}, {infinite} infinite", fontsize=9
     )
     axis.set_xlabel("Pareto k of the weights", fontsize=8)
-    axis.set_ylabel("data", fontsize=8)
+    axis.set_ylabel("number of data", fontsize=8)
     axis.tick_params(labelsize=7)
     shown = intensity(x[worst])
     axes = below.subplots(1, len(worst), squeeze=False)[0]
@@ -73,37 +73,37 @@ def reliability(
         else:
             axis.plot(image.detach().cpu().float().flatten(), color=BLUE, linewidth=0.8)
         axis.set_title(f"row {numbers[row]}\nk {estimate.pareto_k[row]:.2f}", fontsize=7)
-    below.suptitle("least to be trusted", fontsize=9)
+    below.suptitle("least reliable", fontsize=9)
     return figure
 
 
 def gap_bars(found: Gaps) -> "Figure":
-    """Approximation and amortisation gap: stacked by datum in the order of their sum, and spread.
+    """Plot approximation and amortization gaps: stacked by datum, and as histograms.
 
     Arguments:
-        found: of `pyro_vae.gaps`; data whose gaps are not finite are left out.
+        found: the result of `pyro_vae.gaps`. Data with gaps that are not finite are left out.
     """
     kept = torch.isfinite(found.inference.per_datum)
     order = found.inference.per_datum[kept].argsort(descending=True)
     parts = [
         ("approximation gap", found.approximation, BLUE),
-        ("amortisation gap", found.amortisation, ORANGE),
+        ("amortization gap", found.amortization, ORANGE),
     ]
     figure = new_figure(8, 3.2)
     left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
     base = np.zeros(len(order))
     for name, gap, color in parts:
         values = gap.per_datum[kept].numpy()
-        height = values[order.numpy()].clip(min=0)  # noise about 0 cannot be stacked
+        height = values[order.numpy()].clip(min=0)  # negative noise cannot be stacked
         left.fill_between(np.arange(len(order)), base, base + height, step="mid", color=color)
         label = f"{name}: {gap.value:.2f} ± {gap.standard_error:.2f}"
         right.hist(values, bins=40, histtype="step", color=color, label=label)
         base = base + height
-    left.set_xlabel("data, in the order of the sum", fontsize=8)
+    left.set_xlabel("data, sorted by the sum", fontsize=8)
     left.set_ylabel("nats", fontsize=8)
     left.set_title("log p(x) - ELBO", fontsize=9)
     right.set_xlabel("nats", fontsize=8)
-    right.set_ylabel("data", fontsize=8)
+    right.set_ylabel("number of data", fontsize=8)
     right.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.25))
     for axis in (left, right):
         axis.tick_params(labelsize=7)
@@ -111,11 +111,11 @@ def gap_bars(found: Gaps) -> "Figure":
 
 
 def calibration_bands(found: Calibration, number: int = 7) -> "Figure":
-    """Distribution functions of ranks less the uniform one, within their bands, and coverage.
+    """Plot distribution functions of ranks minus the uniform one, with their bands, and coverage.
 
     Arguments:
-        found: of `pyro_vae.calibration`.
-        number: how many quantities are shown, those that leave their bands by most first.
+        found: the result of `pyro_vae.calibration`.
+        number: how many quantities are shown, those farthest outside their bands first.
     """
     low, high = found.band
     excess = (found.differences - (low + high) / 2).abs() / (high - low)
@@ -143,7 +143,7 @@ def calibration_bands(found: Calibration, number: int = 7) -> "Figure":
 
 
 def _coverage(axis: Any, found: Calibration) -> None:
-    """Shares of truths within central intervals, against their probabilities, by quantity."""
+    """Plot the coverage of central intervals against their probabilities, by quantity."""
     nominal, failures = np.array(INTERVALS), found.failures
     error = 2 * np.sqrt(nominal * (1 - nominal) / found.num_simulations)
     axis.fill_between(nominal, nominal - error, nominal + error, color=GRAY, alpha=0.3, linewidth=0)
@@ -156,10 +156,10 @@ def _coverage(axis: Any, found: Calibration) -> None:
 
 
 def bounds(found: Sandwich) -> "Figure":
-    """The gap between upper and lower bound of log p(x), by simulated datum, from the least up.
+    """Plot the gap between upper and lower bound on log p(x) of each simulated datum, sorted.
 
     Arguments:
-        found: of `pyro_vae.sandwich`; bars are two standard errors of the chains.
+        found: the result of `pyro_vae.sandwich`. Bars are two standard errors of the chains.
     """
     gaps = found.upper.per_datum - found.lower.per_datum
     errors = (found.upper.standard_errors**2 + found.lower.standard_errors**2).sqrt()
@@ -179,8 +179,8 @@ def bounds(found: Sandwich) -> "Figure":
     )
     axis.axhline(0, color="black", linewidth=0.8)
     axis.axhline(found.gap, color=ORANGE, linewidth=1, linestyle="--", label="mean")
-    axis.set_xlabel("simulated data, from the least gap up", fontsize=8)
-    axis.set_ylabel("upper less lower bound, nats", fontsize=8)
+    axis.set_xlabel("simulated data, sorted by gap", fontsize=8)
+    axis.set_ylabel("upper minus lower bound, nats", fontsize=8)
     axis.tick_params(labelsize=7)
     axis.legend(fontsize=7, frameon=False)
     lower = found.lower
@@ -193,13 +193,15 @@ def bounds(found: Sandwich) -> "Figure":
 
 
 def posteriors(result: Posterior, number: int = 4, rows: Tensor | None = None) -> "Figure":
-    """Posteriors by NUTS and the guide's, of the data on which they agree least, in the two units
-    on which they do: draws of NUTS, and ellipses of two standard deviations.
+    """Plot posteriors by NUTS and by the guide, for the data on which they disagree most.
+
+    Each panel shows the two units with the largest disagreement: draws of NUTS, and ellipses of two
+    standard deviations.
 
     Arguments:
-        result: of `pyro_vae.nuts`.
+        result: the result of `pyro_vae.nuts`.
         number: how many data are shown.
-        rows: what the data are numbered by; from 0 on by default.
+        rows: the row numbers of the data; from 0 by default.
     """
     apart = result.disagreement.nan_to_num(0.0)
     numbers = torch.arange(len(apart)) if rows is None else rows
@@ -226,7 +228,7 @@ def posteriors(result: Posterior, number: int = 4, rows: Tensor | None = None) -
 
 
 def _ellipse(moments: Moments, row: int, units: list[int]) -> Tensor:
-    """The points (2, points) two standard deviations from the mean of two units."""
+    """Return points (2, points) two standard deviations from the mean of two units."""
     turn = torch.linspace(0, 2 * torch.pi, 100, dtype=torch.float64)
     rho = moments.correlation[row, units[0], units[1]].clamp(-1, 1)
     circle = torch.stack([turn.cos(), rho * turn.cos() + (1 - rho**2).sqrt() * turn.sin()])
@@ -235,10 +237,10 @@ def _ellipse(moments: Moments, row: int, units: list[int]) -> Tensor:
 
 
 def predictive_statistics(found: PredictiveCheck) -> "Figure":
-    """The mean statistics of the data among those of the replicated data sets.
+    """Plot the mean statistics of the data and those of the replicated data sets.
 
     Arguments:
-        found: of `pyro_vae.predictive_check`.
+        found: the result of `pyro_vae.predictive_check`.
     """
     figure = new_figure(2.4 * len(found.names), 2.2)
     for i, axis in enumerate(figure.subplots(1, len(found.names), squeeze=False)[0]):
@@ -261,13 +263,15 @@ def predictive_worst(
     replicates: int = 8,
     rows: Tensor | None = None,
 ) -> "Figure":
-    """The data that lie farthest from their replicates, and some of these to their right.
+    """Show the data that are farthest from their replicates, with some replicates on the right.
 
     Arguments:
-        pair, found, x, context: of `pyro_vae.predictive_check`, and what it was made from.
-        statistic: by which the worst are chosen; by any of them by default.
-        number: how many data. replicates: how many of each.
-        rows: what the data are numbered by; from 0 on by default.
+        pair, x, context: the arguments of `pyro_vae.predictive_check`.
+        found: its result.
+        statistic: the statistic that selects the data; any of them by default.
+        number: number of data.
+        replicates: number of replicates of each datum.
+        rows: the row numbers of the data; from 0 by default.
     """
     worst = found.worst(statistic, number)
     numbers = torch.arange(len(x)) if rows is None else rows
@@ -285,14 +289,14 @@ def predictive_worst(
         f"row {numbers[row]}\n{found.names[i]}\np {found.p_values[row, i]:.3f}"
         for row, i in zip(worst.tolist(), which, strict=False)
     ]
-    return grid(list(zip(labels, shown, strict=True)), "data, and replicates to their right")
+    return grid(list(zip(labels, shown, strict=True)), "data, with replicates on the right")
 
 
 def outlier_histograms(found: OutlierScores) -> "Figure":
-    """Each score of the data, and of the other data where there are any.
+    """Plot each outlier score of the data, and of the out-of-distribution data if you passed some.
 
     Arguments:
-        found: of `pyro_vae.outlier_scores`; scores that are not finite are left out.
+        found: the result of `pyro_vae.outlier_scores`. Scores that are not finite are left out.
     """
     inside = found.inside.as_outlying()
     other = {} if found.other is None else found.other.as_outlying()
@@ -312,14 +316,14 @@ def outlier_histograms(found: OutlierScores) -> "Figure":
 
 
 def uncertainty(found: Mapping[str, Uncertainty], x: Tensor, number: int = 12) -> "Figure":
-    """Some data, what pairs predict in their place, and what of its spread codes and weights bring.
+    """Show some data, their predictions, and the spread due to codes and weights.
 
     Arguments:
-        found: of `pyro_vae.uncertainty` for the same rows, by the name of each pair.
-        x: those rows, of shape (n, *data_shape).
+        found: the results of `pyro_vae.uncertainty` for the same rows, by the name of each pair.
+        x: these rows, of shape (n, *data_shape).
         number: how many rows are shown, the first ones.
 
-    Standard deviations are white at the greatest of all that are shown.
+    White is the largest standard deviation in the figure.
     """
     rows = [("data", intensity(x[:number]))]
     spreads = {

@@ -1,5 +1,7 @@
-"""Where the slack of the ELBO goes: what the family leaves, and what amortisation leaves."""
+"""The gap between the ELBO and log p(x), split into approximation and amortization gap."""
 
+import warnings
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -18,16 +20,16 @@ from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.threads import alone
 
 BLOCK = 500
-"""Data whose weights are held at once."""
+"""Number of data whose weights are in memory at the same time."""
 
 
 class PerDatum(NamedTuple):
-    """A number of nats for each datum, and its Monte Carlo error."""
+    """A number for each datum, with its Monte Carlo error; nats."""
 
     per_datum: Tensor
-    """In nats, of shape (n,)."""
+    """The numbers, of shape (n,)."""
     standard_errors: Tensor
-    """The Monte Carlo standard error of each, of shape (n,)."""
+    """The Monte Carlo standard error of each number, of shape (n,)."""
 
     @property
     def value(self) -> float:
@@ -41,38 +43,50 @@ class PerDatum(NamedTuple):
 
 
 class Gaps(NamedTuple):
-    r"""What `gaps` found: log p(x) = amortised + amortisation gap + approximation gap, in nats."""
+    r"""The results of `gaps`, in nats; log p(x) is amortized ELBO plus both gaps."""
 
     log_likelihood: PerDatum
-    """The best lower bound of log p(x) of each datum."""
+    """The best lower bound on log p(x) of each datum."""
     refined: PerDatum
-    """The ELBO of each datum under its own, refined q."""
-    amortised: PerDatum
+    """The ELBO of each datum under its own refined q."""
+    amortized: PerDatum
     """The ELBO of each datum under the guide."""
     approximation: PerDatum
-    """``log_likelihood`` - ``refined``: what the best q of the family leaves, KL(q* || p)."""
-    amortisation: PerDatum
-    """``refined`` - ``amortised``: what the encoder leaves; with too few steps too small, and
-    ``approximation`` too great by as much."""
+    """``log_likelihood`` - ``refined``: the gap of the best q of the family, KL(q* || p)."""
+    amortization: PerDatum
+    """``refined`` - ``amortized``: the gap due to the encoder. With too few steps it is too small,
+    and ``approximation`` is too large by the same amount."""
     inference: PerDatum
-    """Their sum, ``log_likelihood`` - ``amortised``: KL(q || p)."""
+    """The sum of both gaps, ``log_likelihood`` - ``amortized``: KL(q || p)."""
     from_refined: Tensor
-    """Whether log p(x) of a datum comes from draws of its refined q, boolean, of shape (n,); none
-    does where it was given."""
+    """Whether log p(x) of a datum uses draws of its refined q, booleans of shape (n,). All are
+    False if you passed log p(x)."""
     pareto_k: Tensor
-    """The Pareto shape of the weights that gave log p(x), of shape (n,): over 0.7 it is not to be
-    trusted, nor the approximation gap. NaN where log p(x) was given and has none."""
+    """The Pareto shape of the weights that gave log p(x), of shape (n,). Over 0.7 log p(x) and the
+    approximation gap are unreliable. NaN if you passed log p(x) without a ``pareto_k``."""
     num_samples: int
     """Draws for each datum and bound."""
     steps: int
     """Steps of the refinement."""
     refinement: Refinement
-    """The refined guide, with bounds of fewer draws."""
+    """The refined guide, with bounds from fewer draws."""
+
+    @property
+    def amortised(self) -> PerDatum:
+        """Deprecated name of ``amortized``."""
+        _warn_of_old_name("amortised", "amortized")
+        return self.amortized
+
+    @property
+    def amortisation(self) -> PerDatum:
+        """Deprecated name of ``amortization``."""
+        _warn_of_old_name("amortisation", "amortization")
+        return self.amortization
 
     def as_dict(self) -> dict[str, Any]:
-        """Means, errors and fractions, as metrics.json holds them; what is not finite is None."""
+        """Return means, errors and fractions for metrics.json; what is not finite becomes None."""
         found: dict[str, float] = {}
-        for name in ("log_likelihood", "refined", "amortised", *GAPS):
+        for name in ("log_likelihood", "refined", "amortized", *GAPS):
             gap = getattr(self, name)
             found[name] = gap.value
             found[f"{name}_standard_error"] = gap.standard_error
@@ -94,7 +108,7 @@ class Gaps(NamedTuple):
             f"{name:<22}{words}" for name, words in unnormalized(self.refinement.before.factors)
         ]
         lines += [f"{'nats per example':<22}{'mean':>10}{'error':>9}{'median':>10}{'95 %':>10}"]
-        for name in ("log_likelihood", "refined", "amortised", *GAPS):
+        for name in ("log_likelihood", "refined", "amortized", *GAPS):
             gap = getattr(self, name)
             middle, high = _quantiles(gap.per_datum)
             lines.append(
@@ -104,21 +118,30 @@ class Gaps(NamedTuple):
         over = int((self.pareto_k > 0.7).sum())
         lines.append(
             f"{len(self.pareto_k)} data, {self.num_samples} draws, {self.steps} steps; log p(x) is "
-            f"not to be trusted (Pareto k over 0.7) for {over}"
+            f"unreliable (Pareto k over 0.7) for {over}"
         )
         if self._not_finite():
             lines.append(f"not finite, because weights are infinite: {self._not_finite()} data")
         return "\n".join(lines)
 
 
-GAPS = ("approximation", "amortisation", "inference")
+def _warn_of_old_name(old: str, new: str) -> None:
+    """Warn the reader of a deprecated property of `Gaps`."""
+    warnings.warn(
+        f"Gaps.{old} is deprecated and will be removed in the next release; use Gaps.{new}",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+
+
+GAPS = ("approximation", "amortization", "inference")
 
 _TITLES = {
     "log_likelihood": "log p(x) ≥",
     "refined": "refined ELBO",
-    "amortised": "amortised ELBO",
+    "amortized": "amortized ELBO",
     "approximation": "approximation gap",
-    "amortisation": "amortisation gap",
+    "amortization": "amortization gap",
     "inference": "inference gap (sum)",
 }
 
@@ -138,47 +161,46 @@ def gaps(
     engine: str = "auto",
     progress: bool = True,
 ) -> Gaps:
-    r"""Split the distance of the ELBO from log p(x) into what the family and the encoder leave.
+    r"""Split the gap between the ELBO and log p(x) into approximation and amortization gap.
 
     .. math:: \log p(x) - \mathrm{ELBO}(q_\phi) =
         \underbrace{\log p(x) - \mathrm{ELBO}(q^*)}_{\text{approximation gap}}
-        + \underbrace{\mathrm{ELBO}(q^*) - \mathrm{ELBO}(q_\phi)}_{\text{amortisation gap}}
+        + \underbrace{\mathrm{ELBO}(q^*) - \mathrm{ELBO}(q_\phi)}_{\text{amortization gap}}
 
-    where :math:`q^*` is what `refine` makes of each datum's q within its family. log p(x) is the
-    importance-weighted bound with q or with q* as proposal, for each datum the greater: which one,
-    other draws decide, so that the maximum of two noisy numbers lifts nothing.
+    `refine` finds :math:`q^*`, the best q of each datum within the family of the guide. log p(x) is
+    the importance-weighted bound with q or with q* as proposal, the higher one for each datum.
+    Other draws make this choice, because the maximum of two noisy numbers would be too high.
 
     Arguments:
-        pair: any pair, which stays as it is.
+        pair: any pair; it does not change.
         x, context: data, as `pyro_vae.log_likelihood` takes them.
-        num_samples: draws for each datum from which bounds and errors are measured.
+        num_samples: draws for each datum in bounds and errors.
         steps, learning_rate, num_particles, engine, progress: as in `pyro_vae.refine`.
-        log_likelihood: a better lower bound of log p(x) for the same rows, with the fields
-            ``per_datum`` and ``standard_errors`` of shape (n,), from draws of its own, such as
-            annealing gives.
-        seed: of all draws.
+        log_likelihood: a better lower bound on log p(x) for the same rows, such as the result of
+            `pyro_vae.anneal`. It must have the fields ``per_datum`` and ``standard_errors`` of
+            shape (n,) and use its own draws.
+        binarize: as in `pyro_vae.evaluate`.
+        seed: random seed.
 
-    Errors are those of differences: the two bounds share their draws, one by one, and so does log
-    p(x); by the delta method. Latents that are enumerated are summed out of all three numbers, and
-    those that are discrete stay as the guide has them. With too few steps the amortisation gap is
-    too small, the approximation gap too great by as much; so is the latter too small where log p(x)
-    is. Raises `UsageError` as `refine` does.
+    Errors are those of differences, by the delta method: both ELBOs and log p(x) use the same
+    draws. Enumerated latents are summed out of all three numbers. Other discrete latents stay as
+    the guide has them. With too few steps the amortization gap is too small, and the approximation
+    gap is too large by the same amount. If log p(x) is too low, the approximation gap is too small.
+    Raises `UsageError` for the same reasons as `refine`, for latents that are not local, and for
+    fewer than 21 samples.
     Cremer, Li & Duvenaud, 2018 (https://arxiv.org/abs/1801.03558).
 
     >>> import torch, pyro_vae as pv
     >>> vae, x = pv.VAE.mlp((4,), latent_dim=2), torch.ones(8, 4)
     >>> found = gaps(vae, x, steps=5, num_samples=30, progress=False)
-    >>> both = found.approximation.value + found.amortisation.value
+    >>> both = found.approximation.value + found.amortization.value
     >>> abs(both - found.inference.value) < 1e-6
     True
     """
     if num_samples < LEAST:
-        raise UsageError(
-            f"the gaps and their errors take {LEAST} samples or more (num_samples), "
-            f"{num_samples} came"
-        )
+        raise UsageError(f"must be at least {LEAST}, got {num_samples}", argument="num_samples")
     held, prepare = held_rows(pair, x, context, binarize)
-    shared = "log p(x) is given its draws, and no part of the slack of a datum"
+    shared = "the gaps of a datum need a log p(x) that does not depend on draws of this latent"
     require_local(pair, prepare(held.first(2)), shared)
     refined = refine(
         pair,
@@ -193,7 +215,7 @@ def gaps(
         engine=engine,
         progress=progress,
     )
-    # NaN, from infinite weights, chooses neither: the datum's log p(x) stays what it is.
+    # A NaN, from infinite weights, compares as false, so log p(x) stays that of the guide.
     chosen = refined.after.per_datum >= refined.before.per_datum
     parts = []
     for block in range(0, len(chosen), BLOCK):
@@ -202,28 +224,15 @@ def gaps(
         before = _weights(pair, batch[:-1], num_samples, seed + 1)
         after = _weights(refined.pair, batch, num_samples, seed + 1)
         parts.append(_split(before, after, chosen[rows]))
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    *pairs, pareto_k = columns
-    log_p, bound, amortised, approximation, amortisation, inference = (
-        PerDatum(value, error) for value, error in zip(pairs[::2], pairs[1::2], strict=True)
-    )
+    split = _joined(parts)
     if log_likelihood is not None:
-        log_p = _given(log_likelihood, len(chosen))
-        approximation, inference = _minus(log_p, bound), _minus(log_p, amortised)
-        chosen = torch.zeros_like(chosen)
-        pareto_k = getattr(log_likelihood, "pareto_k", torch.full_like(pareto_k, torch.nan))
+        split, chosen = _with_given(split, log_likelihood), torch.zeros_like(chosen)
     return Gaps(
-        log_p,
-        bound,
-        amortised,
-        approximation,
-        amortisation,
-        inference,
-        chosen,
-        pareto_k,
-        num_samples,
-        steps,
-        refined,
+        **split._asdict(),
+        from_refined=chosen,
+        num_samples=num_samples,
+        steps=steps,
+        refinement=refined,
     )
 
 
@@ -232,39 +241,64 @@ def _weights(pair: nn.Module, batch: Batch, num_samples: int, seed: int) -> Tens
         return all_log_weights(pair, batch, num_samples).cpu()
 
 
-def _split(before: Tensor, after: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
-    """Values and errors of the bounds and gaps of some data, and the Pareto k of their log p(x).
+class _Split(NamedTuple):
+    """The fields of `Gaps` that come from log weights."""
 
-    Of every quantity each draw's share in the error is kept, so that those of a difference
-    are the differences: of an ELBO the log weight, of log p(x) the weight over its mean.
+    log_likelihood: PerDatum
+    refined: PerDatum
+    amortized: PerDatum
+    approximation: PerDatum
+    amortization: PerDatum
+    inference: PerDatum
+    pareto_k: Tensor
+
+
+def _split(before: Tensor, after: Tensor, chosen: Tensor) -> _Split:
+    """Compute bounds and gaps of some data from log weights before and after refinement.
+
+    Each draw has a share in the error of a number: its log weight for an ELBO, and its weight over
+    the mean weight for log p(x). The shares of a difference are the differences of the shares.
     """
     weights = torch.where(chosen, after, before)
     log_p = weights.logsumexp(0) - torch.tensor(float(len(weights))).log()
     relative = (weights - log_p).exp()
-    return (
-        log_p,
-        _error(relative),
-        after.mean(0),
-        _error(after),
-        before.mean(0),
-        _error(before),
-        log_p - after.mean(0),
-        _error(relative - after),
-        after.mean(0) - before.mean(0),
-        _error(after - before),
-        log_p - before.mean(0),
-        _error(relative - before),
-        pareto_shape(weights.T),
+    refined, amortized = after.mean(0), before.mean(0)
+    return _Split(
+        log_likelihood=PerDatum(log_p, _error(relative)),
+        refined=PerDatum(refined, _error(after)),
+        amortized=PerDatum(amortized, _error(before)),
+        approximation=PerDatum(log_p - refined, _error(relative - after)),
+        amortization=PerDatum(refined - amortized, _error(after - before)),
+        inference=PerDatum(log_p - amortized, _error(relative - before)),
+        pareto_k=pareto_shape(weights.T),
+    )
+
+
+def _joined(parts: Sequence[_Split]) -> _Split:
+    """Concatenate the numbers of blocks of data."""
+    *columns, pareto_k = zip(*parts, strict=True)
+    numbers = [PerDatum(*map(torch.cat, zip(*column, strict=True))) for column in columns]
+    return _Split._make([*numbers, torch.cat(pareto_k)])
+
+
+def _with_given(split: _Split, found: Any) -> _Split:
+    """Replace log p(x) by a bound that the user passed."""
+    log_p = _given(found, len(split.pareto_k))
+    return split._replace(
+        log_likelihood=log_p,
+        approximation=_minus(log_p, split.refined),
+        inference=_minus(log_p, split.amortized),
+        pareto_k=getattr(found, "pareto_k", torch.full_like(split.pareto_k, torch.nan)),
     )
 
 
 def _error(shares: Tensor) -> Tensor:
-    """The standard error of the mean over draws (num_samples, n), by datum."""
+    """Return the standard error of the mean over draws (num_samples, n), for each datum."""
     return shares.std(0) / len(shares) ** 0.5
 
 
 def _minus(a: PerDatum, b: PerDatum) -> PerDatum:
-    """The difference of numbers from independent draws."""
+    """Return the difference of numbers from independent draws."""
     errors = (a.standard_errors.square() + b.standard_errors.square()).sqrt()
     return PerDatum(a.per_datum - b.per_datum, errors)
 
@@ -276,8 +310,9 @@ def _given(found: Any, n: int) -> PerDatum:
     )
     if per_datum.shape != (n,) or errors.shape != (n,):
         raise UsageError(
-            f"log_likelihood must have per_datum and standard_errors of shape ({n},), one for each "
-            f"row of x; {tuple(per_datum.shape)} and {tuple(errors.shape)} came"
+            f"must have per_datum and standard_errors of shape ({n},), one number for each row of "
+            f"x, got {tuple(per_datum.shape)} and {tuple(errors.shape)}",
+            argument="log_likelihood",
         )
     return PerDatum(per_datum, errors)
 

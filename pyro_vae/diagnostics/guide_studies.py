@@ -14,26 +14,26 @@ from pyro_vae.inference.importance import LogLikelihood, log_likelihood
 from pyro_vae.inference.nuts import Posterior, nuts
 
 LEAPFROG = 60
-"""Gradients that a transition of NUTS takes, about."""
+"""Approximate number of gradients in a transition of NUTS."""
 
 UNRELIABLE = 0.05
-"""The share of data with a Pareto k over 0.7 from which on their mean is not to be believed."""
+"""If more than this fraction of the data has a Pareto k over 0.7, the mean is unreliable."""
 
 CONSTANT = 0.01
-"""Nats of a datum's gap under which its weights are as good as constant."""
+"""If the gap of a datum is below this many nats, its weights count as constant."""
 
 COVERAGE = 0.02
-"""How far the coverage of 95 % intervals may be off: no approximate guide is exact."""
+"""Allowed error of the coverage of 95 % intervals, because approximate guides are not exact."""
 
 AGREE = 0.1
-"""Nats per example from which on two estimates of log p(x) differ."""
+"""Two estimates of log p(x) that differ by more nats per example disagree."""
 
 TOGETHER = 0.3
-"""Nats per example that these may be apart, with two standard errors, and still be one."""
+"""Two estimates agree only if difference plus two errors is at most this many nats per example."""
 
-MORE = "annealing at more temperatures, or with more time"
+MORE = "annealing with more temperatures or more time"
 
-RICHER = "a richer posterior family (pyro_vae.refit_guide shows what it gives)"
+RICHER = "a richer posterior family (pyro_vae.refit_guide shows the gain)"
 
 
 def reliability_study(bench: Bench) -> Study:
@@ -50,7 +50,8 @@ def reliability_study(bench: Bench) -> Study:
         findings = []
         infinite = int((found.infinite_weights > 0).sum())
         if infinite:
-            words = f"{infinite} data have infinite weights: the guide draws what it cannot score"
+            words = f"log p(x) of {infinite} data: weights are infinite, because the guide gives "
+            words += "no density to its own draws"
             findings.append(Finding("doubt", words))
         share = (found.pareto_k > 0.7).double().mean().item()
         over = f"Pareto k is over 0.7 for {100 * share:.0f} % of the data"
@@ -60,9 +61,7 @@ def reliability_study(bench: Bench) -> Study:
             value = f"{found.value:.3f} ± {found.standard_error:.3f} nats per example"
             findings.append(Finding("trust", f"log p(x) = {value} by importance weights ({over})"))
         else:
-            words = (
-                f"log p(x) by importance weights, which is too low by an unknown amount ({over})"
-            )
+            words = f"log p(x) by importance weights: it is too low by an unknown amount ({over})"
             findings += [
                 Finding("doubt", words),
                 Finding("next", "pyro_vae.anneal for log p(x)"),
@@ -105,15 +104,15 @@ def gaps_study(bench: Bench) -> Study:
 
     def judge(found: Gaps, _: Mapping[str, Any]) -> list[Finding]:
         whole, encoder, family = (
-            getattr(found, name).value for name in ("inference", "amortisation", "approximation")
+            getattr(found, name).value for name in ("inference", "amortization", "approximation")
         )
-        # Where weights hardly vary, the shape of their tail is that of noise, and no matter.
+        # If weights hardly vary, the shape of their tail is noise and has no effect.
         matters = found.inference.per_datum.abs() > CONSTANT
         unsure = ((found.pareto_k > 0.7) & matters).double().mean().item() > UNRELIABLE
         if whole < GAP and not unsure:
             words = f"the ELBO is within {whole:.2f} nats per example of log p(x)"
             return [Finding("trust", words)]
-        below = f"it is {'at least ' if unsure else ''}{whole:.1f} nats per example below it"
+        below = f"it is {'at least ' if unsure else ''}{whole:.1f} nats per example too low"
         where = f"{encoder:.1f} from the encoder, {family:.1f} from the family"
         findings = [Finding("doubt", f"the ELBO as log p(x): {below} ({where})")]
         if encoder > max(family, GAP / 2):
@@ -158,15 +157,16 @@ def calibration_study(bench: Bench) -> Study:
 
     def judge(found: Calibration, _: Mapping[str, Any]) -> list[Finding]:
         held = found.coverage[:, -1]
-        words = "the guide's uncertainty on the model's own data: 95 % intervals hold "
+        words = "the guide's uncertainty on the model's own data: 95 % intervals contain "
         if found.calibrated:
             words += f"{100 * held.min().item():.0f} to {100 * held.max().item():.0f} %"
+            words += " of the true values"
             return [Finding("trust", words)]
         off = {name: held[found.names.index(name)].item() for name in found.failures}
         worst = max(off, key=lambda name: abs(off[name] - 0.95))
         most = Counter(found.failures.values()).most_common(1)[0][0]
-        words += f"{100 * off[worst]:.0f} % for {worst}; {len(off)} of {len(found.names)} "
-        words += f"quantities are off, most often because {most}"
+        words += f"{100 * off[worst]:.0f} % of the true values of {worst}; {len(off)} of "
+        words += f"{len(found.names)} quantities fail, most often because {most}"
         if abs(off[worst] - 0.95) <= COVERAGE:
             return [Finding("trust", words)]
         return [Finding("doubt", words), Finding("next", RICHER)]
@@ -198,14 +198,16 @@ def annealing_study(bench: Bench) -> Study:
         by = (found.per_datum - weighed.per_datum[:n]).mean().item()
         error = (found.standard_error**2 + weighed.standard_errors[:n].square().sum() / n**2) ** 0.5
         off = f"{abs(by):.2f} ± {error:.2f} nats, on {n} data"
-        if abs(by) > max(AGREE, 3 * error):  # of two lower bounds the greater is the better
+        if abs(by) > max(AGREE, 3 * error):  # of two lower bounds the higher is better
             if by > 0:
-                words = f"log p(x) by importance weights is too low, by annealing ({off})"
+                words = f"log p(x) by importance weights: annealing gives a higher bound (by {off})"
                 return [Finding("doubt", words)]
-            words = f"annealing at {found.num_temperatures} temperatures is too low ({off})"
+            words = f"annealing at {found.num_temperatures} temperatures: importance weights give "
+            words += f"a higher bound (by {off})"
             return [Finding("doubt", words), Finding("next", MORE)]
         if abs(by) + 2 * error > TOGETHER:
-            words = f"whether annealing and importance weights agree on log p(x) ({off})"
+            words = "the comparison of annealing and importance weights: the error of their "
+            words += f"difference is too large ({off})"
             return [Finding("doubt", words), Finding("next", MORE)]
         words = f"annealing and importance weights agree on log p(x) ({off})"
         return [Finding("trust", words)]
@@ -228,7 +230,7 @@ def sandwich_study(bench: Bench) -> Study:
 
     def judge(found: Sandwich, _: Mapping[str, Any]) -> list[Finding]:
         wide = f"{found.gap:.2f} ± {found.gap_standard_error:.2f} nats"
-        words = f"log p(x) of the model's own data: annealing's bounds are {wide} apart"
+        words = f"log p(x) of the model's own data: the bounds of annealing are {wide} apart"
         if found.gap + 2 * found.gap_standard_error < GAP:
             return [Finding("trust", words)]
         return [Finding("doubt", words), Finding("next", MORE)]
@@ -261,15 +263,15 @@ def nuts_study(bench: Bench) -> Study:
         numbers, n = found.as_dict(), len(found.agrees)
         if numbers["agree"] < n:
             words = (
-                f"NUTS as a reference: chains agree without divergences for {numbers['agree']} of "
-                f"{n} data"
+                "NUTS as a reference: chains agree without divergences for "
+                f"{numbers['agree']} of {n} data"
             )
             return [Finding("doubt", words), Finding("next", "pyro_vae.nuts with more draws")]
         apart = found.disagreement.nansum(1).mean().item()
         shift, scale = numbers["mean_shift"] or 0.0, numbers["mean_scale_ratio"] or 0.0
         words = (
-            f"the guide beside NUTS on {n} data: means are off by {shift:.2f} standard deviations, "
-            f"its scale is {scale:.2f} times the posterior's"
+            f"the guide, compared with NUTS on {n} data: its means are off by {shift:.2f} standard "
+            f"deviations, and its scale is {scale:.2f} times the posterior's"
         )
         return [Finding("trust" if apart < GAP else "doubt", words)]
 

@@ -1,4 +1,4 @@
-"""What the latent space holds: the KL split into information, dependence and misfit."""
+"""The KL of a latent site, split into information, dependence of units, and misfit of the prior."""
 
 import warnings
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from pyro_vae.pairs.threads import alone
 from pyro_vae.training.bounds import log_aggregate
 
 SCORED_ROWS = 500
-"""Rows whose codes are scored at once under the posteriors of as many others."""
+"""Number of rows in one pass: their codes are scored under the posteriors of as many rows."""
 
 
 class Estimate(NamedTuple):
@@ -36,30 +36,31 @@ class Estimate(NamedTuple):
 class KLParts:
     r"""The KL of a latent site, split by the aggregate :math:`q(z) = \tfrac1N \sum_n q(z|x_n)`.
 
-    ``kl = mutual_information + aggregate_kl``, and where units are independent in posterior and
-    prior ``aggregate_kl = total_correlation + unit_kl.sum()``.
+    ``kl = mutual_information + aggregate_kl``. If units are independent in posterior and prior,
+    ``aggregate_kl = total_correlation + unit_kl.sum()``.
     """
 
     num_examples: int
     kl: Estimate
     """Mean of KL(q(z|x) || p(z)) over the data."""
     mutual_information: Estimate
-    """What a code says of which datum it came from: at most log(num_examples). In expectation a
-    lower bound of that under the distribution that the data come from."""
+    """The information of a code about its datum, at most log(num_examples). In expectation it is a
+    lower bound on the information under the distribution of the data."""
     mutual_information_upper: Estimate
-    """The same with each datum left out of the aggregate at its own code: an upper bound."""
+    """The same, but the aggregate at a code leaves its own datum out: an upper bound."""
     aggregate_kl: Estimate
-    """KL(q(z) || p(z)): how far codes of data are from draws of the prior."""
+    """KL(q(z) || p(z)): the distance between codes of data and draws of the prior."""
     total_correlation: Estimate | None
-    """KL(q(z) || prod_j q(z_j)): how far units depend on each other over all data. None where
-    they do so within the posterior of a datum: their own densities have no closed form then."""
+    """KL(q(z) || prod_j q(z_j)): the dependence of units over all data. None if units depend on
+    each other within the posterior of a datum, because then their densities have no closed form."""
     unit_kl: Tensor | None
-    """KL(q(z_j) || p(z_j)) of each unit, of shape (units,); None as above, or for such a prior."""
+    """KL(q(z_j) || p(z_j)) of each unit, of shape (units,). None as above, and if units depend on
+    each other within the prior."""
     unit_information: Tensor | None
-    """Mutual information of datum and each unit by itself, of shape (units,); None as above."""
+    """Mutual information of the datum and each single unit, of shape (units,); None as above."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Values, errors and units, as metrics.json holds them."""
+        """Return values, errors and units for metrics.json."""
         return {
             name: value._asdict()
             if isinstance(value, Estimate)
@@ -104,19 +105,20 @@ def kl_parts(
 
     :math:`\tfrac1N \sum_n \mathrm{KL}(q(z|x_n) \| p(z)) = I(x; z) + \mathrm{KL}(q(z) \| p(z))`, and
     :math:`\mathrm{KL}(q(z) \| p(z)) = \mathrm{KL}(q(z) \| \prod_j q(z_j)) +
-    \sum_j \mathrm{KL}(q(z_j) \| p(z_j))`, with the aggregate posterior over these data.
-    Draws of every datum's posterior are scored under those of all.
+    \sum_j \mathrm{KL}(q(z_j) \| p(z_j))`, with the aggregate posterior q(z) over these data. Draws
+    of each datum's posterior are scored under the posteriors of all data.
 
     Arguments:
         pair: any pair.
-        x, context: held-out data, two rows or more; the time grows with the square of their number.
+        x, context: held-out data, at least two rows. The time grows with the square of their
+            number.
         num_samples: draws for each datum.
         binarize, seed: as in `pyro_vae.evaluate`.
 
-    Returns a dictionary by latent site. Sites are left out, with a warning, whose posterior given x
-    alone is not in closed form, because it depends on another site's draw, whose prior is not one
-    for all data, and those that are not in the data plate alone. Raises `UsageError` where none
-    is left.
+    Returns a dictionary by latent site. A warning names each site that is left out: sites whose
+    posterior depends on the draw of another site (it has no closed form given only x), sites whose
+    prior differs between data, and sites in other plates than the data plate. Raises `UsageError`
+    if no site remains.
     Hoffman & Johnson, ELBO surgery, 2016; Chen et al., 2018 (https://arxiv.org/abs/1802.04942); the
     two bounds of the mutual information: Poole et al., 2019 (https://arxiv.org/abs/1905.06922).
 
@@ -126,10 +128,10 @@ def kl_parts(
     True
     """
     if num_samples < 1:
-        raise UsageError(f"num_samples must be 1 or more, {num_samples} came")
+        raise UsageError(f"must be at least 1, got {num_samples}", argument="num_samples")
     rows, prepare = held_rows(pair, x, context, binarize)
     if len(rows) < 2:
-        raise UsageError(f"the KL is split over 2 rows of data or more, {len(rows)} came")
+        raise UsageError(f"kl_parts needs at least 2 rows of data, got {len(rows)}")
     with using(pair, seed):
         batches = [prepare(batch) for batch in rows.batches(SCORED_ROWS)]
         split = _split_sites(pair, batches[0])
@@ -138,7 +140,7 @@ def kl_parts(
 
 
 def _run(pair: nn.Module, batch: Batch) -> dict[str, tuple[Site, Site]]:
-    """Each latent site in the data plate as guide and model have it."""
+    """Return each local latent site as a pair of its guide site and its model site."""
     guide = trace_guide(pair, batch)
     priors = sample_sites(trace_model(pair, batch, guide))
     return {
@@ -149,32 +151,33 @@ def _run(pair: nn.Module, batch: Batch) -> dict[str, tuple[Site, Site]]:
 
 
 def _split_sites(pair: nn.Module, batch: Batch) -> list[str]:
-    """The latent sites whose KL can be split; the others are named in a warning."""
+    """Return the latent sites whose KL can be split, and warn of the others."""
     sites, others = _run(pair, batch), _run(pair, batch)
     faults = {}
     for name, (site, prior) in sites.items():
         fn, again = site["fn"], others[name][0]["fn"]
         if folds.is_delta(fn) or isinstance(fn, folds.Drawn):
-            faults[name] = "has a guide whose density is not known at the codes of other data"
+            faults[name] = "has a guide without a density at the codes of other data"
             continue
         same = site["value"][:1].expand(site["value"].shape)
         priors = torch.stack([p["fn"].log_prob(same) for p in (prior, others[name][1])])
         if not is_local(site) or len(fn.batch_shape) > 1 or masks.is_masked(site):
-            faults[name] = "is not in the data plate alone, without a mask"
+            faults[name] = "has a mask or is in another plate than the data plate"
         elif not torch.allclose(fn.log_prob(site["value"]), again.log_prob(site["value"])):
-            faults[name] = "depends on another draw given x"
+            faults[name] = "depends on the draw of another site"
         elif not torch.allclose(priors, priors[:1, :1].expand(priors.shape)):
-            faults[name] = "has a prior that is not one for all data"
+            faults[name] = "has a prior that differs between data"
     if len(faults) == len(sites):
         reasons = ", ".join(f"'{name}' {reason}" for name, reason in faults.items())
-        raise UsageError(f"the KL of no latent site can be split: {reasons or 'there is none'}")
+        reasons = reasons or "the pair has no local latent"
+        raise UsageError(f"kl_parts cannot split the KL of any latent site: {reasons}")
     for name, reason in faults.items():
-        warnings.warn(f"the KL of '{name}' is not split: it {reason}", stacklevel=4)
+        warnings.warn(f"kl_parts does not split the KL of '{name}': it {reason}", stacklevel=4)
     return [name for name in sites if name not in faults]
 
 
 def _parts(runs: list[list[tuple[Site, Site]]]) -> KLParts:
-    """The parts of one site, from its batches of rows in each run."""
+    """Compute the parts of one site from its batches of rows in each run."""
     draws = [[torch.cat(column) for column in zip(*_scores(run), strict=True)] for run in runs]
     own, units_own, others, units_others, log_p, units_log_p = (
         torch.stack(column) for column in zip(*draws, strict=True)
@@ -198,8 +201,10 @@ def _parts(runs: list[list[tuple[Site, Site]]]) -> KLParts:
 
 
 def _scores(run: list[tuple[Site, Site]]) -> list[list[Tensor]]:
-    """Log densities of each batch of codes, whole and by unit: of their own posteriors, of all
-    others together, and of the prior."""
+    """Return log densities of each batch of codes, in total and by unit.
+
+    They are those of their own posteriors, of all other posteriors together, and of the prior.
+    """
     found = []
     for i, (site, prior) in enumerate(run):
         z = site["value"]
@@ -219,11 +224,11 @@ def _shares(z: Tensor, others: Tensor, same: bool) -> Tensor:
 
 
 def _by_unit(fn: Any, z: Tensor) -> Tensor:
-    """Log densities (n, units), of one unit where they depend on each other."""
+    """Return log densities (n, units); units that depend on each other count as one."""
     return (fn.base_dist if factorizes(fn) else fn).log_prob(z).reshape(len(z), -1)
 
 
 def _mean(terms: Tensor) -> Estimate:
-    """Mean of terms (draws, data), with the error that data and draws leave."""
+    """Return the mean of terms (draws, data), with the standard error over data and draws."""
     by_datum = terms.mean(0)
     return Estimate(by_datum.mean().item(), (by_datum.std() / len(by_datum) ** 0.5).item())

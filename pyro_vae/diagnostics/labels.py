@@ -1,4 +1,4 @@
-"""How well codes and discrete latents tell the labels of data."""
+"""How well codes and discrete latents predict the labels of data."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,14 +17,14 @@ from pyro_vae.pairs.scope import using
 
 
 class Scores:
-    """The scores that labels allow, and why others are missing."""
+    """The scores that the labels allow, and the reasons why others are missing."""
 
     def __init__(self) -> None:
         self.found: dict[str, Any] = {"probe_accuracy": None}
         self.missing: dict[str, str] = {}
 
     def take(self, names: Sequence[str], compute: Callable[[], Any]) -> None:
-        """Compute scores of these names, a number or one for each; `UsageError` is the reason."""
+        """Compute scores with these names; a `UsageError` becomes the reason if they fail."""
         try:
             value = compute()
         except UsageError as error:
@@ -34,7 +34,7 @@ class Scores:
         self.found |= dict(zip(names, values, strict=True))
 
 
-def told_classes(
+def score_classes(
     scores: Scores,
     pair: nn.Module,
     rows: Source,
@@ -43,14 +43,14 @@ def told_classes(
     batch_size: int,
     seed: int,
 ) -> None:
-    """Score how well the most probable values of the pair's first discrete latent tell labels."""
+    """Score how well the most probable values of the first discrete latent predict labels."""
     first = prepare(rows.first(2))
     names = enumeration.discrete(pair, first)
     if not names:
         return
     with using(pair, seed):
         named = summing.is_named(pair, first, names[0])
-    with using(pair, seed):  # the draws are those of `predict`
+    with using(pair, seed):  # the same draws as in `predict`
         probabilities = torch.cat(
             [
                 summing.probabilities(pair, prepare(batch), names[0], DRAWS)
@@ -68,31 +68,36 @@ def told_classes(
 
 
 def _named(sure: Tensor, found: Tensor, true: Tensor, classes: int) -> tuple[float, float]:
-    """Accuracy and calibration error of answers that are labels."""
+    """Return accuracy and calibration error of predictions that are labels."""
     if len(_some(true)) and int(true.max()) >= classes:
-        raise UsageError(f"the pair has classes 0 to {classes - 1}, a label is {int(true.max())}")
+        raise UsageError(
+            f"labels must be between 0 and {classes - 1}, the classes of the pair, got "
+            f"{int(true.max())}"
+        )
     right = (found == true).double()
     return right.mean().item(), calibration_error(sure, right)
 
 
 def _some(labels: Tensor, classes: int = 1, of: str = "x") -> Tensor:
-    """The labels, if they are of so many classes; `UsageError` is why a score has no value."""
+    """Return the labels if they have enough classes; raise `UsageError` otherwise."""
     if len(labels) == 0:
         raise UsageError(f"every label of {of} is missing (-1)")
     if len(labels.unique()) < classes:
-        raise UsageError(f"every label of {of} is {int(labels[0])}: one class tells nothing")
+        raise UsageError(
+            f"every label of {of} is {int(labels[0])}, but this score needs two classes"
+        )
     return labels
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
-    r"""The expected calibration error, how far probabilities are from accuracies.
+    r"""Compute the expected calibration error, the mean distance of probability and accuracy.
 
     :math:`\sum_b \tfrac{n_b}{n} |\mathrm{accuracy}_b - \mathrm{confidence}_b|`
 
     Arguments:
-        confidence: the probability (n,) of each answer.
-        right: whether it was right, 0 or 1, of the same shape.
-        bins: of equal width.
+        confidence: the probability of each prediction, of shape (n,).
+        right: 1 for each correct prediction and 0 otherwise, of the same shape.
+        bins: number of bins of equal width.
 
     Naeini et al., 2015; Guo et al., 2017 (https://arxiv.org/abs/1706.04599).
 
@@ -106,7 +111,7 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> floa
 
 
 def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
-    """The accuracy of clusters (n,) as labels (n,), under the best matching of one to one.
+    """Return the accuracy of clusters (n,) as labels (n,), under the best one-to-one matching.
 
     >>> clustering_accuracy(torch.tensor([1, 1, 0, 2]), torch.tensor([0, 0, 1, 1]))
     0.75
@@ -131,7 +136,7 @@ def flat_codes(codes: dict[str, Tensor]) -> Tensor:
 def probe_accuracy_of(
     codes: Tensor, labels: Tensor, test_codes: Tensor, test_labels: Tensor
 ) -> float:
-    """The accuracy of a linear classifier on the rows that have labels."""
+    """Return the accuracy of a linear classifier on the rows that have labels."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -139,12 +144,12 @@ def probe_accuracy_of(
     known, asked = labels >= 0, test_labels >= 0
     labels, test_labels = _some(labels[known], 2, "train"), _some(test_labels[asked])
     if not bool(torch.isfinite(codes).all() and torch.isfinite(test_codes).all()):
-        raise UsageError("posterior means are not finite in every row")
+        raise UsageError("posterior means are not finite in some rows")
     strange = sorted(set(test_labels.tolist()) - set(labels.tolist()))
     if strange:
         warnings.warn(
-            f"the linear probe counts {int(np.isin(test_labels, strange).sum())} rows as wrong, "
-            f"of labels that train does not have: {', '.join(map(str, strange[:10]))}",
+            f"the linear probe counts {int(np.isin(test_labels, strange).sum())} rows as errors, "
+            f"because train lacks their labels: {', '.join(map(str, strange[:10]))}",
             stacklevel=4,
         )
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EXTREME = 0.025
-"""p-values of predictive checks within so much of 0 or 1 are told."""
+"""A p-value of a predictive check is extreme within this distance of 0 or 1."""
 
 TELLS = 0.9
-"""AUROC from which on a score tells outliers."""
+"""A score with at least this AUROC detects outliers."""
 
 EPISTEMIC = 0.1
-"""The share of the weights in the variance of a prediction from which on more data would help."""
+"""If weights cause at least this fraction of the predictive variance, more data would help."""
 
 
 def latents_study(bench: Bench) -> Study:
@@ -38,24 +38,24 @@ def latents_study(bench: Bench) -> Study:
         own, are_kl = collapse.units(bench.pair, few), collapse.are_kl(bench.pair, few)
         if found.point_estimates:
             points = ", ".join(f"'{name}'" for name in found.point_estimates)
-            what = "log p(x) or a bound on it" if found.log_joint is not None else "its uncertainty"
+            what = "log p(x) or a bound on it" if found.log_joint is not None else "uncertainty"
             words = f"{what}: the guide of {points} is a Delta, a point estimate"
-            findings += [Finding("doubt", words), Finding("next", "a guide with a spread")]
+            findings += [Finding("doubt", words), Finding("next", "a guide with a density")]
         for site, kl in found.kl_by_site.items():
             units = found.num_units.get(site, 1)
             if collapse.is_negative(kl, found.num_examples * PARTICLES):
                 if are_kl:
-                    words = f"'{site}' has a KL of {kl:.2g} nats, and {collapse.DISAGREE}"
+                    words = f"'{site}': its KL is {kl:.2g} nats, and {collapse.DISAGREE}"
                     findings.append(Finding("doubt", words))
             elif kl < min(collapse.UNIT * own.get(site, units), collapse.SITE):
                 findings += [
-                    Finding("doubt", f"'{site}' has collapsed: its KL is {kl:.2g} nats"),
+                    Finding("doubt", f"'{site}' has collapsed (its KL is {kl:.2g} nats)"),
                     Finding("next", "KL warm-up, free bits or a weaker decoder against collapse"),
                 ]
             elif site in found.active_units:
                 used = found.active_units[site]
-                start = f"'{site}' is used" if used else f"'{site}' tells nothing of the data"
-                words = f"{start}: {used} of {units} units active, KL {kl:.1f} nats"
+                start = f"the model uses '{site}'" if used else f"'{site}' does not vary with x"
+                words = f"{start} ({used} of {units} units active, KL {kl:.1f} nats)"
                 findings.append(Finding("trust" if used else "doubt", words))
         return findings
 
@@ -76,7 +76,8 @@ def information_study(bench: Bench) -> Study:
             saturated = parts.mutual_information.value > log(parts.num_examples) - 1
             apart = parts.aggregate_kl.value
             if not saturated and apart > GAP:
-                words = f"samples: codes of data are {apart:.1f} nats from the prior of '{site}'"
+                words = f"samples: the codes of data are {apart:.1f} nats from the prior of "
+                words += f"'{site}'"
                 findings += [Finding("doubt", words), Finding("next", "a richer prior")]
         return findings
 
@@ -88,10 +89,10 @@ def information_study(bench: Bench) -> Study:
 
 
 class PartsBySite(dict[str, KLParts]):
-    """What `kl_parts` found, by site."""
+    """The results of `kl_parts`, by site."""
 
     def as_dict(self) -> dict[str, Any]:
-        """By site, as metrics.json holds it."""
+        """Return the results by site for metrics.json."""
         return {site: parts.as_dict() for site, parts in self.items()}
 
     def __str__(self) -> str:
@@ -112,9 +113,9 @@ def predictive_study(bench: Bench) -> Study:
         p = found.whole_p_values
         off = [name for name in p if not EXTREME < p[name] < 1 - EXTREME]
         if not off:
-            words = f"the model makes such data, by their {', '.join(p)}"
+            words = f"the data agree with the model's replicates in {', '.join(p)}"
             return [Finding("trust", words)]
-        words = "the model's own data, which differ from these in their " + ", ".join(
+        words = "the model's replicates: they differ from the data in " + ", ".join(
             f"{name} (p {p[name]:.3f})" for name in off
         )
         return [Finding("doubt", words), Finding("next", "a larger decoder or another likelihood")]
@@ -153,7 +154,7 @@ def outliers_study(bench: Bench) -> Study | None:
         return [
             Finding(
                 "trust" if area >= TELLS else "doubt",
-                f"{name} as a sign that a datum does not belong: AUROC {area:.2f}",
+                f"{name} as a score of out-of-distribution data: AUROC {area:.2f}",
             )
             for name, area in found.auroc.items()
         ]
@@ -176,7 +177,7 @@ def uncertainty_study(bench: Bench) -> Study:
 
     def judge(found: Uncertainty, _: Mapping[str, Any]) -> list[Finding]:
         share = (found.epistemic.mean() / found.total.mean()).item()
-        words = f"predictions: {100 * share:.0f} % of their variance is that of the shared latents"
+        words = f"predictions: {100 * share:.0f} % of their variance is due to the global latents"
         if share < EPISTEMIC:
             return [Finding("trust", words)]
         return [Finding("doubt", words), Finding("next", "more data of the same kind")]

@@ -1,4 +1,4 @@
-"""`outlier_scores`: how little each datum belongs to what the pair was fitted to."""
+"""`outlier_scores`: scores of out-of-distribution data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,39 +15,40 @@ from pyro_vae.pairs.threads import alone
 
 
 class Scores(NamedTuple):
-    """Outlier scores of some data, nats, each of shape (n,)."""
+    """Outlier scores of some data in nats, each of shape (n,)."""
 
     log_likelihood: Tensor
-    """log p(x), importance-sampled."""
+    """The importance-sampled log p(x)."""
     typicality: Tensor
-    """How far -log p(x) is from its mean over the reference, either way."""
+    """The absolute difference between -log p(x) and its mean over the reference."""
     regret: Tensor | None
-    """How much the ELBO rises as each datum gets its own q; None where it was not asked for."""
+    """The increase of the ELBO when each datum gets its own q; None if ``regret`` was false."""
     standard_errors: Tensor
     """The Monte Carlo standard errors of ``log_likelihood``."""
 
     def as_outlying(self) -> dict[str, Tensor]:
-        """The scores by name, each greater the less the datum belongs."""
+        """Return the scores by name; each is larger for data that are more outlying."""
         found = {"-log p(x)": -self.log_likelihood, "typicality": self.typicality}
         return found if self.regret is None else {**found, "likelihood regret": self.regret}
 
 
 @dataclass(frozen=True)
 class OutlierScores:
-    """What `outlier_scores` found."""
+    """The results of `outlier_scores`."""
 
     inside: Scores
     """Scores of x."""
     other: Scores | None
-    """Scores of the other data, where they were given."""
+    """Scores of the out-of-distribution data, if you passed some."""
     reference_nll: float
-    """Mean of -log p(x) over the reference, nats per example."""
+    """Mean of -log p(x) over the reference, in nats per example."""
     auroc: dict[str, float] | None
-    """For each score the probability that a datum of the other data has the greater one, ties
-    halved: 1 where it tells them apart, 1/2 where it says nothing, below that where it errs."""
+    """For each score, the probability that an out-of-distribution datum has a higher score than a
+    datum of x; ties count one half. 1 means that the score separates them, 1/2 that it has no
+    information, and less than 1/2 that it ranks them in the wrong order."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Means and AUROCs, as metrics.json holds them; what is not finite is None."""
+        """Return means and AUROCs for metrics.json; what is not finite becomes None."""
         found: dict[str, Any] = {"reference_nll": finite(self.reference_nll)}
         for which, scores in (("inside", self.inside), ("other", self.other)):
             if scores is not None:
@@ -84,31 +85,34 @@ def outlier_scores(
     engine: str = "auto",
     progress: bool = True,
 ) -> OutlierScores:
-    r"""Score how little each datum belongs to what the pair was fitted to.
+    r"""Score how much each datum is an outlier with respect to the training data of a pair.
 
     .. math:: -\log p(x), \qquad |{-\log p(x)} - \overline{\mathrm{nll}}|, \qquad
         \mathrm{ELBO}(q^*_x) - \mathrm{ELBO}(q_\phi(\cdot | x)),
 
-    the negative log-likelihood; typicality, its distance from the mean of the reference; and
-    likelihood regret, what the ELBO gains as `refine` gives the datum its own q within the family.
-    The greater each is, the more the datum is an outlier.
+    The scores are the negative log-likelihood; typicality, its distance from the mean of the
+    reference; and likelihood regret, the gain of the ELBO when `refine` gives the datum its own q
+    within the family. A higher score means more evidence of an outlier.
 
     Arguments:
         pair: any pair.
         x, context: data to score, as `pyro_vae.log_likelihood` takes them.
-        reference: x, or a tuple of x and context, of which typical data are taken: held-out data of
-            the kind that the pair was fitted to, never those that it was fitted to. x itself by
-            default, which says how unlike the rest a datum is.
-        other: the same of data known not to belong, for the AUROC of each score.
-        regret: compute likelihood regret, much the longest.
+        reference: typical data: x, or a tuple of x and context. Pass held-out data from the
+            distribution of the training data, and never the training data. By default x itself;
+            then typicality compares a datum with the other data of x.
+        other: out-of-distribution data in the same form, for the AUROC of each score.
+        regret: compute likelihood regret, which takes the most time.
         num_samples: importance samples for each datum.
-        steps: of the refinement. seed, engine, progress: as in `pyro_vae.refine`.
+        steps: number of steps of the refinement.
+        binarize: as in `pyro_vae.evaluate`.
+        seed, engine, progress: as in `pyro_vae.refine`.
 
-    Of data with masked entries log p is that of what is seen: data of which less is seen have less
-    of it, so compare data of which as much is seen.
-    A high log p(x) does not say that a datum belongs: simple data of another kind, an empty image
-    say, can have a higher one than the data that the pair was fitted to.
-    Raises `UsageError` as `pyro_vae.log_likelihood`, and with ``regret`` as `refine`.
+    With masked entries, log p(x) is that of the observed entries. It is closer to 0 if fewer
+    entries are observed, so compare only data with the same number of observed entries.
+    A high log p(x) does not show that a datum is in distribution: simple data of another kind, such
+    as an empty image, can have a higher log p(x) than the training data.
+    Raises `UsageError` for the same reasons as `pyro_vae.log_likelihood` and, with ``regret``, as
+    `refine`.
     Nalisnick et al., 2019 (https://arxiv.org/abs/1810.09136, https://arxiv.org/abs/1906.02994);
     Xiao, Yan & Amit, 2020 (https://arxiv.org/abs/2003.02977).
 

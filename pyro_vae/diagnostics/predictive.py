@@ -1,4 +1,4 @@
-"""Whether the model fits: data drawn given each datum's posterior; and data that do not belong."""
+"""Posterior predictive checks: compare the data with replicates that the model draws."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from pyro_vae.pairs.threads import alone
 Statistic: TypeAlias = Callable[[Tensor], Tensor]
 
 LEAST_REPLICATES = 20
-"""So few replicates can put a datum outside 95 % of them."""
+"""With fewer replicates a datum cannot be outside 95 % of them."""
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -43,55 +43,59 @@ STATISTICS: dict[str, Statistic] = {
     "greatest": lambda x: _rows(x).nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1),
     "share of zeros": lambda x: _rows(torch.where(x.isnan(), x, x == 0)).nanmean(1),
 }
-"""Statistics of a datum, over its elements that are no NaN, that any data have."""
+"""Default statistics of a datum; they ignore elements that are NaN."""
 
 
 @dataclass(frozen=True)
 class PredictiveCheck:
-    """What `predictive_check` found; statistics are in the units of the data."""
+    """The results of `predictive_check`; statistics are in the units of the data."""
 
     names: tuple[str, ...]
-    """The statistics."""
+    """The names of the statistics."""
     observed: Tensor
-    """Those of the data, of shape (n, statistics); NaN for a datum of which nothing is seen."""
+    """Statistics of the data, of shape (n, statistics); NaN if a datum has no observed entry."""
     replicated_mean: Tensor
-    """Their means over the replicates of each datum, of shape (n, statistics)."""
+    """Means of the statistics over the replicates of each datum, of shape (n, statistics)."""
     replicated_deviation: Tensor
-    """Their standard deviations over the replicates of each datum, of shape (n, statistics)."""
+    """Standard deviations over the replicates of each datum, of shape (n, statistics)."""
     p_values: Tensor
-    """Share of a datum's replicates above it, ties halved, of shape (n, statistics); near 0 or 1
-    the model does not make such data."""
+    """Fraction of a datum's replicates above it, of shape (n, statistics); ties count one half.
+    Near 0 or 1, the model does not generate such data."""
     whole: Tensor
     """Means over all data of each replicate's statistics, of shape (num_replicates, statistics)."""
 
     @property
     def num_replicates(self) -> int:
-        """Replicates of each datum."""
+        """The number of replicates of each datum."""
         return len(self.whole)
 
     @property
     def whole_p_values(self) -> dict[str, float]:
-        """Share of the replicated data sets whose mean statistic is above that of the data."""
+        """Fraction of replicated data sets whose mean statistic is above that of the data."""
         found = _p_values(self.whole[:, None], self.observed.nanmean(0)[None])[0]
         return dict(zip(self.names, found.tolist(), strict=True))
 
     def worst(self, name: str | None = None, number: int = 10) -> Tensor:
-        """The indices of the data that lie most standard deviations from their replicates, by one
-        statistic or by any of them, the worst first."""
+        """Return the indices of the data farthest from their replicates, the worst first.
+
+        The distance is in standard deviations, of one statistic or the largest over all statistics.
+        Raises `UsageError` for an unknown name.
+        """
         if name is not None and name not in self.names:
-            raise UsageError(f"no statistic is called '{name}'; {nearest(name, self.names)}")
+            raise UsageError(f"unknown statistic '{name}'; {nearest(name, self.names)}")
         off = self.distances.nan_to_num(0.0, posinf=torch.inf).abs()
         off = off.amax(1) if name is None else off[:, self.names.index(name)]
         return off.argsort(descending=True, stable=True)[:number]
 
     @property
     def distances(self) -> Tensor:
-        """How many standard deviations of its replicates a datum lies above their mean, of shape
-        (n, statistics); infinite where they do not vary and it differs, NaN where it does not."""
+        """Distance of each datum above the mean of its replicates, of shape (n, statistics), in
+        their standard deviations. If they are constant, it is infinite for a different datum and
+        NaN for an equal one."""
         return (self.observed - self.replicated_mean) / self.replicated_deviation
 
     def as_dict(self) -> dict[str, Any]:
-        """Means, p-values and shares by statistic, as metrics.json holds them."""
+        """Return means, p-values and fractions by statistic for metrics.json."""
         off = (self.p_values - 0.5).abs()
         extreme = torch.where(off.isnan(), off, off > 0.475)
         rows = zip(
@@ -144,29 +148,33 @@ def predictive_check(
     seed: int = 0,
     progress: bool = True,
 ) -> PredictiveCheck:
-    r"""Hold statistics of the data against those of data that the model draws in their place.
+    r"""Compare statistics of the data with those of replicates that the model draws.
 
-    For each datum :math:`x^{rep}_r \sim \int p(x^{rep} | z)\, q(z | x)\, dz`, and with R of them
-    :math:`p = \tfrac{1}{R + 1} \big(\#\{T(x^{rep}) > T(x)\} + \tfrac12 \#\{T(x^{rep}) = T(x)\}
-    + \tfrac12\big)`, never 0 or 1. For all data the same, of the mean of T over them.
+    The replicates of a datum are draws of :math:`x^{rep}_r \sim \int p(x^{rep} | z)\, q(z | x)\,
+    dz`. With R replicates, :math:`p = \tfrac{1}{R + 1} \big(\#\{T(x^{rep}) > T(x)\} + \tfrac12
+    \#\{T(x^{rep}) = T(x)\} + \tfrac12\big)`, which is never 0 or 1. The p-value of all data uses
+    the mean of T over the data instead.
 
     Arguments:
         pair: any pair.
         x, context: data, as `pyro_vae.log_likelihood` takes them.
-        statistics: by name, functions that take data (n, *data_shape) and return a tensor of
-            shape (n,); `STATISTICS` by default: mean, variance, greatest, share of zeros. Data
-            that are classes have none of these, but the share of each of the first ten classes.
-        num_replicates: R for each datum, 20 or more.
-        seed: of all draws. progress: show a bar, where it takes over two seconds.
+        statistics: functions by name. Each takes data (n, *data_shape) and returns a tensor of
+            shape (n,). The default is `STATISTICS`: mean, variance, greatest, share of zeros. For
+            data that are classes, it is the share of each of the first ten classes.
+        num_replicates: R for each datum, at least 20.
+        binarize: as in `pyro_vae.evaluate`.
+        seed: random seed.
+        progress: show a bar if the run takes over two seconds.
 
-    The latents are the guide's draws (of those that only the model has, draws given them and x), so
-    that model and guide are checked together; a refined pair brings them nearer to the posterior:
-    ``refined = pv.refine(pair, x)``, then ``predictive_check(refined.pair, *refined.batch)``. As a
-    replicate has seen its datum, p-values crowd about 1/2: extreme ones say more than usual ones.
-    Entries of the data that the model masks are NaN in the data and in their replicates alike, so a
-    statistic of your own must leave NaN out; a datum without any other entry has no statistics.
-    Raises `UsageError` for a statistic that does not return a number for each datum, and where the
-    model draws no data of the shape of x. Gelman, Meng & Stern, 1996.
+    The latents are draws of the guide, so this checks model and guide together. (Latents that only
+    the model has are drawn given the others and x.) The draws of a refined pair are closer to the
+    posterior: use ``refined = pv.refine(pair, x)`` and then ``predictive_check(refined.pair,
+    *refined.batch)``. A replicate depends on its datum, so p-values are often near 1/2. An extreme
+    p-value is strong evidence against the model, and a moderate one is only weak evidence for it.
+    Masked entries are NaN in the data and in the replicates, so your own statistic must ignore NaN.
+    A datum without observed entries has no statistics.
+    Raises `UsageError` for a statistic that does not return a number for each datum, and for a
+    model that does not draw data of the shape of x. Gelman, Meng & Stern, 1996.
 
     >>> import torch, pyro_vae as pv
     >>> x = torch.ones(8, 4)
@@ -176,22 +184,22 @@ def predictive_check(
     """
     if num_replicates < LEAST_REPLICATES:
         raise UsageError(
-            f"num_replicates must be {LEAST_REPLICATES} or more, {num_replicates} came"
+            f"must be at least {LEAST_REPLICATES}, got {num_replicates}", argument="num_replicates"
         )
     if statistics is not None and not statistics:
-        raise UsageError("statistics must name one function or more, none came")
+        raise UsageError("must contain at least one function, got none", argument="statistics")
     rows, prepare = held_rows(pair, x, context, binarize)
     chosen = dict(statistics or _usual(pair, prepare(rows.first(2))))
-    # Of latents that all data share each replicate of the whole data has a draw of its own.
+    # Each replicate of the whole data set has its own draw of the global latents.
     shared = bool(global_latents(pair, prepare(rows.first(2))))
-    size, beside = (len(rows), 1) if shared else (ROWS_AT_ONCE, ROWS_AT_ONCE)
+    size, per_pass = (len(rows), 1) if shared else (ROWS_AT_ONCE, ROWS_AT_ONCE)
     found = []
     with using(pair, seed), bar(progress, len(rows), "replicates", delay=2) as shown:
         for part in rows.batches(size):
             batch = prepare(part)
             model = trace_model(pair, batch, trace_guide(pair, batch))
             observed = _measured(chosen, masks.seen(data_site(model), batch[0]))
-            found.append((observed, _replicated(pair, batch, chosen, num_replicates, beside)))
+            found.append((observed, _replicated(pair, batch, chosen, num_replicates, per_pass)))
             shown.update(len(observed))
     observed = torch.cat([part[0] for part in found])
     replicated = torch.cat([part[1] for part in found], 1)
@@ -206,7 +214,7 @@ def predictive_check(
 
 
 def _usual(pair: nn.Module, batch: Batch) -> Mapping[str, Statistic]:
-    """The statistics of any data, or of data that are classes, of which no number is a mean."""
+    """Return the default statistics; data that are classes have no mean, so they get others."""
     with using(pair, seed=0):
         fn = data_site(trace_model(pair, batch, trace_guide(pair, batch)))["fn"]
     if not is_category(fn):
@@ -219,11 +227,11 @@ def _share(k: int) -> Statistic:
 
 
 def _replicated(
-    pair: nn.Module, batch: Batch, statistics: Mapping[str, Statistic], number: int, beside: int
+    pair: nn.Module, batch: Batch, statistics: Mapping[str, Statistic], number: int, per_pass: int
 ) -> Tensor:
-    """Statistics of replicates (number, n, statistics), so many rows of them drawn side by side."""
+    """Return statistics of replicates, (number, n, statistics), with ``per_pass`` rows per pass."""
     n = len(batch[0])
-    together = max(1, beside // n)
+    together = max(1, per_pass // n)
     parts = []
     for start in range(0, number, together):
         times = min(together, number - start)
@@ -234,27 +242,28 @@ def _replicated(
 
 
 def _measured(statistics: Mapping[str, Statistic], x: Tensor) -> Tensor:
-    """All statistics of data, of shape (n, statistics)."""
+    """Compute all statistics of data, of shape (n, statistics)."""
     columns, holes = [], _rows(x.isnan())
     empty = holes.all(1)
     for name, statistic in statistics.items():
         found = statistic(x)
         if not isinstance(found, Tensor) or found.shape != x.shape[:1]:
-            came = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise UsageError(
-                f"statistic '{name}' must return a number for each datum, a tensor of shape "
-                f"({len(x)},); {came} came"
+                f"statistic '{name}' must return a tensor of shape ({len(x)},), one number for "
+                f"each datum, got {got}"
             )
         found = torch.where(empty, torch.nan, found.double())
         if bool((found.isnan() & ~empty).any()):
-            why = " that has masked entries, which are NaN: leave these out" if holes.any() else ""
-            raise UsageError(f"statistic '{name}' is not a number for a datum{why}")
+            why = "; masked entries are NaN, so the statistic must ignore them"
+            why = why if holes.any() else ""
+            raise UsageError(f"statistic '{name}' is NaN for some data{why}")
         columns.append(found)
     return torch.stack(columns, 1).cpu()
 
 
 def _p_values(replicated: Tensor, observed: Tensor) -> Tensor:
-    """Shares of replicates (replicates, n, statistics) above what was observed (n, statistics)."""
+    """Return fractions of replicates (replicates, n, statistics) above the data (n, statistics)."""
     rounding = 1e-6 * observed.abs()
     above = (replicated > observed + rounding).sum(0)
     ties = ((replicated - observed).abs() <= rounding).sum(0)

@@ -1,4 +1,4 @@
-"""Ranks of true values among draws, and the band that they stay in."""
+"""Ranks of true values among draws, and a simultaneous band for them."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -14,22 +14,22 @@ from pyro_vae.pairs.places import is_local
 
 
 def ranked(guide: Mapping[str, Any], truth: Mapping[str, Tensor]) -> list[str]:
-    """The latents that both model and guide draw."""
+    """Return the latents that both model and guide draw."""
     for name, site in guide.items():
         if not is_local(site):
             raise UsageError(
-                f"site '{name}' is outside the data plate: calibration ranks the latents of data"
+                f"latent site '{name}' is not local, but calibration ranks only local latents"
             )
     both = [name for name in guide if name in truth]
     if not both:
-        raise UsageError("the guide draws no latent of the model: there is nothing to calibrate")
+        raise UsageError("calibration needs a latent of the model that the guide draws, got none")
     return both
 
 
 def ranks_of(draws: Tensor, truth: Tensor) -> Tensor:
-    """How many draws (draws, n, units) are below the truth (n, units), ties broken at random.
+    """Count the draws (draws, n, units) below the true values (n, units).
 
-    What differs by rounding alone is a tie.
+    Values that differ only by rounding are ties. Ties are broken at random.
     """
     eps = torch.finfo(truth.dtype).eps if truth.is_floating_point() else 0.0
     rounding = 8 * eps * truth.abs()
@@ -41,22 +41,22 @@ def ranks_of(draws: Tensor, truth: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def simultaneous_band(simulations: int, draws: int, level: float) -> tuple[Any, Any]:
-    r"""Bounds of the numbers of ranks below 1, ..., L that uniform ranks leave with this level.
+    r"""Return bounds for the numbers of ranks below 1, ..., L; uniform ranks stay inside.
 
-    At each point they are quantiles of the binomial distribution of that number, at one and the
-    same probability. It is found by bisection: the probability to be inside at all points, computed
-    exactly, is to be at least 1 - level.
+    At each point the bounds are quantiles of the binomial distribution of that number, at the same
+    probability for all points. Bisection finds this probability: the chance to be inside at all
+    points, computed exactly, must be at least 1 - level.
 
     Arguments:
-        simulations: N ranks.
-        draws: L, so that ranks are from 0 to L.
-        level: the probability to be outside at any point, at most.
+        simulations: N, the number of ranks.
+        draws: L; ranks are between 0 and L.
+        level: the largest probability that uniform ranks are outside at any point.
 
     Returns two arrays of shape (L,). Säilynoja, Bürkner & Vehtari, Graphical test for discrete
     uniformity, Statistics and Computing 32, 2022.
 
     >>> low, high = simultaneous_band(100, 19, 0.05)
-    >>> int(low[9]), int(high[9])  # 50 ranks are expected below 10
+    >>> int(low[9]), int(high[9])  # the expected number of ranks below 10 is 50
     (37, 63)
     """
     share = np.arange(1, draws + 1) / (draws + 1)
@@ -75,15 +75,15 @@ def simultaneous_band(simulations: int, draws: int, level: float) -> tuple[Any, 
 
 
 def _inside(simulations: int, low: Any, high: Any) -> float:
-    """The probability that cumulative counts of uniform ranks are within bounds at every point.
+    """Return the probability that cumulative counts of uniform ranks are inside at every point.
 
-    Uniform counts are Poisson counts given their sum, and Poisson counts are independent: the
-    distribution of the cumulative count is convolved with one more, and cut to the bounds.
+    Uniform counts are independent Poisson counts, conditioned on their sum. So each step convolves
+    the distribution of the cumulative count with one more count, and cuts it to the bounds.
     """
     rate = simulations / (len(low) + 1)
     one = poisson.pmf(np.arange(simulations + 1), rate)
     one = one[: np.flatnonzero(one > 1e-18)[-1] + 1]
-    state = np.ones(1)  # of counts from `start` on
+    state = np.ones(1)  # probabilities of the counts `start`, `start` + 1, ...
     start = 0
     for least, most in zip([*low, simulations], [*high, simulations], strict=True):
         state = np.convolve(state, one)
@@ -95,7 +95,7 @@ def _inside(simulations: int, low: Any, high: Any) -> float:
 
 
 def in_words(ranks: Tensor, draws: int) -> str:
-    """What is wrong with ranks that are not uniform: which of place and width is off by more."""
+    """Describe how ranks deviate from uniform: in location, in width, or in both."""
     u = (ranks.double() + 0.5) / (draws + 1) - 0.5
     place = (u.mean() * (12 * len(u)) ** 0.5).item()
     width = ((u.square().mean() - 1 / 12) * (180 * len(u)) ** 0.5).item()
@@ -104,4 +104,4 @@ def in_words(ranks: Tensor, draws: int) -> str:
         found.append("too narrow (U shape)" if width > 0 else "too wide (dome)")
     if abs(place) > max(3, abs(width) / 2):
         found.append("too low (slope up)" if place > 0 else "too high (slope down)")
-    return "draws are " + " and ".join(found) if found else "of another shape"
+    return "draws are " + " and ".join(found) if found else "ranks have another shape"

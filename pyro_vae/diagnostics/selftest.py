@@ -1,4 +1,4 @@
-"""`selftest`: every estimator against answers known in closed form, on this machine."""
+"""`selftest`: compare every estimator with answers in closed form, on this machine."""
 
 import platform
 import sys
@@ -35,21 +35,21 @@ from pyro_vae.pairs.threads import alone
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What `selftest` found."""
+    """The results of `selftest`."""
 
     checks: list[Check]
     faults: dict[str, str]
-    """What was raised, by the group of checks that it ended."""
+    """The exception that ended each failed group of checks."""
     versions: dict[str, str]
     seconds: float
 
     @property
     def passed(self) -> bool:
-        """Whether every estimate is within its tolerance, and nothing was raised."""
+        """Whether every estimate is within its tolerance and no group raised an exception."""
         return not self.faults and all(check.passed for check in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
-        """The table, ready for JSON."""
+        """Return the table in a form for JSON."""
         return {
             "passed": self.passed,
             "versions": self.versions,
@@ -60,7 +60,7 @@ class SelfTest:
 
     def __str__(self) -> str:
         lines = [", ".join(f"{name} {version}" for name, version in self.versions.items()), ""]
-        lines.append(f"{'':<44}{'estimate':>11}{'truth':>11}{'error':>10}{'allowed':>10}")
+        lines.append(f"{'':<44}{'estimate':>11}{'true':>11}{'error':>10}{'allowed':>10}")
         for check in self.checks:
             lines.append(
                 f"{check.name:<44}{check.estimate:>11.4f}{check.truth:>11.4f}{check.error:>10.1e}"
@@ -69,19 +69,22 @@ class SelfTest:
         lines += [f"{name:<44}FAILED: {fault}" for name, fault in self.faults.items()]
         failed = sum(not check.passed for check in self.checks) + len(self.faults)
         of = len(self.checks) + len(self.faults)
-        lines += ["", f"{of - failed} of {of} right, {self.seconds:.0f} s"]
+        lines += ["", f"{of - failed} of {of} passed, {self.seconds:.0f} s"]
         return "\n".join(lines)
 
 
 @alone()
 def selftest(progress: bool = True) -> SelfTest:
-    """Hold every estimator against closed forms, with this machine and these versions.
+    """Compare every estimator with closed forms, on this machine and with these versions.
 
-    Most of them belong to the linear-Gaussian pair, :math:`z \\sim N(0, I),\\ x|z \\sim N(Wz + b,
-    s^2 I)`, whose marginal and posterior are normal. Seeds are fixed: what fails once fails again.
+    Most checks use the linear-Gaussian pair, :math:`z \\sim N(0, I),\\ x|z \\sim N(Wz + b, s^2 I)`,
+    whose marginal and posterior are normal. Seeds are fixed, so a failure repeats.
 
-    Returns a table of estimate, truth, error and tolerance; ``passed`` says whether all are right.
-    The command line's ``pyro-vae selftest`` prints it, and ends with status 1 where one is wrong.
+    Arguments:
+        progress: show a bar if the run takes over two seconds.
+
+    Returns a table of estimate, true value, error and tolerance; ``passed`` is true if all checks
+    pass. The command ``pyro-vae selftest`` prints the table and exits with status 1 if one fails.
     """
     start = time.perf_counter()
     checks: list[Check] = []
@@ -91,7 +94,7 @@ def selftest(progress: bool = True) -> SelfTest:
             try:
                 with seeded(0):
                     checks += group()
-            except Exception as error:  # whatever is wrong here is what the table is for
+            except Exception as error:  # the table must report every failure
                 faults[name] = f"{type(error).__name__}: {first_line(error)}"
             shown.update()
     return SelfTest(checks, faults, _versions(), time.perf_counter() - start)
@@ -117,9 +120,9 @@ CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
     "NUTS": nuts_checks,
     "calibration": calibration_checks,
     "enumeration": enumeration_checks,
-    "shared latents": shared_checks,
+    "global latents": shared_checks,
     "use": use_checks,
     "fit": fit_checks,
     "densities": densities_checks,
 }
-"""What each group of checks yields."""
+"""The checks, by group."""

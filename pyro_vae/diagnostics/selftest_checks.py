@@ -1,4 +1,4 @@
-"""The checks of `selftest`, by group: each estimator against an answer in closed form."""
+"""The checks of `selftest`, by group: each compares an estimator with a closed form."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -35,29 +35,30 @@ from pyro_vae.training.importance_bounds import ImportanceWeightedELBO
 from pyro_vae.training.schedules import Cosine
 
 EXACT = 1e-8
-"""How far an estimate may be off that has no Monte Carlo error, in float64."""
+"""Allowed error in float64 of an estimate without Monte Carlo error."""
 
 
 class Check(NamedTuple):
-    """An estimate beside the truth."""
+    """An estimate and the true value."""
 
     name: str
     estimate: float
-    """The mean, where there is one for each datum."""
+    """The estimate; its mean if there are many values."""
     truth: float
+    """The true value; its mean if there are many values."""
     error: float
-    """The greatest distance of the two over data and coordinates."""
+    """The largest error over data and coordinates, relative to its tolerance."""
     tolerance: float
-    """Of ``error``: rounding, or five standard errors."""
+    """The allowed error: rounding, or five standard errors."""
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance; one that is NaN is not."""
+        """Whether the error is within the tolerance; false for NaN."""
         return self.error <= self.tolerance
 
 
 def _check(name: str, estimate: Any, truth: Any, tolerance: Any) -> Check:
-    """A check of numbers, or of tensors by the error that is greatest for its tolerance."""
+    """Check numbers, or tensors by the error that is largest relative to its tolerance."""
     estimate, truth, tolerance = (
         torch.as_tensor(part, dtype=torch.float64).detach() for part in (estimate, truth, tolerance)
     )
@@ -68,7 +69,7 @@ def _check(name: str, estimate: Any, truth: Any, tolerance: Any) -> Check:
 
 
 def _exact(spread: float = 1.0, n: int = 50) -> tuple[LinearGaussian, Tensor, Tensor]:
-    """The pair, data that it draws, and their log p(x)."""
+    """Return the linear-Gaussian pair, data drawn from it, and their log p(x)."""
     pair = linear_gaussian(spread=spread)
     x = pair.marginal().sample((n,)).detach()
     return pair, x, pair.marginal().log_prob(x).detach()
@@ -89,7 +90,7 @@ def bounds_checks() -> Iterator[Check]:
 
 
 def gradients_checks() -> Iterator[Check]:
-    """The exact guide makes the ELBO log p(x) for all parameters, whatever the draws."""
+    """Check gradients: with the exact guide the ELBO is log p(x), for all parameters and draws."""
     for name, words in (("eager", "stock Pyro"), ("traced", "traced")):
         pair, x, _ = _exact()
         (truth,) = torch.autograd.grad(pair.marginal().log_prob(x).sum(), pair.weight)
@@ -151,14 +152,14 @@ def nuts_checks() -> Iterator[Check]:
     yield _check("NUTS, means", moments.mean, mean, 5 * found.mean_standard_error)
     slack = 5 * scale / (2 * found.effective_sample_size).sqrt()
     yield _check("NUTS, scales", moments.standard_deviation, scale, slack)
-    yield _check("NUTS, split R-hat", found.r_hat, 1.0, 0.05)
+    yield _check("NUTS, R-hat", found.r_hat, 1.0, 0.05)
 
 
 def calibration_checks() -> Iterator[Check]:
     for spread, words in ((1.0, "exact guide"), (0.8, "guide 0.8 times as wide")):
         pair, _, _ = _exact(spread)
         found = calibration(pair, num_simulations=1000, num_draws=39, progress=False)
-        # A truth within c standard deviations of a normal, of which intervals have c / spread.
+        # In posterior standard deviations, the interval has half-width spread * quantile.
         normal = dist.Normal(0.0, 1.0)
         half = spread * normal.icdf(torch.tensor(0.95))
         truth = 2 * normal.cdf(half) - 1
@@ -176,8 +177,8 @@ def gaps_checks() -> Iterator[Check]:
     found = gaps(pair, x, steps=150, num_samples=2000, progress=False)
     yield _check("approximation gap", found.approximation.value, least.mean(), 0.02)
     put_in = (pair.kl(x, pair.q(x)) - least).mean()
-    slack = 0.02 + 5 * found.amortisation.standard_error
-    yield _check("amortisation gap", found.amortisation.value, put_in, slack)
+    slack = 0.02 + 5 * found.amortization.standard_error
+    yield _check("amortization gap", found.amortization.value, put_in, slack)
     elbo = (pair.marginal().log_prob(x) - least).mean()
     slack = 0.01 + 5 * found.refined.standard_error
     yield _check("ELBO of the refined guide", found.refined.value, elbo, slack)
@@ -187,26 +188,26 @@ _MILD = torch.tensor([[1.0, 0.2], [0.8, 1.1], [0.1, 1.0], [0.2, -0.3]]).double()
 
 
 class _Categories(nn.Module):
-    """A discrete latent, in the guide with its exact posterior or in the model alone."""
+    """A discrete latent, with its exact posterior in the guide or only in the model."""
 
     prior: Tensor
-    centres: Tensor
+    centers: Tensor
 
     def __init__(self, in_guide: bool) -> None:
         super().__init__()
         self.in_guide = in_guide
         self.register_buffer("prior", torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64))
-        self.register_buffer("centres", torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64))
+        self.register_buffer("centers", torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64))
 
     def joint(self, x: Tensor) -> Tensor:
-        """log p(x, k), of shape (n, 3)."""
-        return dist.Normal(self.centres, 0.8).log_prob(x[:, None]) + self.prior.log()
+        """Return log p(x, k), of shape (n, 3)."""
+        return dist.Normal(self.centers, 0.8).log_prob(x[:, None]) + self.prior.log()
 
     def model(self, x: Tensor) -> None:
         with pyro.plate("data", len(x), dim=-1):
             fn = dist.Categorical(self.prior)
             k = pyro.sample("k", fn, infer={"enumerate": "parallel"})
-            pyro.sample("x", dist.Normal(self.centres[k], 0.8), obs=x)
+            pyro.sample("x", dist.Normal(self.centers[k], 0.8), obs=x)
 
     def guide(self, x: Tensor) -> None:
         with pyro.plate("data", len(x), dim=-1):
@@ -231,7 +232,7 @@ def enumeration_checks() -> Iterator[Check]:
 
 
 class _SharedMean(nn.Module):
-    """A mean w that all data share, with a posterior that is given, and a latent of each datum."""
+    """A global mean w with a given posterior, and a local latent."""
 
     spread: Tensor
 
@@ -252,12 +253,12 @@ class _SharedMean(nn.Module):
 
 
 def shared_checks() -> Iterator[Check]:
-    """E[x' | w] is w + (x - w) / 1.25, so that a fifth of w's deviation is left."""
+    """Check global latents: E[x' | w] is w + (x - w) / 1.25, a fifth of w's deviation."""
     pair, x = _SharedMean(2.0), torch.linspace(-2, 3, 20, dtype=torch.float64)
     found = uncertainty(pair, x, num_weights=1000, num_samples=20, progress=False)
     # The relative error of a variance of so many draws is sqrt(2 / 999).
-    yield _check("variance from shared latents", found.weights, 0.16, 5 * 0.16 * 0.045)
-    yield _check("variance from latents of a datum", found.latent, 0.2, 0.02)
+    yield _check("variance from global latents", found.weights, 0.16, 5 * 0.16 * 0.045)
+    yield _check("variance from local latents", found.latent, 0.2, 0.02)
     yield _check("variance from noise", found.noise, 0.25, EXACT)
     density = log_likelihood(pair, x, num_samples=20_000)
     truth = dist.Normal(1.0, (4 + 1.25) ** 0.5).log_prob(x)
@@ -276,7 +277,7 @@ def use_checks() -> Iterator[Check]:
     drawn, marginal = sample(pair, n, seed=0), pair.marginal()
     sd = marginal.variance.sqrt()
     yield _check("sample, means", drawn.mean(0), marginal.mean, 5 * sd / n**0.5)
-    # Of products of normals: var(ab) = var(a) var(b) + cov(a, b)^2.
+    # For a product of normals, var(ab) = var(a) var(b) + cov(a, b)^2.
     truth = marginal.covariance_matrix
     errors = 5 * ((sd[:, None] * sd).square() + truth.square()).sqrt() / n**0.5
     yield _check("sample, covariances", drawn.T.cov(), truth, errors)
@@ -312,4 +313,4 @@ def densities_checks() -> Iterator[Check]:
     loc, scale = torch.rand(2, 30, dtype=torch.float64)
     levels = torch.arange(256, dtype=torch.float64)[:, None] / 255
     total = LevelLogistic(loc, scale + 0.05, 256).log_prob(levels).exp().sum(0)
-    yield _check("sum of a discretised logistic", total, 1.0, 1e-6)
+    yield _check("sum of a discretized logistic", total, 1.0, 1e-6)

@@ -32,4 +32,4 @@ STUDIES: list[Callable[[Bench], Study | None]] = [
     sandwich_study,
     nuts_study,
 ]
-"""In the order in which they are run: the cheap ones first."""
+"""All studies in the order in which they run, the cheap ones first."""

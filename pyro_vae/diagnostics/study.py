@@ -1,4 +1,4 @@
-"""A study: how one diagnostic is run within a time, and what its result means in words."""
+"""A study: how one diagnostic runs within a time budget, and what its result means in words."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -12,49 +12,53 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GRADIENT = 3
-"""How many rows of a pass one with its gradient takes as long as; a graph spares its overhead."""
+"""A row with its gradient takes as long as this many rows; a traced graph adds no overhead."""
 
 GAP = 1.0
-"""Nats per example from which on a gap is worth an effort."""
+"""A gap of this many nats per example is worth an effort."""
 
 
 class Finding(NamedTuple):
     """A part of a sentence of the summary."""
 
     kind: str
-    """What can be trusted ("trust"), what cannot ("doubt"), or what to try ("next")."""
+    """The kind: "trust" for a reliable result, "doubt" for an unreliable one, "next" for advice."""
     words: str
+    """The text of this part."""
 
 
 class Rung(NamedTuple):
     """One size of a study."""
 
     cost: float
-    """Seconds that its passes through the pair would take one by one, about."""
+    """Approximate seconds of its passes through the pair, one after another."""
     run: Callable[[], Any]
+    """Runs the diagnostic and returns its result."""
 
 
 class Study(NamedTuple):
-    """A diagnostic, at sizes that grow."""
+    """A diagnostic at growing sizes."""
 
     name: str
+    """The name of the diagnostic."""
     weight: float
-    """Its part of the time, in proportion to those of the studies after it."""
+    """Its share of the time, relative to the studies after it."""
     rungs: Sequence[Rung]
+    """Its sizes, from the smallest up."""
     judge: Callable[[Any, Mapping[str, Any]], list[Finding]]
-    """What is to be said of its result, and of those before it."""
+    """Returns the findings from its result and the results of earlier studies."""
     figures: Mapping[str, Callable[[Any], "Figure"]] = MappingProxyType({})
     """Figures of its result, by name."""
 
 
 class Bench(NamedTuple):
-    """What is diagnosed."""
+    """The pair and the data of a diagnosis, with the measured time of a pass."""
 
     pair: nn.Module
     batch: Batch
-    """Prepared rows, in an order without meaning: the first are as good as any."""
+    """Prepared rows in random order, so that the first rows are a random subset."""
     rows: Tensor
-    """The number of each among the rows that came."""
+    """The number of each row within the data that the user passed."""
     seed: int
     engine: str
     overhead: float
@@ -62,23 +66,23 @@ class Bench(NamedTuple):
     rate: float
     """Seconds for each further row."""
     other: Batch | None = None
-    """Prepared rows of which it is known that they do not belong."""
+    """Prepared out-of-distribution rows."""
 
     def cost(self, passes: float, rows: float) -> float:
-        """Seconds of so many passes of so many rows, or draws for rows."""
+        """Return the seconds of these passes with this number of rows, or of draws of rows."""
         return passes * (self.overhead + self.rate * rows)
 
     def some(self, number: int) -> Batch:
-        """So many rows."""
+        """Return the first rows."""
         return tuple(tensor[:number] for tensor in self.batch)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What every diagnostic is told: data are binarised already, and nobody looks."""
+        """Arguments of all diagnostics; the data are already binarized."""
         return {"binarize": "none", "seed": self.seed}
 
 
 def sizes(bench: Bench, *wanted: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Sizes whose first number, of rows, is no more than there are; none comes twice."""
+    """Limit the first number of each size to the number of rows, and drop duplicates."""
     n = len(bench.batch[0])
     return list(dict.fromkeys((min(n, rows), *rest) for rows, *rest in wanted))

@@ -1,4 +1,4 @@
-"""`uncertainty`: the variance of predictions, told apart by its sources."""
+"""`uncertainty`: the variance of predictions, split by its sources."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,38 +20,39 @@ from pyro_vae.pairs.sites import data_first
 from pyro_vae.pairs.threads import alone
 
 ROWS_TIMES_DRAWS = 2000
-"""Rows, times draws of the latents, that go through a pair at once."""
+"""Number of rows times draws of the latents in one pass through a pair."""
 
 
 @dataclass(frozen=True)
 class Uncertainty:
-    r"""The variance of what a pair predicts in place of each datum, told apart by its sources.
+    r"""The variance of the prediction of each datum, split by its sources.
 
-    Of shape (n, *data_shape), in squares of the data's unit; the three add up to ``total``.
+    All tensors have shape (n, *data_shape). Variances are in squares of the data's unit, and the
+    three parts add up to ``total``.
     """
 
     mean: Tensor
     """:math:`E[x']`, over weights, latents and noise."""
     noise: Tensor
-    r""":math:`E_{w,z}\,\mathrm{Var}(x' | z, w)`: what the likelihood leaves open."""
+    r""":math:`E_{w,z}\,\mathrm{Var}(x' | z, w)`: the variance of the likelihood."""
     latent: Tensor
-    r""":math:`E_w\,\mathrm{Var}_z\,E[x' | z, w]`: what is unknown of the code given x."""
+    r""":math:`E_w\,\mathrm{Var}_z\,E[x' | z, w]`: the uncertainty of the code given x."""
     weights: Tensor
-    r""":math:`\mathrm{Var}_w\,E_z\,E[x' | z, w]`: what is unknown of the decoder. Unbiased, so that
-    where it is near 0 it may fall below."""
+    r""":math:`\mathrm{Var}_w\,E_z\,E[x' | z, w]`: the uncertainty of the decoder. The estimate is
+    unbiased, so it may be negative if the true value is near 0."""
     num_weights: int
-    """Draws of the latents outside the data plate."""
+    """Draws of the global latents."""
     num_samples: int
-    """Draws of those of each datum, for each of them."""
+    """Draws of the local latents for each draw of the global latents."""
 
     @property
     def epistemic(self) -> Tensor:
-        """What more data of the same kind would take away: ``weights``."""
+        """The variance that more data of the same kind would remove: ``weights``."""
         return self.weights
 
     @property
     def aleatoric(self) -> Tensor:
-        """What they would not: ``noise + latent``."""
+        """The variance that more data would not remove: ``noise + latent``."""
         return self.noise + self.latent
 
     @property
@@ -60,7 +61,7 @@ class Uncertainty:
         return self.aleatoric + self.epistemic
 
     def as_dict(self) -> dict[str, Any]:
-        """Means over data and elements, as metrics.json holds them."""
+        """Return means over data and elements for metrics.json."""
         parts = {name: getattr(self, name) for name in ("noise", "latent", "weights", "total")}
         means = {f"{name}_variance": part.mean().item() for name, part in parts.items()}
         return means | {"num_weights": self.num_weights, "num_samples": self.num_samples}
@@ -91,25 +92,27 @@ def uncertainty(
     seed: int = 0,
     progress: bool = True,
 ) -> Uncertainty:
-    r"""Tell apart the spread of reconstructions that comes from noise, codes and weights.
+    r"""Split the variance of reconstructions into the parts due to noise, codes and weights.
 
-    By the law of total variance, for :math:`w \sim q(w)`, :math:`z \sim q(z|x, w)`,
-    :math:`x' \sim p(x|z, w)`:
+    The law of total variance, for :math:`w \sim q(w)`, :math:`z \sim q(z|x, w)` and
+    :math:`x' \sim p(x|z, w)`, is
 
     .. math:: \mathrm{Var}(x') = E_{w,z}\mathrm{Var}(x'|z,w) + E_w\mathrm{Var}_z E[x'|z,w]
         + \mathrm{Var}_w E_z E[x'|z,w]
 
     Arguments:
-        pair: any pair with latents outside the data plate, such as a `BayesianDecoder`.
+        pair: any pair with global latents, such as a `BayesianDecoder`.
         x, context: data, as `pyro_vae.evaluate` takes them.
-        num_weights: draws of those latents, 2 or more.
-        num_samples: draws of each datum's own latents, for each of them; 2 or more.
-        site: which observed site; the first by default.
+        num_weights: draws of the global latents, at least 2.
+        num_samples: draws of the local latents for each of them, at least 2.
+        site: the observed site; the first by default.
+        binarize, seed: as in `pyro_vae.evaluate`.
+        progress: show a bar if the run takes over two seconds.
 
-    All three are unbiased. Raises `UsageError` for a pair without such latents, and for data
-    without a variance, as names have none. The parts: Depeweg et al., 2018
-    (https://arxiv.org/abs/1710.07283), where the latents of a datum are counted as noise; Kendall &
-    Gal, 2017 (https://arxiv.org/abs/1703.04977).
+    All three estimates are unbiased. Raises `UsageError` for a pair without global latents or with
+    point estimates of them, and for data without a variance, such as categories. Depeweg et al.,
+    2018 (https://arxiv.org/abs/1710.07283), where local latents count as noise; Kendall & Gal, 2017
+    (https://arxiv.org/abs/1703.04977).
 
     >>> import torch, pyro_vae as pv
     >>> pair = pv.BayesianDecoder(pv.VAE.mlp((4,), latent_dim=2, hidden=(3,)))
@@ -118,19 +121,19 @@ def uncertainty(
     """
     for name, value in (("num_weights", num_weights), ("num_samples", num_samples)):
         if value < 2:
-            raise UsageError(f"{name} must be 2 or more, {value} came: a variance takes two")
+            raise UsageError(f"must be at least 2, got {value}", argument=name)
     rows, prepare = held_rows(pair, x, context, binarize)
     few = prepare(rows.first(2))
     shared = global_latents(pair, few)
     if shared and set(shared) <= set(fold_plan.plan(pair, few).points):
         raise UsageError(
-            f"the guide of '{shared[0]}' is a Delta, a point estimate: it has no spread that could "
-            "be told apart"
+            f"the guide of '{shared[0]}' is a Delta, a point estimate without variance; "
+            "uncertainty needs a guide with a density"
         )
     if not shared:
         raise UsageError(
-            f"{type(pair).__name__} has no latent outside the data plate, whose spread could be "
-            "told apart: make one by pyro_vae.BayesianDecoder"
+            f"{type(pair).__name__} has no global latent, but uncertainty needs one; use "
+            "pyro_vae.BayesianDecoder"
         )
     parts, summed = [], enumeration.enumerates(pair, few)
     total = len(rows) * num_weights
@@ -148,7 +151,7 @@ def uncertainty(
         means.mean(0),
         noise.mean(0),
         latent,
-        means.var(0) - latent / num_samples,  # a mean of few draws varies with them, too
+        means.var(0) - latent / num_samples,  # a mean of few draws has a variance of its own
         num_weights,
         num_samples,
     )
@@ -157,13 +160,16 @@ def uncertainty(
 def _moments(
     pair: nn.Module, batch: Batch, num_samples: int, site: str | None, summed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For one draw of the latents that all data share: mean and variance over draws of each
-    datum's own of what is predicted, and the mean of its variance given them."""
+    """Return moments of the prediction for one draw of the global latents.
+
+    They are its mean and variance over draws of the local latents, and the mean of its variance
+    given the local latents.
+    """
     repeated = tuple(part.repeat(num_samples, *[1] * (part.dim() - 1)) for part in batch)
     found = observation(pair, repeated, latent_values(pair, repeated, False), site)
     fn = found["fn"]
     if is_category(fn):
-        raise UsageError(f"site '{found['name']}' is of names, which have no variance")
+        raise UsageError(f"site '{found['name']}' has categories, which have no variance")
     means, noise = (
         data_first(moment, found).unflatten(0, (num_samples, len(batch[0])))
         for moment in (mean(fn), _variance(fn))

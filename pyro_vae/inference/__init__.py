@@ -1,1 +1,1 @@
-"""What a fitted pair is used for, and better estimates than the guide's own."""
+"""Uses of a fitted pair, and estimates that are better than those of its guide."""

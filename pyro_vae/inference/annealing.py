@@ -1,9 +1,9 @@
-"""log p(x) from below and from above by annealed importance sampling from the guide."""
+"""Lower and upper bounds on log p(x) by annealed importance sampling from the guide."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite, log
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,28 +29,30 @@ class Annealing:
     """A bound on log p(x) by annealed importance sampling; nats per example."""
 
     value: float
-    """Mean over the data of the bound."""
+    """Mean of the bound over the data."""
     standard_error: float
     """Monte Carlo standard error of ``value``, for these data; NaN for one chain."""
     per_datum: Tensor
     """The bound of each datum, of shape (n,)."""
     standard_errors: Tensor
-    """The Monte Carlo standard error of each, by the delta method over chains, of shape (n,). Of
-    reverse annealing it is too small: all chains of a datum start at one draw of its posterior."""
+    """The Monte Carlo standard error of each bound, by the delta method over chains, of shape (n,).
+    For reverse annealing it is too small, because all chains of a datum start at the same draw of
+    its posterior."""
     effective_sample_size: Tensor
-    """(sum w)^2 / sum w^2 of each datum's chains, between 1 and their number, of shape (n,)."""
+    """(sum w)^2 / sum w^2 over each datum's chains, of shape (n,); between 1 and their number."""
     acceptance: Tensor
-    """Mean acceptance of the transitions of each datum, of shape (n,); made to be near 0.7."""
+    """Mean acceptance of the transitions of each datum, of shape (n,); step sizes are adapted so
+    that it is near 0.7."""
     infinite_weights: Tensor
-    """How many of each datum's chains have a weight that is infinite or NaN, of shape (n,)."""
+    """The number of each datum's chains whose weight is infinite or NaN, of shape (n,)."""
     num_chains: int
     num_temperatures: int
     leapfrog_steps: int
     factors: tuple[str, ...] = ()
-    """The model's ``pyro.factor`` sites, with which p(x) is not normalized."""
+    """The model's ``pyro.factor`` sites; with them p(x) is not normalized."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Means and errors, as metrics.json holds them; what is not finite is None."""
+        """Return means and errors for metrics.json; numbers that are not finite become None."""
         found = {
             "log_likelihood": self.value,
             "log_likelihood_standard_error": self.standard_error,
@@ -74,28 +76,28 @@ class Annealing:
 
 @dataclass(frozen=True)
 class Sandwich:
-    """log p(x) of simulated data between two bounds; nats per example."""
+    """Lower and upper bounds on log p(x) of simulated data; nats per example."""
 
     lower: Annealing
-    """Forward annealing, in expectation below log p(x)."""
+    """Forward annealing; in expectation below log p(x)."""
     upper: Annealing
-    """Reverse annealing from the latents that the data were drawn from, in expectation above."""
+    """Reverse annealing from the latents of the simulated data; in expectation above log p(x)."""
     batch: Batch
     """The simulated data and their context."""
 
     @property
     def gap(self) -> float:
-        """Mean of upper less lower: in expectation no less than the error of either."""
+        """Mean of upper minus lower; in expectation at least as large as the error of either."""
         return self.upper.value - self.lower.value
 
     @property
     def gap_standard_error(self) -> float:
-        """The standard error of ``gap``, of data and chains."""
+        """The standard error of ``gap``, over data and chains."""
         gaps = self.upper.per_datum - self.lower.per_datum
         return (gaps.std() / len(gaps) ** 0.5).item()
 
     def as_dict(self) -> dict[str, Any]:
-        """Both bounds and their gap, as metrics.json holds them; what is not finite is None."""
+        """Return both bounds and their gap for metrics.json; what is not finite becomes None."""
         gap = {"gap": self.gap, "gap_standard_error": self.gap_standard_error}
         return {
             "lower": self.lower.as_dict(),
@@ -113,14 +115,14 @@ def _table(results: dict[str, Annealing]) -> str:
     words, *upper = results
     lines = [(words, f"{with_error(one.value, one.standard_error)} nats per example")]
     lines += unnormalized(one.factors)
-    # The chains of an upper bound share their start: its error is in that of the gap.
+    # The chains of an upper bound share their start. The error of the gap includes its error.
     lines += [(word, f"{other.value:.3f}") for word, other in zip(upper, others, strict=True)]
     chains = f"{one.num_chains} for each of {len(one.per_datum)} data"
     lines.append(("chains", f"{chains}, {one.num_temperatures} temperatures"))
     size = one.effective_sample_size.median().item()
-    lines.append(("effective chains", f"{size:.1f} in the median"))
+    lines.append(("effective chains", f"{size:.1f} (median)"))
     low = f"{one.acceptance.min().item():.2f}"
-    lines.append(("acceptance", f"{one.acceptance.mean().item():.2f}, the least {low}"))
+    lines.append(("acceptance", f"{one.acceptance.mean().item():.2f} (mean), {low} (minimum)"))
     infinite = sum(int(result.infinite_weights.sum()) for result in results.values())
     if infinite:
         lines.append(("infinite weights", f"{infinite}"))
@@ -140,26 +142,30 @@ def anneal(
     engine: str = "auto",
     progress: bool = True,
 ) -> Annealing:
-    r"""A lower bound of log p(x) by annealed importance sampling from the guide to the posterior.
+    r"""Compute a lower bound on log p(x) by annealed importance sampling from guide to posterior.
 
     A chain starts at :math:`z \sim q(z|x)` and goes through :math:`f_\beta(z) = q(z|x)^{1-\beta}
-    p(x, z)^\beta` for T values of :math:`\beta` from 0 to 1, with a Hamiltonian transition that
-    leaves :math:`f_\beta` as it is at each. Its weight :math:`w = \prod_t
-    (p(x, z_t)/q(z_t|x))^{\beta_{t+1} - \beta_t}` has the mean p(x); the bound is the logarithm of
+    p(x, z)^\beta` for T values of :math:`\beta` from 0 to 1. At each value it makes a Hamiltonian
+    transition that leaves :math:`f_\beta` invariant. Its weight :math:`w = \prod_t
+    (p(x, z_t)/q(z_t|x))^{\beta_{t+1} - \beta_t}` has the mean p(x). The bound is the logarithm of
     the mean over chains.
 
     Arguments:
-        pair: any pair whose latents are continuous, or enumerated: those are summed out.
-        num_temperatures: T. With one it is `pyro_vae.log_likelihood` of so few samples.
-        num_chains: for each datum.
-        leapfrog_steps: of each transition; an evaluation of both gradients each.
+        pair: any pair whose latents are continuous or enumerated; enumerated ones are summed out.
+        x, context: data, as `pyro_vae.log_likelihood` takes them.
+        num_temperatures: T. With T = 1 the result is `pyro_vae.log_likelihood` with ``num_chains``
+            samples.
+        num_chains: number of chains for each datum.
+        leapfrog_steps: leapfrog steps of each transition. Each step evaluates both gradients.
+        binarize, seed: as in `pyro_vae.evaluate`.
         engine: how gradients are computed, as in `pyro_vae.fit`.
-        progress: show a bar, where it takes over two seconds.
+        progress: show a bar if the run takes over two seconds.
 
-    Step sizes are those that a pilot run of other chains found for each datum along the path.
-    Raises `UsageError`, naming the site, for latents outside the data plate, discrete ones that are
-    not enumerated, and those whose guide has a density at its own draws alone. Neal, Annealed
-    importance sampling, 2001; for decoders: Wu et al., 2017 (https://arxiv.org/abs/1611.04273).
+    A pilot run of other chains finds the step sizes for each datum along the path. Raises
+    `UsageError` for latents that are not local, for discrete latents that are not enumerated, and
+    for latents whose guide knows its density only at its own draws; the error names the site.
+    Neal, Annealed importance sampling, 2001; for decoders: Wu et al., 2017
+    (https://arxiv.org/abs/1611.04273).
 
     >>> import torch, pyro_vae as pv
     >>> vae, x = pv.VAE.mlp((4,), latent_dim=2), torch.ones(3, 4)
@@ -193,22 +199,24 @@ def sandwich(
     engine: str = "auto",
     progress: bool = True,
 ) -> Sandwich:
-    r"""log p(x) from below and above, on data that the model itself draws.
+    r"""Compute lower and upper bounds on log p(x), on data that the model itself draws.
 
-    Of simulated data a draw of the posterior is known: the latents they were drawn from. From there
-    annealing goes back to the guide, by the same transitions in reverse order, and the weights have
-    the mean :math:`1/p(x)`: minus the logarithm of their mean is in expectation above log p(x).
-    That of `anneal` is below, so the gap bounds the error of both, and settings that make it
-    small can be trusted on data like these.
+    For simulated data one draw of the posterior is known: the latents from which they were drawn.
+    From there annealing goes back to the guide, by the same transitions in reverse order. The
+    weights then have the mean :math:`1/p(x)`, so minus the logarithm of their mean is in
+    expectation above log p(x). The bound of `anneal` is below, so the gap bounds the error of
+    both. If the gap is small, the same settings are reliable on data like these.
 
     Arguments:
         pair: a pair with ``template(n)``.
-        num_examples: how many data are simulated.
-        context: context tensors of so many rows, or of one row for all, for a conditional pair.
+        num_examples: number of simulated data.
+        context: context tensors of ``num_examples`` rows, or of one row for all, for a conditional
+            pair.
 
-    The others are those of `anneal`. Raises `UsageError` where it does, and for a model whose
-    draws have no place in its batch. Grosse, Ghahramani & Adams, Sandwiching the marginal
-    likelihood using bidirectional Monte Carlo, 2015 (https://arxiv.org/abs/1511.02543).
+    The other arguments are those of `anneal`. Raises `UsageError` for the same reasons as
+    `anneal`, for fewer than two examples, and for a model whose draws do not fit into its batch.
+    Grosse, Ghahramani & Adams, Sandwiching the marginal likelihood using bidirectional Monte Carlo,
+    2015 (https://arxiv.org/abs/1511.02543).
 
     >>> import pyro_vae as pv
     >>> vae = pv.VAE.mlp((4,), latent_dim=2)
@@ -218,7 +226,7 @@ def sandwich(
     """
     settings = AnnealingSettings(num_temperatures, num_chains, leapfrog_steps)
     if num_examples < 2:
-        raise UsageError(f"num_examples must be 2 or more, {num_examples} came")
+        raise UsageError(f"must be at least 2, got {num_examples}", argument="num_examples")
     with using(pair, seed):
         batch, values = simulate(pair, num_examples, tuple(context))
         run = _AnnealingRun(pair, tuple(t[:2] for t in batch), settings, num_examples, engine)
@@ -235,14 +243,14 @@ def sandwich(
 
 
 class _AnnealingRun:
-    """What all batches of a run share."""
+    """Settings and densities that all batches of a run share."""
 
     def __init__(
         self, pair: nn.Module, first: Batch, settings: AnnealingSettings, n: int, engine: str
     ) -> None:
         for name, value in settings._asdict().items():
             if value < 1:
-                raise UsageError(f"{name} must be 1 or more, {value} came")
+                raise UsageError(f"must be at least 1, got {value}", argument=name)
         self.settings, self.joint = settings, Joint(pair, first)
         widest = max(self.joint.widest, self.joint.dim)
         if require_engine(engine) == "auto":
@@ -250,36 +258,41 @@ class _AnnealingRun:
             engine = "compiled" if evaluations * widest >= COMPILED_CELLS else "traced"
         self.joint.use(engine)
         most = max(1, min(500, CELLS // (widest * settings.num_chains)))
-        self.rows = ceil(n / ceil(n / most))  # parts of one size, for one graph
+        self.rows = ceil(n / ceil(n / most))  # parts of equal size share one graph
 
     def path(self, batch: Batch, done: Callable[[int], Any]) -> "AnnealingPath":
         return AnnealingPath(self.joint, batch, self.settings, done)
 
 
-def _bound(log_weights: Tensor, acceptance: Tensor, sign: int = 1) -> tuple[Tensor, ...]:
-    """The fields of each datum, from log weights (chains, n)."""
+class _Bounds(NamedTuple):
+    """The fields of `Annealing` that have an entry for each datum, of shape (n,)."""
+
+    per_datum: Tensor
+    standard_errors: Tensor
+    effective_sample_size: Tensor
+    acceptance: Tensor
+    infinite_weights: Tensor
+
+
+def _bound(log_weights: Tensor, acceptance: Tensor, sign: int = 1) -> _Bounds:
+    """Compute the bound of each datum from log weights (chains, n)."""
     chains = len(log_weights)
     first, second = log_weights.logsumexp(0), (2 * log_weights).logsumexp(0)
     ratio = (second - 2 * first).exp()
     errors = relative_error(ratio, chains)
     infinite = (~(log_weights < torch.inf)).sum(0)
-    return sign * (first - log(chains)), errors, 1 / ratio, acceptance, infinite
+    return _Bounds(sign * (first - log(chains)), errors, 1 / ratio, acceptance, infinite)
 
 
 def _joined(
-    found: list[tuple[Tensor, ...]], settings: AnnealingSettings, factors: tuple[str, ...] = ()
+    found: list[_Bounds], settings: AnnealingSettings, factors: tuple[str, ...] = ()
 ) -> Annealing:
-    bound, errors, sizes, acceptance, infinite = (
-        torch.cat(column).cpu() for column in zip(*found, strict=True)
-    )
-    error = (errors.square().sum().sqrt() / len(errors)).item()
-    values = bound, errors, sizes, acceptance, infinite
+    bounds = _Bounds(*(torch.cat(column).cpu() for column in zip(*found, strict=True)))
+    errors = bounds.standard_errors
     return Annealing(
-        bound.mean().item(),
-        error,
-        *values,
-        settings.num_chains,
-        settings.num_temperatures,
-        settings.leapfrog_steps,
-        factors,
+        value=bounds.per_datum.mean().item(),
+        standard_error=(errors.square().sum().sqrt() / len(errors)).item(),
+        **bounds._asdict(),
+        **settings._asdict(),
+        factors=factors,
     )

@@ -1,4 +1,4 @@
-"""The path from the guide to the posterior, and chains that go along it."""
+"""The path from the guide to the posterior, and chains that follow it."""
 
 from collections.abc import Callable, Sequence
 from math import log
@@ -11,16 +11,16 @@ from pyro_vae.inference.joint import Joint
 from pyro_vae.pairs.pair import Batch
 
 TARGET = 0.7
-"""The acceptance that step sizes are adapted to."""
+"""The target acceptance of the step size adaptation."""
 
 PILOT = 50
-"""Temperatures at which the pilot run finds step sizes; those in between take the nearest."""
+"""Temperatures at which the pilot run finds step sizes; other temperatures use the nearest."""
 
 WARMUP = 20
-"""Transitions of the pilot run at its first temperature, at which its steps are large."""
+"""Transitions of the pilot run at its first temperature, where its steps are large."""
 
 LONGEST = 2.0
-"""The greatest step, in standard deviations of the guide."""
+"""The largest step, in standard deviations of the guide."""
 
 
 class AnnealingSettings(NamedTuple):
@@ -30,17 +30,17 @@ class AnnealingSettings(NamedTuple):
 
     @property
     def pilot(self) -> int:
-        """Temperatures of the pilot run."""
+        """The number of temperatures of the pilot run."""
         return min(PILOT, self.num_temperatures)
 
     @property
     def transitions(self) -> int:
-        """Those of the pilot run and of one run, for each datum."""
+        """The number of transitions of the pilot run and of one run, for each datum."""
         return WARMUP + self.pilot + self.num_temperatures - 1
 
 
 class _State(NamedTuple):
-    """Where the chains are: z (chains, n, D), both log densities (chains, n), their gradients."""
+    """The chains: z (chains, n, D), both log densities (chains, n), and their gradients."""
 
     z: Tensor
     joint: Tensor
@@ -72,12 +72,12 @@ class AnnealingPath:
         ]
 
     def forward(self, done: Callable[[int], Any]) -> tuple[Tensor, Tensor]:
-        """Log weights (chains, n) whose mean is p(x), and the acceptance (n,)."""
+        """Return log weights (chains, n) with mean p(x), and the acceptance (n,)."""
         z = self.joint.draw(self.settings.num_chains, *self.batch)
         return self._anneal(z, self.stops, done)
 
     def reverse(self, known: Tensor, done: Callable[[int], Any]) -> tuple[Tensor, Tensor]:
-        """Log weights (chains, n) whose mean is 1/p(x), from exact draws (n, D)."""
+        """Return log weights (chains, n) with mean 1/p(x), from exact draws (n, D)."""
         z = known.expand(self.settings.num_chains, *known.shape)
         return self._anneal(z, self.stops[::-1], done)
 
@@ -98,7 +98,7 @@ class AnnealingPath:
         return log_weights, acceptance
 
     def _pilot(self, z: Tensor, done: Callable[[int], Any]) -> Tensor:
-        """Step sizes (temperatures, n) that chains of their own found."""
+        """Find step sizes (temperatures, n) with separate chains."""
         state, found = self._state(z), []
         log_step = torch.full_like(state.z[0, :, 0], log(0.5))
         grid = [0.0] * WARMUP + _schedule(self.settings.pilot)[1:]
@@ -111,9 +111,9 @@ class AnnealingPath:
         return torch.stack(found[WARMUP - 1 :]).exp()
 
     def _transition(self, state: _State, beta: float, step: Tensor) -> tuple[_State, Tensor]:
-        """Hamiltonian dynamics from new momenta, and the probability (chains, n) of its end."""
+        """Move by Hamiltonian dynamics; return the new state and its acceptance (chains, n)."""
         momentum = torch.randn_like(state.z)
-        # Lengths that vary keep a trajectory from coming back to where it began.
+        # Random lengths prevent a trajectory from returning to its start.
         length = step.to(state.z.dtype) * (0.5 + 0.5 * torch.rand_like(state.joint))
         stride = length[..., None] * self.scale
         energy = state.density(beta) - 0.5 * momentum.square().sum(-1)
@@ -132,7 +132,7 @@ class AnnealingPath:
     def _state(self, z: Tensor) -> _State:
         found = self.joint.gradients(z, *self.batch)
         names = ("joint", "guide", "joint gradient", "guide gradient")
-        return _State(z, *(found[name].clone() for name in names))  # a graph may write there again
+        return _State(z, *(found[name].clone() for name in names))  # a graph reuses its memory
 
 
 def _where(moved: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -140,6 +140,6 @@ def _where(moved: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 def _schedule(number: int) -> list[float]:
-    """So many steps from 0 to 1, shorter towards both ends, along a sigmoid."""
+    """Return the ends of ``number`` steps from 0 to 1 along a sigmoid; outer steps are shorter."""
     points = (4 * torch.linspace(-1, 1, number + 1, dtype=torch.float64)).sigmoid()
     return ((points - points[0]) / (points[-1] - points[0])).tolist()

@@ -1,4 +1,4 @@
-"""From data to latents: encode, and predict discrete ones."""
+"""From data to latents: encode data, and predict discrete latents."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -26,21 +26,27 @@ def encode(
     binarize: str = "dynamic",
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """The guide's means, scales (standard deviations) or draws of each latent site in the plate.
+    """Return the guide's means, scales (standard deviations) or draws of each local latent.
 
-    Where one latent depends on another, means are those given the means of the others. A discrete
-    latent has its mode for a mean, and one without a standard deviation, a category, no scale.
-    Latents that only the model has, to be enumerated, have their modes and draws under their
-    posterior given the data (see `predict`).
+    If a latent depends on another, its mean is the mean given the means of the others. The mean
+    of a discrete latent is its mode. A category has no standard deviation, so it has no scale.
+    The model may enumerate latents that the guide does not have. Their modes and draws are those
+    of their posterior given the data (see `predict`).
 
-    Returns a dictionary from the name of a site to a tensor of shape (n, *event_shape).
+    Arguments:
+        pair: any pair.
+        x, context: the data, as `pyro_vae.evaluate` takes them.
+        what: "mean", "scale" or "draw".
+
+    Returns a dictionary from the name of a site to a tensor of shape (n, *event_shape). Raises
+    `UsageError` for any other value of ``what``.
 
     >>> import torch, pyro_vae as pv
     >>> encode(pv.VAE.mlp((4,), latent_dim=3), torch.ones(5, 4))["z"].shape
     torch.Size([5, 3])
     """
     if what not in ("mean", "scale", "draw"):
-        raise UsageError(f"what is 'mean', 'scale' or 'draw', '{what}' came")
+        raise UsageError(f"must be 'mean', 'scale' or 'draw', got '{what}'", argument="what")
     found: dict[str, list[Tensor]] = {}
     with using(pair, seed):
         for batch in prepared_batches(pair, x, context, binarize):
@@ -65,17 +71,17 @@ def predict(
     binarize: str = "dynamic",
     seed: int = 0,
 ) -> Tensor:
-    r"""The posterior probabilities of a discrete latent: of classes, clusters, components.
+    r"""Return the posterior probabilities of a discrete latent: classes, clusters, components.
 
-    Where the guide has the site, its :math:`q(y|x)`; where only the model has, enumerated,
-    :math:`E_{q(z|x)}[p(k|x, z)]`.
+    If the guide has the site, the result is its :math:`q(y|x)`. If only the model has it and
+    enumerates it, the result is :math:`E_{q(z|x)}[p(k|x, z)]`.
 
     Arguments:
-        x, context: the data; labels that are given are believed, so leave them out.
-        site: which latent; the first that is discrete by default.
-        num_samples: draws of the latents before it, where there are any.
+        x, context: the data. Leave labels out: the pair takes given labels as true.
+        site: the latent site; by default the first discrete one.
+        num_samples: draws of the latents on which this one depends, if any.
 
-    Returns a tensor of shape (n, number of values). Raises `UsageError` where no latent of this
+    Returns a tensor of shape (n, number of values). Raises `UsageError` if no latent of this
     name has a finite list of values.
 
     >>> import torch, pyro_vae as pv
@@ -94,18 +100,18 @@ def predict(
 
 
 def _without(pair: nn.Module, site: str | None, names: Sequence[str]) -> str:
-    """Why probabilities of a site are not to be had, where these are those that are."""
+    """Say why a site has no probabilities; ``names`` are the sites that have some."""
     kind = type(pair).__name__
     if not names:
         return (
-            "predict gives the probabilities of a discrete latent that is in the data plate alone "
-            f"and has a finite list of values, {kind} has none; encode serves other latents"
+            "predict needs a discrete latent that is in no plate except the data plate and has a "
+            f"finite list of values, but {kind} has no such latent; use encode for other latents"
         )
-    return f"predict needs a discrete latent of {kind}, '{site}' came; {nearest(str(site), names)}"
+    return f"`site` must be a discrete latent of {kind}, got '{site}'; {nearest(str(site), names)}"
 
 
 def _scale(fn: Any) -> Tensor | None:
-    """The standard deviation of a distribution, None for a category, which has none."""
+    """Return the standard deviation of a distribution; None for a category."""
     try:
         scale = fn.stddev
     except NotImplementedError:

@@ -28,7 +28,7 @@ from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.traces import trace
 
 SHARED_DRAWS = 100
-"""Parts of the rows of `sample` that have a draw of the latents outside the data plate each."""
+"""Number of parts into which `sample` splits its rows; each has its own draw of global latents."""
 
 
 @alone()
@@ -41,29 +41,30 @@ def sample(
     site: str | None = None,
     seed: int | None = None,
 ) -> Tensor:
-    """Draw n data from the model: latents from their priors, then data given them.
+    """Draw n data from the model: local latents from their priors, then data given them.
 
-    Latents outside the data plate, such as weights of a decoder, are drawn from the guide, their
-    posterior: data are those that the fitted model predicts. A hundred parts of the rows have a
-    draw of their own.
+    Global latents, such as the weights of a decoder, are drawn from the guide, which is their
+    approximate posterior. So the data are those that the fitted model predicts. The rows are
+    split into a hundred parts, and each part has its own draw of the global latents.
 
     Arguments:
         pair: a pair with ``template(n)``.
-        n: how many.
-        context: context tensors of n rows, or of one row for all, for a conditional pair.
-        means: give the mean of each datum given its latents instead of a draw; of data that are
-            classes, the most probable one.
-        site: which observed site; the first by default.
-        seed: of the draws; torch's own generator goes on from where it is without one.
+        n: number of data.
+        context: context tensors of n rows, or of one row for all data, for a conditional pair.
+        means: return the mean of each datum given its latents instead of a draw. For data that
+            are classes, return the most probable class.
+        site: the observed site; the first by default.
+        seed: random seed. Without it, the draws continue torch's own generator.
 
-    Returns a tensor of shape (n, *data_shape).
+    Returns a tensor of shape (n, *data_shape). Raises `UsageError` if n is below 1, and for a
+    model with a ``pyro.factor``, which has no independent draws.
 
     >>> import pyro_vae as pv
     >>> sample(pv.VAE.mlp((1, 8, 8)), 3, seed=0).unique()
     tensor([0., 1.])
     """
     if n < 1:
-        raise UsageError(f"n must be 1 or more, {n} came")
+        raise UsageError(f"must be at least 1, got {n}", argument="n")
     batch = template(pair, n, context)
     shared = global_latents(pair, batch)
     size = min(ROWS_AT_ONCE, -(-n // SHARED_DRAWS)) if shared else ROWS_AT_ONCE
@@ -71,7 +72,7 @@ def sample(
     with using(pair, seed):
         few = tuple(tensor[:2] for tensor in batch)
         drawn = trace(unconditioned(pair), few)
-        require_normalized(drawn, "there are no draws of it but by MCMC (pyro_vae.nuts)")
+        require_normalized(drawn, "only MCMC can draw from it (pyro_vae.nuts)")
     with using(pair, seed):
         for part in in_chunks(batch, size):
             own = _global_values(pair, part, False, shared)
@@ -89,22 +90,26 @@ def decode(
     site: str | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """The data that the model gives for these latents, as means (see `reconstruct`) or as draws.
+    """Return the data that the model gives for these latents, as means or as draws.
 
     Arguments:
-        values: a tensor (n, *event_shape) for each latent site; sites left out are drawn. Those
-            outside the data plate are at the guide's means where ``means`` are asked for, else
-            drawn from the guide.
-        context: context tensors of n rows, or of one row for all.
+        pair: a pair with ``template(n)``.
+        values: a tensor (n, *event_shape) for each latent site. Sites that you leave out are
+            drawn. Global latents take the guide's means if ``means`` is true, and draws of the
+            guide otherwise.
+        context: context tensors of n rows, or of one row for all data.
+        means: return means (see `reconstruct`) instead of draws.
+        site: the observed site; the first by default.
 
-    Returns a tensor of shape (n, *data_shape).
+    Returns a tensor of shape (n, *data_shape). Raises `UsageError` if ``values`` is empty or
+    names a site that the model does not have.
 
     >>> import torch, pyro_vae as pv
     >>> decode(pv.VAE.mlp((1, 8, 8), latent_dim=3), {"z": torch.zeros(5, 3)}).shape
     torch.Size([5, 1, 8, 8])
     """
     if not values:
-        raise UsageError("values must give at least one latent site, none came")
+        raise UsageError("must give at least one latent site, got none", argument="values")
     given = {name: _given(pair, value, name) for name, value in values.items()}
     batch = template(pair, len(next(iter(given.values()))), context)
     shared = global_latents(pair, batch)
@@ -123,12 +128,12 @@ def reconstruct(
     binarize: str = "dynamic",
     seed: int = 0,
 ) -> Tensor:
-    """Encode data and decode them again: by means throughout, or by draws throughout.
+    """Encode data and decode them again, with means throughout or draws throughout.
 
-    Latents outside the data plate are at their means too, or drawn once for each thousand rows;
-    `pyro_vae.uncertainty` says what their spread does. Data that are classes (categories, tokens)
-    have no mean: in its place is the most probable class, or, where a class is a row of zeros with
-    a one (``OneHotCategorical``), the probability of each.
+    Global latents take their means too, or one draw for each thousand rows. `pyro_vae.uncertainty`
+    measures the effect of their spread. Data that are classes (categories, tokens) have no mean;
+    the result is then the most probable class. If a class is a row of zeros with a one
+    (``OneHotCategorical``), the result is the probability of each class.
 
     Returns a tensor of shape (n, *data_shape).
 
@@ -145,9 +150,9 @@ def reconstruct(
 
 @alone()
 def hidden(pair: nn.Module, x: Rows, *context: Any) -> Tensor:
-    """Which entries of data the model masks: booleans of the shape of x.
+    """Return which entries of the data the model masks: booleans of the shape of x.
 
-    All False where the model observes something of another size in place of x.
+    All are False if the model observes something of another size in place of x.
     """
     parts = []
     with using(pair, seed=0):
@@ -173,20 +178,21 @@ def interpolate(
 
     Arguments:
         start, end: data of n rows each.
-        context: of ``start``, kept along the line.
-        steps: points on each line, both ends counted.
+        context: the context of ``start``; it stays the same along the line.
+        steps: number of points on each line, including both ends.
 
-    Latents that are not real numbers stay those of the nearer end. Returns a tensor of shape
-    (n, steps, *data_shape).
+    Latents that are not real numbers take the values of the nearer end. Returns a tensor of shape
+    (n, steps, *data_shape). Raises `UsageError` if the numbers of rows differ or ``steps`` is
+    below 2.
 
     >>> import torch, pyro_vae as pv
     >>> interpolate(pv.VAE.mlp((4,)), torch.ones(2, 4), torch.zeros(2, 4), steps=5).shape
     torch.Size([2, 5, 4])
     """
     if len(start) != len(end):
-        raise UsageError(f"start has {len(start)} rows, end {len(end)}: as many are expected")
+        raise UsageError(f"`start` has {len(start)} rows but `end` has {len(end)}; they must match")
     if steps < 2:
-        raise UsageError(f"steps must be 2 or more, {steps} came")
+        raise UsageError(f"must be at least 2, got {steps}", argument="steps")
     with using(pair, seed):
         (batch,) = prepared_batches(pair, start, context, binarize, at_once=True)
         (other,) = prepared_batches(pair, end, context, binarize, at_once=True)
@@ -217,26 +223,27 @@ def traverse(
     binarize: str = "dynamic",
     seed: int = 0,
 ) -> Tensor:
-    """Decode the code of one datum with one latent unit at a time set to each of some values.
+    """Decode the code of one datum with one latent unit at a time set to each of these values.
 
     Arguments:
         x, context: one row.
-        values: what the unit is set to; within the support of the latent.
-        latent: which latent site; the first of real numbers by default.
-        units: which units of it; all by default.
+        values: the values of the unit, within the support of the latent.
+        latent: the latent site; by default the first with real numbers.
+        units: the units of this site; all by default.
 
-    Returns a tensor of shape (units, values, *data_shape).
+    Returns a tensor of shape (units, values, *data_shape). Raises `UsageError` for more than one
+    row, for a pair without local latents, and for a value outside the support.
 
     >>> import torch, pyro_vae as pv
     >>> traverse(pv.VAE.mlp((4,), latent_dim=3), torch.ones(1, 4)).shape
     torch.Size([3, 7, 4])
     """
     if len(values) < 1:
-        raise UsageError("values must hold one number or more, none came")
+        raise UsageError("must contain at least one number, got none", argument="values")
     with using(pair, seed):
         (batch,) = prepared_batches(pair, x, context, binarize, at_once=True)
         if len(batch[0]) != 1:
-            raise UsageError(f"traverse starts from one datum, {len(batch[0])} came")
+            raise UsageError(f"must contain one datum, got {len(batch[0])}", argument="x")
         shared = global_latents(pair, batch)
         given = latent_values(pair, batch, True)
         codes = {name: value for name, value in given.items() if name not in shared}
@@ -244,15 +251,20 @@ def traverse(
         real = [name for name in codes if name in supports and not supports[name].is_discrete]
         if not codes:
             raise UsageError(
-                f"{type(pair).__name__} has no latent in the data plate, whose units could be moved"
+                f"{type(pair).__name__} has no local latent, so traverse has no units to move"
             )
         chosen = latent or (real or list(codes))[0]
         if chosen not in codes:
-            raise UsageError(f"no latent site is called '{chosen}': {', '.join(codes)} are")
+            raise UsageError(
+                f"must be one of {', '.join(codes)}, got '{chosen}'", argument="latent"
+            )
         width = codes[chosen].numel()
         units = range(width) if units is None else units
         if any(not 0 <= unit < width for unit in units):
-            raise UsageError(f"site '{chosen}' has units 0 to {width - 1}, {list(units)} came")
+            raise UsageError(
+                f"of site '{chosen}' must be between 0 and {width - 1}, got {list(units)}",
+                argument="units",
+            )
         n = len(units) * len(values)
         moved = codes[chosen].reshape(1, -1).repeat(n, 1).double()
         moved[torch.arange(n), torch.tensor(units).repeat_interleave(len(values))] = (
@@ -269,7 +281,7 @@ def traverse(
 
 
 def _given(pair: nn.Module, value: Any, name: str) -> Tensor:
-    """A value of a latent site; an array of floats takes the pair's type."""
+    """Return the value of a latent site; an array of floats takes the pair's type."""
     tensor = as_tensor(value, f"the value of '{name}'")
     if isinstance(value, Tensor):
         return tensor
@@ -284,17 +296,18 @@ def _supports(pair: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def _require_inside(name: str, support: Any, values: Tensor) -> None:
-    """Raise `UsageError` for values that a latent cannot have."""
+    """Raise `UsageError` if values are outside the support of a latent."""
     if support is not None and not bool(support.check(values).all()):
         raise UsageError(
-            f"values must be within the support of latent '{name}', which is "
-            f"{'discrete' if support.is_discrete else str(support)}"
+            f"must be within the support of latent '{name}', which is "
+            f"{'discrete' if support.is_discrete else str(support)}",
+            argument="values",
         )
 
 
 def _global_values(
     pair: nn.Module, batch: Batch, means: bool, names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The guide's means or draws of these latents, which are outside the data plate."""
+    """Return the guide's means or draws of these global latents."""
     guide = latents(guide_of(pair, batch, means)) if names else {}
     return {name: guide[name]["value"] for name in names}

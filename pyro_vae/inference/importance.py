@@ -1,4 +1,4 @@
-"""log p(x) by importance sampling, with the guide as proposal."""
+"""Estimates of log p(x) by importance sampling, with the guide as proposal."""
 
 from collections.abc import Callable
 from math import isfinite, log
@@ -23,66 +23,67 @@ from pyro_vae.training.settings import require_engine
 from pyro_vae.training.tracing import Named, traced
 
 CELLS = 2**20
-"""Numbers in the greatest tensor that is made at once: as many as the caches of a core hold."""
+"""Numbers in the largest tensor of one pass; this many fit into the caches of a core."""
 
 SAMPLES = 64
-"""Samples of a datum that are drawn side by side at least, so that the encoder is run seldom."""
+"""Least number of samples of a datum in one pass, so that the encoder runs seldom."""
 
 TRACED_RUNS = 20
-"""Chunks from which on "auto" traces a graph for them."""
+"""From this number of chunks on, "auto" traces a graph."""
 
 COMPILED_CELLS = 5e9
-"""Data times samples times dimensions from which on "auto" compiles that graph."""
+"""From this product of data, samples and dimensions on, "auto" compiles the graph."""
 
 
 class LogLikelihood(NamedTuple):
     """An importance-sampled estimate of log p(x); nats per example."""
 
     value: float
-    """Mean over the data of the estimates: in expectation a lower bound of log p(x)."""
+    """Mean of the estimates over the data; in expectation a lower bound on log p(x)."""
     standard_error: float
-    """Monte Carlo standard error of ``value``, for these data; 0 where the guide is exact, NaN for
-    one sample, which tells nothing of it."""
+    """Monte Carlo standard error of ``value``, for these data. It is 0 if the guide is exact, and
+    NaN for one sample, which gives no error."""
     num_samples: int
     """Importance samples for each datum."""
     per_datum: Tensor
     """The estimate for each datum, of shape (n,)."""
     standard_errors: Tensor
-    """The Monte Carlo standard error of each, by the delta method, of shape (n,)."""
+    """The Monte Carlo standard error of each estimate, by the delta method, of shape (n,)."""
     effective_sample_size: Tensor
-    """(sum w)^2 / sum w^2 of each datum's weights, of shape (n,)."""
+    """(sum w)^2 / sum w^2 over each datum's weights, of shape (n,)."""
     elbo: float
-    """Mean over the data of the ELBO, the mean of the same weights' logarithms."""
+    """Mean of the ELBO over the data: the mean of the logarithms of the same weights."""
     elbo_standard_error: float
     """Monte Carlo standard error of ``elbo``, for these data; NaN for one sample."""
     elbo_per_datum: Tensor
     """The ELBO of each datum, of shape (n,)."""
     elbo_standard_errors: Tensor
-    """The Monte Carlo standard error of each, of shape (n,)."""
+    """The Monte Carlo standard error of each ELBO, of shape (n,)."""
     pareto_k: Tensor
     """The Pareto shape of the tail of each datum's weights (see `pyro_vae.inference.pareto`), of
-    shape (n,): over 0.7 neither estimate nor error can be believed. 0 where the weights are
-    constant up to rounding, infinite where one is, NaN for fewer than 21 samples, which have no
-    tail."""
+    shape (n,). Over 0.7 neither the estimate nor its error is reliable. It is 0 if the weights are
+    constant up to rounding, infinite if a weight is infinite, and NaN for fewer than 21 samples,
+    which have no tail."""
     infinite_weights: Tensor
-    """How many of each datum's weights are infinite or NaN, of shape (n,): where the guide drew
-    what it gives no density itself. The estimate is then infinite or NaN too."""
+    """The number of each datum's weights that are infinite or NaN, of shape (n,). These belong to
+    draws of the guide to which the guide itself gives no density. The estimate is then infinite or
+    NaN too."""
     factors: tuple[str, ...] = ()
-    """The model's ``pyro.factor`` sites: with them p(x) is not normalized, and its logarithm is
-    that of the integral of p(x, z) times the factors, not a log-likelihood."""
+    """The model's ``pyro.factor`` sites. With them p(x) is not normalized: its logarithm is that of
+    the integral of p(x, z) times the factors, and not a log-likelihood."""
 
     def worst(self, number: int = 10) -> Tensor:
-        """The indices of the data whose estimates are least to be trusted, the worst first.
+        """Return the indices of the data with the least reliable estimates, the worst first.
 
-        By k-hat, and by standard error where that is the same. Raises `UsageError` for fewer than
-        21 samples.
+        The order is by k-hat, then by standard error. Raises `UsageError` for fewer than 21
+        samples.
         """
         self._require_tails()
         by_error = self.standard_errors.nan_to_num(torch.inf).argsort(descending=True)
         return by_error[self.pareto_k[by_error].argsort(descending=True, stable=True)][:number]
 
     def as_dict(self) -> dict[str, Any]:
-        """Means, fractions and errors, as metrics.json holds them; what is not finite is None."""
+        """Return means, fractions and errors for metrics.json; what is not finite becomes None."""
         fractions = {
             "median_relative_sample_size": self.effective_sample_size.median() / self.num_samples,
             "fraction_k_over_0.7": (self.pareto_k > 0.7).double().mean(),
@@ -110,7 +111,7 @@ class LogLikelihood(NamedTuple):
 
     @property
     def k_threshold(self) -> float:
-        """The k-hat up to which so many samples are enough
+        """The largest k-hat for which ``num_samples`` are enough
         (`pyro_vae.inference.pareto.threshold`)."""
         return threshold(self.num_samples)
 
@@ -122,15 +123,15 @@ class LogLikelihood(NamedTuple):
             *unnormalized(self.factors),
             ("ELBO", with_error(self.elbo, self.elbo_standard_error)),
             ("samples", f"{self.num_samples} for each of {n} data"),
-            ("effective samples", f"{100 * size:.1f} % in the median"),
+            ("effective samples", f"{100 * size:.1f} % (median)"),
         ]
         if self.num_samples < LEAST:
-            lines.append(("Pareto k", f"takes {LEAST} samples or more"))
+            lines.append(("Pareto k", f"needs at least {LEAST} samples"))
         else:
-            limits = {f"{self.k_threshold:.2f} (enough samples)": self.k_threshold}
+            limits = {f"{self.k_threshold:.2f} (too few samples)": self.k_threshold}
             limits = limits if self.k_threshold < 0.7 else {}
-            limits |= {"0.7 (not to be trusted)": 0.7, "1 (no mean)": 1.0}
-            lines.append(("Pareto k", f"{k.median().item():.2f} in the median"))
+            limits |= {"0.7 (unreliable)": 0.7, "1 (no mean)": 1.0}
+            lines.append(("Pareto k", f"{k.median().item():.2f} (median)"))
             lines += [
                 (f"  over {words}", f"{int((k > limit).sum())} of {n}")
                 for words, limit in limits.items()
@@ -143,13 +144,13 @@ class LogLikelihood(NamedTuple):
     def _require_tails(self) -> None:
         if self.num_samples < LEAST:
             raise UsageError(
-                f"the tail of a datum's weights takes {LEAST} samples or more (num_samples), "
-                f"{self.num_samples} came"
+                f"must be at least {LEAST} for Pareto k, got {self.num_samples}",
+                argument="num_samples",
             )
 
 
 def unnormalized(factors: tuple[str, ...]) -> list[tuple[str, str]]:
-    """A row of a table that says what factors make of log p(x); none without them."""
+    """Return a table row that names the factors in p(x); an empty list if there are no factors."""
     names = ", ".join(factors)
     return [("not normalized", f"p(x) includes the factor {names}")] if factors else []
 
@@ -167,29 +168,34 @@ def log_likelihood(
 ) -> LogLikelihood:
     r"""Estimate log p(x) by importance sampling, with the guide as proposal.
 
-    :math:`\log \hat p(x) = \log \tfrac1K \sum_k p(x, z_k)/q(z_k|x),\ z_k \sim q(z|x)`, whose
-    expectation is below :math:`\log p(x)` and reaches it as K grows. Standard errors are those of
-    the delta method, :math:`\mathrm{sd}(w)/(\bar w \sqrt K)`. Enumerated latents are summed out of
-    each weight; where there are no others, the estimate is log p(x) itself.
+    The estimate is :math:`\log \hat p(x) = \log \tfrac1K \sum_k p(x, z_k)/q(z_k|x),\
+    z_k \sim q(z|x)`. Its expectation is below :math:`\log p(x)` and converges to it as K grows.
+    Standard errors use the delta method, :math:`\mathrm{sd}(w)/(\bar w \sqrt K)`. Enumerated
+    latents are summed out of each weight. If all latents are enumerated, the estimate is exact.
 
     Arguments:
-        num_samples: K for each datum, any number: memory grows with its root at most.
+        pair: any pair.
+        x, context: data, as `pyro_vae.fit` takes them.
+        num_samples: K for each datum. Memory grows with the square root of K at most.
+        binarize, seed: as in `pyro_vae.evaluate`.
         engine: "eager", "traced", "compiled" or "auto", as in `pyro_vae.fit`.
+        progress: show a bar.
 
-    Latents w outside the data plate, such as weights of a decoder, are drawn with z, and the
-    weights are :math:`p(x, z|w)/q(z|x)`: the estimate is of the posterior predictive density
-    :math:`\log E_{q(w)}[p(x|w)]`, given the data that q(w) was fitted to, and no bound on log p(x)
-    under the prior of w. Data then share draws of w, and ``standard_error`` is an upper bound.
+    Global latents w, such as the weights of a decoder, are drawn with z, and the weights are
+    :math:`p(x, z|w)/q(z|x)`. The estimate is then that of the posterior predictive density
+    :math:`\log E_{q(w)}[p(x|w)]`, given the training data of q(w). It is not a bound on log p(x)
+    under the prior of w. All data share draws of w, and ``standard_error`` is an upper bound.
 
-    Raises `UsageError` for a pair that observes data outside the data plate, for which log p(x) of
-    a datum is not defined by these weights. Burda, Grosse & Salakhutdinov, 2016.
+    Raises `UsageError` for a pair that observes data outside the data plate, because these weights
+    then do not define log p(x) of a datum. Burda, Grosse & Salakhutdinov, 2016
+    (https://arxiv.org/abs/1509.00519).
 
     >>> import torch, pyro_vae as pv
     >>> pv.log_likelihood(pv.VAE.mlp((4,)), torch.ones(8, 4), num_samples=100).per_datum.shape
     torch.Size([8])
     """
     if num_samples < 1:
-        raise UsageError(f"num_samples must be 1 or more, {num_samples} came")
+        raise UsageError(f"must be at least 1, got {num_samples}", argument="num_samples")
     rows, prepare = held_rows(pair, x, context, binarize)
     return estimate(pair, rows, prepare, num_samples, seed, engine, progress)
 
@@ -203,9 +209,9 @@ def estimate(
     engine: str,
     progress: bool,
 ) -> LogLikelihood:
-    """`log_likelihood` of rows that are already checked and binarised."""
+    """Compute `log_likelihood` of rows that are already checked and binarized."""
     require_engine(engine)
-    values: list[tuple[Tensor, ...]] = []
+    found: list[_Weighed] = []
     with using(pair, seed):
         first = prepare(next(iter(rows.batches(2))))
         nesting, vectorized, widest = structure(pair, first)
@@ -220,58 +226,49 @@ def estimate(
         sums = _sums(pair, nesting, vectorized, engine, chunk * batch_size)
         with bar(progress, len(rows), "log p(x)") as shown:
             for batch in rows.batches(batch_size):
-                values.append(_weigh(sums, prepare(batch), num_samples, chunk))
+                found.append(_weighed(sums, prepare(batch), num_samples, chunk))
                 shown.update(len(batch[0]))
         shared = bool(global_latents(pair, first))
         terms = folding.factors_of(pair, first)
         modes = fold_plan.known(pair).modes
-    per_datum, errors, ess, elbos, elbo_errors, shapes, infinite = map(
-        torch.cat, zip(*values, strict=True)
-    )
+    weighed = _Weighed(*map(torch.cat, zip(*found, strict=True)))
     if modes and num_samples >= LEAST:
-        # A Delta leaves values of a discrete latent out: more samples never find them.
-        shapes = torch.full_like(shapes, torch.inf)
+        # A Delta omits values of a discrete latent, and more samples never find them.
+        weighed = weighed._replace(pareto_k=torch.full_like(weighed.pareto_k, torch.inf))
     return LogLikelihood(
-        per_datum.mean().item(),
-        _error_of_mean(errors, shared),
-        num_samples,
-        per_datum,
-        errors,
-        ess,
-        elbos.mean().item(),
-        _error_of_mean(elbo_errors, shared),
-        elbos,
-        elbo_errors,
-        shapes,
-        infinite,
-        terms,
+        value=weighed.per_datum.mean().item(),
+        standard_error=_error_of_mean(weighed.standard_errors, shared),
+        num_samples=num_samples,
+        elbo=weighed.elbo_per_datum.mean().item(),
+        elbo_standard_error=_error_of_mean(weighed.elbo_standard_errors, shared),
+        factors=terms,
+        **weighed._asdict(),
     )
 
 
 def _error_of_mean(errors: Tensor, shared: bool) -> float:
-    """The error of the mean over data, at most, where all data share draws."""
+    """Return the error of the mean over data; an upper bound if all data share draws."""
     return (errors.mean() if shared else errors.square().sum().sqrt() / len(errors)).item()
 
 
 def all_log_weights(pair: nn.Module, batch: Batch, num_samples: int) -> Tensor:
-    """The log weights of so many draws for each datum of a prepared batch, all of them, in float64:
-    of shape (num_samples, batch). To be called where the pair is in use
-    (`pyro_vae.pairs.scope.using`).
+    """Return all log weights of a prepared batch, of shape (num_samples, batch), in float64.
 
-    For what needs more than `log_likelihood` keeps: differences of draws, and tails.
+    `gaps` needs them for differences of draws and for tails; `log_likelihood` keeps only sums. Call
+    this function within `pyro_vae.pairs.scope.using`.
     """
     nesting, vectorized, widest = structure(pair, tuple(tensor[:2] for tensor in batch))
-    beside = min(SAMPLES, num_samples) if vectorized else 1
-    rows = max(1, min(len(batch[0]), CELLS // (widest * beside)))
+    at_once = min(SAMPLES, num_samples) if vectorized else 1
+    rows = max(1, min(len(batch[0]), CELLS // (widest * at_once)))
     if vectorized:
-        beside = max(1, min(num_samples, CELLS // (widest * rows)))
+        at_once = max(1, min(num_samples, CELLS // (widest * rows)))
 
     def some(part: Batch, draws: int) -> Tensor:
         if vectorized:
             return log_weights(pair, part, draws, nesting)
         return log_weights_alone(pair, part, nesting)[None]
 
-    draws = [min(beside, num_samples - start) for start in range(0, num_samples, beside)]
+    draws = [min(at_once, num_samples - start) for start in range(0, num_samples, at_once)]
     parts = zip(*(tensor.split(rows) for tensor in batch), strict=True)
     found = [torch.cat([some(part, number) for number in draws]) for part in parts]
     return torch.cat(found, 1).double()
@@ -280,8 +277,11 @@ def all_log_weights(pair: nn.Module, batch: Batch, num_samples: int) -> Tensor:
 def _sums(
     pair: nn.Module, nesting: int, vectorized: bool, engine: str, full: int
 ) -> Callable[..., Named]:
-    """What gives the log weights of so many draws for each datum, the weights and their squares
-    summed, in logarithms, and the logarithms and their squares summed."""
+    """Return a function from empty draws and a batch to log weights and their sums over draws.
+
+    The sums are those of the weights and of their squares, as logarithms, and those of the log
+    weights and of their squares.
+    """
 
     def function(draws: Tensor, *batch: Tensor) -> Named:
         if vectorized:
@@ -297,20 +297,29 @@ def _sums(
             "squared logs": weights.square().sum(0),
         }
 
-    graph = traced(pair, function, engine, "weighed")
+    graph = traced(pair, function, engine, "evaluated")
 
     def run(draws: Tensor, *batch: Tensor) -> Named:
-        whole = len(draws) * len(batch[0]) == full  # what is over is seldom
+        whole = len(draws) * len(batch[0]) == full  # a smaller rest is rare and needs no graph
         return (graph if whole else function)(draws, *batch)
 
     return run
 
 
-def _weigh(
-    sums: Callable[..., Named], batch: Batch, num_samples: int, chunk: int
-) -> tuple[Tensor, ...]:
-    """Estimate, standard error and effective sample size of each datum, then its ELBO and the
-    standard error of that, the shape of its tail and its infinite weights, by chunks of samples."""
+class _Weighed(NamedTuple):
+    """The fields of `LogLikelihood` that have an entry for each datum, of shape (n,)."""
+
+    per_datum: Tensor
+    standard_errors: Tensor
+    effective_sample_size: Tensor
+    elbo_per_datum: Tensor
+    elbo_standard_errors: Tensor
+    pareto_k: Tensor
+    infinite_weights: Tensor
+
+
+def _weighed(sums: Callable[..., Named], batch: Batch, num_samples: int, chunk: int) -> _Weighed:
+    """Compute the estimates of each datum of a batch from chunks of samples."""
     n = len(batch[0])
     first = torch.full((n,), -torch.inf, dtype=torch.float64)
     second, least = first.clone(), -first
@@ -336,14 +345,22 @@ def _weigh(
     shapes = torch.full_like(first, torch.nan)
     if num_samples >= LEAST:
         shapes = _shapes(greatest.values(), least, torch.finfo(batch[0].dtype).eps)
-    return first - log(num_samples), errors, 1 / ratio, elbo, elbo_errors, shapes, infinite.long()
+    return _Weighed(
+        per_datum=first - log(num_samples),
+        standard_errors=errors,
+        effective_sample_size=1 / ratio,
+        elbo_per_datum=elbo,
+        elbo_standard_errors=elbo_errors,
+        pareto_k=shapes,
+        infinite_weights=infinite.long(),
+    )
 
 
 def relative_error(ratio: Tensor, number: int) -> Tensor:
-    r"""The standard error of the mean of so many weights over that mean.
+    r"""Return the standard error of the mean of K weights, relative to that mean.
 
-    :math:`\sqrt{\tfrac{K}{K - 1} (r - \tfrac1K)}` for :math:`r = \sum w^2 / (\sum w)^2`; NaN for
-    one weight, which tells nothing of its error.
+    It is :math:`\sqrt{\tfrac{K}{K - 1} (r - \tfrac1K)}` with :math:`r = \sum w^2 / (\sum w)^2`,
+    and NaN for one weight, which gives no error.
     """
     if number == 1:
         return torch.full_like(ratio, torch.nan)
@@ -351,7 +368,7 @@ def relative_error(ratio: Tensor, number: int) -> Tensor:
 
 
 def _shapes(greatest: Tensor, least: Tensor, rounding: float) -> Tensor:
-    """The shapes of the tails of log weights; 0 where all weights differ by rounding alone."""
+    """Return the shapes of the tails of log weights; 0 if the weights differ only by rounding."""
     spread, size = greatest[:, 0] - least, greatest[:, 0].abs().clamp(min=1)
     constant = torch.isfinite(size) & (spread <= 100 * rounding * size)
     return torch.where(constant, 0.0, shape_of_greatest(greatest))

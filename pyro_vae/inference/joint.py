@@ -1,9 +1,9 @@
 """log p(x, z) and log q(z|x) of any pair as functions of one vector of real numbers per datum.
 
-What moves through the space of latents, annealing and NUTS, sees no sites, supports or plates, but
-a vector z of D real numbers for each datum and each particle: every latent site of the model,
-mapped from its support to the real numbers, with the Jacobian counted. Enumerated latents are
-summed out and take no place in it.
+Annealing and NUTS move through the space of latents. They do not see sites, supports or plates,
+but a vector z of D real numbers for each datum and each particle. The vector contains every latent
+site of the model, mapped from its support to the real numbers; the densities include the Jacobian.
+Enumerated latents are summed out and are not part of the vector.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,14 +35,14 @@ from pyro_vae.pairs.weights import structure
 from pyro_vae.training.tracing import Named, traced
 
 PROBES = 3
-"""Draws at which a coordinate's gradient must be 0 to be taken for one that nothing depends on."""
+"""Number of draws. A coordinate counts as unused if its gradient is 0 at all of them."""
 
 
 class Slot(NamedTuple):
-    """Where a site stands in the vector, and how its numbers are laid out.
+    """The position of a site in the vector, and the layout of its numbers.
 
-    ``inner`` are the sizes of the plates within a datum, ``event`` the shape of one unconstrained
-    value, ``event_dim`` the dimensions of a value on its support.
+    ``inner`` contains the sizes of the plates within a datum. ``event`` is the shape of one
+    unconstrained value. ``event_dim`` is the number of event dimensions of a value on its support.
     """
 
     start: int
@@ -58,18 +58,18 @@ class Slot(NamedTuple):
 class Joint:
     r"""The densities of a pair at vectors z of shape (particles, n, D), and their gradients.
 
-    :math:`\log p(x, z) = \log \sum_e p(x, f(z), e) + \log |\det f'(z)|`, with f from the real
-    numbers to the supports of the model's latents and e the enumerated ones; log q(z|x) is that of
-    the guide, likewise. Nats per datum.
+    :math:`\log p(x, z) = \log \sum_e p(x, f(z), e) + \log |\det f'(z)|`, where f maps the real
+    numbers to the supports of the model's latents and e are the enumerated latents. log q(z|x) is
+    defined in the same way for the guide. Densities are in nats per datum.
 
     Arguments:
         pair: any pair.
-        batch: two rows, by which its latents are found.
+        batch: two rows, which serve to find the latents.
 
-    ``gradients`` and ``joint_gradient`` are run eagerly until `use` says how.
-    Every method takes tensors of one batch, and is to be used within `pyro_vae.pairs.scope.using`.
-    Raises `UsageError`, naming the site, for latents outside the data plate, discrete ones that
-    are not enumerated, and those whose guide has a density at its own draws alone.
+    ``gradients`` and ``joint_gradient`` run eagerly until you call `use`. Every method takes the
+    tensors of one batch; call it within `pyro_vae.pairs.scope.using`. Raises `UsageError` for
+    latents that are not local, for discrete latents that are not enumerated, and for latents whose
+    guide knows its density only at its own draws; the error names the site.
     """
 
     def __init__(self, pair: nn.Module, batch: Batch) -> None:
@@ -86,24 +86,24 @@ class Joint:
         self.joint_gradient: Callable[..., Named] = self._joint_gradient
 
     def use(self, engine: str) -> None:
-        """Compute gradients by this engine: "eager", "traced" or "compiled"."""
-        self.gradients = traced(self.pair, self._gradients, engine, "moved")
-        self.joint_gradient = traced(self.pair, self._joint_gradient, engine, "moved")
+        """Compute gradients with this engine: "eager", "traced" or "compiled"."""
+        self.gradients = traced(self.pair, self._gradients, engine, "evaluated")
+        self.joint_gradient = traced(self.pair, self._joint_gradient, engine, "evaluated")
 
     def draw(self, number: int, *batch: Tensor) -> Tensor:
-        """Draws of the guide, of shape (number, n, D)."""
+        """Draw from the guide; returns shape (number, n, D)."""
         return self._drawn(number, batch, lambda: trace_guide(self.pair, batch))
 
     def draw_prior(self, number: int, *batch: Tensor) -> Tensor:
-        """Draws of the model's latents, which do not know x, of shape (number, n, D)."""
+        """Draw the model's latents from their prior; returns shape (number, n, D)."""
         return self._drawn(number, batch, lambda: trace(cast(Pair, self.pair).model, batch))
 
     def unconstrained(self, values: Mapping[str, Tensor], *batch: Tensor) -> Tensor:
-        """Values of the sites, as the model draws them, as vectors of shape (1, n, D)."""
+        """Map values of the sites, as the model draws them, to vectors of shape (1, n, D)."""
         return self._read(values, batch, None)
 
     def constrained(self, z: Tensor, *batch: Tensor) -> dict[str, Tensor]:
-        """The values of the sites at z, each of shape (particles, n, *plates within, *event)."""
+        """Return values of the sites at z, each of shape (particles, n, *inner plates, *event)."""
         blocks = []
         for block in self._blocks(z):
             placed = _Placed(self._sites(block))
@@ -116,21 +116,21 @@ class Joint:
         }
 
     def log_joint(self, z: Tensor, *batch: Tensor) -> Tensor:
-        """log p(x, z), of shape (particles, n)."""
+        """Return log p(x, z), of shape (particles, n)."""
         return self._densities(z, batch, guide=False)[0]
 
     def log_guide(self, z: Tensor, *batch: Tensor) -> Tensor:
-        """log q(z|x), of shape (particles, n)."""
+        """Return log q(z|x), of shape (particles, n)."""
         return self._densities(z, batch)[1]
 
     def counts(self, *batch: Tensor) -> Tensor:
-        """Which coordinates p(x, z) depends on, of shape (n, D): padding of sequences is none."""
+        """Return whether p(x, z) depends on each coordinate, (n, D); false for padding."""
         z = self.draw(PROBES, *batch)
         gradient = self._joint_gradient(z + torch.randn_like(z), *batch)["joint gradient"]
         return (gradient != 0).any(0)
 
     def _gradients(self, z: Tensor, *batch: Tensor) -> Named:
-        """Both densities (particles, n) and their gradients (particles, n, D)."""
+        """Return both densities (particles, n) and their gradients (particles, n, D)."""
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             joint, guide = self._densities(z, batch)
@@ -147,8 +147,8 @@ class Joint:
         return {"joint": joint.detach(), "joint gradient": gradient}
 
     def _densities(self, z: Tensor, batch: Batch, guide: bool = True) -> tuple[Tensor, Tensor]:
-        """log p(x, z) and log q(z|x); the latter is left at 0 without ``guide``."""
-        with pyro.validation_enabled(False):  # a trajectory may leave what numbers can express
+        """Return log p(x, z) and log q(z|x); log q is 0 if ``guide`` is false."""
+        with pyro.validation_enabled(False):  # a trajectory may overflow
             found = [self._block(block, batch, guide) for block in self._blocks(z)]
         joint, proposal = (torch.cat(column) for column in zip(*found, strict=True))
         return joint, proposal
@@ -199,7 +199,7 @@ class Joint:
         return torch.cat(found)
 
     def _read(self, values: Mapping[str, Tensor], batch: Batch, size: int | None) -> Tensor:
-        """The vectors (particles, n, D) of values of the sites, in a plate of this size or none."""
+        """Map values of the sites to vectors (particles, n, D), in a plate of this size if any."""
         read = _Read({name: values[name] for name in self.places})
         with nullcontext() if size is None else self._plate(size), read:
             trace(cast(Pair, self.pair).model, batch)
@@ -210,7 +210,7 @@ class Joint:
         return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts], -1)
 
     def _blocks(self, z: Tensor) -> tuple[Tensor, ...]:
-        """The particles that a pair takes at once."""
+        """Split z into the particles that fit into one pass."""
         return (z,) if self.vectorized else z.split(1)
 
     def _plate(self, size: int) -> Any:
@@ -219,7 +219,7 @@ class Joint:
         return pyro.plate("particles", size, dim=-1 - self.nesting)
 
     def _sites(self, z: Tensor) -> dict[str, Tensor]:
-        """The unconstrained value of each site, laid out as the pair has it."""
+        """Return the unconstrained value of each site, in the layout of the pair."""
         lead = (len(z),) if self.vectorized else ()
         found = {}
         for name, place in self.places.items():
@@ -231,14 +231,14 @@ class Joint:
         return found
 
     def _by_datum(self, value: Tensor, place: Slot) -> Tensor:
-        """A value as the pair has it as (particles, n, *plates within, *event)."""
+        """Move a value from the layout of the pair to (particles, n, *inner plates, *event)."""
         right = len(place.inner) + 1 + place.event_dim
         value = value.reshape(-1, *value.shape[value.dim() - right :])
         return value.movedim(1 + len(place.inner), 1)
 
 
 class _Placed(Messenger):
-    """Latents take the values that these unconstrained ones stand for."""
+    """Sets latents to the values of these unconstrained numbers."""
 
     def __init__(self, free: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class _Placed(Messenger):
         self.log_dets: dict[str, Tensor] = {}
 
     def gives(self, name: str, support: Any) -> Tensor | None:
-        """The value that a site is given, if any."""
+        """Return the value for a site, if this handler sets one."""
         free = self.free.get(name)
         return None if free is None else _to_support(name, None, support)(free)
 
@@ -257,7 +257,8 @@ class _Placed(Messenger):
             value = transform(free)
             if value.dim() - msg["fn"].event_dim > free.dim() - _free_dim(msg["fn"], transform):
                 raise UsageError(
-                    f"the support of site '{msg['name']}' depends on an enumerated one"
+                    f"the support of site '{msg['name']}' depends on an enumerated site; annealing "
+                    "and NUTS need one support for all values"
                 )
             self.values[msg["name"]] = msg["value"] = value
             msg["done"] = True
@@ -265,7 +266,7 @@ class _Placed(Messenger):
 
 
 class _Read(Given):
-    """Latents are given values, and what these are without their constraints is noted."""
+    """Sets latents to given values and records the unconstrained numbers for them."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         super().__init__(values)
@@ -278,22 +279,22 @@ class _Read(Given):
 
 
 def _to_support(name: str, fn: Any, support: Any = None) -> Any:
-    """The map from the real numbers to the support of a distribution."""
+    """Return the map from the real numbers to the support of a distribution."""
     support = support or fn.support
     try:
         return biject_to(support)
     except NotImplementedError:
-        # That of a mixture is the one of its components.
+        # The support of a mixture is the support of its components.
         if isinstance(getattr(support, "base_constraint", None), constraints.Constraint):
             return _to_support(name, fn, support.base_constraint)
         raise UsageError(
-            f"site '{name}' ({type(fn).__name__}) has a support ({support}) that is not mapped to "
-            "real numbers"
+            f"site '{name}' ({type(fn).__name__}) has a support ({support}) that torch cannot map "
+            "to real numbers"
         ) from None
 
 
 def _log_det(site: Site, transform: Any, free: Tensor) -> Tensor:
-    """The logarithm of the Jacobian of a site, of its batch shape, without what a mask hides."""
+    """Return the log Jacobian of a site, of its batch shape, without masked entries."""
     while isinstance(transform, IndependentTransform):
         transform = transform.base_transform
     log_det = transform.log_abs_det_jacobian(free, site["value"])
@@ -304,7 +305,7 @@ def _log_det(site: Site, transform: Any, free: Tensor) -> Tensor:
 
 
 def _free_dim(fn: Any, transform: Any) -> int:
-    """The event's dimensions without its constraint."""
+    """Return the number of event dimensions of the unconstrained value."""
     return fn.event_dim - transform.codomain.event_dim + transform.domain.event_dim
 
 
@@ -314,32 +315,34 @@ def _scored(site: Site, of_guide: bool) -> Tensor:
     except (NotImplementedError, KeyError) as error:
         raise UsageError(
             f"the density of site '{site['name']}' of the {'guide' if of_guide else 'model'} "
-            f"cannot be evaluated at a value that is given: {first_line(error)}"
+            f"cannot be evaluated at a given value: {first_line(error)}"
         ) from error
 
 
 def _moving(model: Trace, guide: Trace) -> list[str]:
-    """The latents that are not summed out; `UsageError` for those that have no such vector."""
+    """Return the latents that are not summed out; raise `UsageError` for unsupported latents."""
     ours, theirs = latents(model), latents(guide)
     marked = enumeration.to_enumerate(model, guide)
     for name, site in (ours | theirs).items():
         if not is_local(site):
             raise UsageError(
-                f"site '{name}' is outside the data plate: it is no latent of one datum"
+                f"latent site '{name}' is not local, but this tool needs latents of one datum"
             )
         if name in theirs and is_delta(theirs[name]["fn"]):
             raise UsageError(
-                f"the guide of site '{name}' is a Delta, whose density is known at its draws alone"
+                f"the guide of site '{name}' is a Delta, whose density is known only at its draws"
             )
         if name not in marked and (site["fn"].support.is_discrete or name not in theirs):
             raise UsageError(
-                f"site '{name}' is discrete and not summed out (enumerated)"
+                f"latent site '{name}' is discrete, so it must be enumerated"
                 if site["fn"].support.is_discrete
-                else f"site '{name}' is none of the guide"
+                else f"latent site '{name}' is not a site of the guide"
             )
     names = [name for name in ours if name not in marked]
     if not names:
-        raise UsageError("every latent is summed out (enumerated): log p(x) is exact as it is")
+        raise UsageError(
+            "all latents are summed out (enumerated), so log p(x) from log_likelihood is exact"
+        )
     return names
 
 

@@ -1,4 +1,4 @@
-"""NUTS on the same model: what the posterior of a datum is, against what the guide says."""
+"""NUTS on the same model: the exact posterior of a datum, compared with the guide."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,17 +23,17 @@ from pyro_vae.pairs.threads import alone
 from pyro_vae.training.settings import require_engine
 
 STARTS = 10
-"""Draws of the prior for each chain, the first finite ones of which are where chains start."""
+"""Draws of the prior for each chain. Chains start at the first draws with a finite density."""
 
 PER_UNIT = 5
-"""Transitions of the warm-up for each unit from which on all correlations are adapted to."""
+"""Least number of warm-up transitions for each unit to adapt a full mass matrix."""
 
 AGREEING_R_HAT = 1.01
-"""The R-hat up to which chains agree (Vehtari et al., 2021, https://arxiv.org/abs/1903.08008)."""
+"""Chains agree up to this R-hat (Vehtari et al., 2021, https://arxiv.org/abs/1903.08008)."""
 
 
 class Moments(NamedTuple):
-    """Moments of draws, by unit."""
+    """Moments of draws for each unit."""
 
     mean: Tensor
     """Means, of shape (n, units)."""
@@ -45,40 +45,40 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class Posterior:
-    """Draws of the posterior of a few data by NUTS, and of the guide beside them.
+    """Draws of the posterior of a few data by NUTS, and draws of the guide for comparison.
 
-    A unit is one number of a latent site; those of all sites stand side by side, named by
-    ``units``. Units that do not vary, padding of sequences or what a mask hides, have NaN for all
-    that is measured.
+    A unit is one number of a latent site. The units of all sites are concatenated; ``units`` has
+    their names. Units that do not vary (padding of sequences and masked entries) have NaN in all
+    results.
     """
 
     draws: dict[str, Tensor]
     """Draws of each latent site by NUTS, of shape (chains, draws, n, *event)."""
     guide_draws: dict[str, Tensor]
-    """As many of the guide, of shape (draws, n, *event)."""
+    """The same total number of draws of the guide, of shape (draws, n, *event)."""
     units: tuple[str, ...]
     """The names of the units, such as "z[0]"."""
     r_hat: Tensor
-    """Split R-hat of ranks, and of ranks of distances from the median, whichever is greater, of
-    shape (n, units): over 1.01 the chains do not agree."""
+    """Rank-normalized split R-hat of the draws and of their distances from the median (folded),
+    the larger of the two, of shape (n, units). Over 1.01 the chains do not agree."""
     effective_sample_size: Tensor
-    """Independent draws that the chains are worth for a mean, of shape (n, units)."""
+    """Number of independent draws with the same information about a mean, of shape (n, units)."""
     divergences: Tensor
-    """Transitions after the warm-up that diverged, of each datum, of shape (n,)."""
+    """Number of transitions after the warm-up that diverged, for each datum, of shape (n,)."""
 
     @cached_property
     def moves(self) -> Tensor:
-        """Which units vary, of shape (n, units): those that p(x, z) depends on."""
+        """Which units vary, of shape (n, units): those on which p(x, z) depends."""
         return _vary(_flat(self.draws, 2))
 
     @cached_property
     def moments(self) -> Moments:
-        """Of the posterior."""
+        """The moments of the posterior."""
         return _moments(_flat(self.draws, 2).flatten(0, 1), self.moves)
 
     @cached_property
     def guide_moments(self) -> Moments:
-        """Of the guide."""
+        """The moments of the guide."""
         return _moments(_flat(self.guide_draws, 1), self.moves)
 
     @property
@@ -88,21 +88,22 @@ class Posterior:
 
     @property
     def shift(self) -> Tensor:
-        """The guide's means less the posterior's, in its standard deviations, (n, units)."""
+        """Means of the guide minus those of the posterior, of shape (n, units), in standard
+        deviations of the posterior."""
         p, q = self.moments, self.guide_moments
         return (q.mean - p.mean) / p.standard_deviation
 
     @property
     def scale_ratio(self) -> Tensor:
-        """The guide's standard deviations over the posterior's, of shape (n, units)."""
+        """Standard deviations of the guide divided by those of the posterior, (n, units)."""
         return self.guide_moments.standard_deviation / self.moments.standard_deviation
 
     @property
     def disagreement(self) -> Tensor:
-        r"""How far guide and posterior are apart, in nats, of shape (n, units).
+        r"""The distance between guide and posterior, in nats, of shape (n, units).
 
-        :math:`\tfrac12 (r^2 + d^2 - 1) - \log r` with r the ``scale_ratio`` and d the ``shift``:
-        the KL of two normals with their moments.
+        It is :math:`\tfrac12 (r^2 + d^2 - 1) - \log r` with r the ``scale_ratio`` and d the
+        ``shift``: the KL of two normals with these moments.
         """
         ratio = self.scale_ratio
         return 0.5 * (ratio.square() + self.shift.square() - 1) - ratio.log()
@@ -113,7 +114,7 @@ class Posterior:
         return (_greatest(self.r_hat) <= AGREEING_R_HAT) & (self.divergences == 0)
 
     def as_dict(self) -> dict[str, Any]:
-        """What was found, over data and units, as metrics.json holds it; NaN is None."""
+        """Return the results over data and units for metrics.json; NaN becomes None."""
         chains, draws, n = next(iter(self.draws.values())).shape[:3]
         correlated = self.guide_moments.correlation - self.moments.correlation
         found = {
@@ -144,11 +145,11 @@ class Posterior:
         lines = [
             ("chains", f"{chains} of {draws} draws for each of {n} data"),
             ("data whose chains agree", f"{found['agree']} of {n}"),
-            ("R-hat", f"{number('greatest_r_hat')} at most"),
-            ("effective draws", f"{0 if size is None else size:.0f} at least"),
+            ("R-hat", f"{number('greatest_r_hat')} (maximum)"),
+            ("effective draws", f"{0 if size is None else size:.0f} (minimum)"),
             ("divergences", f"{found['divergences']}"),
             ("guide's mean off by", f"{number('mean_shift')} standard deviations"),
-            ("guide's scale", f"{number('mean_scale_ratio')} of the posterior's"),
+            ("guide's scale", f"{number('mean_scale_ratio')} times the posterior's"),
             ("guide's correlations", f"off by {number('mean_correlation_error')}"),
             ("disagreement", f"{number('mean_disagreement')} nats for each unit"),
         ]
@@ -169,25 +170,30 @@ def nuts(
     engine: str = "auto",
     progress: bool = True,
 ) -> Posterior:
-    r"""Draw from the posterior of a few data by NUTS, on the very model that the guide serves.
+    r"""Draw from the exact posterior of a few data by NUTS, with the same model.
 
     Pyro's NUTS moves the latents of one datum, mapped to the real numbers, under
-    :math:`-\log p(x, z)`; enumerated latents are summed out. Chains start at draws of the prior,
-    far from each other and without regard to the guide that they shall judge.
+    :math:`-\log p(x, z)`. Enumerated latents are summed out. Chains start at draws of the prior,
+    so they are far from each other and independent of the guide.
 
     Arguments:
-        x, context: the data, a few: each takes chains times (warm-up + draws) transitions of a
-            few to some hundred evaluations of the gradient, about a millisecond each.
-        num_draws: of each chain.
-        warmup: transitions before, in which the step size and the mass matrix are adapted: a full
-            one where there are five of them for each unit, else a diagonal one.
-        target_acceptance: greater values take smaller steps, against divergences.
-        engine: how gradients are computed: "auto" traces a graph of them.
+        pair: any pair whose latents are continuous or enumerated.
+        x, context: a few data. Each datum needs chains times (warm-up + draws) transitions. A
+            transition evaluates the gradient from a few to some hundred times, about a millisecond
+            each.
+        num_draws: number of draws of each chain.
+        warmup: number of transitions before them, which adapt the step size and the mass matrix.
+            The matrix is full if there are five transitions for each unit, and diagonal otherwise.
+        num_chains: number of chains.
+        target_acceptance: larger values give smaller steps, which reduces divergences.
+        binarize, seed: as in `pyro_vae.evaluate`.
+        engine: how gradients are computed; "auto" traces a graph of them.
+        progress: show a bar if the run takes over two seconds.
 
-    Raises `UsageError`, naming the site, for latents outside the data plate, discrete ones that are
-    not enumerated, and those that the guide gives no density; and for fewer than two chains of four
-    draws.
-    Hoffman & Gelman, The No-U-Turn sampler, 2014.
+    Raises `UsageError` for latents that are not local, for discrete latents that are not
+    enumerated, and for latents whose guide has no density; the error names the site. Also raises
+    it for fewer than two chains or four draws.
+    Hoffman & Gelman, The No-U-Turn sampler, 2014 (https://arxiv.org/abs/1111.4246).
 
     >>> import torch, pyro_vae as pv
     >>> vae, x = pv.VAE.mlp((4,), latent_dim=2, hidden=()), torch.ones(1, 4)
@@ -201,7 +207,7 @@ def nuts(
         ("warmup", warmup, 1),
     ):
         if value < least:
-            raise UsageError(f"{name} must be {least} or more, {value} came")
+            raise UsageError(f"must be at least {least}, got {value}", argument=name)
     rows, prepare = held_rows(pair, x, context, binarize)
     parts = [prepare(batch) for batch in rows.batches(len(rows))]
     batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
@@ -218,7 +224,7 @@ def nuts(
         for i in range(n):
             datum = tuple(tensor[i : i + 1] for tensor in batch)
             for chain in range(num_chains):
-                # What does not count is the same in all chains, and so is seen not to vary.
+                # Unused coordinates are equal in all chains, so `moves` finds them.
                 start = torch.where(counts[i], starts[chain, i], starts[0, i])
                 z[chain, :, i] = start
                 if not counts[i].any():
@@ -252,14 +258,18 @@ def nuts(
 
 
 def rank_r_hat(draws: Tensor) -> Tensor:
-    """The R-hat of Vehtari et al., 2021, of location or spread, of draws (chains, draws, ...)."""
+    """Return the rank-normalized, folded split R-hat (Vehtari et al., 2021) of draws.
+
+    Draws have shape (chains, draws, ...). The result is the larger of the R-hats of location and
+    of spread.
+    """
     apart = (draws - draws.flatten(0, 1).quantile(0.5, 0)).abs()
     by_rank = [split_gelman_rubin(_normal_scores(part), 0, 1) for part in (draws, apart)]
     return torch.maximum(*by_rank)
 
 
 def _normal_scores(draws: Tensor) -> Tensor:
-    """Normal quantiles at the ranks of draws among those of all chains; ties share theirs."""
+    """Return normal quantiles of the ranks of draws among all chains; ties share a rank."""
     values = draws.flatten(0, 1).movedim(0, -1).contiguous()
     ordered = values.sort(-1).values
     least, most = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
@@ -268,7 +278,7 @@ def _normal_scores(draws: Tensor) -> Tensor:
 
 
 class _Energy(torch.autograd.Function):
-    """A value whose gradient comes with it."""
+    """A value with a gradient that is already known."""
 
     @staticmethod
     def forward(ctx: Any, moving: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -283,7 +293,7 @@ class _Energy(torch.autograd.Function):
 def _potential(
     joint: Joint, datum: Batch, start: Tensor, counts: Tensor
 ) -> Callable[[dict[str, Tensor]], Tensor]:
-    """-log p(x, z) of the coordinates that count, the others staying where they are."""
+    """Return -log p(x, z) as a function of the used coordinates; the others stay fixed."""
 
     def potential(params: dict[str, Tensor]) -> Tensor:
         z = start.clone()
@@ -296,33 +306,33 @@ def _potential(
 
 
 def _starts(joint: Joint, batch: Batch, num_chains: int) -> Tensor:
-    """Draws of the prior (chains, n, D) at which log p(x, z) is finite."""
+    """Return draws of the prior (chains, n, D) at which log p(x, z) is finite."""
     drawn = joint.draw_prior(STARTS * num_chains, *batch)
     finite = joint.log_joint(drawn, *batch).isfinite()
     if bool((finite.sum(0) < num_chains).any()):
         row = int((finite.sum(0) < num_chains).nonzero()[0])
         raise UsageError(
-            f"log p(x, z) of row {row} is not finite at draws of the prior, where chains start"
+            f"log p(x, z) of row {row} is not finite at draws of the prior, where chains must start"
         )
     order = finite.long().argsort(dim=0, descending=True, stable=True)[:num_chains]
     return drawn.gather(0, order[..., None].expand(-1, -1, joint.dim))
 
 
 def _constrained(joint: Joint, z: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Values of the sites at many z, some at a time."""
+    """Return values of the sites at many z, in chunks."""
     size = max(1, CELLS // (joint.widest * z.shape[1]))
     parts = [joint.constrained(part, *batch) for part in z.split(size)]
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 
 def _flat(sites: dict[str, Tensor], leading: int) -> Tensor:
-    """All units side by side, (*leading, n, units), in float64."""
+    """Concatenate all units to (*leading, n, units), in float64."""
     parts = [value.double().reshape(*value.shape[: leading + 1], -1) for value in sites.values()]
     return torch.cat(parts, -1)
 
 
 def _names(sites: dict[str, Tensor]) -> tuple[str, ...]:
-    """A name for each unit, of draws (draws, n, *event)."""
+    """Return a name for each unit of draws (draws, n, *event)."""
     return tuple(
         name + "".join(f"[{i}]" for i in index)
         for name, value in sites.items()
@@ -331,21 +341,21 @@ def _names(sites: dict[str, Tensor]) -> tuple[str, ...]:
 
 
 def _measured(measure: Callable[[Tensor], Tensor], draws: Tensor) -> Tensor:
-    """A measure (n, units) of draws (chains, draws, n, units), NaN for units that do not vary."""
+    """Measure draws (chains, draws, n, units) by unit; NaN for units that do not vary."""
     moves = _vary(draws)
     found = draws.new_full(moves.shape, torch.nan)
-    if moves.any():  # Pyro's measures make all NaN where one is
+    if moves.any():  # with one NaN, Pyro's measures return only NaN
         found[moves] = measure(draws[:, :, moves])
     return found
 
 
 def _vary(draws: Tensor) -> Tensor:
-    """Whether draws (chains, draws, n, units) of a unit are not all the same."""
+    """Return which units of draws (chains, draws, n, units) are not constant."""
     return draws.amax((0, 1)) != draws.amin((0, 1))
 
 
 def _moments(draws: Tensor, moves: Tensor) -> Moments:
-    """Moments of draws (draws, n, units), NaN for units that do not move."""
+    """Return moments of draws (draws, n, units); NaN for units that do not vary."""
     draws = torch.where(moves, draws, torch.nan)
     off = draws - draws.mean(0)
     scaled = off / off.square().sum(0).sqrt()

@@ -1,4 +1,4 @@
-"""One pass through a fitted pair: rows prepared, latents given or drawn, data observed."""
+"""One pass through a fitted pair: prepare rows, set or draw latents, observe data."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,16 +21,16 @@ from pyro_vae.pairs.sites import data_first, data_site, latents
 from pyro_vae.pairs.traces import DataFirst, Means, trace
 
 ROWS_AT_ONCE = 1000
-"""Rows that go through a pair at once."""
+"""Number of rows in one pass through a pair."""
 
 DRAWS = 10
-"""Draws of the other latents over which the posterior of a discrete one is averaged."""
+"""Draws of the other latents over which the posterior of a discrete latent is averaged."""
 
 
 def generate(
     pair: nn.Module, batch: Batch, values: Mapping[str, Tensor], means: bool, site: str | None
 ) -> Tensor:
-    """The mean (of classes the mode) or a draw of the data, with latents given or drawn."""
+    """Return the mean (the mode for classes) or a draw of the data; missing latents are drawn."""
     found = observation(pair, batch, values, site)
     value = typical(found["fn"]) if means else found["value"]
     return data_first(value, found).detach()
@@ -39,7 +39,7 @@ def generate(
 def observation(
     pair: nn.Module, batch: Batch, values: Mapping[str, Tensor], site: str | None = None
 ) -> Site:
-    """The data site of the unconditioned model, with latents given (data first) or drawn."""
+    """Return the data site of the unconditioned model; latents are given (data first) or drawn."""
     find_places(pair, batch)
     with DataFirst(dict(values)):
         traced = trace(unconditioned(pair), batch)
@@ -50,7 +50,7 @@ def observation(
 
 
 def latent_values(pair: nn.Module, batch: Batch, means: bool) -> dict[str, Tensor]:
-    """The guide's means or draws, (n, ...) for local latents."""
+    """Return the guide's means or draws; those of local latents have shape (n, ...)."""
     guide = guide_of(pair, batch, means)
     values = {
         name: data_first(site["value"], site) if is_local(site) else site["value"]

@@ -1,4 +1,4 @@
-"""`refine`: each datum's own q, within the guide's family."""
+"""`refine`: an approximate posterior for each datum alone, within the guide's family."""
 
 import copy
 import inspect
@@ -31,30 +31,30 @@ from pyro_vae.training.optimizer import Optimizer
 from pyro_vae.training.schedules import Cosine
 
 REFINED_ROWS = 1000
-"""Data that are refined side by side."""
+"""Number of data that are refined in one block."""
 
 
 class Refinement(NamedTuple):
-    """What `refine` found, in nats per example."""
+    """The results of `refine`, in nats per example."""
 
     before: LogLikelihood
-    """ELBO and log p(x) of each datum under the amortised guide."""
+    """ELBO and log p(x) of each datum under the amortized guide."""
     after: LogLikelihood
-    """The same under the refined guide, with as many draws."""
+    """The same under the refined guide, with the same number of draws."""
     pair: "Refined"
     """The pair with the refined guide."""
     batch: Batch
-    """The data that any tool takes with that pair: x, the context, and the numbers of the rows."""
+    """The data to pass to other tools with this pair: x, the context and the row numbers."""
 
     @property
     def gain(self) -> Tensor:
-        """How much the ELBO of each datum rose, of shape (n,): its amortisation gap, at least."""
+        """The increase of each datum's ELBO, (n,): a lower bound on its amortization gap."""
         return self.after.elbo_per_datum - self.before.elbo_per_datum
 
 
 class Location(NamedTuple):
-    """Where an offset is added: a latent site, a parameter of its distribution, and the dimension
-    of that parameter, counted from the right, along which the rows of data stand."""
+    """The place of an offset: a latent site, a parameter of its distribution, and the dimension of
+    that parameter, counted from the right, that belongs to the data."""
 
     site: str
     parameter: str
@@ -62,18 +62,19 @@ class Location(NamedTuple):
 
 
 class Refined(nn.Module):
-    r"""A pair whose guide adds an offset of each row's own to what its parameters are.
+    r"""A pair whose guide adds a separate offset for each row to its parameters.
 
-    Wherever the guide draws a latent from a distribution with parameters :math:`\lambda`, row i
-    draws it with :math:`t(t^{-1}(\lambda) + \delta_i)`, where :math:`t` maps real numbers to the
-    parameter's constraint. With :math:`\delta = 0` it is the guide itself. What one latent depends
-    on stays: the offset is added to whatever the guide makes of the latents before.
+    If the guide draws a latent from a distribution with parameters :math:`\lambda`, row i uses
+    :math:`t(t^{-1}(\lambda) + \delta_i)` instead, where :math:`t` maps real numbers to the
+    constraint of the parameter. With :math:`\delta = 0` this is the guide itself. Dependence
+    between latents stays: the offset is added after the guide has used the earlier latents.
 
     Arguments:
         pair: any pair.
-        offsets: the offsets of all rows, by place.
+        offsets: the offsets of all rows, by location.
 
-    Its batch ends with the numbers of the rows, a tensor of integers, beside those of the pair.
+    The batch of this pair is the batch of the original pair, followed by the row numbers, a tensor
+    of integers. Raises `UsageError` for a batch without them.
     """
 
     def __init__(self, pair: nn.Module, offsets: Mapping[Location, Tensor]) -> None:
@@ -89,7 +90,7 @@ class Refined(nn.Module):
         *given, rows = batch
         if not given or rows.dim() != 1 or rows.is_floating_point():
             raise UsageError(
-                "the batch of a refined pair ends with the numbers of its rows: pass *result.batch"
+                "the batch of a refined pair must end with the row numbers; pass *result.batch"
             )
         own = {
             place: offset.index_select(place.dim, rows)
@@ -99,7 +100,7 @@ class Refined(nn.Module):
             return cast(Pair, self.pair).guide(*given)
 
     def template(self, n: int) -> Batch:
-        """A batch of n rows of the right shapes; its values mean nothing."""
+        """Return a batch of n rows with the right shapes; its values have no meaning."""
         return (*cast(Any, self.pair).template(n), torch.zeros(n, dtype=torch.long))
 
 
@@ -117,24 +118,27 @@ def refine(
     engine: str = "auto",
     progress: bool = True,
 ) -> Refinement:
-    r"""Give each datum variational parameters of its own, started at the guide's, model fixed.
+    r"""Optimize the variational parameters of each datum separately, with the model fixed.
 
-    Maximises :math:`\mathrm{ELBO}_i(\delta_i)` for every datum at once by SVI, where
+    SVI maximizes :math:`\mathrm{ELBO}_i(\delta_i)` for all data at once, starting at the guide.
     :math:`\delta_i` is added to the unconstrained parameters of each latent's distribution (see
-    `Refined`): the family is that of the guide. Of a normal these are mean and scale, of a
-    `FlowPosterior` also the context; of a transformed distribution, those of its base.
+    `Refined`), so the family stays that of the guide. The parameters of a normal are mean and
+    scale. A `FlowPosterior` also has a context. A transformed distribution has those of its base.
 
     Arguments:
-        pair: any pair, whose parameters and buffers stay as they are.
+        pair: any pair; its parameters and buffers do not change.
         x, context: data, as `pyro_vae.log_likelihood` takes them.
-        steps: steps of Adam, whose rate falls from ``learning_rate`` to 0 by a cosine.
+        steps: number of steps of Adam.
+        learning_rate: the rate of the first step; it falls to 0 along a cosine.
         num_particles: draws for each datum at each step.
-        num_samples: draws for each datum from which the bounds before and after are measured.
-        seed: of all draws. engine: as in `pyro_vae.fit`.
-        progress: show a bar, where it takes over two seconds.
+        num_samples: draws for each datum in the bounds before and after.
+        binarize: as in `pyro_vae.evaluate`.
+        seed: random seed.
+        engine: as in `pyro_vae.fit`.
+        progress: show a bar if the run takes over two seconds.
 
-    Latents that are discrete, or outside the data plate, are left as the guide has them. Raises
-    `UsageError` where no parameter can be refined.
+    Latents that are discrete or not local stay as the guide has them. Raises `UsageError` if no
+    parameter can be refined, and if a gradient is not finite.
     Kim et al., Semi-amortized variational autoencoders, 2018 (https://arxiv.org/abs/1802.02550).
 
     >>> import torch, pyro_vae as pv
@@ -145,7 +149,7 @@ def refine(
     """
     for name, value in (("steps", steps), ("num_particles", num_particles)):
         if value < 1:
-            raise UsageError(f"{name} must be 1 or more, {value} came")
+            raise UsageError(f"must be at least 1, got {value}", argument=name)
     rows, prepare = held_rows(pair, x, context, binarize)
     parts = [prepare(batch) for batch in rows.batches(REFINED_ROWS)]
     batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
@@ -162,7 +166,7 @@ def refine(
 
 
 class _Ascent:
-    """Stochastic variational inference over the offsets of one block of rows after the other."""
+    """Stochastic variational inference over the offsets of one block of rows at a time."""
 
     def __init__(
         self, pair: nn.Module, first: Batch, num_particles: int, steps: int, engine: str
@@ -192,10 +196,10 @@ class _Ascent:
                 try:
                     svi.step(*batch)
                 except FloatingPointError as error:
-                    hint = "a smaller learning_rate may help"
+                    hint = "try a smaller `learning_rate`"
                     raise UsageError(
                         f"the gradient is not finite at step {step + 1} of the refinement: "
-                        + (hint if step else "the ELBO of some datum has none under the guide")
+                        + (hint if step else "the guide's ELBO of some datum has no gradient")
                     ) from error
                 done()
         own = zip(pair.places, pair.offsets, strict=True)
@@ -203,7 +207,7 @@ class _Ascent:
 
 
 class _Moved(Messenger):
-    """Draws latents from their distributions with these offsets on their parameters."""
+    """Draws latents from their distributions with offsets added to the parameters."""
 
     def __init__(self, offsets: Mapping[Location, Tensor]) -> None:
         super().__init__()
@@ -228,7 +232,7 @@ def _moved(value: Tensor, offset: Tensor, constraint: Any) -> Tensor:
 
 
 def _changed(fn: Any, change: Callable[[str, Tensor, Any], Tensor]) -> Any:
-    """A distribution made again with other parameters; of one made of another, with that one's."""
+    """Rebuild a distribution with changed parameters; a derived one with a changed base."""
     if hasattr(fn, "base_dist"):
         around = copy.copy(fn)
         around.base_dist = _changed(fn.base_dist, change)
@@ -247,11 +251,11 @@ def _changed(fn: Any, change: Callable[[str, Tensor, Any], Tensor]) -> Any:
 
 
 _SAME = {"scale_tril": ("covariance_matrix", "precision_matrix"), "logits": ("probs",)}
-"""Parameters that say what others say: a distribution is made of the first."""
+"""Parameters with equivalents. A distribution is rebuilt from the first one."""
 
 
 def _locations(sites: Mapping[str, Site]) -> dict[Location, Tensor]:
-    """Offsets of 0 for all parameters that can be moved of all latents that can be refined."""
+    """Return offsets of 0 for all parameters that `refine` can change."""
     offsets: dict[Location, Tensor] = {}
     for name, site in sites.items():
         fn = site["fn"]
@@ -259,8 +263,8 @@ def _locations(sites: Mapping[str, Site]) -> dict[Location, Tensor]:
             offsets |= _zeros(name, fn.expand(fn.batch_shape), site["value"])
     if not offsets:
         raise UsageError(
-            "the guide has no latent whose parameters can be refined: it takes one in the data "
-            "plate that is reparametrised"
+            "the guide has no latent whose parameters can be refined; refine needs a local latent "
+            "that is reparametrized"
         )
     return offsets
 
@@ -269,10 +273,10 @@ def _zeros(site: str, fn: Any, value: Tensor) -> dict[Location, Tensor]:
     offsets: dict[Location, Tensor] = {}
 
     def note(parameter: str, held: Tensor, constraint: Any) -> Tensor:
-        with suppress(NotImplementedError):  # bounds that depend on each other, say
+        with suppress(NotImplementedError):  # for example, bounds that depend on each other
             free = transform_to(constraint).inv(held)
             dim = len(fn.batch_shape) - free.dim() - 1
-            # Pyro copies a parameter that is not contiguous, and the copy would be trained.
+            # Pyro would copy a parameter that is not contiguous, and train the copy.
             contiguous = torch.contiguous_format
             offsets[Location(site, parameter, dim)] = torch.zeros_like(
                 free, memory_format=contiguous
@@ -281,15 +285,15 @@ def _zeros(site: str, fn: Any, value: Tensor) -> dict[Location, Tensor]:
 
     if not torch.allclose(_changed(fn, note).log_prob(value), fn.log_prob(value), 1e-3, 1e-3):
         raise UsageError(
-            f"the distribution of site '{site}' ({type(fn).__name__}) cannot be made again from "
-            "its parameters"
+            f"the distribution of site '{site}' ({type(fn).__name__}) cannot be rebuilt from its "
+            "parameters"
         )
     return offsets
 
 
 @contextmanager
 def frozen(pair: nn.Module) -> Iterator[None]:
-    """No parameter of the pair takes gradients, and then each does as before."""
+    """Turn off gradients of all parameters of the pair, and restore them afterwards."""
     trained = [parameter for parameter in pair.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

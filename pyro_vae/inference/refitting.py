@@ -1,4 +1,4 @@
-"""`refit_guide`: another guide for a model that stays; `bounds_table` compares guides."""
+"""`refit_guide` fits another guide to a fixed model; `bounds_table` compares guides."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -29,11 +29,11 @@ class Grafted(nn.Module):
     """The model of one pair with the guide of another.
 
     Arguments:
-        pair: whose ``model``, and ``template`` if it has one, are taken.
-        inference: whose ``guide`` is taken.
+        pair: the pair that gives ``model``, and ``template`` if it has one.
+        inference: the module that gives ``guide``.
 
-    Both are shared, not copied. While no parameter of ``pair`` is trained, it stays in evaluation
-    mode.
+    Both are shared and not copied. While no parameter of ``pair`` is trained, it stays in
+    evaluation mode.
     """
 
     def __init__(self, pair: nn.Module, inference: nn.Module) -> None:
@@ -47,7 +47,7 @@ class Grafted(nn.Module):
         return cast(Pair, self.inference).guide(*batch)
 
     def template(self, n: int) -> Batch:
-        """A batch of n rows of the right shapes; its values mean nothing."""
+        """Return a batch of n rows with the right shapes; its values have no meaning."""
         return cast(Any, self.pair).template(n)
 
     def train(self, mode: bool = True) -> "Grafted":
@@ -58,11 +58,12 @@ class Grafted(nn.Module):
 
 
 class Encoders(nn.Module):
-    r"""A guide of one encoder for each latent site, :math:`\prod_s q_s(z_s \mid x, c)`.
+    r"""A guide with one encoder for each latent site, :math:`\prod_s q_s(z_s \mid x, c)`.
 
     Arguments:
         sites: the names of the latent sites, in the model's order.
-        encoders: for each a module that maps the batch to a distribution, such as a `Factor`.
+        encoders: one module for each site that maps the batch to a distribution, such as a
+            `Factor`.
     """
 
     def __init__(self, sites: Sequence[str], encoders: Sequence[nn.Module]) -> None:
@@ -85,20 +86,19 @@ def refit_guide(
     activation: Callable[[], nn.Module] = nn.ReLU,
     **settings: Any,
 ) -> Grafted:
-    r"""Fit another guide to a pair whose model stays as it is.
+    r"""Fit another guide to a pair while its model stays fixed.
 
     Arguments:
-        pair: any pair whose latents are continuous and in the data plate.
-        posterior: a family, or its class; or an encoder, which maps x and the context to a
+        pair: any pair whose latents are continuous and local.
+        posterior: a family or its class; or an encoder that maps x and the context to a
             distribution over the latent, such as a `Factor` of your own network.
-        x, context: the data it is fitted to.
-        hidden, activation: of the multilayer perceptron that is the encoder's network where a
-            family is given.
+        x, context: the training data of the new guide.
+        hidden, activation: settings of the encoder's multilayer perceptron, if you pass a family.
         settings: the keywords of `pyro_vae.fit`.
 
-    A model of several latents gets an encoder for each, so that they are independent given x.
-    Returns a pair that shares the model of the first, and can be used and saved as any. Raises
-    `UsageError` for latents that are discrete or outside the data plate.
+    If the model has several latents, each has its own encoder, so the latents are independent
+    given x. Returns a pair that shares the model of the first. You can use and save it like any
+    pair. Raises `UsageError` for latents that are discrete or not local.
 
     >>> import torch, pyro_vae as pv
     >>> vae, x = pv.VAE.mlp((4,), latent_dim=2), torch.ones(32, 4)
@@ -114,8 +114,8 @@ def refit_guide(
     for name, site in sites.items():
         if not is_local(site) or site["fn"].support.is_discrete:
             raise UsageError(
-                f"latent site '{name}' is discrete or outside the data plate: give the pair a "
-                "guide of your own for it"
+                f"latent site '{name}' is discrete or not local, but refit_guide serves only "
+                "continuous local latents; write your own guide for this pair"
             )
     shapes = [tuple(tensor.shape[1:]) for tensor in batch]
 
@@ -133,14 +133,18 @@ def refit_guide(
 
 
 def bounds_table(results: Mapping[str, LogLikelihood]) -> str:
-    """A table of bounds by guide, from the `pyro_vae.log_likelihood` of each on the same data.
+    """Return a table of bounds by guide.
 
-    Its columns: the ELBO; the importance-sampled bound on log p(x), both with their Monte Carlo
-    standard errors; how far they are apart; and the median share of the samples that count. All but
-    the last in nats per example. The model being one, the greatest bound is the nearest to its
-    log p(x), and an ELBO's distance from it is the KL from the guide to the posterior.
+    Arguments:
+        results: the result of `pyro_vae.log_likelihood` for each guide, on the same data, by name.
+
+    The columns are the ELBO; the importance-sampled bound on log p(x); the difference between
+    them; and the median relative effective sample size. All except the last are in nats per
+    example, and both bounds have Monte Carlo standard errors. All guides share one model, so the
+    highest bound is the closest to its log p(x). The distance of an ELBO from log p(x) is the KL
+    from the guide to the posterior.
     """
-    title = f"{'guide':<24}{'ELBO':>17}{'log p(x) >=':>19}{'apart':>8}{'effective':>11}"
+    title = f"{'guide':<24}{'ELBO':>17}{'log p(x) >=':>19}{'diff.':>8}{'effective':>11}"
     lines = [
         f"{name:<24}{with_error(one.elbo, one.elbo_standard_error, 10):<18}"
         f"{with_error(one.value, one.standard_error, 12):<20}{one.value - one.elbo:>8.3f}"

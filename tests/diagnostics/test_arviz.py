@@ -1,4 +1,4 @@
-"""What ArviZ makes of a pair's draws."""
+"""The export of a pair's draws to ArviZ."""
 
 import sys
 import warnings
@@ -16,7 +16,7 @@ import pyro_vae as pv
 from pyro_vae.cli.main import main
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it announces its next version
+    warnings.simplefilter("ignore")  # ArviZ announces its next version
     import arviz
 
 matplotlib.use("Agg")
@@ -57,13 +57,13 @@ def test_draws_come_from_the_posterior_or_from_the_guide():
 class Two(torch.nn.Module):
     """Two components, summed out: p(k | x) is known."""
 
-    centres = torch.tensor([-1.0, 2.0], dtype=torch.float64)
+    centers = torch.tensor([-1.0, 2.0], dtype=torch.float64)
 
     def model(self, x):
         with pyro.plate("data", len(x), dim=-1):
             fn = dist.Categorical(x.new_tensor([0.3, 0.7]))
             k = pyro.sample("k", fn, infer={"enumerate": "parallel"})
-            z = pyro.sample("z", dist.Normal(self.centres[k], 1.0))
+            z = pyro.sample("z", dist.Normal(self.centers[k], 1.0))
             pyro.sample("x", dist.Normal(z, 0.8), obs=x)
 
     def guide(self, x):
@@ -75,7 +75,7 @@ def test_what_is_summed_out_comes_from_its_posterior():
     x = torch.linspace(-2, 2, 6, dtype=torch.float64)
     data = pv.to_arviz(Two(), x, num_samples=4000, num_particles=20)
     spread = (1 + 0.8**2) ** 0.5
-    joint = dist.Normal(Two.centres, spread).log_prob(x[:, None]).exp() * x.new_tensor([0.3, 0.7])
+    joint = dist.Normal(Two.centers, spread).log_prob(x[:, None]).exp() * x.new_tensor([0.3, 0.7])
     k = data.posterior["k"].values[0]
     exact = (joint / joint.sum(1, keepdim=True))[:, 1].numpy()
     assert np.abs(k.mean(0) - exact).max() < 0.04
@@ -109,7 +109,7 @@ def test_probability_integral_transform_is_uniform_for_the_right_model_alone():
     assert kstest(arviz.loo_pit(data, y="mean", y_hat="mean"), "uniform").pvalue < 1e-6
 
 
-@pytest.mark.filterwarnings("ignore")  # ArviZ's own, about matplotlib
+@pytest.mark.filterwarnings("ignore")  # a warning of ArviZ about matplotlib
 def test_plots_run():
     _, _, data = drawn(n=20, num_samples=50)
     arviz.plot_ppc(data, num_pp_samples=10, random_seed=0)
@@ -121,7 +121,7 @@ def test_plots_run():
     matplotlib.pyplot.close("all")
 
 
-@pytest.mark.filterwarnings("ignore")  # ArviZ's own, about pandas
+@pytest.mark.filterwarnings("ignore")  # a warning of ArviZ about pandas
 def test_two_models_are_compared():
     _, x, data = drawn(n=40)
     other = linear_gaussian(spread=1.3)
@@ -139,7 +139,7 @@ def test_every_pair(name):
     assert data.posterior_predictive["x"].shape == (1, 3, *batch[0].shape)
     (site,) = data.log_likelihood  # of labels and x together, one "joint" density
     assert data.log_likelihood[site].dims == ("chain", "draw", "data")
-    if name == "deep-markov":  # what is beyond the end of a sequence is masked
+    if name == "deep-markov":  # entries beyond the end of a sequence are masked
         inside = torch.arange(3) < batch[1][:, None]
         batch = (torch.where(inside[..., None], batch[0], torch.nan), *batch[1:])
     assert np.array_equal(data.observed_data["x"], batch[0], equal_nan=True)
@@ -148,7 +148,7 @@ def test_every_pair(name):
 
 
 class Shared(torch.nn.Module):
-    """One unknown mean for all data, with its exact posterior given these, and a latent of each."""
+    """A global mean with its exact posterior given these data, and a local latent."""
 
     def __init__(self, x):
         super().__init__()
@@ -171,13 +171,15 @@ def test_loo_leaves_a_datum_out_of_what_all_share():
     x = torch.tensor([-1.0, 0.4, 3.0, 1.1], dtype=torch.float64)
     data = pv.to_arviz(Shared(x), x, num_samples=3000, num_particles=10)
     assert data.posterior["w"].dims == ("chain", "draw")
-    others = x.sum() - x  # each datum predicted from the other three
+    others = x.sum() - x  # predict each datum from the other three
     precision = 1 + 3 / 1.25
     exact = dist.Normal(others / 1.25 / precision, (1.25 + 1 / precision) ** 0.5).log_prob(x)
     found = arviz.loo(data, pointwise=True)
     assert np.allclose(found.loo_i, exact, atol=0.06)
     within = dist.Normal(Shared(x).mean, (1.25 + 1 / Shared(x).precision) ** 0.5).log_prob(x)
-    assert found.elpd_loo < within.sum().item() - 0.3  # what each datum tells of itself
+    assert (
+        found.elpd_loo < within.sum().item() - 0.3
+    )  # the effect of each datum on its own prediction
     w = data.posterior["w"].values
     assert w.mean() == pytest.approx(Shared(x).mean.item(), abs=0.04)
 
@@ -191,7 +193,7 @@ def test_changes_nothing_and_repeats_itself():
 
 
 class Narrow(torch.nn.Module):
-    """Its guide has no density where the posterior has."""
+    """Its guide has no density in a part of the posterior."""
 
     def __init__(self, pair):
         super().__init__()
@@ -207,11 +209,11 @@ class Narrow(torch.nn.Module):
 
 def test_words_for_what_is_wrong(monkeypatch):
     pair, x, _ = drawn(n=4, num_samples=2)
-    with pytest.raises(pv.UsageError, match="num_particles must be 1 or more, 0 came"):
+    with pytest.raises(pv.UsageError, match="num_particles must be at least 1, got 0"):
         pv.to_arviz(pair, x, num_particles=0)
-    with pytest.raises(pv.UsageError, match="the statistic 'all' of 8 rows is to be a tensor"):
+    with pytest.raises(pv.UsageError, match=r"statistic 'all' must return shape \(8,\)"):
         pv.to_arviz(pair, x, num_samples=2, statistics={"all": lambda x: x})
-    with pytest.raises(pv.UsageError, match="4 data have weights that are infinite, or all 0"):
+    with pytest.raises(pv.UsageError, match="4 data have infinite weights, or only weights of 0"):
         pv.to_arviz(Narrow(pair), x, num_samples=2)
     monkeypatch.setitem(sys.modules, "arviz", None)
     with pytest.raises(pv.UsageError, match=r"pip install 'pyro-vae\[arviz\]'"):

@@ -1,4 +1,4 @@
-"""Simulation-based calibration: the exact guide passes at its level, others are rejected."""
+"""Simulation-based calibration: the exact guide passes at its level, and others are rejected."""
 
 import json
 
@@ -24,7 +24,7 @@ BLOCKS, SIMULATIONS = 100, 2000
 
 
 class Guided(LinearGaussian):
-    """The linear-Gaussian pair, whose guide is the posterior but for what is named."""
+    """The linear-Gaussian pair; its guide is the posterior with the named errors."""
 
     def __init__(self, fault=None):
         super().__init__(WEIGHT, 0.6)
@@ -46,7 +46,7 @@ class Guided(LinearGaussian):
 
 
 def verdicts(fault):
-    """What each of many calibrations of 2,000 simulations finds to be wrong."""
+    """Return the failures of many calibrations with 2,000 simulations each."""
     whole = pv.calibration(
         Guided(fault), num_simulations=BLOCKS * SIMULATIONS, num_draws=19, progress=False
     )
@@ -103,27 +103,27 @@ def test_the_band_has_its_level(simulations, draws, level):
 
 
 def test_coverage_is_that_of_the_intervals():
-    """Of a normal that is too narrow by 0.8: Phi(0.8 Phi^-1(p)) either side."""
+    """For a normal with 0.8 times the right scale: Phi(0.8 Phi^-1(p)) on either side."""
     found = pv.calibration(Guided("scale"), num_simulations=20_000, num_draws=99, progress=False)
     normal = torch.distributions.Normal(0.0, 1.0)
     intervals = torch.tensor([0.5, 0.8, 0.9, 0.95]).double()
     want = 2 * normal.cdf(0.8 * normal.icdf((1 + intervals) / 2)) - 1
     for unit in (0, 1):
         error = found.coverage_errors[unit]
-        # A finite number of draws has its own share, of about 1 / num_draws.
+        # A finite number of draws adds an error of about 1 / num_draws.
         assert bool((found.coverage[unit] - want).abs().le(4 * error + 0.005).all())
     assert error[0] == pytest.approx((want[0] * (1 - want[0]) / 20_000).sqrt().item(), rel=0.02)
 
 
 class Discrete(nn.Module):
-    """A component, k, whose posterior is in closed form, and a level summed out in the model."""
+    """A component k with a posterior in closed form, and a level that the model sums out."""
 
     def __init__(self, off=0.0):
         super().__init__()
         self.off = nn.Parameter(torch.tensor(off).double())
 
     def densities(self, x):
-        """log p(k, x) for k = 0 and 1, the level summed out: (n, 2)."""
+        """Return log p(k, x) for k = 0 and 1, (n, 2), with the level summed out."""
         at = torch.tensor([[0.0, 1.0], [1.5, 2.5]]).double()
         parts = dist.Normal(at, 1.0).log_prob(x[:, :, None]) + torch.tensor([0.25, 0.75]).log()
         return parts.logsumexp(-1) + torch.tensor([0.4, 0.6]).log()
@@ -176,7 +176,7 @@ def test_any_pair(name):
     pair, batch = make(name), rows(name, 30)
     require(pair, batch)
     state, options = torch.get_rng_state(), {"num_simulations": 100, "num_draws": 19}
-    context = () if name == "semi-supervised" else batch[1:]  # labels would be no context, but data
+    context = () if name == "semi-supervised" else batch[1:]  # labels would be data and not context
     found = pv.calibration(pair, context, progress=False, **options)
     assert torch.equal(torch.get_rng_state(), state)
     assert found.ranks.shape == (100, len(found.names))
@@ -202,7 +202,7 @@ def test_a_pair_that_takes_no_plate_of_samples_gets_the_same_verdict():
 
 
 def test_quantities_of_ones_own():
-    """The product of residuals sees a correlation that is dropped, whatever the densities do."""
+    """The product of residuals detects a missing correlation, independently of the densities."""
     pair = Guided("correlation")
 
     def product(z, x):
@@ -210,7 +210,7 @@ def test_quantities_of_ones_own():
 
     found = pv.calibration(pair, test_quantities={"product": product}, progress=False)
     assert "too high" in found.failures["product"]  # the correlation is negative
-    with pytest.raises(pv.UsageError, match=r"'product' must return a number .* \(2000, 2\) came"):
+    with pytest.raises(pv.UsageError, match=r"'product' must return a tensor .*, got \(2000, 2\)"):
         pv.calibration(pair, test_quantities={"product": lambda z, x: z["z"]}, progress=False)
 
 
@@ -230,20 +230,20 @@ class Untemplated(nn.Module):
 
 def test_misuse_is_told_in_one_line():
     pair = Guided()
-    with pytest.raises(pv.UsageError, match="num_simulations must be 100 or more, 99 came"):
+    with pytest.raises(pv.UsageError, match="num_simulations must be at least 100, got 99"):
         pv.calibration(pair, num_simulations=99)
-    with pytest.raises(pv.UsageError, match="num_draws must be 19 or more, 5 came"):
+    with pytest.raises(pv.UsageError, match="num_draws must be at least 19, got 5"):
         pv.calibration(pair, num_draws=5)
-    with pytest.raises(pv.UsageError, match="level is a probability between 0 and 1, 5 came"):
+    with pytest.raises(pv.UsageError, match="level must be between 0 and 1, got 5"):
         pv.calibration(pair, level=5)
-    with pytest.raises(pv.UsageError, match="'scale' is outside the data plate"):
+    with pytest.raises(pv.UsageError, match="'scale' is not local"):
         pv.calibration(Global(WEIGHT, 0.6), progress=False)
     with pytest.raises(pv.UsageError, match="Untemplated has no method template"):
         pv.calibration(Untemplated(), progress=False)
     conditional, (_, context) = make("conditional"), rows("conditional", 4)
     with pytest.raises(pv.UsageError, match="needs 1 context tensors, got 0"):
         pv.calibration(conditional, progress=False)
-    with pytest.raises(pv.UsageError, match="have 4, 3 rows: as many are expected"):
+    with pytest.raises(pv.UsageError, match="have 4, 3 rows; they must match"):
         pv.calibration(conditional, (context, context[:3]), progress=False)
 
 

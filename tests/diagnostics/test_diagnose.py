@@ -1,4 +1,4 @@
-"""What `diagnose` says of pairs whose faults are known, within its time."""
+"""The findings of `diagnose` for pairs with known faults, and its time budget."""
 
 import json
 import math
@@ -31,7 +31,7 @@ NAMES = [make(FULL).name for make in studies.STUDIES]
 
 
 def found_at(monkeypatch, pair, batch, other=None, **rungs):
-    """What studies find at these places of their ladders, however long that takes."""
+    """Run these studies at these sizes, without a time limit."""
 
     def at(make, rung):
         def made(bench):
@@ -56,7 +56,7 @@ def words(found, kind):
     return "; ".join(finding.words for finding in found.findings if finding.kind == kind)
 
 
-# What it says
+# Findings
 
 
 def test_an_exact_guide_is_trusted(monkeypatch):
@@ -75,7 +75,7 @@ def test_an_exact_guide_is_trusted(monkeypatch):
     found = found_at(monkeypatch, pair, [data(pair)], **rungs)
     assert not found.failed | found.not_applicable | found.left_out
     assert not words(found, "doubt")
-    assert found.summary.startswith("Can be trusted: 'z' is used: 2 of 2 units active, KL ")
+    assert found.summary.startswith("Reliable: the model uses 'z' (2 of 2 units active, KL ")
     truth = pair.marginal().log_prob(data(pair)).mean().item()
     for part in (
         f"log p(x) = {truth:.3f} ± 0.000",
@@ -92,10 +92,10 @@ def test_a_guide_that_is_too_narrow_is_doubted(monkeypatch):
     pair = LinearGaussian(linear_gaussian(20, 12).weight.detach(), 0.5, spread=0.5)
     rungs = {"calibration": 1, "log_likelihood": 1, "gaps": 1, "annealing": 1}
     found = found_at(monkeypatch, pair, [data(pair)], **rungs)
-    assert "log p(x) by importance weights, which is too low" in words(found, "doubt")
+    assert "log p(x) by importance weights: it is too low" in words(found, "doubt")
     assert "draws are too narrow" in words(found, "doubt")
     assert "the ELBO as log p(x): it is " in words(found, "doubt")
-    assert "too low, by annealing" in words(found, "doubt")
+    assert "annealing gives a higher bound" in words(found, "doubt")
     assert "a larger encoder or longer training" in words(found, "next")
     assert "pyro_vae.anneal" in words(found, "next")
     assert set(found.figures) == {"reliability", "calibration", "gaps"}
@@ -112,7 +112,7 @@ def test_the_gap_is_laid_to_the_family_where_it_is(monkeypatch):
 
 
 class Ignored(LinearGaussian):
-    """A model that does not heed its latents, and a guide that knows."""
+    """A model that ignores its latents, and a guide that equals the prior."""
 
     def __init__(self):
         super().__init__(torch.zeros(6, 2), noise=0.5)
@@ -122,11 +122,11 @@ def test_a_collapsed_latent_is_named(monkeypatch):
     found = found_at(monkeypatch, Ignored(), [data(Ignored())], latents=0, information=0)
     assert "'z' has collapsed" in words(found, "doubt")
     assert "free bits" in words(found, "next")
-    assert "is used" not in found.summary
+    assert "uses 'z'" not in found.summary
 
 
 class Shifted(LinearGaussian):
-    """Codes that lie beside the prior."""
+    """Codes that are outside the region of the prior."""
 
     def guide(self, x):
         loc, _ = self.posterior(x)
@@ -147,7 +147,9 @@ def test_infinite_weights_are_told():
 
     (told, *_) = guide_studies.reliability_study(BENCH).judge(Weights(), {})
     assert told == Finding(
-        "doubt", "2 data have infinite weights: the guide draws what it cannot score"
+        "doubt",
+        "log p(x) of 2 data: weights are infinite, because the guide gives no density to its own "
+        "draws",
     )
 
 
@@ -158,14 +160,14 @@ def test_other_data_are_told_from_these(monkeypatch):
     pair = linear_gaussian()
     other = (data(pair) + 10,)
     found = found_at(monkeypatch, pair, [data(pair)], other, outliers=0)
-    assert "-log p(x) as a sign that a datum does not belong: AUROC 1.00" in words(found, "trust")
+    assert "-log p(x) as a score of out-of-distribution data: AUROC 1.00" in words(found, "trust")
     assert "outliers" in found.figures
 
 
 def test_a_model_that_makes_other_data_is_doubted(monkeypatch):
     pair = linear_gaussian()
     found = found_at(monkeypatch, pair, [2 * data(pair) + 1], predictive=0)
-    assert "which differ from these in their mean (p 0.0" in words(found, "doubt")
+    assert "they differ from the data in mean (p 0.0" in words(found, "doubt")
 
 
 QUICK = ("latents", "information", "calibration", "log_likelihood")
@@ -202,11 +204,11 @@ def test_it_changes_nothing_and_repeats_itself(monkeypatch):
         assert result.as_dict() == again.results[name].as_dict()
 
 
-# The time
+# Time budget
 
 
 class Clock:
-    """Time that passes by what studies say they take, and not otherwise."""
+    """A clock that only the studies advance, by the time that they claim."""
 
     now = 0.0
 
@@ -216,7 +218,7 @@ class Clock:
 
 @pytest.fixture
 def run(monkeypatch):
-    """Diagnose with these studies, each of a name and of costs and the seconds they take."""
+    """Diagnose with these studies; each has a name, costs, and seconds."""
     clock = Clock()
     monkeypatch.setattr(diagnosis, "_now", clock)
 
@@ -241,7 +243,7 @@ def test_the_greatest_size_that_fits_is_run(run):
     found, seconds = run(10, slow={1: 1, 2: 2, 4: 4, 20: 20})
     assert found.results == {"slow": 4}
     assert seconds == 5  # the second size is not needed
-    assert found.left_out == {"slow": "run at size 3 of 4"}
+    assert found.left_out == {"slow": "it ran at size 3 of 4"}
     assert found.seconds == {"slow": 5}
 
 
@@ -262,8 +264,8 @@ def test_time_that_is_left_in_the_end_goes_to_a_second_round(run):
 
 def test_what_cannot_fit_is_left_out_and_said(run):
     found, seconds = run(10, first={1: 1}, slow={50: 50}, last={2: 2})
-    assert found.left_out == {"slow": "not run"}
-    assert "slow is cut short for lack of time: not run" in str(found)
+    assert found.left_out == {"slow": "it did not run"}
+    assert "slow lacked time: it did not run" in str(found)
     assert found.results == {"first": 1, "last": 2}
     assert seconds == 3
 
@@ -271,10 +273,10 @@ def test_what_cannot_fit_is_left_out_and_said(run):
 def test_a_time_that_was_underestimated_is_not_spent_twice(run):
     found, _ = run(10, slow={1: 9, 2: 18}, last={2: 2})
     assert found.results == {"slow": 1}
-    assert found.left_out == {"slow": "run at size 1 of 2", "last": "not run"}
+    assert found.left_out == {"slow": "it ran at size 1 of 2", "last": "it did not run"}
 
 
-def test_a_cost_that_does_not_grow_is_learnt():
+def test_a_cost_that_does_not_grow_is_learned():
     assert diagnosis._predicted([(1, 3.0)], 10) == pytest.approx(12)
     assert diagnosis._predicted([(1, 0.2)], 10) == pytest.approx(2)
     assert diagnosis._predicted([(1, 2.0), (3, 2.2)], 10) == pytest.approx(3.25)
@@ -315,12 +317,12 @@ def test_one_row_has_what_one_row_can_have(monkeypatch):
     pair = linear_gaussian()
     found = found_at(monkeypatch, pair, [data(pair, 1)], information=0, annealing=0, sandwich=0)
     assert set(found.results) == {"annealing"}
-    assert "2 rows of data or more, 1 came" in found.not_applicable["information"]
-    assert "num_examples must be 2 or more, 1 came" in found.not_applicable["sandwich"]
+    assert "at least 2 rows of data, got 1" in found.not_applicable["information"]
+    assert "num_examples must be at least 2, got 1" in found.not_applicable["sandwich"]
 
 
 def test_words_for_a_budget_that_is_none():
-    with pytest.raises(pv.UsageError, match="budget must be above 0 seconds, 0 came"):
+    with pytest.raises(pv.UsageError, match="budget must be above 0 seconds, got 0"):
         pv.diagnose(linear_gaussian(), torch.zeros(4, 6), budget=0)
 
 
@@ -329,7 +331,7 @@ def test_words_for_a_budget_that_is_none():
 
 @pytest.fixture
 def cheap(monkeypatch):
-    """Two studies at their smallest, whatever they cost, and one for which no time is left."""
+    """Two studies at their smallest size, whatever they cost, and one without time."""
 
     def first(make):
         def made(bench):
@@ -368,14 +370,14 @@ def test_the_command(digits, capsys):
     assert (digits / "figures" / "diagnosis-reliability.png").read_bytes()[:4] == b"\x89PNG"
     page = (digits / "report.html").read_text()
     assert "Can the inference be believed?" in page
-    assert page.index("<b>Cannot be trusted:</b>") < page.index("<h2>Training</h2>")
+    assert page.index("<b>Not reliable:</b>") < page.index("<h2>Training</h2>")
     assert page.count('alt="reliability"') == 1
-    assert "for lack of time" in page
-    # What was found stays with the run, for other commands too.
+    assert "lacked time" in page
+    # The findings stay in the run, also after other commands.
     main(["evaluate", str(digits), "--num-samples", "2"])
     assert json.loads((digits / "metrics.json").read_bytes())["diagnostics"] == found
     main(["report", str(digits)])
-    assert "Cannot be trusted" in (digits / "report.html").read_text()
+    assert "Not reliable" in (digits / "report.html").read_text()
 
 
 def test_the_command_on_a_pair_of_ones_own_and_other_data(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Estimators against a pair whose answers are known in closed form."""
+"""Estimators, compared with closed forms on one pair."""
 
 import math
 
@@ -118,7 +118,7 @@ def test_fit_reaches_the_maximum_likelihood_of_probabilistic_pca():
     )
     best = ppca_log_likelihood(x, 2)
     result = pv.log_likelihood(vae, x, num_samples=300)
-    # The posterior of this model is not diagonal in general, so the ELBO may stay a little below.
+    # The posterior of this model is not diagonal in general, so the ELBO may be a little lower.
     assert best - 0.05 < result.value < best + 4 * result.standard_error + 1e-3
     elbo = pv.evaluate(vae, x, num_samples=10).elbo
     assert best - 0.15 < elbo < best + 0.02
@@ -127,8 +127,8 @@ def test_fit_reaches_the_maximum_likelihood_of_probabilistic_pca():
 def test_ppca_reference_agrees_with_the_density_of_its_own_optimum():
     torch.manual_seed(0)
     x = linear_gaussian().marginal().sample((500,))
-    centred = x - x.mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
+    centered = x - x.mean(0)
+    values, vectors = torch.linalg.eigh(centered.T @ centered / len(x))
     values, vectors = values.flip(0), vectors.flip(1)
     noise = values[2:].mean()
     weight = vectors[:, :2] * (values[:2] - noise).sqrt()
@@ -163,7 +163,7 @@ def test_the_linear_probe_reads_what_is_in_the_codes_and_nothing_else():
     x, held = data(pair, 400), data(pair, 200, seed=1)
     labels, held_labels = ((pair.posterior(part)[0][:, 0] > 0).long() for part in (x, held))
     options = {"num_samples": 2, "train": (x,), "train_labels": labels}
-    # The reference is fitted to the exact posterior means of the training rows alone.
+    # The reference is fitted only to the exact posterior means of the training rows.
     codes, held_codes = (pair.posterior(part)[0].detach().numpy() for part in (x, held))
     reference = make_pipeline(StandardScaler(), LogisticRegression()).fit(codes, labels)
     want = reference.score(held_codes, held_labels)
@@ -172,7 +172,7 @@ def test_the_linear_probe_reads_what_is_in_the_codes_and_nothing_else():
     wrong = pv.evaluate(pair, held, labels=1 - held_labels, **options).probe_accuracy
     assert right == pytest.approx(want, abs=0.011)  # two rows on the edge, in float32
     assert wrong == pytest.approx(1 - right)
-    with pytest.raises(pv.UsageError, match="3 labels came for 200 rows of x"):
+    with pytest.raises(pv.UsageError, match="got 3 labels but 200 rows of x"):
         pv.evaluate(pair, held, labels=held_labels[:3], **options)
 
 
@@ -180,7 +180,7 @@ def test_one_sample_is_printed_without_an_error():
     pair = linear_gaussian()
     result = pv.evaluate(pair, data(pair, 5), num_samples=1)
     assert math.isnan(result.log_likelihood_standard_error)
-    assert "1 sample, which tells nothing of its error" in str(result)
+    assert "1 sample, which gives no error" in str(result)
     assert "nan" not in str(result)
     assert result.as_dict()["log_likelihood_standard_error"] is None
     found = pv.log_likelihood(pair, data(pair, 5), num_samples=1)

@@ -1,4 +1,4 @@
-"""Scores of labels: of the rows that have one, and a reason where a score cannot be had."""
+"""Scores of labels use only rows with a label; a missing score has a reason."""
 
 import json
 import math
@@ -56,12 +56,12 @@ KINDS = {
 @pytest.mark.parametrize("make", [semisupervised, mixture, plain])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_without_a_label_count_in_no_score(make, kind):
-    """The scores are those of the rows with a label alone."""
+    """The scores equal those of only the rows with a label."""
     pair, convert = make(), KINDS[kind]
     found = pv.evaluate(pair, X, labels=convert(HALF), train=(X,), train_labels=Y, **FEW)
     alone = pv.evaluate(pair, X[KNOWN], labels=Y[KNOWN], train=(X,), train_labels=Y, **FEW)
     for name, value in scores(alone).items():
-        # What other latents a class is drawn with differs from row to row.
+        # The draws of the other latents differ from row to row.
         tolerance = 0.07 if make is mixture else 1e-6
         assert scores(found)[name] == (
             None if value is None else pytest.approx(value, abs=tolerance)
@@ -96,7 +96,7 @@ MISSING, ONE = torch.full_like(Y, -1), torch.zeros_like(Y)
         (plain, Y, ONE, {"probe_accuracy": "every label of train is 0"}),
         (plain, Y, MISSING, {"probe_accuracy": "every label of train is missing"}),
         (plain, MISSING, Y, {"probe_accuracy": "every label of x is missing"}),
-        (plain, ONE, Y, {}),  # test data of one class are told right or wrong
+        (plain, ONE, Y, {}),  # accuracy is defined for test data of one class
         (mixture, ONE, None, {"mutual_information": "every label of x is 0"}),
         (
             mixture,
@@ -110,7 +110,7 @@ MISSING, ONE = torch.full_like(Y, -1), torch.zeros_like(Y)
             semisupervised,
             Y + 1,
             None,
-            {"accuracy": "classes 0 to 2, a label is 3", "calibration_error": "a label is 3"},
+            {"accuracy": "between 0 and 2", "calibration_error": "the classes of the pair, got 3"},
         ),
     ],
 )
@@ -122,13 +122,15 @@ def test_a_score_that_cannot_be_had_is_missing_with_its_reason(make, labels, tra
     for name, words in why.items():
         assert words in found.not_computed[name]
         assert scores(found)[name] is None
-    # All the others are as without labels.
+    # All other results are the same as without labels.
     assert found.elbo == pv.evaluate(pair, X, **FEW).elbo
     assert all(f"not computed: {words}" in str(found) for words in found.not_computed.values())
 
 
 def test_classes_that_training_did_not_have_are_said_to_be_wrong():
-    with pytest.warns(UserWarning, match="counts 20 rows as wrong, of labels .* not have: 2"):
+    with pytest.warns(
+        UserWarning, match="counts 20 rows as errors, because train lacks their labels: 2"
+    ):
         found = pv.evaluate(plain(), X, labels=Y, train=X[Y < 2], train_labels=Y[Y < 2], **FEW)
     assert found.probe_accuracy <= 40 / 60
 
@@ -143,7 +145,7 @@ def test_classes_that_training_did_not_have_are_said_to_be_wrong():
         (torch.full((60,), math.inf), "got inf in row 0"),
         (np.ma.array(Y.numpy(), mask=Y.numpy() > 1), "masked values"),
         (torch.eye(3)[Y], "argmax"),
-        (Y[:7], "7 labels came for 60 rows of x"),
+        (Y[:7], "got 7 labels but 60 rows of x"),
     ],
 )
 def test_what_are_no_labels_are_refused(labels, words):
@@ -152,12 +154,12 @@ def test_what_are_no_labels_are_refused(labels, words):
 
 
 def test_one_class_on_the_command_line(tmp_path, monkeypatch, capsys):
-    """Metrics and the report are written, and say what is missing."""
+    """Metrics and the report name missing scores."""
     monkeypatch.chdir(tmp_path)
     np.savez("one.npz", x=X.numpy(), y=np.zeros(60, np.int64))
     options = "--likelihood gaussian --epochs 1 --batch-size 20 --num-eval-samples 2"
     main(["train", "one.npz", *options.split()])
-    why = "every label of train is 0: one class tells nothing"
+    why = "every label of train is 0, but this score needs two classes"
     metrics = json.loads((tmp_path / "runs/one/metrics.json").read_text())
     assert metrics["not_computed"] == {"probe_accuracy": why}
     assert metrics["probe_accuracy"] is None
@@ -174,7 +176,7 @@ def test_rows_without_a_factor_count_in_no_score_of_disentanglement():
     known = (hidden >= 0).all(1)
     found = pv.disentanglement_scores(codes, hidden)
     assert found == pv.disentanglement_scores(codes[known], factors[known])
-    with pytest.raises(UsageError, match="factors are missing"):
+    with pytest.raises(UsageError, match=r"factors must be known .* in at least 2 rows, got 0"):
         pv.disentanglement_scores(codes, torch.full_like(factors, -1))
 
 
@@ -187,7 +189,7 @@ def test_one_hot_takes_whole_numbers_alone():
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.int16, torch.int32, torch.uint8])
 def test_labels_that_the_model_observes_are_of_any_whole_type(kind):
-    """8-bit labels are indices, and no mask of them."""
+    """8-bit labels are indices and not a mask."""
     fitted = []
     for labels in (Y, Y.to(kind)):
         fitted.append(semisupervised())

@@ -1,4 +1,4 @@
-"""What the latent space holds, against closed forms and scores worked by hand."""
+"""The KL split and disentanglement scores, compared with closed forms and hand calculations."""
 
 from math import log
 
@@ -18,7 +18,7 @@ from pyro_vae.pairs.rng import seeded
 
 
 class Gaussian(nn.Module):
-    """x ~ N(0, S), q(z|x) = N(A x + c, T) and p(z) = N(0, I): every part of the KL is known."""
+    """x ~ N(0, S), q(z|x) = N(A x + c, T) and p(z) = N(0, I), so every part of the KL is known."""
 
     def __init__(self, full_rank=False):
         super().__init__()
@@ -32,7 +32,7 @@ class Gaussian(nn.Module):
         self.spread = torch.tensor([[1.0, 0.0], [0.7, 0.9]]).double()
 
     def data(self, n):
-        """Rows that fill the normal distribution evenly (Sobol's sequence)."""
+        """Rows that cover the normal distribution evenly (Sobol sequence)."""
         uniform = SobolEngine(2, scramble=True, seed=0).draw(n, dtype=torch.float64)
         return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)) @ self.spread.T
 
@@ -68,7 +68,7 @@ class Gaussian(nn.Module):
 
 
 def test_parts_of_the_kl_are_their_gaussian_closed_forms():
-    """Within 2 %: the draws leave an error of half a percent or so."""
+    """Compare within 2 %; the error of the draws is about half a percent."""
     pair = Gaussian()
     parts = pv.kl_parts(pair, pair.data(500), num_samples=120)["z"]
     information, aggregate, correlation, by_unit, by_unit_information = pair.closed()
@@ -116,7 +116,7 @@ def test_the_standard_error_is_that_of_data_and_draws():
 
 
 def test_few_data_bound_the_information_from_both_sides():
-    """Poole et al., 2019: in the mean over data sets; twenty rows of a code that tells 1.6 nats."""
+    """Poole et al., 2019: bounds in the mean over data sets; 20 rows, 1.6 nats of information."""
     pair = Gaussian()
     information = pair.closed()[0].item()
     lower, upper = [], []
@@ -176,13 +176,18 @@ def test_chunks_make_no_difference(monkeypatch):
 def test_a_latent_that_depends_on_another_is_named_and_left_out():
     pair, batch = make("params"), rows("params", 20)
     pv.check(pair, batch)
-    with pytest.warns(UserWarning, match="the KL of 'b' is not split: it depends on another draw"):
+    with pytest.warns(
+        UserWarning, match="does not split the KL of 'b': it depends on the draw of another"
+    ):
         assert list(pv.kl_parts(pair, *batch)) == ["a"]
 
 
 @pytest.mark.parametrize(
     ("options", "n", "words"),
-    [({"num_samples": 0}, 9, "num_samples must be at least 1, got 0"), ({}, 1, "2 rows of data")],
+    [
+        ({"num_samples": 0}, 9, "num_samples must be at least 1, got 0"),
+        ({}, 1, "at least 2 rows of data, got 1"),
+    ],
 )
 def test_kl_parts_refuse(options, n, words):
     with pytest.raises(pv.UsageError, match=words):
@@ -193,7 +198,7 @@ GRID = torch.cartesian_prod(*(torch.arange(k) for k in (3, 4, 5, 6, 7)))
 
 
 def test_a_code_that_is_the_factors_scores_1():
-    """Permuted, rescaled, with units of no use beside it."""
+    """Permuted and rescaled codes, with additional useless units."""
     code = GRID[:, [3, 0, 4, 2, 1]].double() * torch.tensor([2.0, -0.1, 5, 1, -3]) + 7
     scores = pv.disentanglement_scores(torch.cat([code, torch.full((len(code), 2), 0.3)], 1), GRID)
     assert scores == pytest.approx((1.0,) * 6, abs=0.01)
@@ -208,7 +213,7 @@ def test_noise_scores_nearly_nothing():
 
 
 def test_scores_of_a_rotated_code_fall():
-    """Two factors turned by an eighth: each unit tells both alike."""
+    """Two factors rotated by an eighth: each unit has the same information about both."""
     grid = torch.cartesian_prod(torch.arange(9), torch.arange(9))
     turn = torch.tensor([[1.0, -1.0], [1.0, 1.0]]) / 2**0.5
     turned = pv.disentanglement_scores(grid.float() @ turn, grid)
@@ -217,18 +222,18 @@ def test_scores_of_a_rotated_code_fall():
 
 
 def test_scores_by_hand():
-    """A factor of four values; one unit tells it, one tells which half it is in, one nothing."""
+    """A factor with four values: one unit knows it, one knows its half, one knows nothing."""
     factors = torch.cartesian_prod(torch.arange(4), torch.arange(2), torch.arange(50))[:, :1]
     factor = factors[:, 0]
     whole, half, other = factor, factor // 2, torch.arange(400) % 2
     codes = torch.stack([half, whole, other], 1).double()
     z, v = disentanglement._checked(codes, factors)
-    assert disentanglement._mig(z, v) == pytest.approx((2 - 1) / 2)  # of 2 bits
+    assert disentanglement._mig(z, v) == pytest.approx((2 - 1) / 2)  # the factor has 2 bits
     assert disentanglement._sap(z, v) == pytest.approx(1 - 0.8)  # 0.5^2 / (1.25 * 0.25)
 
 
 def test_purities_by_hand():
-    """Eastwood & Williams' definitions, on three units and two factors."""
+    """The definitions of Eastwood & Williams, with three units and two factors."""
     importances = np.array([[0.6, 0.0], [0.4, 0.4], [0.0, 0.6]])
     found, complete = disentanglement._purities(importances)
     assert found == pytest.approx(0.3 * 1 + 0.4 * 0 + 0.3 * 1)
@@ -237,25 +242,29 @@ def test_purities_by_hand():
 
 
 def test_factor_vae_by_hand():
-    """One unit alone tells two of three factors: a majority of either is right half the time."""
+    """One unit knows two of three factors, so the majority vote is right half the time."""
     grid = torch.cartesian_prod(torch.arange(4), torch.arange(4), torch.arange(4))
     noise = torch.randn(64, generator=torch.Generator().manual_seed(0))
     codes = torch.stack([grid[:, 0], noise], 1)
     score = disentanglement._factor_vae(*disentanglement._checked(codes, grid), 0)
-    # The factor 0 fixes the first unit; of the others either unit varies least, by chance.
+    # Factor 0 fixes the first unit. For the other factors, chance decides which unit varies less.
     assert 1 / 3 + 0.1 < score < 2 / 3 + 0.08
 
 
 @pytest.mark.parametrize(
     ("codes", "factors", "words"),
     [
-        (torch.zeros(5, 3), torch.zeros(4, 2).long(), r"shapes \(5, 3\) and \(4, 2\) came"),
-        (torch.zeros(5), torch.zeros(5, 2).long(), r"shapes \(5,\)"),
-        (torch.zeros(5, 3), torch.rand(5, 2), "factors are whole numbers, torch.float32 came"),
-        (torch.rand(5, 3), torch.zeros(5, 2).long(), "factor 0 has one value only"),
-        (torch.zeros(5, 3), torch.eye(5).long(), "of which one varies"),
-        (torch.rand(5, 1), torch.eye(5).long(), "two units or more"),
-        (torch.full((5, 2), torch.nan), torch.eye(5).long(), "codes are not finite"),
+        (
+            torch.zeros(5, 3),
+            torch.zeros(4, 2).long(),
+            r"shape \(n, factors\), got \(5, 3\) and \(4, 2\)",
+        ),
+        (torch.zeros(5), torch.zeros(5, 2).long(), r"got \(5,\) and"),
+        (torch.zeros(5, 3), torch.rand(5, 2), "factors must be integers, got torch.float32"),
+        (torch.rand(5, 3), torch.zeros(5, 2).long(), "factor 0 must have at least 2 values"),
+        (torch.zeros(5, 3), torch.eye(5).long(), "of which at least one varies"),
+        (torch.rand(5, 1), torch.eye(5).long(), "codes must have at least 2 units"),
+        (torch.full((5, 2), torch.nan), torch.eye(5).long(), "codes must be finite"),
     ],
 )
 def test_scores_refuse(codes, factors, words):
@@ -278,7 +287,7 @@ def test_shapes_are_where_and_as_large_as_their_factors_say():
     pixels = torch.arange(32) + 0.5
     across = (mass.sum(1) * pixels).sum(1) / mass.sum((1, 2))
     down = (mass.sum(2) * pixels).sum(1) / mass.sum((1, 2))
-    round_ = factors[:, 0] < 2  # a heart's centre of mass is not where it is placed
+    round_ = factors[:, 0] < 2  # the center of mass of a heart differs from its position
     assert (across - POSITIONS[factors[:, 3]])[round_].abs().max() < 0.3
     assert (down - POSITIONS[factors[:, 4]])[round_].abs().max() < 0.3
     area = mass.sum((1, 2)).reshape(3, 4, -1).mean(2)
@@ -308,7 +317,7 @@ def test_a_prior_that_is_not_one_for_all_data_is_not_split():
         conditional = pv.VAE.mlp((6,), 2, (5,), prior=factor, context_shapes=[(3,)])
     x, context = torch.rand(40, 6).round(), torch.eye(3)[torch.arange(40) % 3]
     for pair, batch in ((mixture, (x,)), (conditional, (x, context))):
-        with pytest.raises(pv.UsageError, match="'z' has a prior that is not one for all data"):
+        with pytest.raises(pv.UsageError, match="'z' has a prior that differs between data"):
             pv.kl_parts(pair, *batch)
 
 

@@ -1,4 +1,4 @@
-"""Predictive checks and outlier scores: p-values of closed forms, known failures, every pair."""
+"""Predictive checks and outlier scores: closed forms, known failures, and all pairs."""
 
 import json
 from math import inf, nan
@@ -31,7 +31,7 @@ def first(x):
 
 
 def replicates(pair, x):
-    """Mean (n,) and standard deviation of the first element of a replicate, in closed form."""
+    """Return mean (n,) and standard deviation of a replicate's first element, in closed form."""
     mean, covariance = pair.posterior(x)
     row = pair.weight[0]
     return (mean @ row).detach(), (row @ covariance @ row + pair.noise**2).sqrt().detach()
@@ -56,7 +56,7 @@ def test_p_values_are_those_of_the_posterior_predictive_distribution():
     )
     far = (x[:, 0] - mean).abs().argmax()
     assert far in found.worst("first", 5)
-    # Of the whole data set: the mean over data, whose replicates have 1/n of the variance.
+    # For the whole data set: the replicates of the mean have 1/n of the variance.
     whole = normal.cdf((mean.mean() - x[:, 0].mean()) / (deviation / len(x) ** 0.5)).item()
     spread = 4 * (whole * (1 - whole) / number) ** 0.5 + 1 / number
     assert found.whole_p_values["first"] == pytest.approx(whole, abs=spread)
@@ -84,14 +84,14 @@ def test_ties_are_halved_and_no_p_value_is_0_or_1():
     assert found.p_values.min() > 0
     assert found.p_values.max() < 1
     assert found.distances[:, 0].isnan().all()
-    # Of counts: the mean p of exchangeable data is 1/2 whatever the ties.
+    # For counts: the mean p of exchangeable data is 1/2, also with ties.
     again = pv.sample(pair, 400, seed=3)
     prior = pv.predictive_check(Blind(pair), again, statistics={"total": lambda x: x.sum(1)})
     assert prior.p_values.mean().item() == pytest.approx(0.5, abs=4 * (1 / 12 / 400) ** 0.5)
 
 
 class Blind(nn.Module):
-    """The model of a pair, with its prior for a guide: replicates have not seen their datum."""
+    """The model of a pair with its prior as guide, so replicates do not depend on their datum."""
 
     def __init__(self, pair):
         super().__init__()
@@ -132,7 +132,7 @@ def test_any_pair(name):
     state = torch.get_rng_state()
     found = pv.predictive_check(pair, *batch, num_replicates=20, **QUIET)
     assert torch.equal(torch.get_rng_state(), state)
-    if name in ("tokens", "text"):  # classes have shares, and no mean
+    if name in ("tokens", "text"):  # classes have shares but no mean
         assert found.names == tuple(f"share of class {k}" for k in range(len(found.names)))
     else:
         assert found.names == tuple(STATISTICS)
@@ -182,8 +182,8 @@ def test_the_area_is_that_of_pairs():
     assert _auroc(inside, broken)["-log p(x)"] == pytest.approx(2 / 3)
 
 
-def test_simple_images_are_more_probable_than_what_was_learnt():
-    """The known failure: an empty image beats the digits in log p(x); the other scores tell it."""
+def test_simple_images_are_more_probable_than_what_was_learned():
+    """An empty image has a higher log p(x) than digits (known failure); other scores detect it."""
     digits = pv.load_data("digits")
     with seeded(0):
         vae = pv.VAE.mlp(digits.shape, 4, hidden=(32,), likelihood=pv.DiscretizedLogistic)
@@ -232,19 +232,21 @@ def test_scores_without_another_set():
 def test_misuse_is_told_in_one_line():
     pair = linear_gaussian()
     x = data(pair, 10)
-    with pytest.raises(pv.UsageError, match="num_replicates must be 20 or more, 5 came"):
+    with pytest.raises(pv.UsageError, match="num_replicates must be at least 20, got 5"):
         pv.predictive_check(pair, x, num_replicates=5)
-    with pytest.raises(pv.UsageError, match="must name one function or more, none came"):
+    with pytest.raises(
+        pv.UsageError, match="statistics must contain at least one function, got none"
+    ):
         pv.predictive_check(pair, x, statistics={})
-    with pytest.raises(pv.UsageError, match=r"'all' must return a number .* \(10, 6\) came"):
+    with pytest.raises(pv.UsageError, match=r"'all' must return a tensor .*, got \(10, 6\)"):
         pv.predictive_check(pair, x, statistics={"all": lambda x: x})
     found = pv.predictive_check(pair, x, **QUIET)
-    with pytest.raises(pv.UsageError, match="no statistic is called 'mode'"):
+    with pytest.raises(pv.UsageError, match="unknown statistic 'mode'"):
         found.worst("mode")
 
 
 class Shared(nn.Module):
-    """One latent of all data, its guide its posterior under no data: replicates differ by it."""
+    """A global latent whose guide is its prior, so replicates of the data set differ."""
 
     def __init__(self):
         super().__init__()
@@ -267,7 +269,9 @@ def test_each_replicate_of_all_data_has_its_own_draw_of_what_they_share():
     mean = found.names.index("mean")
     deviation = found.whole[:, mean].std()
     assert found.replicated_deviation[:, mean].tolist() == pytest.approx([1.0] * 5, rel=0.15)
-    assert deviation.item() == pytest.approx(1.0, rel=0.15)  # one draw for all data of a replicate
+    assert deviation.item() == pytest.approx(
+        1.0, rel=0.15
+    )  # all data of a replicate share one draw
     assert found.whole_p_values["mean"] == pytest.approx(0.382, abs=0.1)  # P(N(0, 1) > 0.3)
 
 

@@ -1,4 +1,4 @@
-"""The self-test passes, and says so where an estimator is wrong."""
+"""The self-test passes, and fails if an estimator is wrong."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def test_everything_is_right_here(capsys):
     assert torch.equal(state, torch.get_rng_state())
     assert f"torch {torch.__version__}" in shown
     assert "FAILED" not in shown
-    (right, of) = map(int, re.search(r"(\d+) of (\d+) right", shown).groups())
+    (right, of) = map(int, re.search(r"(\d+) of (\d+) passed", shown).groups())
     assert right == of > 25
 
 
@@ -35,10 +35,10 @@ def shifted(function, by):
 
 
 SPOILED = [
-    # what is spoiled, by how much, and which check sees it
+    # the changed function, the added error, the group, and the check that must fail
     ("pyro_vae.inference.importance.log", 0.05, "log p(x)", "log p(x), exact guide"),
     (
-        "pyro_vae.inference.pareto._generalised_pareto",
+        "pyro_vae.inference.pareto._generalized_pareto",
         0.2,
         "log p(x)",
         "Pareto k of weights of shape 0.3",
@@ -51,7 +51,7 @@ SPOILED = [
         "pyro_vae.parts.distributions.LevelLogistic.log_prob",
         0.01,
         "densities",
-        "sum of a discretised",
+        "sum of a discretized",
     ),
     ("pyro_vae.parts.flows.Flow.log_prob", 0.01, "densities", "integral of a flow"),
 ]
@@ -99,7 +99,7 @@ def test_a_failure_is_shown_and_ends_with_status_1(monkeypatch, capsys):
     assert re.search(r"a number +1.5000 +1.7500 +5.0e-01 +2.0e-01 +FAILED", shown)
     assert re.search(r"nothing .* FAILED", shown)
     assert re.search(r"fails +FAILED: ValueError: no such luck\n", shown)
-    assert "0 of 3 right" in shown
+    assert "0 of 3 passed" in shown
     found = pv.selftest(progress=False)
     assert not found.passed
     assert json.loads(json.dumps(found.as_dict()))["faults"]

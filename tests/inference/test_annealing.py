@@ -1,4 +1,4 @@
-"""Latents as one vector per datum, and bounds on log p(x) by annealing, against closed forms."""
+"""Latents as one vector per datum, and annealing bounds on log p(x), compared with closed forms."""
 
 import json
 from math import log
@@ -25,7 +25,7 @@ from pyro_vae.training.check import require
 
 
 class Spoiled(LinearGaussian):
-    """A diagonal guide of a scale of its own, its mean off by half a standard deviation."""
+    """A diagonal guide with its own scale; its mean is off by half a standard deviation."""
 
     def __init__(self, data_dim, latent_dim, scale):
         weight = linear_gaussian(data_dim, latent_dim).weight.detach()
@@ -52,7 +52,7 @@ def first(batch):
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_pair_has_its_weights_at_vectors_of_its_draws(name):
-    """By the plate of samples that `log_likelihood` has, and draw by draw."""
+    """With the sample plate of `log_likelihood`, and one draw at a time."""
     pair, batch = make(name), rows(name, 4)
     require(pair, batch)
     joint = Joint(pair, first(batch))
@@ -70,7 +70,7 @@ def test_every_pair_has_its_weights_at_vectors_of_its_draws(name):
         joint.vectorized = False
         alone = joint.gradients(z, *batch)
     assert z.shape == (3, 4, joint.dim)
-    if name not in ENUMERATED:  # there z was drawn for each value by itself
+    if name not in ENUMERATED:  # here z is drawn separately for each value
         torch.testing.assert_close(found["joint"] - found["guide"], weights)
     assert all(value.shape[:2] == (3, 4) for value in values.values())
     torch.testing.assert_close(torch.cat(back), z)
@@ -80,7 +80,7 @@ def test_every_pair_has_its_weights_at_vectors_of_its_draws(name):
 
 @pytest.mark.parametrize("name", ["bernoulli", "flows", "semi-supervised", "mixture", "bags"])
 def test_the_joint_density_integrates_to_p_and_the_guide_to_one(name):
-    """On a grid over the two latents; of enumerated pairs too, whose values are summed out."""
+    """Compare with a grid over the two latents, also for enumerated pairs."""
     pair, batch = make(name), rows(name, 3)
     joint, step = Joint(pair, first(batch)), 0.1
     axis = torch.arange(-7, 7, step).double()
@@ -91,7 +91,7 @@ def test_the_joint_density_integrates_to_p_and_the_guide_to_one(name):
     area = 2 * torch.tensor(step).double().log()
     torch.testing.assert_close(log_q + area, torch.zeros(3).double(), atol=5e-3, rtol=0)
     estimate = pv.log_likelihood(pair, *batch, num_samples=20_000)
-    sure = estimate.pareto_k < 0.6  # none of the bags, whose weights are heavy-tailed
+    sure = estimate.pareto_k < 0.6  # without the bags, because their weights have heavy tails
     off = (log_p + area - estimate.per_datum).abs()
     assert bool((off < 4 * estimate.standard_errors + 1e-3)[sure].all())
     options = {"num_temperatures": 15, "num_chains": 64, "leapfrog_steps": 2, "progress": False}
@@ -119,7 +119,7 @@ def test_supports_bring_their_jacobians_and_plates_within_a_datum_their_dimensio
 
 
 class Simplex(nn.Module):
-    """Proportions, whose vectors have one number less, and a mask that leaves data out."""
+    """Proportions, whose vectors have one number less, and a mask that hides data."""
 
     def __init__(self):
         super().__init__()
@@ -194,7 +194,7 @@ def test_what_does_not_apply_is_told_by_its_site(kind):
 
 
 class Bent(Fault):
-    """A guide whose density is known at its own draws alone."""
+    """A guide whose density is known only at its own draws."""
 
     def __init__(self):
         super().__init__("")
@@ -220,7 +220,7 @@ def test_a_guide_without_a_density_is_told_and_its_model_has_nuts():
 
 
 class Reads(Bent):
-    """A model that reads values, which no graph can, and does not take a plate of samples."""
+    """A model that branches on values, so it has no graph, and does not broadcast over samples."""
 
     def model(self, x):
         with pyro.plate("data", len(x), dim=-1):
@@ -236,7 +236,9 @@ class Reads(Bent):
 def test_a_pair_without_graph_and_plate_is_moved_particle_by_particle():
     pair, x = Reads().double(), torch.tensor([[0.0], [1.0]]).double()
     options = {"num_temperatures": 10, "num_chains": 8, "leapfrog_steps": 2, "progress": False}
-    with pytest.warns(UserWarning, match="Reads is moved by the eager engine, because a branch"):
+    with pytest.warns(
+        UserWarning, match="Reads is evaluated by the eager engine, because a branch"
+    ):
         found = pv.anneal(pair, x, **options)
     truth = dist.Normal(0.0, 2**0.5).log_prob(x[:, 0])
     assert bool(((found.per_datum - truth).abs() < 5 * found.standard_errors).all())
@@ -247,7 +249,7 @@ def test_a_pair_without_graph_and_plate_is_moved_particle_by_particle():
 
 @pytest.mark.parametrize("scale", [0.7, 1.3])
 def test_forward_and_reverse_bracket_the_truth(scale):
-    """In ten dimensions, 1,000 temperatures; the guide's own bound is off by three nats or more."""
+    """Ten dimensions, 1,000 temperatures; the bound of the guide is off by at least three nats."""
     pair = Spoiled(20, 10, scale)
     both = pv.sandwich(pair, 8, num_temperatures=1000, leapfrog_steps=2, progress=False)
     truth = pair.marginal().log_prob(both.batch[0]).detach()
@@ -262,7 +264,7 @@ def test_forward_and_reverse_bracket_the_truth(scale):
 
 
 def test_a_transition_leaves_its_density_as_it_is():
-    """Draws of the posterior stay such, by steps so long that a third of them is refused."""
+    """Draws of the posterior stay exact, with steps so long that a third of them is rejected."""
     pair = Spoiled(4, 2, 0.8)
     with seeded(0):
         x = pair.marginal().sample((2,)).detach()
@@ -286,7 +288,7 @@ def test_a_transition_leaves_its_density_as_it_is():
 
 
 def test_weights_of_few_temperatures_have_the_right_mean():
-    """w / p(x) and p(x) / w have mean 1 however badly chains mix: every step is exact."""
+    """w / p(x) and p(x) / w have mean 1 even if chains mix badly, because every step is exact."""
     pair = Spoiled(4, 2, 0.8)
     options = {"num_temperatures": 3, "num_chains": 1, "leapfrog_steps": 2, "progress": False}
     both = pv.sandwich(pair, 8000, **options)
@@ -306,7 +308,7 @@ def test_the_gap_closes_with_the_temperatures_and_errors_are_those_over_seeds():
     few, many = (pv.sandwich(pair, 60, num_temperatures=t, **options) for t in (4, 60))
     assert few.gap > 0.1
     assert abs(many.gap) < few.gap / 3
-    # The weights over p(x) have one distribution for all data: rows do for seeds.
+    # Weights over p(x) have the same distribution for all data, so rows replace seeds.
     truth = pair.marginal().log_prob(many.batch[0]).detach()
     for side in (many.lower, many.upper):
         ratio = (side.per_datum - truth).std() / side.standard_errors.mean()
@@ -325,7 +327,7 @@ def test_one_temperature_is_importance_sampling():
 
 
 def test_a_mode_that_the_guide_misses_shows_in_the_gap_alone():
-    """From below half of p(x) is found, by weights that look well; from above it is far off."""
+    """The lower bound finds half of p(x), with weights that look good; the upper one is far off."""
     pair = TwoModes(0.5)
     options = {"num_temperatures": 40, "leapfrog_steps": 3, "progress": False}
     both = pv.sandwich(pair, 40, engine="traced", **options)
@@ -339,7 +341,7 @@ def test_a_mode_that_the_guide_misses_shows_in_the_gap_alone():
     assert missing.mean().item() == pytest.approx(log(2), abs=0.1)
     assert both.lower.effective_sample_size[apart].min() > 4
     gaps = both.upper.per_datum - both.lower.per_datum
-    assert (gaps > 5).double().mean() > 0.25  # those drawn from the mode that the guide misses
+    assert (gaps > 5).double().mean() > 0.25  # the draws from the mode that the guide misses
     assert both.gap > 1
 
 
@@ -348,7 +350,7 @@ PAIRS = ("flows", "hierarchical", "deep-markov", "semi-supervised", "bags", "par
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_other_pairs_are_annealed(name):
-    """Below the truth, which importance sampling finds for pairs as small as these."""
+    """The bound is below the true value, which importance sampling finds for these small pairs."""
     pair, batch = make(name), rows(name, 6)
     require(pair, batch)
     options = {"num_temperatures": 25, "progress": False, "engine": "eager", "leapfrog_steps": 2}
@@ -387,7 +389,7 @@ def test_parts_of_the_data_and_engines(monkeypatch):
 
 
 class HalfBlind(Fault):
-    """A guide that gives no density to some of what it draws."""
+    """A guide that gives no density to some of its draws."""
 
     def guide(self, x):
         with pyro.plate("data", len(x), dim=-1):
@@ -427,11 +429,11 @@ def test_tables_records_and_misuse():
     json.dumps(record, allow_nan=False)
     x = torch.zeros(2, 6).double()
     for name in ("num_temperatures", "num_chains", "leapfrog_steps"):
-        with pytest.raises(pv.UsageError, match=f"{name} must be 1 or more, 0 came"):
+        with pytest.raises(pv.UsageError, match=f"{name} must be at least 1, got 0"):
             pv.anneal(pair, x, **{name: 0})
-    with pytest.raises(pv.UsageError, match="num_examples must be 2 or more, 1 came"):
+    with pytest.raises(pv.UsageError, match="num_examples must be at least 2, got 1"):
         pv.sandwich(pair, 1)
-    with pytest.raises(pv.UsageError, match="every latent is summed out"):
+    with pytest.raises(pv.UsageError, match="all latents are summed out"):
         pv.anneal(Summed(), x)
 
 

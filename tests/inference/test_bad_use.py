@@ -1,4 +1,4 @@
-"""Bad input to the tools that use a pair: one line that names the argument."""
+"""Bad input to the tools that use a pair: each error is one line and names the argument."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_one_row_can_be_evaluated():
 
 
 MISUSES = {
-    "sample none": (lambda: pv.sample(small(), 0), ["n must be 1", "0 came"]),
+    "sample none": (lambda: pv.sample(small(), 0), ["n must be at least 1, got 0"]),
     "sample without template": (lambda: pv.sample(Pair(), 3), ["Pair", "template(n)"]),
     "context too much": (
         lambda: pv.sample(small(), 3, [torch.rand(3, 2)]),
@@ -75,16 +75,19 @@ MISUSES = {
     "encode to what": (lambda: pv.encode(small(), binary(), what="median"), ["'median'", "mean"]),
     "interpolate in one step": (
         lambda: pv.interpolate(small(), binary(), binary(), steps=1),
-        ["steps", "1 came"],
+        ["steps must be at least 2, got 1"],
     ),
     "interpolate unequal ends": (
         lambda: pv.interpolate(small(), binary(), binary(7)),
-        ["8 rows", "7"],
+        ["start has 8 rows but end has 7; they must match"],
     ),
-    "traverse from many": (lambda: pv.traverse(small(), binary()), ["one datum", "8 came"]),
+    "traverse from many": (
+        lambda: pv.traverse(small(), binary()),
+        ["x must contain one datum, got 8"],
+    ),
     "traverse an unknown unit": (
         lambda: pv.traverse(small(), binary(1), units=[2]),
-        ["0 to 1", "[2]"],
+        ["between 0 and 1, got [2]"],
     ),
     "traverse an unknown site": (
         lambda: pv.traverse(small(), binary(1), latent="y"),
@@ -93,7 +96,7 @@ MISUSES = {
     "traverse no values": (lambda: pv.traverse(small(), binary(1), values=[]), ["values"]),
     "weigh no samples": (
         lambda: pv.log_likelihood(small(), binary(), num_samples=0),
-        ["num_samples", "0 came"],
+        ["num_samples must be at least 1, got 0"],
     ),
     "gaps with a global site": (
         lambda: pv.gaps(Pair(model_with_global_site, guide_with_global_site), SCALES["real"]),

@@ -1,4 +1,4 @@
-"""Other guides for one model: what is refined or refitted reaches the closed form."""
+"""Other guides for one model: refined and refitted guides reach the closed form."""
 
 import copy
 
@@ -30,7 +30,7 @@ def test_refining_takes_back_what_spoils_the_encoder(family):
     pair = Spoiled(family, shift=0.6, stretch=1.4)
     x = data(pair)
     truth = pair.marginal().log_prob(x).detach()
-    least = Spoiled(family).kl(x, Spoiled(family).q(x))  # what the family itself must leave
+    least = Spoiled(family).kl(x, Spoiled(family).q(x))  # the gap of the best member of the family
     if family == "diagonal":
         assert least.min() > 0.5
     put_in = pair.kl(x, pair.q(x)) - least
@@ -101,7 +101,7 @@ def test_rows_keep_their_own_whatever_their_order_and_number(monkeypatch):
 
 
 class Levels(nn.Module):
-    """z ~ N(0, 1), y ~ N(z, 1), x ~ N(y, 0.5^2); the guide draws y and z given it, both wrongly."""
+    """z ~ N(0, 1), y ~ N(z, 1), x ~ N(y, 0.5^2); the guide draws y, and z given y, both wrongly."""
 
     def __init__(self):
         super().__init__()
@@ -120,7 +120,7 @@ class Levels(nn.Module):
 
 
 def test_a_latent_keeps_its_dependence_on_another():
-    """Independent levels would leave a gap here; offsets on each leave none."""
+    """Independent levels would leave a gap here; offsets on each level close it."""
     x = torch.tensor([[0.3], [-2.0], [1.0]]).double()
     result = pv.refine(Levels(), x, steps=300, num_samples=2000, progress=False)
     truth = dist.Normal(0.0, 2.25**0.5).log_prob(x[:, 0])
@@ -154,17 +154,17 @@ def test_discrete_latents_are_left_alone():
     assert result.gain.min() > 0.3
     with pytest.raises(pv.UsageError, match="no latent whose parameters can be refined"):
         pv.refine(Discrete(False), x, progress=False)
-    with pytest.raises(pv.UsageError, match="'k' is discrete or outside the data plate"):
+    with pytest.raises(pv.UsageError, match="'k' is discrete or not local"):
         pv.refit_guide(Discrete(True), pv.DiagonalNormal, x)
 
 
 def test_misuse_is_told_in_one_line():
     pair = Spoiled("diagonal")
     x = data(pair)
-    with pytest.raises(pv.UsageError, match="steps must be 1 or more, 0 came"):
+    with pytest.raises(pv.UsageError, match="steps must be at least 1, got 0"):
         pv.refine(pair, x, steps=0)
     result = pv.refine(pair, x, steps=1, num_samples=2, progress=False)
-    with pytest.raises(pv.UsageError, match="ends with the numbers of its rows"):
+    with pytest.raises(pv.UsageError, match="must end with the row numbers"):
         pv.encode(result.pair, x)
 
 
@@ -208,8 +208,8 @@ def test_another_family_is_fitted_to_a_model_that_stays(tmp_path):
     assert pv.sample(full, 3, seed=1).equal(pv.sample(first, 3, seed=1))
     pv.save(full, tmp_path)
     torch.testing.assert_close(pv.encode(pv.load(tmp_path), x)["z"], pv.encode(full, x)["z"])
-    table = pv.bounds_table({"full-rank": result, "amortised": pv.log_likelihood(first, x)})
-    assert [line.split()[0] for line in table.splitlines()] == ["guide", "full-rank", "amortised"]
+    table = pv.bounds_table({"full-rank": result, "amortized": pv.log_likelihood(first, x)})
+    assert [line.split()[0] for line in table.splitlines()] == ["guide", "full-rank", "amortized"]
     assert f"{result.elbo:.3f} ± {result.elbo_standard_error:.3f}" in table
 
 
@@ -227,7 +227,7 @@ def test_an_encoder_of_ones_own_and_two_latents():
 
 
 def test_a_frozen_model_stays_in_evaluation_mode():
-    """Running means of its layers would move else."""
+    """Otherwise the running means of its layers would change."""
     decoder = pv.Factor(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 6)), pv.Bernoulli(), (6,))
     encoder = pv.Factor(pv.MLP(6, (), 4), pv.DiagonalNormal(), (2,))
     pair = pv.VAE(encoder, decoder, pv.StandardNormal(2)).double()

@@ -1,4 +1,4 @@
-"""NUTS on a pair's model, against posteriors in closed form."""
+"""NUTS on the model of a pair, compared with posteriors in closed form."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ WEIGHT = torch.tensor([[1.0, 0.9], [0.8, 1.1], [0.2, -0.3]]).double()
 
 
 def test_moments_are_those_of_the_closed_form_and_chains_agree():
-    """Correlated latents; the guide has their posterior, of a scale 0.8 times the right one."""
+    """Correlated latents; the guide is their posterior with 0.8 times the right scale."""
     pair = LinearGaussian(WEIGHT, 0.6, spread=0.8)
     with seeded(0):
         x = pair.marginal().sample((1,)).detach()
@@ -72,7 +72,7 @@ def test_rates_keep_to_their_support():
 
 
 def test_an_enumerated_latent_is_summed_out():
-    """Against a grid over the two others."""
+    """Compare with a grid over the two other latents."""
     pair, batch = make("bags"), rows("bags", 1)
     result = pv.nuts(pair, *batch, num_draws=100, warmup=50, num_chains=2, progress=False)
     joint = Joint(pair, batch)
@@ -126,7 +126,7 @@ def test_chains_that_disagree_are_reported():
 
 
 class Funnel(nn.Module):
-    """The scale of one latent is drawn by another: steps that fit the wide end diverge."""
+    """One latent is the scale of another, so steps that fit the wide end diverge."""
 
     def __init__(self):
         super().__init__()
@@ -166,7 +166,7 @@ def test_records_of_chains_that_never_moved():
     )
     assert not stuck.agrees.item()
     assert stuck.as_dict()["greatest_r_hat"] is None
-    assert "infinite at most" in str(stuck)
+    assert "infinite (maximum)" in str(stuck)
 
 
 def test_nothing_else_is_touched():
@@ -195,7 +195,7 @@ def test_what_does_not_apply_is_told_by_its_site(kind):
 
 
 class Nowhere(TwoModes):
-    """A model whose every draw of the prior makes the data impossible."""
+    """A model in which every draw of the prior makes the data impossible."""
 
     def model(self, x):
         with pyro.plate("data", len(x), dim=-1):
@@ -211,7 +211,7 @@ class Nowhere(TwoModes):
 def test_misuse_is_told_in_one_line():
     pair, x = TwoModes(), torch.ones(1, 1).double()
     for name, least in (("num_chains", 2), ("num_draws", 4), ("warmup", 1)):
-        with pytest.raises(pv.UsageError, match=f"{name} must be {least} or more, 0 came"):
+        with pytest.raises(pv.UsageError, match=f"{name} must be at least {least}, got 0"):
             pv.nuts(pair, x, **{name: 0})
     with pytest.raises(pv.UsageError, match="row 0 is not finite at draws of the prior"):
         pv.nuts(Nowhere(), 1000 * x, **SHORT)
@@ -219,7 +219,7 @@ def test_misuse_is_told_in_one_line():
 
 @pytest.mark.parametrize("spread", [1.0, 1.6])
 def test_r_hat_is_that_of_ranks(spread: float) -> None:
-    """Chains of unequal spread are told, as they are by ArviZ; ties too."""
+    """R-hat detects chains of unequal spread, as in ArviZ, also with ties."""
     draws = torch.randn(4, 60, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     draws[0] *= spread
     draws[..., 1] = draws[..., 1].round()

@@ -1,4 +1,4 @@
-"""Whether an importance-sampled log p(x) can be believed: its errors, and the shape of its tail."""
+"""The reliability of an importance-sampled log p(x): its errors, and the shape of its tail."""
 
 import json
 import warnings
@@ -77,7 +77,7 @@ def test_thresholds_are_those_of_the_paper():
 
 
 def test_k_comes_from_the_very_weights_of_the_estimate(monkeypatch):
-    """Weights known one by one: what chunks keep of them is what all of them give."""
+    """Known weights: the sums over chunks equal the results of all weights together."""
     pair = linear_gaussian(spread=0.8)
     x = data(pair, 5)
     monkeypatch.setattr("pyro_vae.inference.importance.CELLS", 6 * 5 * 64)
@@ -121,7 +121,7 @@ class ExactNormal(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_exact_posterior_is_exact_and_has_no_tail(dtype):
-    """Its weights differ by rounding, of which a tail would be made else."""
+    """Its weights differ only by rounding, which must not count as a tail."""
     x = torch.linspace(-2, 2, 9)[:, None]
     result = pv.log_likelihood(ExactNormal().to(dtype), x, num_samples=5000)
     truth = dist.Normal(0.0, 2.0**0.5).log_prob(x[:, 0].double())
@@ -141,18 +141,18 @@ def test_the_exact_posterior_of_the_linear_pair():
 
 @pytest.mark.parametrize("spread", [0.7, 1.3])
 def test_the_truth_is_within_four_standard_errors(spread):
-    """The weights over p(x) have one distribution for all data: rows do for seeds."""
+    """Weights over p(x) have the same distribution for all data, so rows replace seeds."""
     pair = linear_gaussian(spread=spread)
     x = data(pair, 200)
     result = pv.log_likelihood(pair, x, num_samples=5000)
     off = (result.per_datum - pair.marginal().log_prob(x).detach()).abs()
     assert (off < 4 * result.standard_errors).double().mean() >= 0.99
-    assert (off > result.standard_errors / 4).double().mean() > 0.5  # an error is not too large
+    assert (off > result.standard_errors / 4).double().mean() > 0.5  # the error is not too large
 
 
 def test_a_narrow_guide_is_flagged_in_many_dimensions_and_a_wide_one_is_not():
-    """Weights of a scale s < 1 have the shape 1 - s^2 = 0.51 in any dimension; so many samples see
-    more of it the more dimensions there are. With s > 1 they are bounded."""
+    """With scale s < 1 the weights have the shape 1 - s^2 = 0.51 in any dimension. In more
+    dimensions the estimate is larger. With s > 1 the weights are bounded."""
     shapes = {}
     for dim, spread in ((2, 0.7), (20, 0.7), (20, 1.3), (2, 1.3)):
         pair = linear_gaussian(dim + 2, dim, spread)
@@ -165,7 +165,7 @@ def test_a_narrow_guide_is_flagged_in_many_dimensions_and_a_wide_one_is_not():
 
 
 class HalfBlind(ExactNormal):
-    """A guide that gives no density to some of what it draws."""
+    """A guide that gives no density to some of its draws."""
 
     def guide(self, x):
         fn = Truncated(self.slope * x[:, 0], torch.ones(()))
@@ -174,7 +174,7 @@ class HalfBlind(ExactNormal):
 
 
 class Truncated(dist.Normal):
-    """A normal whose density is said to be 0 above 2."""
+    """A normal that reports the density 0 above 2."""
 
     def expand(self, batch_shape, _instance=None):
         return Truncated(self.loc.expand(batch_shape), self.scale.expand(batch_shape))
@@ -209,10 +209,10 @@ def test_too_few_samples_for_a_tail():
     few = pv.log_likelihood(pair, x, num_samples=20)
     assert few.pareto_k.isnan().all()
     assert few.as_dict()["median_k"] is None
-    assert "takes 21 samples or more" in str(few)
-    with pytest.raises(pv.UsageError, match=r"takes 21 samples or more \(num_samples\), 20 came"):
+    assert "needs at least 21 samples" in str(few)
+    with pytest.raises(pv.UsageError, match="num_samples must be at least 21 for Pareto k, got 20"):
         few.worst()
-    with pytest.raises(pv.UsageError, match="takes 21 weights or more, 20 came"):
+    with pytest.raises(pv.UsageError, match="needs at least 21 weights, got 20"):
         pareto_shape(torch.zeros(3, 20))
     assert pv.log_likelihood(pair, x, num_samples=21).pareto_k.isfinite().all()
 
@@ -251,7 +251,7 @@ def test_the_figure_shows_the_worst(shape):
 
 
 def test_the_error_of_few_samples_is_that_of_a_sample():
-    """sd / (mean sqrt K) with K - 1 in the variance: its square is not too small for K = 2."""
+    """sd / (mean sqrt K) with K - 1 in the variance; its square is not too small for K = 2."""
     weights = torch.tensor([[0.2, 1.0], [0.7, 3.0], [0.6, 5.0]], dtype=torch.float64)
     ratio = weights.square().sum(0) / weights.sum(0).square()
     wanted = weights.std(0) / weights.mean(0) / 3**0.5
@@ -260,7 +260,7 @@ def test_the_error_of_few_samples_is_that_of_a_sample():
 
 
 def test_equal_greatest_weights_above_others_are_not_constant():
-    """What the shape is 0 for is a guide that is exact; a tail of ties has none."""
+    """The shape is 0 only for an exact guide; a tail of ties has no shape."""
     greatest = torch.zeros(2, 9, dtype=torch.float64)
     least = torch.tensor([0.0, -2.0], dtype=torch.float64)
     found = _shapes(greatest, least, torch.finfo(torch.float64).eps)

@@ -339,13 +339,13 @@ def test_what_is_refused():
     with pytest.raises(pv.UsageError, match=r"'decoder.* is outside the data plate .*: so it is"):
         require_local(pair, batch, "so it is")
     for tool in (pv.gaps, pv.anneal):
-        with pytest.raises(pv.UsageError, match=r"'decoder.*outside the data plate"):
+        with pytest.raises(pv.UsageError, match=r"'decoder.*(outside the data plate|is not local)"):
             tool(pair, *batch)
     parts = pv.kl_parts(pair, *batch)
     assert set(parts) == {"z"}
-    with pytest.raises(pv.UsageError, match="no latent outside the data plate"):
+    with pytest.raises(pv.UsageError, match="no global latent"):
         pv.uncertainty(make("bernoulli"), *batch)
-    with pytest.raises(pv.UsageError, match="num_weights must be 2 or more, 1 came"):
+    with pytest.raises(pv.UsageError, match="num_weights must be at least 2, got 1"):
         pv.uncertainty(pair, *batch, num_weights=1)
     with pytest.raises(pv.UsageError, match=r"'head'.*encoder, decoder"):
         pv.BayesianDecoder(pv.VAE.mlp((4,)), "head")

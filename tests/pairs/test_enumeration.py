@@ -462,9 +462,9 @@ def test_predict_says_what_a_pair_lacks():
     inner, given = broken(plate=True, infer={}), make("mixture").float()
     assert pv.predict(inner, x, num_samples=1).shape == (4, 3)
     for pair, site, words in (
-        (make("bernoulli").float(), None, "VAE has none; encode serves other latents"),
-        (inner, "inside", "of Broken, 'inside' came; known: k"),
-        (given, "z", "of MixtureVAE, 'z' came; known: k"),
+        (make("bernoulli").float(), None, "VAE has no such latent; use encode for other latents"),
+        (inner, "inside", "of Broken, got 'inside'; known: k"),
+        (given, "z", "of MixtureVAE, got 'z'; known: k"),
     ):
         with pytest.raises(pv.UsageError) as caught:
             pv.predict(pair, x, site=site)

@@ -308,7 +308,7 @@ def test_every_tool_with_a_guide_of_pyros(kind, tmp_path):
             refused()
         assert "\n" not in str(told.value)
     if set(points) == {"w", "s"}:
-        with pytest.raises(pv.UsageError, match="a point estimate: it has no spread"):
+        with pytest.raises(pv.UsageError, match="a point estimate without variance"):
             pv.uncertainty(pair, x[:2], progress=False)
     else:
         assert pv.uncertainty(pair, x[:2], num_weights=3, progress=False).epistemic.shape == (2, 3)
@@ -388,7 +388,7 @@ def test_beside_a_latent_that_is_summed_out():
         lambda pair: pv.evaluate(pair, x, num_samples=30).log_likelihood,
         lambda pair: pv.evaluate(pair, x, num_samples=30).elbo,
         lambda pair: pv.anneal(pair, x, **settings).value,
-        lambda pair: pv.gaps(pair, x, steps=5, num_samples=30, progress=False).amortisation.value,
+        lambda pair: pv.gaps(pair, x, steps=5, num_samples=30, progress=False).amortization.value,
         lambda pair: pv.encode(pair, x)["s"][0].item(),
         lambda pair: pv.predict(pair, x)[0, 0].item(),
     ):

@@ -167,7 +167,7 @@ def test_log_likelihood_is_that_of_the_eager_engine(name, engine, monkeypatch):
 def test_log_likelihood_of_what_cannot_be_traced_is_eager(monkeypatch):
     monkeypatch.setattr("pyro_vae.inference.importance.CELLS", 6 * 8 * 20)
     pair, x = Noisy("branch").double(), rows("plain", 20)[0]
-    with pytest.warns(UserWarning, match="weighed by the eager engine, because a branch"):
+    with pytest.warns(UserWarning, match="evaluated by the eager engine, because a branch"):
         found = pv.log_likelihood(pair, x, num_samples=50, engine="traced")
     eager = pv.log_likelihood(pair, x, num_samples=50, engine="eager")
     assert torch.equal(found.per_datum, eager.per_datum)
