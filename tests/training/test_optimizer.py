@@ -104,3 +104,50 @@ def test_what_is_not_plain_adam_has_its_own_step():
             optimizer([ours])
             stock.step()
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_parameter_without_a_gradient_is_left_alone():
+    """As torch leaves it, before and after the shortcut is made, wherever it is in the list."""
+    ours, theirs = ([torch.nn.Parameter(torch.ones(3)) for _ in range(3)] for _ in range(2))
+    stock = torch.optim.Adam(theirs, lr=0.1)
+    optimizer = Optimizer(torch.optim.Adam, {str(i): p for i, p in enumerate(ours)}, 0.1)
+    for present in ((0, 1, 2), (0, 1), (1, 2), (0,), (0, 1, 2)):
+        for i, (mine, stocked) in enumerate(zip(ours, theirs, strict=True)):
+            given = i in present
+            mine.grad = torch.full((3,), i - 1.5) if given else None
+            stocked.grad = mine.grad.clone() if given else None
+        optimizer(ours)
+        stock.step()
+        for mine, stocked in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, stocked)
+
+
+def test_without_any_gradient_nothing_happens():
+    value = torch.nn.Parameter(torch.ones(2))
+    optimizer = Optimizer(torch.optim.Adam, {"a": value}, 0.1)
+    optimizer([value])
+    assert value.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_hooks_of_the_torch_optimizer_run_at_each_step(when):
+    value, calls = torch.nn.Parameter(torch.ones(2)), []
+    optimizer = Optimizer(torch.optim.Adam, {"a": value}, 0.1)
+    register = getattr(optimizer.torch_optimizer, f"register_step_{when}_hook")
+    register(lambda *_: calls.append(when))
+    for _ in range(3):
+        value.grad = torch.ones(2)
+        optimizer([value])
+    assert calls == [when] * 3
+
+
+def test_an_optimizer_that_has_no_fused_kernel_is_taken_too():
+    """RMSprop has no such argument."""
+    ours, theirs = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    stock = torch.optim.RMSprop([theirs], lr=0.1)
+    optimizer = Optimizer(torch.optim.RMSprop, {"a": ours}, 0.1)
+    for _ in range(3):
+        ours.grad, theirs.grad = torch.tensor([1.0, -2.0]), torch.tensor([1.0, -2.0])
+        optimizer([ours])
+        stock.step()
+    torch.testing.assert_close(ours, theirs)

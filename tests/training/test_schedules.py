@@ -1,5 +1,6 @@
 """Schedules at hand-made epochs: within, at and after their ends."""
 
+from dataclasses import FrozenInstanceError, fields
 from math import pi, sin
 
 import pytest
@@ -34,3 +35,12 @@ def test_no_epochs_are_over_at_once(epochs):
     assert pv.Linear(epochs, start=3.0, end=2.0)(0) == 2.0
     assert pv.Cosine(epochs, start=3.0, end=2.0)(0) == 2.0
     assert pv.Linear(1, start=3.0, end=2.0)(0.5) == 2.5
+
+
+@pytest.mark.parametrize("schedule", [pv.Linear(3), pv.Cyclical(3), pv.Cosine(3)])
+def test_a_schedule_cannot_be_changed_under_a_run(schedule):
+    field = fields(schedule)[0].name
+    with pytest.raises(FrozenInstanceError):
+        setattr(schedule, field, 5)
+    assert schedule == type(schedule)(3)
+    assert hash(schedule) == hash(type(schedule)(3))
