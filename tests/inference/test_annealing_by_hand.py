@@ -4,9 +4,12 @@ from math import exp, log
 
 import pytest
 import torch
+from exact import linear_gaussian
 
+import pyro_vae as pv
 from pyro_vae.inference.annealing import Sandwich, _bound, _joined
 from pyro_vae.inference.annealing_path import AnnealingSettings, _schedule
+from pyro_vae.pairs.rng import seeded
 
 
 @pytest.mark.parametrize("number", [1, 2, 5, 40])
@@ -79,3 +82,13 @@ def test_the_gap_of_a_sandwich_and_its_error():
     both = Sandwich(of(-3.0, -1.0, -2.0), of(-1.0, -1.0, -1.0), (torch.zeros(3, 1),))
     assert both.gap == pytest.approx(1.0)
     assert both.gap_standard_error == pytest.approx(1 / 3**0.5)  # sd of 2, 0 and 1 is 1
+
+
+def test_steps_are_adapted_until_seven_of_ten_are_accepted():
+    """With an exact guide, whose path stays where it is; the first steps are a quarter as long."""
+    pair = linear_gaussian(spread=1.0)
+    with seeded(0):
+        x = pair.marginal().sample((10,))
+    numbers = {"num_temperatures": 30, "num_chains": 16, "engine": "eager", "progress": False}
+    found = pv.anneal(pair, x, **numbers)
+    assert found.acceptance.mean().item() == pytest.approx(0.7, abs=0.04)
