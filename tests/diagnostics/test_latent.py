@@ -131,6 +131,47 @@ def test_few_data_bound_the_information_from_both_sides():
     assert max(lower) < log(20)
 
 
+class Apart(nn.Module):
+    """A posterior whose mean is so many times x, with nothing of x in the model."""
+
+    def __init__(self, apart):
+        super().__init__()
+        self.apart = nn.Parameter(torch.tensor(apart).double())
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(x.new_zeros(1), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(self.apart * x, 0.5).to_event(1))
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_bounds_of_the_information_at_both_ends(n):
+    """Posteriors that are all one have no information by either bound, exactly; those that never
+    meet have log n by the lower one, and by the upper one the mean distance of two in nats."""
+    x = torch.arange(n).double()[:, None]
+    none = pv.kl_parts(Apart(0.0), x)["z"]
+    assert none.mutual_information.value == pytest.approx(0, abs=1e-12)
+    assert none.mutual_information_upper.value == pytest.approx(0, abs=1e-12)
+    assert none.unit_information.tolist() == pytest.approx([0], abs=1e-12)
+    all_ = pv.kl_parts(Apart(100.0), x)["z"]
+    assert all_.mutual_information.value == pytest.approx(log(n))
+    assert all_.unit_information.tolist() == pytest.approx([log(n)])
+
+
+def test_the_upper_bound_of_the_information_by_hand():
+    """Of two data the others' mean is the other one: the bound is the mean KL of the two."""
+    x = torch.tensor([[0.0], [1.0]]).double()
+    found = pv.kl_parts(Apart(2.0), x, num_samples=500)["z"]
+    apart = 2.0**2 / (2 * 0.5**2)
+    draws = 500 * 2
+    error = (2 * apart / draws) ** 0.5  # the log ratio is normal, of variance twice its mean
+    assert found.mutual_information_upper.value == pytest.approx(apart, abs=5 * error)
+
+
 def test_a_posterior_of_dependent_units_has_information_alone():
     pair = Gaussian(full_rank=True)
     parts = pv.kl_parts(pair, pair.data(500), num_samples=60)["z"]
@@ -239,6 +280,15 @@ def test_purities_by_hand():
     assert found == pytest.approx(0.3 * 1 + 0.4 * 0 + 0.3 * 1)
     entropy = -(0.6 * log(0.6) + 0.4 * log(0.4)) / log(3)
     assert complete == pytest.approx(1 - entropy)
+
+
+def test_informativeness_by_hand():
+    """A unit that tells which half a factor of four values is in leaves a variance of 0.25 of
+    1.25: the error of the forests is a root mean square, so 1 - sqrt(0.2) is left."""
+    factors = torch.cartesian_prod(torch.arange(4), torch.arange(500))[:, :1]
+    codes = torch.stack([factors[:, 0] // 2, torch.zeros(2000)], 1).double()
+    scores = pv.disentanglement_scores(codes, factors)
+    assert scores.informativeness == pytest.approx(1 - 0.2**0.5, abs=0.02)
 
 
 def test_factor_vae_by_hand():

@@ -298,6 +298,24 @@ def test_uncertainty_has_the_parts_of_the_closed_form():
     assert "epistemic" in str(found)
 
 
+@pytest.mark.parametrize("num_samples", [2, 5])
+def test_few_draws_of_the_latents_do_not_pass_for_uncertain_weights(num_samples):
+    """Where the weights are known, their part is 0, though a mean of few draws varies: by chance it
+    is above and below."""
+    pair, (x, place) = exact(), data(20, seed=1)
+    pair.free_scales[0].data.fill_(-30.0)
+    numbers = {"num_weights": 200, "num_samples": num_samples, "progress": False}
+    found = pv.uncertainty(pair, x, place, **numbers)
+    latent = found.latent.mean().item()
+    mean, _ = posterior(pair)
+    wanted = SPREAD**2 * mean.square().sum(1).mean().item()
+    assert latent == pytest.approx(wanted, rel=0.1)
+    # The standard error of a variance of 200 draws, over 80 elements that share none.
+    error = latent / num_samples * (2 / 199 / len(x)) ** 0.5
+    assert abs(found.weights.mean().item()) < 4 * error
+    assert found.weights.min() < 0 < found.weights.max()
+
+
 def test_more_data_take_epistemic_variance_away():
     spreads = []
     for n in (20, 80):

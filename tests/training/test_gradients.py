@@ -368,3 +368,20 @@ def test_total_correlation_refuses(words):
 def test_total_correlation_needs_data():
     with pytest.raises(pv.UsageError, match="num_data must be 2 or more, 1 came"):
         pv.TotalCorrelationELBO(1)
+
+
+@pytest.mark.parametrize("gradient", list(pv.Gradient))
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_scale_of_the_minibatch_scales_every_gradient(gradient, k):
+    """As of a plate that takes a minibatch for a part: one draw, 2.5 times the slope."""
+    pair, x = TwoLevels(), torch.tensor([0.3, -1.0]).double()
+    found = []
+    for scale in (1.0, 2.5):
+        pair.zero_grad()
+        objective = pv.ImportanceWeightedELBO(k, gradient=gradient)
+        scaled = pyro.poutine.scale(scale=scale)
+        with seeded(0):
+            objective.differentiable_loss(scaled(pair.model), scaled(pair.guide), x).backward()
+        found.append(torch.cat([p.grad.flatten() for p in pair.parameters()]))
+    torch.testing.assert_close(found[1], 2.5 * found[0])
+    assert found[0].abs().min() > 0

@@ -1,0 +1,58 @@
+"""Gaps and their errors from log weights that are written by hand."""
+
+import pytest
+import torch
+
+from pyro_vae.diagnostics.gaps import PerDatum, _minus, _quantiles, _share, _split
+
+torch.manual_seed(0)
+BEFORE, AFTER = torch.randn(30, 2).double() - 2, 0.3 * torch.randn(30, 2).double()
+"""Log weights (draws, n) of the guide and of the refined one."""
+
+
+def error(shares):
+    return shares.std(0) / 30**0.5
+
+
+def test_gaps_by_hand():
+    """log p(x) is from the refined draws of the first datum, and from those of the second's guide;
+    errors are those of the differences, draw by draw."""
+    chosen = torch.tensor([True, False])
+    found = _split(BEFORE, AFTER, chosen)
+    weights = torch.stack([AFTER[:, 0], BEFORE[:, 1]], 1)
+    log_p = weights.exp().mean(0).log()
+    share = weights.exp() / weights.exp().mean(0)
+    wanted = [
+        (log_p, share),
+        (AFTER.mean(0), AFTER),
+        (BEFORE.mean(0), BEFORE),
+        (log_p - AFTER.mean(0), share - AFTER),
+        (AFTER.mean(0) - BEFORE.mean(0), AFTER - BEFORE),
+        (log_p - BEFORE.mean(0), share - BEFORE),
+    ]
+    for i, (value, shares) in enumerate(wanted):
+        torch.testing.assert_close(found[2 * i], value)
+        torch.testing.assert_close(found[2 * i + 1], error(shares))
+    torch.testing.assert_close(found[6] + found[8], found[10])
+
+
+def test_errors_of_independent_numbers_add_in_squares():
+    a = PerDatum(torch.tensor([1.0, 2.0]), torch.tensor([0.3, 0.0]))
+    b = PerDatum(torch.tensor([5.0, -2.0]), torch.tensor([0.4, 0.2]))
+    found = _minus(a, b)
+    assert found.per_datum.tolist() == [-4.0, 4.0]
+    assert found.standard_errors.tolist() == pytest.approx([0.5, 0.2])
+
+
+def test_quantiles_are_of_finite_data():
+    values = torch.tensor([torch.inf, *range(21), torch.nan]).double()
+    assert _quantiles(values) == pytest.approx((10.0, 19.0))
+    assert _quantiles(torch.tensor([3.0])) == (3.0, 3.0)
+    assert all(value != value for value in _quantiles(torch.tensor([torch.inf])))
+
+
+def test_a_share_of_what_is_not_known_is_not_known():
+    k = torch.tensor([0.8, torch.nan, 0.1, 0.9])
+    assert _share(k > 0.7, k) == 0.5
+    nothing = torch.full((3,), torch.nan)
+    assert _share(nothing > 0.7, nothing) != _share(nothing > 0.7, nothing)
