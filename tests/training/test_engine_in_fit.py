@@ -88,7 +88,7 @@ def test_losses_read_seldom_are_the_same(monkeypatch):
     x = rows("bernoulli", 40)[0]
     histories = []
     for waiting in (1, 7):
-        monkeypatch.setattr("pyro_vae.training.loop.UNREAD", {"cpu": waiting})
+        monkeypatch.setattr("pyro_vae.training.step.UNREAD", {"cpu": waiting})
         histories.append(
             pv.fit(make("bernoulli"), x, epochs=5, batch_size=4, progress=False).epochs
         )
@@ -191,9 +191,9 @@ def test_bfloat16_ends_where_float32_does():
 
 
 def test_an_unknown_engine_is_refused():
-    with pytest.raises(pv.UsageError, match=r"engine is 'trced'; did you mean 'traced'\?"):
+    with pytest.raises(pv.UsageError, match=r"unknown engine 'trced'; did you mean 'traced'\?"):
         pv.fit(make("bernoulli"), *rows("bernoulli"), engine="trced")
-    with pytest.raises(pv.UsageError, match="engine is 'fast'"):
+    with pytest.raises(pv.UsageError, match="unknown engine 'fast'"):
         pv.log_likelihood(make("bernoulli"), *rows("bernoulli"), engine="fast")
 
 

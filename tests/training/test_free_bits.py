@@ -28,7 +28,7 @@ import pyro_vae as pv
 
 def test_free_bits_refuse_a_discrete_latent():
     pair, x = discrete_latent(), torch.zeros(5, 4)
-    with pytest.raises(pv.UsageError, match="'coin' is not reparametrised") as caught:
+    with pytest.raises(pv.UsageError, match="'coin' is not reparametrized") as caught:
         pv.FreeBitsELBO(0.1).loss(pair.model, pair.guide, x)
     assert "\n" not in str(caught.value)
 

@@ -210,10 +210,14 @@ def test_signal_to_noise_by_number_of_samples():
 
 
 def test_gradients_that_are_not_to_be_had_are_refused():
-    with pytest.raises(pv.UsageError, match=r"gradient is one of pyro_vae\.Gradient, 'dreg' came"):
+    with pytest.raises(
+        pv.UsageError, match=r"gradient must be a member of pyro_vae\.Gradient, got 'dreg'"
+    ):
         pv.ImportanceWeightedELBO(3, gradient="dreg")
     flow, x = Flow(lambda: transforms.planar(2)), torch.zeros(4, 3)
-    with pytest.raises(pv.UsageError, match="no density at given draws") as caught:
+    with pytest.raises(
+        pv.UsageError, match="density at given draws, which is not available"
+    ) as caught:
         run(flow, x, pv.StickingTheLandingELBO())
     assert "\n" not in str(caught.value)
 
@@ -348,7 +352,7 @@ def refused_pairs():
     vae = {"latent_dim": 2, "hidden": (4,)}
     x = torch.zeros(5, 3)
     return {
-        "one latent site with a prior, z2, z1 came": (TwoLevels(), torch.zeros(5).double()),
+        "exactly one latent site with a prior, got z2, z1": (TwoLevels(), torch.zeros(5).double()),
         "posterior of 'z' has none": (pv.VAE.mlp((3,), posterior=pv.FullRankNormal, **vae), x),
         "prior of 'z' has none": (
             pv.VAE.mlp((3,), prior=lambda dim: pv.GaussianMixture(dim, 3), **vae),
@@ -366,5 +370,5 @@ def test_total_correlation_refuses(words):
 
 
 def test_total_correlation_needs_data():
-    with pytest.raises(pv.UsageError, match="num_data must be 2 or more, 1 came"):
+    with pytest.raises(pv.UsageError, match="num_data must be at least 2, got 1"):
         pv.TotalCorrelationELBO(1)

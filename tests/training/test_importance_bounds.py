@@ -106,7 +106,7 @@ def test_importance_weights_refuse_a_site_of_a_scale_of_its_own(site, gradient):
     pair, x = linear()
     objective = pv.ImportanceWeightedELBO(3, gradient=gradient)
     tempered = around(ScaleOf(site), around(pv.KLWeight(0.7), pair))
-    with pytest.raises(pv.UsageError, match="'z' is scaled otherwise than site 'x'") as caught:
+    with pytest.raises(pv.UsageError, match="'z' and site 'x' have different scales") as caught:
         run(tempered, x, objective)
     assert "\n" not in str(caught.value)
 
@@ -189,7 +189,7 @@ def global_observation():
     [
         (global_latent, "'shift' is outside the data plate"),
         (global_observation, "'x' is outside the data plate"),
-        (discrete_latent, "'coin' is not reparametrised"),
+        (discrete_latent, "'coin' is not reparametrized"),
     ],
 )
 def test_importance_weighted_bound_refuses(make, message, k):

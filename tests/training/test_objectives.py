@@ -139,7 +139,7 @@ def test_total_correlation_refuses_a_prior_that_depends_on_context():
         factor = pv.Factor(pv.MLP([3], (), 4), pv.DiagonalNormal(), (2,))
         pair = pv.VAE.mlp((6,), 2, (5,), prior=factor, context_shapes=[(3,)])
     x, context = torch.rand(6, 6).round(), torch.eye(3)[torch.arange(6) % 3]
-    words = "needs one prior for all data, that of 'z' differs from row to row"
+    words = "needs the same prior for all data, but the prior of 'z' depends on the context"
     objective = pv.TotalCorrelationELBO(6)
     with pytest.raises(pv.UsageError, match=words):
         objective.loss(pair.model, pair.guide, x, context)

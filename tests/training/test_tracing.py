@@ -18,7 +18,7 @@ from pyro_vae.training.engine import Engine
 REASONS = {
     "python": "generators, not from torch's",
     "numpy": "generators, not from torch's",
-    "own generator": "a graph of it gives other values",
+    "own generator": "its graph gives other values",
     "branch": "depends on the values of tensors",
     "array": "cannot be traced",
     "counter": "it changes its attribute 'calls'",
@@ -62,7 +62,7 @@ def test_a_number_read_from_a_tensor_is_read_anew_at_each_step():
 
 def test_an_objective_with_its_own_gradients_is_run_eagerly():
     x = rows("bernoulli", 32)[0]
-    with pytest.warns(UserWarning, match="RenyiELBO has a loss_and_grads of its own"):
+    with pytest.warns(UserWarning, match="RenyiELBO defines its own loss_and_grads"):
         pv.fit(
             make("bernoulli"),
             x,
