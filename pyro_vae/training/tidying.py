@@ -53,7 +53,7 @@ def _has_effect(node: torch.fx.Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and (
         target._schema.is_mutable
         or torch.Tag.nondeterministic_seeded in target.tags
-        or "batch_norm" in target._schema.name  # its schema does not announce that it changes running means
+        or "batch_norm" in target._schema.name  # the schema hides the running means
     )
 
 

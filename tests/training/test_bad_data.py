@@ -43,11 +43,11 @@ def two_sites(order):
     return Pair(model, guide)
 
 
-# Data and settings that `fit` refuses
+# Data and settings that `fit` rejects
 
 
 class Pictures(Dataset):
-    """Gives what no tensor can be made of."""
+    """Gives items that torch cannot convert to a tensor."""
 
     def __init__(self, item):
         self.item = item
@@ -60,7 +60,7 @@ class Pictures(Dataset):
 
 
 class Endless(IterableDataset):
-    """Does not know how long it is."""
+    """Has no length."""
 
     def __iter__(self):
         return iter(binary())

@@ -18,7 +18,7 @@ from pyro_vae.training.engine import Engine
 
 
 def test_any_svi_takes_an_engine():
-    """With an optimiser for each parameter, which has to see them as sites."""
+    """Stock SVI has an optimizer for each parameter, and must see the parameters as sites."""
     x = rows("plain", 16)[0]
     ends = []
     for engine in ("eager", "traced"):
@@ -68,7 +68,7 @@ def test_a_graph_whose_draws_the_compiler_would_change_is_replayed():
 
 @pytest.mark.parametrize("graph", ["traced", "compiled"])
 def test_preparation_is_part_of_the_graph(graph):
-    """8-bit intensities become binary pixels within it, by the draws of the eager step."""
+    """8-bit intensities become binary pixels in the graph, with the draws of the eager step."""
     x = (torch.rand(16, 6) * 255).to(torch.uint8)
     losses = []
     for engine in ("eager", graph):
@@ -119,7 +119,7 @@ def test_the_history_is_the_same_norms_and_parts_and_clipping_too():
         )
     for eager, traced in zip(*histories, strict=True):
         assert traced == pytest.approx(eager, rel=1e-6)
-    assert histories[0][0]["gradient_norm"] > 2.0  # so that there was something to clip
+    assert histories[0][0]["gradient_norm"] > 2.0  # so clipping has an effect
 
 
 @pytest.mark.parametrize("engine", ["traced", "compiled"])

@@ -62,7 +62,7 @@ def test_fit_reports_the_elbo_beside_a_weighted_objective():
 
 def test_fit_moves_the_weight_within_an_epoch():
     pair, x = binary_pair()
-    # Without a weight first, until the KL is so large that every estimate of it is positive.
+    # The weight is 0 first, until the KL is so large that every estimate of it is positive.
     pv.fit(pair, x, epochs=30, batch_size=32, learning_rate=0.03, beta=0.0, progress=False)
     beta = pv.Linear(epochs=4)
     history = pv.fit(
@@ -86,7 +86,7 @@ def test_fit_with_a_heavier_kl_ends_with_less_of_it():
 
 
 def test_fit_reports_the_exact_elbo_of_a_pair_that_stands_still():
-    """Forty epochs of hardly any learning are forty estimates of a known number."""
+    """Forty epochs with a tiny learning rate are forty estimates of a known number."""
     pair, x = linear(100)
     reconstruction, kl = (part.mean().item() for part in pair.expectations(x))
     history = pv.fit(
@@ -121,7 +121,7 @@ def test_fit_takes_the_learning_rate_from_a_schedule():
 
 
 class Auxiliary(PlainAttributes):
-    """A classifier of the first pixel, trained by a term that is no part of p(x)."""
+    """A classifier of the first pixel. The term that trains it is not part of p(x)."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What can be traced, and what is run eagerly with a word."""
+"""Pairs that can be traced, and pairs that run eagerly with a warning."""
 
 import copy
 import warnings
@@ -42,7 +42,7 @@ def test_what_a_graph_would_freeze_is_run_eagerly_and_said(kind, engine):
     assert len(said) == 1
     assert REASONS[kind] in str(said[0].message)
     reference = pv.fit(stock, x, engine="eager", **options)
-    if kind != "own generator":  # the run on trial has drawn from it
+    if kind != "own generator":  # the trial run has drawn from it
         assert history["elbo"] == reference["elbo"]
     assert not any(isinstance(v, torch._subclasses.FakeTensor) for v in pair.seen)
     assert len(pair.seen) == len(stock.seen)
@@ -53,7 +53,7 @@ def test_a_number_read_from_a_tensor_is_read_anew_at_each_step():
     histories = []
     for engine in ("eager", "traced"):
         with seeded(0), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch before 2.9 or so cannot trace it
+            warnings.simplefilter("ignore")  # torch before about 2.9 cannot trace it
             pair = Noisy("number").double()
             history = pv.fit(pair, x, engine=engine, epochs=3, batch_size=16, progress=False)
         histories.append(history["elbo"])
@@ -89,7 +89,7 @@ def test_a_pair_whose_settings_keep_changing_is_run_eagerly(monkeypatch):
 
 
 def test_an_engine_serves_another_model_and_guide_too():
-    """Those of the pair inside a handler, say."""
+    """For example those of the pair inside a handler."""
     x = rows("plain", 8)[0]
     pair = make("plain")
     engine = Engine(pair, engine="traced", declare=False)

@@ -1,4 +1,4 @@
-"""`fit`: resuming, schedules, early stopping, precision, and what it leaves alone."""
+"""`fit`: resuming, schedules, early stopping, precision, and what it does not change."""
 
 import json
 import signal
@@ -73,7 +73,7 @@ def test_a_run_that_was_stopped_and_killed_ends_bit_identical(tmp_path):
 
 
 class StopAt:
-    """A schedule that interrupts training in the middle of an epoch, as Ctrl-C would."""
+    """A schedule that interrupts training within an epoch, like Ctrl-C."""
 
     def __init__(self, epoch):
         self.epoch = epoch
@@ -178,7 +178,7 @@ def test_every_example_counts_with_a_smaller_last_minibatch():
     (x,) = rows("bernoulli", 37)
     source = Counting([x])
     assert sum(len(batch[0]) for batch in source.batches(16, shuffle=True)) == 37
-    # One epoch at a learning rate of almost nothing: the training ELBO is that of all 37 rows.
+    # One epoch at a tiny learning rate: the training ELBO is that of all 37 rows.
     pair = make("bernoulli")
     history = pv.fit(
         pair, x, validation=x, epochs=1, batch_size=16, learning_rate=1e-12, progress=False
@@ -305,7 +305,7 @@ def test_resuming_under_other_settings_or_data_is_refused(tmp_path):
     assert len(history) == 2
 
 
-def test_grey_targets_are_announced_as_no_likelihood():
+def test_a_warning_says_that_gray_targets_have_no_likelihood():
     x = torch.rand(30, 6)
     vae = pv.VAE.mlp((6,), latent_dim=2, hidden=(4,))
     with pytest.warns(UserWarning, match="not log-likelihoods"):

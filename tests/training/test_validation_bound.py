@@ -1,4 +1,4 @@
-"""Which epoch is kept where the validation bound is not finite in some epochs, or in all."""
+"""The epoch that is kept if the validation bound is not finite in some or all epochs."""
 
 import math
 
@@ -17,7 +17,7 @@ FAST = {"batch_size": 16, "engine": "eager", "progress": False}
 
 
 class Overflowing(nn.Module):
-    """The scale of the guide is the exponential of a number of x, until it has learnt better."""
+    """The scale of the guide is the exponential of a number of x, until training changes it."""
 
     def __init__(self):
         super().__init__()
