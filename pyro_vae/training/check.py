@@ -1,4 +1,4 @@
-"""Pre-flight: run a pair once on a batch and say in words what would go wrong."""
+"""The check before training: run a pair once on a batch, and report faults in words."""
 
 import warnings
 from collections.abc import Sequence
@@ -39,13 +39,13 @@ from pyro_vae.training.importance_bounds import ImportanceWeightedELBO
 
 
 def run_guide(pair: nn.Module, batch: Sequence[Tensor]) -> Trace:
-    """The trace of the guide as it is written, before any of its sites are folded."""
+    """Return the trace of the guide as the user wrote it, before any site is folded."""
     return trace(cast(Pair, pair).guide, batch)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found: ``errors`` make inference fail or lie, ``notes`` may be intended."""
+    """The result of `check`. ``errors`` make inference fail or wrong; ``notes`` may be intended."""
 
     errors: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -61,20 +61,20 @@ class Report:
 def check(
     pair: nn.Module, batch: Tensor | Sequence[Tensor], objective: ELBO | None = None
 ) -> Report:
-    """Run a pair once on a batch, and report each fault with its remedy in words.
+    """Run a pair once on a batch, and report each fault with its remedy.
 
-    Checked are: that model and guide run; that every latent site of the model is in the guide, and
-    none of the guide's is missing from the model; that shapes of sites, plate and events agree;
-    that model and guide mask and scale latents alike, and that nothing depends on what a mask
-    hides; that every parameter the loss depends on is one of the pair's; and that ``objective``, if
-    given, is valid for the pair.
+    `check` verifies that model and guide run, and that they have the same latent sites. It verifies
+    the shapes of sites, plates and events. Model and guide must mask and scale latents alike, and
+    nothing may depend on masked values. Every parameter that the loss depends on must belong to the
+    pair. If you pass ``objective``, it must be valid for the pair.
 
     Arguments:
         pair: any ``nn.Module`` with ``model`` and ``guide``.
-        batch: the tensors that model and guide take, two rows of each at least (or x alone);
+        batch: the tensors that model and guide take, with at least two rows each, or only x.
             8-bit intensities become floats in [0, 1], as in `pyro_vae.fit`.
+        objective: a Pyro ELBO.
 
-    Nothing is trained; parameters, random generators and the parameter store stay as they were.
+    `check` trains nothing. Parameters, random generators and the parameter store stay unchanged.
 
     >>> import torch, pyro_vae as pv
     >>> print(check(pv.VAE.mlp((4,)), (torch.ones(2, 4),)))
@@ -106,7 +106,7 @@ def _examine(
             try:
                 model = run_in_words("model", lambda: run_model(pair, batch, guide), batch)
             except UsageError:
-                # The model alone may run, and its sites say why the two do not go together.
+                # The model may run without the guide. Then its sites show why the two differ.
                 alone = run_in_words("model", lambda: trace(cast(Pair, pair).model, batch), batch)
                 found = [*faults_of_sites(alone, guide), *faults_of_shapes(alone, guide, batch)]
                 if not found:
@@ -115,7 +115,7 @@ def _examine(
         except UsageError as error:
             return Report((error.template,))
         adopt(pair, batch)
-        # Anew, so that the traces know adopted parameters as the pair's own.
+        # New traces contain the adopted parameters as parameters of the pair.
         guide = run_guide(pair, batch)
         model = run_model(pair, batch, guide)
         errors = [*faults_of_sites(model, guide), *faults_of_shapes(model, guide, batch)]
@@ -132,7 +132,7 @@ def _examine(
 
 
 def require(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = None) -> Report:
-    """`check`, raising `UsageError` with the first error."""
+    """Run `check`, and raise `UsageError` with the first error."""
     report = _examine(pair, batch, objective)
     if report.errors:
         raise UsageError(report.errors[0])
@@ -140,25 +140,25 @@ def require(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = N
 
 
 def _named(pair: nn.Module, model: Trace, guide: Trace) -> list[str]:
-    """What the numbers of a pair are, where they are not what their names say."""
+    """Return notes about numbers that differ from what their names say."""
     notes, found = [], fold_plan.known(pair)
     if found.local_points:
         notes.append(
-            f"the guide of {', '.join(found.local_points)} is a Delta: what is maximized is log "
-            "p(x, z) at a point estimate, not a bound on log p(x)"
+            f"the guide of {', '.join(found.local_points)} is a Delta: training maximizes "
+            "log p(x, z) at a point estimate, not a bound on log p(x)"
         )
     if found.global_points:
         notes.append(
-            f"the guide of {', '.join(found.global_points)} is a Delta, a point estimate: bounds "
-            "on log p(x) are given it"
+            f"the guide of {', '.join(found.global_points)} is a Delta: bounds on log p(x) are "
+            "conditional on this point estimate"
         )
     notes += [
-        f"log p(x) includes the factor '{name}': it is that of a density which is not normalized"
+        f"log p(x) includes the factor '{name}', so its density is not normalized"
         for name in factors(model)
     ]
     notes += [
-        f"site '{name}' that the guide observes is a term of the loss, plus its log density, and "
-        "not a part of q"
+        f"the guide observes site '{name}': its log density is added to the loss, and it is not "
+        "part of q"
         for name, site in sample_sites(guide).items()
         if site["is_observed"]
     ]
@@ -168,7 +168,7 @@ def _named(pair: nn.Module, model: Trace, guide: Trace) -> list[str]:
 def faults_of_masks(
     pair: nn.Module, batch: Sequence[Tensor], model: Trace, guide: Trace
 ) -> list[str]:
-    """What is wrong with the masks and scales of latents."""
+    """Return the faults of the masks and scales of latents."""
     with torch.no_grad():
         found = masks.fault(pair, tuple(batch), model, guide)
     return [fault for fault in (found, masks.scale_fault(model, guide)) if fault]
@@ -188,29 +188,29 @@ def _objective(
         return []
     if summed and not isinstance(objective, TraceEnum_ELBO):
         return [
-            f"site '{summed[0]}' is to be summed out (enumerated), which "
-            f"{type(objective).__name__} does not do: use `pyro_vae.EnumeratedELBO`"
+            f"site '{summed[0]}' is marked for enumeration, but {type(objective).__name__} does "
+            "not enumerate; use `pyro_vae.EnumeratedELBO`"
         ]
     terms = [name for name, site in sample_sites(guide).items() if site["is_observed"]]
     if terms and not takes_guide_terms(objective):
         stock = "TraceEnum_ELBO" if summed else "`Trace_ELBO`"
         return [
-            f"site '{terms[0]}' that the guide observes is a term of the loss, which "
-            f"{type(objective).__name__} does not take: use {stock}"
+            f"the guide observes site '{terms[0]}', but {type(objective).__name__} does not add "
+            f"such terms to the loss; use {stock}"
         ]
     drawn = [name for name in latents(guide) if name not in fold_plan.known(pair).hidden]
     whole = [name for name, site in latents(guide).items() if not is_local(site)]
     joint = (ImportanceWeightedELBO, RenyiELBO, ReweightedWakeSleep)
     if whole and isinstance(objective, joint):
         return [
-            f"site '{whole[0]}' is outside the data plate, where {type(objective).__name__} weighs "
-            "samples for the whole batch, not for each datum: use `Trace_ELBO`"
+            f"site '{whole[0]}' is not a local latent, so {type(objective).__name__} would weigh "
+            "samples for the whole batch, not for each datum; use `Trace_ELBO`"
         ]
     order = [name for name in sample_sites(model) if name in latents(guide)]
     if isinstance(objective, TraceMeanField_ELBO) and order != drawn:
         return [
-            "the closed-form KL is valid only where guide and model sample in one order; the "
-            f"guide samples {', '.join(drawn)}, the model {', '.join(order)}: "
+            "the closed-form KL is valid only if guide and model sample in the same order; the "
+            f"guide samples {', '.join(drawn)} but the model samples {', '.join(order)}; "
             "use `Trace_ELBO`"
         ]
     typed, loss = cast(Pair, pair), cast(Any, objective).loss
@@ -223,7 +223,7 @@ def _objective(
 
 
 def explain_nonfinite(pair: nn.Module, batch: Sequence[Tensor]) -> str | None:
-    """The first site whose parameters, value or log density are not finite on this batch."""
+    """Return the first site whose log density is not finite on this batch, or None."""
     with scope(pair), torch.no_grad(), pyro.validation_enabled(False):
         found: list[str] = []
 

@@ -1,4 +1,4 @@
-"""A pair that is fitted belongs to one thread meanwhile."""
+"""Only one thread at a time may fit a pair."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,21 +11,21 @@ from pyro_vae.pairs import rng
 from pyro_vae.pairs.scope import scope
 
 _FITTED: set[int] = set()
-"""The tensors of the pairs that threads of this process are fitting."""
+"""Ids of the tensors of all pairs that threads of this process fit at the moment."""
 
 
 def require_free(pair: nn.Module) -> None:
-    """Refuse a pair that another thread is fitting, in whole or in part."""
+    """Raise `UsageError` if another thread fits the pair or a part of it."""
     if not _FITTED.isdisjoint(map(id, (*pair.parameters(), *pair.buffers()))):
         raise UsageError(
-            f"another thread is fitting this {type(pair).__name__}, or a part of it: wait until it "
+            f"another thread is fitting this {type(pair).__name__} or a part of it; wait until it "
             "ends, or fit a copy"
         )
 
 
 @contextmanager
 def claimed(pair: nn.Module) -> Iterator[None]:
-    """Let no other thread fit the pair meanwhile."""
+    """Prevent other threads from fitting the pair."""
     tensors = set(map(id, (*pair.parameters(), *pair.buffers())))
     _FITTED.update(tensors)
     try:
@@ -36,8 +36,11 @@ def claimed(pair: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def own_state(pair: nn.Module) -> Iterator[None]:
-    """What is the process's, not the thread's, and belongs to a run while it trains."""
+    """Give a run its own parameter store, generators and warning filters.
+
+    These belong to the process. They return to the caller afterwards.
+    """
     with scope(pair), rng.kept(), warnings.catch_warnings():
-        # The library says itself where a loss is not finite, with the site's name.
+        # The library reports a loss that is not finite itself, with the name of the site.
         warnings.filterwarnings("ignore", message="Encountered NaN")
         yield

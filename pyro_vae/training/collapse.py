@@ -1,5 +1,8 @@
-"""An alarm for posterior collapse, a posterior that is the prior whatever the data; and for a KL
-that is negative, which shows that model and guide do not make a bound."""
+"""An alarm for posterior collapse and for a negative KL.
+
+A posterior has collapsed if it equals the prior for all data. A negative KL shows that model and
+guide do not give a bound.
+"""
 
 from collections.abc import Mapping
 from math import ceil, inf
@@ -20,43 +23,46 @@ if TYPE_CHECKING:
     from pyro_vae.training.history import Epoch
 
 UNIT = 0.01
-"""Nats for each unit of a latent site: the KL under which it has collapsed (Lucas et al., 2019)."""
+"""A site with a KL below this many nats for each unit has collapsed (Lucas et al., 2019)."""
 
 DISAGREE = (
-    "no KL is, so that model and guide disagree about it and the ELBO is no bound. A mask, a scale "
-    "or a factor that one of them has alone does this, and a density that does not integrate to 1"
+    "a KL cannot be negative, so model and guide disagree about the site, and the ELBO is not a "
+    "bound. Possible causes are a mask, a scale or a factor that only one of them has, and a "
+    "density that does not integrate to 1"
 )
 
 SITE = 0.2
-"""Nats for a whole site, however many units it has: what can be known of a datum from its code."""
+"""Nats for a whole site with any number of units. They bound the information of a code."""
 
 NOISE = 8.0
-"""Nats over the number of draws: a mean of so many draws that lies further below 0 is no KL.
+"""Nats, divided by the number of draws: a mean below minus this value is not a KL.
 
-Near the prior a draw has twice the KL k for a variance, so that four standard errors below it is
-:math:`k - 4 \\sqrt{2k/n} \\ge -8/n` whatever k is."""
+Near the prior, a draw has a variance of twice the KL k. Therefore four standard errors below k are
+:math:`k - 4 \\sqrt{2k/n} \\ge -8/n`, for any k."""
 
 EPOCHS, STEPS = 5, 100
-"""Epochs and steps that the KL must stay so low, at the least; while training goes on, half of the
-epochs that are planned."""
+"""The KL must stay low for at least so many epochs and steps. During training, it must stay low for
+half of the planned epochs."""
 
 
 class CollapseAlarm:
-    r"""Tells from the epochs of a training which latent sites have collapsed, each once.
+    r"""Finds collapsed latent sites from the epochs of a training run, and names each site once.
 
-    A site has collapsed where its KL is under :math:`\min(0.01\,d, 0.2)` nats per example for its d
-    units, in each of the last epochs, at full weight on the KL: at 1, or no longer rising. They are
-    half of the epochs that are planned, since a KL that falls at first may rise again, and 5 where
-    training is over; 100 steps at least. A site whose KL is negative beyond Monte Carlo error in
-    the last 5 epochs, whatever its weight, has not collapsed: model and guide disagree about it.
+    A site with d units has collapsed if its KL is below :math:`\min(0.01\,d, 0.2)` nats per example
+    in each of the last epochs, at full weight on the KL. The weight is full if it is 1 or no longer
+    rises. During training the last epochs are half of the planned ones, because a KL that falls
+    at first may rise again. After training they are 5 epochs. They are at least 100 steps.
+
+    If the KL of a site is negative beyond Monte Carlo error in the last 5 epochs, at any weight,
+    the site has not collapsed. Then model and guide disagree about it.
 
     Arguments:
-        units: how many units each site has, from `units`.
-        planned: epochs of the training.
-        steps: steps of an epoch.
-        draws: draws of an epoch.
-        are_kl: whether the term of each latent is a KL by itself, from `are_kl`: one that is none
-            may be negative.
+        units: the number of units of each site, from `units`.
+        planned: the planned number of epochs.
+        steps: the number of steps of an epoch.
+        draws: the number of draws of an epoch.
+        are_kl: whether the term of each latent is a KL by itself, from `are_kl`. Otherwise it may
+            be negative.
     """
 
     def __init__(
@@ -71,15 +77,15 @@ class CollapseAlarm:
         self.least = max(EPOCHS, ceil(STEPS / steps))
         self.window = max(self.least, ceil(planned / 2))
         self.epochs = dict.fromkeys(units, 0)
-        """For how many epochs each site has been collapsed."""
+        """The number of epochs for which each site has been collapsed."""
         self.draws, self.are_kl = draws, are_kl
         self.negative = dict.fromkeys(units, 0)
-        """For how many epochs the KL of each site has been negative."""
+        """The number of epochs for which the KL of each site has been negative."""
         self.said: set[str] = set()
         self._beta = inf
 
     def heard(self, epoch: "Epoch") -> list[str]:
-        """Take in one epoch, and name the sites that are to be spoken of after it."""
+        """Take in one epoch, and return the sites to warn about."""
         full = epoch.beta >= 1 or epoch.beta <= self._beta
         self._beta = epoch.beta
         for name, threshold in self.thresholds.items():
@@ -91,31 +97,31 @@ class CollapseAlarm:
         return self._new(self.window)
 
     def over(self) -> list[str]:
-        """The sites to be spoken of as training ends."""
+        """Return the sites to warn about at the end of training."""
         return self._new(self.least)
 
     @property
     def collapsed(self) -> tuple[str, ...]:
-        """The sites that have been collapsed for long, and still are."""
+        """The sites that have been collapsed for long enough until now."""
         return tuple(name for name, epochs in self.epochs.items() if epochs >= self.least)
 
     @property
     def inconsistent(self) -> tuple[str, ...]:
-        """The sites whose KL has been negative for long, and still is."""
+        """The sites whose KL has been negative for long enough until now."""
         return tuple(name for name, epochs in self.negative.items() if epochs >= self.least)
 
     def words(self, name: str) -> str:
-        """The alarm for a site."""
+        """Return the warning for a site."""
         if name in self.inconsistent:
             return (
-                f"the KL of latent site '{name}' is negative, for {self.negative[name]} epochs "
-                f"now: {DISAGREE}"
+                f"the KL of latent site '{name}' has been negative for {self.negative[name]} "
+                f"epochs: {DISAGREE}"
             )
         return (
-            f"the posterior of latent site '{name}' has collapsed: its KL is under "
-            f"{self.thresholds[name]:.2g} nats per example, for {self.epochs[name]} epochs now, so "
-            "that the model explains x without it. Try KL warm-up (beta=pyro_vae.Linear(epochs)), "
-            "free bits (pyro_vae.FreeBitsELBO), a weaker decoder (word dropout for text), or a "
+            f"the posterior of latent site '{name}' has collapsed: its KL has been below "
+            f"{self.thresholds[name]:.2g} nats per example for {self.epochs[name]} epochs, so the "
+            "model explains x without it. Try KL warm-up (beta=pyro_vae.Linear(epochs)), "
+            "free bits (pyro_vae.FreeBitsELBO), a weaker decoder (word dropout for text), or "
             "longer training"
         )
 
@@ -127,14 +133,14 @@ class CollapseAlarm:
 
 
 def is_negative(kl: float, draws: int) -> bool:
-    """Whether the mean of so many draws is negative beyond Monte Carlo error, as no KL is."""
+    """Whether the mean of so many draws is negative beyond Monte Carlo error."""
     return kl < -NOISE / draws
 
 
 def units(pair: nn.Module, batch: Batch) -> dict[str, float]:
-    """How many units each latent site of the model that is in the data plate has for a datum.
+    """Return the number of units for a datum of each local latent of the model.
 
-    Without point estimates. What a mask hides is not counted: a mean over the rows of the batch.
+    Point estimates are left out. Masked units do not count; the number is a mean over the rows.
     """
     with using(pair, seed=0):
         model, _ = _traces(pair, batch)
@@ -147,9 +153,9 @@ def units(pair: nn.Module, batch: Batch) -> dict[str, float]:
 
 
 def are_kl(pair: nn.Module, batch: Batch) -> bool:
-    """Whether the term of each latent site is a KL by itself, and so no less than 0.
+    """Whether the term of each latent site is a KL by itself, and so at least 0.
 
-    It is where model and guide draw the same latents in one order.
+    This holds if model and guide draw the same latents in the same order.
     """
     model, guide = _traces(pair, batch)
     return same_order(model, guide) and latents(model).keys() <= latents(guide).keys()

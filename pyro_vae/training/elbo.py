@@ -1,4 +1,4 @@
-"""The ELBO of a pair, enumerated where needed, and what all objectives of ours share."""
+"""The ELBO of a pair, enumerated if needed, and the base of the objectives of this library."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from pyro_vae.pairs.sites import data_plates, latents, observed, sample_sites
 
 
 class DifferentiableELBO(Trace_ELBO):
-    """A Pyro ELBO whose loss and gradients are those of its ``differentiable_loss``."""
+    """A Pyro ELBO that computes loss and gradients from its ``differentiable_loss``."""
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
@@ -33,21 +33,21 @@ class DifferentiableELBO(Trace_ELBO):
 class EnumeratedELBO(TraceEnum_ELBO):
     r"""The ELBO of a pair with discrete latents that are summed out, not drawn.
 
-    With e the values of sites that the guide enumerates and m those of sites that only the model
-    has, both marked ``infer={"enumerate": "parallel"}``:
+    The sites to sum out are marked ``infer={"enumerate": "parallel"}``. Let e be the values of
+    those that the guide has, and m the values of those that only the model has. The bound is
     :math:`E_{q(z|x,e)} \sum_{e,m} q(e|x)\,r(m|e,x,z) \big[\log p(x,z,e,m) - \log q(z|x,e)
     - \log q(e|x) - \log r(m|e,x,z)\big]` with :math:`r = p(m|x,z,e)`, the exact conditional.
 
     Arguments:
-        num_particles: draws of the other latents for each datum.
-        vectorize_particles: whether they are drawn side by side, in a plate.
-        max_plate_nesting: how many plates the pair nests, the data plate counted.
+        num_particles: the number of draws of the other latents for each datum.
+        vectorize_particles: whether to draw them in parallel, in a plate.
+        max_plate_nesting: the number of nested plates of the pair, including the data plate.
 
-    Loss and gradients are those of Pyro's ``TraceEnum_ELBO``. A weight on the KL (`KLWeight`)
-    weighs the KL of every latent, and leaves r what it is.
+    Loss and gradients equal those of Pyro's ``TraceEnum_ELBO``. A weight on the KL (`KLWeight`)
+    weighs the KL of every latent, and does not change r.
 
     Raises `UsageError` for an observed site outside the data plate, and for a latent that is
-    neither enumerated nor reparametrised. Kingma et al., 2014 (https://arxiv.org/abs/1406.5298).
+    neither enumerated nor reparametrized. Kingma et al., 2014 (https://arxiv.org/abs/1406.5298).
 
     >>> import torch, pyro_vae as pv
     >>> mixture = pv.MixtureVAE.mlp((4,), components=3)
@@ -93,23 +93,23 @@ class EnumeratedELBO(TraceEnum_ELBO):
         for name, site in observed(model).items():
             if not is_local(site, plates):
                 raise UsageError(
-                    f"site '{name}' is outside the data plate: sums over discrete latents are "
+                    f"site '{name}' is outside the data plate, but sums over discrete latents are "
                     "taken for each datum; use TraceEnum_ELBO"
                 )
         for name, site in latents(guide).items():
             if name not in enumeration.enumerated(guide) and not site["fn"].has_rsample:
                 raise UsageError(
-                    f"latent site '{name}' is neither enumerated nor reparametrised "
-                    f'({type(site["fn"]).__name__}): mark it infer={{"enumerate": "parallel"}}'
+                    f"latent site '{name}' is neither enumerated nor reparametrized "
+                    f'({type(site["fn"]).__name__}); mark it infer={{"enumerate": "parallel"}}'
                 )
 
 
 def elbo(
     pair: nn.Module, batch: Batch, num_particles: int = 1, vectorize_particles: bool = False
 ) -> ELBO:
-    """The ELBO that fits a pair: `EnumeratedELBO` where it has sites to enumerate, else Trace_ELBO.
+    """Return the ELBO for a pair: `EnumeratedELBO` if it has sites to enumerate, else Trace_ELBO.
 
-    Found by running the pair on two rows of a batch.
+    The function runs the pair on two rows of a batch.
     """
     kind: Any = EnumeratedELBO if enumeration.enumerates(pair, batch) else Trace_ELBO
     return kind(
@@ -120,26 +120,30 @@ def elbo(
 
 
 def require_weighable(objective: ELBO | None, beta: Any) -> None:
-    """Raise `UsageError` where a weight on the KL would not be what it says under an objective."""
+    """Raise `UsageError` if an objective does not support a weight on the KL."""
     stock = isinstance(objective, TraceEnum_ELBO) and not isinstance(objective, EnumeratedELBO)
     if stock and (callable(beta) or beta != 1):
         raise UsageError(
-            f"{type(objective).__name__} takes no weight on the KL (beta) beside its sums over "
-            "discrete latents: use `pyro_vae.EnumeratedELBO`"
+            f"{type(objective).__name__} does not support a weight on the KL (`beta`) with sums "
+            "over discrete latents; use `pyro_vae.EnumeratedELBO`"
         )
 
 
 def require_reparametrized(sites: Sequence[Site], what: str) -> None:
+    """Raise `UsageError` for a site that is not reparametrized; ``what`` names who needs it."""
     for site in sites:
         if not site["fn"].has_rsample:
             raise UsageError(
-                f"latent site '{site['name']}' is not reparametrised ({type(site['fn']).__name__}),"
+                f"latent site '{site['name']}' is not reparametrized ({type(site['fn']).__name__}),"
                 f" which {what}; use `Trace_ELBO`"
             )
 
 
 def are_equal(a: Any, b: Any) -> bool:
-    """Whether two numbers or tensors are equal up to rounding; in a graph there are no values."""
+    """Whether two numbers or tensors are equal up to rounding.
+
+    Tensors have no values while a graph is traced. Then the result is True.
+    """
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     if isinstance(a, FakeTensor) or isinstance(b, FakeTensor):
         return True
@@ -147,5 +151,5 @@ def are_equal(a: Any, b: Any) -> bool:
 
 
 def scored_sites(model_trace: Trace) -> list[Site]:
-    """The sites that the model scores values at that it is given, auxiliary ones among them."""
+    """Return the observed sites of the model, including auxiliary ones."""
     return [site for site in sample_sites(model_trace).values() if site["is_observed"]]

@@ -1,6 +1,6 @@
-"""How a step is run: eagerly, as a graph traced once and replayed, or as that graph compiled.
+"""How a step runs: eagerly, as a graph that is traced once and replayed, or as that graph compiled.
 
-The engine is a Pyro ``ELBO`` that runs another one, and any ``pyro.infer.SVI`` takes it.
+The engine is a Pyro ``ELBO`` that runs another ELBO. Any ``pyro.infer.SVI`` accepts it.
 """
 
 import warnings
@@ -24,14 +24,17 @@ from pyro_vae.training.settings import require_engine
 from pyro_vae.training.tracing import Graphs, Named
 
 COMPILE_SECONDS = 20.0
-"""What Inductor takes for a step, about."""
+"""About how long Inductor takes to compile a step."""
 
 NODE_SECONDS = 1e-5
-"""What compiling saves at each step for each operation of the graph, about."""
+"""About how much time a compiled graph saves in each step, for each operation of the graph."""
+
+NUMBERS = ("loss", "norm", "reconstruction", "kl")
+"""The kinds of ``Engine.numbers``."""
 
 
 class Step(SVI):
-    """``SVI`` whose step leaves the loss on its device, and hands the gradient's norm on."""
+    """An ``SVI`` whose step leaves the loss on its device, and passes the gradient norm on."""
 
     def __init__(self, model: Any, guide: Any, optim: Any, loss: "Engine") -> None:
         super().__init__(model, guide, optim, loss)
@@ -49,28 +52,30 @@ class Step(SVI):
 
 
 class Engine(ELBO):
-    r"""A Pyro ELBO that runs another one as a graph: the same loss, the same gradients, less time.
+    r"""A Pyro ELBO that runs another one as a graph: the same loss and gradients in less time.
 
     Arguments:
-        pair: the pair that is trained.
-        objective: a Pyro ELBO; ``Trace_ELBO()`` by default.
-        engine: "eager" is stock Pyro; "traced" replays a graph; "compiled" runs it through
-            Inductor; "auto" is the second, and the third where the steps repay the compilation.
-        prepare: what is done to a minibatch before the pair sees it, within the graph.
+        pair: the pair to train.
+        objective: a Pyro ELBO; the default is ``Trace_ELBO()``.
+        engine: "eager" is stock Pyro. "traced" replays a graph. "compiled" runs the graph through
+            Inductor. "auto" is "traced", or "compiled" if the steps repay the compilation.
+        prepare: the preparation of a minibatch for the pair. It is part of the graph.
         precision: "bfloat16" runs the networks under autocast.
-        batch_size: rows of a full minibatch; shorter ones are never compiled.
-        steps: how many full minibatches are to come, for "auto".
-        num_data: how many data there are, of which each batch has its share of the KL of latents
-            outside the data plate; by default each batch is all data, as for ``Trace_ELBO``.
-        declare: make every parameter a site that SVI sees. An optimiser that knows its parameters,
-            such as `pyro_vae.training.optimizer.Optimizer`, needs none.
-        say: shows a few words while something takes seconds.
+        batch_size: rows of a full minibatch. Smaller minibatches are never compiled.
+        steps: how many steps with full minibatches follow, for "auto".
+        num_data: the number of training data. Each minibatch has its share of the KL of global
+            latents. By default each minibatch has the whole KL, as in ``Trace_ELBO``.
+        declare: make every parameter a site that SVI sees. An optimizer that knows its parameters,
+            such as `pyro_vae.training.optimizer.Optimizer`, does not need this.
+        say: shows a few words before a wait of several seconds.
 
-    The attribute ``beta``, a number or a tensor, weighs the KL; set it between steps. What else
-    model and guide use that is no attribute of the pair is taken to stay as it is.
-    What cannot be traced is run eagerly from then on, and one warning says why. After each step
-    ``numbers`` holds the loss, the global norm of its gradient, and the parts of the ELBO, summed
-    over the minibatch and named by ``names``, on the pair's device.
+    The attribute ``beta`` is the weight on the KL, a number or a tensor. Set it between steps. The
+    engine assumes that everything else outside the pair which model and guide use stays constant.
+    If a pair cannot be traced, the engine is eager from then on, and one warning gives the reason.
+
+    After each step, ``numbers`` holds the loss, the global norm of its gradient, and the parts of
+    the ELBO, summed over the minibatch. It is a tensor on the pair's device. ``names`` gives the
+    kind and the site of each number.
 
     >>> import torch, pyro.optim, pyro_vae as pv
     >>> from pyro.infer import SVI
@@ -98,133 +103,130 @@ class Engine(ELBO):
         self.pair, self.engine = pair, require_engine(engine)
         self.parts = ELBOParts(pair=pair)
         self.objective: Any = recorded(objective, self.parts)
-        self.weight = KLWeight()
         self.prepare = prepare or tuple
         self.precision, self.declare = precision, declare
         self.batch_size, self.steps, self.say = batch_size, steps, say
         self.num_data = num_data
+        self.beta: float | Tensor = 1.0
         self.names: list[tuple[str, str]] = []
         self.numbers = torch.zeros(0)
         self._programs: tuple[Any, Any] = (None, None)
         self._graphs: Graphs | None = None
         self._beta = torch.zeros(())
 
-    @property
-    def beta(self) -> float | Tensor:
-        """The weight on the KL."""
-        return self.weight.weight
-
-    @beta.setter
-    def beta(self, value: float | Tensor) -> None:
-        self.weight.weight = value
-
     def _get_trace(self, *args: Any) -> Any:
         return get_trace(self.objective, *args)
 
     def loss(self, model: Any, guide: Any, *batch: Tensor) -> float:
-        """The objective's loss, eagerly."""
-        self._take_share(batch)
-        return self.objective.loss(self.weight(model), self.weight(guide), *self.prepare(batch))
+        """Compute the objective's loss eagerly."""
+        weight = self._weight(self.beta, batch)
+        return self.objective.loss(weight(model), weight(guide), *self.prepare(batch))
 
     def loss_and_grads(self, model: Any, guide: Any, *batch: Tensor) -> Tensor | float:
-        """The loss, as a tensor on the pair's device; gradients go to the pair's parameters."""
+        """Return the loss, on the pair's device; write gradients to the pair's parameters."""
         if self.engine != "eager":
             try:
                 return self._replay(model, guide, batch)
             except NotTraceable as error:
-                self.engine = "eager"
-                for parameter in self.pair.parameters():
-                    parameter.grad = None  # those of a graph, which nobody adds to
-                warnings.warn(
-                    f"{type(self.pair).__name__} is trained by the eager engine, because {error}",
-                    stacklevel=2,
-                )
-        self.parts.clear()
-        self._take_share(batch)
-        programs = (self.weight(model), self.weight(guide))
+                self._become_eager(error)
+        weight = self._weight(self.beta, batch)
         with self._autocast(batch):
-            loss = self.objective.loss_and_grads(*programs, *self.prepare(batch))
+            loss = self.objective.loss_and_grads(weight(model), weight(guide), *self.prepare(batch))
         gradients = [p.grad for p in self.pair.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self.names, numbers = self._sums(
-            torch.as_tensor(loss, dtype=torch.float64, device=norm.device), norm
-        )
-        self.numbers = torch.stack(numbers)
+        total = torch.as_tensor(loss, dtype=torch.float64, device=norm.device)
+        self._keep(_sums(total, norm, self.parts))
         return loss
 
+    def _become_eager(self, error: NotTraceable) -> None:
+        self.engine = "eager"
+        for parameter in self.pair.parameters():
+            parameter.grad = None  # eager gradients would be added to those of a graph
+        warnings.warn(
+            f"{type(self.pair).__name__} is trained by the eager engine, because {error}",
+            stacklevel=3,
+        )
+
     def _replay(self, model: Any, guide: Any, batch: Batch) -> Tensor:
-        if self._graphs is None or self._programs != (model, guide):
-            self._programs = (model, guide)
-            function = self._function(self.weight(model), self.weight(guide))
-            tolerance = 1e-5 if self.precision == "float32" else 2e-2
-            self._graphs = Graphs(self.pair, function, self._compiles, tolerance)
-            like = next(self.pair.parameters())
-            self._beta = torch.zeros((), dtype=like.dtype, device=like.device)
+        graphs = self._graphs
+        if graphs is None or self._programs != (model, guide):
+            graphs = self._graphs = self._new_graphs(model, guide)
         self._beta.fill_(self.beta)
-        found = self._graphs(self._beta, *(t.to(self._beta.device) for t in batch))
-        self.numbers = found["numbers"]
-        for name in self.parts.outside:
-            if found[f"outside {name}"].item():
+        found = graphs(self._beta, *(t.to(self._beta.device) for t in batch))
+        if self.engine == "auto":
+            self.engine = self._choice(graphs.first_operations)
+        for (kind, name), value in found.items():
+            if kind == "outside" and value.item():
                 raise ValueError(f"site '{name}' observes values outside its support")
-        for i, parameter in enumerate(self._graphs.trained()):
-            parameter.grad = found.get(f"gradient {i}")
+        for i, parameter in enumerate(graphs.trained()):
+            parameter.grad = found.get(("gradient", i))
             if self.declare:
                 pyro.param(f"pair$$${i}", parameter)
+        self._keep({key: value for key, value in found.items() if key[0] in NUMBERS})
         return self.numbers[0]
 
+    def _new_graphs(self, model: Any, guide: Any) -> Graphs:
+        self._programs = (model, guide)
+        like = next(self.pair.parameters())
+        self._beta = torch.zeros((), dtype=like.dtype, device=like.device)
+        tolerance = 1e-5 if self.precision == "float32" else 2e-2
+        function = self._function(model, guide)
+        return Graphs(self.pair, function, self._compiles, tolerance, self.say)
+
     def _function(self, model: Any, guide: Any) -> Callable[..., Named]:
+        """Return a function from the weight on the KL and a minibatch to all results of a step."""
+
         def function(beta: Tensor, *batch: Tensor) -> Named:
-            before, self.beta = self.beta, beta
-            self.parts.clear()
-            self._take_share(batch)
-            try:
-                with self._autocast(batch):
-                    loss, differentiable = surrogate(
-                        self.objective, model, guide, self.prepare(batch)
-                    )
-                    trained = [p for p in self.pair.parameters() if p.requires_grad]
-                    gradients = torch.autograd.grad(differentiable, trained, allow_unused=True)
-            finally:
-                self.beta = before
+            weight = self._weight(beta, batch)
+            with self._autocast(batch):
+                loss, differentiable = surrogate(
+                    self.objective, weight(model), weight(guide), self.prepare(batch)
+                )
+                trained = [p for p in self.pair.parameters() if p.requires_grad]
+                gradients = torch.autograd.grad(differentiable, trained, allow_unused=True)
             present = [gradient for gradient in gradients if gradient is not None]
             norms = [torch.linalg.vector_norm(gradient) for gradient in present]
             norm = torch.linalg.vector_norm(torch.stack(norms))
-            self.names, numbers = self._sums(loss.detach(), norm)
-            found = {"numbers": torch.stack(numbers)}
-            found |= {f"outside {name}": n for name, n in self.parts.outside.items()}
-            for i, gradient in enumerate(gradients):
-                if gradient is not None:
-                    found[f"gradient {i}"] = gradient
+            found: Named = _sums(loss.detach(), norm, self.parts)
+            found |= {("outside", name): number for name, number in self.parts.outside.items()}
+            found |= {("gradient", i): g for i, g in enumerate(gradients) if g is not None}
             return found
 
         return function
 
-    def _take_share(self, batch: Sequence[Tensor]) -> None:
-        """Set what of the KL of latents outside the data plate is this batch's."""
+    def _weight(self, beta: float | Tensor, batch: Sequence[Tensor]) -> KLWeight:
+        """Return the weight on the KL for a minibatch, with an empty record of the ELBO's parts."""
         found = places.known(self.pair)
         declared = None if found is None else found.num_data
         num_data = declared or self.num_data
-        if num_data is not None:
-            share = len(batch[0]) / num_data
-            self.parts.global_share = self.weight.global_weight = share
+        share = 1.0 if num_data is None else len(batch[0]) / num_data
+        self.parts.clear(share)
+        return KLWeight(beta, share)
 
-    def _sums(self, loss: Tensor, norm: Tensor) -> tuple[list[tuple[str, str]], list[Tensor]]:
-        """The names and values of ``numbers``."""
-        named = {("loss", ""): loss, ("norm", ""): norm}
-        named |= {("reconstruction", name): v for name, v in self.parts.reconstruction.items()}
-        named |= {("kl", name): v for name, v in self.parts.kl.items()}
-        return list(named), [value.to(loss.dtype) for value in named.values()]
+    def _keep(self, numbers: dict[tuple[str, str], Tensor]) -> None:
+        # The stack is a copy. A captured graph writes each step's results to the same memory.
+        self.names, self.numbers = list(numbers), torch.stack(list(numbers.values()))
 
     def _autocast(self, batch: Sequence[Tensor]) -> Any:
         if self.precision != "bfloat16":
             return nullcontext()
         return torch.autocast(batch[0].device.type, dtype=torch.bfloat16)
 
+    def _choice(self, operations: int) -> str:
+        """Return the engine that "auto" means for a graph of so many operations."""
+        if self.engine != "auto":
+            return self.engine
+        repays = self.steps * operations * NODE_SECONDS > COMPILE_SECONDS
+        return "compiled" if repays else "traced"
+
     def _compiles(self, inputs: Sequence[Tensor], operations: int) -> bool:
-        if self.engine == "auto":
-            repays = self.steps * operations * NODE_SECONDS > COMPILE_SECONDS
-            self.engine = "compiled" if repays else "traced"
-        chosen = self.engine == "compiled" and len(inputs[1]) >= self.batch_size
-        if chosen:
-            self.say("compiling the step")
-        return chosen
+        full = len(inputs[1]) >= self.batch_size
+        return full and self._choice(operations) == "compiled"
+
+
+def _sums(loss: Tensor, norm: Tensor, parts: ELBOParts) -> dict[tuple[str, str], Tensor]:
+    """Return the numbers of a step by kind and site, all of the loss's type."""
+    named = {("loss", ""): loss, ("norm", ""): norm}
+    named |= {("reconstruction", name): value for name, value in parts.reconstruction.items()}
+    named |= {("kl", name): value for name, value in parts.kl.items()}
+    return {key: value.to(loss.dtype) for key, value in named.items()}

@@ -1,10 +1,8 @@
 """`fit`: stochastic variational inference on any pair, by an explicit ``pyro.infer.SVI``."""
 
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,21 +12,25 @@ from pyro.optim import PyroOptim
 from torch import nn
 
 from pyro_vae.data.ranges import range_fault
-from pyro_vae.data.sources import Arrays, Rows, parts, source
+from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.contract import no_pair
+from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.threads import alone
-from pyro_vae.runs import description, held_out_rows, seals
+from pyro_vae.runs import description, held_out_rows
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
 from pyro_vae.training.claims import claimed, own_state, require_free
 from pyro_vae.training.elbo import require_weighable
 from pyro_vae.training.history import History
-from pyro_vae.training.loop import TrainingRun
-from pyro_vae.training.rows import training_rows, validation_rows
+from pyro_vae.training.job import job_in_words, require_same
+from pyro_vae.training.loop import train
+from pyro_vae.training.rows import training_data
+from pyro_vae.training.run import assembled, first_state, resumed
 from pyro_vae.training.schedules import Schedule
 from pyro_vae.training.settings import Settings
+from pyro_vae.training.state import TrainState
 from pyro_vae.training.stopping import summary_writer
 
 
@@ -52,42 +54,42 @@ def fit(
 ) -> History:
     r"""Fit a pair by stochastic variational inference, and leave the best parameters in it.
 
-    Each step is ``svi.step(*batch)`` of ``SVI(pair.model, pair.guide, optimizer, objective)``,
-    which maximises :math:`E_q[\log p(x|z)] - \beta\,\mathrm{KL}(q \| p)` over minibatches.
+    Each step is ``svi.step(*batch)`` of ``SVI(pair.model, pair.guide, optimizer, objective)``. It
+    maximizes :math:`E_q[\log p(x|z)] - \beta\,\mathrm{KL}(q \| p)` over minibatches.
 
     Arguments:
         pair: any ``nn.Module`` with ``model`` and ``guide``; see `pyro_vae.check`.
-        x: the data, a tensor or array with a row for each datum, held as it came (uint8 stays
-            uint8); or a torch ``Dataset`` or ``DataLoader`` that gives x, or x and context.
-        context: further tensors of as many rows, passed on to model and guide.
+        x: the data: a tensor or an array with a row for each datum, which keeps its type (uint8
+            stays uint8); or a torch ``Dataset`` or ``DataLoader`` that gives x, or x and context.
+        context: further tensors with as many rows as x. Model and guide receive them.
         validation: held-out x, or a tuple of x and context, of the same kinds.
-        objective: a Pyro ELBO; by default that of ``pair.recipe``, else ``Trace_ELBO()``,
-            or `pyro_vae.EnumeratedELBO` for a pair with latents to enumerate.
-        beta: weight on the KL, or a schedule of it (`pyro_vae.training.schedules`); by default the
-            one that ``pair.recipe`` gives, else 1.
-        learning_rate_schedule: a factor on the learning rate, by epoch.
-        optimizer: makes the torch optimiser from parameters and ``lr``.
-        binarize: "dynamic", "fixed" or "none": see `pyro_vae.data.preparation.Preparation`.
-        out: a run folder for checkpoints and the best model; nothing is written without.
-        resume: go on from the checkpoint in ``out``; a run that was stopped before its first one
-            begins anew.
-        overwrite: replace a run that is in ``out``.
+        objective: a Pyro ELBO. The default is that of ``pair.recipe``, else ``Trace_ELBO()``, or
+            `pyro_vae.EnumeratedELBO` for a pair with latents to enumerate.
+        beta: the weight on the KL, or a schedule of it (`pyro_vae.training.schedules`). The default
+            is that of ``pair.recipe``, else 1.
+        learning_rate_schedule: a factor on the learning rate, as a function of the epoch.
+        optimizer: makes the torch optimizer from parameters and ``lr``.
+        binarize: "dynamic", "fixed" or "none"; see `pyro_vae.data.preparation.Preparation`.
+        out: a run folder for checkpoints and the best model. Without it, nothing is written.
+        resume: continue from the checkpoint in ``out``. A run that was stopped before its first
+            checkpoint starts again.
+        overwrite: replace a run in ``out``.
         progress: show a progress bar.
-        config: what else config.json of the run shall hold.
+        config: further content for config.json of the run.
         settings: the fields of `pyro_vae.training.settings.Settings`: epochs, batch_size,
             learning_rate, clip_norm, patience, seed, device, precision, engine, checkpoint_seconds,
             tensorboard.
 
-    The pair's first parameters are the caller's: seed torch before making it, too, to repeat a run.
-    Every random draw of training comes from generators that are seeded here, kept in the
-    checkpoint, and given back to the caller as they were: a resumed run ends, on a CPU,
-    bit-identical to one that was never interrupted.
+    You choose the pair's first parameters: to repeat a run, also seed torch before you make the
+    pair. All random draws of training use generators that `fit` seeds. The checkpoint keeps them,
+    and afterwards your own generators are as they were. On a CPU, a resumed run ends bit-identical
+    to an uninterrupted one.
 
-    A warning says where the posterior of a latent site has collapsed, or its KL is negative, which
-    shows that model and guide disagree (docs/collapse.md).
+    A warning reports a latent site whose posterior has collapsed, or whose KL is negative. A
+    negative KL means that model and guide disagree (docs/collapse.md).
 
-    Raises `UsageError` for data or a pair that cannot be trained, `NonFiniteError` where loss or
-    gradient stop being finite, `Interrupted` (a ``KeyboardInterrupt``) after Ctrl-C or SIGTERM.
+    Raises `UsageError` for data or a pair that cannot be trained, `NonFiniteError` if a loss or a
+    gradient is not finite, and `Interrupted` (a ``KeyboardInterrupt``) after Ctrl-C or SIGTERM.
 
     >>> import torch, pyro_vae as pv
     >>> x = torch.rand(64, 4).round()
@@ -95,87 +97,44 @@ def fit(
     >>> len(history["elbo"])
     2
     """
-    chosen = Settings.of(settings)
-    folder = None if out is None else Path(out)
-    if folder is None and (resume or overwrite or chosen.tensorboard):
-        raise UsageError("resume, overwrite and tensorboard need a run folder: give out=")
-    if resume and overwrite:
-        raise UsageError("resume goes on with a run and overwrite replaces it: choose one")
-    if chosen.tensorboard:
-        summary_writer()
+    chosen, folder = Settings.of(settings), None if out is None else Path(out)
+    _require_choices(folder, resume, overwrite, chosen)
+    if chosen.patience is not None and validation is None:
+        raise UsageError("needs validation data: pass `validation`", argument="patience")
     if fault := no_pair(pair):
         raise UsageError(fault)
     _require_parts(objective, beta, learning_rate_schedule, optimizer)
     require_free(pair)
-    saved = None
-    if folder is not None and resume:
-        run_folder.read_config(folder)
-        saved = None if run_folder.begun(folder) else run_files.read_checkpoint(folder)
+    state = _saved(folder) if folder is not None and resume else None
     pair.to(device(chosen.device))
-    recipe = cast(Any, pair).recipe(chosen.epochs) if hasattr(pair, "recipe") else {}
-    objective = objective or recipe.get("objective")
-    beta = recipe.get("beta", 1.0) if beta is None else beta
+    objective, beta = _with_recipe(pair, chosen.epochs, objective, beta)
     require_weighable(objective, beta)
-    with seeded(chosen.seed):  # a loader draws as it begins
-        rows = source(x, context, pair)
-        chosen = chosen.for_rows(len(rows))
-        rows, prepare, objective, units, are_kl = training_rows(
-            pair, rows, objective, binarize, chosen
-        )
-        held = None
-        if validation is not None:
-            held = validation_rows(pair, parts(validation), rows, binarize)
-        elif chosen.patience is not None:
-            raise UsageError("patience needs validation data to measure: give validation=")
-    job = {
-        "settings": asdict(chosen),
-        "objective": _words(objective),
-        "beta": _words(beta),
-        "learning_rate_schedule": _words(learning_rate_schedule),
-        "optimizer": _words(optimizer),
-        "binarize": binarize,
-        "data": seals.checksum(rows.tensors) if isinstance(rows, Arrays) else None,
-        "validation": seals.checksum(held[0].tensors)
-        if held is not None and isinstance(held[0], Arrays)
-        else None,
-        "pair": json.dumps(description.recipe(pair), sort_keys=True),
-    }
-    if folder is not None and saved is None:
+    data = training_data(pair, (x, context), validation, objective, binarize, chosen)
+    job = job_in_words(pair, data, beta, learning_rate_schedule, optimizer, binarize)
+    if folder is not None and state is not None:
+        require_same(state, pair, job, folder / run_files.CHECKPOINT)
+    elif folder is not None:
         if not resume:
             run_folder.start(folder, overwrite)
-        run_folder.write_config(
-            pair, folder, {**job, "pair": description.recipe(pair), **(config or {})}
-        )
+        own_words = {"pair": description.recipe(pair), **(config or {})}
+        run_folder.write_config(pair, folder, {**job, **own_words})
         held_out_rows.write_rows(folder, {"train": x, "validation": _first(validation)})
-    fault = range_fault(pair, rows, prepare) if saved is None else None
+    fault = range_fault(pair, data.rows, data.prepare) if state is None else None
     if fault is not None:
         warnings.warn(fault, stacklevel=3)
-    with claimed(pair), ExitStack() as own:
+    done = 0 if state is None else len(state.epochs) * data.steps + state.batches
+    shown = bar(progress, chosen.epochs * data.steps, "fit", initial=done)
+    with claimed(pair), shown, ExitStack() as own:
         own.enter_context(own_state(pair))
         own.enter_context(seeded(chosen.seed))
-        run = TrainingRun(
-            pair,
-            rows,
-            prepare,
-            held,
-            units,
-            are_kl,
-            objective,
-            beta if callable(beta) else lambda _: float(cast(float, beta)),
-            learning_rate_schedule or (lambda _: 1.0),
-            optimizer,
-            chosen,
-            folder,
-            job,
-            fault,
+        run = assembled(
+            pair, data, beta, learning_rate_schedule, optimizer, job, folder, fault, shown
         )
-        if saved is not None:
-            run.restore(saved)
-        return run.train(progress, own)
+        return train(run, first_state(run) if state is None else resumed(run, state), own)
 
 
 def device(name: str) -> torch.device:
-    """The torch device of this name; "auto" is the GPU where there is one.
+    """Return the torch device of this name; "auto" is the GPU if there is one.
 
     >>> device("cpu")
     device(type='cpu')
@@ -187,40 +146,64 @@ def device(name: str) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
-            f"device '{name}' cannot be used here ({str(error).splitlines()[0][:100]}); "
-            "'cpu' always can"
+            f"device '{name}' is not available here ({str(error).splitlines()[0][:100]}); "
+            "'cpu' always is"
         ) from error
     return chosen
 
 
 def _require_parts(objective: Any, beta: Any, schedule: Any, optimizer: Any) -> None:
-    """Raise `UsageError` for words in the place of objects, as the command line takes them."""
+    """Raise `UsageError` for words in place of objects, as the command line takes them."""
     if objective is not None and not isinstance(objective, ELBO):
-        raise UsageError(f"objective must be a Pyro ELBO, as Trace_ELBO(), got {objective!r}")
+        raise UsageError(
+            f"must be a Pyro ELBO, such as Trace_ELBO(), got {objective!r}", argument="objective"
+        )
     if not (beta is None or callable(beta) or isinstance(beta, (int, float))):
-        raise UsageError(f"beta must be a number or a function of the epoch, got {beta!r}")
+        raise UsageError(
+            f"must be a number or a function of the epoch, got {beta!r}", argument="beta"
+        )
     if schedule is not None and not callable(schedule):
         raise UsageError(
-            "learning_rate_schedule must be a function of the epoch, as pyro_vae.Cosine(epochs), "
-            f"got {schedule!r}"
+            f"must be a function of the epoch, such as pyro_vae.Cosine(epochs), got {schedule!r}",
+            argument="learning_rate_schedule",
         )
     if not callable(optimizer) or isinstance(optimizer, (PyroOptim, torch.optim.Optimizer)):
         raise UsageError(
-            "optimizer must make a torch optimizer from parameters and lr, as torch.optim.Adam or "
-            f"a functools.partial of it does, got {optimizer!r}".splitlines()[0]
+            "must make a torch optimizer from parameters and lr, as torch.optim.Adam or a "
+            f"functools.partial of it does, got {optimizer!r}".splitlines()[0],
+            argument="optimizer",
         )
 
 
+def _require_choices(
+    folder: Path | None, resume: bool, overwrite: bool, settings: Settings
+) -> None:
+    if folder is None and (resume or overwrite or settings.tensorboard):
+        raise UsageError("`resume`, `overwrite` and `tensorboard` need a run folder: pass `out`")
+    if resume and overwrite:
+        raise UsageError("`resume` continues a run and `overwrite` replaces it: choose one")
+    if settings.tensorboard:
+        summary_writer()
+
+
+def _saved(folder: Path) -> TrainState | None:
+    """Return the state of a run's checkpoint; None if the run has no checkpoint yet."""
+    run_folder.read_config(folder)
+    if run_folder.begun(folder):
+        return None
+    saved = run_files.read_checkpoint(folder)
+    return TrainState.of_checkpoint(saved, folder / run_files.CHECKPOINT)
+
+
+def _with_recipe(
+    pair: nn.Module, epochs: int, objective: ELBO | None, beta: float | Schedule | None
+) -> tuple[ELBO | None, float | Schedule]:
+    """Return objective and weight on the KL, from the pair's recipe where they are not given."""
+    recipe = cast(Any, pair).recipe(epochs) if hasattr(pair, "recipe") else {}
+    objective = objective or recipe.get("objective")
+    return objective, recipe.get("beta", 1.0) if beta is None else beta
+
+
 def _first(rows: Any) -> Any:
-    """The data among data and context."""
+    """Return the data without their context."""
     return rows[0] if isinstance(rows, (tuple, list)) else rows
-
-
-def _words(part: Any) -> str | None:
-    """A part of the job in words that stay the same from run to run, None where there are none."""
-    if isinstance(part, ELBO):
-        fields = {k: v for k, v in vars(part).items() if isinstance(v, (bool, int, float, str))}
-        return f"{type(part).__name__}({fields})"
-    if isinstance(part, type):
-        return part.__name__
-    return repr(part) if isinstance(part, (int, float)) or is_dataclass(part) else None

@@ -1,4 +1,4 @@
-"""What training leaves a record of: a row for each epoch."""
+"""The history of training: a row for each epoch."""
 
 import math
 from collections.abc import Sequence
@@ -9,36 +9,37 @@ from pyro_vae.training.validation import Bound
 
 
 class Epoch(NamedTuple):
-    """One row of a history; bounds and their parts in nats per example."""
+    """One row of a history. Bounds and their parts are in nats per example."""
 
     epoch: int
     objective: float
-    """What was maximised, with the KL weight of the time: no bound while that is below 1."""
+    """The value that training maximized, with the KL weight of the epoch. It is not a bound if the
+    weight is below 1."""
     elbo: float
-    """The ELBO itself, whatever the objective, averaged over the epoch's minibatches."""
+    """The ELBO, for any objective, averaged over the minibatches of the epoch."""
     reconstruction: float
     kl: dict[str, float]
     """KL of each latent site."""
     validation: Bound | None
-    """On the validation data after the epoch; None without them."""
+    """The bound on the validation data after the epoch; None without validation data."""
     beta: float
     learning_rate: float
     gradient_norm: float
-    """Mean over the epoch's steps of the gradient's global norm, before clipping."""
+    """Global norm of the gradient before clipping, averaged over the steps of the epoch."""
     seconds: float
 
     @classmethod
     def of(cls, plain: Sequence[Any]) -> "Epoch":
-        """The epoch that `plain` gave."""
+        """Return the epoch that `plain` gave."""
         epoch = cls(*plain)
         return epoch._replace(validation=None if plain[5] is None else Bound(*plain[5]))
 
     def plain(self) -> list[Any]:
-        """The fields as numbers, lists and dictionaries, for a checkpoint."""
+        """Return the fields as numbers, lists and dictionaries, for a checkpoint."""
         return [list(field) if isinstance(field, Bound) else field for field in self]
 
     def row(self) -> dict[str, Any]:
-        """The epoch as one flat row of history.csv."""
+        """Return the epoch as one flat row of history.csv."""
         flat = {
             "epoch": self.epoch,
             "objective": self.objective,
@@ -64,24 +65,25 @@ class Epoch(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class History:
-    """What `fit` returns: its epochs, and which of them the pair's parameters are from."""
+    """The result of `fit`: all epochs, and the epoch of the pair's parameters."""
 
     epochs: tuple[Epoch, ...]
     best_epoch: int
-    """The epoch of the greatest validation bound; the last one where no bound is finite, or without
-    validation data."""
+    """The epoch of the greatest validation bound. It is the last epoch without validation data, and
+    if no bound is finite."""
     stopped_early: bool
     collapsed: tuple[str, ...] = ()
     """Latent sites whose posterior had collapsed when training ended; see docs/collapse.md."""
     inconsistent: tuple[str, ...] = ()
-    """Latent sites whose KL was negative then, as none is: model and guide disagree about them."""
+    """Latent sites whose KL was negative when training ended. Model and guide disagree about
+    them."""
 
     point_estimates: tuple[str, ...] = ()
-    """Latent sites whose guide is a Delta: what stands as ``elbo`` is then log p(x, z) at a point,
-    which is not a bound on log p(x), and ``-log p(z)`` stands in the place of their KL."""
+    """Latent sites whose guide is a Delta. Then ``elbo`` is log p(x, z) at a point, which is not a
+    bound on log p(x), and ``-log p(z)`` takes the place of their KL."""
 
     def __getitem__(self, column: str) -> list[float]:
-        """A column of history.csv as a list: ``history["validation_elbo"]``."""
+        """Return a column of history.csv as a list: ``history["validation_elbo"]``."""
         return [epoch.row()[column] for epoch in self.epochs]
 
     def __repr__(self) -> str:
@@ -89,7 +91,7 @@ class History:
         what = "log joint at a point estimate" if self.point_estimates else "elbo"
         return (
             f"History({len(self)} epochs, best {self.best_epoch}, "
-            f"{what} {last.elbo:.3f} at the last, stopped early: {self.stopped_early})"
+            f"{what} {last.elbo:.3f} in the last, stopped early: {self.stopped_early})"
         )
 
     def __len__(self) -> int:
@@ -97,12 +99,12 @@ class History:
 
 
 def is_finite(measured: Bound | None) -> bool:
-    """Whether there is a bound that others can be held against."""
+    """Whether there is a finite bound."""
     return measured is not None and math.isfinite(measured.bound)
 
 
 def best_epoch(validation: Sequence[Bound | None]) -> int:
-    """The first epoch, from 1, of the greatest finite bound; the last one where none is finite."""
+    """Return the number of the first epoch with the greatest finite bound, else of the last."""
     bounds = [m.bound if m is not None and is_finite(m) else None for m in validation]
     finite = [bound for bound in bounds if bound is not None]
     return 1 + bounds.index(max(finite)) if finite else len(bounds)

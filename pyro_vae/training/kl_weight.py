@@ -11,17 +11,17 @@ from pyro_vae.pairs.sites import is_factor
 
 
 class KLWeight(Messenger):
-    r"""Weigh the KL from outside: multiplies the scale of every unobserved site of model and guide.
+    r"""Weighs the KL from outside: multiplies the scale of every unobserved site.
 
-    Around a pair, ``Trace_ELBO`` becomes :math:`E_q[\log p(x|z)] - \beta\,\mathrm{KL}(q \| p)`
-    (Higgins et al., β-VAE, 2017). The weight may be 0, and may be a tensor. A weighed site keeps it
-    as ``kl_weight``, beside its scale.
+    Around model and guide, it turns ``Trace_ELBO`` into
+    :math:`E_q[\log p(x|z)] - \beta\,\mathrm{KL}(q \| p)` (Higgins et al., β-VAE, 2017). The weight
+    may be 0, and may be a tensor. A weighed site keeps the weight as ``kl_weight``.
 
     Arguments:
-        weight: of latents in the data plate, of which each datum has its own.
-        global_weight: of latents outside it, of which all N data have one, such as weights of a
-            decoder. The bound on a minibatch of M has the share M / N of their KL, so that over
-            an epoch it adds up to that of all data; on held-out data it has none.
+        weight: the weight for local latents, which each datum has for itself.
+        global_weight: the weight for latents outside the data plate, which all N data share, such
+            as the weights of a decoder. The bound on a minibatch of M rows has the share M / N of
+            their KL, so an epoch adds up to the whole KL. On held-out data the share is 0.
 
     >>> from pyro.infer import SVI, Trace_ELBO
     >>> import pyro_vae as pv, pyro.optim
@@ -34,7 +34,7 @@ class KLWeight(Messenger):
         self.weight, self.global_weight = weight, global_weight
 
     def _pyro_sample(self, msg: Any) -> None:
-        if is_factor(msg) and not is_local(msg):  # a term beside the priors of global latents
+        if is_factor(msg) and not is_local(msg):  # a term like the priors of global latents
             msg["scale"] = msg["scale"] * self.global_weight
         elif not msg["is_observed"] and not site_is_subsample(msg):
             weight = self.weight if is_local(msg) else self.global_weight

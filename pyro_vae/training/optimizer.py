@@ -1,4 +1,4 @@
-"""One torch optimiser for all parameters of a pair, as a ``PyroOptim``."""
+"""One torch optimizer for all parameters of a pair, as a ``PyroOptim``."""
 
 import inspect
 import math
@@ -15,19 +15,19 @@ from pyro_vae.errors import UsageError
 
 
 class Optimizer(PyroOptim):
-    """A ``PyroOptim`` that steps all parameters with one torch optimiser, fused where torch can.
+    """A ``PyroOptim`` that steps all parameters with one torch optimizer, fused if torch can.
 
-    Stock ``PyroOptim`` makes an optimiser for each parameter and clips each by itself; this one
-    steps them together and clips by the global norm.
+    Stock ``PyroOptim`` makes an optimizer for each parameter and clips each one separately. This
+    optimizer steps all parameters together and clips by the global norm.
 
     Arguments:
-        constructor: makes the torch optimiser, ``torch.optim.Adam`` or a ``functools.partial``.
+        constructor: makes the torch optimizer: ``torch.optim.Adam`` or a ``functools.partial``.
         parameters: the parameters, by name.
-        learning_rate: its first learning rate; set the attribute to change it.
-        clip_norm: the greatest global norm of the gradient, or None.
+        learning_rate: the first learning rate. Set the attribute to change it.
+        clip_norm: the greatest global norm of the gradient; None for no limit.
 
-    A gradient that is not finite moves no parameter. It raises ``FloatingPointError``, but on a GPU
-    under a fused Adam, where it is seen in ``norm`` alone: a look at it would wait for the GPU.
+    A gradient that is not finite moves no parameter, and raises ``FloatingPointError``. A fused
+    Adam on a GPU does not raise, because a check would wait for the GPU. Read ``norm`` there.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> optimizer = Optimizer(torch.optim.SGD, {"weight": weight}, 0.5)
@@ -74,10 +74,10 @@ class Optimizer(PyroOptim):
     def __call__(
         self, params: Iterable[Tensor], *args: Any, norm: Tensor | None = None, **kwargs: Any
     ) -> None:
-        """Step, as ``SVI`` asks for it; ``norm`` is that of the gradient where it is known."""
+        """Take a step, as ``SVI`` requests it; pass the gradient ``norm`` if it is known."""
         if any(id(p) not in self._known for p in params):
             raise UsageError(
-                "the pair declared a parameter after its first step: declare every pyro.param at "
+                "the pair declared a parameter after its first step; declare every pyro.param in "
                 "each call of model and guide"
             )
         present = [p for p in self.parameters.values() if p.grad is not None]
@@ -86,12 +86,11 @@ class Optimizer(PyroOptim):
             return
         self.norm = norm = torch.nn.utils.get_total_norm(gradients) if norm is None else norm
         fused = self._adam if self._adam is not None and self._adam.serves(present) else None
-        # A fused update on a GPU leaves a gradient that is not finite alone by itself, so that
-        # nothing has to be read here.
+        # A fused update on a GPU skips a gradient that is not finite without a read here.
         if not (norm.is_cuda and fused) and not math.isfinite(norm.item()):
             raise FloatingPointError("the gradient is not finite")
         if self.clip_norm is not None:
-            # Not in place: a graph may give two parameters one tensor as their gradient.
+            # Not in place: in a graph, two parameters may share one tensor as their gradient.
             scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             gradients = [(gradient * scale).to(gradient.dtype) for gradient in gradients]
             for parameter, gradient in zip(present, gradients, strict=True):
@@ -103,20 +102,20 @@ class Optimizer(PyroOptim):
             self._adam = _FusedAdam.of(self.torch_optimizer, present)
 
     def get_state(self) -> dict[str, Any]:
-        """The state of the torch optimiser."""
+        """Return the state of the torch optimizer."""
         return self.torch_optimizer.state_dict()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Put the torch optimiser into a saved state."""
+        """Restore a saved state of the torch optimizer."""
         self.torch_optimizer.load_state_dict(state)
         self._adam = None
 
 
 class _FusedAdam:
-    """The step of a fused ``torch.optim.Adam`` on its own state, without its Python.
+    """The step of a fused ``torch.optim.Adam`` on its own state, without its Python code.
 
-    ``Optimizer.step`` collects and groups the state anew at each step, which for small networks
-    takes as long as the update itself.
+    ``torch.optim.Optimizer.step`` collects and groups the state again in each step. For small
+    networks this takes as long as the update itself.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
@@ -124,7 +123,7 @@ class _FusedAdam:
         states = [optimizer.state[p] for p in params]
         self.averages = [state["exp_avg"] for state in states]
         self.squares = [state["exp_avg_sq"] for state in states]
-        # The counts of steps become parts of one tensor, which is added to at one stroke.
+        # The step counts become views of one tensor, so one operation increases all of them.
         self.count = torch.stack([state["step"] for state in states])
         self.steps = list(self.count.unbind())
         for state, step in zip(states, self.steps, strict=True):
@@ -132,7 +131,7 @@ class _FusedAdam:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> "_FusedAdam | None":
-        """One for this optimiser, or None where it is no fused Adam, or one with more to do."""
+        """Return one for this optimizer; None unless it is a fused Adam without extra options."""
         group, *others = optimizer.param_groups
         hooked = has_step_hooks(optimizer)
         if type(optimizer) is not torch.optim.Adam or others or hooked or not group["fused"]:
@@ -145,12 +144,12 @@ class _FusedAdam:
         return cls(optimizer, params)
 
     def serves(self, params: list[Tensor]) -> bool:
-        """Whether these are the parameters that it steps."""
+        """Whether these are exactly the parameters that it steps."""
         return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
 
     @torch.no_grad()
     def step(self, gradients: list[Tensor], norm: Tensor) -> None:
-        """One update, by the kernel that torch's own step calls; none where norm is not finite."""
+        """Update with the kernel of torch's own step, unless the norm is not finite."""
         group, unusable = self.group, None
         beta1, beta2 = group["betas"]
         self.count += 1

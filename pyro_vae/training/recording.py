@@ -1,4 +1,4 @@
-"""What is recorded beside an objective: the parts of the ELBO."""
+"""The record of the parts of the ELBO, for any objective."""
 
 from typing import Any
 
@@ -18,14 +18,17 @@ from pyro_vae.training.elbo import DifferentiableELBO
 
 
 class ELBOParts:
-    """What the ELBO is made of, summed over a minibatch from the very traces that gave the loss.
+    """The parts of the ELBO, summed over a minibatch from the same traces that give the loss.
 
-    The sums of :math:`\\log p` of observed sites and of :math:`\\log q - \\log p` of latent sites
-    leave every scale out: they are those of the ELBO whatever the weight on the KL.
-    ``global_share`` is the minibatch's share of the KL of latents outside the data plate; 0 leaves
-    these out. Factors of the model count as observed. With ``pair``, a latent that its guide draws
-    by way of another site has the density of both, and a point estimate has none
-    (`pyro_vae.pairs.folding`).
+    The sums are :math:`\\log p` of observed sites, and :math:`\\log q - \\log p` of latent sites.
+    They leave out every scale, so they are the parts of the ELBO for any weight on the KL. Factors
+    of the model count as observed.
+
+    Arguments:
+        global_share: the minibatch's share of the KL of latents outside the data plate; 0 leaves
+            them out.
+        pair: with it, a latent that the guide draws through another site has the density of both,
+            and a point estimate has no density (`pyro_vae.pairs.folding`).
     """
 
     def __init__(self, global_share: float = 1.0, pair: nn.Module | None = None) -> None:
@@ -33,13 +36,13 @@ class ELBOParts:
         self.reconstruction: dict[str, Tensor] = {}
         self.kl: dict[str, Tensor] = {}
         self.validated: set[str] = set()
-        """Observed sites whose values torch itself has validated."""
+        """Observed sites whose values torch has validated."""
         self.outside: dict[str, Tensor] = {}
-        """How many of their values are outside the support, counted while validation is off, as it
-        is in a graph."""
+        """The number of their values outside the support, counted if validation is off, as it is in
+        a graph."""
 
     def add(self, model_trace: Trace, guide_trace: Trace, share: float) -> None:
-        """Add the parts of one pair of traces, which stands for this share of the particles."""
+        """Add the parts of one pair of traces, which has this share of the particles."""
         enumeration.require_summed(model_trace, guide_trace)
         points: tuple[str, ...] = ()
         if self.pair is not None:
@@ -59,7 +62,7 @@ class ELBOParts:
                 _add(self.outside, name, inside.logical_not().sum())
             elif _validates(site["fn"]):
                 self.validated.add(name)
-        sites = latents(model_trace) | latents(guide_trace)  # the guide's, where both have one
+        sites = latents(model_trace) | latents(guide_trace)  # sites of the guide take precedence
         plates = data_plates(model_trace, guide_trace)
         for name, log_q in terms.posterior.items():
             own = 1.0 if is_local(sites[name], plates) else self.global_share
@@ -71,23 +74,28 @@ class ELBOParts:
             name = folds.point_name(name) if name in points else folds.joint_name(sites[name])
             _add(self.kl, name, term * (share * own))
 
-    def clear(self) -> None:
-        """Forget everything."""
+    def clear(self, global_share: float = 1.0) -> None:
+        """Delete the sums, and set the share for the next ones."""
+        self.global_share = global_share
         self.reconstruction.clear()
         self.kl.clear()
         self.outside.clear()
 
     def per_example(self, n: int) -> tuple[float, dict[str, float]]:
-        """Reconstruction and the KL of each latent site over n examples, in nats per example."""
+        """Return reconstruction and the KL of each latent site, in nats per example.
+
+        Arguments:
+            n: the number of examples.
+        """
         reconstruction = sum(float(value) for value in self.reconstruction.values()) / n
         return reconstruction, {name: float(value) / n for name, value in self.kl.items()}
 
 
 def recorded(objective: ELBO, parts: ELBOParts) -> ELBO:
-    """A copy of a Pyro ELBO that adds the parts of each trace it takes to ``parts``.
+    """Return a copy of a Pyro ELBO that adds the parts of each of its traces to ``parts``.
 
-    Every Pyro ELBO gets its traces from its own ``_get_trace``, so this serves each of them, a
-    user's own too, and costs no second pass.
+    Every Pyro ELBO gets its traces from its own ``_get_trace``. So this works for all of them,
+    including a user's own, and needs no second pass.
     """
     copied: Any = compat.tapped(
         objective, lambda model, guide: parts.add(model, guide, 1 / copied.num_particles)
@@ -96,7 +104,7 @@ def recorded(objective: ELBO, parts: ELBOParts) -> ELBO:
 
 
 class _Items(TorchFunctionMode):
-    """``item()`` gives a tensor, not a number: Pyro's sums of sites stay tensors while traced."""
+    """Makes ``item()`` return a tensor, so that Pyro's sums of sites stay tensors in a trace."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.item:
@@ -108,16 +116,16 @@ _TRACEABLE = (Trace_ELBO.loss_and_grads, DifferentiableELBO.loss_and_grads)
 
 
 def surrogate(objective: Any, model: Any, guide: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The loss, and what is differentiated for its gradient, without reading any tensor.
+    """Return the loss and the value to differentiate, without reading any tensor.
 
-    For ``Trace_ELBO`` and those that share its ``loss_and_grads``, from their own traces and terms;
-    for the objectives here their differentiable loss.
+    For ``Trace_ELBO`` and ELBOs that share its ``loss_and_grads``, both are built from their own
+    traces and terms. For the objectives of this library, both are the differentiable loss.
 
-    Raises `NotTraceable` for an objective with a ``loss_and_grads`` of its own.
+    Raises `NotTraceable` for an objective that defines its own ``loss_and_grads``.
     """
     kind = type(objective)
     if kind.loss_and_grads not in _TRACEABLE:
-        raise NotTraceable(f"{kind.__name__} has a loss_and_grads of its own")
+        raise NotTraceable(f"{kind.__name__} defines its own loss_and_grads")
     if kind.loss_and_grads is DifferentiableELBO.loss_and_grads:
         loss = objective.differentiable_loss(model, guide, *batch)
         return loss, loss

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from pyro.infer import ELBO
@@ -14,61 +15,105 @@ from pyro_vae.data.preparation import (
     record_divisor,
     require_masks,
 )
-from pyro_vae.data.sources import Arrays, Source, source
+from pyro_vae.data.sources import Arrays, Rows, Source, parts, source
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.pair import placement
+from pyro_vae.pairs.rng import seeded
 from pyro_vae.training import collapse
 from pyro_vae.training.check import require
 from pyro_vae.training.elbo import elbo
 from pyro_vae.training.settings import Settings
 
 
-def training_rows(
-    pair: nn.Module, rows: Source, objective: ELBO | None, binarize: str, settings: Settings
-) -> tuple[Source, Preparation, ELBO, dict[str, float], bool]:
-    """The training data, checked together with the pair, how they are prepared, the objective, and
-    for the alarm how many units each latent site has, and whether the term of each is a KL."""
+@dataclass(frozen=True)
+class TrainingData:
+    """The data of a run, and everything that `fit` finds out from them."""
+
+    settings: Settings
+    """The settings, with a batch size that fits the data."""
+    rows: Source
+    prepare: Preparation
+    held: tuple[Source, Preparation] | None
+    """The validation data and their preparation."""
+    objective: ELBO
+    units: dict[str, float]
+    """How many units each latent site has, see `collapse.units`."""
+    are_kl: bool
+    """Whether the term of each latent site is a KL, see `collapse.are_kl`."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return max(1, self.rows.steps(cast(int, self.settings.batch_size)))
+
+
+def training_data(
+    pair: nn.Module,
+    given: tuple[Rows, tuple[Any, ...]],
+    validation: Any,
+    objective: ELBO | None,
+    binarize: str,
+    settings: Settings,
+) -> TrainingData:
+    """Check training and validation data together with the pair, and prepare them.
+
+    Arguments:
+        given: x, and a tuple of the context.
+        validation: x, or a tuple of x and context; None without validation data.
+        objective: None for the ELBO that fits the pair.
+    """
+    with seeded(settings.seed):  # a loader draws when it starts
+        rows = source(*given, pair)
+        settings = settings.for_rows(len(rows))
+        _require_enough(rows, settings)
+        plain = Preparation(*placement(pair))
+        first = plain(rows.first(16))
+        require(pair, first, objective)
+        require_masks(pair, rows, plain)
+        rows, prepare = _prepared(pair, rows, binarize)
+        units = collapse.units(pair, plain(rows.first(500)))
+        objective, are_kl = objective or elbo(pair, first), collapse.are_kl(pair, first)
+        held = None
+        if validation is not None:
+            held = _validation_rows(pair, parts(validation), rows, binarize)
+    return TrainingData(settings, rows, prepare, held, objective, units, are_kl)
+
+
+def _require_enough(rows: Source, settings: Settings) -> None:
     if len(rows) < 2:
-        raise UsageError(f"{len(rows)} row of data came, 2 or more are expected")
+        raise UsageError(f"training needs at least 2 rows of data, got {len(rows)}")
     if isinstance(rows, Arrays) and len(rows) < cast(int, settings.batch_size):
         raise UsageError(
             f"must be at most {len(rows)}, the number of rows of the data, got "
             f"{settings.batch_size}",
             argument="batch_size",
         )
-    plain = Preparation(*placement(pair))
-    first = plain(rows.first(16))
-    require(pair, first, objective)
-    require_masks(pair, rows, plain)
+
+
+def _prepared(pair: nn.Module, rows: Source, binarize: str) -> tuple[Source, Preparation]:
     prepare = preparation(pair, rows, binarize)
     record_divisor(pair, rows, prepare)
     if prepare.binarize and binarize == "fixed":
         rows, prepare = held_out(rows, prepare)
     if binarize == "none" and preparation(pair, rows).binarize:
         warnings.warn(
-            "grey intensities are scored under a likelihood on {0, 1}: the numbers reported are "
+            "gray intensities are scored under a likelihood on {0, 1}; the reported numbers are "
             "not log-likelihoods",
-            stacklevel=4,
+            stacklevel=5,
         )
-    rows = rows.to(prepare.device) if isinstance(rows, Arrays) else rows
-    units = collapse.units(pair, plain(rows.first(500)))
-    return rows, prepare, objective or elbo(pair, first), units, collapse.are_kl(pair, first)
+    return rows.to(prepare.device) if isinstance(rows, Arrays) else rows, prepare
 
 
-def validation_rows(
-    pair: nn.Module,
-    given: Sequence[Any],
-    rows: Source,
-    binarize: str,
+def _validation_rows(
+    pair: nn.Module, given: Sequence[Any], rows: Source, binarize: str
 ) -> tuple[Source, Preparation]:
-    """The validation data, checked as training data are, and how they are prepared."""
     try:
         held = source(given[0], given[1:], pair)
         if isinstance(held, Arrays) and isinstance(rows, Arrays):
-            wanted, came = len(rows.tensors) - 1, len(held.tensors) - 1
-            if came != wanted:
+            wanted, got = len(rows.tensors) - 1, len(held.tensors) - 1
+            if got != wanted:
                 raise UsageError(
-                    f"as many context tensors as for training, {wanted}, are expected, {came} came"
+                    f"expected {wanted} context tensors, as for the training data, got {got}"
                 )
         prepare = preparation(pair, held, binarize)
         require_masks(pair, held, prepare)

@@ -1,6 +1,7 @@
 """Schedules: functions of the epoch, for the KL weight and for the learning rate.
 
-A schedule is any callable from the epoch, a float that grows within the epoch too, to a number.
+A schedule is any callable from the epoch to a number. The epoch is a float: it also grows within
+an epoch.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ Schedule: TypeAlias = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Linear:
-    """From ``start`` to ``end`` in a straight line over so many epochs, then ``end``.
+    """A straight line from ``start`` to ``end`` over ``epochs`` epochs, then ``end``.
 
     As a KL weight: the warm-up of Bowman et al., 2016 (https://arxiv.org/abs/1511.06349).
 
@@ -31,9 +32,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cyclical:
-    """Every ``period`` epochs anew: a line from ``start`` to ``end``, then ``end``.
+    """A straight line from ``start`` to ``end``, then ``end``, repeated every ``period`` epochs.
 
-    ``rise`` is the fraction of each period that the line takes.
+    The line takes the fraction ``rise`` of each period.
     Fu et al., Cyclical annealing schedule, 2019 (https://arxiv.org/abs/1903.10145).
 
     >>> [Cyclical(period=10)(epoch) for epoch in (0, 2.5, 5, 9, 10)]
@@ -51,7 +52,7 @@ class Cyclical:
 
 @dataclass(frozen=True)
 class Cosine:
-    """From ``start`` to ``end`` along half a cosine over so many epochs, then ``end``.
+    """Half a cosine from ``start`` to ``end`` over ``epochs`` epochs, then ``end``.
 
     As a learning rate: Loshchilov & Hutter, SGDR, 2017 (https://arxiv.org/abs/1608.03983).
 

@@ -14,9 +14,9 @@ ENGINES: tuple[str, ...] = get_args(EngineName)
 
 
 def require_engine(name: str) -> str:
-    """The name of an engine, or `UsageError` with the nearest."""
+    """Return the name of an engine, or raise `UsageError` with the nearest name."""
     if name not in ENGINES:
-        raise UsageError(f"engine is '{name}'; {nearest(name, ENGINES)}")
+        raise UsageError(f"unknown engine '{name}'; {nearest(name, ENGINES)}")
     return name
 
 
@@ -27,28 +27,29 @@ class Settings:
     Parameters
     ----------
     epochs
-        Passes over the training data.
+        Number of passes over the training data.
     batch_size
-        Rows of a minibatch; by default 128, or all where there are fewer.
+        Number of rows of a minibatch. The default is 128, or all rows if there are fewer.
     learning_rate
-        Step size of the optimiser.
+        Step size of the optimizer.
     clip_norm
-        Greatest global norm of the gradient; none by default.
+        Greatest global norm of the gradient. The default is no limit.
     patience
-        Stop after so many epochs without a better validation bound; never by default.
+        Stop after this many epochs without a better validation bound. The default is never.
     seed
-        Seeds every random draw of training.
+        Random seed of training.
     device
-        "auto" is the GPU where there is one, else the CPU.
+        "auto" is the GPU if there is one, else the CPU.
     precision
-        "bfloat16" runs networks under autocast; parameters and densities stay in float32.
+        "bfloat16" runs the networks under autocast; parameters and densities stay in float32.
     engine
-        How a step is run: as stock Pyro (eager), as a graph traced once and replayed (traced), or
-        as that graph compiled; auto traces, and compiles where the steps to come repay it.
+        How a step runs: as stock Pyro (eager), as a graph that is traced once and replayed
+        (traced), or as that graph compiled (compiled). "auto" traces, and compiles if the
+        remaining steps repay the compilation.
     checkpoint_seconds
-        Least time between two checkpoints, which are written at the end of an epoch.
+        Shortest time between two checkpoints, which are written at the end of an epoch.
     tensorboard
-        Write the history for TensorBoard too.
+        Also write the history for TensorBoard.
     """
 
     epochs: int = 100
@@ -85,7 +86,7 @@ class Settings:
         require_engine(self.engine)
 
     def for_rows(self, n: int) -> Settings:
-        """These settings, with what goes by the number of rows decided.
+        """Return these settings with a batch size for n rows.
 
         >>> Settings().for_rows(1000).batch_size, Settings().for_rows(40).batch_size
         (128, 40)
@@ -94,7 +95,7 @@ class Settings:
 
     @classmethod
     def of(cls, keywords: dict[str, Any]) -> Settings:
-        """Settings from keywords, an unknown one answered with the nearest known.
+        """Return settings from keywords. An error names the nearest known keyword.
 
         >>> Settings.of({"epoch": 3})
         Traceback (most recent call last):

@@ -1,4 +1,4 @@
-"""How training ends before its time, and what is said."""
+"""Early ends of training: errors and signals."""
 
 import signal
 import threading
@@ -10,26 +10,27 @@ from pyro_vae.errors import UsageError
 
 
 class NonFiniteError(UsageError):
-    """Training met a loss or a gradient that is not finite; the message names the site."""
+    """A loss or a gradient is not finite. The message names the site."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C or SIGTERM; the message says how to go on."""
+    """Ctrl-C or SIGTERM stopped training. The message says how to resume it."""
 
 
 def summary_writer() -> Any:
+    """Return TensorBoard's writer class."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError(
-            "tensorboard is not installed: pip install 'pyro-vae[tensorboard]'"
+            "tensorboard is not installed; run pip install 'pyro-vae[tensorboard]'"
         ) from error
     return SummaryWriter
 
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """A list that a SIGINT or SIGTERM makes non-empty, so that training ends after its step."""
+    """Yield a list that SIGINT or SIGTERM fills, so that training can end after its step."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught

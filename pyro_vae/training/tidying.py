@@ -1,4 +1,4 @@
-"""A traced graph made shorter: constants, copies and operations that change nothing go."""
+"""A shorter graph: without constants, copies and operations that change nothing."""
 
 from typing import Any, cast
 
@@ -22,10 +22,10 @@ _MADE = {
 
 
 def tidy(graph: torch.fx.GraphModule) -> None:
-    """Take out what a replay need not do, without changing one bit of what it gives.
+    """Remove operations that a replay does not need, without changing one bit of its results.
 
-    Aliases, views to the same shape, arithmetic with whole tensors of zeros or ones (which the
-    backward pass is full of), what is computed twice, and what nobody uses.
+    These are aliases, views with the same shape, arithmetic with whole tensors of zeros or ones
+    (frequent in a backward pass), repeated computations, and unused results.
     """
     constants: dict[torch.fx.Node, float] = {}
     written, known = _written(graph.graph), dict[Any, torch.fx.Node]()
@@ -55,12 +55,12 @@ def _has_effect(node: torch.fx.Node) -> bool:
     return isinstance(target, OpOverload) and (
         schema(target).is_mutable
         or torch.Tag.nondeterministic_seeded in target.tags
-        or "batch_norm" in schema(target).name  # it moves its running means unannounced
+        or "batch_norm" in schema(target).name  # the schema hides the running means
     )
 
 
 def _written(graph: torch.fx.Graph) -> set[torch.fx.Node]:
-    """Nodes whose values, or the memory they share with others, change after they were made."""
+    """Return nodes with values, or shared memory, that a later node changes."""
     found = {source for node in graph.nodes if _has_effect(node) for source in node.all_input_nodes}
     for nodes in (reversed(list(graph.nodes)), graph.nodes):
         for node in nodes:
@@ -75,7 +75,7 @@ def _written(graph: torch.fx.Graph) -> set[torch.fx.Node]:
 
 
 def _constant(node: torch.fx.Node, constants: dict[torch.fx.Node, float]) -> float | None:
-    """The one number that every element of a node's value is, if that is known."""
+    """Return the number that all elements of a node's value equal, if it is known."""
     target: Any = node.target
     if target in _MADE:
         return _MADE[target]
@@ -99,7 +99,7 @@ def _constant(node: torch.fx.Node, constants: dict[torch.fx.Node, float]) -> flo
 
 
 def _same(node: torch.fx.Node, constants: dict[torch.fx.Node, float]) -> torch.fx.Node | None:
-    """The node whose value this node's value is, if there is one."""
+    """Return an earlier node with the same value, if there is one."""
     target: Any = node.target
     first, second = (*node.args, None, None)[:2]
     if target in (aten.mul.Tensor, aten.add.Tensor) and first in constants:
@@ -125,7 +125,7 @@ def _same(node: torch.fx.Node, constants: dict[torch.fx.Node, float]) -> torch.f
 
 
 def _alike(a: torch.fx.Node, b: torch.fx.Node) -> bool:
-    """Whether the values of two nodes are tensors of one shape and type."""
+    """Whether the values of two nodes are tensors of the same shape and type."""
     left, right = value_in_graph(a), value_in_graph(b)
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return False

@@ -1,7 +1,7 @@
 """Programs as graphs: a function of a pair, traced once for each shape, then replayed or compiled.
 
-A Pyro program costs Python: handlers, checks, a message for each site. The structure of a pair
-seldom changes from call to call, so that what it does with tensors can be kept as a flat graph.
+A Pyro program costs Python time: handlers, checks, and a message for each site. The structure of a
+pair seldom changes from call to call. Therefore a flat graph can hold its tensor operations.
 """
 
 import copy
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isfinite
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import pyro
@@ -20,35 +20,46 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae import compat
-from pyro_vae.errors import NotTraceable, UsageError, first_line
+from pyro_vae.errors import NotTraceable, first_line
 from pyro_vae.pairs import rng
 from pyro_vae.pairs.scope import scope
+from pyro_vae.training.captured import runner
 from pyro_vae.training.tidying import tidy
 
-Named: TypeAlias = dict[str, Tensor]
+Named: TypeAlias = dict[Any, Tensor]
 """The results of a graph, by name."""
 
 MOST_GRAPHS = 32
-"""Shapes and settings for which graphs are kept; a pair that needs more is no static program."""
+"""How many graphs are kept, one for each combination of shapes and settings. A pair that needs more
+is not static enough for graphs."""
+
+
+class Graph(NamedTuple):
+    """A graph that can run."""
+
+    run: Callable[[list[Tensor], Sequence[Tensor]], Named]
+    operations: int
+    """The number of operations that the trace has."""
 
 
 class Graphs:
-    """A function of a pair and of tensors, run as a graph that is kept for each shape.
+    """A function of a pair and of tensors. It runs as a graph, one for each shape.
 
     Arguments:
-        pair: its parameters, buffers and other tensor attributes are inputs of the graph, so that
-            what changes in them between calls, by whatever means, takes effect.
-        function: takes tensors, uses the pair, returns tensors by name.
-        compiles: whether the graph for these inputs, of so many operations, shall be compiled.
-        tolerance: how far, relatively, a graph may be from the function: rounding, and under
-            autocast the casts that eager code keeps and a graph makes again.
+        pair: its parameters, buffers and other tensor attributes are inputs of the graph.
+            Therefore any change to them between calls takes effect.
+        function: takes tensors, uses the pair, and returns tensors by name.
+        compiles: whether to compile the graph for these inputs, given its number of operations.
+        tolerance: the greatest relative difference between a graph and the function. Rounding
+            causes it, and under autocast the casts that eager code keeps and a graph repeats.
+        say: shows a few words before a compilation.
 
-    A graph is made anew where a shape, a type, ``training`` or any number or flag that a module of
-    the pair holds differs from those of the graphs at hand. Before its first use each graph is run
-    beside the function itself under one state of the generators.
+    A new graph is made if a shape, a type, ``training``, or any number or flag of a module of the
+    pair differs from those of the existing graphs. Before its first use, each graph is compared
+    with the function itself, under the same state of the generators.
 
-    Raises `NotTraceable` where the two differ, and where the function reads values of tensors or
-    draws from Python's or NumPy's generators, which a graph would freeze.
+    Raises `NotTraceable` if the two differ, and if the function reads values of tensors or draws
+    from Python's or NumPy's generators. A graph would freeze such values.
     """
 
     def __init__(
@@ -57,10 +68,12 @@ class Graphs:
         function: Callable[..., Named],
         compiles: Callable[[Sequence[Tensor], int], bool],
         tolerance: float = 1e-5,
+        say: Callable[[str], None] = lambda words: None,
     ) -> None:
         self.pair, self.function, self.compiles = pair, function, compiles
-        self.tolerance = tolerance
-        self.graphs: dict[Any, Callable[[list[Tensor], Sequence[Tensor]], Named]] = {}
+        self.tolerance, self.say = tolerance, say
+        self.graphs: dict[Any, Graph] = {}
+        self._can_compile = True
         self._places: list[tuple[dict[str, Any], str]] = []
         self._settings: list[tuple[dict[str, Any], str]] = []
         known: set[int] = set()
@@ -90,21 +103,26 @@ class Graphs:
         if graph is None:
             if len(self.graphs) == MOST_GRAPHS:
                 raise NotTraceable(
-                    f"it took {MOST_GRAPHS} graphs already: a shape, or a number that a module "
+                    f"it needs more than {MOST_GRAPHS} graphs: a shape, or a number that a module "
                     "holds, keeps changing"
                 )
-            with poutine.block(), self._unchanged():  # the runs on trial shall leave no trace
+            with poutine.block(), self._unchanged():  # trial runs must not change anything
                 graph = self._make(values, inputs)
             self.graphs[key] = graph
-        return graph(values, inputs)
+        return graph.run(values, inputs)
+
+    @property
+    def first_operations(self) -> int:
+        """The number of operations of the first graph."""
+        return next(iter(self.graphs.values())).operations
 
     def trained(self) -> list[Tensor]:
-        """The pair's parameters that take gradients, in the order of ``pair.parameters()``."""
+        """Return the pair's parameters with gradients, in the order of ``pair.parameters()``."""
         return [held[name] for held, name in self._parameters if held[name].requires_grad]
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Put numbers, flags and containers of the pair back; refuse a pair that changes them."""
+        """Restore numbers, flags and containers of the pair; reject a pair that changes them."""
         settings = [held.get(name) for held, name in self._settings]
         containers = [
             (name, value, copy.copy(value))
@@ -129,11 +147,11 @@ class Graphs:
                 (value.extend if isinstance(value, list) else value.update)(was)
                 changed.append(name)
         if changed:
-            raise NotTraceable(f"it changes its attribute '{changed[0]}' as it runs") from fault
+            raise NotTraceable(f"it changes its attribute '{changed[0]}' while it runs") from fault
         if fault is not None:
             raise fault
 
-    def _make(self, values: list[Tensor], inputs: Sequence[Tensor]) -> Callable[..., Named]:
+    def _make(self, values: list[Tensor], inputs: Sequence[Tensor]) -> Graph:
         eager = self._left(lambda: self.function(*inputs), values)
         before, generators = _python_state(), rng.state()
         try:
@@ -143,35 +161,44 @@ class Graphs:
             rng.restore(generators)
         if drew:
             raise NotTraceable("it draws from Python's or NumPy's generators, not from torch's")
-        run: Callable[..., Any] = graph.forward
-        if values[0].is_cuda:
-            try:
-                run = _Captured(run, values, inputs)
-            except RuntimeError as error:
-                raise NotTraceable(f"CUDA cannot capture it ({first_line(error)})") from error
-        replay = _named(run, names)
+        replay = _named(runner(graph, values, inputs), names)
         _require_same(eager, self._left(lambda: replay(values, inputs), values), self.tolerance)
         operations = sum(node.op == "call_function" for node in graph.graph.nodes)
-        if self.compiles(inputs, operations):
-            try:  # fused kernels round otherwise, bfloat16 most of all: wrong is what is far off
-                compiled = _named(_compile(graph, [*values, *inputs]), names)
-                _require_same(eager, self._left(lambda: compiled(values, inputs), values), 0.1)
-                return compiled
-            except Exception as error:  # a missing compiler, or what Inductor cannot do
-                self.compiles = lambda inputs, operations: False
-                why = f"{type(error).__name__}: {first_line(error)[:200]}"
-                if isinstance(error, NotTraceable):
-                    why = "its draws or values would be others than those of the pair"
-                warnings.warn(
-                    f"the graph of {type(self.pair).__name__} is replayed, not compiled: {why}",
-                    stacklevel=2,
-                )
-        return replay
+        run = replay
+        if self._can_compile and self.compiles(inputs, operations):
+            run = self._compiled(graph, names, values, inputs, eager) or replay
+        return Graph(run, operations)
+
+    def _compiled(
+        self,
+        graph: torch.fx.GraphModule,
+        names: list[Any],
+        values: list[Tensor],
+        inputs: Sequence[Tensor],
+        eager: "list[tuple[Any, Tensor]]",
+    ) -> Callable[..., Named] | None:
+        """Return the compiled graph. If it is not usable, warn, and do not compile again."""
+        self.say("compiling the step")
+        try:
+            compiled = _named(_compile(graph, [*values, *inputs]), names)
+            # Fused kernels round differently, most of all in bfloat16. A wrong graph is far off.
+            _require_same(eager, self._left(lambda: compiled(values, inputs), values), 0.1)
+            return compiled
+        except Exception as error:  # no compiler, or an operation that Inductor does not support
+            self._can_compile = False
+            why = f"{type(error).__name__}: {first_line(error)[:200]}"
+            if isinstance(error, NotTraceable):
+                why = "its draws or values would differ from those of the pair"
+            warnings.warn(
+                f"the graph of {type(self.pair).__name__} is replayed, not compiled: {why}",
+                stacklevel=2,
+            )
+            return None
 
     def _trace(
         self, values: list[Tensor], inputs: Sequence[Tensor]
-    ) -> tuple[torch.fx.GraphModule, list[str]]:
-        names: list[str] = []
+    ) -> tuple[torch.fx.GraphModule, list[Any]]:
+        names: list[Any] = []  # a graph returns only tensors, so their names leave by here
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             with self._holding(tensors[: len(values)]), scope(self.pair):
@@ -179,27 +206,27 @@ class Graphs:
                 foreign = set(map(id, compat.declared_parameters(pyro.get_param_store())))
             if foreign - set(map(id, tensors)):
                 raise NotTraceable(
-                    "it declares a pyro.param that it does not hold: pyro_vae.check adopts it"
+                    "it declares a pyro.param that it does not own: pyro_vae.check adopts it"
                 )
             names[:] = found
             return list(found.values())
 
-        # Tensors that two places share are one input twice; as leaves they are one again.
+        # A tensor that two places share is passed twice. The two inputs must be the same leaf.
         leaves = {id(value): value.detach().requires_grad_(value.requires_grad) for value in values}
         shared = [leaves[id(value)] for value in values]
         try:
             with pyro.validation_enabled(False), _quiet():
                 graph = compat.make_graph(flat, [*shared, *inputs])
-            tidy(graph)  # shapes are compared here, which may depend on values
+            tidy(graph)  # it compares shapes, and shapes may depend on values
         except NotTraceable:
             raise
-        except Exception as error:  # a user's own code may raise anything
+        except Exception as error:  # user code may raise anything
             raise NotTraceable(_reason(error)) from error
         return graph, names
 
     @contextmanager
     def _holding(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """The pair with these tensors in place of its own."""
+        """Replace the pair's tensors by these tensors."""
         before = [held[name] for held, name in self._places]
         self._put(tensors)
         try:
@@ -211,8 +238,8 @@ class Graphs:
         for (held, name), tensor in zip(self._places, tensors, strict=True):
             held[name] = tensor
 
-    def _left(self, run: Callable[[], Named], values: list[Tensor]) -> list[tuple[str, Tensor]]:
-        """What a run returns and what it leaves in the pair, all of which is then put back."""
+    def _left(self, run: Callable[[], Named], values: list[Tensor]) -> list[tuple[Any, Tensor]]:
+        """Return the results of a run and the tensors that it leaves in the pair; then undo it."""
         generators = rng.state()
         kept = [value.detach().clone() for value in values]
         with scope(self.pair):
@@ -233,11 +260,13 @@ class Graphs:
 def traced(
     pair: nn.Module, function: Callable[..., Named], engine: str, done: str
 ) -> Callable[..., Named]:
-    """A function of a pair as this engine runs it: "eager", as it is; "traced", as a graph that is
-    replayed; "compiled". What cannot be traced is run eagerly, and a warning says why.
+    """Return a function of a pair that runs under this engine.
+
+    "eager" is the function itself, "traced" a graph that is replayed, "compiled" a compiled graph.
+    If the function cannot be traced, it runs eagerly, and a warning gives the reason.
 
     Arguments:
-        done: what is done to the pair, a participle for the warning.
+        done: what the function does to the pair, a participle for the warning.
     """
     if engine == "eager":
         return function
@@ -260,58 +289,27 @@ def traced(
 
 
 def _require_same(
-    eager: list[tuple[str, Tensor]], replayed: list[tuple[str, Tensor]], tolerance: float
+    eager: list[tuple[Any, Tensor]], replayed: list[tuple[Any, Tensor]], tolerance: float
 ) -> None:
-    """Compare what two runs left; a graph may have further results, as counts of values."""
+    """Compare two runs. A graph may have further results, such as counts of values."""
     others = dict(replayed)
     norms = [value.double().norm().item() for _, value in eager]
     scale = max((norm for norm in norms if isfinite(norm)), default=0.0)
     for name, value in eager:
         if name not in others or not _close(value, others[name], tolerance, scale):
             raise NotTraceable(
-                f"a graph of it gives other values than itself (first in '{name}'): something that "
-                "changes from call to call is no tensor of the pair"
+                f"its graph gives other values than the pair (first in '{_in_words(name)}'): "
+                "something that changes from call to call is not a tensor of the pair"
             )
 
 
-class _Captured:
-    """A run on CUDA, captured as one graph that is replayed on inputs copied into place."""
-
-    def __init__(
-        self, run: Callable[..., Any], values: list[Tensor], inputs: Sequence[Tensor]
-    ) -> None:
-        self.inputs = [tensor.clone() for tensor in inputs]
-        generators, kept = rng.state(), [value.detach().clone() for value in values]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(stream):
-            for _ in range(3):
-                run(*values, *self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
-            self.outputs = run(*values, *self.inputs)
-        rng.restore(generators)
-        with torch.no_grad():
-            for value, was in zip(values, kept, strict=True):
-                value.copy_(was)
-        self.addresses = [value.data_ptr() for value in values]
-
-    def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        values, inputs = tensors[: len(self.addresses)], tensors[len(self.addresses) :]
-        if [value.data_ptr() for value in values] != self.addresses:
-            raise UsageError(
-                "a parameter of the pair was replaced while it trained; change it in place"
-            )
-        for held, given in zip(self.inputs, inputs, strict=True):
-            held.copy_(given)
-        self.graph.replay()
-        return self.outputs
+def _in_words(name: Any) -> str:
+    return " ".join(map(str, name)).strip() if isinstance(name, tuple) else str(name)
 
 
-def _named(run: Callable[..., Any], names: list[str]) -> Callable[..., Named]:
+def _named(run: Callable[..., Any], names: list[Any]) -> Callable[..., Named]:
     def named(values: list[Tensor], inputs: Sequence[Tensor]) -> Named:
-        # The kernel of an LSTM keeps what its backward pass needs only where gradients are on.
+        # The kernel of an LSTM keeps the values for its backward pass only if gradients are on.
         with torch.enable_grad():
             found = run(*(value.detach() for value in values), *inputs)
         return dict(zip(names, found, strict=True))
@@ -335,7 +333,7 @@ def _python_state() -> tuple[Any, ...]:
 
 
 def _reason(error: Exception) -> str:
-    """Why tracing failed, in words that go on from "because"."""
+    """Return why tracing failed, in words that continue "because"."""
     if compat.depends_on_values(error):
         return "a branch, a number or a shape in it depends on the values of tensors"
     return f"it cannot be traced ({type(error).__name__}: {first_line(error)})"
@@ -343,7 +341,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No words of torch's own about tracing and compiling."""
+    """Hide torch's own messages about tracing and compiling."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)

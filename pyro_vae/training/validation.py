@@ -1,4 +1,4 @@
-"""The bound on held-out data, without learning."""
+"""The bound on held-out data, without training."""
 
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +18,7 @@ class Bound(NamedTuple):
     """An objective's bound and the ELBO with its parts, in nats per example."""
 
     bound: float
-    """The objective with the KL at full weight: the ELBO itself for ``Trace_ELBO``."""
+    """The objective with full weight on the KL. For ``Trace_ELBO`` this is the ELBO."""
     elbo: float
     reconstruction: float
     kl: dict[str, float]
@@ -33,10 +33,10 @@ def bound(
     batch_size: int = 500,
     seed: int = 0,
 ) -> Bound:
-    """An objective with the KL at full weight, and the ELBO, over prepared rows; no learning.
+    """Compute an objective with full weight on the KL, and the ELBO, without training.
 
-    Without the KL of latents outside the data plate: their posterior is given, as for any new datum
-    :math:`E_{q(w)}[\\mathrm{ELBO}(x|w)] \\le \\log E_{q(w)}[p(x|w)]`.
+    The bounds leave out the KL of latents outside the data plate. Their posterior q(w) is given, as
+    for any new datum: :math:`E_{q(w)}[\\mathrm{ELBO}(x|w)] \\le \\log E_{q(w)}[p(x|w)]`.
     """
     total, count, sums = 0.0, 0, ELBOParts(global_share=0.0, pair=pair)
     measured, given = recorded(objective, sums), KLWeight(global_weight=0.0)

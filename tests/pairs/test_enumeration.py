@@ -485,7 +485,7 @@ def test_a_latent_that_is_neither_enumerated_nor_reparametrised_is_refused():
                 pyro.sample("x", dist.Bernoulli(logits=self.table[k]).to_event(1), obs=x)
 
     (error,) = check(Drawn(True), rows("plain", 4)[0].float()).errors
-    assert "'b' is neither enumerated nor reparametrised (Bernoulli)" in error
+    assert "'b' is neither enumerated nor reparametrized (Bernoulli)" in error
 
 
 def test_labels_that_are_no_class_are_refused_in_one_line():

@@ -168,7 +168,7 @@ def test_what_a_guide_observes_is_a_term_of_the_loss_and_not_of_q(kind):
     pair, plain, x = Energy(kind), Energy("none"), data()
     report = pv.check(pair, x)
     assert report.errors == ()
-    assert "is a term of the loss" in report.notes[0]
+    assert "is added to the loss" in report.notes[0]
     for number in ("elbo", "log_likelihood", "kl"):
         measured = [getattr(pv.evaluate(p, x, num_samples=20), number) for p in (pair, plain)]
         assert measured[0] == pytest.approx(measured[1], rel=1e-5)

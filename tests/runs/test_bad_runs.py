@@ -204,9 +204,9 @@ def test_the_checkpoint_of_another_program_is_rejected(content, run):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"learning_rate": 0.1}, ["learning_rate = 0.001", "0.1 came"]),
-        ({"batch_size": 8}, ["batch_size = 4", "8 came"]),
-        ({"seed": 5}, ["seed = 0", "5 came"]),
+        ({"learning_rate": 0.1}, ["learning_rate = 0.001", "got 0.1"]),
+        ({"batch_size": 8}, ["batch_size = 4", "got 8"]),
+        ({"seed": 5}, ["seed = 0", "got 5"]),
         ({"objective": TraceMeanField_ELBO()}, ["objective"]),
         ({"binarize": "fixed"}, ["binarize"]),
     ],

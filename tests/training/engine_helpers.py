@@ -1,4 +1,4 @@
-"""What the tests share that test_engine.py held together."""
+"""What the tests of the engine share."""
 
 import random
 
@@ -35,7 +35,7 @@ OBJECTIVES = {
 
 
 class Normalized(nn.Module):
-    """Batch normalisation and dropout: buffers that change, and a mode that matters."""
+    """Batch normalization and dropout: buffers that change, and an effect of the mode."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ class Normalized(nn.Module):
 
 
 class Tied(nn.Module):
-    """One weight in two places, one parameter that is fixed, and one that has no effect."""
+    """A weight in two places, a frozen parameter, and a parameter without effect."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +77,7 @@ class Tied(nn.Module):
 
 
 class Discrete(nn.Module):
-    """A latent that is not reparametrised: the score-function terms of Trace_ELBO."""
+    """A latent that is not reparametrized, for the score-function terms of Trace_ELBO."""
 
     def __init__(self):
         super().__init__()
@@ -104,11 +104,11 @@ def pair_of(name):
 
 
 NUM_DATA = 25
-"""How many data these are told that there are."""
+"""The number of data that the engines receive."""
 
 
 class Run:
-    """A pair and what steps it; stock Pyro where ``engine`` is None."""
+    """A pair and its SVI; stock Pyro if ``engine`` is None."""
 
     def __init__(self, name, objective="elbo", engine=None, beta=0.7, **options):
         self.pair = pair = pair_of(name)
@@ -129,7 +129,7 @@ class Run:
             self.svi = Step(model, pair.guide, self.optimizer, self.engine)
 
     def step(self, number, mode=True):
-        """The loss and the gradients of one step, under a seed of its own."""
+        """Return the loss and the gradients of one step, under its own seed."""
         kept = {}
         self.pair.train(mode)
         hooks = [
@@ -166,7 +166,7 @@ def assert_state(a, b, tolerance=1e-8):
 
 
 class Noisy(nn.Module):
-    """What a graph would freeze, of several kinds."""
+    """Several kinds of values that a graph would freeze."""
 
     def __init__(self, kind):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the tests share that test_objectives.py held together."""
+"""What the tests of the objectives share."""
 
 from types import SimpleNamespace
 
@@ -74,7 +74,7 @@ class LinearGaussian(nn.Module):
 
 
 class Plated(nn.Module):
-    """A local latent z, and under it one w for each of the three items of a datum."""
+    """A local latent z, and below it one w for each of the three items of a datum."""
 
     def __init__(self):
         super().__init__()
@@ -157,7 +157,7 @@ def gradients(loss, parameters):
 
 
 def assert_same(found, expected, pair):
-    """Two losses agree, and so do their gradients by every parameter."""
+    """Assert that two losses agree, and their gradients for every parameter."""
     torch.testing.assert_close(found, expected)
     assert any(bool((slope != 0).any()) for slope in gradients(found, pair.parameters()))
     torch.testing.assert_close(

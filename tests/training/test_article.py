@@ -1,4 +1,4 @@
-"""The article's loss is the negative ELBO of a Gaussian likelihood of scale 1, less a constant."""
+"""The article's loss is the negative ELBO of a Gaussian likelihood of scale 1, minus a constant."""
 
 import math
 import runpy
@@ -25,7 +25,7 @@ def vae_and_images(likelihood, posterior=pv.DiagonalNormal):
 
 
 def of_pyro(vae, x, objective, beta):
-    """The objective of a minibatch by each image, and its gradients."""
+    """The objective of a minibatch, per image, and its gradients."""
     weight = pv.KLWeight(beta)
     with pyro.get_param_store().scope(), seeded(1):
         loss = objective.differentiable_loss(weight(vae.model), weight(vae.guide), x) / N
@@ -33,7 +33,7 @@ def of_pyro(vae, x, objective, beta):
 
 
 def code(vae, x):
-    """The posterior's means and scales, as a program without Pyro has them, and the same draw."""
+    """The posterior's means and scales from a program without Pyro, and the same draw."""
     q = vae.encoder(x).base_dist
     with seeded(1):
         return q.loc, q.scale, q.rsample()
@@ -107,7 +107,7 @@ def test_without_a_posterior_scale_an_autoencoder_with_small_codes_is_trained(be
 
 
 def test_a_learned_scale_ends_at_the_root_mean_squared_error():
-    """Its best value is closed: s^2 = the mean squared error of all pixels, under the draws."""
+    """The best s^2 is the mean squared error of all pixels, for the same draws."""
     vae, x = vae_and_images(pv.Gaussian(1.0, learned=True))
     family = vae.decoder.family
     optimizer = torch.optim.LBFGS([family.raw_scale], line_search_fn="strong_wolfe", max_iter=200)

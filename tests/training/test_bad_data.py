@@ -43,11 +43,11 @@ def two_sites(order):
     return Pair(model, guide)
 
 
-# Data and settings that `fit` refuses
+# Data and settings that `fit` rejects
 
 
 class Pictures(Dataset):
-    """Gives what no tensor can be made of."""
+    """Gives items that torch cannot convert to a tensor."""
 
     def __init__(self, item):
         self.item = item
@@ -60,7 +60,7 @@ class Pictures(Dataset):
 
 
 class Endless(IterableDataset):
-    """Does not know how long it is."""
+    """Has no length."""
 
     def __iter__(self):
         return iter(binary())
@@ -89,7 +89,7 @@ REFUSED = {
     ),
     "no rows": (given(torch.rand(0, 4)), ["empty", "(0, 4)"]),
     "no columns": (given(torch.rand(8, 0)), ["empty", "(8, 0)"]),
-    "one row": (given(binary(1)), ["1 row", "2 or more"]),
+    "one row": (given(binary(1)), ["at least 2 rows", "got 1"]),
     "fewer rows than a batch": (given(binary(3)), ["batch_size must be at most 3", "got 4"]),
     "wrong rank": (given(binary().reshape(8, 2, 2)), ["(8, 2, 2)", "(..., 4)"]),
     "a number": (given(torch.tensor(1.0)), ["empty"]),
@@ -140,7 +140,7 @@ REFUSED = {
         ),
         ["validation", "context"],
     ),
-    "data set of one row": (given(TensorDataset(binary(1))), ["1 row", "2 or more"]),
+    "data set of one row": (given(TensorDataset(binary(1))), ["at least 2 rows", "got 1"]),
     "data set outside": (given(TensorDataset(SCALES["whole"])), OUTSIDE),
     "loader outside": (given(DataLoader(SCALES["real"], batch_size=4)), OUTSIDE),
     "data set of words": (given(Pictures("word")), ["tensor"]),
@@ -148,7 +148,10 @@ REFUSED = {
     "data set of dictionaries": (given(Pictures({"x": torch.ones(4)})), ["tensor", "dict"]),
     "data set without length": (given(Endless()), ["Endless", "length"]),
     "unknown option": (given(binary(), epoch=3), ["'epoch'", "did you mean 'epochs'?"]),
-    "no epochs": (given(binary(), epochs=0), ["epochs", "got 0"]),
+    "no epochs": (
+        given(binary(), epochs=0),
+        ["epochs must be a whole number of at least 1", "got 0"],
+    ),
     "epochs in words": (given(binary(), epochs="three"), ["epochs", "three"]),
     "half a row": (given(binary(), batch_size=2.5), ["batch_size", "2.5"]),
     "no learning rate": (given(binary(), learning_rate=0.0), ["learning_rate", "got 0.0"]),
@@ -175,7 +178,7 @@ REFUSED = {
             pair=lambda: Pair(model_with_global_site, guide_with_global_site),
             objective=pv.ImportanceWeightedELBO(2),
         ),
-        ["'w'", "outside the data plate", "Trace_ELBO"],
+        ["'w'", "not a local latent", "Trace_ELBO"],
     ),
     "closed KL in another order": (
         given(SCALES["real"], pair=lambda: two_sites("ba"), objective=TraceMeanField_ELBO()),

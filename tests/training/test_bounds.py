@@ -1,4 +1,4 @@
-"""What is not a bound on log p(x) is refused, or named for what it is."""
+"""A number that is not a bound on log p(x) is rejected or named correctly."""
 
 import pyro
 import pyro.distributions as dist
@@ -35,7 +35,7 @@ class Conjugate(nn.Module):
             pyro.sample("a", dist.Normal(0.0, 1.0), infer=MARK)
         with pyro.plate("data", len(x), dim=-1):
             match self.kind:
-                case "mixed":  # q(z|x) is right with a integrated out
+                case "mixed":  # q(z|x) is exact after a is integrated out
                     a = pyro.sample("a", dist.Normal(loc, 52**-0.5), infer=MARK)
                     return pyro.sample("z", dist.Normal(a, 52**-0.5))
                 case "unused":
@@ -58,7 +58,7 @@ class Conjugate(nn.Module):
                     return pyro.sample("z", dist.Delta(loc, log_density=5.0))
                 case "one of two":
                     pyro.sample("w", dist.Delta(0 * loc))
-                case "drawn by hand":  # a flow outside Pyro, say, that knows its density
+                case "drawn by hand":  # for example a flow outside Pyro with a known density
                     q = torch.distributions.Normal(loc, deviation)
                     z = q.rsample()
                     return pyro.sample("z", dist.Delta(z, log_density=q.log_prob(z)))
@@ -93,7 +93,7 @@ TOOLS = {
     "fit": lambda pair, x: pv.fit(pair, x, epochs=1, batch_size=10, progress=False),
 }
 AT_A_POINT = ("evaluate", "encode", "reconstruct", "fit")
-"""Tools that serve a point estimate."""
+"""Tools that work with a point estimate."""
 
 
 @pytest.mark.parametrize("tool", [*TOOLS])
@@ -131,7 +131,7 @@ def test_the_log_joint_at_a_point_is_named(kind):
     exact = dist.Normal(0.0, 1.04**0.5).log_prob(x).mean().item()
     found = pv.evaluate(pair, x)
     assert found.log_joint == pytest.approx(joint(pair, x), rel=1e-5)
-    assert found.log_joint > exact + 0.5  # so that it must not pass for a bound
+    assert found.log_joint > exact + 0.5  # so it must not be reported as a bound
     assert found.point_estimates == ("z",)
     record = found.as_dict()
     assert record["elbo"] is record["log_likelihood"] is record["bits_per_dim"] is None
@@ -169,7 +169,7 @@ def test_a_draw_by_hand_with_its_density_is_a_draw():
 
 
 class Category(nn.Module):
-    """k in {0, 1}, whose guide is the more probable value: a bound, but weights miss a half."""
+    """k in {0, 1}. The guide takes the more probable value: a bound, but weights miss one value."""
 
     def __init__(self, density=0.0):
         super().__init__()
@@ -200,7 +200,7 @@ def test_a_delta_of_a_discrete_latent_bounds_log_p_and_its_weights_are_not_trust
 
 
 class GlobalPoint(nn.Module):
-    """A point estimate of what all data share: given it, bounds on log p(x) are bounds."""
+    """A point estimate of a global latent. Bounds on log p(x) hold conditional on it."""
 
     def __init__(self):
         super().__init__()
@@ -230,7 +230,9 @@ def test_a_global_point_estimate_is_given():
     assert "a point estimate of w" in str(found)
     assert found.log_joint is None
     for refused in (pv.to_arviz, pv.uncertainty):
-        with pytest.raises(pv.UsageError, match=r"guide of .*'w' is a Delta, a point estimate"):
+        with pytest.raises(
+            pv.UsageError, match=r"guide of .*'w' is a Delta: bounds .* are conditional on this"
+        ):
             refused(pair, x, progress=False)
 
 

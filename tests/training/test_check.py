@@ -125,7 +125,7 @@ def model_that_forgets(pair, x):
 
 
 class Listed(Pair):
-    """Its decoder is in a plain list."""
+    """A pair with its decoder in a plain list."""
 
     def __init__(self):
         super().__init__(model_that_forgets)
@@ -133,7 +133,7 @@ class Listed(Pair):
 
 
 class Guideless(nn.Module):
-    """A model alone."""
+    """A model without a guide."""
 
     def __init__(self):
         super().__init__()
@@ -144,7 +144,7 @@ class Guideless(nn.Module):
 
 
 class Plain:
-    """A model and a guide, but no module."""
+    """A model and a guide, but not a module."""
 
     model = guide = print
 

@@ -1,4 +1,4 @@
-"""The alarm for posterior collapse speaks where a posterior has collapsed, once, and no more."""
+"""The alarm for posterior collapse warns once for each collapsed posterior, and never otherwise."""
 
 import warnings
 
@@ -21,7 +21,7 @@ class Linear(nn.Module):
     def __init__(self, noise, latent_dim=3):
         super().__init__()
         self.noise = noise
-        self.decoder = nn.Linear(6, latent_dim, bias=False).double()  # its weight's transpose
+        self.decoder = nn.Linear(6, latent_dim, bias=False).double()  # the transpose of its weight
         self.encoder = nn.Linear(6, latent_dim, bias=False).double()
         self.decoder.weight.data.mul_(0.3).add_(0.5 * torch.eye(latent_dim, 6))
         self.log_scale = nn.Parameter(torch.zeros(latent_dim, dtype=torch.float64))
@@ -46,7 +46,7 @@ def data(n=240):
 
 
 def fitted(noise, said, **settings):
-    """The pair, fitted, and what fit warned of."""
+    """Fit the pair, and return it with the warnings of fit."""
     torch.manual_seed(1)
     pair = Linear(noise)
     settings = {"epochs": 100, "batch_size": 40, "learning_rate": 0.03} | settings
@@ -61,7 +61,7 @@ def fitted(noise, said, **settings):
 
 @pytest.mark.parametrize(("noise", "kept"), [(6.0, 0), (1.6, 2), (0.8, 3)])
 def test_as_many_units_collapse_as_theory_predicts(noise, kept):
-    """Those whose eigenvalue is below the noise; the KL of another is log(eigenvalue / noise)/2."""
+    """Units with an eigenvalue below the noise collapse. Others: log(eigenvalue / noise) / 2."""
     schedule = pv.Cosine(100)
     pair, history = fitted(noise, [] if kept else ["z"], learning_rate_schedule=schedule)
     result = pv.evaluate(pair, data(), num_samples=1)
@@ -99,12 +99,12 @@ def test_threshold_window_and_weight():
     assert said(epochs([0.04] * 20), count=5) == ([10], [], ("z",))
     assert said(epochs([0.25] * 20), count=500) == ([], [], ())  # 0.2 for the whole site
     assert said(epochs([0.02] * 9 + [0.04] + [0.02] * 9 + [0.04])) == ([], [], ())
-    assert said(epochs([0.04] * 14 + [0.02] * 6)) == ([], ["z"], ("z",))  # as it ends
+    assert said(epochs([0.04] * 14 + [0.02] * 6)) == ([], ["z"], ("z",))  # at the end
     assert said(epochs([0.02] * 4), planned=4) == ([], [], ())
-    assert said(epochs([0.02] * 20), steps=2) == ([], [], ())  # 40 steps tell nothing
+    assert said(epochs([0.02] * 20), steps=2) == ([], [], ())  # 40 steps are too few
     rising = [min(1.0, i / 8) for i in range(1, 21)]
     assert said(epochs([0.02] * 20, rising)) == ([17], [], ("z",))
-    assert said(epochs([0.02] * 20, [0.5] * 20)) == ([10], [], ("z",))  # as full as it gets
+    assert said(epochs([0.02] * 20, [0.5] * 20)) == ([10], [], ("z",))  # the weight no longer rises
     assert said([epoch._replace(kl={}) for epoch in epochs([0.02] * 20)]) == ([], [], ())
 
 
@@ -119,7 +119,7 @@ def test_a_resumed_run_speaks_once_and_units_are_counted_by_site(tmp_path):
 
 
 class Levels(nn.Module):
-    """Two levels, the lower of which follows the upper in model and guide alike."""
+    """Two levels. The lower follows the upper, in model and in guide."""
 
     def __init__(self):
         super().__init__()

@@ -18,34 +18,38 @@ FEW = {
     "doubly": ("flows", "params", "tied"),
     "total-correlation": ("gaussian-learned", "conditional", "normalized"),
 }
-"""Objectives that meet a few pairs of each kind, to save time."""
+"""Objectives that run only on a few pairs of each kind, to save time."""
 
 SHARED = {
     "bayesian": ("elbo", "analytic", "free-bits", "sticking"),
     "bayesian-mixture": ("enumerated",),
     "weights": ("elbo", "vectorized"),
 }
-"""Objectives of pairs with latents outside the data plate."""
+"""Objectives for pairs with latents outside the data plate."""
 
 
 def served(name, objective):
-    """Whether an objective is one for this pair."""
+    """Whether an objective is valid for this pair, and tested on it."""
     if name in GLOBAL:
         return objective in SHARED.get(name, ())
     if name == "bottom-up" and objective == "analytic":
-        return False  # its guide draws from the data up, the model from the top down
+        return False  # guide and model draw in opposite orders
     if objective in FEW:
         return name in FEW[objective]
     if name in ENUMERATED or objective.startswith("enumerated"):
-        one = objective == "enumerated" or name == "semi-supervised"  # of particles one pair tells
+        one = (
+            objective == "enumerated" or name == "semi-supervised"
+        )  # one pair is enough for particles
         return name in ENUMERATED and objective.startswith("enumerated") and one
     if name == "discrete":
         return objective in ("elbo", "particles", "vectorized")
-    if name in LIKELIHOODS:  # an objective looks at no likelihood: one, and a plate of samples
+    if (
+        name in LIKELIHOODS
+    ):  # likelihoods do not affect objectives: one objective, and a plate of samples
         return objective in ("elbo", "vectorized")
-    if name in ("text", "deep-markov"):  # long graphs: plain, and with a plate of samples
+    if name in ("text", "deep-markov"):  # long graphs: the plain objective, and a plate of samples
         return objective in ("elbo", "importance-weighted")
-    # Running means would be taken of the samples, too.
+    # Running means would include the samples.
     return name != "normalized" or objective not in ("vectorized", "importance-weighted")
 
 
@@ -53,12 +57,12 @@ CASES = [(name, o) for name in (*ALL, *MORE, *GLOBAL) for o in OBJECTIVES if ser
 
 
 LONG = ("bernoulli", "params", "normalized")
-"""Pairs that take 50 steps in both modes under every objective; the others do under the ELBO."""
+"""Pairs that take 50 steps in both modes for every objective; the other pairs only for the ELBO."""
 
 
 @pytest.mark.parametrize(("name", "objective"), CASES)
 def test_a_traced_step_is_that_of_stock_pyro(name, objective):
-    """Two shapes, both modes, losses and every gradient; parameters and buffers at the end."""
+    """Two shapes and both modes: losses and every gradient, then parameters and buffers."""
     stock, traced = Run(name, objective), Run(name, objective, "traced")
     thorough = name in LONG or objective in ("elbo", "enumerated")
     for number in range(10):
@@ -204,7 +208,7 @@ def test_the_optimizers_short_way_is_torchs_own():
         for p, q, gradient in zip(ours, theirs, grads, strict=True):
             p.grad, q.grad = gradient.clone(), gradient.clone()
             if number == 7 and p is ours[1]:
-                p.grad = q.grad = None  # a parameter left out for once
+                p.grad = q.grad = None  # one step without this parameter
         optimizer(ours)
         reference.step()
         if number == 12:  # as a checkpoint does

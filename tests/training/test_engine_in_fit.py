@@ -18,7 +18,7 @@ from pyro_vae.training.engine import Engine
 
 
 def test_any_svi_takes_an_engine():
-    """With an optimiser for each parameter, which has to see them as sites."""
+    """Stock SVI has an optimizer for each parameter, and must see the parameters as sites."""
     x = rows("plain", 16)[0]
     ends = []
     for engine in ("eager", "traced"):
@@ -68,7 +68,7 @@ def test_a_graph_whose_draws_the_compiler_would_change_is_replayed():
 
 @pytest.mark.parametrize("graph", ["traced", "compiled"])
 def test_preparation_is_part_of_the_graph(graph):
-    """8-bit intensities become binary pixels within it, by the draws of the eager step."""
+    """8-bit intensities become binary pixels in the graph, with the draws of the eager step."""
     x = (torch.rand(16, 6) * 255).to(torch.uint8)
     losses = []
     for engine in ("eager", graph):
@@ -88,7 +88,7 @@ def test_losses_read_seldom_are_the_same(monkeypatch):
     x = rows("bernoulli", 40)[0]
     histories = []
     for waiting in (1, 7):
-        monkeypatch.setattr("pyro_vae.training.loop.UNREAD", {"cpu": waiting})
+        monkeypatch.setattr("pyro_vae.training.step.UNREAD", {"cpu": waiting})
         histories.append(
             pv.fit(make("bernoulli"), x, epochs=5, batch_size=4, progress=False).epochs
         )
@@ -119,7 +119,7 @@ def test_the_history_is_the_same_norms_and_parts_and_clipping_too():
         )
     for eager, traced in zip(*histories, strict=True):
         assert traced == pytest.approx(eager, rel=1e-6)
-    assert histories[0][0]["gradient_norm"] > 2.0  # so that there was something to clip
+    assert histories[0][0]["gradient_norm"] > 2.0  # so clipping has an effect
 
 
 @pytest.mark.parametrize("engine", ["traced", "compiled"])
@@ -191,9 +191,9 @@ def test_bfloat16_ends_where_float32_does():
 
 
 def test_an_unknown_engine_is_refused():
-    with pytest.raises(pv.UsageError, match=r"engine is 'trced'; did you mean 'traced'\?"):
+    with pytest.raises(pv.UsageError, match=r"unknown engine 'trced'; did you mean 'traced'\?"):
         pv.fit(make("bernoulli"), *rows("bernoulli"), engine="trced")
-    with pytest.raises(pv.UsageError, match="engine is 'fast'"):
+    with pytest.raises(pv.UsageError, match="unknown engine 'fast'"):
         pv.log_likelihood(make("bernoulli"), *rows("bernoulli"), engine="fast")
 
 

@@ -28,7 +28,7 @@ import pyro_vae as pv
 
 def test_free_bits_refuse_a_discrete_latent():
     pair, x = discrete_latent(), torch.zeros(5, 4)
-    with pytest.raises(pv.UsageError, match="'coin' is not reparametrised") as caught:
+    with pytest.raises(pv.UsageError, match="'coin' is not reparametrized") as caught:
         pv.FreeBitsELBO(0.1).loss(pair.model, pair.guide, x)
     assert "\n" not in str(caught.value)
 
@@ -52,7 +52,7 @@ def test_free_bits_by_hand(name, floor, beta):
 
 
 def test_the_middle_floor_is_between_units():
-    """The test before has units above its floor, below it, and on both sides."""
+    """The previous test has units above its floor, below it, and on both sides."""
     pair, x = linear()
     kl = closed_kl(pair, x).mean(0)
     assert 0.02 < float(kl.detach().min()) < 0.3 < float(kl.detach().max()) < 3.0
@@ -69,7 +69,7 @@ def test_free_bits_are_never_above_the_elbo(name):
 
 
 def test_a_unit_below_the_floor_has_no_gradient():
-    """The likelihood leaves the last unit out, so only its KL could move its posterior."""
+    """The likelihood omits the last unit, so only its KL could move its posterior."""
     pair, x = linear()
     posterior = (pair.slope, pair.offset, pair.log_scale)
     kl = closed_kl(pair, x).mean(0).detach()

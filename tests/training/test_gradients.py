@@ -1,4 +1,4 @@
-"""Gradients through the draws alone, and the parts of the KL, against closed forms and means."""
+"""Gradients only through the draws, and the parts of the KL, against closed forms and means."""
 
 import itertools
 from math import log
@@ -66,7 +66,7 @@ class OneLevel(nn.Module):
 
 
 class Flow(OneLevel):
-    """An inverse autoregressive flow, whose density at a given draw takes the inverse."""
+    """An inverse autoregressive flow. Its density at a given draw needs the inverse."""
 
     def __init__(self, transform=lambda: transforms.affine_autoregressive(2, [4])):
         super().__init__()
@@ -89,7 +89,7 @@ ROWS = 300
 
 
 def pair_and_data(name):
-    """The pair, and four data many times over, which are as many draws for each."""
+    """The pair, and four data that are repeated, which gives many draws for each."""
     kind, dtype = PAIRS[name]
     with seeded(2):
         x = torch.randn(4 if name == "two levels" else (4, 3), dtype=dtype)
@@ -108,7 +108,7 @@ def run(pair, x, objective, seed=0):
 
 
 def gradient(pair, x, objective, seed=0):
-    """The gradient of one loss by all parameters, flat."""
+    """The gradient of one loss for all parameters, as a vector."""
     parameters = list(pair.parameters())
     found = torch.autograd.grad(
         run(pair, x, objective, seed), parameters, materialize_grads=True, allow_unused=True
@@ -141,12 +141,12 @@ def test_gradients_through_the_draws_have_the_mean_of_the_total_ones(name, bound
     total, path = (gradients(weighted, x, objective, 40) for objective in BOUNDS[bound])
     error = (total - path).std(0) / 40**0.5
     assert ((total - path).mean(0).abs() < 5 * error + 1e-4).all()
-    assert (error > 1e-3).sum() >= 3  # they are not the same estimator
-    assert (total.mean(0).abs() > 20 * error).sum() >= 3  # and a wrong factor would be seen
+    assert (error > 1e-3).sum() >= 3  # the estimators differ
+    assert (total.mean(0).abs() > 20 * error).sum() >= 3  # and the test would detect a wrong factor
 
 
 def test_sticking_the_landing_with_several_weights_is_biased():
-    """As its docstring says: the score has mean 0 only where it is not weighted."""
+    """The score has mean 0 only if it is not weighted, as the docstring says."""
     pair, x = pair_and_data("two levels")
     sticking = pv.ImportanceWeightedELBO(3, gradient=STL)
     total, path = (
@@ -167,7 +167,7 @@ def test_the_value_is_that_of_the_bound(name, bound):
 
 
 class ExactTwoLevels(TwoLevels):
-    """With a scale of z1 that does not depend on z2, so that the guide can be exact, and is."""
+    """A scale of z1 that does not depend on z2, so the guide can be exact, and is."""
 
     def __init__(self):
         super().__init__()
@@ -188,10 +188,10 @@ class ExactTwoLevels(TwoLevels):
 
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_an_exact_guide_gets_no_gradient_at_all(bound):
-    """Of each draw, not in the mean; the model still gets its own."""
+    """For each draw, not only in the mean. The model still has a gradient."""
     pair, x = ExactTwoLevels(), torch.linspace(-1, 2, 7).double()
     total, path = (gradient(pair, x, objective) for objective in BOUNDS[bound])
-    assert path[2:].abs().max() < 1e-6  # the scales were rounded to float32
+    assert path[2:].abs().max() < 1e-6  # float32 rounds the scales
     assert total[2:].abs().max() > 0.1
     assert path[:2].abs().min() > 0.1
 
@@ -210,10 +210,14 @@ def test_signal_to_noise_by_number_of_samples():
 
 
 def test_gradients_that_are_not_to_be_had_are_refused():
-    with pytest.raises(pv.UsageError, match=r"gradient is one of pyro_vae\.Gradient, 'dreg' came"):
+    with pytest.raises(
+        pv.UsageError, match=r"gradient must be a member of pyro_vae\.Gradient, got 'dreg'"
+    ):
         pv.ImportanceWeightedELBO(3, gradient="dreg")
     flow, x = Flow(lambda: transforms.planar(2)), torch.zeros(4, 3)
-    with pytest.raises(pv.UsageError, match="no density at given draws") as caught:
+    with pytest.raises(
+        pv.UsageError, match="density at given draws, which is not available"
+    ) as caught:
         run(flow, x, pv.StickingTheLandingELBO())
     assert "\n" not in str(caught.value)
 
@@ -270,7 +274,7 @@ WEIGHTS = {"mutual_information": 0.0, "total_correlation": 0.0, "dimension_kl": 
 
 
 def parts(pair, x, num_data, seed=0):
-    """The three parts of the KL, per example, each by a weight on it alone."""
+    """The three parts of the KL, per example. Each loss weighs only one of them."""
     base = run(pair, x, pv.TotalCorrelationELBO(num_data, **WEIGHTS), seed)
     found = [
         run(pair, x, pv.TotalCorrelationELBO(num_data, **(WEIGHTS | {name: 1.0})), seed) - base
@@ -280,7 +284,7 @@ def parts(pair, x, num_data, seed=0):
 
 
 def test_parts_of_the_kl_are_their_closed_forms():
-    """All data in one minibatch; within 2 % of the KL, over four draws of 1,000 codes."""
+    """With all data in one minibatch: within 2 % of the KL, over four draws of 1,000 codes."""
     pair = Linear()
     x = pair.data(1000)
     x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov(correction=0))).T
@@ -325,7 +329,7 @@ def test_total_correlation_bound_by_hand():
 
 
 def test_the_aggregate_of_a_minibatch_is_unbiased():
-    """Its mean over all minibatches of 3 with datum 0, of 6, is that of all data."""
+    """Its mean over all minibatches of 3 of 6 data, with datum 0, equals the value for all data."""
     pair = Linear()
     x = pair.data(6)
     q = dist.Normal(x @ pair.slope.T + pair.offset, pair.scale).to_event(1)
@@ -348,7 +352,7 @@ def refused_pairs():
     vae = {"latent_dim": 2, "hidden": (4,)}
     x = torch.zeros(5, 3)
     return {
-        "one latent site with a prior, z2, z1 came": (TwoLevels(), torch.zeros(5).double()),
+        "exactly one latent site with a prior, got z2, z1": (TwoLevels(), torch.zeros(5).double()),
         "posterior of 'z' has none": (pv.VAE.mlp((3,), posterior=pv.FullRankNormal, **vae), x),
         "prior of 'z' has none": (
             pv.VAE.mlp((3,), prior=lambda dim: pv.GaussianMixture(dim, 3), **vae),
@@ -366,7 +370,7 @@ def test_total_correlation_refuses(words):
 
 
 def test_total_correlation_needs_data():
-    with pytest.raises(pv.UsageError, match="num_data must be 2 or more, 1 came"):
+    with pytest.raises(pv.UsageError, match="num_data must be at least 2, got 1"):
         pv.TotalCorrelationELBO(1)
 
 

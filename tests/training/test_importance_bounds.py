@@ -50,7 +50,7 @@ def test_importance_weighted_bound_by_hand(name, k):
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_importance_weighted_bound_by_hand_under_two_plates(k):
-    """The latent of a datum is weighed once, however many items the datum has."""
+    """The latent of a datum counts once, for any number of items in the datum."""
     pair, x = plated()
     objective = pv.ImportanceWeightedELBO(k, max_plate_nesting=2)
     loss, [[z, w]] = watched(pair, x, objective, ("z", "w"))
@@ -64,7 +64,7 @@ def test_importance_weighted_bound_by_hand_under_two_plates(k):
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_importance_weighted_bound_scales_with_the_plate(k):
-    """A minibatch that stands for more data scales the bound of each datum, not its weights."""
+    """A scale of a minibatch scales the bound of each datum, not its importance weights."""
     pair, x = linear()
     objective = pv.ImportanceWeightedELBO(k)
     found = run(around(poutine.scale(scale=2.5), pair), x, objective)
@@ -89,7 +89,7 @@ def test_importance_weights_take_a_weighed_kl_and_a_common_scale(beta, outermost
 
 
 class ScaleOf(Messenger):
-    """Scales one site alone."""
+    """Scales only one site."""
 
     def __init__(self, name):
         super().__init__()
@@ -106,7 +106,7 @@ def test_importance_weights_refuse_a_site_of_a_scale_of_its_own(site, gradient):
     pair, x = linear()
     objective = pv.ImportanceWeightedELBO(3, gradient=gradient)
     tempered = around(ScaleOf(site), around(pv.KLWeight(0.7), pair))
-    with pytest.raises(pv.UsageError, match="'z' is scaled otherwise than site 'x'") as caught:
+    with pytest.raises(pv.UsageError, match="'z' and site 'x' have different scales") as caught:
         run(tempered, x, objective)
     assert "\n" not in str(caught.value)
 
@@ -120,7 +120,7 @@ def test_importance_weighted_bound_of_an_exact_guide_is_log_p(k):
 
 
 def test_importance_weighted_bound_grows_towards_log_p():
-    """Over 60 seeds of 60 rows each; every comparison leaves four standard errors."""
+    """Over 60 seeds of 60 rows each. Every comparison has a margin of four standard errors."""
     pair, x = linear()
     rows, found = x.repeat(10, 1), {}
     for k in (1, 5, 50, 2000):
@@ -156,7 +156,7 @@ def test_loss_and_gradients_are_those_of_the_differentiable_loss(objective):
 
 
 def global_latent():
-    """A scale shared by all data, outside the plate."""
+    """A scale that all data share, outside the plate."""
 
     def model(x):
         shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
@@ -189,7 +189,7 @@ def global_observation():
     [
         (global_latent, "'shift' is outside the data plate"),
         (global_observation, "'x' is outside the data plate"),
-        (discrete_latent, "'coin' is not reparametrised"),
+        (discrete_latent, "'coin' is not reparametrized"),
     ],
 )
 def test_importance_weighted_bound_refuses(make, message, k):

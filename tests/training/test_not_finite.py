@@ -1,4 +1,4 @@
-"""Training that stops being finite: the site is named, the disk stays good."""
+"""Values that are not finite stop training. The error names the site, and the files stay good."""
 
 import numpy as np
 import pyro
@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 
 import pyro_vae as pv
 
-# Training that stops being finite
+# Values that are not finite
 
 
 def breaking(site):
-    """A pair whose site, or gradient, is not finite from its sixth training step on."""
+    """A pair with a site or a gradient that is not finite from its sixth training step on."""
 
     def model(pair, x):
         if pair.training:
@@ -25,7 +25,7 @@ def breaking(site):
             z = pyro.sample("z", NORMAL(loc, 1.0, validate_args=False).to_event(1))
             mean = pair.decoder(z) * (broken if site == "x" else 1.0)
             if site == "gradient" and broken.isnan():
-                # Zero times the root of zero: a finite value whose gradient is none.
+                # Zero times the root of zero has a finite value, but its gradient is NaN.
                 mean = mean + 0.0 * (pair.decoder.bias - pair.decoder.bias.detach()).abs().sqrt()
             pyro.sample("x", NORMAL(mean, 1.0, validate_args=False).to_event(1), obs=x)
 
@@ -42,7 +42,7 @@ def finite(run, pair):
 @pytest.mark.parametrize("held", [True, False])
 @pytest.mark.parametrize("site", ["x", "z", "gradient"])
 def test_a_loss_that_is_not_finite_stops_training(site, held, tmp_path):
-    # The pair counts its steps, which a graph would not.
+    # The pair counts its steps. A graph would not.
     held_out = SCALES["real"] if held else None
     options = FAST | {"epochs": 20, "validation": held_out, "engine": "eager"}
     words = ["epoch 3, step 2", "not finite", "last good model", str(tmp_path / "run")]

@@ -62,7 +62,7 @@ def test_fit_reports_the_elbo_beside_a_weighted_objective():
 
 def test_fit_moves_the_weight_within_an_epoch():
     pair, x = binary_pair()
-    # Without a weight first, until the KL is so large that every estimate of it is positive.
+    # The weight is 0 first, until the KL is so large that every estimate of it is positive.
     pv.fit(pair, x, epochs=30, batch_size=32, learning_rate=0.03, beta=0.0, progress=False)
     beta = pv.Linear(epochs=4)
     history = pv.fit(
@@ -86,7 +86,7 @@ def test_fit_with_a_heavier_kl_ends_with_less_of_it():
 
 
 def test_fit_reports_the_exact_elbo_of_a_pair_that_stands_still():
-    """Forty epochs of hardly any learning are forty estimates of a known number."""
+    """Forty epochs with a tiny learning rate are forty estimates of a known number."""
     pair, x = linear(100)
     reconstruction, kl = (part.mean().item() for part in pair.expectations(x))
     history = pv.fit(
@@ -121,7 +121,7 @@ def test_fit_takes_the_learning_rate_from_a_schedule():
 
 
 class Auxiliary(PlainAttributes):
-    """A classifier of the first pixel, trained by a term that is no part of p(x)."""
+    """A classifier of the first pixel. The term that trains it is not part of p(x)."""
 
     def __init__(self):
         super().__init__()
@@ -139,7 +139,7 @@ def test_total_correlation_refuses_a_prior_that_depends_on_context():
         factor = pv.Factor(pv.MLP([3], (), 4), pv.DiagonalNormal(), (2,))
         pair = pv.VAE.mlp((6,), 2, (5,), prior=factor, context_shapes=[(3,)])
     x, context = torch.rand(6, 6).round(), torch.eye(3)[torch.arange(6) % 3]
-    words = "needs one prior for all data, that of 'z' differs from row to row"
+    words = "needs the same prior for all data, but the prior of 'z' depends on the context"
     objective = pv.TotalCorrelationELBO(6)
     with pytest.raises(pv.UsageError, match=words):
         objective.loss(pair.model, pair.guide, x, context)

@@ -1,4 +1,4 @@
-"""Words in the place of objects, and 16-bit pairs, are refused in one line before training."""
+"""`fit` rejects words in place of objects, and 16-bit pairs, in one line before training."""
 
 import pyro
 import pytest

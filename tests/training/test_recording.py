@@ -1,4 +1,4 @@
-"""What is recorded beside an objective."""
+"""The record of the parts of the ELBO."""
 
 from types import SimpleNamespace
 
@@ -37,7 +37,7 @@ def test_recorded_parts_are_those_of_the_draws(name, beta, kind):
     assert parts.kl.keys() == {"z"}
     expected = reconstruction.mean(0).sum().detach(), log_ratio.mean(0).sum().detach()
     torch.testing.assert_close((parts.reconstruction["x"], parts.kl["z"]), expected)
-    # Recording changes neither the loss nor the objective that it was made of.
+    # Recording changes neither the loss nor the original objective.
     torch.testing.assert_close(loss, run(weighted, x, OBJECTIVES[name]))
     torch.testing.assert_close(parts.kl["z"], expected[1])
 

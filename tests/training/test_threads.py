@@ -1,4 +1,4 @@
-"""Threads: each call gives what it gives alone, whatever the others run; nothing of it stays."""
+"""Threads: each call gives the same result as alone, and leaves nothing in the process."""
 
 import inspect
 import multiprocessing
@@ -45,7 +45,7 @@ def same(one, other):
 
 
 def fitted(pair, x, **settings):
-    """The history of a fit without its seconds, and the parameters it ends with."""
+    """The history of a fit without its seconds, and the final parameters."""
     history = pv.fit(pair, x, **{**SMALL, **settings})
     rows = [{k: v for k, v in e.row().items() if "second" not in k} for e in history.epochs]
     return rows, {k: v.clone() for k, v in pair.state_dict().items()}
@@ -53,7 +53,7 @@ def fitted(pair, x, **settings):
 
 @contextmanager
 def others(work, number=1):
-    """Other threads that do this over and over; their first error is raised here."""
+    """Other threads that repeat this call; their first error is raised here."""
     stop, began, errors = threading.Event(), threading.Barrier(number + 1), []
 
     def loop():
@@ -79,7 +79,7 @@ def others(work, number=1):
 
 
 def disturb():
-    """What a polite thread may do to the process's generators."""
+    """What another thread may do to the generators of the process."""
     with alone():
         torch.manual_seed(5)
         random.seed(5)
@@ -87,7 +87,7 @@ def disturb():
 
 
 def process_state():
-    """What of the process a call could change."""
+    """The state of the process that a call could change."""
     return {
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state()[1].tolist(),
@@ -326,7 +326,7 @@ def _note(order, i):
 
 
 def in_a_child(work):
-    """What a forked process gives: the text of a result or of its error."""
+    """The result of a forked process, as text, or its error."""
     receiver, sender = multiprocessing.get_context("fork").Pipe(False)
 
     def run():
@@ -351,7 +351,7 @@ forks = [
 
 
 class Encoded(Dataset):
-    """Codes that are made where the rows are read: in a worker, a forked process."""
+    """Codes that a worker, a forked process, computes when it reads the rows."""
 
     def __init__(self, pair, x):
         self.pair, self.x = pair, x
@@ -476,7 +476,7 @@ def test_every_public_function_is_called_here():
 
 @pytest.fixture
 def watched(monkeypatch):
-    """The names of handlers that this process enters by threads that do not hold the lock."""
+    """The names of handlers that threads without the lock enter."""
     enter, loose = Messenger.__enter__, []
 
     def watch(self):
@@ -501,7 +501,7 @@ def test_a_public_function_gives_the_same_beside_other_threads(name, tmp_path, w
         found = call("beside")
     assert same(want, found)
     after = process_state()
-    for generator in ("torch", "numpy", "python"):  # which the others seed
+    for generator in ("torch", "numpy", "python"):  # the other threads seed them
         del before[generator], after[generator]
     assert before == after
     assert watched == []

@@ -1,4 +1,4 @@
-"""What can be traced, and what is run eagerly with a word."""
+"""Pairs that can be traced, and pairs that run eagerly with a warning."""
 
 import copy
 import warnings
@@ -18,7 +18,7 @@ from pyro_vae.training.engine import Engine
 REASONS = {
     "python": "generators, not from torch's",
     "numpy": "generators, not from torch's",
-    "own generator": "a graph of it gives other values",
+    "own generator": "its graph gives other values",
     "branch": "depends on the values of tensors",
     "array": "cannot be traced",
     "counter": "it changes its attribute 'calls'",
@@ -42,7 +42,7 @@ def test_what_a_graph_would_freeze_is_run_eagerly_and_said(kind, engine):
     assert len(said) == 1
     assert REASONS[kind] in str(said[0].message)
     reference = pv.fit(stock, x, engine="eager", **options)
-    if kind != "own generator":  # the run on trial has drawn from it
+    if kind != "own generator":  # the trial run has drawn from it
         assert history["elbo"] == reference["elbo"]
     assert not any(isinstance(v, torch._subclasses.FakeTensor) for v in pair.seen)
     assert len(pair.seen) == len(stock.seen)
@@ -53,7 +53,7 @@ def test_a_number_read_from_a_tensor_is_read_anew_at_each_step():
     histories = []
     for engine in ("eager", "traced"):
         with seeded(0), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch before 2.9 or so cannot trace it
+            warnings.simplefilter("ignore")  # torch before about 2.9 cannot trace it
             pair = Noisy("number").double()
             history = pv.fit(pair, x, engine=engine, epochs=3, batch_size=16, progress=False)
         histories.append(history["elbo"])
@@ -62,7 +62,7 @@ def test_a_number_read_from_a_tensor_is_read_anew_at_each_step():
 
 def test_an_objective_with_its_own_gradients_is_run_eagerly():
     x = rows("bernoulli", 32)[0]
-    with pytest.warns(UserWarning, match="RenyiELBO has a loss_and_grads of its own"):
+    with pytest.warns(UserWarning, match="RenyiELBO defines its own loss_and_grads"):
         pv.fit(
             make("bernoulli"),
             x,
@@ -89,7 +89,7 @@ def test_a_pair_whose_settings_keep_changing_is_run_eagerly(monkeypatch):
 
 
 def test_an_engine_serves_another_model_and_guide_too():
-    """Those of the pair inside a handler, say."""
+    """For example those of the pair inside a handler."""
     x = rows("plain", 8)[0]
     pair = make("plain")
     engine = Engine(pair, engine="traced", declare=False)

@@ -1,4 +1,4 @@
-"""`fit`: resuming, schedules, early stopping, precision, and what it leaves alone."""
+"""`fit`: resuming, schedules, early stopping, precision, and what it does not change."""
 
 import json
 import signal
@@ -65,15 +65,15 @@ def stop(run, folder, number):
 def test_a_run_that_was_stopped_and_killed_ends_bit_identical(tmp_path):
     run, folder = program(tmp_path), tmp_path / "stopped"
     subprocess.run([*run, tmp_path / "whole", "40"], check=True)
-    assert "go on with --resume" in stop(run, folder, signal.SIGTERM)
-    assert "go on with --resume" in stop(run, folder, signal.SIGINT)
+    assert "resume with --resume" in stop(run, folder, signal.SIGTERM)
+    assert "resume with --resume" in stop(run, folder, signal.SIGINT)
     stop(run, folder, signal.SIGKILL)
     subprocess.run([*run, folder, "40", "resume"], check=True)
     same_run(folder, tmp_path / "whole")
 
 
 class StopAt:
-    """A schedule that interrupts training in the middle of an epoch, as Ctrl-C would."""
+    """A schedule that interrupts training within an epoch, like Ctrl-C."""
 
     def __init__(self, epoch):
         self.epoch = epoch
@@ -178,7 +178,7 @@ def test_every_example_counts_with_a_smaller_last_minibatch():
     (x,) = rows("bernoulli", 37)
     source = Counting([x])
     assert sum(len(batch[0]) for batch in source.batches(16, shuffle=True)) == 37
-    # One epoch at a learning rate of almost nothing: the training ELBO is that of all 37 rows.
+    # One epoch at a tiny learning rate: the training ELBO is that of all 37 rows.
     pair = make("bernoulli")
     history = pv.fit(
         pair, x, validation=x, epochs=1, batch_size=16, learning_rate=1e-12, progress=False
@@ -290,7 +290,7 @@ def test_resuming_under_other_settings_or_data_is_refused(tmp_path):
     (x,) = rows("bernoulli", 40)
     options = {"batch_size": 20, "progress": False, "out": tmp_path / "run"}
     pv.fit(make("bernoulli"), x, epochs=1, **options)
-    with pytest.raises(pv.UsageError, match=r"learning_rate = 0\.001, 0\.1 came"):
+    with pytest.raises(pv.UsageError, match=r"learning_rate = 0\.001, got 0\.1"):
         pv.fit(make("bernoulli"), x, epochs=2, learning_rate=0.1, resume=True, **options)
     with pytest.raises(pv.UsageError, match="another data"):
         pv.fit(make("bernoulli"), 1 - x, epochs=2, resume=True, **options)
@@ -305,7 +305,7 @@ def test_resuming_under_other_settings_or_data_is_refused(tmp_path):
     assert len(history) == 2
 
 
-def test_grey_targets_are_announced_as_no_likelihood():
+def test_a_warning_says_that_gray_targets_have_no_likelihood():
     x = torch.rand(30, 6)
     vae = pv.VAE.mlp((6,), latent_dim=2, hidden=(4,))
     with pytest.warns(UserWarning, match="not log-likelihoods"):
@@ -341,5 +341,5 @@ def test_a_minibatch_is_no_larger_than_the_data_unless_it_is_asked_for(tmp_path)
     )
     with pytest.raises(pv.UsageError, match=r"batch_size must be at most 40, .* got 41"):
         pv.fit(make("bernoulli"), x, epochs=1, batch_size=41, progress=False)
-    with pytest.raises(pv.UsageError, match="with batch_size = 40, 20 came"):
+    with pytest.raises(pv.UsageError, match="with batch_size = 40, got 20"):
         pv.fit(make("bernoulli"), x, epochs=3, resume=True, batch_size=20, **options)

@@ -1,4 +1,4 @@
-"""Which epoch is kept where the validation bound is not finite in some epochs, or in all."""
+"""The epoch that is kept if the validation bound is not finite in some or all epochs."""
 
 import math
 
@@ -17,7 +17,7 @@ FAST = {"batch_size": 16, "engine": "eager", "progress": False}
 
 
 class Overflowing(nn.Module):
-    """The scale of the guide is the exponential of a number of x, until it has learnt better."""
+    """The scale of the guide is the exponential of a number of x, until training changes it."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,8 @@ def test_an_epoch_without_a_bound_is_never_kept_beside_one_with_it():
 
 def test_the_last_epoch_is_kept_where_no_epoch_has_a_bound(tmp_path):
     pair, (x, held) = Overflowing(), data(1e6)
-    with pytest.warns(UserWarning, match="in 3 of 3 epochs: the parameters of the last epoch"):
+    words = "in 3 of 3 epochs; the pair has the parameters of the last epoch"
+    with pytest.warns(UserWarning, match=words):
         history = pv.fit(pair, x, validation=held, epochs=3, out=tmp_path / "run", **FAST)
     assert history.best_epoch == 3
     assert not any(map(math.isfinite, bounds(history)))
@@ -89,7 +90,7 @@ def test_patience_ends_where_no_epoch_has_a_bound():
         ([math.nan, -5.0, -4.0, -6.0], 3),
         ([-math.inf, math.nan, -9.0], 3),
         ([-3.0, math.nan, -3.0], 1),
-        ([-3.0, math.inf, -2.0], 3),  # infinite is no bound either
+        ([-3.0, math.inf, -2.0], 3),  # an infinite value is not a bound either
         ([math.nan, -math.inf], 2),
         ([math.nan, math.nan, math.nan], 3),
         ([-1.0], 1),

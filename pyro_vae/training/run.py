@@ -1,0 +1,155 @@
+"""The parts that a training run works with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyro_vae.pairs import rng
+from pyro_vae.pairs.pair import Pair
+from pyro_vae.pairs.scope import registered
+from pyro_vae.runs import files as run_files
+from pyro_vae.runs import folder as run_folder
+from pyro_vae.runs import tensors as run_tensors
+from pyro_vae.training.collapse import CollapseAlarm
+from pyro_vae.training.engine import Engine, Step
+from pyro_vae.training.optimizer import Optimizer
+from pyro_vae.training.rows import TrainingData
+from pyro_vae.training.schedules import Schedule
+from pyro_vae.training.settings import Settings
+from pyro_vae.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The parts of a training run, apart from its `TrainState`."""
+
+    pair: nn.Module
+    data: TrainingData
+    beta: Schedule
+    rate: Schedule
+    """A factor on the learning rate."""
+    optimizer: Optimizer
+    engine: Engine
+    svi: Step
+    alarm: CollapseAlarm
+    job: dict[str, Any]
+    folder: Path | None
+    fault: str | None
+    """A warning about the range of the data before training."""
+    shown: tqdm
+    """The progress bar."""
+    unread: list[tuple[list[tuple[str, str]], Tensor]] = field(default_factory=list)
+    """Names and values of the numbers that still wait on the device."""
+
+    @property
+    def settings(self) -> Settings:
+        return self.data.settings
+
+    @property
+    def batch_size(self) -> int:
+        return cast(int, self.settings.batch_size)
+
+
+def assembled(
+    pair: nn.Module,
+    data: TrainingData,
+    beta: float | Schedule,
+    rate: Schedule | None,
+    constructor: Callable[..., torch.optim.Optimizer],
+    job: dict[str, Any],
+    folder: Path | None,
+    fault: str | None,
+    shown: tqdm,
+) -> TrainingRun:
+    """Make the optimizer, the engine, SVI and the alarm of a run.
+
+    All parameters of the pair must be known already.
+    """
+    settings, typed = data.settings, cast(Pair, pair)
+    trained = {name: p for name, p in pair.named_parameters() if p.requires_grad}
+    optimizer = Optimizer(constructor, trained, settings.learning_rate, settings.clip_norm)
+    engine = _engine(pair, data, shown.set_postfix_str)
+    return TrainingRun(
+        pair=pair,
+        data=data,
+        beta=beta if callable(beta) else lambda _: float(beta),
+        rate=rate or (lambda _: 1.0),
+        optimizer=optimizer,
+        engine=engine,
+        svi=Step(registered(pair, typed.model), typed.guide, optimizer, loss=engine),
+        alarm=CollapseAlarm(data.units, settings.epochs, data.steps, len(data.rows), data.are_kl),
+        job=job,
+        folder=folder,
+        fault=fault,
+        shown=shown,
+    )
+
+
+def _engine(pair: nn.Module, data: TrainingData, say: Callable[[str], None]) -> Engine:
+    settings = data.settings
+    size = data.rows.batch_size(cast(int, settings.batch_size))
+    return Engine(
+        pair,
+        data.objective,
+        settings.engine,
+        prepare=data.prepare,
+        precision=settings.precision,
+        batch_size=size,
+        steps=settings.epochs * (len(data.rows) // size),
+        num_data=data.rows.num_data,
+        declare=False,
+        say=say,
+    )
+
+
+def first_state(run: TrainingRun) -> TrainState:
+    """Return the state of a run before its first step."""
+    generators = rng.state()
+    return TrainState(
+        job=run.job,
+        parameters=run_tensors.state_dict(run.pair),
+        optimizer=run.optimizer.get_state(),
+        engine=run.engine.engine,
+        generators=generators,
+        generators_of_epoch=generators,
+    )
+
+
+def resumed(run: TrainingRun, state: TrainState) -> TrainState:
+    """Put pair, optimizer, engine, alarm and generators into the state of a checkpoint."""
+    path = cast(Path, run.folder) / run_files.CHECKPOINT
+    run_tensors.fill(run.pair, state.parameters, path)
+    run.optimizer.set_state(state.optimizer)
+    for epoch in state.epochs:
+        run.alarm.heard(epoch)
+    if run.settings.engine == state.job["settings"].get("engine"):
+        run.engine.engine = state.engine
+    rng.restore(state.generators)
+    return replace(state, job=run.job)
+
+
+def write(run: TrainingRun, state: TrainState) -> None:
+    """Write the checkpoint, the best model and the history into the run folder, if there is one."""
+    if run.folder is None:
+        return
+    now = replace(
+        state,
+        parameters=run_tensors.state_dict(run.pair),
+        optimizer=run.optimizer.get_state(),
+        engine=run.engine.engine,
+        generators=rng.state(),
+    )
+    run_files.write_checkpoint(run.folder, now.to_checkpoint())
+    write_model(run, state)
+
+
+def write_model(run: TrainingRun, state: TrainState) -> None:
+    """Write the best model so far, and the history."""
+    folder = cast(Path, run.folder)
+    run_folder.write_model(folder, state.best or run_tensors.state_dict(run.pair))
+    run_files.write_csv(folder / run_files.HISTORY, [epoch.row() for epoch in state.epochs])

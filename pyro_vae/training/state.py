@@ -1,0 +1,86 @@
+"""The state of a training run. A checkpoint holds this state and nothing else."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from pyro_vae.errors import UsageError
+from pyro_vae.training.history import Epoch, is_finite
+
+Sums: TypeAlias = dict[str, dict[str, float]]
+"""Sums over an epoch, by the kind of number and by site."""
+
+
+def no_sums() -> Sums:
+    """Return the sums at the start of an epoch."""
+    return {kind: {} for kind in ("loss", "norm", "reconstruction", "kl")}
+
+
+@dataclass
+class TrainState:
+    """Everything that a checkpoint holds.
+
+    The training loop changes the counts and the results. ``parameters``, ``optimizer``, ``engine``
+    and ``generators`` are copies, because the originals live in torch and in the pair.
+
+    >>> state = TrainState({}, {}, {}, "eager", {}, {}, batches=3)
+    >>> TrainState.of_checkpoint(state.to_checkpoint(), Path("checkpoint.pt")) == state
+    True
+    """
+
+    job: dict[str, Any]
+    """The options of the run, in words."""
+    parameters: dict[str, Tensor]
+    """Parameters and buffers at the last checkpoint or at the start of the epoch."""
+    optimizer: dict[str, Any]
+    engine: str
+    generators: dict[str, Any]
+    """The random generators at the last checkpoint."""
+    generators_of_epoch: dict[str, Any]
+    """The random generators at the start of the epoch. They repeat its order of minibatches."""
+    epochs: list[Epoch] = field(default_factory=list)
+    """The complete epochs."""
+    best: dict[str, Tensor] | None = None
+    """Parameters and buffers of the best epoch; None without validation data."""
+    best_epoch: int = 0
+    batches: int = 0
+    """Number of minibatches so far in this epoch."""
+    examples: int = 0
+    """Number of examples so far in this epoch."""
+    sums: Sums = field(default_factory=no_sums)
+    """Sums over this epoch so far."""
+    seconds: float = 0.0
+    """Seconds of this epoch so far."""
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Return the state as tensors and plain values."""
+        plain = {_key(f.name): getattr(self, f.name) for f in fields(self)}
+        return plain | {"epochs": [epoch.plain() for epoch in self.epochs]}
+
+    @classmethod
+    def of_checkpoint(cls, plain: dict[str, Any], path: Path) -> "TrainState":
+        """Return the state that `to_checkpoint` gave. Errors name ``path``."""
+        names = [f.name for f in fields(cls)]
+        for name in names:
+            if _key(name) not in plain:
+                raise UsageError(f"{path} lacks '{_key(name)}': it is not a checkpoint of a run")
+        own = {name: plain[_key(name)] for name in names}
+        return cls(**own | {"epochs": [Epoch.of(epoch) for epoch in plain["epochs"]]})
+
+    @property
+    def where(self) -> str:
+        """The place in training, for messages."""
+        return f"epoch {len(self.epochs) + 1}, step {self.batches}"
+
+    def has_run_out(self, patience: int | None) -> bool:
+        """Whether the validation bound has not improved for ``patience`` epochs."""
+        measured = [epoch.validation for epoch in self.epochs]
+        improved = self.best_epoch if any(is_finite(bound) for bound in measured) else 0
+        return patience is not None and len(self.epochs) - improved >= patience
+
+
+def _key(name: str) -> str:
+    """Return the key of a field in the file."""
+    return "pair" if name == "parameters" else name
