@@ -50,7 +50,9 @@ class Autoregressive(Family):
         if tokens < 2:
             raise UsageError(f"tokens must be 2 or more, the end counted, {tokens} came")
         if not 0 <= word_dropout <= 1:
-            raise UsageError(f"word_dropout is a rate from 0 to 1, {word_dropout} came")
+            raise UsageError(
+                f"must be a rate from 0 to 1, got {word_dropout}", argument="word_dropout"
+            )
         self.tokens, self.embedding_dim, self.hidden = tokens, embedding_dim, hidden
         self.word_dropout = word_dropout
         self.writer = Writer(tokens, embedding_dim, hidden)

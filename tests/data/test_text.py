@@ -124,7 +124,7 @@ def test_the_command_line_serves_text(file, tmp_path, capsys):
         (("--network", "conv"), "--network must be recurrent for text, got conv"),
         (("--likelihood", "gaussian"), "--likelihood does not apply to text; got gaussian"),
         (("--length", 1), "length must be 2 or more, 1 came"),
-        (("--word-dropout", 2), "--word-dropout is a rate from 0 to 1, 2.0 came"),
+        (("--word-dropout", 2), "--word-dropout must be a rate from 0 to 1, got 2.0"),
     ],
 )
 def test_what_makes_no_sense_for_text_is_refused(file, words, message, capsys):
