@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 OLDEST = .venv-oldest/bin
-PROSE = README.md CONTRIBUTING.md CHANGELOG.md docs examples benchmarks
+PROSE = README.md CONTRIBUTING.md CHANGELOG.md docs examples benchmarks pyro_vae tests
 
 .PHONY: train test test-oldest lint clean
 

@@ -154,7 +154,7 @@ def full_name(module: Any, name: str) -> str:
 
 
 def is_unconstrained(name: str) -> bool:
-    """Whether a ``PyroModule`` keeps under this name what stands behind a constrained parameter."""
+    """Whether a ``PyroModule`` keeps the unconstrained value of a parameter under this name."""
     return name.endswith("_unconstrained")
 
 

@@ -120,7 +120,7 @@ class _Uncertain(PyroModule):
 
 
 class Weights(PyroModule):
-    """Weights with a mean-field guide, which z's sees; the model stands a plate of samples."""
+    """Weights with a mean-field guide, which z's sees; the model takes a plate of samples."""
 
     def __init__(self) -> None:
         super().__init__()

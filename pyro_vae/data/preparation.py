@@ -84,16 +84,16 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     # Of a stream the first minibatch has to stand for all.
     parts = map(plain, rows.batches(4096)) if isinstance(rows, Arrays) else [batch]
     own = any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in vars(support).values())
-    grey = False
+    gray = False
     for part in parts:
         x = part[0]
         inside = _inside(pair, part) if own else support.check(x)
         if support is constraints.boolean and not bool(inside.all()):
-            grey, inside = True, (x >= 0) & (x <= 1)
+            gray, inside = True, (x >= 0) & (x <= 1)
         if not bool(inside.all()):
             whole = rows.tensors[0] if isinstance(rows, Arrays) else x
             raise UsageError(_outside(x[~inside][0].item(), whole, site))
-    return replace(plain, binarize=grey and binarize != "none")
+    return replace(plain, binarize=gray and binarize != "none")
 
 
 def _observation(pair: nn.Module, batch: Batch) -> Site | None:

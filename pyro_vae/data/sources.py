@@ -101,7 +101,7 @@ class Stream:
     ) -> None:
         self.rows, self.width, self.dtype = rows, width, dtype
         self.greatest: int | None = None
-        """The largest value that 8-bit data may have; None if there is no limit."""
+        """The largest value that 8-bit data may have; None for an unlimited range."""
         _require_plain_items(rows)
         self.length, self.num_data, self.exact = _lengths(rows)
         if self.length < 1:

@@ -150,7 +150,7 @@ class LogLikelihood(NamedTuple):
 
 
 def unnormalized(factors: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Return a table row that names the factors in p(x); an empty list if there are no factors."""
+    """Return a table row that names the factors in p(x); an empty list without factors."""
     names = ", ".join(factors)
     return [("not normalized", f"p(x) includes the factor {names}")] if factors else []
 

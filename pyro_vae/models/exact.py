@@ -130,8 +130,8 @@ class Spoiled(LinearGaussian):
 def ppca_log_likelihood(x: Tensor, latent_dim: int) -> float:
     """The maximum mean log p(x) of probabilistic PCA on these rows, in nats per example."""
     n, d = x.shape
-    centred = x - x.mean(0)
-    eigenvalues = torch.linalg.eigvalsh(centred.T @ centred / n).flip(0)
+    centered = x - x.mean(0)
+    eigenvalues = torch.linalg.eigvalsh(centered.T @ centered / n).flip(0)
     noise = eigenvalues[latent_dim:].mean()
     log_det = eigenvalues[:latent_dim].log().sum() + (d - latent_dim) * noise.log()
     return -0.5 * float(d * math.log(2 * math.pi) + log_det + d)

@@ -20,6 +20,8 @@ def data_plates(model: Trace, guide: Trace) -> frozenset[str]:
     if (found := places.known()) is not None:
         return found.plates
     plates = frozenset(f.name for site in observed(model).values() for f in at_data(site))
+    # If no observed site is in a plate there, each plate at dimension -1 counts as the data plate.
+    plates = plates or frozenset(f.name for s in sample_sites(model).values() for f in at_data(s))
     return with_guides(plates, model, guide)
 
 

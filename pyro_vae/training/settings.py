@@ -33,7 +33,7 @@ class Settings:
     learning_rate
         Step size of the optimizer.
     clip_norm
-        Greatest global norm of the gradient. The default is no limit.
+        Greatest global norm of the gradient. The default does not limit it.
     patience
         Stop after this many epochs without a better validation bound. The default is never.
     seed

@@ -29,7 +29,7 @@ def run(digits, tmp_path):
 
 
 @pytest.fixture
-def labelled(conditional, tmp_path):
+def labeled(conditional, tmp_path):
     return shutil.copytree(conditional, tmp_path / "conditional")
 
 
@@ -244,15 +244,15 @@ def test_evaluate_on_other_data(run, tmp_path):
     assert after["probe_accuracy"] is None
 
 
-def test_evaluate_a_conditional_run_on_data_of_fewer_classes(labelled, tmp_path):
+def test_evaluate_a_conditional_run_on_data_of_fewer_classes(labeled, tmp_path):
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     few = labels < 3
     x = (images[few] * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
     np.savez(tmp_path / "few.npz", x=x, y=labels[few])
-    command("evaluate {run} --data {data} --num-samples 2", run=labelled, data=tmp_path / "few.npz")
-    assert read(labelled / "metrics.json")["num_examples"] == len(x) - len(x) * 8 // 10
+    command("evaluate {run} --data {data} --num-samples 2", run=labeled, data=tmp_path / "few.npz")
+    assert read(labeled / "metrics.json")["num_examples"] == len(x) - len(x) * 8 // 10
 
 
 def test_sample(run, capsys):
@@ -323,20 +323,20 @@ def test_images_of_a_file_as_context(tmp_path):
         command("evaluate {run} --data digits", run=run)
 
 
-def test_sample_by_label(labelled):
+def test_sample_by_label(labeled):
     made = {}
     for label in (0, 1):
-        command(f"sample {{run}} --num 12 --means --label {label}", run=labelled)
-        made[label] = np.load(labelled / "samples.npy")
-    command("sample {run} --num 12 --means", run=labelled)
-    each = np.load(labelled / "samples.npy")
+        command(f"sample {{run}} --num 12 --means --label {label}", run=labeled)
+        made[label] = np.load(labeled / "samples.npy")
+    command("sample {run} --num 12 --means", run=labeled)
+    each = np.load(labeled / "samples.npy")
     assert each.shape == made[0].shape == (12, 1, 8, 8)
     # The seed fixes the latents, so only the label makes a difference.
     assert not np.allclose(made[0], made[1])
     assert np.allclose(each[[0, 1, 10, 11]], [made[i % 2][i] for i in (0, 1, 10, 11)], atol=1e-6)
 
 
-@pytest.mark.parametrize("folder", ["run", "labelled"])
+@pytest.mark.parametrize("folder", ["run", "labeled"])
 def test_reconstruct(folder, request):
     run = request.getfixturevalue(folder)
     command("reconstruct {run} --num 5", run=run)
@@ -346,7 +346,7 @@ def test_reconstruct(folder, request):
     assert is_png(run / "figures" / "reconstructions.png")
 
 
-@pytest.mark.parametrize("folder", ["run", "labelled"])
+@pytest.mark.parametrize("folder", ["run", "labeled"])
 @pytest.mark.parametrize(("part", "n"), [("test", 360), ("validation", 180), ("train", 1257)])
 def test_encode(folder, part, n, request):
     from pyro_vae.data.datasets import load_data
@@ -360,7 +360,7 @@ def test_encode(folder, part, n, request):
         assert (codes["labels"] == getattr(load_data("digits"), part).labels.numpy()).all()
 
 
-@pytest.mark.parametrize("folder", ["run", "labelled"])
+@pytest.mark.parametrize("folder", ["run", "labeled"])
 def test_interpolate(folder, request):
     run = request.getfixturevalue(folder)
     command("interpolate {run} --num 2 --steps 3", run=run)
@@ -368,7 +368,7 @@ def test_interpolate(folder, request):
     assert is_png(run / "figures" / "interpolations.png")
 
 
-@pytest.mark.parametrize("folder", ["run", "labelled"])
+@pytest.mark.parametrize("folder", ["run", "labeled"])
 def test_traverse(folder, request):
     run = request.getfixturevalue(folder)
     command("traverse {run} --steps 3 --span 2 --index 7", run=run)

@@ -14,7 +14,7 @@ from pyro_vae.errors import UsageError
 
 
 class Chain(nn.Module):
-    """A random walk in ``pyro.markov``, none of whose sites is enumerated."""
+    """A random walk in ``pyro.markov``, without enumeration."""
 
     def __init__(self, steps: int = 3) -> None:
         super().__init__()

@@ -539,7 +539,7 @@ def test_calibration_error_and_matching_by_hand():
     assert clustering_accuracy(clusters, torch.tensor([0, 0, 1, 1, 1, 1])) == pytest.approx(4 / 6)
 
 
-def test_training_raises_the_likelihood_of_labelled_and_unlabelled_rows():
+def test_training_raises_the_likelihood_of_labeled_and_unlabeled_rows():
     """Two blocks of pixels are two classes; six labels are enough to identify them."""
     with seeded(0):
         labels = torch.arange(200) % 2

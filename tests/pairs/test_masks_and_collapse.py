@@ -30,7 +30,7 @@ def test_a_negative_kl_is_an_inconsistency_and_no_collapse():
     assert (found.collapsed, found.inconsistent, heard) == ((), ("z",), [5])
     assert found.words("z").startswith("the KL of latent site 'z' is negative, for 20 epochs now")
     assert "model and guide disagree" in found.words("z")
-    # What Monte Carlo error explains is a collapse; a term that is no KL may be negative.
+    # What Monte Carlo error explains is a collapse; a term that is not a KL may be negative.
     found, heard = alarm([-0.007] * 20, 1000)
     assert (found.collapsed, found.inconsistent, heard) == (("z",), (), [10])
     assert "has collapsed" in found.words("z")

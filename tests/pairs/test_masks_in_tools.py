@@ -90,7 +90,7 @@ def test_bits_per_dimension_count_what_is_seen(around):
 
 
 def test_units_are_active_where_they_count():
-    """What a mask hides of a latent is no code: its mean follows x, and is arbitrary."""
+    """Masked entries of a latent do not count as codes: their mean follows x, and is arbitrary."""
     pair, (x, live) = Latent(same, same, events=True), ragged()
     live = live & torch.tensor([True, False])
     assert pv.evaluate(pair, x, live, num_samples=2).active_units == {"z": 1}

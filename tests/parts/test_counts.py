@@ -179,8 +179,8 @@ def test_bytes_are_whole_numbers_where_the_pair_observes_counts():
         rows = source(COUNTS)
         prepared = preparation(pair, rows)((COUNTS,))[0]
         assert torch.equal(prepared, COUNTS.float())
-    grey = preparation(pv.VAE.mlp((3,), 2, likelihood=pv.Gaussian), source(COUNTS))((COUNTS,))[0]
-    assert torch.equal(grey, COUNTS.float() / 255)
+    gray = preparation(pv.VAE.mlp((3,), 2, likelihood=pv.Gaussian), source(COUNTS))((COUNTS,))[0]
+    assert torch.equal(gray, COUNTS.float() / 255)
 
 
 def test_counts_score_the_same_in_every_type():

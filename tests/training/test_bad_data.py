@@ -123,7 +123,7 @@ REFUSED = {
         given(binary(), validation=SCALES["real"]),
         ["validation", *OUTSIDE],
     ),
-    "validation outside, grey": (
+    "validation outside, gray": (
         given(SCALES["unit"], validation=SCALES["whole"]),
         ["validation", *OUTSIDE],
     ),

@@ -22,7 +22,7 @@ DREG, STL = pv.Gradient.DOUBLY_REPARAMETRIZED, pv.Gradient.STICKING_THE_LANDING
 class TwoLevels(nn.Module):
     """x | z1 ~ N(z1, 0.5^2), z1 | z2 ~ N(a z2, 0.6^2), z2 ~ N(0, 1); the guide draws z2 first.
 
-    ``shared`` stands in the model and in the guide.
+    ``shared`` is in the model and in the guide.
     """
 
     def __init__(self):

@@ -89,7 +89,7 @@ def test_steps_are_those_of_torch_adam(options):
 
 
 def test_what_is_not_plain_adam_has_its_own_step():
-    """Each of these options changes the step: none of them may take the shortcut."""
+    """Each of these options changes the step: so the shortcut must not be used."""
     gradients = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     for option in ({"amsgrad": True}, {"decoupled_weight_decay": True, "weight_decay": 0.3}):
         ours, theirs = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))

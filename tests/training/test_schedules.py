@@ -1,4 +1,4 @@
-"""Schedules at hand-made epochs: within, at and after their ends."""
+"""Schedules at chosen epochs: within, at and after their ends."""
 
 from dataclasses import FrozenInstanceError, fields
 from math import pi, sin
