@@ -2,7 +2,8 @@
 
 Nothing outside this file names one: `tests/test_compat.py` reads the package and fails otherwise.
 A new version of torch or Pyro may change what is here, and nothing else.
-Tried: the tests of this file pass with torch 2.6.0 and Pyro 1.9.1, and with torch 2.14.1 and Pyro 1.9.2.
+Tried: `tests/test_compat.py` passes with torch 2.6.0 and Pyro 1.9.1, and with torch 2.14.1 and Pyro
+1.9.2.
 """
 
 import copy
