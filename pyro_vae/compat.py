@@ -207,7 +207,7 @@ def has_step_hooks(optimizer: Any) -> bool:
 
 # Graphs
 
-REORDERS = torch.__version__ < (2, 14)
+REORDERS = torch.__version__ < "2.14"  # by number: it is a TorchVersion
 """Whether Inductor may draw in another order than the graph that it compiles."""
 
 
