@@ -10,6 +10,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.diagnostics import figures as diagnostic_figures
+from pyro_vae.inference import generation
 from pyro_vae.plots import pictures
 
 
@@ -201,7 +202,7 @@ def test_tools_serve_obs_mask():
     assert torch.equal(found.observed[:, 0].isnan(), ~seen)
     torch.testing.assert_close(found.observed[seen, 0], x[seen])
     assert 0.02 < found.whole_p_values["mean"] < 0.98
-    assert torch.equal(pv.inference.hidden(pair, x, seen), ~seen)
+    assert torch.equal(generation.hidden(pair, x, seen), ~seen)
     pytest.importorskip("arviz")
     data = pv.to_arviz(pair, x[:9], seen[:9], num_samples=5, progress=False)
     kept = torch.as_tensor(data.observed_data["x_observed"].values)
