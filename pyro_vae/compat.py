@@ -2,8 +2,8 @@
 
 Nothing outside this file names one: `tests/test_compat.py` reads the package and fails otherwise.
 A new version of torch or Pyro may change what is here, and nothing else.
-Tried: the tests of this file pass with torch 2.6.0 and Pyro 1.9.1, and with torch 2.14.1 and
-Pyro 1.9.2.
+Tried: `tests/test_compat.py` passes with torch 2.6.0 and Pyro 1.9.1, and with torch 2.14.1 and Pyro
+1.9.2.
 """
 
 import copy
@@ -221,7 +221,7 @@ def has_step_hooks(optimizer: Any) -> bool:
 
 # Graphs
 
-REORDERS = torch.torch_version.TorchVersion(torch.__version__) < "2.14"
+REORDERS = torch.__version__ < "2.14"  # by number: it is a TorchVersion
 """Whether Inductor may draw in another order than the graph that it compiles."""
 
 

@@ -68,7 +68,9 @@ def test_shapes_of_every_tool(name):
     lines = pv.interpolate(pair, x[:3], x[3:6], *[part[:3] for part in context], steps=4)
     assert lines.shape == (3, 4, *x.shape[1:])
     assert torch.allclose(lines[:, 0], decoded[:3])
-    if not context:
+    # Codes that only the model of "bags" has are modes of averages over draws, and other rows have
+    # other draws: the last codes are those of all rows by chance only.
+    if not context and name != "bags":
         assert torch.allclose(lines[:, -1], decoded[3:6])
     # In "bags" the site y is a float but one-hot, so it is not a real-valued code.
     real = [code for site, code in codes.items() if code.is_floating_point() and site != "y"]
