@@ -428,4 +428,4 @@ def test_an_error_names_options_and_leaves_other_words(here, capsys):
     assert "'epoch'; did you mean 'epochs'" in complaint(
         "train digits --config option.json", capsys
     )
-    assert "there is no run 'num_samples'" in complaint("evaluate num_samples", capsys)
+    assert "no run 'num_samples'" in complaint("evaluate num_samples", capsys)
