@@ -356,7 +356,7 @@ def test_a_process_ends_with_status_2_and_no_traceback(tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("pyro-vae: 'digts'")
+    assert done.stderr.startswith("pyro-vae: unknown data set or file 'digts'")
     assert done.stderr.count("\n") == 1
     assert snapshot(tmp_path) == {}
 

@@ -76,7 +76,7 @@ def test_a_file_of_arrays_may_have_lengths(tmp_path, capsys):
     assert sorted([*data.train.lengths, *data.validation.lengths, *data.test.lengths]) == sorted(
         np.arange(20) % 4 + 1
     )
-    assert "unequal lengths are for --model deep-markov" in refused(capsys, path)
+    assert "unequal lengths need --model deep-markov" in refused(capsys, path)
     np.savez(path, x=x, lengths=np.arange(20))
     with pytest.raises(pv.UsageError, match="lengths must be from 1 to 4, got 0 to 19"):
         pv.load_data(path)

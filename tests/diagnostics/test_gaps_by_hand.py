@@ -30,10 +30,11 @@ def test_gaps_by_hand():
         (AFTER.mean(0) - BEFORE.mean(0), AFTER - BEFORE),
         (log_p - BEFORE.mean(0), share - BEFORE),
     ]
-    for i, (value, shares) in enumerate(wanted):
-        torch.testing.assert_close(found[2 * i], value)
-        torch.testing.assert_close(found[2 * i + 1], error(shares))
-    torch.testing.assert_close(found[6] + found[8], found[10])
+    for part, (value, shares) in zip(found, wanted, strict=False):  # the last part is Pareto k
+        torch.testing.assert_close(part.per_datum, value)
+        torch.testing.assert_close(part.standard_errors, error(shares))
+    both = found.approximation.per_datum + found.amortization.per_datum
+    torch.testing.assert_close(both, found.inference.per_datum)
 
 
 def test_errors_of_independent_numbers_add_in_squares():

@@ -56,7 +56,7 @@ def gaps(whole, encoder=0.0, family=0.0, k=None, each=None):
     each = torch.full((100,), whole).double() if each is None else each
     return SimpleNamespace(
         inference=SimpleNamespace(value=whole, per_datum=each),
-        amortisation=SimpleNamespace(value=encoder),
+        amortization=SimpleNamespace(value=encoder),
         approximation=SimpleNamespace(value=family),
         pareto_k=over(0) if k is None else k,
     )
