@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from pairs import make, rows
 
+import pyro_vae as pv
 from pyro_vae.diagnostics.gaps import PerDatum, _minus, _quantiles, _share, _split
+from pyro_vae.inference.importance import all_log_weights
+from pyro_vae.pairs.scope import using
 
-torch.manual_seed(0)
-BEFORE, AFTER = torch.randn(30, 2).double() - 2, 0.3 * torch.randn(30, 2).double()
+NORMAL = torch.randn(2, 30, 2, generator=torch.Generator().manual_seed(0)).double()
+BEFORE, AFTER = NORMAL[0] - 2, 0.3 * NORMAL[1]
 """Log weights (draws, n) of the guide and of the refined one."""
 
 
@@ -57,3 +61,23 @@ def test_a_share_of_what_is_not_known_is_not_known():
     assert _share(k > 0.7, k) == 0.5
     nothing = torch.full((3,), torch.nan)
     assert _share(nothing > 0.7, nothing) != _share(nothing > 0.7, nothing)
+
+
+@pytest.mark.parametrize("name", ["conditional", "semi-supervised"])
+def test_the_guide_is_weighed_given_its_context(name):
+    pair, batch = make(name), rows(name, 5)
+    numbers = {"steps": 2, "num_samples": 30, "engine": "eager", "progress": False}
+    found = pv.gaps(pair, *batch, **numbers, seed=3)
+    with using(pair, 4):
+        weights = all_log_weights(pair, batch, 30)
+    torch.testing.assert_close(found.amortised.per_datum, weights.mean(0).detach())
+
+
+def test_both_guides_are_weighed_at_the_same_draws():
+    """A refined guide that did not move has the bound of the guide, without an error."""
+    pair, batch = make("bernoulli"), rows("bernoulli", 5)
+    numbers = {"steps": 1, "learning_rate": 1e-12, "num_samples": 30, "engine": "eager"}
+    found = pv.gaps(pair, *batch, **numbers, progress=False)
+    assert found.amortisation.per_datum.abs().max() < 1e-8
+    assert found.amortisation.standard_errors.max() < 1e-8
+    assert found.amortised.standard_errors.min() > 1e-3

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import pyro_vae as pv
 from pyro_vae.diagnostics.predictive import STATISTICS, PredictiveCheck, _p_values
 
 NAN = torch.nan
@@ -72,3 +73,13 @@ def test_the_share_outside_95_percent(p, share):
         ("a",), blank, blank, blank, torch.tensor(p)[:, None], torch.zeros(20, 1)
     )
     assert check.as_dict()["statistics"]["a"]["fraction_outside_95"] == share
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(3, 3), (10, 10), (12, 10)])
+def test_data_that_are_classes_have_the_share_of_each_of_the_first_ten(classes, shown):
+    torch.manual_seed(0)
+    vae = pv.VAE.mlp((4,), latent_dim=2, hidden=(3,), likelihood=pv.Categorical(classes, True))
+    x = torch.arange(8).reshape(2, 4) % 3
+    check = pv.predictive_check(vae, x, num_replicates=20, progress=False)
+    assert check.observed.shape == (2, shown)
+    assert check.observed[0, :3].tolist() == [0.5, 0.25, 0.25]  # 0 1 2 0
