@@ -66,9 +66,10 @@ def _summed(sites: dict[str, Site], particles: bool) -> Tensor:
 
 
 def structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
-    """The number of nested plates, whether the pair broadcasts over a plate of samples, the
-    largest number of values of a site for one datum.
+    """Three facts about a pair that determine how its importance samples are drawn.
 
+    They are the number of nested plates, whether the pair broadcasts over a plate of samples, and
+    the largest number of values that a site has for one datum.
     Raises `UsageError` if importance weights of the pair are not defined.
     """
     folding.require_density(pair, batch, "gives no importance weights")

@@ -372,7 +372,7 @@ def test_other_objectives_are_refused_in_one_line(name):
     engine = Engine(pair, engine="eager")
     with warnings.catch_warnings(), scope(pair):
         warnings.simplefilter("ignore")
-        with pytest.raises(pv.UsageError, match="summed out"):
+        with pytest.raises(pv.UsageError, match="does not sum it out"):
             engine.loss_and_grads(pair.model, pair.guide, *batch)
 
 
