@@ -13,7 +13,7 @@ from pyro_vae.data.datasets import load_data
 from pyro_vae.runs import folder as run_folder
 from pyro_vae.runs import held_out_rows
 
-pytestmark = pytest.mark.filterwarnings("always:.*trained on or validated with")
+pytestmark = pytest.mark.filterwarnings("always:.*equal training or validation")
 
 TRAIN = (
     "--likelihood gaussian --latent-dim 2 --hidden 8 --epochs 1 --batch-size 32 --engine eager "

@@ -22,7 +22,7 @@ from pyro_vae.plots import canvas
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import metrics as run_metrics
 
-pytestmark = pytest.mark.filterwarnings("always:.*findings of diagnose on other weights")
+pytestmark = pytest.mark.filterwarnings("always:.*findings of diagnose for other weights")
 
 TRAIN = (
     "--likelihood gaussian --latent-dim 2 --hidden 8 --batch-size 32 --engine eager "
