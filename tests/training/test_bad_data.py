@@ -232,4 +232,4 @@ def test_tensorboard_that_is_not_installed_costs_no_run(run, monkeypatch):
 
 @pytest.mark.parametrize("option", ["resume", "overwrite", "tensorboard"])
 def test_what_needs_a_folder_says_so(option):
-    refused(lambda: pv.fit(small(), binary(), **FAST, **{option: True}), option, "out=")
+    refused(lambda: pv.fit(small(), binary(), **FAST, **{option: True}), option, "pass out")

@@ -353,8 +353,11 @@ def refused_pairs():
     x = torch.zeros(5, 3)
     return {
         "exactly one latent site with a prior, got z2, z1": (TwoLevels(), torch.zeros(5).double()),
-        "posterior of 'z' has none": (pv.VAE.mlp((3,), posterior=pv.FullRankNormal, **vae), x),
-        "prior of 'z' has none": (
+        "posterior of 'z' has dependent ones": (
+            pv.VAE.mlp((3,), posterior=pv.FullRankNormal, **vae),
+            x,
+        ),
+        "prior of 'z' has dependent ones": (
             pv.VAE.mlp((3,), prior=lambda dim: pv.GaussianMixture(dim, 3), **vae),
             x,
         ),

@@ -20,7 +20,10 @@ def small():
         ({"optimizer": "adam"}, "optimizer must make a torch optimizer .* got 'adam'"),
         ({"optimizer": torch.optim.Adam([torch.ones(1)])}, "optimizer must make a torch optimizer"),
         ({"optimizer": pyro.optim.Adam({"lr": 1e-3})}, "optimizer must make a torch optimizer"),
-        ({"objective": "elbo"}, r"objective must be a Pyro ELBO, as Trace_ELBO\(\), got 'elbo'"),
+        (
+            {"objective": "elbo"},
+            r"must be a Pyro ELBO, such as Trace_ELBO\(\), got 'elbo'",
+        ),
         ({"objective": pv.FreeBitsELBO}, "objective must be a Pyro ELBO"),
         ({"beta": "linear"}, "beta must be a number or a function of the epoch, got 'linear'"),
         ({"learning_rate_schedule": "cosine"}, "learning_rate_schedule must be a function"),
