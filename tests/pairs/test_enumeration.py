@@ -246,7 +246,9 @@ def test_log_likelihood_is_that_of_weights_one_by_one(name):
     weights = weights.reshape(4, n).exp()
     error = weights.std(1) / weights.mean(1) / n**0.5
     gap = (weights.mean(1).log() - found.per_datum).abs()
-    assert (gap < 5 * (error + found.standard_errors)).all()
+    reliable = found.pareto_k < 0.7  # above it, the standard error says nothing
+    assert reliable.any()
+    assert (gap < 5 * (error + found.standard_errors))[reliable].all()
 
 
 @every_pair
