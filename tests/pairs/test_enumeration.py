@@ -369,7 +369,7 @@ def test_other_objectives_are_refused_in_one_line(name):
     others += [pv.ImportanceWeightedELBO(2), pv.FreeBitsELBO(0.1)]
     for objective in others:
         kind = type(objective).__name__
-        with pytest.raises(pv.UsageError, match=f"{kind} does not do: use pyro_vae.Enumerated"):
+        with pytest.raises(pv.UsageError, match=f"{kind} does not enumerate; use pyro_vae.Enumerated"):
             pv.fit(pair, *batch, objective=objective, batch_size=3, progress=False)
     engine = Engine(pair, engine="eager")
     with warnings.catch_warnings(), scope(pair):
@@ -384,7 +384,7 @@ def test_stock_enumeration_takes_no_weight_on_the_kl():
     for beta in (0.5, pv.Linear(3)):
         with pytest.raises(pv.UsageError, match="EnumeratedELBO"):
             pv.fit(pair, *batch, objective=stock, beta=beta, batch_size=3, progress=False)
-    with pytest.warns(UserWarning, match="eager engine, because TraceEnum_ELBO has a"):
+    with pytest.warns(UserWarning, match="eager engine, because TraceEnum_ELBO defines its own"):
         pv.fit(pair, *batch, objective=stock, batch_size=3, epochs=1, progress=False)
 
 

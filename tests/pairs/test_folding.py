@@ -281,7 +281,7 @@ def test_every_tool_with_a_guide_of_pyros(kind, tmp_path):
     points = POINTS.get(kind, ())
     report = pv.check(pair, x)
     assert report.errors == ()
-    assert any("a point estimate" in note for note in report.notes) == bool(points)
+    assert any("is a Delta" in note for note in report.notes) == bool(points)
     history = pv.fit(pair, x, epochs=3, batch_size=30, learning_rate=0.01, **options)
     assert history.point_estimates == points
     assert ("log joint at a point estimate" in repr(history)) == bool(points)

@@ -48,7 +48,7 @@ def test_an_unmasked_guide_of_obs_mask_is_refused_in_words(tool):
 def test_check_says_the_same():
     batch = imputed_rows()
     assert not pv.check(Imputed(), batch).errors
-    assert "obs_mask at site 'x' masks it" in pv.check(Imputed(masked=False), batch).errors[0]
+    assert "obs_mask at site 'x' masks the site" in pv.check(Imputed(masked=False), batch).errors[0]
     assert "makes a latent site 'x_unobserved'" in pv.check(Without(), batch).errors[0]
 
 
@@ -84,7 +84,7 @@ DISAGREE = {
 def test_masks_of_a_latent_that_differ_are_refused(kind):
     ours, theirs, events = DISAGREE[kind]
     pair, rows = Latent(ours, theirs, events=events), ragged()
-    words = "the masks of latent site 'z' differ.*put it under the same pyro.poutine.mask"
+    words = "the masks of latent site 'z' differ.*put the site under the same pyro.poutine.mask"
     with pytest.raises(pv.UsageError, match=words):
         pv.log_likelihood(pair, *rows, num_samples=5)
     with pytest.raises(pv.UsageError, match=words):
@@ -104,7 +104,7 @@ def test_a_mask_that_hides_nothing_agrees_with_none(ours):
 def test_what_counts_must_not_depend_on_what_a_mask_hides():
     """z has no prior where it is hidden; today the weights have the mean E_q[p(x | z)]."""
     pair, rows = Latent(same, same, x_masked=False, events=True), ragged()
-    words = "site 'x' of the model depends on numbers of latent site 'z' that a mask hides"
+    words = "site 'x' of the model depends on entries of latent site 'z' that a mask hides"
     with pytest.raises(pv.UsageError, match=words):
         pv.log_likelihood(pair, *rows, num_samples=5)
     assert "that a mask hides" in pv.check(pair, rows).errors[0]

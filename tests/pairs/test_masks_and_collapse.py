@@ -28,7 +28,7 @@ def alarm(kl, draws, are_kl=True):
 def test_a_negative_kl_is_an_inconsistency_and_no_collapse():
     found, heard = alarm([-0.1] * 20, 1000)
     assert (found.collapsed, found.inconsistent, heard) == ((), ("z",), [5])
-    assert found.words("z").startswith("the KL of latent site 'z' is negative, for 20 epochs now")
+    assert found.words("z").startswith("the KL of latent site 'z' has been negative for 20 epochs")
     assert "model and guide disagree" in found.words("z")
     # What Monte Carlo error explains is a collapse; a term that is not a KL may be negative.
     found, heard = alarm([-0.007] * 20, 1000)
@@ -83,7 +83,7 @@ class Unnormalized(dist.Normal):
 def test_fit_and_diagnose_tell_the_two_apart(off):
     x = torch.randn(60, generator=torch.Generator().manual_seed(0)).double()
     settings = {"epochs": 20, "batch_size": 10, "engine": "eager", "progress": False}
-    words = "is negative, for .* model and guide disagree" if off else "has collapsed"
+    words = "has been negative for .* model and guide disagree" if off else "has collapsed"
     with pytest.warns(UserWarning, match=words):
         history = pv.fit(Factored(off), x, **settings)
     assert history.inconsistent == (("z",) if off else ())

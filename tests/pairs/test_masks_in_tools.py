@@ -50,7 +50,7 @@ def test_a_wrong_model_is_still_called_wrong_through_the_mask():
 
 def test_a_statistic_of_ones_own_must_leave_nan_out():
     pair, (x, seen) = Holes(), holes(30)
-    words = "statistic 'total' is not a number for a datum that has masked entries, which are NaN"
+    words = "statistic 'total' is NaN for some data; masked entries are NaN"
     with pytest.raises(pv.UsageError, match=words):
         pv.predictive_check(pair, x, seen, statistics={"total": lambda x: x.sum(1)})
     own = {"total": lambda x: x.nansum(1)}
@@ -112,7 +112,7 @@ def test_arviz_gets_nan_for_what_is_masked():
     (name,) = data.log_likelihood.data_vars
     mean = data.log_likelihood[name].values[0].mean(0)
     torch.testing.assert_close(torch.as_tensor(mean), pair.log_p(x, live), atol=0.15, rtol=0.1)
-    with pytest.raises(pv.UsageError, match="entries that the model masks are NaN"):
+    with pytest.raises(pv.UsageError, match="masked entries of the data are NaN"):
         pv.to_arviz(pair, x, live, statistics={"total": lambda x: x.sum(1)}, **settings)
 
 
@@ -189,7 +189,7 @@ def test_calibration_ranks_what_counts():
     assert (found.counts[1] / 400).item() == pytest.approx(2 / 3, abs=0.1)
     assert bool(((found.coverage - torch.tensor([0.5, 0.8, 0.9, 0.95])).abs() < 0.12).all())
     hidden = pv.calibration(pair, (live & torch.tensor([1, 0]).bool(),), **settings)
-    assert hidden.left_out == {"z[1]": "a mask hides it in all but 0 simulations"}
+    assert hidden.left_out == {"z[1]": "it is masked in all except 0 simulations"}
     assert hidden.names[0] == "z[0]"
     wrong = Latent(same, same, events=True)  # off by 0.2, where it counts
     assert {"z[0]", "z[1]"} <= pv.calibration(wrong, (live,), **settings).failures.keys()
