@@ -230,7 +230,7 @@ def test_a_global_point_estimate_is_given():
     assert "a point estimate of w" in str(found)
     assert found.log_joint is None
     for refused in (pv.to_arviz, pv.uncertainty):
-        with pytest.raises(pv.UsageError, match="guide of .*'w' is a Delta, a point estimate"):
+        with pytest.raises(pv.UsageError, match=r"guide of .*'w' is a Delta, a point estimate"):
             refused(pair, x, progress=False)
 
 
