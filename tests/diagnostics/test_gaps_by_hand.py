@@ -70,7 +70,7 @@ def test_the_guide_is_weighed_given_its_context(name):
     found = pv.gaps(pair, *batch, **numbers, seed=3)
     with using(pair, 4):
         weights = all_log_weights(pair, batch, 30)
-    torch.testing.assert_close(found.amortised.per_datum, weights.mean(0).detach())
+    torch.testing.assert_close(found.amortized.per_datum, weights.mean(0).detach())
 
 
 def test_both_guides_are_weighed_at_the_same_draws():
@@ -78,6 +78,6 @@ def test_both_guides_are_weighed_at_the_same_draws():
     pair, batch = make("bernoulli"), rows("bernoulli", 5)
     numbers = {"steps": 1, "learning_rate": 1e-12, "num_samples": 30, "engine": "eager"}
     found = pv.gaps(pair, *batch, **numbers, progress=False)
-    assert found.amortisation.per_datum.abs().max() < 1e-8
-    assert found.amortisation.standard_errors.max() < 1e-8
-    assert found.amortised.standard_errors.min() > 1e-3
+    assert found.amortization.per_datum.abs().max() < 1e-8
+    assert found.amortization.standard_errors.max() < 1e-8
+    assert found.amortized.standard_errors.min() > 1e-3
