@@ -73,7 +73,7 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     if site is None:
         return plain
     value, support = site["value"], _support(site)
-    # Else the pair makes its own observation of x.
+    # Otherwise the pair observes a function of x.
     as_given = value.numel() == batch[0].numel() and torch.equal(
         value.flatten(), batch[0].flatten()
     )
@@ -81,7 +81,7 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     if not as_given or support.event_dim > 0:
         return plain
     batch = plain(raw)
-    # Of a stream the first minibatch has to stand for all.
+    # Only the first minibatch of a stream is checked here.
     parts = map(plain, rows.batches(4096)) if isinstance(rows, Arrays) else [batch]
     own = any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in vars(support).values())
     gray = False
