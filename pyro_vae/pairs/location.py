@@ -31,13 +31,12 @@ class _Run(NamedTuple):
     drawn: Trace | None = None
     """The trace of the guide, even if the model fails when it is replayed against it."""
 
-    def kept_rows(self) -> list[tuple[str, int]]:
-        """The plates of the guide with another number of rows than the batch, and that number."""
-        names = {frame.name for site in observed(self.model).values() for frame in at_data(site)}
+    def kept_rows(self, plates: frozenset[str]) -> list[tuple[str, int]]:
+        """Which of these plates have another number of rows in the guide, and that number."""
         drawn = {} if self.drawn is None else latents(self.drawn)
         frames = [frame for site in drawn.values() for frame in at_data(site)]
         other = (len(self.batch[0]), places.NO_SIZE)
-        return [(f.name, f.size) for f in frames if f.name in names and f.size not in other]
+        return [(f.name, f.size) for f in frames if f.name in plates and f.size not in other]
 
 
 def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
@@ -59,7 +58,7 @@ def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
         observed(first.model), None if other is None else observed(other.model), first.batch
     )
     if other is not None:
-        _require_amortized(first, other)
+        _require_amortized(first, other, frozenset() if located is None else located.plates)
     if located is not None:
         guide = first.model if first.guide is None else first.guide
         plates = with_guides(located.plates, first.model, guide)
@@ -86,7 +85,7 @@ def _run(pair: nn.Module, batch: Sequence[Tensor]) -> _Run | None:
     return None
 
 
-def _require_amortized(first: _Run, other: _Run) -> None:
+def _require_amortized(first: _Run, other: _Run, plates: frozenset[str]) -> None:
     """Raise `UsageError` if the guide has a parameter with a row for each datum.
 
     Two signs show such a parameter: it grows with the number of rows, or the guide's plate keeps
@@ -95,7 +94,7 @@ def _require_amortized(first: _Run, other: _Run) -> None:
     kept = [
         (f"the plate '{name}' keeps {size}", len(run.batch[0]))
         for run in (first, other)
-        for name, size in run.kept_rows()
+        for name, size in run.kept_rows(plates)
     ]
     kept += [
         (f"parameter '{name}' has {len(first.batch[0])}", len(other.batch[0]))

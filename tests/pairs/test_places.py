@@ -440,3 +440,23 @@ def test_row_numbers_as_context_serve_such_a_parameter():
     assert torch.allclose(pv.encode(pair, x, rows)["z"], x / 2, atol=0.25)
     exact = dist.Normal(0.0, 2**0.5).log_prob(x)
     assert pv.evaluate(pair, x, rows).elbo == pytest.approx(exact.mean().item(), abs=0.03)
+
+
+class ObservedTopics(Topics):
+    """The topics are observed too, with noise, in their own plate."""
+
+    def model(self, x: Tensor) -> None:
+        super().model(x)
+        with pyro.plate("topics_seen", TOPICS):
+            pyro.sample("y", dist.Normal(self.loc, 1.0), obs=torch.zeros(TOPICS))
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("topics_seen", TOPICS):
+            pyro.sample("w", dist.Normal(self.loc, 0.1))
+        Plain.guide(self, x)
+
+
+def test_a_plate_of_observed_topics_is_not_blamed_on_the_rows():
+    (error,) = pv.check(ObservedTopics(), torch.randn(30)).errors[:1]
+    assert "site 'y' of the model" in error
+    assert "row for each datum" not in error
