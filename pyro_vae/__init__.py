@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pyro_vae.inference.annealing import sandwich as sandwich
     from pyro_vae.inference.encoding import encode as encode
     from pyro_vae.inference.encoding import predict as predict
+    from pyro_vae.inference.exporting import export as export
     from pyro_vae.inference.generation import decode as decode
     from pyro_vae.inference.generation import interpolate as interpolate
     from pyro_vae.inference.generation import reconstruct as reconstruct

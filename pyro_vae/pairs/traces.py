@@ -41,7 +41,15 @@ def require_numbers(error: Exception) -> None:
 
 
 class Means(poutine.messenger.Messenger):
-    """Sets every unobserved site to the mean of its distribution, or the mode if it is discrete."""
+    """Sets every unobserved site to the mean of its distribution, or the mode if it is discrete.
+
+    Arguments:
+        average: the mean of a distribution. The default averages draws if it has no closed form.
+    """
+
+    def __init__(self, average: Callable[[Any], Tensor] = mean) -> None:
+        super().__init__()
+        self.average = average
 
     def _pyro_sample(self, msg: Any) -> None:
         free = msg["value"] is None and not msg["done"]
@@ -52,7 +60,7 @@ class Means(poutine.messenger.Messenger):
                 msg["mean_later"] = True
                 return
             fn = msg["fn"]
-            msg["value"] = mode(fn) if fn.support.is_discrete else mean(fn)
+            msg["value"] = mode(fn) if fn.support.is_discrete else self.average(fn)
             msg["done"] = True
 
 

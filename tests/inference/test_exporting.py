@@ -1,0 +1,163 @@
+"""Exported encoders and decoders: plain functions with the parameters of the pair."""
+
+import json
+import sys
+
+import numpy as np
+import pairs
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cli_helpers import command
+from torch import nn
+
+import pyro_vae as pv
+
+
+class Linear(nn.Module):
+    """A linear pair, with three numbers of rows in its programs: n, 2n and the size of x."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[1.0, 2.0], [0.0, -1.0], [3.0, 0.5]]))
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.weight.T, 0.5).to_event(1), obs=x)
+
+    def guide(self, x):
+        twice = x.repeat(2, 1)[: len(x)] + x.new_zeros(2 * len(x), 3)[len(x) :]
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(twice @ self.weight, 0.25).to_event(1))
+
+
+def loaded(path):
+    return torch.export.load(path).module()
+
+
+def test_onnx_files_give_the_closed_form_for_any_number_of_rows(tmp_path):
+    import onnxruntime
+
+    pair = Linear()
+    pv.export(pair, tmp_path, torch.randn(5, 3))
+    weight = pair.weight.detach().numpy()
+    described = json.loads((tmp_path / "config.json").read_text())["parts"]
+    for n in (1, 4, 300):
+        for part, width, matrix in (("encoder", 3, weight), ("decoder", 2, weight.T)):
+            session = onnxruntime.InferenceSession(tmp_path / f"{part}.onnx")
+            given = np.random.default_rng(n).normal(size=(n, width)).astype(np.float32)
+            loc, scale = session.run(None, {session.get_inputs()[0].name: given})
+            assert loc == pytest.approx(given @ matrix, abs=1e-5)
+            assert scale == pytest.approx(np.full(loc.shape, 0.25 if part == "encoder" else 0.5))
+            outputs = [output.name for output in session.get_outputs()]
+            assert outputs == list(described[part]["outputs"])
+    assert described["encoder"]["outputs"]["z.loc"] == {
+        "row_shape": [2],
+        "type": "float32",
+        "distribution": "Normal",
+    }
+
+
+def test_conditional_pairs_take_their_context(tmp_path):
+    pair = pv.VAE.mlp((4,), latent_dim=2, hidden=(8,), context_shapes=((3,),))
+    x, label = torch.rand(6, 4).round(), torch.eye(3)[[0, 1, 2, 0, 1, 2]]
+    pv.export(pair, tmp_path, x, label, formats=["torch"])
+    loc, _ = loaded(tmp_path / "encoder.pt2")(x, label)
+    torch.testing.assert_close(loc, pv.encode(pair, x, label)["z"])
+    z = torch.randn(6, 2)
+    (logits,) = loaded(tmp_path / "decoder.pt2")(z, label)
+    torch.testing.assert_close(logits.sigmoid(), pv.decode(pair, {"z": z}, (label,)))
+
+
+def test_levels_of_latents_get_the_means_of_the_levels_above(tmp_path):
+    pair = pairs.ALL["hierarchical"]()
+    x = pair.template(6)[0].round()
+    pv.export(pair, tmp_path, x, formats=["torch"])
+    names = json.loads((tmp_path / "config.json").read_text())["parts"]["encoder"]["outputs"]
+    found = dict(zip(names, loaded(tmp_path / "encoder.pt2")(x), strict=True))
+    for name, mean in pv.encode(pair, x).items():
+        torch.testing.assert_close(found[f"{name}.loc"], mean)
+    for name, scale in pv.encode(pair, x, what="scale").items():
+        torch.testing.assert_close(found[f"{name}.scale"], scale)
+
+
+def test_global_latents_have_the_means_of_the_guide(tmp_path):
+    pair = pairs.GLOBAL["bayesian"]()
+    x, *context = pair.template(5)
+    pv.export(pair, tmp_path, x, *context, formats=["torch"])
+    z = torch.randn(5, *pv.encode(pair, x, *context)["z"].shape[1:])
+    (logits,) = loaded(tmp_path / "decoder.pt2")(z)
+    expected = pv.decode(pair, {"z": z}, context, means=True)
+    torch.testing.assert_close(logits.sigmoid(), expected)
+
+
+class Reads(Linear):
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            loc = x @ self.weight
+            loc = loc if bool(x.sum() > 0) else -loc
+            pyro.sample("z", dist.Normal(loc, 0.25).to_event(1))
+
+
+class Counts(Linear):
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            loc = x @ self.weight / (len(x) + 1)
+            pyro.sample("z", dist.Normal(loc, 0.25).to_event(1))
+
+
+class Noisy(Linear):
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal((x + torch.randn(3)) @ self.weight, 0.25).to_event(1))
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        (Reads(), "cannot be exported as a graph"),
+        (Counts(), "uses the number 12 for 11 rows and 14 for 13"),
+        (Noisy(), "draws random numbers"),
+        (pairs.ALL["flows"](), "such as a flow or a sequence, does not have parameters"),
+        (pairs.ALL["text"](), "does not have parameters"),
+    ],
+    ids=["reads-values", "counts-rows", "draws", "flow", "sequence"],
+)
+def test_programs_without_a_fixed_graph_are_refused_in_one_line(pair, words, tmp_path):
+    x = torch.ones(4, 3) if isinstance(pair, Linear) else pair.template(4)[0]
+    with pytest.raises(pv.UsageError, match=words) as found:
+        pv.export(pair, tmp_path, x, formats=["torch"])
+    assert "\n" not in str(found.value)
+    assert not list(tmp_path.iterdir())
+
+
+class Autoregressive(Linear):
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            before = nn.functional.pad(x, (1, 0))[:, :-1]
+            pyro.sample("x", dist.Normal(z @ self.weight.T + before, 0.5).to_event(1), obs=x)
+
+
+def test_a_decoder_that_reads_the_data_is_refused(tmp_path):
+    with pytest.raises(pv.UsageError, match="depends on x itself"):
+        pv.export(Autoregressive(), tmp_path, torch.ones(4, 3), formats=["torch"])
+
+
+def test_other_formats_and_a_missing_runtime_are_refused_in_one_line(tmp_path, monkeypatch):
+    with pytest.raises(pv.UsageError, match="formats must be onnx or torch, got 'tflite'"):
+        pv.export(Linear(), tmp_path, torch.ones(4, 3), formats=["tflite"])
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(pv.UsageError, match=r"pip install 'pyro-vae\[export\]'"):
+        pv.export(Linear(), tmp_path, torch.ones(4, 3))
+
+
+def test_the_command_exports_a_run(digits, tmp_path):
+    command("export {run} --out {out} --formats torch", run=digits, out=tmp_path)
+    pair, x = pv.load(digits), torch.rand(3, 64).round()
+    shape = json.loads((tmp_path / "config.json").read_text())["parts"]["encoder"]["inputs"]["x"]
+    x = x.reshape(3, *shape["row_shape"])
+    loc, _ = loaded(tmp_path / "encoder.pt2")(x)
+    torch.testing.assert_close(loc, pv.encode(pair, x)["z"])
