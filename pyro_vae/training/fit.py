@@ -1,7 +1,7 @@
 """`fit`: stochastic variational inference on any pair, by an explicit ``pyro.infer.SVI``."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
 from pyro_vae.training.claims import claimed, own_state, require_free
 from pyro_vae.training.elbo import require_weighable
-from pyro_vae.training.history import History
+from pyro_vae.training.history import Epoch, History
 from pyro_vae.training.job import job_in_words, require_same
 from pyro_vae.training.loop import train
 from pyro_vae.training.rows import training_data
@@ -50,6 +50,7 @@ def fit(
     overwrite: bool = False,
     progress: bool = True,
     config: Mapping[str, Any] | None = None,
+    on_epoch: Sequence[Callable[[Epoch], Any]] = (),
     **settings: Any,
 ) -> History:
     r"""Fit a pair by stochastic variational inference, and leave the best parameters in it.
@@ -76,6 +77,10 @@ def fit(
         overwrite: replace a run in ``out``.
         progress: show a progress bar.
         config: further content for config.json of the run.
+        on_epoch: functions that are called after each epoch with its row of the history, such as
+            the loggers of `pyro_vae.training.loggers`. They may use the pair, and their random
+            draws do not change training. If one raises an error, training ends; with ``out``, the
+            checkpoint of this epoch is written first.
         settings: the fields of `pyro_vae.training.settings.Settings`: epochs, batch_size,
             learning_rate, clip_norm, patience, seed, device, precision, engine, checkpoint_seconds,
             tensorboard.
@@ -128,7 +133,16 @@ def fit(
         own.enter_context(own_state(pair))
         own.enter_context(seeded(chosen.seed))
         run = assembled(
-            pair, data, beta, learning_rate_schedule, optimizer, job, folder, fault, shown
+            pair,
+            data,
+            beta,
+            learning_rate_schedule,
+            optimizer,
+            job,
+            folder,
+            fault,
+            shown,
+            on_epoch,
         )
         return train(run, first_state(run) if state is None else resumed(run, state), own)
 

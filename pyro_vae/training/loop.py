@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +19,11 @@ from pyro_vae.runs import tensors as run_tensors
 from pyro_vae.training.claims import own_state
 from pyro_vae.training.history import Epoch, History, best_epoch
 from pyro_vae.training.history import is_finite as is_finite_bound
+from pyro_vae.training.loggers import TensorBoard
 from pyro_vae.training.run import TrainingRun, write
 from pyro_vae.training.state import TrainState, no_sums
 from pyro_vae.training.step import is_finite, read, step, stop_nonfinite
-from pyro_vae.training.stopping import Interrupted, signals, summary_writer
+from pyro_vae.training.stopping import Interrupted, signals
 from pyro_vae.training.validation import Bound, bound
 
 
@@ -34,6 +35,7 @@ def train(run: TrainingRun, state: TrainState, own: ExitStack) -> History:
     """
     written = -math.inf
     with signals() as stop, _board(run) as board:
+        seen_by = (*run.on_epoch, *board)
         if not state.epochs and not state.batches:
             write(run, state)
             written = time.monotonic()
@@ -47,7 +49,7 @@ def train(run: TrainingRun, state: TrainState, own: ExitStack) -> History:
                     _give_way(run, own)
             _end_epoch(run, state)
             _warn(run, run.alarm.heard(state.epochs[-1]))
-            _log(board, state)
+            _report(run, state, seen_by)
             if time.monotonic() - written > run.settings.checkpoint_seconds:
                 write(run, state)
                 written = time.monotonic()
@@ -186,15 +188,20 @@ def _show(run: TrainingRun, state: TrainState) -> None:
 
 
 @contextmanager
-def _board(run: TrainingRun) -> Iterator[Any]:
+def _board(run: TrainingRun) -> Iterator[list[Callable[[Epoch], Any]]]:
     if not run.settings.tensorboard:
-        yield None
+        yield []
         return
-    with summary_writer()(str(cast(Path, run.folder) / run_files.TENSORBOARD)) as board:
-        yield board
+    with TensorBoard(cast(Path, run.folder) / run_files.TENSORBOARD) as board:
+        yield [board]
 
 
-def _log(board: Any, state: TrainState) -> None:
-    if board is not None:
-        for name, value in state.epochs[-1].row().items():
-            board.add_scalar(name, value, len(state.epochs))
+def _report(run: TrainingRun, state: TrainState, seen_by: Sequence[Callable[[Epoch], Any]]) -> None:
+    """Show the last epoch to each of these functions; an error keeps the epoch."""
+    try:
+        for see in seen_by:
+            with rng.kept():
+                see(state.epochs[-1])
+    except BaseException:
+        write(run, state)
+        raise

@@ -1,6 +1,6 @@
 """The parts that a training run works with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from pyro_vae.runs import folder as run_folder
 from pyro_vae.runs import tensors as run_tensors
 from pyro_vae.training.collapse import CollapseAlarm
 from pyro_vae.training.engine import Engine, Step
+from pyro_vae.training.history import Epoch
 from pyro_vae.training.optimizer import Optimizer
 from pyro_vae.training.rows import TrainingData
 from pyro_vae.training.schedules import Schedule
@@ -43,6 +44,8 @@ class TrainingRun:
     """A warning about the range of the data before training."""
     shown: tqdm
     """The progress bar."""
+    on_epoch: tuple[Callable[[Epoch], Any], ...]
+    """Functions that see each epoch."""
     unread: list[tuple[list[tuple[str, str]], Tensor]] = field(default_factory=list)
     """Names and values of the numbers that still wait on the device."""
 
@@ -65,6 +68,7 @@ def assembled(
     folder: Path | None,
     fault: str | None,
     shown: tqdm,
+    on_epoch: Sequence[Callable[[Epoch], Any]],
 ) -> TrainingRun:
     """Make the optimizer, the engine, SVI and the alarm of a run.
 
@@ -87,6 +91,7 @@ def assembled(
         folder=folder,
         fault=fault,
         shown=shown,
+        on_epoch=tuple(on_epoch),
     )
 
 
