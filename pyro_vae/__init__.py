@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from pyro_vae.data.datasets import hide_labels as hide_labels
     from pyro_vae.data.datasets import load_data as load_data
     from pyro_vae.data.datasets import one_hot as one_hot
+    from pyro_vae.data.schema import Column as Column
+    from pyro_vae.data.schema import Schema as Schema
+    from pyro_vae.data.tables import Table as Table
+    from pyro_vae.data.tables import read_table as read_table
     from pyro_vae.data.text import as_text as as_text
     from pyro_vae.data.text import as_tokens as as_tokens
     from pyro_vae.diagnostics.arviz import to_arviz as to_arviz
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
     from pyro_vae.models.vae import VAE as VAE
     from pyro_vae.parts.bijections import Affine as Affine
     from pyro_vae.parts.bijections import Spline as Spline
+    from pyro_vae.parts.columns import Columns as Columns
     from pyro_vae.parts.convolutions import ConvDecoder as ConvDecoder
     from pyro_vae.parts.convolutions import ConvEncoder as ConvEncoder
     from pyro_vae.parts.convolutions import Convolutions as Convolutions
@@ -70,6 +75,7 @@ if TYPE_CHECKING:
     from pyro_vae.parts.likelihoods import NegativeBinomial as NegativeBinomial
     from pyro_vae.parts.likelihoods import Poisson as Poisson
     from pyro_vae.parts.likelihoods import StudentT as StudentT
+    from pyro_vae.parts.missing import Missing as Missing
     from pyro_vae.parts.networks import MLP as MLP
     from pyro_vae.parts.networks import Chain as Chain
     from pyro_vae.parts.posteriors import Classes as Classes

@@ -45,7 +45,8 @@ class Preparation:
         gray = x.dtype == torch.uint8 and not self.whole
         x = x.to(self.dtype) / 255 if gray else x.to(self.dtype)
         if self.binarize:
-            x = (torch.rand_like(x) < x).to(x.dtype)  # like torch.bernoulli, in half the time
+            # Like torch.bernoulli, in half the time. A missing entry stays NaN.
+            x = torch.where(x.isnan(), x, (torch.rand_like(x) < x).to(x.dtype))
         return (x, *(c.to(self.dtype) if c.is_floating_point() else c for c in context))
 
 
@@ -74,8 +75,8 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
         return plain
     value, support = site["value"], _support(site)
     # Otherwise the pair observes a function of x.
-    as_given = value.numel() == batch[0].numel() and torch.equal(
-        value.flatten(), batch[0].flatten()
+    as_given = value.numel() == batch[0].numel() and torch.allclose(
+        value.flatten(), batch[0].flatten(), 0, 0, equal_nan=True
     )
     plain = _with_eight_bit(plain, pair, rows, raw[0], support if as_given else None)
     if not as_given or support.event_dim > 0:
@@ -88,8 +89,9 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     for part in parts:
         x = part[0]
         inside = _inside(pair, part) if own else support.check(x)
+        inside |= x.isnan()  # a missing entry
         if support is constraints.boolean and not bool(inside.all()):
-            gray, inside = True, (x >= 0) & (x <= 1)
+            gray, inside = True, ((x >= 0) & (x <= 1)) | x.isnan()
         if not bool(inside.all()):
             whole = rows.tensors[0] if isinstance(rows, Arrays) else x
             raise UsageError(_outside(x[~inside][0].item(), whole, site))
@@ -212,7 +214,7 @@ _FAMILIES = {
 
 
 def _outside(value: float, x: Tensor, site: dict[str, Any]) -> str:
-    eight_bit, x = x.dtype == torch.uint8, x.double()
+    eight_bit, x = x.dtype == torch.uint8, x[~x.isnan()].double()
     low, high = x.min().item(), x.max().item()
     whole = bool((x == x.round()).all())
     if eight_bit or (low >= 0 and high <= 1):

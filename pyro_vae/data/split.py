@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Split(NamedTuple):
     """The number of steps of each row, integers (n,), if rows are sequences."""
     factors: Tensor | None = None
     """The index of the value of each known factor, integers (n, factors), for drawn data."""
+    rows: Tensor | None = None
+    """The number of each row in its table, integers (n,), if the data are a table."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Data:
     test: Split
     vocabulary: str | None = None
     """The character of each token, if the data are text."""
+    table: Any = None
+    """The `pyro_vae.data.tables.Table` of the data, if they are a table."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -84,6 +84,8 @@ _INNER = {
     **{
         "Viewed": "parts.networks",
         "Log1p": "parts.networks",
+        "SeenAndMask": "parts.missing",
+        "ColumnsView": "parts.columns",
         "OneHot": "parts.networks",
         "Writer": "parts.sequences",
     },
