@@ -44,10 +44,12 @@ if TYPE_CHECKING:
     from pyro_vae.inference.generation import sample as sample
     from pyro_vae.inference.generation import traverse as traverse
     from pyro_vae.inference.importance import log_likelihood as log_likelihood
+    from pyro_vae.inference.imputation import impute as impute
     from pyro_vae.inference.nuts import nuts as nuts
     from pyro_vae.inference.refinement import refine as refine
     from pyro_vae.inference.refitting import bounds_table as bounds_table
     from pyro_vae.inference.refitting import refit_guide as refit_guide
+    from pyro_vae.inference.scoring import score as score
     from pyro_vae.models.bayesian_decoder import BayesianDecoder as BayesianDecoder
     from pyro_vae.models.hierarchical import BottomUp as BottomUp
     from pyro_vae.models.hierarchical import HierarchicalVAE as HierarchicalVAE
@@ -92,6 +94,7 @@ if TYPE_CHECKING:
     from pyro_vae.parts.recurrent import TokenEncoder as TokenEncoder
     from pyro_vae.parts.sequences import Autoregressive as Autoregressive
     from pyro_vae.parts.sequences import MarkovChain as MarkovChain
+    from pyro_vae.parts.standardized import Standardized as Standardized
     from pyro_vae.report.report import write_report as write_report
     from pyro_vae.runs.folder import load as load
     from pyro_vae.runs.folder import save as save

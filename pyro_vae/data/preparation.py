@@ -32,13 +32,15 @@ class Preparation:
     uint8 intensities become floats in [0, 1]. uint8 data that are ``whole`` numbers, such as counts
     or 0 and 1, keep their values. With ``binarize`` each pixel is then drawn from
     Bernoulli(intensity), with a new draw each time (Salakhutdinov & Murray, 2008). Floating-point
-    context gets the type of the pair.
+    context gets the type of the pair. With ``mask_rate``, each entry of x then becomes NaN, which
+    is missing, with this probability.
     """
 
     device: torch.device
     dtype: torch.dtype
     binarize: bool = False
     whole: bool = False
+    mask_rate: float = 0.0
 
     def __call__(self, batch: Sequence[Tensor]) -> Batch:
         x, *context = (tensor.to(self.device, non_blocking=True) for tensor in batch)
@@ -47,6 +49,8 @@ class Preparation:
         if self.binarize:
             # Like torch.bernoulli, in half the time. A missing entry stays NaN.
             x = torch.where(x.isnan(), x, (torch.rand_like(x) < x).to(x.dtype))
+        if self.mask_rate:
+            x = torch.where(torch.rand_like(x) < self.mask_rate, torch.nan, x)
         return (x, *(c.to(self.dtype) if c.is_floating_point() else c for c in context))
 
 
@@ -179,6 +183,24 @@ def held_out(rows: Source, prepare: Preparation) -> tuple[Source, Preparation]:
     if prepare.binarize and isinstance(rows, Arrays):
         return rows.binarized(), Preparation(prepare.device, prepare.dtype)
     return rows, prepare
+
+
+def masking(
+    pair: nn.Module, prepare: Preparation, batch: Sequence[Tensor], mask_rate: float
+) -> Preparation:
+    """A preparation that also hides entries; raises `UsageError` if the pair scores NaN as data."""
+    made = replace(prepare, mask_rate=mask_rate)
+    if mask_rate:
+        x, *context = prepare(batch)
+        hidden = x.clone()
+        hidden.flatten(1)[:, 0] = torch.nan
+        if not masks.scores_missing(pair, (hidden, *context)):
+            raise UsageError(
+                "needs a likelihood that leaves out missing entries, such as "
+                "pyro_vae.Missing(pyro_vae.Gaussian) or pyro_vae.Columns",
+                argument="mask_rate",
+            )
+    return made
 
 
 def held_rows(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.data.infer_schema import infer_schema
 from pyro_vae.data.schema import Column, Schema, read_schema
-from pyro_vae.data.split import Data, Split, three_ways
+from pyro_vae.data.split import Data, Split, taken, three_ways
 from pyro_vae.data.table_files import arrow, arrow_table
 from pyro_vae.errors import UsageError, nearest
 
@@ -90,7 +90,7 @@ class Table:
             data = three_ways(self.name, whole)
             return Data(self.name, data.train, data.validation, data.test, table=self)
         found = [
-            Split(*(None if part is None else part[parts == name] for part in whole))  # type: ignore
+            taken(whole, torch.from_numpy(np.flatnonzero(parts == name)))
             for name in ("train", "validation", "test")
         ]
         for name, part in zip(("train", "validation", "test"), found, strict=True):
@@ -120,6 +120,54 @@ class Table:
             at = table.column_names.index(column.name)
             table = table.set_column(at, column.name, _array(merged, self._types()[column.name]))
         return table
+
+    def rows(self, index: Tensor) -> "Table":
+        """These rows of the table, in this order."""
+        return Table(self.name, self.schema, self.x[index], self.source.take(index.numpy()))
+
+    def long(self, draws: Tensor) -> Any:
+        """The table and its draws (draws, n, columns) below each other, as R's mice expects them.
+
+        ``.imp`` is 0 for the table with its holes, and 1, 2, ... for the draws; ``.id`` is the row,
+        from 1. `mice::as.mids` reads this form, and so do groups of `.imp` in statsmodels.
+        """
+        pa, n = arrow(), len(self)
+        copies = [self.source, *(self.filled(draw) for draw in draws)]
+        whole = pa.concat_tables(copies, promote_options="permissive")
+        number = pa.array(np.repeat(np.arange(len(copies)), n))
+        return whole.add_column(
+            0, ".id", pa.array(np.tile(np.arange(1, n + 1), len(copies)))
+        ).add_column(0, ".imp", number)
+
+    def cells(self, found: Any, level: float) -> Any:
+        """A line for each missing cell: the row, the column, the value, its interval, reliability.
+
+        Arguments:
+            found: the `pyro_vae.inference.imputation.Imputation` of the rows of this table.
+            level: the probability of the intervals; categories have none.
+        """
+        low, high = found.interval(level)
+        values = {
+            column.name: self.frame(found.mean)[column.name].to_pylist()
+            for column in self.schema.data
+        }
+        at, columns, ids = found.missing.nonzero().tolist(), self.schema.data, self.ids
+        numeric = [not columns[j].coded for _, j in at]
+        return arrow().table(
+            {
+                self.id_name: [ids[i] for i, _ in at],
+                "column": [columns[j].name for _, j in at],
+                "value": [str(values[columns[j].name][i]) for i, j in at],
+                "low": [
+                    low[i, j].item() if n else None for (i, j), n in zip(at, numeric, strict=True)
+                ],
+                "high": [
+                    high[i, j].item() if n else None for (i, j), n in zip(at, numeric, strict=True)
+                ],
+                "effective_sample_size": [found.effective_sample_size[i].item() for i, _ in at],
+                "pareto_k": [found.pareto_k[i].item() for i, _ in at],
+            }
+        )
 
     def _types(self) -> dict[str, Any]:
         """The Arrow type of each data column, without dictionaries."""

@@ -47,6 +47,13 @@ def typical(fn: Any) -> Tensor:
     return found if bool(absent.all()) else torch.where(absent, found, closed)
 
 
+def has_mean(fn: Any) -> Tensor:
+    """Which entries of a distribution have a mean: all but classes, booleans of its full shape."""
+    shape = fn.batch_shape + fn.event_shape
+    closed = _closed_mean(fn)
+    return torch.ones(shape, dtype=torch.bool) if closed is None else ~closed.isnan().expand(shape)
+
+
 def mode(fn: Any) -> Tensor:
     """The most probable value of a distribution."""
     if isinstance(fn, (Independent, MaskedDistribution)):

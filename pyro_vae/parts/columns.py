@@ -288,7 +288,7 @@ class ByColumn(dist.TorchDistribution):
         self.parts = list(parts)
         order = [j for index, _ in self.parts for j in index]
         self.order = [order.index(j) for j in range(len(order))]
-        shape = (*self.parts[0][1].batch_shape[:-1], len(order))
+        shape = torch.Size((*self.parts[0][1].batch_shape[:-1], len(order)))
         super().__init__(shape, validate_args=False)
 
     def gathered(self, values: Sequence[Tensor]) -> Tensor:
@@ -323,12 +323,7 @@ class ByColumn(dist.TorchDistribution):
     def mode(self) -> Tensor:
         """The modes of categories, and the means of numbers."""
         return self.gathered(
-            [
-                cast(Any, part).mode.to(part.logits.dtype)
-                if isinstance(part, _Codes)
-                else part.mean
-                for _, part in self.parts
-            ]
+            [part.mode if isinstance(part, _Codes) else part.mean for _, part in self.parts]
         )
 
     @property

@@ -61,6 +61,10 @@ class PartlyObserved(dist.TorchDistribution):
         density = self.base_dist.log_prob(torch.where(missing, stand_in, value))
         return torch.where(missing, 0.0, density)
 
+    def elements(self, value: Tensor) -> Tensor:
+        """1 for each entry that is observed, and so counts in the density."""
+        return (~value.isnan()).to(value.dtype)
+
     def sample(self, sample_shape: Any = ()) -> Tensor:
         return self.base_dist.sample(torch.Size(sample_shape))
 
@@ -86,10 +90,12 @@ class SeenAndMask(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         seen = ~x.isnan()
-        filled = torch.where(seen, x, 0.0)
+        values = torch.where(seen, x, 0.0)
         if self.inner is not None:
-            filled = self.inner(filled)
-        return torch.cat([filled, seen.to(filled.dtype)], -self.dims)
+            values = self.inner(values)
+        if values.shape == seen.shape:
+            values = torch.where(seen, values, 0.0)  # also where the inner view moves 0
+        return torch.cat([values, seen.to(values.dtype)], -self.dims)
 
 
 class Missing(Family):

@@ -86,6 +86,7 @@ _INNER = {
         "Log1p": "parts.networks",
         "SeenAndMask": "parts.missing",
         "ColumnsView": "parts.columns",
+        "StandardUnits": "parts.standardized",
         "OneHot": "parts.networks",
         "Writer": "parts.sequences",
     },
