@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from pyro_vae.data.datasets import hide_labels as hide_labels
     from pyro_vae.data.datasets import load_data as load_data
     from pyro_vae.data.datasets import one_hot as one_hot
+    from pyro_vae.data.schema import Column as Column
+    from pyro_vae.data.schema import Schema as Schema
+    from pyro_vae.data.tables import Table as Table
+    from pyro_vae.data.tables import read_table as read_table
     from pyro_vae.data.text import as_text as as_text
     from pyro_vae.data.text import as_tokens as as_tokens
     from pyro_vae.diagnostics.arviz import to_arviz as to_arviz
@@ -41,10 +45,12 @@ if TYPE_CHECKING:
     from pyro_vae.inference.generation import sample as sample
     from pyro_vae.inference.generation import traverse as traverse
     from pyro_vae.inference.importance import log_likelihood as log_likelihood
+    from pyro_vae.inference.imputation import impute as impute
     from pyro_vae.inference.nuts import nuts as nuts
     from pyro_vae.inference.refinement import refine as refine
     from pyro_vae.inference.refitting import bounds_table as bounds_table
     from pyro_vae.inference.refitting import refit_guide as refit_guide
+    from pyro_vae.inference.scoring import score as score
     from pyro_vae.models.bayesian_decoder import BayesianDecoder as BayesianDecoder
     from pyro_vae.models.hierarchical import BottomUp as BottomUp
     from pyro_vae.models.hierarchical import HierarchicalVAE as HierarchicalVAE
@@ -55,6 +61,7 @@ if TYPE_CHECKING:
     from pyro_vae.models.vae import VAE as VAE
     from pyro_vae.parts.bijections import Affine as Affine
     from pyro_vae.parts.bijections import Spline as Spline
+    from pyro_vae.parts.columns import Columns as Columns
     from pyro_vae.parts.convolutions import ConvDecoder as ConvDecoder
     from pyro_vae.parts.convolutions import ConvEncoder as ConvEncoder
     from pyro_vae.parts.convolutions import Convolutions as Convolutions
@@ -71,6 +78,7 @@ if TYPE_CHECKING:
     from pyro_vae.parts.likelihoods import NegativeBinomial as NegativeBinomial
     from pyro_vae.parts.likelihoods import Poisson as Poisson
     from pyro_vae.parts.likelihoods import StudentT as StudentT
+    from pyro_vae.parts.missing import Missing as Missing
     from pyro_vae.parts.networks import MLP as MLP
     from pyro_vae.parts.networks import Chain as Chain
     from pyro_vae.parts.posteriors import Classes as Classes
@@ -87,6 +95,7 @@ if TYPE_CHECKING:
     from pyro_vae.parts.recurrent import TokenEncoder as TokenEncoder
     from pyro_vae.parts.sequences import Autoregressive as Autoregressive
     from pyro_vae.parts.sequences import MarkovChain as MarkovChain
+    from pyro_vae.parts.standardized import Standardized as Standardized
     from pyro_vae.report.report import write_report as write_report
     from pyro_vae.runs.folder import load as load
     from pyro_vae.runs.folder import save as save

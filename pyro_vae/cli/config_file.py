@@ -13,6 +13,9 @@ from pyro_vae.cli.options import Input, Model, Objective, reject_ignored
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.training.settings import Settings
 
+TABLES = (".csv", ".tsv", ".parquet", ".feather", ".arrow")
+"""`pyro_vae.data.table_files.FILES`, without importing it."""
+
 _RECORDED = ("num_classes", "data_shape", "context_shapes", "vocabulary", "ragged")
 """What config.json records about the data. These names are not options."""
 
@@ -32,6 +35,33 @@ def read_options(app: App, commands: tuple[str, ...], arguments: Any) -> None:
     kept = {name: value for name, value in options.items() if name not in _RECORDED}
     # The library's own JSON configuration reads a path that is known before the words are parsed.
     ConfigDict({"train": kept}, source=str(file))(app, commands, arguments)
+
+
+TABLE_DEFAULTS: dict[str, Any] = {
+    "latent_dim": [8],
+    "hidden": [64],
+    "activation": "silu",
+    "epochs": 400,
+    "batch_size": 32,
+}
+"""The defaults for tables, which are small: docs/benchmarks.md shows what they reach."""
+
+
+def table_defaults(app: App, commands: tuple[str, ...], arguments: Any) -> None:
+    """Add the defaults for tables, if the data are a table; options that are given override them.
+
+    A pair of the user's own, a sequence, or several levels need their own dimensions.
+    """
+    named = _by_name(arguments)
+    data = [token.value for token in named["data"].tokens]
+    if not data or Path(data[-1]).suffix not in TABLES:
+        return
+    kinds = [token.value for token in named["model"].tokens]
+    left_out = ("latent_dim", "hidden", "activation") if kinds and kinds[-1] != "vae" else ()
+    new = {name: value for name, value in TABLE_DEFAULTS.items() if name not in left_out}
+    given = {name for name, one in named.items() if one.tokens}
+    new = {name: value for name, value in new.items() if name not in given}
+    ConfigDict({"train": new}, source="the defaults for tables")(app, commands, arguments)
 
 
 def require_typed_class(_: App, __: Sequence[str], arguments: Any) -> None:

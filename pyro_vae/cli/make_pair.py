@@ -10,7 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyro_vae.cli.make_parts import make_activation, make_likelihood, make_posterior, make_prior
+from pyro_vae.cli.make_parts import (
+    made_for_data,
+    make_activation,
+    make_likelihood,
+    make_posterior,
+    make_prior,
+    standardizes,
+)
 from pyro_vae.cli.options import COUNTS, Model, in_words
 from pyro_vae.errors import UsageError, nearest
 
@@ -20,9 +27,14 @@ if TYPE_CHECKING:
     from pyro_vae.data.split import Data
 
 
-def make_pair(config: Model, data: Data) -> nn.Module:
-    """The pair that a configuration describes, for these data."""
-    pair = _make_pair(config, data)
+def make_pair(config: Model, data: Data, standardize: bool | None = None) -> nn.Module:
+    """The pair that a configuration describes, for these data.
+
+    Arguments:
+        standardize: whether real-valued data are standardized inside the pair; None for the
+            default of these data.
+    """
+    pair = _make_pair(config, data, standardizes(config, data, standardize))
     if not config.bayesian_decoder:
         return pair
     from pyro_vae.models.bayesian_decoder import BayesianDecoder
@@ -30,7 +42,7 @@ def make_pair(config: Model, data: Data) -> nn.Module:
     return BayesianDecoder(pair)
 
 
-def _make_pair(config: Model, data: Data) -> nn.Module:
+def _make_pair(config: Model, data: Data, standardize: bool) -> nn.Module:
     context = context_shapes(config, data)
     if ":" in config.model:
         given = {
@@ -56,6 +68,9 @@ def _make_pair(config: Model, data: Data) -> nn.Module:
     if config.model not in makers:
         known = nearest(config.model, [*makers, "deep-markov"])
         raise UsageError(f"unknown model '{config.model}'; {known} (or give module:Class)")
+    if data.table is not None:
+        options = ("likelihood", "scale", "logistics", "library_size", "network")
+        _reject(options, config, f"{data.name}, a table, whose likelihood its columns determine")
     if data.train.lengths is not None:
         raise UsageError("rows of unequal lengths need --model deep-markov")
     if data.vocabulary is not None:
@@ -66,7 +81,7 @@ def _make_pair(config: Model, data: Data) -> nn.Module:
     common: dict[str, Any] = {
         "data_shape": data.shape,
         "hidden": config.hidden,
-        "likelihood": make_likelihood(config),
+        "likelihood": made_for_data(make_likelihood(config), config, data, standardize),
         "prior": None if config.model == "semi-supervised" else make_prior(config, context),
         "context_shapes": context,
         "activation": make_activation(config.activation),
@@ -143,6 +158,8 @@ def _make_vamp(config: Model, encoder: nn.Module, data: Data, context: Sequence[
         raise UsageError(
             "--prior vamp needs a pair without context; remove --condition or --library-size"
         )
+    if data.table is not None:
+        raise UsageError("--prior vamp does not apply to tables, whose categories have no gradient")
     whole = config.likelihood in COUNTS
     return VampPrior.of_data(encoder, data.train.x, components=config.components, whole=whole)
 

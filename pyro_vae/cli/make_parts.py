@@ -45,6 +45,39 @@ def make_likelihood(config: Model) -> Any:
     return kinds[config.likelihood]()
 
 
+def made_for_data(likelihood: Any, config: Model, data: Any, standardize: bool) -> Any:
+    """The likelihood for these data: by column for tables, standardized, or with missing entries.
+
+    Raises `UsageError` for options of the likelihood that tables ignore.
+    """
+    from pyro_vae.parts.missing import Missing
+    from pyro_vae.parts.standardized import Standardized
+
+    x = data.train.x
+    if data.table is not None:
+        return data.table.schema.likelihood(x)
+    if standardize:
+        likelihood = Standardized(likelihood, data.shape).standardize(x)
+    parts = (data.train.x, data.validation.x, data.test.x)
+    holes = any(part.is_floating_point() and bool(part.isnan().any()) for part in parts)
+    return Missing(likelihood) if holes else likelihood
+
+
+def standardizes(config: Model, data: Any, asked: bool | None) -> bool:
+    """Whether real-valued data are standardized inside the pair."""
+    real = config.likelihood in ("gaussian", "student-t") and ":" not in config.model
+    if asked and not real:
+        raise UsageError(
+            "needs --likelihood gaussian or student-t and a pair of this library",
+            argument="standardize",
+        )
+    if asked is not None or not real or data.table is not None:
+        return bool(asked)
+    rows = data.train.x.is_floating_point() and len(data.shape) == 1 and data.train.lengths is None
+    of_file = data.vocabulary is None and config.model != "deep-markov"
+    return rows and of_file and config.scale in ("predicted", "learned")
+
+
 def make_posterior(config: Model) -> Any:
     """The posterior family of a configuration."""
     from pyro_vae.parts import bijections, posteriors

@@ -291,6 +291,13 @@ class Input:
     binarize
         How gray intensities become binary for --likelihood bernoulli: drawn again at each visit
         (dynamic), drawn once (fixed), or not at all (none, which does not define a likelihood).
+    columns
+        For a table: TOML file of changes of its schema, with a table [columns.NAME] for each column
+        to change and the entries kind, role and categories. schema.toml of a run is such a file.
+    standardize
+        Scale real-valued data inside the pair, by constants that are saved with it. The default is
+        yes for files of rows (n, d) with a Gaussian or Student-t likelihood, unless --scale is a
+        number. Columns of tables are always standardized.
     length
         Maximum width of a row of text in characters, including the end symbol. Longer docstrings
         are left out; longer lines of a file are cut.
@@ -298,6 +305,8 @@ class Input:
 
     data_dir: Path | None = None
     binarize: Literal["dynamic", "fixed", "none"] = "dynamic"
+    columns: Path | None = None
+    standardize: bool | None = None
     length: int = 60
 
 
@@ -359,6 +368,12 @@ def _reject_ignored_fields(config: Model | Objective) -> None:
 def reject_ignored_by_data(source: Input, data: Data) -> None:
     """Raise `UsageError` for options that do not apply to these data."""
     from pyro_vae.data.datasets import TORCHVISION
+
+    if source.standardize is not None and data.table is not None:
+        raise UsageError(
+            "does not apply to tables, whose columns are always standardized inside the pair",
+            argument="standardize",
+        )
 
     if source.length != Input.length and data.vocabulary is None:
         raise UsageError(f"applies only to text; {data.name} is not text", argument="length")

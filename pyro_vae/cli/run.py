@@ -11,6 +11,7 @@ from pyro_vae.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from pyro_vae.data.schema import Schema
     from pyro_vae.data.split import Data, Split
 
 
@@ -141,11 +142,32 @@ def load_of_run(
     name = data or given.get("data")
     if name is None:
         raise UsageError(f"{run} does not record its data; name them with --data")
+    if (run / SCHEMA).is_file():
+        return load_data(name, columns=schema_of_run(run))
     folder = data_dir or given.get("data_dir")
     vocabulary, length = given.get("vocabulary"), given.get("length", Input.length)
     if vocabulary is not None:
         (length,) = given["data_shape"]
     return load_data(name, folder, length, vocabulary)
+
+
+SCHEMA = "schema.toml"
+"""`pyro_vae.data.schema.SCHEMA`, without importing it."""
+
+
+def schema_of_run(run: Path) -> "Schema":
+    """The schema of a run that was trained on a table."""
+    from pyro_vae.data.schema import stored_schema
+
+    return stored_schema(run / SCHEMA)
+
+
+def write_schema(run: Path, data: "Data") -> None:
+    """Write the schema of a table into the run folder."""
+    from pyro_vae.runs.files import atomic
+
+    with atomic(run / SCHEMA) as file:
+        file.write(data.table.schema.to_toml().encode())
 
 
 def test_part(data: "Data", given: dict[str, Any], n: int) -> tuple["Tensor", list["Tensor"]]:

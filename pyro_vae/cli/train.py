@@ -1,6 +1,6 @@
 """The command that trains a pair."""
 
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,9 +9,11 @@ from pyro_vae.cli.config_file import (
     read_options,
     reject_typed_ignored,
     require_typed_class,
+    table_defaults,
 )
 from pyro_vae.cli.make_objective import make_beta, make_learning_rate_schedule, make_objective
 from pyro_vae.cli.make_pair import context_shapes, make_pair
+from pyro_vae.cli.make_parts import standardizes
 from pyro_vae.cli.options import Input, Model, Objective, reject_ignored_by_data
 from pyro_vae.cli.run import (
     context_of,
@@ -21,6 +23,8 @@ from pyro_vae.cli.run import (
     require_positive,
     require_recorded,
     require_split,
+    schema_of_run,
+    write_schema,
 )
 from pyro_vae.training.settings import Settings
 
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from pyro_vae.data.split import Data
 
 
-@app.command(config=(read_options, require_typed_class, reject_typed_ignored))
+@app.command(config=(read_options, table_defaults, require_typed_class, reject_typed_ignored))
 def train(
     data: str,
     *,
@@ -51,8 +55,8 @@ def train(
     ----------
     data
         Name of a data set (digits, docstrings, shapes, mnist, fashion-mnist, kmnist, emnist,
-        omniglot, cifar10, svhn), or path of a file: arrays (.npy, .npz), lines of text (.txt) or
-        music (.json).
+        omniglot, cifar10, svhn), or path of a file: a table (.csv, .tsv, .parquet, .feather),
+        arrays (.npy, .npz), lines of text (.txt) or music (.json).
     out
         Run folder to write. The default is runs/DATA.
     num_eval_samples
@@ -75,11 +79,20 @@ def train(
     run = out or Path("runs") / Path(data).stem
     recorded = recorded_options(run) if resume else {}
     require_recorded(run, recorded, model.model)
-    loaded = load_data(data, source.data_dir, source.length)
+    columns: Any = source.columns
+    if resume and (run / "schema.toml").is_file():
+        columns = schema_of_run(run)
+    loaded = load_data(data, source.data_dir, source.length, columns=columns)
     reject_ignored_by_data(source, loaded)
     if resume:
         require_split(run, loaded)
-    seeded_pair = _seeded_pair(model, loaded, settings.seed)
+    if loaded.table is not None:
+        model = _with_context(model, loaded)
+        print(loaded.table.schema, end="\n\n")
+    scaled = standardizes(model, loaded, source.standardize)
+    if scaled:
+        print("the data are standardized inside the pair (--no-standardize to change)")
+    seeded_pair = _seeded_pair(model, loaded, settings.seed, scaled)
     given = (
         {"data": data, "data_shape": loaded.shape, "num_classes": loaded.num_classes}
         | {"context_shapes": context_shapes(model, loaded)}
@@ -110,17 +123,26 @@ def train(
         config={"train": given, "split": split_checksums(loaded)},
         **asdict(settings),
     )
+    if loaded.table is not None:
+        write_schema(run, loaded)
     measure_run(run, seeded_pair, loaded, given, num_eval_samples, settings.engine)
     if report:
         report_run(run, seeded_pair, loaded, given)
         print(f"{'report':<20}{run / 'report.html'}")
 
 
-def _seeded_pair(model: Model, data: "Data", seed: int) -> "nn.Module":
+def _with_context(model: Model, data: "Data") -> Model:
+    """The configuration that passes the context columns of a table to the pair."""
+    if data.train.context is None or "context" in model.condition or ":" in model.model:
+        return model
+    return replace(model, condition=(*model.condition, "context"))
+
+
+def _seeded_pair(model: Model, data: "Data", seed: int, standardize: bool) -> "nn.Module":
     from pyro_vae.pairs.rng import seeded
 
     with seeded(seed):
-        return make_pair(model, data)
+        return make_pair(model, data, standardize)
 
 
 def _enumerated(pair: "nn.Module", given: dict[str, Any], data: "Data") -> bool:

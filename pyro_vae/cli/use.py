@@ -1,24 +1,26 @@
-"""Commands that use a run: sample, reconstruct, encode, interpolate, traverse, report."""
+"""Commands that use a run: sample, reconstruct, interpolate, traverse, report."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.cli.app import RunFolder, UserClass, app
 from pyro_vae.cli.run import (
+    SCHEMA,
     binarize_of,
     context_of,
     open_run,
     pair_of_run,
     report_run,
     require_positive,
+    schema_of_run,
     test_part,
 )
+from pyro_vae.cli.score import as_frame, chosen_part, written
 from pyro_vae.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from pyro_vae.data.split import Split
 
 
 @app.command
@@ -29,14 +31,17 @@ def sample(
     label: int | None = None,
     means: bool = False,
     seed: int = 0,
+    out: Path | None = None,
     model: UserClass = None,
 ) -> None:
-    """Draw data from the model; write samples.npy and figures/samples.png.
+    """Draw data from the model; write samples.npy and figures/samples.png, or a table.
 
     Parameters
     ----------
     num
         Number of samples.
+    out
+        For a table: file to write. The default is samples.csv in the run folder.
     label
         Class of the samples, for a pair that is conditional on labels (default: each class in
         turn), or value of the discrete latent. Other context is taken from the test data in turn.
@@ -45,6 +50,7 @@ def sample(
     seed
         Random seed.
     """
+    from pyro_vae.data.tables import frame_of
     from pyro_vae.inference import generation
 
     require_positive("num", num)
@@ -56,67 +62,52 @@ def sample(
     else:
         values = _of_class(run, pair, num, label)
         images = generation.decode(pair, values, context, means=means, seed=seed)
+    if (run / SCHEMA).is_file():
+        print(written(frame_of(schema_of_run(run), images), out or run / "samples.csv"))
+        return
     _write(run, given, "samples", images, [("", part) for part in images[:100].split(10)])
 
 
 @app.command
-def reconstruct(run: RunFolder, *, num: int = 12, model: UserClass = None) -> None:
-    """Encode and decode test data; write reconstructions.npy and figures/reconstructions.png.
+def reconstruct(
+    run: RunFolder,
+    *,
+    num: int = 12,
+    data: str | None = None,
+    part: str | None = None,
+    out: Path | None = None,
+    model: UserClass = None,
+) -> None:
+    """Encode and decode data; write reconstructions.npy and figures/reconstructions.png.
+
+    For a table, the reconstructions of all rows of the part are written as a table.
 
     Parameters
     ----------
     num
-        Number of test data.
+        Number of data, if they are not a table.
+    data
+        Data to use instead of those of training: a name or a file, as for train.
+    part
+        Part of the data: train, validation, test or all. The default is test, or all with --data.
+    out
+        For a table: file to write. The default is reconstructions.csv in the run folder.
     """
     from pyro_vae.inference import generation
     from pyro_vae.plots import canvas
 
     require_positive("num", num)
-    pair, loaded, given = open_run(run, model=model)
-    x, context = test_part(loaded, given, num)
+    pair, loaded, given = open_run(run, data, None, model)
+    split = chosen_part(loaded, data, part)
+    x, context = split.x, context_of(given, loaded, split)
+    if loaded.table is not None:
+        made = generation.reconstruct(pair, x, *context)
+        print(written(as_frame(loaded, made, split), out or run / "reconstructions.csv"))
+        return
+    x, context = x[:num], [one[:num] for one in context]
     images = generation.reconstruct(pair, x, *context, binarize=binarize_of(given))
     rows = [("data", canvas.intensity(x)[:16]), ("reconstruction", images[:16])]
     _write(run, given, "reconstructions", images, rows, across=True)
-
-
-@app.command
-def encode(run: RunFolder, *, part: str = "test", model: UserClass = None) -> None:
-    """Encode data; write codes.npz: posterior means and scales of each latent site, and labels.
-
-    Parameters
-    ----------
-    part
-        Part of the data: train, validation or test.
-    """
-    import io
-
-    import numpy as np
-
-    from pyro_vae.inference import encoding
-    from pyro_vae.runs import files as run_files
-
-    pair, loaded, given = open_run(run, model=model)
-    if part not in ("train", "validation", "test"):
-        raise UsageError(f"must be train, validation or test, got '{part}'", argument="part")
-    split: Split = getattr(loaded, part)
-    context = context_of(given, loaded, split)
-    arrays: dict[str, Any] = {}
-    for what in ("mean", "scale"):
-        codes = encoding.encode(
-            pair,
-            split.x,
-            *context,
-            what=what,
-            binarize=binarize_of(given),
-        )
-        arrays |= {f"{name}_{what}": code.cpu().numpy() for name, code in codes.items()}
-    if split.labels is not None:
-        arrays["labels"] = split.labels.numpy()
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    with run_files.atomic(run / "codes.npz") as file:
-        file.write(buffer.getvalue())
-    print(run / "codes.npz")
 
 
 @app.command

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pyro_vae.data.files import UNREADABLE, load_file, load_music, load_text
 from pyro_vae.data.shapes import draw
 from pyro_vae.data.split import Data, Split, shuffled, three_ways
+from pyro_vae.data.table_files import FILES as TABLES
+from pyro_vae.data.tables import read_table
 from pyro_vae.data.text import docstrings, read_lines
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.pairs.arrays import as_labels
@@ -22,6 +24,7 @@ def load_data(
     data_dir: str | Path | None = None,
     length: int = 60,
     vocabulary: str | None = None,
+    columns: Any = None,
 ) -> Data:
     """Load a data set by name or from a file, split into training, validation and test data.
 
@@ -46,6 +49,7 @@ def load_data(
               ``x_validation``, with ``y_train`` and so on. Context is rows or images; 8-bit context
               becomes floats in [0, 1]. Sequences have the shape (n, steps, d). They need
               ``lengths`` (n,) if their lengths differ;
+            - ``.csv``, ``.tsv``, ``.parquet``, ``.feather``: a table, see `pyro_vae.read_table`;
             - ``.txt``: one datum in each line;
             - ``.json``: music, see `pyro_vae.data.music`.
         data_dir: the folder with the files of torchvision. The default is the environment variable
@@ -53,6 +57,7 @@ def load_data(
         length: for text, the largest width of a row of tokens, including the end token.
         vocabulary: for text, the character of each token. Rows then have exactly the width
             ``length``. The default is all characters that occur in the text.
+        columns: for a table, changes of its schema, as `pyro_vae.read_table` takes them.
 
     Raises `UsageError` for an unknown name, and for a file that cannot be read or has other arrays.
 
@@ -62,6 +67,10 @@ def load_data(
     path, name = Path(data), str(data)
     if name == "docstrings":
         return load_text(name, docstrings(length), length, vocabulary)
+    if path.suffix in TABLES:
+        return read_table(path, columns).split()
+    if columns is not None:
+        raise UsageError(f"applies only to tables; '{name}' is not a table", argument="columns")
     if path.suffix == ".json" and path.is_file():
         return load_music(path)
     if path.suffix == ".txt" and path.is_file():
@@ -78,7 +87,7 @@ def load_data(
         return _torchvision(name, Path(root).expanduser())
     raise UsageError(
         f"unknown data set or file '{name}'; {nearest(name, NAMES)} "
-        "(or pass the path of a .npy, .npz, .txt or .json file)"
+        "(or pass the path of a .csv, .parquet, .npy, .npz, .txt or .json file)"
     )
 
 

@@ -64,7 +64,7 @@ def load_file(path: Path) -> Data:
             f"({' '.join(str(error).split())[:90]})"
         ) from error
     if "x" in arrays:
-        x = _images(arrays["x"], path)
+        x = _images(arrays["x"], path, missing=True)
         return three_ways(path.stem, _split(arrays, x, "", path))
     if "x_train" not in arrays or "x_test" not in arrays:
         raise UsageError(
@@ -74,7 +74,7 @@ def load_file(path: Path) -> Data:
     splits = {}
     for key in ("train", "validation", "test"):
         if f"x_{key}" in arrays:
-            x = _images(arrays[f"x_{key}"], path)
+            x = _images(arrays[f"x_{key}"], path, missing=True)
             splits[key] = _split(arrays, x, f"_{key}", path)
             if x.shape[1:] != splits["train"].x.shape[1:]:
                 raise UsageError(
@@ -133,9 +133,9 @@ def _row(context: Tensor | None) -> tuple[int, ...] | None:
     return None if context is None else tuple(context.shape[1:])
 
 
-def _images(array: np.ndarray, path: Path) -> Tensor:
+def _images(array: np.ndarray, path: Path, missing: bool = False) -> Tensor:
     """Rows (n, d) as they are; images as (n, channels, height, width), one channel if gray."""
-    x = as_tensor(array, str(path))
+    x = as_tensor(array, str(path), missing=missing)
     if x.dim() == 2:
         return x
     if x.dim() == 3:

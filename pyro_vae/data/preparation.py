@@ -32,20 +32,25 @@ class Preparation:
     uint8 intensities become floats in [0, 1]. uint8 data that are ``whole`` numbers, such as counts
     or 0 and 1, keep their values. With ``binarize`` each pixel is then drawn from
     Bernoulli(intensity), with a new draw each time (Salakhutdinov & Murray, 2008). Floating-point
-    context gets the type of the pair.
+    context gets the type of the pair. With ``mask_rate``, each entry of x then becomes NaN, which
+    is missing, with this probability.
     """
 
     device: torch.device
     dtype: torch.dtype
     binarize: bool = False
     whole: bool = False
+    mask_rate: float = 0.0
 
     def __call__(self, batch: Sequence[Tensor]) -> Batch:
         x, *context = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         gray = x.dtype == torch.uint8 and not self.whole
         x = x.to(self.dtype) / 255 if gray else x.to(self.dtype)
         if self.binarize:
-            x = (torch.rand_like(x) < x).to(x.dtype)  # like torch.bernoulli, in half the time
+            # Like torch.bernoulli, in half the time. A missing entry stays NaN.
+            x = torch.where(x.isnan(), x, (torch.rand_like(x) < x).to(x.dtype))
+        if self.mask_rate:
+            x = torch.where(torch.rand_like(x) < self.mask_rate, torch.nan, x)
         return (x, *(c.to(self.dtype) if c.is_floating_point() else c for c in context))
 
 
@@ -74,8 +79,8 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
         return plain
     value, support = site["value"], _support(site)
     # Otherwise the pair observes a function of x.
-    as_given = value.numel() == batch[0].numel() and torch.equal(
-        value.flatten(), batch[0].flatten()
+    as_given = value.numel() == batch[0].numel() and torch.allclose(
+        value.flatten(), batch[0].flatten(), 0, 0, equal_nan=True
     )
     plain = _with_eight_bit(plain, pair, rows, raw[0], support if as_given else None)
     if not as_given or support.event_dim > 0:
@@ -88,8 +93,9 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     for part in parts:
         x = part[0]
         inside = _inside(pair, part) if own else support.check(x)
+        inside |= x.isnan()  # a missing entry
         if support is constraints.boolean and not bool(inside.all()):
-            gray, inside = True, (x >= 0) & (x <= 1)
+            gray, inside = True, ((x >= 0) & (x <= 1)) | x.isnan()
         if not bool(inside.all()):
             whole = rows.tensors[0] if isinstance(rows, Arrays) else x
             raise UsageError(_outside(x[~inside][0].item(), whole, site))
@@ -179,6 +185,24 @@ def held_out(rows: Source, prepare: Preparation) -> tuple[Source, Preparation]:
     return rows, prepare
 
 
+def masking(
+    pair: nn.Module, prepare: Preparation, batch: Sequence[Tensor], mask_rate: float
+) -> Preparation:
+    """A preparation that also hides entries; raises `UsageError` if the pair scores NaN as data."""
+    made = replace(prepare, mask_rate=mask_rate)
+    if mask_rate:
+        x, *context = prepare(batch)
+        hidden = x.clone()
+        hidden.flatten(1)[:, 0] = torch.nan
+        if not masks.scores_missing(pair, (hidden, *context)):
+            raise UsageError(
+                "needs a likelihood that leaves out missing entries, such as "
+                "pyro_vae.Missing(pyro_vae.Gaussian) or pyro_vae.Columns",
+                argument="mask_rate",
+            )
+    return made
+
+
 def held_rows(
     pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str = "dynamic"
 ) -> tuple[Source, Preparation]:
@@ -212,7 +236,7 @@ _FAMILIES = {
 
 
 def _outside(value: float, x: Tensor, site: dict[str, Any]) -> str:
-    eight_bit, x = x.dtype == torch.uint8, x.double()
+    eight_bit, x = x.dtype == torch.uint8, x[~x.isnan()].double()
     low, high = x.min().item(), x.max().item()
     whole = bool((x == x.round()).all())
     if eight_bit or (low >= 0 and high <= 1):

@@ -50,6 +50,8 @@ def range_fault(pair: nn.Module, rows: Source, prepare: Preparation) -> str | No
             if not _unbounded(site["fn"].support):
                 return None
             values, draws = (_columns(site, x, len(batch[0])) for x in _observed_and_drawn(site))
+            known = ~np.isnan(values).all(0)
+            values, draws = values[:, known], draws[:, known]
     except Exception:  # the code of a user may raise anything; training reports it better
         return None
     return _far(values, draws) or _apart(values, draws)
@@ -99,7 +101,7 @@ def _far(values: np.ndarray, draws: np.ndarray) -> str | None:
             f"farthest, at a distance of about {distance[column]:.2g} from draws with a spread of "
             f"{spread[column]:.2g}; {CURE}"
         )
-    width = np.ptp(values, 0)
+    width = _width(values)
     if width.max() > 0 and (width < spread / APART).all():
         return (
             f"the range of x differs from that of the untrained model: the columns of x vary by at "
@@ -109,6 +111,11 @@ def _far(values: np.ndarray, draws: np.ndarray) -> str | None:
     return None
 
 
+def _width(values: np.ndarray) -> np.ndarray:
+    """The range of each column, without missing entries."""
+    return np.nanmax(values, 0) - np.nanmin(values, 0)
+
+
 def _apart(values: np.ndarray, draws: np.ndarray) -> str | None:
     """A message if the scales of two columns, relative to those of the draws, are far apart.
 
@@ -116,7 +123,7 @@ def _apart(values: np.ndarray, draws: np.ndarray) -> str | None:
     range small, and they do not make the mean deviation large.
     """
     spread = np.nanquantile(abs(draws - np.nanmedian(draws, 0)), 0.68, 0)
-    width, deviation = np.ptp(values, 0), np.nanmean(abs(values - np.nanmedian(values, 0)), 0)
+    width, deviation = _width(values), np.nanmean(abs(values - np.nanmedian(values, 0)), 0)
     varies = (width > 0) & (spread > 0)
     if varies.sum() < 2:
         return None

@@ -23,7 +23,8 @@ from torch.utils.data import (
 )
 
 from pyro_vae.errors import UsageError, first_line
-from pyro_vae.pairs.arrays import as_tensor, plain_fault, require_finite
+from pyro_vae.pairs import masks
+from pyro_vae.pairs.arrays import as_tensor, plain_fault, require_finite, with_holes
 from pyro_vae.pairs.pair import Batch, placement
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.template import missing_context
@@ -243,7 +244,7 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
     if isinstance(x, (Dataset, DataLoader)) and not isinstance(x, Tensor):
         width = len(pair.template(1)) if hasattr(pair, "template") else None  # type: ignore
         return Stream(x, width, dtype)
-    data = as_tensor(x, "x", dtype)
+    data = as_tensor(with_holes(x), "x", dtype, missing=pair is not None)
     if not context and pair is not None:
         context = missing_context(pair, len(data))
     others = [as_tensor(value, f"context {i}", dtype) for i, value in enumerate(context, 1)]
@@ -253,7 +254,28 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
             raise UsageError(
                 f"context {i} has {len(tensor)} rows but x has {len(tensors[0])}; they must match"
             )
+    if pair is not None and not _takes_holes(pair, tensors):
+        plain = as_tensor(x, "x", dtype, missing=True)  # raises for a masked array
+        row = int(plain.reshape(len(plain), -1).isnan().any(1).nonzero()[0])
+        raise UsageError(
+            f"x holds values that are not finite (NaN or infinite), first in row {row}; for NaN as "
+            "a missing entry, use a likelihood that leaves it out, such as "
+            "pyro_vae.Missing(pyro_vae.Gaussian) or pyro_vae.Columns"
+        )
     return Arrays(tensors)
+
+
+def _takes_holes(pair: nn.Module, tensors: Sequence[Tensor]) -> bool:
+    """Whether x has no missing entries, or the pair leaves them out."""
+    x = tensors[0]
+    if not x.is_floating_point() or not bool(x.isnan().any()):
+        return True
+    rows = x.reshape(len(x), -1).isnan().any(1).nonzero().flatten()[:16]
+    device, dtype = placement(pair)
+    few = [tensor[rows].to(device) for tensor in tensors]
+    return masks.scores_missing(
+        pair, tuple(part.to(dtype) if part.is_floating_point() else part for part in few)
+    )
 
 
 def mixed_eight_bit(greatest: int) -> str:

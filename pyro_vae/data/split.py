@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Split(NamedTuple):
     """The number of steps of each row, integers (n,), if rows are sequences."""
     factors: Tensor | None = None
     """The index of the value of each known factor, integers (n, factors), for drawn data."""
+    rows: Tensor | None = None
+    """The number of each row in the data before they are split, integers (n,)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Data:
     test: Split
     vocabulary: str | None = None
     """The character of each token, if the data are text."""
+    table: Any = None
+    """The `pyro_vae.data.tables.Table` of the data, if they are a table."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,6 +58,7 @@ def three_ways(name: str, whole: Split) -> Data:
         raise UsageError(
             f"{name} has {len(whole.x)} rows, but a split into three parts needs at least 10"
         )
+    whole = whole._replace(rows=torch.arange(len(whole.x)))
     train, validation, test = shuffled(whole, (7, 1, 2))
     return Data(name, train, validation, test)
 
@@ -63,7 +68,26 @@ def shuffled(split: Split, shares: Sequence[int]) -> list[Split]:
     n = len(split.x)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     edges = [n * sum(shares[:i]) // sum(shares) for i in range(len(shares) + 1)]
-    return [
-        Split(split.x[rows], *(None if part is None else part[rows] for part in split[1:]))
-        for rows in (order[a:b] for a, b in pairwise(edges))
-    ]
+    return [taken(split, order[a:b]) for a, b in pairwise(edges)]
+
+
+def part_of(data: Data, name: str) -> Split:
+    """A part of a data set, or all rows in their first order, if the parts record it.
+
+    Raises `UsageError` if the name is not train, validation, test or all.
+    """
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    if name not in (*parts, "all"):
+        raise UsageError(f"must be train, validation, test or all, got '{name}'", argument="part")
+    if name != "all":
+        found = parts[name]
+        in_order = data.table is not None and found.rows is not None
+        return taken(found, found.rows.argsort()) if in_order and found.rows is not None else found
+    columns = zip(*parts.values(), strict=True)
+    whole = Split(*(None if c[0] is None else torch.cat(list(c)) for c in columns))  # type: ignore
+    return whole if whole.rows is None else taken(whole, whole.rows.argsort())
+
+
+def taken(split: Split, rows: Tensor) -> Split:
+    """These rows of a split."""
+    return Split(*(None if part is None else part[rows] for part in split))  # type: ignore

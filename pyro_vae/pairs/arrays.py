@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from pyro_vae.errors import UsageError
 
 
-def as_tensor(value: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
+def as_tensor(
+    value: Any, name: str, dtype: torch.dtype | None = None, missing: bool = False
+) -> Tensor:
     """Convert an array to a tensor and check that it holds only finite numbers.
 
     Arguments:
@@ -17,6 +19,7 @@ def as_tensor(value: Any, name: str, dtype: torch.dtype | None = None) -> Tensor
         name: the name of the array in error messages.
         dtype: the type to which the array is cast later. Its values must be finite in this type,
             too.
+        missing: whether NaN is accepted, as a missing entry.
 
     Raises `UsageError` if the array is empty, masked, sparse, nested, quantized or complex, if it
     holds values that are not finite, or if it does not hold numbers.
@@ -24,14 +27,33 @@ def as_tensor(value: Any, name: str, dtype: torch.dtype | None = None) -> Tensor
     tensor = _numbers(value, name)
     if tensor.dim() == 0 or len(tensor) == 0 or tensor.numel() == 0:
         raise UsageError(f"{name} is empty: got an array of shape {tuple(tensor.shape)}")
-    require_finite(tensor, name, dtype)
+    require_finite(tensor, name, dtype, missing=missing)
     return tensor
 
 
+def with_holes(value: Any) -> Any:
+    """A masked array as a plain array of floats, with NaN for masked values; others unchanged.
+
+    >>> with_holes(np.ma.array([1, 2], mask=[True, False]))
+    array([nan,  2.])
+    """
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        kind = value.dtype if value.dtype.kind == "f" else np.float32
+        return np.ma.filled(value.astype(kind), np.nan)
+    return value
+
+
 def require_finite(
-    tensor: Tensor, name: str, dtype: torch.dtype | None = None, start: int = 0, of: str = ""
+    tensor: Tensor,
+    name: str,
+    dtype: torch.dtype | None = None,
+    start: int = 0,
+    of: str = "",
+    missing: bool = False,
 ) -> None:
     """Raise `UsageError` if a value is not finite after the cast to ``dtype``.
+
+    NaN is accepted with ``missing``.
 
     The error names the row. Rows are counted from ``start``. ``of`` follows the row number in the
     message, for example " of the epoch".
@@ -41,6 +63,8 @@ def require_finite(
     narrow = dtype is not None and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
     for offset, part in zip(range(0, len(tensor), 4096), tensor.split(4096), strict=True):
         bad = ~torch.isfinite(part.to(dtype) if narrow else part)
+        if missing:
+            bad &= ~part.isnan()
         if not bool(bad.any()):
             continue
         at = int(bad.reshape(len(bad), -1).any(1).nonzero()[0])

@@ -31,12 +31,11 @@ from pyro_vae.pairs.traces import Given, trace
 def scored(site: Site) -> Tensor:
     """Which entries of a site's value count in its density: booleans of the value's shape.
 
-    Three things hide entries: a mask around the site, a mask within its distribution, and the end
-    of a sequence.
+    Four things hide entries: a mask around the site, a mask within its distribution, the end of a
+    sequence, and NaN in the value, which marks a missing entry.
     """
     fn, value = site["fn"], site["value"]
-    ones = torch.ones_like(value, dtype=torch.bool)
-    return ones & _wide(site["mask"], fn.event_dim, value) & _within(fn, value)
+    return ~value.isnan() & _wide(site["mask"], fn.event_dim, value) & _within(fn, value)
 
 
 def is_masked(site: Site) -> bool:
@@ -45,6 +44,17 @@ def is_masked(site: Site) -> bool:
     while hasattr(fn, "base_dist") and not found:
         found, fn = isinstance(fn, MaskedDistribution), fn.base_dist
     return found
+
+
+def scores_missing(pair: nn.Module, batch: Batch) -> bool:
+    """Whether a pair leaves out missing entries, which are NaN in x: no density is NaN."""
+    try:
+        with using(pair, seed=0), pyro.validation_enabled(False), torch.no_grad():
+            guide, model = _traces(pair, batch)
+            sites = [*sample_sites(guide).values(), *sample_sites(model).values()]
+            return all(bool(log_prob(site).isfinite().all()) for site in sites)
+    except Exception:  # the code of a user may raise anything
+        return False
 
 
 def hidden_as_nan(site: Site) -> Tensor:
@@ -66,7 +76,8 @@ def seen(site: Site, x: Tensor) -> Tensor:
             f"the model draws data of shape {tuple(made.shape[1:])} but x has rows of shape "
             f"{tuple(x.shape[1:])}; they must match"
         )
-    return made.reshape(x.shape).to(x.dtype)
+    # A replicate of x has the same missing entries as x.
+    return torch.where(x.isnan(), torch.nan, made.reshape(x.shape).to(x.dtype))
 
 
 def _within(fn: Any, like: Tensor) -> Tensor:

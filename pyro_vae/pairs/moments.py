@@ -3,8 +3,9 @@
 from typing import Any, cast
 
 import torch
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Independent, constraints
 
 from pyro_vae.errors import UsageError
 
@@ -32,19 +33,30 @@ def is_category(fn: Any) -> bool:
 
 
 def typical(fn: Any) -> Tensor:
-    """The mean of a distribution, or the mode if it does not have a mean, as for classes.
+    """The mean of each entry of a distribution, or its mode if it has no mean, as for classes.
 
     For one-hot classes the mean is the vector of class probabilities.
     """
     closed = _closed_mean(fn)
     if closed is None:
         return mean(fn)
-    return mode(fn) if bool(closed.isnan().any()) else closed
+    absent = closed.isnan()
+    if not bool(absent.any()):
+        return closed
+    found = mode(fn)
+    return found if bool(absent.all()) else torch.where(absent, found, closed)
+
+
+def has_mean(fn: Any) -> Tensor:
+    """Which entries of a distribution have a mean: all but classes, booleans of its full shape."""
+    shape = fn.batch_shape + fn.event_shape
+    closed = _closed_mean(fn)
+    return torch.ones(shape, dtype=torch.bool) if closed is None else ~closed.isnan().expand(shape)
 
 
 def mode(fn: Any) -> Tensor:
     """The most probable value of a distribution."""
-    if type(fn).__name__ in ("Independent", "MaskedDistribution"):
+    if isinstance(fn, (Independent, MaskedDistribution)):
         return mode(fn.base_dist)
     try:
         return fn.mode

@@ -84,6 +84,9 @@ _INNER = {
     **{
         "Viewed": "parts.networks",
         "Log1p": "parts.networks",
+        "SeenAndMask": "parts.missing",
+        "ColumnsView": "parts.columns",
+        "StandardUnits": "parts.standardized",
         "OneHot": "parts.networks",
         "Writer": "parts.sequences",
     },

@@ -11,6 +11,7 @@ from torch import nn
 from pyro_vae.data.preparation import (
     Preparation,
     held_out,
+    masking,
     preparation,
     record_divisor,
     require_masks,
@@ -71,6 +72,7 @@ def training_data(
         require(pair, first, objective)
         require_masks(pair, rows, plain)
         rows, prepare = _prepared(pair, rows, binarize)
+        prepare = masking(pair, prepare, rows.first(16), settings.mask_rate)
         units = collapse.units(pair, plain(rows.first(500)))
         objective, are_kl = objective or elbo(pair, first), collapse.are_kl(pair, first)
         held = None

@@ -42,6 +42,9 @@ class Settings:
         "auto" is the GPU if there is one, else the CPU.
     precision
         "bfloat16" runs the networks under autocast; parameters and densities stay in float32.
+    mask_rate
+        Probability with which an entry of the data is hidden at a visit, for complete data of which
+        parts will be missing later. The likelihood must leave out missing entries.
     engine
         How a step runs: as stock Pyro (eager), as a graph that is traced once and replayed
         (traced), or as that graph compiled (compiled). "auto" traces, and compiles if the
@@ -60,6 +63,7 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
+    mask_rate: float = 0.0
     engine: EngineName = "auto"
     checkpoint_seconds: float = 30.0
     tensorboard: bool = False
@@ -78,6 +82,10 @@ class Settings:
         if not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
             raise UsageError(
                 f"must be a whole number from 0 to 2^63 - 1, got {self.seed}", argument="seed"
+            )
+        if not (isinstance(self.mask_rate, (int, float)) and 0 <= self.mask_rate < 1):
+            raise UsageError(
+                f"must be at least 0 and below 1, got {self.mask_rate}", argument="mask_rate"
             )
         if self.precision not in ("float32", "bfloat16"):
             raise UsageError(

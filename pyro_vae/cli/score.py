@@ -1,0 +1,287 @@
+"""Commands whose results go back into a table: encode, reconstruct, score, impute."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyro_vae.cli.app import RunFolder, UserClass, app
+from pyro_vae.cli.run import binarize_of, context_of, open_run, require_positive
+from pyro_vae.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pyro_vae.data.split import Data, Split
+    from pyro_vae.inference.imputation import Imputation
+
+
+@app.command
+def score(
+    run: RunFolder,
+    *,
+    data: str | None = None,
+    part: str | None = None,
+    out: Path | None = None,
+    num_samples: int = 500,
+    model: UserClass = None,
+    seed: int = 0,
+) -> None:
+    """Write log p(x) of each row, its Pareto k, and the columns that make the row strange.
+
+    Parameters
+    ----------
+    data
+        Data to use instead of those of training: a name or a file, as for train.
+    part
+        Part of the data: train, validation, test or all. The default is test, or all with --data.
+    out
+        File to write: .csv, .parquet, .feather or .npz. The default is scores.csv in the run folder
+        for a table, and scores.npz for other data.
+    num_samples
+        Importance samples of each row.
+    seed
+        Random seed.
+    """
+    from pyro_vae.inference import scoring
+
+    require_positive("num_samples", num_samples)
+    pair, loaded, given = open_run(run, data, None, model)
+    split = chosen_part(loaded, data, part)
+    found = scoring.score(
+        pair,
+        split.x,
+        *context_of(given, loaded, split),
+        num_samples=num_samples,
+        binarize=binarize_of(given),
+        seed=seed,
+        progress=True,
+    )
+    columns: dict[str, Any] = ids_of(loaded, split) | {
+        "log_likelihood": found.log_likelihood.tolist(),
+        "pareto_k": found.pareto_k.tolist(),
+    }
+    names = names_of(loaded)
+    for place in range(min(3, len(names))):
+        entries = [found.entries(row, place + 1)[place] for row in range(len(split.x))]
+        columns[f"strangest_{place + 1}"] = [names[entry] for entry in entries]
+        columns[f"nats_{place + 1}"] = [
+            found.strangeness[row].flatten()[entry].item() for row, entry in enumerate(entries)
+        ]
+    path = written(columns, out or run / f"scores{_usual(loaded)}")
+    few = found.strangest(5).tolist()
+    head = f"{'row':<12}{'log p(x)':>12}{'Pareto k':>10}  strangest"
+    print(head, *(_line(columns, row) for row in few), path, sep="\n")
+
+
+def _line(columns: dict[str, Any], row: int) -> str:
+    ids = next(iter(columns.values()))
+    words = ", ".join(
+        f"{columns[f'strangest_{i}'][row]} ({columns[f'nats_{i}'][row]:.1f})"
+        for i in (1, 2, 3)
+        if f"strangest_{i}" in columns
+    )
+    value, k = columns["log_likelihood"][row], columns["pareto_k"][row]
+    return f"{ids[row]!s:<12}{value:>12.3f}{k:>10.2f}  {words}"
+
+
+@app.command
+def impute(
+    run: RunFolder,
+    data: str | None = None,
+    *,
+    part: str | None = None,
+    out: Path | None = None,
+    draws: int = 20,
+    num_samples: int = 1000,
+    level: float = 0.9,
+    model: UserClass = None,
+    seed: int = 0,
+) -> None:
+    """Fill in the missing entries; write means or modes, draws, intervals and their reliability.
+
+    For OUT filled.csv, three files are written. filled.csv is the table, whose empty cells hold
+    posterior means or the most probable category. filled_draws.csv has all draws in the long form
+    of R's mice: .imp is 0 for the table with holes and 1, 2, ... for the draws, and .id is the
+    row. filled_cells.csv has a line for each cell that was empty: its mean, its interval, and the
+    effective sample size and the Pareto k of its row. Other data are written as one .npz file.
+
+    Parameters
+    ----------
+    data
+        Data with missing entries, a name or a file, as for train. The default is the data of
+        training.
+    part
+        Part of the data: train, validation, test or all (the default).
+    out
+        File to write. The default is filled.csv in the run folder for a table, and filled.npz for
+        other data.
+    draws
+        Number of draws of each missing entry.
+    num_samples
+        Importance samples of each row.
+    level
+        Probability of the intervals.
+    seed
+        Random seed.
+    """
+    from pyro_vae.inference import imputation
+
+    require_positive("draws", draws)
+    pair, loaded, given = open_run(run, data, None, model)
+    split = chosen_part(loaded, data, part or "all")
+    found = imputation.impute(
+        pair,
+        split.x,
+        *context_of(given, loaded, split),
+        draws=draws,
+        num_samples=num_samples,
+        binarize=binarize_of(given),
+        seed=seed,
+        progress=True,
+    )
+    path = out or run / f"filled{_usual(loaded)}"
+    if loaded.table is None:
+        low, high = found.interval(level)
+        arrays = {"mean": found.mean, "draws": found.draws, "missing": found.missing}
+        arrays |= {"low": low, "high": high, "pareto_k": found.pareto_k}
+        arrays |= {"effective_sample_size": found.effective_sample_size}
+        arrays |= {} if split.rows is None else {"rows": split.rows}
+        print(_npz({name: value.numpy() for name, value in arrays.items()}, path))
+    else:
+        for file, table in _imputed_tables(loaded, split, found, level).items():
+            print(written(table, path.with_name(f"{path.stem}{file}{path.suffix}")))
+    print(found)
+
+
+def _imputed_tables(
+    data: "Data", split: "Split", found: "Imputation", level: float
+) -> dict[str, Any]:
+    """The filled table, its draws in long form, and the cells, by the end of the file's name."""
+    assert split.rows is not None
+    table = data.table.rows(split.rows)
+    return {
+        "": table.filled(found.mean),
+        "_draws": table.long(found.draws),
+        "_cells": table.cells(found, level),
+    }
+
+
+@app.command
+def encode(
+    run: RunFolder,
+    *,
+    data: str | None = None,
+    part: str | None = None,
+    out: Path | None = None,
+    model: UserClass = None,
+) -> None:
+    """Encode data; write posterior means and scales of each latent site, labels and row ids.
+
+    Parameters
+    ----------
+    data
+        Data to use instead of those of training: a name or a file, as for train.
+    part
+        Part of the data: train, validation, test or all. The default is test, or all with --data.
+    out
+        File to write: .npz, .csv, .parquet or .feather. The default is codes.npz in the run folder.
+    """
+    from pyro_vae.inference import encoding
+
+    pair, loaded, given = open_run(run, data, None, model)
+    split = chosen_part(loaded, data, part)
+    context = context_of(given, loaded, split)
+    arrays: dict[str, Any] = {}
+    for what in ("mean", "scale"):
+        codes = encoding.encode(pair, split.x, *context, what=what, binarize=binarize_of(given))
+        arrays |= {f"{name}_{what}": code.cpu().numpy() for name, code in codes.items()}
+    if split.labels is not None:
+        arrays["labels"] = split.labels.numpy()
+    path = out or run / "codes.npz"
+    if path.suffix == ".npz":
+        print(_npz(_npz_ids(loaded, split) | arrays, path))
+        return
+    columns: dict[str, Any] = ids_of(loaded, split)
+    for name, array in arrays.items():
+        flat = array.reshape(len(array), -1)
+        units = [name] if flat.shape[1] == 1 else [f"{name}_{j}" for j in range(flat.shape[1])]
+        columns |= {unit: flat[:, j].tolist() for j, unit in enumerate(units)}
+    print(written(columns, path))
+
+
+def chosen_part(data: "Data", other: str | None, part: str | None) -> "Split":
+    """The rows of a command: a part in the order of the file, the test rows or all by default."""
+    from pyro_vae.data.split import part_of
+
+    return part_of(data, part or ("test" if other is None else "all"))
+
+
+def ids_of(data: "Data", split: "Split") -> dict[str, list[Any]]:
+    """The row ids of a split: those of the table, or the numbers of the rows."""
+    if split.rows is None:
+        return {"row": list(range(len(split.x)))}
+    rows = split.rows.tolist()
+    if data.table is None:
+        return {"row": rows}
+    ids = data.table.ids
+    return {data.table.id_name: [ids[row] for row in rows]}
+
+
+def _npz_ids(data: "Data", split: "Split") -> dict[str, Any]:
+    import numpy as np
+
+    ((_, ids),) = ids_of(data, split).items()
+    return {"rows": np.array(ids)}
+
+
+def names_of(data: "Data") -> list[str]:
+    """The name of each entry of a datum: those of the columns, or indices."""
+    if data.table is not None:
+        return list(data.table.schema.names)
+    from itertools import product
+
+    return [",".join(map(str, index)) for index in product(*map(range, data.shape))]
+
+
+def written(table: Any, path: Path) -> Path:
+    """Write columns or an Arrow table to a file; raise `UsageError` for an unknown ending."""
+    from pyro_vae.data.table_files import arrow
+    from pyro_vae.runs.tables import write_table
+
+    if isinstance(table, dict):
+        if path.suffix == ".npz":
+            import numpy as np
+
+            return _npz({name: np.array(values) for name, values in table.items()}, path)
+        table = arrow().table(table)
+    write_table(table, path)
+    return path
+
+
+def _npz(arrays: dict[str, Any], path: Path) -> Path:
+    import io
+
+    import numpy as np
+
+    from pyro_vae.runs.files import atomic
+
+    if path.suffix != ".npz":
+        raise UsageError(
+            f"must end in .npz for data that are not a table, got {path}", argument="out"
+        )
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    with atomic(path) as file:
+        file.write(buffer.getvalue())
+    return path
+
+
+def _usual(data: "Data") -> str:
+    return ".npz" if data.table is None else ".csv"
+
+
+def as_frame(data: "Data", x: "Tensor", split: "Split | None" = None) -> Any:
+    """Rows as an Arrow table in the form of the data, with the ids of a split."""
+    if split is None:
+        return data.table.frame(x)
+    ((_, ids),) = ids_of(data, split).items()
+    return data.table.frame(x, ids)

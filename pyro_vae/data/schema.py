@@ -1,0 +1,209 @@
+"""The schema of a table: what each column holds, and what it is used for."""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from pyro_vae.errors import UsageError, first_line, nearest
+from pyro_vae.parts.columns import CODED, NUMERIC, Columns
+
+Value: TypeAlias = "str | int | float | bool"
+
+KINDS = (*NUMERIC, *CODED)
+
+ROLES = ("data", "ignored", "label", "context", "row id", "group", "split")
+
+SCHEMA = "schema.toml"
+"""The name of the file in a run folder."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table."""
+
+    name: str
+    kind: str = "continuous"
+    """continuous, positive, count, binary, categorical or ordinal."""
+    categories: tuple[Value, ...] = ()
+    """The categories in the order of their codes 0, 1, ...; empty for numbers."""
+    role: str = "data"
+    """data, ignored, label, context, row id, group or split."""
+    why: str = ""
+    """Why the role was inferred, if it is ignored."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UsageError(
+                f"column '{self.name}' has an unknown kind '{self.kind}'; "
+                f"{nearest(self.kind, KINDS)}"
+            )
+        if self.role not in ROLES:
+            raise UsageError(
+                f"column '{self.name}' has an unknown role '{self.role}'; "
+                f"{nearest(self.role, ROLES)}"
+            )
+
+    @property
+    def coded(self) -> bool:
+        """Whether the column holds categories."""
+        return self.kind in CODED
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The columns of a table, in order.
+
+    >>> schema = Schema((Column("age", "count"), Column("sex", "binary", ("f", "m"))))
+    >>> print(schema)
+    column  kind    role  categories
+    age     count   data
+    sex     binary  data  f, m
+    """
+
+    columns: tuple[Column, ...]
+
+    def of(self, role: str) -> tuple[Column, ...]:
+        """The columns of a role."""
+        return tuple(column for column in self.columns if column.role == role)
+
+    def one(self, role: str) -> Column | None:
+        """The column of a role that at most one column has."""
+        found = self.of(role)
+        if len(found) > 1:
+            names = ", ".join(column.name for column in found)
+            raise UsageError(f"only one column can have the role '{role}', got {names}")
+        return found[0] if found else None
+
+    @property
+    def data(self) -> tuple[Column, ...]:
+        """The columns that the pair models."""
+        return self.of("data")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the columns that the pair models."""
+        return tuple(column.name for column in self.data)
+
+    def likelihood(self, x: Tensor, robust: bool = True) -> Columns:
+        """The likelihood of these columns, standardized by rows (n, columns)."""
+        levels = [len(column.categories) for column in self.data]
+        return Columns([column.kind for column in self.data], levels, robust).standardize(x)
+
+    def changed(self, columns: Mapping[str, Any]) -> "Schema":
+        """The schema with other kinds, roles or categories of some columns.
+
+        Arguments:
+            columns: a kind, a role, or a mapping with ``kind``, ``role`` and ``categories``, by
+                the name of the column.
+
+        Raises `UsageError` for a column that the table does not have.
+        """
+        known = {column.name: column for column in self.columns}
+        for name, change in columns.items():
+            if name not in known:
+                raise UsageError(
+                    f"the schema names a column '{name}', which the table does not have; "
+                    f"{nearest(name, list(known))}"
+                )
+            known[name] = _changed(known[name], change)
+        return Schema(tuple(known.values()))
+
+    def to_toml(self) -> str:
+        """The schema as TOML, which `read_schema` and ``--columns`` take."""
+        return "\n".join(_toml(column) for column in self.columns)
+
+    def __str__(self) -> str:
+        rows = [("column", "kind", "role", "categories")]
+        for column in self.columns:
+            words = ", ".join(map(str, column.categories[:6]))
+            words += ", ..." if len(column.categories) > 6 else ""
+            kind = column.kind if column.role in ("data", "context", "label") else ""
+            rows.append((column.name, kind, column.role, column.why or words))
+        widths = [max(len(row[i]) for row in rows) + 2 for i in range(3)]
+        lines = [
+            "".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)) + row[3]
+            for row in rows
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def read_schema(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Read the changes of a schema from a TOML file with a table ``[columns.NAME]`` by column.
+
+    Raises `UsageError` for a file that cannot be read or has other entries.
+    """
+    path = Path(path)
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML ({first_line(error)})") from error
+    columns = found.get("columns")
+    if not isinstance(columns, dict) or not all(isinstance(c, dict) for c in columns.values()):
+        raise UsageError(f"{path} must have a table [columns.NAME] for each column that it changes")
+    for name, change in columns.items():
+        _require_keys(name, change)
+    return columns
+
+
+def stored_schema(path: Path) -> Schema:
+    """Read the whole schema that `Schema.to_toml` wrote."""
+    columns = read_schema(path)
+    return Schema(tuple(_changed(Column(name), change) for name, change in columns.items()))
+
+
+def _changed(column: Column, change: Any) -> Column:
+    if isinstance(change, str):
+        if change in ROLES:
+            return replace(column, role=change, why="")
+        return _of_kind(replace(column, role="data", why=""), change)
+    if not isinstance(change, Mapping):
+        raise UsageError(
+            f"column '{column.name}' must be changed by a kind, a role or a mapping, got {change!r}"
+        )
+    _require_keys(column.name, change)
+    if "role" in change:
+        column = replace(column, role=change["role"], why="")
+    elif column.role == "ignored":
+        column = replace(column, role="data", why="")
+    if "kind" in change:
+        column = _of_kind(column, change["kind"])
+    if "categories" in change:
+        column = replace(column, categories=_categories(column.name, change["categories"]))
+    return column
+
+
+def _of_kind(column: Column, kind: str) -> Column:
+    """The column with another kind; numbers have no categories."""
+    return replace(column, kind=kind, categories=column.categories if kind in CODED else ())
+
+
+def _categories(name: str, given: Any) -> tuple[Value, ...]:
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise UsageError(f"the categories of column '{name}' must be a list, got {given!r}")
+    if len(set(given)) != len(given) or len(given) < 2:
+        raise UsageError(
+            f"column '{name}' needs at least 2 different categories, got {list(given)!r}"
+        )
+    return tuple(given)
+
+
+def _require_keys(name: str, change: Mapping[str, Any]) -> None:
+    for key in change:
+        if key not in ("kind", "role", "categories"):
+            known = nearest(key, ("kind", "role", "categories"))
+            raise UsageError(f"column '{name}' has an unknown entry '{key}'; {known}")
+
+
+def _toml(column: Column) -> str:
+    lines = [f"[columns.{json.dumps(column.name)}]", f'kind = "{column.kind}"']
+    lines.append(f'role = "{column.role}"')
+    if column.categories:
+        lines.append(f"categories = {json.dumps(list(column.categories))}")
+    return "\n".join(lines) + "\n"

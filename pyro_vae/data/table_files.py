@@ -1,0 +1,96 @@
+"""Read tables with Arrow: CSV, Parquet and Feather files, and data frames."""
+
+import io
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pyro_vae.errors import UsageError, first_line
+
+FILES = (".csv", ".tsv", ".parquet", ".feather", ".arrow")
+"""The endings of files that hold tables."""
+
+MISSING = ("", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "#N/A", "?")
+"""The words of a CSV file that mark a missing entry."""
+
+
+_PANDAS = {"__index_level_0__": "index"}
+
+
+def arrow(module: str = "pyarrow") -> Any:
+    """Import Arrow; raise `UsageError` if it is not installed."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UsageError(
+            "tables need pyarrow, which is not installed; run pip install 'pyro-vae[tables]'"
+        ) from error
+
+
+def is_frame(value: Any) -> bool:
+    """Whether a value is a data frame: it exports itself by the Arrow PyCapsule protocol."""
+    return hasattr(value, "__arrow_c_stream__")
+
+
+def arrow_table(source: Any) -> Any:
+    """An Arrow table from a file or a data frame; dictionaries and chunks are resolved.
+
+    Raises `UsageError` for a file that cannot be read, and for a table without rows or with two
+    columns of one name.
+    """
+    pa = arrow()
+    table = pa.table(source) if is_frame(source) or isinstance(source, Mapping) else _read(source)
+    # The index of a pandas frame, if it has no name.
+    table = table.rename_columns([_PANDAS.get(name, name) for name in table.column_names])
+    what = "the table" if is_frame(source) or isinstance(source, Mapping) else str(source)
+    names = table.column_names
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"{what} has {names.count(name)} columns of the name '{name}'")
+    if not names or not table.num_rows:
+        raise UsageError(f"{what} has no rows")
+    return table.combine_chunks()
+
+
+def _read(source: Any) -> Any:
+    path = Path(source)
+    if path.suffix not in FILES:
+        raise UsageError(f"{path} must be one of {', '.join(FILES)}")
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    pa = arrow()
+    try:
+        if path.suffix in (".csv", ".tsv"):
+            return _read_csv(path)
+        if path.suffix == ".parquet":
+            return arrow("pyarrow.parquet").read_table(path)
+        return arrow("pyarrow.feather").read_table(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        words = first_line(error)[:120]
+        if "UTF8" in str(error) or "UTF-8" in str(error):
+            words = f"it is not UTF-8; convert it with iconv -f LATIN1 -t UTF-8: {words}"
+        raise UsageError(f"{path} cannot be read as a {path.suffix} table ({words})") from error
+
+
+def _read_csv(path: Path) -> Any:
+    csv = arrow("pyarrow.csv")
+    own = "\t" if path.suffix == ".tsv" else ","
+    table = csv.read_csv(
+        io.BytesIO(path.read_bytes()),
+        parse_options=csv.ParseOptions(delimiter=own, newlines_in_values=True),
+        convert_options=csv.ConvertOptions(null_values=list(MISSING), strings_can_be_null=True),
+    )
+    header = table.column_names
+    for other in (";", "\t", "|", ","):
+        if len(header) == 1 and other != own and other in header[0]:
+            raise UsageError(
+                f"{path} has one column, '{header[0][:60]}', so its delimiter is probably "
+                f"{other!r}: write it with {own!r}"
+            )
+    return table
+
+
+def columns_of(names: Sequence[str], values: Sequence[Any]) -> Any:
+    """An Arrow table of columns."""
+    return arrow().table(dict(zip(names, values, strict=True)))

@@ -1,0 +1,400 @@
+"""Tables: rows of columns of several kinds, with missing entries, row ids, and the way back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.data.infer_schema import infer_schema
+from pyro_vae.data.schema import Column, Schema, read_schema
+from pyro_vae.data.split import Data, Split, taken, three_ways
+from pyro_vae.data.table_files import arrow, arrow_table
+from pyro_vae.errors import UsageError, nearest
+
+PARTS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
+PARTS |= {"val": "validation", "test": "test"}
+"""The words of a column with the role split."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as tensors, and what is needed to return results in its form."""
+
+    name: str
+    schema: Schema
+    x: Tensor
+    """The data columns, float64 (n, columns): numbers, and codes of categories; NaN is missing."""
+    source: Any
+    """The Arrow table."""
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def ids(self) -> tuple[Any, ...]:
+        """The row ids; row numbers from 0 if no column has the role row id."""
+        column = self.schema.one("row id")
+        return tuple(range(len(self))) if column is None else tuple(self._values(column))
+
+    @property
+    def id_name(self) -> str:
+        """The name of the column of row ids."""
+        column = self.schema.one("row id")
+        return "row" if column is None else column.name
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The codes of the label column, integers (n,), -1 where missing; None without one."""
+        column = self.schema.one("label")
+        if column is None:
+            return None
+        return torch.from_numpy(_codes(column, self._values(column))).nan_to_num(nan=-1).long()
+
+    @property
+    def context(self) -> Tensor | None:
+        """The context columns as floats (n, width): numbers, and one-hot rows of categories."""
+        columns = self.schema.of("context")
+        return torch.cat([self._context(c) for c in columns], 1).float() if columns else None
+
+    def _values(self, column: Column) -> list[Any]:
+        return _plain(self.source[column.name])
+
+    def _context(self, column: Column) -> Tensor:
+        values = torch.from_numpy(_encoded(column, self._values(column)))
+        if bool(values.isnan().any()):
+            row = int(values.isnan().nonzero()[0])
+            raise UsageError(
+                f"context column '{column.name}' is empty in row {row}: only data columns can "
+                "have missing entries"
+            )
+        if not column.coded:
+            return values[:, None]
+        return torch.nn.functional.one_hot(values.long(), len(column.categories)).double()
+
+    def split(self) -> Data:
+        """Training, validation and test data: by the split column, or 70 : 10 : 20 at random.
+
+        Rows of one group are in the same part.
+        """
+        whole = Split(self.x, self.labels, self.context, rows=torch.arange(len(self)))
+        of_split = self.schema.one("split")
+        if of_split is not None:
+            parts = _named_parts(of_split, self._values(of_split))
+        elif (group := self.schema.one("group")) is not None:
+            parts = _grouped_parts(group, self._values(group))
+        else:
+            data = three_ways(self.name, whole)
+            return Data(self.name, data.train, data.validation, data.test, table=self)
+        found = [
+            taken(whole, torch.from_numpy(np.flatnonzero(parts == name)))
+            for name in ("train", "validation", "test")
+        ]
+        for name, part in zip(("train", "validation", "test"), found, strict=True):
+            if not len(part.x):
+                raise UsageError(f"{self.name} has no {name} rows")
+        return Data(self.name, found[0], found[1], found[2], table=self)
+
+    def frame(self, x: Tensor, ids: Sequence[Any] | None = None) -> Any:
+        """Rows (n, columns) as an Arrow table with the names, kinds and categories of the data.
+
+        Arguments:
+            x: numbers and codes; NaN becomes a missing entry.
+            ids: the row ids, which become the first column.
+        """
+        return frame_of(self.schema, x, self.id_name, ids, self._types())
+
+    def filled(self, x: Tensor) -> Any:
+        """The table with its missing entries taken from x; all other cells are as they were."""
+        table, rows = self.source, torch.isnan(self.x)
+        made = self.frame(x)
+        for j, column in enumerate(self.schema.data):
+            holes = rows[:, j].numpy()
+            if not holes.any():
+                continue
+            old, new = self._values(column), made[column.name].to_pylist()
+            merged = [b if hole else a for a, b, hole in zip(old, new, holes, strict=True)]
+            at = table.column_names.index(column.name)
+            table = table.set_column(at, column.name, _array(merged, self._types()[column.name]))
+        return table
+
+    def rows(self, index: Tensor) -> "Table":
+        """These rows of the table, in this order."""
+        return Table(self.name, self.schema, self.x[index], self.source.take(index.numpy()))
+
+    def long(self, draws: Tensor) -> Any:
+        """The table and its draws (draws, n, columns) below each other, as R's mice expects them.
+
+        ``.imp`` is 0 for the table with its holes, and 1, 2, ... for the draws; ``.id`` is the row,
+        from 1. `mice::as.mids` reads this form, and so do groups of `.imp` in statsmodels.
+        """
+        pa, n = arrow(), len(self)
+        copies = [self.source, *(self.filled(draw) for draw in draws)]
+        whole = pa.concat_tables(copies, promote_options="permissive")
+        number = pa.array(np.repeat(np.arange(len(copies)), n))
+        return whole.add_column(
+            0, ".id", pa.array(np.tile(np.arange(1, n + 1), len(copies)))
+        ).add_column(0, ".imp", number)
+
+    def cells(self, found: Any, level: float) -> Any:
+        """A line for each missing cell: the row, the column, the value, its interval, reliability.
+
+        Arguments:
+            found: the `pyro_vae.inference.imputation.Imputation` of the rows of this table.
+            level: the probability of the intervals; categories have none.
+        """
+        low, high = found.interval(level)
+        values = {
+            column.name: self.frame(found.mean)[column.name].to_pylist()
+            for column in self.schema.data
+        }
+        at, columns, ids = found.missing.nonzero().tolist(), self.schema.data, self.ids
+        numeric = [not columns[j].coded for _, j in at]
+        return arrow().table(
+            {
+                self.id_name: [ids[i] for i, _ in at],
+                "column": [columns[j].name for _, j in at],
+                "value": [str(values[columns[j].name][i]) for i, j in at],
+                "low": [
+                    low[i, j].item() if n else None for (i, j), n in zip(at, numeric, strict=True)
+                ],
+                "high": [
+                    high[i, j].item() if n else None for (i, j), n in zip(at, numeric, strict=True)
+                ],
+                "effective_sample_size": [found.effective_sample_size[i].item() for i, _ in at],
+                "pareto_k": [found.pareto_k[i].item() for i, _ in at],
+            }
+        )
+
+    def _types(self) -> dict[str, Any]:
+        """The Arrow type of each data column, without dictionaries."""
+        pa, found = arrow(), {}
+        for column in self.schema.data:
+            kind = self.source[column.name].type
+            found[column.name] = kind.value_type if pa.types.is_dictionary(kind) else kind
+        return found
+
+
+def read_table(
+    source: Any, columns: Mapping[str, Any] | str | Path | Schema | None = None
+) -> Table:
+    """Read a table from a file or a data frame, and infer what its columns hold.
+
+    Arguments:
+        source: a .csv, .tsv, .parquet, .feather or .arrow file; or a data frame that exports itself
+            to Arrow, as those of pandas and polars do; or a mapping from names to lists.
+        columns: changes of the inferred schema: a kind, a role, or a mapping with ``kind``,
+            ``role`` and ``categories``, by the name of the column (see `Schema.changed`); or the
+            path of a TOML file of such changes; or the whole `Schema` of another table, as of a
+            run.
+
+    The kinds are continuous, positive, count, binary, categorical and ordinal. The roles are data,
+    ignored, label, context, row id, group and split. Empty cells, NaN and nulls are missing
+    entries.
+
+    Raises `UsageError` for a table that cannot be read or modeled, with the column and the row.
+
+    >>> table = read_table({"age": [30.5, 41.0, None], "sex": ["f", "m", "f"]})
+    >>> table.x
+    tensor([[30.5000,  0.0000],
+            [41.0000,  1.0000],
+            [    nan,  0.0000]], dtype=torch.float64)
+    >>> table.schema.data[1].categories
+    ('f', 'm')
+    """
+    made = arrow_table(source)
+    name = Path(source).stem if isinstance(source, str | Path) else "table"
+    if isinstance(columns, Schema):
+        schema = _present(columns, made.column_names)
+    else:
+        changes = read_schema(columns) if isinstance(columns, str | Path) else columns or {}
+        schema = _inferred(made, changes)
+    for role in ("row id", "label", "group", "split"):
+        schema.one(role)
+    if not schema.data:
+        raise UsageError(f"{name} has no column with the role 'data'")
+    x = np.stack([_encoded(c, _plain(made[c.name])) for c in schema.data], 1)
+    empty = np.isnan(x).all(1)
+    if empty.any():
+        raise UsageError(f"row {int(empty.argmax())} of {name} has no observed entry: remove it")
+    return Table(name, schema, torch.from_numpy(x), made)
+
+
+def _inferred(table: Any, changes: Mapping[str, Any]) -> Schema:
+    """The schema of an Arrow table, whose ignored columns are not examined."""
+    names = table.column_names
+    plain = Schema(tuple(map(Column, names)))
+    told = dict(zip(names, plain.changed(changes).columns, strict=True))
+    roles = {name for name in changes if told[name].role not in ("data", "context", "label")}
+    examined = [name for name in names if name not in roles]
+    found = infer_schema(examined, [_plain(table[name]) for name in examined])
+    by_name = {
+        c.name: _of_dictionary(c, table.schema.field(c.name).type, table[c.name])
+        for c in found.columns
+    }
+    if any(told[name].role == "row id" for name in roles):
+        by_name = {key: _no_id(column) for key, column in by_name.items()}
+    schema = Schema(tuple(by_name.get(name) or told[name] for name in names))
+    changed = schema.changed({name: changes[name] for name in changes if name not in roles})
+    return Schema(tuple(_with_categories(c, table) for c in changed.columns))
+
+
+def _of_dictionary(column: Column, kind: Any, values: Any) -> Column:
+    """The categories of a dictionary column (a pandas category) in their own order."""
+    if not arrow().types.is_dictionary(kind) or column.role != "data" or not column.coded:
+        return column
+    categories = tuple(values.chunk(0).dictionary.to_pylist())
+    named = "ordinal" if kind.ordered else "binary" if len(categories) == 2 else "categorical"
+    return Column(column.name, named, categories)
+
+
+def _no_id(column: Column) -> Column:
+    if column.role != "row id":
+        return column
+    return Column(column.name, role="ignored", why="all values differ")
+
+
+def _with_categories(column: Column, table: Any) -> Column:
+    """The column with the categories of the data, if it holds categories and names none."""
+    label = column.role == "label" and not column.coded
+    if column.role not in ("data", "context", "label") or column.categories:
+        return column
+    if not (column.coded or label):
+        return column
+    values = sorted({value for value in _plain(table[column.name]) if value is not None})
+    if column.kind == "binary" and len(values) != 2:
+        raise UsageError(f"column '{column.name}' has {len(values)} values, so it is not binary")
+    kind = "categorical" if label else column.kind
+    return Column(column.name, kind, tuple(values), column.role)
+
+
+def _present(schema: Schema, names: Sequence[str]) -> Schema:
+    """The schema of a run for another table, which may lack labels, groups, ids and the split."""
+    for column in schema.columns:
+        if column.name not in names and column.role in ("data", "context"):
+            raise UsageError(
+                f"the table has no column '{column.name}', which the schema has as {column.role}; "
+                f"{nearest(column.name, list(names))}"
+            )
+    return Schema(tuple(column for column in schema.columns if column.name in names))
+
+
+def _plain(column: Any) -> list[Any]:
+    """The values of an Arrow column as Python values, with None for nulls and NaN."""
+    return [
+        None if value is None or (isinstance(value, float) and value != value) else value
+        for value in column.to_pylist()
+    ]
+
+
+def _encoded(column: Column, values: list[Any]) -> np.ndarray:
+    """Values as float64, codes for categories, NaN where missing, checked against the kind."""
+    if column.coded:
+        return _codes(column, values)
+    for row, value in enumerate(values):
+        if value is not None and (isinstance(value, str) or not np.isfinite(value)):
+            raise UsageError(
+                f"column '{column.name}' is {column.kind} but holds {value!r} in row {row}"
+            )
+    numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
+    wrong = np.zeros(len(numbers), bool)
+    if column.kind == "positive":
+        wrong = numbers <= 0
+    elif column.kind == "count":
+        wrong = (numbers < 0) | (np.floor(numbers) != numbers) & ~np.isnan(numbers)
+    if wrong.any():
+        row = int(wrong.argmax())
+        needs = "numbers above 0" if column.kind == "positive" else "whole numbers from 0"
+        raise UsageError(
+            f"column '{column.name}' is {column.kind}, which needs {needs}, but holds "
+            f"{numbers[row]:g} in row {row}"
+        )
+    return numbers
+
+
+def _codes(column: Column, values: list[Any]) -> np.ndarray:
+    codes = {category: float(code) for code, category in enumerate(column.categories)}
+    found = np.full(len(values), np.nan)
+    for row, value in enumerate(values):
+        if value is None:
+            continue
+        if value not in codes:
+            known = ", ".join(map(str, column.categories[:8]))
+            raise UsageError(
+                f"column '{column.name}' holds {value!r} in row {row}, which is not one of its "
+                f"categories: {known}"
+            )
+        found[row] = codes[value]
+    return found
+
+
+def frame_of(
+    schema: Schema,
+    x: Tensor,
+    id_name: str = "row",
+    ids: Sequence[Any] | None = None,
+    types: Mapping[str, Any] | None = None,
+) -> Any:
+    """Rows (n, columns) of a schema as an Arrow table; see `Table.frame`."""
+    columns: dict[str, Any] = {} if ids is None else {id_name: list(ids)}
+    for j, column in enumerate(schema.data):
+        numbers: list[Any] = [None if value != value else value for value in x[:, j].tolist()]
+        if column.coded:
+            numbers = [None if code is None else column.categories[round(code)] for code in numbers]
+        elif column.kind == "count":
+            numbers = [None if value is None else _whole(value) for value in numbers]
+        columns[column.name] = _array(numbers, (types or {}).get(column.name))
+    return arrow().table(columns)
+
+
+def _whole(value: float) -> int | float:
+    """A count as a whole number; the mean of counts may be another number."""
+    return int(value) if value == int(value) else value
+
+
+def _array(values: list[Any], kind: Any) -> Any:
+    """An Arrow array of this type, or of the type of the values if they do not fit into it."""
+    pa = arrow()
+    try:
+        return pa.array(values, type=kind)
+    except (pa.ArrowException, TypeError, ValueError):
+        return pa.array(values)
+
+
+def _named_parts(column: Column, values: list[Any]) -> np.ndarray:
+    found = [PARTS.get(str(value).strip().lower(), "") for value in values]
+    if "" in found:
+        row = found.index("")
+        raise UsageError(
+            f"split column '{column.name}' must hold train, validation or test, got "
+            f"{values[row]!r} in row {row}"
+        )
+    return np.array(found)
+
+
+def _grouped_parts(column: Column, values: list[Any]) -> np.ndarray:
+    """A part for each row: groups in random order fill test, validation and training in turn."""
+    groups: dict[Any, list[int]] = {}
+    for row, value in enumerate(values):
+        if value is None:
+            raise UsageError(f"group column '{column.name}' is empty in row {row}")
+        groups.setdefault(value, []).append(row)
+    if len(groups) < 3:
+        raise UsageError(
+            f"group column '{column.name}' has {len(groups)} groups; three parts need 3"
+        )
+    order = np.random.default_rng(0).permutation(len(groups))
+    found = np.full(len(values), "train", dtype=object)
+    rows, members = 0, list(groups.values())
+    for place, at in enumerate(order):
+        left = len(order) - place
+        share = rows / len(values)
+        part = "test" if share < 0.2 and left > 2 else "validation" if share < 0.3 else "train"
+        if part == "validation" and left == 1:
+            part = "train"
+        found[members[at]] = part
+        rows += len(members[at])
+    return found

@@ -1,0 +1,83 @@
+"""Draws of the latents with importance weights: what imputation and scores by entry start from."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.errors import UsageError
+from pyro_vae.inference.importance import CELLS
+from pyro_vae.inference.pareto import LEAST, pareto_shape
+from pyro_vae.inference.passes import summed_out
+from pyro_vae.pairs import enumeration
+from pyro_vae.pairs.guide import trace_guide
+from pyro_vae.pairs.pair import Batch
+from pyro_vae.pairs.places import is_local
+from pyro_vae.pairs.sites import data_first, latents
+from pyro_vae.pairs.weights import log_weights_alone, structure
+
+
+class Weighted(NamedTuple):
+    """K draws of the latents of n rows, whose weights are p(x, z) / q(z | x)."""
+
+    batch: Batch
+    """The rows, repeated: row i of draw k is row k n + i."""
+    values: dict[str, Tensor]
+    """The draws by latent site; those of local latents have the K n rows first."""
+    log_weights: Tensor
+    """Of shape (K, n), in float64."""
+
+    @property
+    def shares(self) -> Tensor:
+        """The weights of a row, divided by their sum, (K, n)."""
+        return self.log_weights.softmax(0)
+
+    @property
+    def effective_sample_size(self) -> Tensor:
+        """(sum w)^2 / sum w^2, (n,)."""
+        return 1 / self.shares.square().sum(0)
+
+    @property
+    def pareto_k(self) -> Tensor:
+        """The Pareto shape of the tail of each row's weights, (n,); 0 for constant weights."""
+        spread = self.log_weights.amax(0) - self.log_weights.amin(0)
+        size = self.log_weights.abs().amax(0).clamp(min=1)
+        constant = spread <= 100 * torch.finfo(self.batch[0].dtype).eps * size
+        return torch.where(constant, 0.0, pareto_shape(self.log_weights.T))
+
+
+def require_samples(num_samples: int) -> None:
+    if num_samples < LEAST:
+        raise UsageError(
+            f"must be at least {LEAST}, which Pareto k needs, got {num_samples}",
+            argument="num_samples",
+        )
+
+
+def weighted_parts(pair: nn.Module, batch: Batch, num_samples: int) -> Iterator[Weighted]:
+    """Weighted draws of a prepared batch, some rows at a time.
+
+    The rows are repeated, because not every pair broadcasts over a plate of samples. Call this
+    inside `pyro_vae.pairs.scope.using`.
+    """
+    nesting, _, widest = structure(pair, tuple(tensor[:2] for tensor in batch))
+    rows = max(1, CELLS // (max(widest, batch[0][:1].numel()) * num_samples))
+    for part in zip(*(tensor.split(rows) for tensor in batch), strict=True):
+        yield weighted(pair, part, num_samples, nesting)
+
+
+def weighted(pair: nn.Module, batch: Batch, num_samples: int, nesting: int) -> Weighted:
+    """Draws of the guide and their weights, for all rows of a batch at once."""
+    many = tuple(tensor.repeat(num_samples, *[1] * (tensor.dim() - 1)) for tensor in batch)
+    guide = trace_guide(pair, many)
+    summed = enumeration.to_enumerate(guide)
+    drawn: dict[str, Any] = {k: site for k, site in latents(guide).items() if k not in summed}
+    given = {name: site["value"] for name, site in drawn.items()}
+    log_weights = log_weights_alone(pair, many, nesting, given).double()
+    values = {
+        name: data_first(site["value"], site) if is_local(site) else site["value"]
+        for name, site in latents(guide).items()
+    }
+    values |= summed_out(pair, many, guide, means=False)
+    return Weighted(many, values, log_weights.reshape(num_samples, -1))

@@ -1,0 +1,371 @@
+"""The likelihood of a row of a table: a part for each column, and what the encoder sees of it."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_vae.errors import UsageError
+from pyro_vae.parts.distributions import ExactNegativeBinomial, LevelCategorical
+from pyro_vae.parts.factors import Family, bounded_scale, unbounded_scale
+from pyro_vae.parts.missing import PartlyObserved
+from pyro_vae.parts.networks import Shape
+
+NUMERIC = ("continuous", "positive", "count")
+"""Kinds of columns that hold numbers."""
+
+CODED = ("binary", "categorical", "ordinal")
+"""Kinds of columns that hold codes 0, 1, ... of categories."""
+
+
+class Columns(Family):
+    r"""The likelihood of a row of a table, :math:`p(x|z) = \prod_j p_j(x_j|z)`, by column.
+
+    ============ ==================================================== =======
+    kind         :math:`p_j(x_j|z)`                                   outputs
+    ============ ==================================================== =======
+    continuous   Student-t, or a normal with ``robust=False``         3 or 2
+    positive     log-normal                                           2
+    count        negative binomial                                    2
+    binary       Bernoulli, over the codes 0 and 1                    1
+    categorical  categorical, over the codes 0 to levels - 1          levels
+    ordinal      ordered logistic: :math:`P(x_j \le k) =              1
+                 \sigma(c_k - f)` with learned cutpoints :math:`c`
+    ============ ==================================================== =======
+
+    Arguments:
+        kinds: the kind of each column.
+        levels: the number of categories of each column; 0 for numbers.
+        robust: whether continuous columns are Student-t, with degrees of freedom predicted for each
+            entry, at least 2.1.
+        bounds: the smallest and the largest scale, in standard deviations of the column.
+
+    NaN marks a missing entry, which does not contribute. The encoder sees the standardized numbers,
+    an embedding of each category (0 where missing), and the mask. `standardize` sets the constants,
+    which are buffers of the family, so a loaded pair takes raw rows. Densities are in the units of
+    the data. The stand-in of a category's mean is its mode.
+
+    Raises `UsageError` for unknown kinds, and for levels that do not fit the kinds.
+
+    >>> likelihood = Columns(["continuous", "categorical"], [0, 3])
+    >>> x = torch.tensor([[40.0, 2.0], [60.0, torch.nan]])
+    >>> likelihood.standardize(x).center
+    tensor([50.,  0.])
+    >>> fn = likelihood(torch.zeros(2, 6), (2,))
+    >>> fn.base_dist.log_prob(x)
+    tensor([[-3.7707, -1.0986],
+            [-3.7707,  0.0000]])
+    """
+
+    center: Tensor
+    spread: Tensor
+
+    def __init__(
+        self,
+        kinds: Sequence[str],
+        levels: Sequence[int],
+        robust: bool = True,
+        bounds: tuple[float, float] = (1e-2, 1e2),
+    ) -> None:
+        super().__init__()
+        _require_kinds(kinds, levels)
+        self.kinds, self.levels, self.robust = tuple(kinds), tuple(levels), robust
+        self.bounds = tuple(bounds)
+        self.register_buffer("center", torch.zeros(len(self.kinds)))
+        self.register_buffer("spread", torch.ones(len(self.kinds)))
+        steps = sum(self.levels[j] - 2 for j in self.of_kind("ordinal"))
+        firsts = len(self.of_kind("ordinal"))
+        # A cutpoint is the one before it plus softplus of a parameter; the first is free.
+        self.first_cutpoints = nn.Parameter(torch.full((firsts,), -1.0))
+        self.cutpoint_steps = nn.Parameter(torch.zeros(steps))
+
+    def of_kind(self, *kinds: str) -> list[int]:
+        """The indices of the columns of these kinds."""
+        return [j for j, kind in enumerate(self.kinds) if kind in kinds]
+
+    def standardize(self, x: Tensor) -> "Columns":
+        """Set the constants from rows (n, columns): mean and standard deviation of each column.
+
+        They are those of log x for positive columns, of log(1 + x) for counts, and 0 and 1 for
+        categories. Missing entries are left out. Returns the family.
+        """
+        seen = self.transformed(x.double())
+        center = seen.nanmean(0)
+        spread = (seen - center).square().nanmean(0).sqrt()
+        numeric = torch.tensor([kind in NUMERIC for kind in self.kinds])
+        usable = numeric & center.isfinite()
+        self.center.copy_(torch.where(usable, center, 0.0))
+        self.spread.copy_(torch.where(usable & (spread > 1e-12), spread, 1.0))
+        return self
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """Numbers on the scale where they are standardized; NaN remains NaN."""
+        kinds = self.kinds
+        logged = torch.tensor([kind == "positive" for kind in kinds], device=x.device)
+        counted = torch.tensor([kind == "count" for kind in kinds], device=x.device)
+        safe = torch.where(logged, x.clamp(min=1e-30), 1.0).log()
+        more = torch.where(counted, x.clamp(min=0), 0.0).log1p()
+        found = torch.where(logged, safe, torch.where(counted, more, x))
+        return torch.where(x.isnan(), torch.nan, found)
+
+    def view(self, shape: Shape) -> nn.Module | None:
+        self._require(shape)
+        return ColumnsView(self)
+
+    def outputs(self, shape: Shape) -> int:
+        self._require(shape)
+        return sum(self._widths())
+
+    def _widths(self) -> list[int]:
+        """The number of outputs of each column."""
+        known = {"continuous": 3 if self.robust else 2, "positive": 2, "count": 2}
+        known |= {"binary": 1, "ordinal": 1}
+        return [known.get(k, n) for k, n in zip(self.kinds, self.levels, strict=True)]
+
+    def _require(self, shape: Shape) -> None:
+        if tuple(shape) != (len(self.kinds),):
+            raise UsageError(
+                f"Columns has {len(self.kinds)} columns, so rows must have shape "
+                f"({len(self.kinds)},), got {tuple(shape)}"
+            )
+
+    def forward(self, raw: Tensor, shape: Shape) -> dist.TorchDistribution:
+        by_column = raw.split(self._widths(), -1)
+        makers = {
+            "continuous": self._continuous,
+            "positive": self._positive,
+            "count": self._counts,
+        }
+        parts: list[tuple[list[int], Any]] = []
+        for kind, make in makers.items():
+            if index := self.of_kind(kind):
+                outputs = torch.stack([by_column[j] for j in index], -2)
+                parts.append((index, make(outputs.unbind(-1), index)))
+        if index := self.of_kind(*CODED):
+            logits = [self._logits(j, by_column[j]) for j in index]
+            widest = max(self.levels[j] for j in index)
+            padded = [F.pad(one, (0, widest - one.shape[-1]), value=IMPOSSIBLE) for one in logits]
+            levels = torch.tensor([self.levels[j] for j in index], device=raw.device)
+            parts.append((index, _Codes(torch.stack(padded, -2), levels)))
+        return PartlyObserved(ByColumn(parts)).to_event(1)
+
+    def _scaled(self, raw: Tensor, index: list[int]) -> Tensor:
+        return bounded_scale(raw, *self.bounds) * self.spread[index]
+
+    def _continuous(self, raw: Sequence[Tensor], index: list[int]) -> Any:
+        loc, scale = raw[0] * self.spread[index] + self.center[index], self._scaled(raw[1], index)
+        if not self.robust:
+            return dist.Normal(loc, scale, validate_args=False)
+        start = unbounded_scale(8.0, 0.1, 1e3)  # a network output of 0 gives 10 degrees
+        freedom = 2 + bounded_scale(raw[2] + start, 0.1, 1e3)
+        return dist.StudentT(freedom, loc, scale, validate_args=False)
+
+    def _positive(self, raw: Sequence[Tensor], index: list[int]) -> Any:
+        loc, scale = raw[0] * self.spread[index] + self.center[index], self._scaled(raw[1], index)
+        return dist.LogNormal(loc, scale, validate_args=False)
+
+    def _counts(self, raw: Sequence[Tensor], index: list[int]) -> Any:
+        usual = torch.expm1(self.center[index]).clamp(min=0.1)
+        mean = bounded_scale(raw[0], 1e-6, 1e6) * usual
+        inverse = bounded_scale(raw[1], 1e-4, 1e4)
+        return ExactNegativeBinomial(
+            inverse, logits=mean.log() - inverse.log(), validate_args=False
+        )
+
+    def _logits(self, j: int, raw: Tensor) -> Tensor:
+        """Unnormalized log probabilities of the categories of a column, (..., levels)."""
+        if self.kinds[j] == "categorical":
+            return raw
+        if self.kinds[j] == "binary":
+            return torch.cat([torch.zeros_like(raw), raw], -1)
+        # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b))
+        below = self._cutpoints(j) - raw
+        inner = F.logsigmoid(below[..., 1:]) + F.logsigmoid(-below[..., :-1])
+        gaps = torch.log(-torch.expm1(below[..., :-1] - below[..., 1:]))
+        ends = F.logsigmoid(below[..., :1]), F.logsigmoid(-below[..., -1:])
+        return torch.cat([ends[0], inner + gaps, ends[1]], -1)
+
+    def _cutpoints(self, j: int) -> Tensor:
+        ordinal = self.of_kind("ordinal")
+        at = ordinal.index(j)
+        start = sum(self.levels[i] - 2 for i in ordinal[:at])
+        steps = F.softplus(self.cutpoint_steps[start : start + self.levels[j] - 2]) + 1e-3
+        return torch.cat([self.first_cutpoints[at : at + 1], steps]).cumsum(0)
+
+
+IMPOSSIBLE = -1e9
+"""The logit of a code that a column does not have, when columns with fewer codes are padded."""
+
+
+class ColumnsView(nn.Module):
+    """What the encoder sees of a row: standardized numbers, embeddings of categories, the mask.
+
+    Arguments:
+        columns: the likelihood, whose constants standardize the numbers.
+
+    >>> ColumnsView(Columns(["continuous", "binary"], [0, 2]))(torch.zeros(5, 2)).shape
+    torch.Size([5, 4])
+    """
+
+    columns: Columns
+
+    def __init__(self, columns: Columns) -> None:
+        super().__init__()
+        # PyroModule would give the family a second name; with torch's method it keeps its own.
+        nn.Module.add_module(self, "columns", columns)
+        self.embeddings = nn.ModuleList(
+            nn.Embedding(columns.levels[j], embedding_dim(columns.levels[j]))
+            for j in columns.of_kind(*CODED)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = self.columns
+        seen = ~x.isnan()
+        numbers = (columns.transformed(x) - columns.center) / columns.spread
+        numbers = torch.where(seen, numbers, 0.0)[..., columns.of_kind(*NUMERIC)]
+        found = [numbers]
+        for j, embedding in zip(columns.of_kind(*CODED), self.embeddings, strict=True):
+            code = torch.where(seen[..., j], x[..., j], 0.0).long()
+            code = code.clamp(0, columns.levels[j] - 1)  # a template may hold anything
+            found.append(embedding(code) * seen[..., j : j + 1])
+        return torch.cat([*found, seen.to(x.dtype)], -1)
+
+
+def embedding_dim(levels: int) -> int:
+    """The width of the embedding of a category: levels - 1 for a few levels, 16 at most."""
+    return min(16, max(1, levels - 1))
+
+
+class _Codes(LevelCategorical):
+    """Codes 0 to levels - 1 of categories, where columns have their own number of levels."""
+
+    def __init__(self, logits: Tensor, own: Tensor) -> None:
+        self.own = own
+        super().__init__(logits, whole=True)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "_Codes":
+        return _Codes(self.logits.expand(*batch_shape, self.levels), self.own)
+
+    def within(self, value: Tensor) -> Tensor:
+        return (value >= 0) & (value < self.own) & (value == value.round())
+
+
+class _ByColumn(constraints.Constraint):
+    """The support of `ByColumn`, checked entry by entry."""
+
+    is_discrete = False
+    event_dim = 0
+
+    def __init__(self, fn: "ByColumn") -> None:
+        self.fn = fn
+
+    def check(self, value: Tensor) -> Tensor:
+        return self.fn.gathered(
+            [
+                part.within(value[..., index])
+                if isinstance(part, _Codes)
+                else part.support.check(value[..., index])
+                for index, part in self.fn.parts
+            ]
+        )
+
+
+class ByColumn(dist.TorchDistribution):
+    """Independent columns of several families; the last batch dimension holds the columns.
+
+    Arguments:
+        parts: the indices of columns, and the distribution of these columns, of batch shape
+            (..., number of these columns).
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, parts: Sequence[tuple[list[int], Any]]) -> None:
+        self.parts = list(parts)
+        order = [j for index, _ in self.parts for j in index]
+        self.order = [order.index(j) for j in range(len(order))]
+        shape = torch.Size((*self.parts[0][1].batch_shape[:-1], len(order)))
+        super().__init__(shape, validate_args=False)
+
+    def gathered(self, values: Sequence[Tensor]) -> Tensor:
+        """The values of the parts, (..., columns of the part), in the order of the columns."""
+        together = values[0] if len(values) == 1 else torch.cat(list(values), -1)
+        return together if self.order == sorted(self.order) else together[..., self.order]
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        return all(part.has_rsample for _, part in self.parts)
+
+    @property
+    def stand_in(self) -> Tensor:
+        """A value inside the support of each column."""
+        like = self.parts[0][1]
+        device = getattr(like, "logits", getattr(like, "loc", None)).device  # type: ignore
+        inside = [
+            float(isinstance(part, dist.LogNormal)) for index, part in self.parts for _ in index
+        ]
+        return torch.tensor(inside, device=device)[self.order]
+
+    @constraints.dependent_property(is_discrete=False, event_dim=0)
+    def support(self) -> Any:
+        return _ByColumn(self)
+
+    @property
+    def mean(self) -> Tensor:
+        """The means of numbers, and NaN for categories, which have none."""
+        return self.gathered([part.mean for _, part in self.parts])
+
+    @property
+    def mode(self) -> Tensor:
+        """The modes of categories, and the means of numbers."""
+        return self.gathered(
+            [part.mode if isinstance(part, _Codes) else part.mean for _, part in self.parts]
+        )
+
+    @property
+    def variance(self) -> Tensor:
+        """The variances of numbers, and NaN for categories."""
+        return self.gathered(
+            [
+                torch.full_like(part.mean, torch.nan) if isinstance(part, _Codes) else part.variance
+                for _, part in self.parts
+            ]
+        )
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "ByColumn":
+        front = tuple(batch_shape)[:-1]
+        return ByColumn([(i, part.expand((*front, len(i)))) for i, part in self.parts])
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.gathered([part.log_prob(value[..., index]) for index, part in self.parts])
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        shape = torch.Size(sample_shape)
+        drawn = [part.sample(shape) for _, part in self.parts]
+        real = next((one.dtype for one in drawn if one.is_floating_point()), None)
+        real = real or torch.get_default_dtype()
+        return self.gathered([one.to(real) for one in drawn])
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = torch.Size(sample_shape)
+        return self.gathered([part.rsample(shape) for _, part in self.parts])
+
+
+def _require_kinds(kinds: Sequence[str], levels: Sequence[int]) -> None:
+    if not kinds:
+        raise UsageError("must name at least one column, got none", argument="kinds")
+    if len(kinds) != len(levels):
+        raise UsageError(f"got {len(kinds)} kinds but {len(levels)} levels; they must match")
+    for j, (kind, count) in enumerate(zip(kinds, levels, strict=True)):
+        if kind not in (*NUMERIC, *CODED):
+            raise UsageError(
+                f"the kind of column {j} must be one of {', '.join((*NUMERIC, *CODED))}, "
+                f"got '{kind}'"
+            )
+        least = {"binary": 2, "categorical": 2, "ordinal": 2}.get(kind, 0)
+        if count < least or (kind == "binary" and count != 2) or (kind in NUMERIC and count):
+            raise UsageError(f"column {j} is {kind}, so it cannot have {count} levels")

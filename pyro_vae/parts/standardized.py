@@ -1,0 +1,92 @@
+"""Standardization inside a likelihood: networks see standard units, densities have the data's."""
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import Independent
+
+from pyro_vae.errors import UsageError
+from pyro_vae.parts.factors import Family, made
+from pyro_vae.parts.networks import Shape
+
+
+class Standardized(Family):
+    r"""A `Gaussian` or `StudentT` in standard units, with densities in the units of the data.
+
+    :math:`p(x|z) = p_u\big((x - c)/s \,\big|\, z\big) / s`, where the constants c and s are
+    buffers. They are saved with the pair, so a loaded pair takes raw rows.
+
+    Arguments:
+        likelihood: the family of the standardized data, or its class.
+        data_shape: the shape of one datum.
+
+    Call `standardize` with the training data. The encoder sees :math:`(x - c)/s`.
+
+    >>> import torch, pyro_vae as pv
+    >>> x = torch.tensor([[100.0], [300.0]])
+    >>> likelihood = Standardized(pv.Gaussian(1.0), (1,)).standardize(x)
+    >>> likelihood(torch.zeros(1, 1), (1,)).mean
+    tensor([[200.]])
+    """
+
+    center: Tensor
+    spread: Tensor
+
+    def __init__(self, likelihood: Family | type[Family], data_shape: Shape) -> None:
+        super().__init__()
+        self.likelihood, self.data_shape = made(likelihood), tuple(data_shape)
+        self.register_buffer("center", torch.zeros(self.data_shape))
+        self.register_buffer("spread", torch.ones(self.data_shape))
+
+    def standardize(self, x: Tensor) -> "Standardized":
+        """Set c and s to the mean and the standard deviation of each entry of rows (n, ...).
+
+        Missing entries (NaN) are left out. A constant entry keeps s = 1. Returns the family.
+        """
+        x = x.double()
+        center = x.nanmean(0)
+        spread = (x - center).square().nanmean(0).sqrt()
+        self.center.copy_(center.nan_to_num(0.0))
+        self.spread.copy_(torch.where(spread > 1e-12, spread, 1.0))
+        return self
+
+    def view(self, shape: Shape) -> nn.Module | None:
+        return StandardUnits(self)
+
+    def outputs(self, shape: Shape) -> int:
+        return self.likelihood.outputs(shape)
+
+    def forward(self, raw: Tensor, shape: Shape) -> dist.TorchDistribution:
+        fn: Any = self.likelihood(raw, shape)
+        inner = fn.base_dist if isinstance(fn, Independent) else fn
+        if not isinstance(inner, (dist.Normal, dist.StudentT)):
+            raise UsageError(
+                f"Standardized needs a Gaussian or StudentT likelihood, got "
+                f"{type(self.likelihood).__name__}"
+            )
+        loc, scale = self.center + self.spread * inner.loc, self.spread * inner.scale
+        if isinstance(inner, dist.StudentT):
+            moved: Any = dist.StudentT(inner.df, loc, scale, validate_args=False)
+        else:
+            moved = dist.Normal(loc, scale, validate_args=False)
+        return moved.to_event(len(shape))
+
+
+class StandardUnits(nn.Module):
+    """The view of data in the standard units of a `Standardized` likelihood.
+
+    Arguments:
+        standardized: the likelihood, whose constants are used.
+    """
+
+    standardized: Standardized
+
+    def __init__(self, standardized: Standardized) -> None:
+        super().__init__()
+        # PyroModule would give the family a second name; with torch's method it keeps its own.
+        nn.Module.add_module(self, "standardized", standardized)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.standardized.center) / self.standardized.spread
