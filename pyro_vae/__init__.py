@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from pyro_vae.diagnostics.selftest import selftest as selftest
     from pyro_vae.diagnostics.uncertainty import uncertainty as uncertainty
     from pyro_vae.errors import UsageError as UsageError
+    from pyro_vae.estimators.density import VAEEstimator as VAEEstimator
+    from pyro_vae.estimators.imputer import VAEImputer as VAEImputer
     from pyro_vae.inference.annealing import anneal as anneal
     from pyro_vae.inference.annealing import sandwich as sandwich
     from pyro_vae.inference.encoding import encode as encode
