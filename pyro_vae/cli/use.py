@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-
 @app.command
 def sample(
     run: RunFolder,

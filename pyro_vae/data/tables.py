@@ -139,14 +139,14 @@ class Table:
             0, ".id", pa.array(np.tile(np.arange(1, n + 1), len(copies)))
         ).add_column(0, ".imp", number)
 
-    def cells(self, found: Any, level: float) -> Any:
+    def cells(self, found: Any) -> Any:
         """A line for each missing cell: the row, the column, the value, its interval, reliability.
 
         Arguments:
-            found: the `pyro_vae.inference.imputation.Imputation` of the rows of this table.
-            level: the probability of the intervals; categories have none.
+            found: the `pyro_vae.inference.imputation.Imputation` of the rows of this table, whose
+                intervals are left out for categories.
         """
-        low, high = found.interval(level)
+        low, high = found.low, found.high
         values = {
             column.name: self.frame(found.mean)[column.name].to_pylist()
             for column in self.schema.data
@@ -260,6 +260,10 @@ def _no_id(column: Column) -> Column:
 def _with_categories(column: Column, table: Any) -> Column:
     """The column with the categories of the data, if it holds categories and names none."""
     label = column.role == "label" and not column.coded
+    if column.kind == "binary" and len(column.categories) > 2:
+        raise UsageError(
+            f"column '{column.name}' has {len(column.categories)} values, so it is not binary"
+        )
     if column.role not in ("data", "context", "label") or column.categories:
         return column
     if not (column.coded or label):
