@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from pyro_vae.models.hierarchical import HierarchicalVAE as HierarchicalVAE
     from pyro_vae.models.hierarchical import TopDown as TopDown
     from pyro_vae.models.mixture import MixtureVAE as MixtureVAE
+    from pyro_vae.models.not_at_random import NotAtRandomVAE as NotAtRandomVAE
     from pyro_vae.models.semisupervised import SemiSupervisedVAE as SemiSupervisedVAE
     from pyro_vae.models.sequence import DeepMarkovModel as DeepMarkovModel
     from pyro_vae.models.vae import VAE as VAE

@@ -292,12 +292,11 @@ class Input:
         How gray intensities become binary for --likelihood bernoulli: drawn again at each visit
         (dynamic), drawn once (fixed), or not at all (none, which does not define a likelihood).
     columns
-        For a table: TOML file of changes of its schema, with a table [columns.NAME] for each column
-        to change and the entries kind, role and categories. schema.toml of a run is such a file.
+        For a table: TOML file with a table [columns.NAME] for each column to change, and the
+        entries kind, role and categories. schema.toml of a run is such a file.
     standardize
         Scale real-valued data inside the pair, by constants that are saved with it. The default is
-        yes for files of rows (n, d) with a Gaussian or Student-t likelihood, unless --scale is a
-        number. Columns of tables are always standardized.
+        yes for rows (n, d) with a Gaussian or Student-t likelihood, unless --scale is a number.
     length
         Maximum width of a row of text in characters, including the end symbol. Longer docstrings
         are left out; longer lines of a file are cut.

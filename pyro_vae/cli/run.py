@@ -49,7 +49,10 @@ def report_run(run: Path, pair: "nn.Module", data: "Data", given: dict[str, Any]
 
     x, context = test_part(data, given, 2000)
     labels = None if data.test.labels is None else data.test.labels[:2000]
-    write_report(run, pair, x, *context, labels=labels)
+    ids = None
+    if data.table is not None and data.test.rows is not None:
+        ids = [data.table.ids[row] for row in data.test.rows[:2000].tolist()]
+    write_report(run, pair, x, *context, labels=labels, ids=ids)
 
 
 def split_of(config: dict[str, Any]) -> dict[str, Any]:

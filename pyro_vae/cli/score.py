@@ -134,34 +134,32 @@ def impute(
         *context_of(given, loaded, split),
         draws=draws,
         num_samples=num_samples,
+        level=level,
         binarize=binarize_of(given),
         seed=seed,
         progress=True,
     )
     path = out or run / f"filled{_usual(loaded)}"
     if loaded.table is None:
-        low, high = found.interval(level)
         arrays = {"mean": found.mean, "draws": found.draws, "missing": found.missing}
-        arrays |= {"low": low, "high": high, "pareto_k": found.pareto_k}
+        arrays |= {"low": found.low, "high": found.high, "pareto_k": found.pareto_k}
         arrays |= {"effective_sample_size": found.effective_sample_size}
         arrays |= {} if split.rows is None else {"rows": split.rows}
         print(_npz({name: value.numpy() for name, value in arrays.items()}, path))
     else:
-        for file, table in _imputed_tables(loaded, split, found, level).items():
+        for file, table in _imputed_tables(loaded, split, found).items():
             print(written(table, path.with_name(f"{path.stem}{file}{path.suffix}")))
     print(found)
 
 
-def _imputed_tables(
-    data: "Data", split: "Split", found: "Imputation", level: float
-) -> dict[str, Any]:
+def _imputed_tables(data: "Data", split: "Split", found: "Imputation") -> dict[str, Any]:
     """The filled table, its draws in long form, and the cells, by the end of the file's name."""
     assert split.rows is not None
     table = data.table.rows(split.rows)
     return {
         "": table.filled(found.mean),
         "_draws": table.long(found.draws),
-        "_cells": table.cells(found, level),
+        "_cells": table.cells(found),
     }
 
 

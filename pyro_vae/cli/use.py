@@ -49,7 +49,7 @@ def sample(
     seed
         Random seed.
     """
-    from pyro_vae.data.tables import frame_of
+    from pyro_vae.data.table_values import frame_of
     from pyro_vae.inference import generation
 
     require_positive("num", num)

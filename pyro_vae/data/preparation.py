@@ -21,6 +21,7 @@ from pyro_vae.pairs.pair import Batch, Site, placement
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import x_site
+from pyro_vae.parts.missing import OrMissing
 
 BINARIZE = ("dynamic", "fixed", "none")
 
@@ -117,7 +118,7 @@ def _inside(pair: nn.Module, batch: Batch) -> Tensor:
 def _support(site: Site) -> Any:
     """The support of one element of a site."""
     support = site["fn"].support
-    while isinstance(support, constraints.independent):
+    while isinstance(support, (constraints.independent, OrMissing)):
         support = support.base_constraint
     return support
 

@@ -1,7 +1,7 @@
 """Read tables with Arrow: CSV, Parquet and Feather files, and data frames."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,10 @@ def _read(source: Any) -> Any:
         if path.suffix == ".parquet":
             return arrow("pyarrow.parquet").read_table(path)
         return arrow("pyarrow.feather").read_table(path)
+    except UsageError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         words = first_line(error)[:120]
-        if "UTF8" in str(error) or "UTF-8" in str(error):
-            words = f"it is not UTF-8; convert it with iconv -f LATIN1 -t UTF-8: {words}"
         raise UsageError(f"{path} cannot be read as a {path.suffix} table ({words})") from error
 
 
@@ -88,9 +88,6 @@ def _read_csv(path: Path) -> Any:
                 f"{path} has one column, '{header[0][:60]}', so its delimiter is probably "
                 f"{other!r}: write it with {own!r}"
             )
+    if "binary" in map(str, table.schema.types):
+        raise UsageError(f"{path}: it is not UTF-8; convert it with iconv -f LATIN1 -t UTF-8")
     return table
-
-
-def columns_of(names: Sequence[str], values: Sequence[Any]) -> Any:
-    """An Arrow table of columns."""
-    return arrow().table(dict(zip(names, values, strict=True)))

@@ -13,11 +13,16 @@ from pyro_vae.data.infer_schema import infer_schema
 from pyro_vae.data.schema import Column, Schema, read_schema
 from pyro_vae.data.split import Data, Split, taken, three_ways
 from pyro_vae.data.table_files import arrow, arrow_table
+from pyro_vae.data.table_values import (
+    array,
+    codes,
+    encoded,
+    frame_of,
+    grouped_parts,
+    named_parts,
+    plain,
+)
 from pyro_vae.errors import UsageError, nearest
-
-PARTS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
-PARTS |= {"val": "validation", "test": "test"}
-"""The words of a column with the role split."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Table:
         column = self.schema.one("label")
         if column is None:
             return None
-        return torch.from_numpy(_codes(column, self._values(column))).nan_to_num(nan=-1).long()
+        return torch.from_numpy(codes(column, self._values(column))).nan_to_num(nan=-1).long()
 
     @property
     def context(self) -> Tensor | None:
@@ -61,10 +66,10 @@ class Table:
         return torch.cat([self._context(c) for c in columns], 1).float() if columns else None
 
     def _values(self, column: Column) -> list[Any]:
-        return _plain(self.source[column.name])
+        return plain(self.source[column.name])
 
     def _context(self, column: Column) -> Tensor:
-        values = torch.from_numpy(_encoded(column, self._values(column)))
+        values = torch.from_numpy(encoded(column, self._values(column)))
         if bool(values.isnan().any()):
             row = int(values.isnan().nonzero()[0])
             raise UsageError(
@@ -83,9 +88,9 @@ class Table:
         whole = Split(self.x, self.labels, self.context, rows=torch.arange(len(self)))
         of_split = self.schema.one("split")
         if of_split is not None:
-            parts = _named_parts(of_split, self._values(of_split))
+            parts = named_parts(of_split, self._values(of_split))
         elif (group := self.schema.one("group")) is not None:
-            parts = _grouped_parts(group, self._values(group))
+            parts = grouped_parts(group, self._values(group))
         else:
             data = three_ways(self.name, whole)
             return Data(self.name, data.train, data.validation, data.test, table=self)
@@ -118,7 +123,7 @@ class Table:
             old, new = self._values(column), made[column.name].to_pylist()
             merged = [b if hole else a for a, b, hole in zip(old, new, holes, strict=True)]
             at = table.column_names.index(column.name)
-            table = table.set_column(at, column.name, _array(merged, self._types()[column.name]))
+            table = table.set_column(at, column.name, array(merged, self._types()[column.name]))
         return table
 
     def rows(self, index: Tensor) -> "Table":
@@ -139,14 +144,14 @@ class Table:
             0, ".id", pa.array(np.tile(np.arange(1, n + 1), len(copies)))
         ).add_column(0, ".imp", number)
 
-    def cells(self, found: Any, level: float) -> Any:
+    def cells(self, found: Any) -> Any:
         """A line for each missing cell: the row, the column, the value, its interval, reliability.
 
         Arguments:
-            found: the `pyro_vae.inference.imputation.Imputation` of the rows of this table.
-            level: the probability of the intervals; categories have none.
+            found: the `pyro_vae.inference.imputation.Imputation` of the rows of this table, whose
+                intervals are left out for categories.
         """
-        low, high = found.interval(level)
+        low, high = found.low, found.high
         values = {
             column.name: self.frame(found.mean)[column.name].to_pylist()
             for column in self.schema.data
@@ -216,7 +221,7 @@ def read_table(
         schema.one(role)
     if not schema.data:
         raise UsageError(f"{name} has no column with the role 'data'")
-    x = np.stack([_encoded(c, _plain(made[c.name])) for c in schema.data], 1)
+    x = np.stack([encoded(c, plain(made[c.name])) for c in schema.data], 1)
     empty = np.isnan(x).all(1)
     if empty.any():
         raise UsageError(f"row {int(empty.argmax())} of {name} has no observed entry: remove it")
@@ -226,11 +231,11 @@ def read_table(
 def _inferred(table: Any, changes: Mapping[str, Any]) -> Schema:
     """The schema of an Arrow table, whose ignored columns are not examined."""
     names = table.column_names
-    plain = Schema(tuple(map(Column, names)))
-    told = dict(zip(names, plain.changed(changes).columns, strict=True))
+    untold = Schema(tuple(map(Column, names)))
+    told = dict(zip(names, untold.changed(changes).columns, strict=True))
     roles = {name for name in changes if told[name].role not in ("data", "context", "label")}
     examined = [name for name in names if name not in roles]
-    found = infer_schema(examined, [_plain(table[name]) for name in examined])
+    found = infer_schema(examined, [plain(table[name]) for name in examined])
     by_name = {
         c.name: _of_dictionary(c, table.schema.field(c.name).type, table[c.name])
         for c in found.columns
@@ -260,11 +265,15 @@ def _no_id(column: Column) -> Column:
 def _with_categories(column: Column, table: Any) -> Column:
     """The column with the categories of the data, if it holds categories and names none."""
     label = column.role == "label" and not column.coded
+    if column.kind == "binary" and len(column.categories) > 2:
+        raise UsageError(
+            f"column '{column.name}' has {len(column.categories)} values, so it is not binary"
+        )
     if column.role not in ("data", "context", "label") or column.categories:
         return column
     if not (column.coded or label):
         return column
-    values = sorted({value for value in _plain(table[column.name]) if value is not None})
+    values = sorted({value for value in plain(table[column.name]) if value is not None})
     if column.kind == "binary" and len(values) != 2:
         raise UsageError(f"column '{column.name}' has {len(values)} values, so it is not binary")
     kind = "categorical" if label else column.kind
@@ -280,121 +289,3 @@ def _present(schema: Schema, names: Sequence[str]) -> Schema:
                 f"{nearest(column.name, list(names))}"
             )
     return Schema(tuple(column for column in schema.columns if column.name in names))
-
-
-def _plain(column: Any) -> list[Any]:
-    """The values of an Arrow column as Python values, with None for nulls and NaN."""
-    return [
-        None if value is None or (isinstance(value, float) and value != value) else value
-        for value in column.to_pylist()
-    ]
-
-
-def _encoded(column: Column, values: list[Any]) -> np.ndarray:
-    """Values as float64, codes for categories, NaN where missing, checked against the kind."""
-    if column.coded:
-        return _codes(column, values)
-    for row, value in enumerate(values):
-        if value is not None and (isinstance(value, str) or not np.isfinite(value)):
-            raise UsageError(
-                f"column '{column.name}' is {column.kind} but holds {value!r} in row {row}"
-            )
-    numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
-    wrong = np.zeros(len(numbers), bool)
-    if column.kind == "positive":
-        wrong = numbers <= 0
-    elif column.kind == "count":
-        wrong = (numbers < 0) | (np.floor(numbers) != numbers) & ~np.isnan(numbers)
-    if wrong.any():
-        row = int(wrong.argmax())
-        needs = "numbers above 0" if column.kind == "positive" else "whole numbers from 0"
-        raise UsageError(
-            f"column '{column.name}' is {column.kind}, which needs {needs}, but holds "
-            f"{numbers[row]:g} in row {row}"
-        )
-    return numbers
-
-
-def _codes(column: Column, values: list[Any]) -> np.ndarray:
-    codes = {category: float(code) for code, category in enumerate(column.categories)}
-    found = np.full(len(values), np.nan)
-    for row, value in enumerate(values):
-        if value is None:
-            continue
-        if value not in codes:
-            known = ", ".join(map(str, column.categories[:8]))
-            raise UsageError(
-                f"column '{column.name}' holds {value!r} in row {row}, which is not one of its "
-                f"categories: {known}"
-            )
-        found[row] = codes[value]
-    return found
-
-
-def frame_of(
-    schema: Schema,
-    x: Tensor,
-    id_name: str = "row",
-    ids: Sequence[Any] | None = None,
-    types: Mapping[str, Any] | None = None,
-) -> Any:
-    """Rows (n, columns) of a schema as an Arrow table; see `Table.frame`."""
-    columns: dict[str, Any] = {} if ids is None else {id_name: list(ids)}
-    for j, column in enumerate(schema.data):
-        numbers: list[Any] = [None if value != value else value for value in x[:, j].tolist()]
-        if column.coded:
-            numbers = [None if code is None else column.categories[round(code)] for code in numbers]
-        elif column.kind == "count":
-            numbers = [None if value is None else _whole(value) for value in numbers]
-        columns[column.name] = _array(numbers, (types or {}).get(column.name))
-    return arrow().table(columns)
-
-
-def _whole(value: float) -> int | float:
-    """A count as a whole number; the mean of counts may be another number."""
-    return int(value) if value == int(value) else value
-
-
-def _array(values: list[Any], kind: Any) -> Any:
-    """An Arrow array of this type, or of the type of the values if they do not fit into it."""
-    pa = arrow()
-    try:
-        return pa.array(values, type=kind)
-    except (pa.ArrowException, TypeError, ValueError):
-        return pa.array(values)
-
-
-def _named_parts(column: Column, values: list[Any]) -> np.ndarray:
-    found = [PARTS.get(str(value).strip().lower(), "") for value in values]
-    if "" in found:
-        row = found.index("")
-        raise UsageError(
-            f"split column '{column.name}' must hold train, validation or test, got "
-            f"{values[row]!r} in row {row}"
-        )
-    return np.array(found)
-
-
-def _grouped_parts(column: Column, values: list[Any]) -> np.ndarray:
-    """A part for each row: groups in random order fill test, validation and training in turn."""
-    groups: dict[Any, list[int]] = {}
-    for row, value in enumerate(values):
-        if value is None:
-            raise UsageError(f"group column '{column.name}' is empty in row {row}")
-        groups.setdefault(value, []).append(row)
-    if len(groups) < 3:
-        raise UsageError(
-            f"group column '{column.name}' has {len(groups)} groups; three parts need 3"
-        )
-    order = np.random.default_rng(0).permutation(len(groups))
-    found = np.full(len(values), "train", dtype=object)
-    rows, members = 0, list(groups.values())
-    for place, at in enumerate(order):
-        left = len(order) - place
-        share = rows / len(values)
-        part = "test" if share < 0.2 and left > 2 else "validation" if share < 0.3 else "train"
-        if part == "validation" and left == 1:
-            part = "train"
-        found[members[at]] = part
-        rows += len(members[at])
-    return found

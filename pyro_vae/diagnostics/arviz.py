@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs import enumeration, fold_plan, masks, summing
+from pyro_vae.pairs import enumeration, fold_plan, masks, places, summing
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model, unconditioned
 from pyro_vae.pairs.pair import Batch, Site
@@ -189,12 +189,22 @@ def _draws(
     return {
         "posterior": shown,
         "posterior_predictive": {
-            name: _data_first(site, masks.hidden_as_nan(site))[0].unflatten(0, (size, n))
+            name: _replicate(site, again[0]).unflatten(0, (size, n))
             for name, site in drawn.items()
             if name not in posterior
         },
         "log_likelihood": {_name_of_all(model): estimates},
     }
+
+
+def _replicate(site: Site, x: Tensor) -> Tensor:
+    """Draws of a site, data first; those of x have the missing entries of x."""
+    made = _data_first(site, masks.hidden_as_nan(site))[0]
+    found = places.known()
+    of_x = found is not None and found.observes.get(site["name"]) == 0
+    if not of_x or made.numel() != x.numel():
+        return made
+    return torch.where(x.isnan().reshape(made.shape), torch.nan, made)
 
 
 def _name_of_all(model: Trace) -> str:

@@ -1,7 +1,7 @@
 """Impute missing entries from their posterior, with the reliability of each row's imputation."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,13 @@ class Imputation:
     the most probable class."""
     draws: Tensor
     """Complete rows, (draws, n, *data_shape), independent given the importance weights."""
+    low: Tensor
+    """The lower end of the central posterior interval of each entry, (n, *data_shape). Intervals of
+    classes have no meaning."""
+    high: Tensor
+    """The upper end of this interval."""
+    level: float
+    """The probability of the intervals."""
     missing: Tensor
     """Which entries are missing, booleans (n, *data_shape)."""
     effective_sample_size: Tensor
@@ -44,17 +51,6 @@ class Imputation:
     is not reliable. It is 0 for a complete row."""
     num_samples: int
     """Importance samples of each row."""
-
-    def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """The central interval of the draws, (n, *data_shape) each. It has no meaning for classes.
-
-        Raises `UsageError` if the level is not between 0 and 1.
-        """
-        if not 0 < level < 1:
-            raise UsageError(f"must be between 0 and 1, got {level}", argument="level")
-        edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=self.draws.dtype)
-        low, high = torch.quantile(self.draws, edges.to(self.draws.device), dim=0)
-        return low, high
 
     def __str__(self) -> str:
         rows = self.missing.flatten(1).any(1)
@@ -76,6 +72,7 @@ def impute(
     *context: Any,
     draws: int = 20,
     num_samples: int = 1000,
+    level: float = 0.9,
     binarize: str = "dynamic",
     seed: int = 0,
     progress: bool = False,
@@ -93,6 +90,7 @@ def impute(
         x, context: the data, as `pyro_vae.log_likelihood` takes them.
         draws: the number of complete copies of the data (multiple imputations), at least 1.
         num_samples: importance samples of each row, at least 21.
+        level: the probability of the intervals, which use all importance samples.
         binarize, seed: as in `pyro_vae.evaluate`.
         progress: show a bar.
 
@@ -109,60 +107,89 @@ def impute(
     """
     if draws < 1:
         raise UsageError(f"must be at least 1, got {draws}", argument="draws")
+    if not 0 < level < 1:
+        raise UsageError(f"must be between 0 and 1, got {level}", argument="level")
     require_samples(num_samples)
     rows, prepare = held_rows(pair, x, context, binarize)
     parts: list[Imputation] = []
     with using(pair, seed), torch.no_grad(), bar(progress, len(rows), "impute") as shown:
         for raw in rows.batches(ROWS):
-            parts.append(_imputed(pair, prepare(raw), draws, num_samples))
+            parts.append(_imputed(pair, prepare(raw), draws, num_samples, level))
             shown.update(len(raw[0]))
-    found = _joined(parts, num_samples)
+    found = _joined(parts)
     if not bool(found.missing.any()):
         raise UsageError("x has no missing entry, so nothing is to be imputed")
     return found
 
 
-def _imputed(pair: nn.Module, batch: Batch, draws: int, num_samples: int) -> Imputation:
+def _imputed(
+    pair: nn.Module, batch: Batch, draws: int, num_samples: int, level: float
+) -> Imputation:
     """The imputation of a prepared batch; complete rows stay as they are."""
     x = batch[0]
     missing = masks.seen(data_site(trace_model(pair, batch, trace_guide(pair, batch))), x).isnan()
     holes = missing.flatten(1).any(1)
-    mean, drawn = x.clone(), x.expand(draws, *x.shape).clone()
-    size, k = (torch.full((len(x),), v, dtype=torch.double) for v in (float(num_samples), 0.0))
+    mean, low, high = x.clone(), x.clone(), x.clone()
+    drawn = x.expand(draws, *x.shape).clone()
+    size, k = (x.new_full((len(x),), v, dtype=torch.double) for v in (float(num_samples), 0.0))
     if bool(holes.any()):
-        made = [
-            _posterior(pair, one, draws)
-            for one in weighted_parts(pair, tuple(part[holes] for part in batch), num_samples)
+        few = tuple(part[holes] for part in batch)
+        parts = [
+            _posterior(pair, one, draws, level) for one in weighted_parts(pair, few, num_samples)
         ]
-        here = missing[holes]
-        means, drawings = (torch.cat([part[i] for part in made], i) for i in (0, 1))
-        mean[holes] = torch.where(here, means, mean[holes])
-        drawn[:, holes] = torch.where(here, drawings, drawn[:, holes])
-        size[holes.cpu()] = torch.cat([part[2] for part in made]).cpu()
-        k[holes.cpu()] = torch.cat([part[3] for part in made]).cpu()
-    return Imputation(mean.cpu(), drawn.cpu(), missing.cpu(), size, k, num_samples)
+        for full, name in ((mean, "mean"), (low, "low"), (high, "high")):
+            new = torch.cat([getattr(part, name) for part in parts])
+            full[holes] = torch.where(missing[holes], new, full[holes])
+        new = torch.cat([part.draws for part in parts], 1)
+        drawn[:, holes] = torch.where(missing[holes], new, drawn[:, holes])
+        size[holes] = torch.cat([part.effective_sample_size for part in parts])
+        k[holes] = torch.cat([part.pareto_k for part in parts])
+    found = (mean, drawn, low, high, missing, size, k)
+    mean, drawn, low, high, missing, size, k = (value.cpu() for value in found)
+    return Imputation(mean, drawn, low, high, level, missing, size, k, num_samples)
 
 
-def _posterior(
-    pair: nn.Module, part: Weighted, draws: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Means and draws of complete rows, effective sample sizes and Pareto shapes."""
+class _Posterior(NamedTuple):
+    """What weighted draws say about complete rows; see `Imputation`."""
+
+    mean: Tensor
+    draws: Tensor
+    low: Tensor
+    high: Tensor
+    effective_sample_size: Tensor
+    pareto_k: Tensor
+
+
+def _posterior(pair: nn.Module, part: Weighted, draws: int, level: float) -> _Posterior:
     site = observation(pair, part.batch, part.values)
     like, shares = part.batch[0], part.shares
     shape = (*shares.shape, *like.shape[1:])
-    drawn = data_first(site["value"], site).reshape(shape)
-    centers, real = data_first(typical(site["fn"]), site).reshape(shape), has_mean(site["fn"])
+    drawn = data_first(site["value"], site).reshape(shape).to(like.dtype)
+    centers = data_first(typical(site["fn"]), site).reshape(shape)
+    classes = ~data_first(has_mean(site["fn"]), site).reshape(shape)[0]
     if (own := part.values.get(f"{site['name']}{UNOBSERVED_PART}")) is not None:
         drawn = centers = own.reshape(shape)  # the latent is part of the weights
     wide = shares.reshape(*shares.shape, *[1] * (like.dim() - 1)).to(like.dtype)
     mean = (wide * centers).sum(0)
-    classes = ~data_first(real, site).reshape(shape)[0]
     if bool(classes.any()):
         mean = torch.where(classes, _most_probable(drawn, wide, classes), mean)
     chosen = torch.multinomial(shares.T, draws, replacement=True).T  # (draws, n)
     rows = torch.arange(shares.shape[1], device=chosen.device)
-    kept = drawn[chosen, rows]
-    return mean, kept.to(like.dtype), part.effective_sample_size, part.pareto_k
+    low, high = _quantiles(drawn, wide, ((1 - level) / 2, (1 + level) / 2))
+    return _Posterior(
+        mean, drawn[chosen, rows], low, high, part.effective_sample_size, part.pareto_k
+    )
+
+
+def _quantiles(drawn: Tensor, weights: Tensor, levels: tuple[float, float]) -> list[Tensor]:
+    """Weighted quantiles over draws (K, n, ...): where the sum of the weights passes a level."""
+    ordered, order = drawn.sort(0)
+    below = weights.expand_as(drawn).gather(0, order).cumsum(0)
+    found = []
+    for level in levels:
+        at = (below < level * below[-1:]).sum(0, keepdim=True).clamp(max=len(drawn) - 1)
+        found.append(ordered.gather(0, at)[0])
+    return found
 
 
 def _most_probable(drawn: Tensor, weights: Tensor, classes: Tensor) -> Tensor:
@@ -172,12 +199,9 @@ def _most_probable(drawn: Tensor, weights: Tensor, classes: Tensor) -> Tensor:
     return values[votes.argmax(0)]
 
 
-def _joined(parts: list[Imputation], num_samples: int) -> Imputation:
-    return Imputation(
-        torch.cat([part.mean for part in parts]),
-        torch.cat([part.draws for part in parts], 1),
-        torch.cat([part.missing for part in parts]),
-        torch.cat([part.effective_sample_size for part in parts]),
-        torch.cat([part.pareto_k for part in parts]),
-        num_samples,
-    )
+def _joined(parts: list[Imputation]) -> Imputation:
+    by_row = ("mean", "low", "high", "missing", "effective_sample_size", "pareto_k")
+    whole: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in by_row
+    }
+    return replace(parts[0], draws=torch.cat([part.draws for part in parts], 1), **whole)

@@ -12,6 +12,25 @@ from pyro_vae.parts.factors import Family, made
 from pyro_vae.parts.networks import Shape
 
 
+class OrMissing(constraints.Constraint):
+    """A support, and NaN, which marks a missing entry."""
+
+    def __init__(self, base_constraint: Any) -> None:
+        self.base_constraint = base_constraint
+        super().__init__()
+
+    @property
+    def is_discrete(self) -> bool:  # type: ignore[override]
+        return bool(self.base_constraint.is_discrete)
+
+    @property
+    def event_dim(self) -> int:  # type: ignore[override]
+        return int(self.base_constraint.event_dim)
+
+    def check(self, value: Tensor) -> Tensor:
+        return self.base_constraint.check(value) | value.isnan()
+
+
 class PartlyObserved(dist.TorchDistribution):
     r"""Independent entries, of which those that are NaN are not observed: their density is 1.
 
@@ -38,7 +57,7 @@ class PartlyObserved(dist.TorchDistribution):
 
     @constraints.dependent_property
     def support(self) -> Any:
-        return self.base_dist.support
+        return OrMissing(self.base_dist.support)
 
     @property
     def mean(self) -> Tensor:

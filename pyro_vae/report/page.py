@@ -26,6 +26,8 @@ _WORDS = {
     "reconstructions.",
     "samples": "The latents are drawn from the prior. Each picture is the mean of the data given "
     "the latents.",
+    "marginals": "The marginal distribution of each column, of test data and of samples.",
+    "pairwise": "Pairs of columns, of test data and of samples.",
     "classes": "Each row shows one value of a discrete latent, which is a class or a cluster. The "
     "other latents are drawn at random.",
     "traversals": "The code of one test datum is changed: each row sets one latent unit to values "
@@ -40,6 +42,11 @@ _WORDS = {
 
 
 _TEXT_WORDS = {
+    "imputations": "A fifth of the observed cells of test rows is hidden and imputed. The error is "
+    "the root mean squared error, or the share of wrong categories. The next column is the error "
+    "of the mean or the most frequent category of the other cells.",
+    "strangest": "The test rows with the lowest log p(x), and the columns that make them strange: "
+    "those whose log density given the other columns is farthest below the median of the column.",
     "reconstructions": "Each block shows a test datum, and below it the most probable text given "
     "its code.",
     "samples": "The latents are drawn from the prior, and the text is drawn given the latents.",
@@ -51,6 +58,10 @@ _TITLES = {
     "curves": "Training",
     "reconstructions": "Reconstructions",
     "samples": "Samples",
+    "marginals": "Columns",
+    "pairwise": "Pairs of columns",
+    "imputations": "Imputations by column",
+    "strangest": "Strangest rows",
     "classes": "Samples by class",
     "traversals": "Traversals",
     "interpolations": "Interpolations",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.data.schema import SCHEMA, stored_schema
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.inference.generation import interpolate, reconstruct, sample
 from pyro_vae.pairs import enumeration
@@ -16,6 +17,7 @@ from pyro_vae.pairs.template import missing_context, template
 from pyro_vae.pairs.threads import alone
 from pyro_vae.plots import canvas, pictures
 from pyro_vae.report.page import shown_diagnostics, whole_page
+from pyro_vae.report.tables import table_parts
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
 from pyro_vae.runs import metrics as run_metrics
@@ -31,6 +33,7 @@ def write_report(
     x: Tensor,
     *context: Tensor,
     labels: Tensor | None = None,
+    ids: Sequence[Any] | None = None,
     seed: int = 0,
 ) -> Path:
     """Draw the figures of a run from held-out data, and write them into report.html.
@@ -42,9 +45,11 @@ def write_report(
         x: held-out data (n, *data_shape).
         context: held-out context tensors, each with n rows.
         labels: integer labels (n,) of x, for the colors.
+        ids: a name for each row of x; the default is its number.
         seed: the random seed of the samples.
 
-    The report shows text in words, if config.json records a vocabulary. The figures are also
+    The report shows text in words, if config.json records a vocabulary, and columns, if the run has
+    a schema.toml. The figures are also
     written as figures/NAME.png. Returns the path of report.html.
 
     Raises `UsageError` if a file of the run is missing or has another format.
@@ -64,7 +69,7 @@ def write_report(
         believed = shown_diagnostics(run, metrics.get("diagnostics"))
     figures = {
         name: made if isinstance(made, str) else canvas.png(made)
-        for name, made in _figures(run, pair, x, context, labels, metrics, vocabulary, seed)
+        for name, made in _figures(run, pair, x, context, labels, metrics, vocabulary, ids, seed)
     }
     for name, made in figures.items():
         if isinstance(made, bytes):
@@ -120,6 +125,7 @@ def _figures(
     labels: Tensor | None,
     metrics: dict[str, Any],
     vocabulary: str | None,
+    ids: Sequence[Any] | None,
     seed: int,
 ) -> list[tuple[str, "Figure | str"]]:
     made: list[tuple[str, Figure | str]] = []
@@ -128,6 +134,12 @@ def _figures(
         made.append(("curves", pictures.curves(history)))
     if vocabulary is not None:
         return [*made, *_texts(pair, x, context, metrics, vocabulary, seed)]
+    if (run / SCHEMA).is_file():
+        made += table_parts(pair, stored_schema(run / SCHEMA), x, context, ids, seed)
+        site, codes = pictures.codes(pair, x, context)
+        made.append(("latent", pictures.latent_plane(codes.cpu(), labels, site)))
+        kl = _kl_by_unit(metrics)
+        return [*made, ("kl", pictures.kl_by_unit(kl))] if kl else made
     few = [part[:12] for part in context]
     made.append(("reconstructions", pictures.reconstructions(pair, x[:12], few)))
     if hasattr(pair, "template"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pyro.poutine import Trace
 from torch import nn
 
+from pyro_vae.compat import UNOBSERVED_PART
 from pyro_vae.pairs import fold_plan, masks
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
@@ -140,7 +141,8 @@ def is_negative(kl: float, draws: int) -> bool:
 def units(pair: nn.Module, batch: Batch) -> dict[str, float]:
     """Return the number of units for a datum of each local latent of the model.
 
-    Point estimates are left out. Masked units do not count; the number is a mean over the rows.
+    Point estimates are left out, and so are missing entries of the data, which are not a code.
+    Masked units do not count; the number is a mean over the rows.
     """
     with using(pair, seed=0):
         model, _ = _traces(pair, batch)
@@ -148,7 +150,7 @@ def units(pair: nn.Module, batch: Batch) -> dict[str, float]:
         return {
             name: int(masks.scored(site).sum()) / len(batch[0])
             for name, site in latents(model).items()
-            if is_local(site) and name not in points
+            if is_local(site) and name not in points and not name.endswith(UNOBSERVED_PART)
         }
 
 

@@ -44,6 +44,10 @@ def same(one, other):
     return one == other or one != one
 
 
+def holes(x):
+    return torch.where(x < 0.3, torch.nan, x)
+
+
 def fitted(pair, x, **settings):
     """The history of a fit without its seconds, and the final parameters."""
     history = pv.fit(pair, x, **{**SMALL, **settings})
@@ -421,7 +425,7 @@ class TestForks:
 # Every public function. -----------------------------------------------------------------------
 
 NO_PAIR = {"as_text", "as_tokens", "bounds_table", "disentanglement_scores", "hide_labels"}
-NO_PAIR |= {"load_data", "one_hot"}
+NO_PAIR |= {"load_data", "one_hot", "read_table"}
 QUIET = {"progress": False}
 CALLS = {
     "anneal": lambda p, x, out: pv.anneal(p, x, num_temperatures=3, num_chains=2, **QUIET),
@@ -433,6 +437,7 @@ CALLS = {
     "evaluate": lambda p, x, out: pv.evaluate(p, x, num_samples=5),
     "fit": lambda p, x, out: fitted(p, x, out=out),
     "gaps": lambda p, x, out: pv.gaps(p, x, num_samples=21, steps=2, **QUIET),
+    "impute": lambda p, x, out: pv.impute(made(likelihood=pv.Missing(pv.Gaussian))[0], holes(x)),
     "interpolate": lambda p, x, out: pv.interpolate(p, x[:2], x[2:4], steps=3),
     "kl_parts": lambda p, x, out: pv.kl_parts(p, x),
     "load": lambda p, x, out: pv.load(pv.save(p, out)),
@@ -447,6 +452,7 @@ CALLS = {
     "sample": lambda p, x, out: pv.sample(p, 5, seed=0),
     "sandwich": lambda p, x, out: pv.sandwich(p, 4, num_temperatures=3, num_chains=2, **QUIET).gap,
     "save": lambda p, x, out: pv.save(p, out) and None,
+    "score": lambda p, x, out: pv.score(p, x, num_samples=21),
     "to_arviz": lambda p, x, out: torch.from_numpy(
         pv.to_arviz(p, x, num_samples=4, num_particles=3, **QUIET).posterior["z"].values
     ),
