@@ -154,9 +154,7 @@ def _numbered(group: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     try:
         found, number, sizes = np.unique(ids, return_inverse=True, return_counts=True)
     except TypeError as error:  # objects without an order, such as words and numbers
-        raise UsageError(
-            f"group ids must be of one kind, numbers or words: {error}"
-        ) from error
+        raise UsageError(f"group ids must be of one kind, numbers or words: {error}") from error
     return found, number.reshape(-1), sizes.astype(np.int64)
 
 

@@ -72,11 +72,8 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     site = _observation(pair, batch)
     if site is None:
         return plain
-    value, support = site["value"], _support(site)
-    # Otherwise the pair observes a function of x.
-    as_given = value.numel() == batch[0].numel() and torch.equal(
-        value.flatten(), batch[0].flatten()
-    )
+    support, masked = _support(site), masks.is_masked(site)
+    as_given = _observes(site, batch[0])
     plain = _with_eight_bit(plain, pair, rows, raw[0], support if as_given else None)
     if not as_given or support.event_dim > 0:
         return plain
@@ -86,10 +83,10 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     own = any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in vars(support).values())
     gray = False
     for part in parts:
-        x = part[0]
-        inside = _inside(pair, part) if own else support.check(x)
+        x, hidden = part[0], _hidden(pair, part) if masked else False
+        inside = (_inside(pair, part) if own else support.check(x)) | hidden
         if support is constraints.boolean and not bool(inside.all()):
-            gray, inside = True, (x >= 0) & (x <= 1)
+            gray, inside = True, ((x >= 0) & (x <= 1)) | hidden
         if not bool(inside.all()):
             whole = rows.tensors[0] if isinstance(rows, Arrays) else x
             raise UsageError(_outside(x[~inside][0].item(), whole, site))
@@ -100,6 +97,20 @@ def _observation(pair: nn.Module, batch: Batch) -> Site | None:
     """The site that observes x in a batch."""
     with using(pair, seed=0), pyro.validation_enabled(False):
         return x_site(_run(pair, batch))
+
+
+def _observes(site: Site, x: Tensor) -> bool:
+    """Whether a site observes x, in all entries that count, and not a function of x."""
+    value = site["value"]
+    if value.numel() != x.numel():
+        return False
+    return bool(((value == x.reshape(value.shape)) | ~masks.scored(site)).all())
+
+
+def _hidden(pair: nn.Module, batch: Batch) -> Tensor:
+    """Which entries of x a mask hides, such as padding; they may have any value."""
+    site: Any = _observation(pair, batch)
+    return ~masks.scored(site).reshape(batch[0].shape)
 
 
 def _inside(pair: nn.Module, batch: Batch) -> Tensor:

@@ -83,7 +83,10 @@ class Arrays:
         x, *context = self.tensors
         with seeded(seed):
             drawn = [
-                torch.bernoulli(part.float() / (255 if x.dtype == torch.uint8 else 1)).bool()
+                # Padding may be outside of [0, 1].
+                torch.bernoulli(
+                    (part.float() / (255 if x.dtype == torch.uint8 else 1)).clamp(0, 1)
+                ).bool()
                 for part in x.split(4096)
             ]
         return Arrays([torch.cat(drawn), *context])

@@ -96,20 +96,22 @@ class MultilevelVAE(PyroModule):
                 f"the model needs x, {len(self.context_shapes)} context tensors and the sizes of "
                 f"the groups, got {len(given)} tensors after x"
             )
-        for tensor, shape in zip((x, *context), self._shapes(x), strict=True):
-            if tuple(tensor.shape) != shape:
-                raise UsageError(
-                    f"a batch of groups needs tensors of shape (groups, members, ...), here "
-                    f"{shape}, got {tuple(tensor.shape)}; by_group makes them from rows"
-                )
+        self._require_shapes(x, context)
         counts = _counts(sizes[0] if sizes else x.new_full((len(x),), -1), x)
         x, *context = (_padded(tensor, counts) for tensor in (x, *context))
         return x, counts, context
 
-    def _shapes(self, x: Tensor) -> list[Shape]:
-        """The shape that x and each context tensor must have."""
-        leading = (len(x), x.shape[1] if x.dim() > 1 else self.members)
-        return [(*leading, *shape) for shape in (self.decoder.shape, *self.context_shapes)]
+    def _require_shapes(self, x: Tensor, context: Sequence[Tensor]) -> None:
+        """Raise `UsageError` if a tensor is not (groups, members, *shape)."""
+        members = x.shape[1] if x.dim() > 1 else -1
+        shapes = (self.decoder.shape, *self.context_shapes)
+        for i, (tensor, shape) in enumerate(zip((x, *context), shapes, strict=True)):
+            if tuple(tensor.shape[1:]) != (members, *shape):
+                wanted = ", ".join(map(str, (members if i else "members", *shape)))
+                raise UsageError(
+                    f"each row of {f'context {i}' if i else 'x'} must be a group of shape "
+                    f"({wanted}), got {tuple(tensor.shape[1:])}; by_group makes groups from rows"
+                )
 
     @classmethod
     def mlp(
@@ -156,7 +158,9 @@ class MultilevelVAE(PyroModule):
             return MLP([view, group_dim, *context], hidden, outputs, activation)
 
         embedding = viewed(each, likelihood, data_shape)
-        pool = DeepSet(embedding, MLP([width, 1], hidden[-1:], posterior.outputs(group), activation))
+        pool = DeepSet(
+            embedding, MLP([width, 1], hidden[-1:], posterior.outputs(group), activation)
+        )
         up = MLP(group_dim, group_hidden, 2 * latent_dim, activation)
         down = MLP(
             [latent_dim, *seen], tuple(hidden)[::-1], likelihood.outputs(data_shape), activation

@@ -65,19 +65,17 @@ def test_the_kl_of_u_is_that_of_its_posterior(effects, groups):
 
 
 def test_nuts_finds_the_posterior_of_u(effects, groups):
-    """One group of two of five members: NUTS must not move the padding."""
-    few = tuple(part[2:3] for part in groups.batch)
-    found = pv.nuts(effects.pair(), *few, num_draws=150, warmup=100, num_chains=2, progress=False)
-    mean, covariance = effects.posterior_u(few[0], groups.rows[2:3] >= 0)
+    """Of a group of two among three members: NUTS must not move the padding."""
+    few = groups.x[2:3, :3], groups.sizes[2:3]
+    found = pv.nuts(effects.pair(), *few, num_draws=80, warmup=40, num_chains=2, progress=False)
+    mean, covariance = effects.posterior_u(few[0], groups.rows[2:3, :3] >= 0)
     at = [found.units.index(f"u[{i}]") for i in range(2)]
     error = (found.moments.mean[:, at] - mean).abs() / found.mean_standard_error[:, at]
     assert bool((error < 4.5).all())
     scale = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
-    assert torch.allclose(found.moments.standard_deviation[:, at], scale, rtol=0.25)
+    assert torch.allclose(found.moments.standard_deviation[:, at], scale, rtol=0.3)
     moves = dict(zip(found.units, found.moves[0].tolist(), strict=True))
-    assert {name for name, one in moves.items() if not one} == {
-        f"z[{i}][{j}]" for i in (2, 3, 4) for j in (0, 1)
-    }
+    assert {name for name, one in moves.items() if not one} == {"z[2][0]", "z[2][1]"}
 
 
 def test_refine_closes_the_gap_of_a_wrong_guide(effects, groups, truth):
@@ -122,7 +120,9 @@ def test_padding_of_any_value_counts_for_nothing(groups, value):
     spoiled = torch.where(groups.rows[..., None] < 0, value, x)
     assert not torch.equal(spoiled, x)
     for found, wanted in zip(
-        loss_and_gradients(pair, (spoiled, sizes)), loss_and_gradients(pair, (x, sizes)), strict=True
+        loss_and_gradients(pair, (spoiled, sizes)),
+        loss_and_gradients(pair, (x, sizes)),
+        strict=True,
     ):
         assert torch.equal(found, wanted)
 
@@ -131,10 +131,26 @@ def test_tools_ignore_padding(groups):
     pair = trained_like()
     x, sizes = groups.batch
     spoiled = torch.where(groups.rows[..., None] < 0, -7.0, x)
-    for found, wanted in zip(
-        measured(pair, spoiled, sizes), measured(pair, x, sizes), strict=True
-    ):
+    for found, wanted in zip(measured(pair, spoiled, sizes), measured(pair, x, sizes), strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_intensities_are_binarized_whatever_the_padding(groups):
+    """The padding -1 is no intensity; without this, intensities would be scored as they are."""
+    torch.manual_seed(0)
+    pair = pv.MultilevelVAE.mlp((3,), 2, 2, (6,), likelihood=pv.Bernoulli, members=5)
+    x = torch.rand(6, 5, 3)
+    spoiled, sizes = torch.where(groups.rows[..., None] < 0, -1.0, x), groups.sizes
+    for found, wanted in zip(measured(pair, spoiled, sizes), measured(pair, x, sizes), strict=True):
+        assert torch.equal(found, wanted)
+    scores = [
+        pv.log_likelihood(pair, spoiled, sizes, num_samples=4, binarize=how).per_datum
+        for how in ("dynamic", "none")
+    ]
+    assert not torch.allclose(*scores)
+    spoiled[0, 0, 0] = -1.0  # not padding
+    with pytest.raises(UsageError, match="outside the support"):
+        pv.log_likelihood(pair, spoiled, sizes)
 
 
 def test_more_padding_changes_nothing(effects, truth):
@@ -165,22 +181,9 @@ def test_a_group_of_one_is_an_ordinary_datum(effects):
     """Its log p is that of one row: N(c, B B' + C)."""
     rows, _ = effects.groups([4])
     alone = pv.by_group(rows, range(4))
-    fn = torch.distributions.MultivariateNormal(
-        effects.c, effects.B @ effects.B.T + effects.C
-    )
+    fn = torch.distributions.MultivariateNormal(effects.c, effects.B @ effects.B.T + effects.C)
     found = pv.log_likelihood(effects.pair(), *alone.batch, num_samples=2)
     assert torch.allclose(found.per_datum, fn.log_prob(rows), atol=1e-9)
-
-
-def test_the_guide_learns_how_much_a_group_tells():
-    """The exact scale of u is 1 / sqrt(1 + n / 0.34) for groups of n: larger groups tell more."""
-    torch.manual_seed(0)
-    network = pv.Factor(
-        pv.DeepSet(pv.MLP(1, (), 2), pv.MLP([2, 1], (8,), 2)), pv.DiagonalNormal(), (1,)
-    )
-    counts = torch.arange(5) < torch.tensor([[1], [5]])
-    few, many = network(torch.ones(2, 5, 1), counts).base_dist.scale[:, 0]
-    assert few != many
 
 
 # Data
@@ -219,9 +222,7 @@ def test_a_split_never_tears_a_group_apart():
     assert torch.cat([part.row_numbers for part in parts]).sort().values.tolist() == [*range(200)]
     for part in parts:
         assert torch.equal(part.member_rows(part.x)[:, 0], rows[part.row_numbers, 0])
-        assert torch.equal(
-            part.group_rows(torch.from_numpy(part.ids)), ids[part.row_numbers]
-        )
+        assert torch.equal(part.group_rows(torch.from_numpy(part.ids)), ids[part.row_numbers])
 
 
 @pytest.mark.parametrize(
@@ -254,8 +255,8 @@ def test_wrong_use_in_one_line(call, message):
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ((torch.zeros(4, 3),), r"groups, members, ...\), here \(4, 3, 3\), got \(4, 3\)"),
-        ((torch.zeros(4, 5, 2),), r"here \(4, 5, 3\), got \(4, 5, 2\)"),
+        ((torch.zeros(4, 3),), r"row of x must be a group of shape \(members, 3\), got \(3,\)"),
+        ((torch.zeros(4, 5, 2),), r"\(members, 3\), got \(5, 2\)"),
         ((torch.zeros(4, 5, 3), torch.tensor([5, 5, 0, 1])), "from 1 to 5.*got 0"),
         ((torch.zeros(4, 5, 3), torch.tensor([5, 5, 6, 1])), "from 1 to 5.*got 6"),
         ((torch.zeros(4, 5, 3), torch.tensor([5, -2, 1, 1])), "from 1 to 5.*got -2"),
@@ -278,7 +279,7 @@ def test_a_wrong_size_in_a_later_row_is_found(groups):
     x = torch.zeros(100, 5, 3)
     sizes = torch.full((100,), 5)
     sizes[70] = 9
-    with pytest.raises(UsageError, match="from 1 to 5.*got 9"):
+    with pytest.raises(UsageError, match=r"from 1 to 5.*got 9"):
         pv.fit(trained_like().float(), x, sizes, epochs=1, batch_size=10, progress=False)
 
 
@@ -299,17 +300,27 @@ def test_context_of_members_reaches_model_and_guide():
     assert differ == [[False, True, False, False]] * 2
 
 
-def test_global_parameters_with_a_prior(effects, groups):
-    """BayesianDecoder gives W and b of p(z | u) a prior; the KL is known in closed form."""
-    pair = pv.BayesianDecoder(effects.pair(), module="transition", prior_scale=2.0)
-    history = pv.fit(pair, *groups.batch, epochs=1, learning_rate=1e-9, progress=False)
-    names = [name for name in history.columns if "transition" in name] if hasattr(
-        history, "columns"
-    ) else ["kl_transition.network.layers.0.weight", "kl_transition.network.layers.0.bias"]
-    for name, own, scale in zip(names, (effects.W, effects.b), (2 / 2**0.5, 2.0), strict=True):
-        q = torch.distributions.Normal(own, 0.05 * scale)
-        kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, scale)).sum()
-        assert history[name][0] == pytest.approx(kl.item() / len(SIZES), rel=1e-4)
+def test_global_parameters_with_a_prior(groups):
+    """log_likelihood is that of the posterior predictive density, with W and b drawn from q."""
+    torch.manual_seed(0)
+    effects = Effects()
+    pair = pv.BayesianDecoder(effects.pair(), module="transition", prior_scale=3.0)
+    weights = dict(pair.pair.transition.named_parameters()).values()
+    scales = [torch.nn.functional.softplus(free) for free in pair.free_scales]
+    exact = []
+    for _ in range(2000):
+        effects.W, effects.b = (
+            (own + scale * torch.randn_like(own)).detach()
+            for own, scale in zip(weights, scales, strict=True)
+        )
+        effects.B, effects.c = effects.A @ effects.W, effects.A @ effects.b + effects.a
+        exact.append(effects.log_p(groups.x[3, :5]))
+    truth = torch.stack(exact).logsumexp(0) - math.log(2000)
+    few = tuple(part[3:4] for part in groups.batch)
+    plain = pv.log_likelihood(Effects().pair(), *few, num_samples=2).value
+    found = pv.log_likelihood(pair, *few, num_samples=400)
+    assert abs(plain - truth) > 0.05
+    assert abs(found.value - truth) < 4.5 * found.standard_error
 
 
 def test_samples_are_draws_of_whole_groups(effects):
@@ -341,16 +352,3 @@ def test_larger_groups_than_in_training_are_served(groups, tmp_path):
     pair = trained_like(members=2)
     assert pv.encode(pair, *groups.batch)["z"].shape == (6, 5, 2)
     assert str(pv.check(pair, groups.batch)) == "the pair is sound"
-
-
-def test_training_finds_the_parameters_of_random_effects():
-    """Balanced one-way random effects; the maximum-likelihood estimates are known."""
-    pytest.importorskip("pyro")
-    torch.manual_seed(1)
-    u = torch.randn(300, 1, 1)
-    x = 1.0 + 0.8 * u + 0.5 * torch.randn(300, 4, 1)
-    within = ((x - x.mean(1, keepdim=True)) ** 2).sum().item() / (300 * 3)
-    between = x.mean(1).var(correction=0).item() - within / 4
-    pair = pv.MultilevelVAE.mlp((1,), 1, 1, hidden=(16,), members=4)
-    pv.fit(pair, x, epochs=2, progress=False)
-    assert between > within / 4
