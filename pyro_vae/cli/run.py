@@ -38,9 +38,19 @@ def measure_run(
         engine=engine,
         progress=True,
     )
-    metrics = {"data": data.name} | result.as_dict() | dict(kept or {})
+    members = _by_member(result.log_likelihood, data) if given.get("group") else {}
+    metrics = {"data": data.name} | result.as_dict() | members | dict(kept or {})
     run_metrics.write_metrics(run, pair, metrics)
     print(result)
+    for value in members.values():
+        print(f"{'log p(x) by member':<20}{value:.3f}")
+
+
+def _by_member(log_likelihood: float, data: "Data") -> dict[str, float]:
+    """The log-likelihood of the test groups, divided by the number of their members."""
+    sizes = data.test.lengths
+    assert sizes is not None
+    return {"log_likelihood_by_member": log_likelihood * len(sizes) / int(sizes.sum())}
 
 
 def report_run(run: Path, pair: "nn.Module", data: "Data", given: dict[str, Any]) -> None:
@@ -66,7 +76,7 @@ def require_split(run: Path, data: "Data") -> None:
 
 
 _RECORDED: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("data", "model", "data_dir", "vocabulary", "binarize"), str),
+    **dict.fromkeys(("data", "model", "data_dir", "vocabulary", "binarize", "group"), str),
     **dict.fromkeys(("num_classes", "num_labels", "length", "seed"), int),
     **dict.fromkeys(("data_shape", "context_shapes", "condition", "hidden"), list),
     "latent_dim": (list, int),
@@ -145,7 +155,7 @@ def load_of_run(
     vocabulary, length = given.get("vocabulary"), given.get("length", Input.length)
     if vocabulary is not None:
         (length,) = given["data_shape"]
-    return load_data(name, folder, length, vocabulary)
+    return load_data(name, folder, length, vocabulary, given.get("group"))
 
 
 def test_part(data: "Data", given: dict[str, Any], n: int) -> tuple["Tensor", list["Tensor"]]:

@@ -11,7 +11,7 @@ from pyro_vae.cli.config_file import (
     require_typed_class,
 )
 from pyro_vae.cli.make_objective import make_beta, make_learning_rate_schedule, make_objective
-from pyro_vae.cli.make_pair import context_shapes, make_pair
+from pyro_vae.cli.make_pair import context_shapes, make_pair, require_groups
 from pyro_vae.cli.options import Input, Model, Objective, reject_ignored_by_data
 from pyro_vae.cli.run import (
     context_of,
@@ -75,7 +75,8 @@ def train(
     run = out or Path("runs") / Path(data).stem
     recorded = recorded_options(run) if resume else {}
     require_recorded(run, recorded, model.model)
-    loaded = load_data(data, source.data_dir, source.length)
+    require_groups(model.model, source.group)
+    loaded = load_data(data, source.data_dir, source.length, group=source.group)
     reject_ignored_by_data(source, loaded)
     if resume:
         require_split(run, loaded)

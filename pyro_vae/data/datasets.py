@@ -22,6 +22,7 @@ def load_data(
     data_dir: str | Path | None = None,
     length: int = 60,
     vocabulary: str | None = None,
+    group: str | None = None,
 ) -> Data:
     """Load a data set by name or from a file, split into training, validation and test data.
 
@@ -54,12 +55,19 @@ def load_data(
         vocabulary: for text, the character of each token. Rows then have exactly the width
             ``length``. The default is all characters that occur in the text.
 
+        group: for ``.npz``, the array with the id of the group of each row. The data are then whole
+            groups, see `pyro_vae.data.groups.in_groups`.
+
     Raises `UsageError` for an unknown name, and for a file that cannot be read or has other arrays.
 
     >>> load_data("digits").train.x.shape
     torch.Size([1257, 1, 8, 8])
     """
     path, name = Path(data), str(data)
+    if group is not None and (path.suffix != ".npz" or name in NAMES):
+        raise UsageError(
+            f"needs a .npz file with an array of group ids, got {name}", argument="group"
+        )
     if name == "docstrings":
         return load_text(name, docstrings(length), length, vocabulary)
     if path.suffix == ".json" and path.is_file():
@@ -67,7 +75,7 @@ def load_data(
     if path.suffix == ".txt" and path.is_file():
         return load_text(path.stem, read_lines(path), length, vocabulary)
     if name not in NAMES and (path.suffix in (".npy", ".npz") or path.is_file()):
-        return load_file(path)
+        return load_file(path, group)
     if name == "digits":
         return _digits()
     if name == "shapes":

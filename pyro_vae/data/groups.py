@@ -1,6 +1,6 @@
 """Rows in groups of any size: from rows to whole groups, and back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data.split import Split
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.arrays import as_tensor
 
@@ -136,6 +137,55 @@ def by_group(x: Any, group: Any, *context: Any, members: int | None = None) -> G
     rows = torch.from_numpy(_places(number, sizes, members or most))
     padded = [_padded(tensor, rows) for tensor in tensors]
     return Groups(padded[0], torch.from_numpy(sizes), tuple(padded[1:]), ids, rows)
+
+
+def in_groups(parts: Mapping[str, Split], ids: Mapping[str, Any]) -> dict[str, Split]:
+    """Put the rows of each part of a data set into whole groups.
+
+    Arguments:
+        parts: the rows of each part, such as "train" and "test".
+        ids: the id of the group of each row, by part.
+
+    In the result a row is a group: x and context are padded to the largest group of all parts, and
+    ``lengths`` are the sizes. Labels are kept if the members of each group share their label.
+    Raises `UsageError` if a group is in two parts, and for rows that are sequences with lengths.
+    """
+    for name, rows in parts.items():
+        if rows.lengths is not None:
+            raise UsageError(f"{name or 'x'} has lengths, but members of groups cannot have them")
+    made = {
+        name: by_group(rows.x, ids[name], *([] if rows.context is None else [rows.context]))
+        for name, rows in parts.items()
+    }
+    _require_apart({name: groups.ids for name, groups in made.items()})
+    most = max(groups.x.shape[1] for groups in made.values())
+    return {name: _as_split(parts[name], groups, most) for name, groups in made.items()}
+
+
+def _require_apart(ids: Mapping[str, np.ndarray]) -> None:
+    seen: dict[Any, str] = {}
+    for part, own in ids.items():
+        for one in own.tolist():
+            if seen.setdefault(one, part) != part:
+                raise UsageError(
+                    f"group {one!r} is in {seen[one]} and in {part}, but a group must be in one "
+                    "part: give different groups different ids"
+                )
+
+
+def _as_split(rows: Split, groups: Groups, members: int) -> Split:
+    x, *context = (_wider(part, members) for part in (groups.x, *groups.context))
+    labels = None
+    if rows.labels is not None:
+        first = rows.labels[groups.rows[:, 0]]
+        labels = first if torch.equal(groups.group_rows(first), rows.labels) else None
+    return Split(x, labels, context[0] if context else None, groups.sizes)
+
+
+def _wider(tensor: Tensor, members: int) -> Tensor:
+    """A tensor (groups, members, ...) with more padding."""
+    more = tensor.new_zeros(len(tensor), members - tensor.shape[1], *tensor.shape[2:])
+    return torch.cat([tensor, more], 1)
 
 
 def _numbered(group: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

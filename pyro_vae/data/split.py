@@ -20,7 +20,8 @@ class Split(NamedTuple):
     context: Tensor | None = None
     """The context of a conditional pair, floats (n, *context_shape)."""
     lengths: Tensor | None = None
-    """The number of steps of each row, integers (n,), if rows are sequences."""
+    """The number of steps of each row, integers (n,), if rows are sequences; the number of members
+    if rows are groups."""
     factors: Tensor | None = None
     """The index of the value of each known factor, integers (n, factors), for drawn data."""
 
@@ -48,11 +49,11 @@ class Data:
         return max((int(part.max()) + 1 for part in labels if part is not None), default=0)
 
 
-def three_ways(name: str, whole: Split) -> Data:
-    """Split data 70 : 10 : 20 into training, validation and test data."""
+def three_ways(name: str, whole: Split, what: str = "rows") -> Data:
+    """Split data 70 : 10 : 20 into training, validation and test data; ``what`` are the data."""
     if len(whole.x) < 10:
         raise UsageError(
-            f"{name} has {len(whole.x)} rows, but a split into three parts needs at least 10"
+            f"{name} has {len(whole.x)} {what}, but a split into three parts needs at least 10"
         )
     train, validation, test = shuffled(whole, (7, 1, 2))
     return Data(name, train, validation, test)

@@ -123,6 +123,7 @@ class MultilevelVAE(PyroModule):
         group_hidden: Sequence[int] = (),
         likelihood: Family | type[Family] = Gaussian,
         posterior: Family | type[Family] = DiagonalNormal,
+        group_posterior: Family | type[Family] = DiagonalNormal,
         prior: nn.Module | Callable[[int], nn.Module] = StandardNormal,
         members: int = 1,
         context_shapes: Sequence[Shape] = (),
@@ -137,14 +138,16 @@ class MultilevelVAE(PyroModule):
                 the decoder has them in reverse.
             group_hidden: the widths of the hidden layers of p(z | u). The mean of z is linear in u
                 without them.
-            likelihood, posterior: the families of x, and of z and u, or their classes.
+            likelihood, posterior, group_posterior: the families of x, of q(z | x, u), and of
+                q(u | group), or their classes.
             prior: p(u): a module, or a class or function of group_dim that returns one.
             members: the number of members of each group that `pyro_vae.sample` draws.
             context_shapes: the shape of one member's part of each context tensor.
             activation: a class or function that returns the nonlinearity.
         """
         require_sizes(data_shape, min(latent_dim, group_dim), (*hidden, *group_hidden))
-        likelihood, posterior, data_shape = made(likelihood), made(posterior), tuple(data_shape)
+        likelihood, posterior, of_group = map(made, (likelihood, posterior, group_posterior))
+        data_shape = tuple(data_shape)
         context = [tuple(shape) for shape in context_shapes]
         latents, group = (latent_dim,), (group_dim,)
         seen = context[: len(context) - likelihood.context]
@@ -158,9 +161,7 @@ class MultilevelVAE(PyroModule):
             return MLP([view, group_dim, *context], hidden, outputs, activation)
 
         embedding = viewed(each, likelihood, data_shape)
-        pool = DeepSet(
-            embedding, MLP([width, 1], hidden[-1:], posterior.outputs(group), activation)
-        )
+        pool = DeepSet(embedding, MLP([width, 1], hidden[-1:], of_group.outputs(group), activation))
         up = MLP(group_dim, group_hidden, 2 * latent_dim, activation)
         down = MLP(
             [latent_dim, *seen], tuple(hidden)[::-1], likelihood.outputs(data_shape), activation
@@ -169,7 +170,7 @@ class MultilevelVAE(PyroModule):
             Factor(viewed(own, likelihood, data_shape), posterior, latents),
             Factor(down, likelihood, data_shape),
             Factor(up, DiagonalNormal(), latents),
-            Factor(pool, posterior, group),
+            Factor(pool, of_group, group),
             made_prior(prior, group_dim),
             members,
             context,
