@@ -83,6 +83,9 @@ def reconstruct(run: RunFolder, *, num: int = 12, model: UserClass = None) -> No
 def encode(run: RunFolder, *, part: str = "test", model: UserClass = None) -> None:
     """Encode data; write codes.npz: posterior means and scales of each latent site, and labels.
 
+    For --model multilevel, the array rows has the row of the data file of each member of a group,
+    and -1 for padding.
+
     Parameters
     ----------
     part
@@ -112,6 +115,8 @@ def encode(run: RunFolder, *, part: str = "test", model: UserClass = None) -> No
         arrays |= {f"{name}_{what}": code.cpu().numpy() for name, code in codes.items()}
     if split.labels is not None:
         arrays["labels"] = split.labels.numpy()
+    if split.members is not None:
+        arrays["rows"] = split.members.numpy()
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     with run_files.atomic(run / "codes.npz") as file:

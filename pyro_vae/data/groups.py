@@ -147,7 +147,8 @@ def in_groups(parts: Mapping[str, Split], ids: Mapping[str, Any]) -> dict[str, S
         ids: the id of the group of each row, by part.
 
     In the result a row is a group: x and context are padded to the largest group of all parts, and
-    ``lengths`` are the sizes. Labels are kept if the members of each group share their label.
+    ``lengths`` are the sizes, and ``members`` the rows. Labels are kept if the members of each
+    group share their label.
     Raises `UsageError` if a group is in two parts, and for rows that are sequences with lengths.
     """
     for name, rows in parts.items():
@@ -179,11 +180,12 @@ def _as_split(rows: Split, groups: Groups, members: int) -> Split:
     if rows.labels is not None:
         first = rows.labels[groups.rows[:, 0]]
         labels = first if torch.equal(groups.group_rows(first), rows.labels) else None
-    return Split(x, labels, context[0] if context else None, groups.sizes)
+    rows_of = _wider(groups.rows + 1, members) - 1
+    return Split(x, labels, context[0] if context else None, groups.sizes, members=rows_of)
 
 
 def _wider(tensor: Tensor, members: int) -> Tensor:
-    """A tensor (groups, members, ...) with more padding."""
+    """A tensor (groups, members, ...) with more zeros as padding."""
     more = tensor.new_zeros(len(tensor), members - tensor.shape[1], *tensor.shape[2:])
     return torch.cat([tensor, more], 1)
 

@@ -24,6 +24,9 @@ class Split(NamedTuple):
     if rows are groups."""
     factors: Tensor | None = None
     """The index of the value of each known factor, integers (n, factors), for drawn data."""
+    members: Tensor | None = None
+    """The row of the file of each member, integers (n, members), -1 for padding, if rows are
+    groups."""
 
 
 @dataclass(frozen=True)
