@@ -120,7 +120,6 @@ class MultilevelVAE(PyroModule):
         latent_dim: int = 8,
         group_dim: int = 2,
         hidden: Sequence[int] = (128, 64),
-        group_hidden: Sequence[int] = (),
         likelihood: Family | type[Family] = Gaussian,
         posterior: Family | type[Family] = DiagonalNormal,
         group_posterior: Family | type[Family] = DiagonalNormal,
@@ -135,9 +134,7 @@ class MultilevelVAE(PyroModule):
             data_shape: the shape of one member's data.
             latent_dim, group_dim: the dimensions of z and u.
             hidden: the widths of the hidden layers of both encoders, from the data to the latents;
-                the decoder has them in reverse.
-            group_hidden: the widths of the hidden layers of p(z | u). The mean of z is linear in u
-                without them.
+                the decoder has them in reverse, and p(z | u) has one layer of the last width.
             likelihood, posterior, group_posterior: the families of x, of q(z | x, u), and of
                 q(u | group), or their classes.
             prior: p(u): a module, or a class or function of group_dim that returns one.
@@ -145,7 +142,7 @@ class MultilevelVAE(PyroModule):
             context_shapes: the shape of one member's part of each context tensor.
             activation: a class or function that returns the nonlinearity.
         """
-        require_sizes(data_shape, min(latent_dim, group_dim), (*hidden, *group_hidden))
+        require_sizes(data_shape, min(latent_dim, group_dim), hidden)
         likelihood, posterior, of_group = map(made, (likelihood, posterior, group_posterior))
         data_shape = tuple(data_shape)
         context = [tuple(shape) for shape in context_shapes]
@@ -162,7 +159,7 @@ class MultilevelVAE(PyroModule):
 
         embedding = viewed(each, likelihood, data_shape)
         pool = DeepSet(embedding, MLP([width, 1], hidden[-1:], of_group.outputs(group), activation))
-        up = MLP(group_dim, group_hidden, 2 * latent_dim, activation)
+        up = MLP(group_dim, hidden[-1:], 2 * latent_dim, activation)
         down = MLP(
             [latent_dim, *seen], tuple(hidden)[::-1], likelihood.outputs(data_shape), activation
         )
@@ -180,6 +177,11 @@ class MultilevelVAE(PyroModule):
 def _counts(sizes: Tensor, x: Tensor) -> Tensor:
     """Which members count, booleans (groups, members)."""
     most = x.shape[1]
+    if sizes.dim() != 1:
+        raise UsageError(
+            f"the sizes must be one number for each group, got rows of shape "
+            f"{tuple(sizes.shape[1:])}"
+        )
     known = (sizes == -1) | ((sizes >= 1) & (sizes <= most))
     if has_values(known) and not bool(known.all()):
         raise UsageError(

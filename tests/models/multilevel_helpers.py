@@ -39,7 +39,7 @@ class ExactMember(nn.Module):
 
     def forward(self, x, u):
         e = self.effects[0]
-        precision = torch.eye(2).double() / S**2 + e.A.T @ e.A / T**2
+        precision = torch.eye(len(e.W)).double() / S**2 + e.A.T @ e.A / T**2
         mean = (u @ e.W.T + e.b) / S**2 + (x - e.a) @ e.A / T**2
         covariance = torch.linalg.inv(precision)
         return dist.MultivariateNormal(mean @ covariance, self.spread**2 * covariance)
