@@ -139,7 +139,7 @@ def test_tools_ignore_padding(groups):
 
 
 def test_intensities_are_binarized_whatever_the_padding(groups):
-    """The padding -1 is no intensity; without this, intensities would be scored as they are."""
+    """The padding -1 is not an intensity; without this, intensities would be scored as they are."""
     torch.manual_seed(0)
     pair = pv.MultilevelVAE.mlp((3,), 2, 2, (6,), likelihood=pv.Bernoulli, members=5)
     x = torch.rand(6, 5, 3)
