@@ -181,6 +181,11 @@ def _deep_markov_model(config: Model, data: Data) -> nn.Module:
 def _multilevel_vae(config: Model, data: Data) -> nn.Module:
     """The multilevel VAE that a configuration describes."""
     _reject(("network", "library_size"), config, "--model multilevel")
+    if (levels := len(config.latent_dim)) > 2:
+        raise UsageError(
+            f"must be one or two numbers for --model multilevel, got {levels} numbers",
+            argument="latent_dim",
+        )
     if "label" in config.condition or config.prior in ("conditional", "vamp"):
         raise UsageError(
             "--model multilevel does not support --condition label and --prior conditional or vamp"

@@ -155,13 +155,11 @@ class Model:
     def _require_levels(self) -> None:
         """Raise `UsageError` for a number of levels that the model cannot have."""
         levels = len(self.latent_dim)
-        if self.model == "multilevel" and levels > 2:
-            raise UsageError(
-                f"must be one or two numbers for --model multilevel, got {levels} numbers",
-                argument="latent_dim",
-            )
-        several = self.model in ("hierarchical", "multilevel") or ":" in self.model
-        if levels > 1 and not several:
+        if (
+            levels > 1
+            and self.model not in ("hierarchical", "multilevel")
+            and ":" not in self.model
+        ):
             raise UsageError(
                 f"must be one number for --model {self.model}, got {levels} numbers; --model "
                 "hierarchical has several levels",

@@ -83,8 +83,8 @@ def reconstruct(run: RunFolder, *, num: int = 12, model: UserClass = None) -> No
 def encode(run: RunFolder, *, part: str = "test", model: UserClass = None) -> None:
     """Encode data; write codes.npz: posterior means and scales of each latent site, and labels.
 
-    For --model multilevel, the array rows has the row of the data file of each member of a group,
-    and -1 for padding.
+    For --model multilevel, the array members has the row of the data file of each member of a
+    group, and -1 for padding.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def encode(run: RunFolder, *, part: str = "test", model: UserClass = None) -> No
     if split.labels is not None:
         arrays["labels"] = split.labels.numpy()
     if split.members is not None:
-        arrays["rows"] = split.members.numpy()
+        arrays["members"] = split.members.numpy()
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     with run_files.atomic(run / "codes.npz") as file:

@@ -49,7 +49,7 @@ def test_codes_name_the_rows_of_the_file(run):
     codes = np.load(run / "codes.npz")
     stored = np.load(run.parent / "visits.npz")
     assert codes["u_mean"].shape == (4, 1)
-    for rows in codes["rows"]:
+    for rows in codes["members"]:
         (one,) = set(stored["patient"][rows[rows >= 0]])
         assert (rows >= 0).sum() == (stored["patient"] == one).sum()
 
