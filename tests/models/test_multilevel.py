@@ -9,6 +9,7 @@ import torch
 from multilevel_helpers import Effects
 
 import pyro_vae as pv
+from pyro_vae.data.sources import Arrays
 from pyro_vae.errors import UsageError
 
 SIZES = [1, 4, 2, 5, 3, 1]
@@ -154,6 +155,14 @@ def test_intensities_are_binarized_whatever_the_padding(groups):
     spoiled[0, 0, 0] = -1.0  # not padding
     with pytest.raises(UsageError, match="outside the support"):
         pv.log_likelihood(pair, spoiled, sizes)
+
+
+def test_fixed_binary_draws_ignore_hidden_entries():
+    x = torch.tensor([[0.0, 1.0, math.nan, -3.0], [1.0, 0.0, 7.0, 0.0]])
+    drawn = Arrays([x]).binarized().tensors[0]
+    assert torch.equal(drawn[:, :2].float(), x[:, :2])
+    assert drawn.isnan().tolist() == [[False, False, True, False], [False] * 4]
+    assert Arrays([x[1:]]).binarized().tensors[0].dtype == torch.bool
 
 
 def test_more_padding_changes_nothing(effects, truth):
