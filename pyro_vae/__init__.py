@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pyro_vae.data.datasets import hide_labels as hide_labels
     from pyro_vae.data.datasets import load_data as load_data
     from pyro_vae.data.datasets import one_hot as one_hot
+    from pyro_vae.data.groups import Groups as Groups
+    from pyro_vae.data.groups import by_group as by_group
     from pyro_vae.data.schema import Column as Column
     from pyro_vae.data.schema import Schema as Schema
     from pyro_vae.data.tables import Table as Table
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from pyro_vae.models.hierarchical import HierarchicalVAE as HierarchicalVAE
     from pyro_vae.models.hierarchical import TopDown as TopDown
     from pyro_vae.models.mixture import MixtureVAE as MixtureVAE
+    from pyro_vae.models.multilevel import MultilevelVAE as MultilevelVAE
     from pyro_vae.models.not_at_random import NotAtRandomVAE as NotAtRandomVAE
     from pyro_vae.models.semisupervised import SemiSupervisedVAE as SemiSupervisedVAE
     from pyro_vae.models.sequence import DeepMarkovModel as DeepMarkovModel
@@ -84,6 +87,7 @@ if TYPE_CHECKING:
     from pyro_vae.parts.missing import Missing as Missing
     from pyro_vae.parts.networks import MLP as MLP
     from pyro_vae.parts.networks import Chain as Chain
+    from pyro_vae.parts.networks import DeepSet as DeepSet
     from pyro_vae.parts.posteriors import Classes as Classes
     from pyro_vae.parts.posteriors import DiagonalNormal as DiagonalNormal
     from pyro_vae.parts.posteriors import FlowPosterior as FlowPosterior

@@ -245,6 +245,11 @@ def value_in_graph(node: torch.fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a program may read the values of a tensor; it may not while a graph is traced."""
+    return not isinstance(tensor, FakeTensor)
+
+
 def compile_graph(
     graph: torch.fx.GraphModule, examples: Sequence[Tensor]
 ) -> Callable[..., list[Tensor]]:

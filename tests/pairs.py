@@ -238,6 +238,9 @@ OURS = {
     ),
     "text": lambda: pv.VAE.recurrent((3,), 2, 2, hidden=3, embedding_dim=2, word_dropout=0.3),
     "deep-markov": lambda: pv.DeepMarkovModel.usual(3, 2, latent_dim=2, hidden=4, ragged=True),
+    "multilevel": lambda: pv.MultilevelVAE.mlp(
+        (2,), 2, 1, hidden=(4,), likelihood=pv.Bernoulli, members=3, activation=nn.Tanh
+    ),
     "semi-supervised": lambda: pv.SemiSupervisedVAE.mlp(
         (6,), 3, latent_dim=2, hidden=(5,), activation=nn.Tanh, classification_weight=0.7
     ),
@@ -246,7 +249,7 @@ OURS = {
 UNORDERED = {"text", "tokens"}
 """Pairs whose data are names, not quantities: in place of a mean they give what is likely."""
 
-SHAPES = {"convolutional": (1, 2, 3), "text": (3,), "deep-markov": (3, 2)}
+SHAPES = {"convolutional": (1, 2, 3), "text": (3,), "deep-markov": (3, 2), "multilevel": (3, 2)}
 
 USERS = {"plain": PlainAttributes, "registered": Registered, "params": Params, "bags": Bags}
 ALL = OURS | USERS
@@ -276,7 +279,7 @@ def rows(name: str, n: int = 40, seed: int = 1) -> tuple[Tensor, ...]:
         return x, x.mT.contiguous()
     if name.endswith("library"):
         return x, (1 + x.sum(-1, keepdim=True)).log()
-    if name == "deep-markov":
+    if name in ("deep-markov", "multilevel"):
         return x, torch.randint(1, 4, (n,), generator=generator)
     if name == "semi-supervised":
         return x, torch.randint(-1, 3, (n,), generator=generator)

@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ def _make_pair(config: Model, data: Data, standardize: bool) -> nn.Module:
         untaken = [name for name in ("latent_dim", "hidden") if name not in takes]
         _reject(untaken, config, f"{config.model}, whose constructor does not take it")
         return pair
+    if config.model == "multilevel":
+        return _multilevel_vae(config, data)
     if config.model == "deep-markov":
         return _deep_markov_model(config, data)
     makers: dict[str, Callable[[Model, dict[str, Any]], tuple[Any, nn.Module | None]]] = {
@@ -66,7 +69,7 @@ def _make_pair(config: Model, data: Data, standardize: bool) -> nn.Module:
         "mixture": _make_mixture,
     }
     if config.model not in makers:
-        known = nearest(config.model, [*makers, "deep-markov"])
+        known = nearest(config.model, [*makers, "deep-markov", "multilevel"])
         raise UsageError(f"unknown model '{config.model}'; {known} (or give module:Class)")
     if data.table is not None:
         options = ("likelihood", "scale", "logistics", "library_size", "network")
@@ -190,6 +193,45 @@ def _deep_markov_model(config: Model, data: Data) -> nn.Module:
         posterior=make_posterior(config),
         ragged=data.train.lengths is not None,
     )
+
+
+def _multilevel_vae(config: Model, data: Data) -> nn.Module:
+    """The multilevel VAE that a configuration describes."""
+    _reject(("network", "library_size"), config, "--model multilevel")
+    if (levels := len(config.latent_dim)) > 2:
+        raise UsageError(
+            f"must be one or two numbers for --model multilevel, got {levels} numbers",
+            argument="latent_dim",
+        )
+    if "label" in config.condition or config.prior in ("conditional", "vamp"):
+        raise UsageError(
+            "--model multilevel does not support --condition label and --prior conditional or vamp"
+        )
+    from pyro_vae.models.multilevel import MultilevelVAE
+
+    return MultilevelVAE.mlp(
+        data.shape[1:],
+        latent_dim=config.latent_dim[0],
+        group_dim=config.top_dim,
+        hidden=config.hidden,
+        likelihood=made_for_data(make_likelihood(config), config, data, standardize=False),
+        posterior=make_posterior(replace(config, latent_dim=config.latent_dim[:1])),
+        group_posterior=make_posterior(config),
+        prior=make_prior(config),
+        members=data.shape[0],
+        context_shapes=[shape[1:] for shape in context_shapes(config, data)],
+        activation=make_activation(config.activation),
+    )
+
+
+def require_groups(model: str, group: str | None) -> None:
+    """Raise `UsageError` if a model needs groups of rows but there are none, or the reverse."""
+    if model == "multilevel" and group is None:
+        raise UsageError("--model multilevel needs --group, the column or the array of group ids")
+    if group is not None and model != "multilevel" and ":" not in model:
+        raise UsageError(
+            f"needs --model multilevel or a pair of your own, got --model {model}", argument="group"
+        )
 
 
 def _reject(names: Iterable[str], config: Model, what: str) -> None:

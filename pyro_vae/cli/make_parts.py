@@ -54,8 +54,8 @@ def made_for_data(likelihood: Any, config: Model, data: Any, standardize: bool) 
     from pyro_vae.parts.standardized import Standardized
 
     x = data.train.x
-    if data.table is not None:
-        return data.table.schema.likelihood(x)
+    if data.schema is not None:
+        return data.schema.likelihood(x if data.table is not None else x[data.train.members >= 0])
     if standardize:
         likelihood = Standardized(likelihood, data.shape).standardize(x)
     parts = (data.train.x, data.validation.x, data.test.x)
@@ -71,7 +71,7 @@ def standardizes(config: Model, data: Any, asked: bool | None) -> bool:
             "needs --likelihood gaussian or student-t and a pair of this library",
             argument="standardize",
         )
-    if asked is not None or not real or data.table is not None:
+    if asked is not None or not real or data.schema is not None:
         return bool(asked)
     rows = data.train.x.is_floating_point() and len(data.shape) == 1 and data.train.lengths is None
     of_file = data.vocabulary is None and config.model != "deep-markov"

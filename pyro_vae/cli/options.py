@@ -27,17 +27,18 @@ class Model:
     ----------
     model
         vae; hierarchical; semi-supervised (some rows have labels); mixture (finds clusters);
-        deep-markov (sequences: rows of shape (steps, d), or images read from top to bottom); or
-        module:Class for a pair of your own. The constructor of your class receives data_shape,
-        latent_dim, hidden, context_shapes and num_classes, if it has arguments of these names. The
-        other options that build a pair are then rejected.
+        deep-markov (sequences: rows of shape (steps, d), or images read from top to bottom);
+        multilevel (rows in groups, see --group); or module:Class for a pair of your own. The
+        constructor of your class receives data_shape, latent_dim, hidden, context_shapes and
+        num_classes, if it has arguments of these names. The other options that build a pair are
+        then rejected.
     network
         Kind of neural network: multilayer perceptrons (mlp), convolutions for images (conv), or
         recurrent networks for text (recurrent). auto chooses recurrent for text and mlp for other
         data.
     latent_dim
         Dimension of the latent vector. For --model hierarchical: the dimension of each level, from
-        the data upwards.
+        the data upwards. For --model multilevel: the dimensions of z and of the groups' u.
     hidden
         Widths of the hidden layers of the encoder, from the data inwards. The decoder uses them in
         reverse order. For text and --model deep-markov: the width of each network, one number.
@@ -154,7 +155,11 @@ class Model:
     def _require_levels(self) -> None:
         """Raise `UsageError` for a number of levels that the model cannot have."""
         levels = len(self.latent_dim)
-        if levels > 1 and self.model != "hierarchical" and ":" not in self.model:
+        if (
+            levels > 1
+            and self.model not in ("hierarchical", "multilevel")
+            and ":" not in self.model
+        ):
             raise UsageError(
                 f"must be one number for --model {self.model}, got {levels} numbers; --model "
                 "hierarchical has several levels",
@@ -300,9 +305,13 @@ class Input:
     length
         Maximum width of a row of text in characters, including the end symbol. Longer docstrings
         are left out; longer lines of a file are cut.
+    group
+        Array of a .npz file with the id of the group of each row. Whole groups are the data, and
+        are never split between training and test data.
     """
 
     data_dir: Path | None = None
+    group: str | None = None
     binarize: Literal["dynamic", "fixed", "none"] = "dynamic"
     columns: Path | None = None
     standardize: bool | None = None
@@ -368,7 +377,7 @@ def reject_ignored_by_data(source: Input, data: Data) -> None:
     """Raise `UsageError` for options that do not apply to these data."""
     from pyro_vae.data.datasets import TORCHVISION
 
-    if source.standardize is not None and data.table is not None:
+    if source.standardize is not None and data.schema is not None:
         raise UsageError(
             "does not apply to tables, whose columns are always standardized inside the pair",
             argument="standardize",

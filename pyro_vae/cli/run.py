@@ -39,9 +39,19 @@ def measure_run(
         engine=engine,
         progress=True,
     )
-    metrics = {"data": data.name} | result.as_dict() | dict(kept or {})
+    members = _by_member(result.log_likelihood, data) if given.get("group") else {}
+    metrics = {"data": data.name} | result.as_dict() | members | dict(kept or {})
     run_metrics.write_metrics(run, pair, metrics)
     print(result)
+    for value in members.values():
+        print(f"{'log p(x) by member':<20}{value:.3f}")
+
+
+def _by_member(log_likelihood: float, data: "Data") -> dict[str, float]:
+    """The log-likelihood of the test groups, divided by the number of their members."""
+    sizes = data.test.lengths
+    assert sizes is not None
+    return {"log_likelihood_by_member": log_likelihood * len(sizes) / int(sizes.sum())}
 
 
 def report_run(run: Path, pair: "nn.Module", data: "Data", given: dict[str, Any]) -> None:
@@ -70,7 +80,7 @@ def require_split(run: Path, data: "Data") -> None:
 
 
 _RECORDED: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("data", "model", "data_dir", "vocabulary", "binarize"), str),
+    **dict.fromkeys(("data", "model", "data_dir", "vocabulary", "binarize", "group"), str),
     **dict.fromkeys(("num_classes", "num_labels", "length", "seed"), int),
     **dict.fromkeys(("data_shape", "context_shapes", "condition", "hidden"), list),
     "latent_dim": (list, int),
@@ -146,12 +156,12 @@ def load_of_run(
     if name is None:
         raise UsageError(f"{run} does not record its data; name them with --data")
     if (run / SCHEMA).is_file():
-        return load_data(name, columns=schema_of_run(run))
+        return load_data(name, columns=schema_of_run(run), group=given.get("group"))
     folder = data_dir or given.get("data_dir")
     vocabulary, length = given.get("vocabulary"), given.get("length", Input.length)
     if vocabulary is not None:
         (length,) = given["data_shape"]
-    return load_data(name, folder, length, vocabulary)
+    return load_data(name, folder, length, vocabulary, group=given.get("group"))
 
 
 SCHEMA = "schema.toml"
@@ -170,7 +180,7 @@ def write_schema(run: Path, data: "Data") -> None:
     from pyro_vae.runs.files import atomic
 
     with atomic(run / SCHEMA) as file:
-        file.write(data.table.schema.to_toml().encode())
+        file.write(data.schema.to_toml().encode())
 
 
 def test_part(data: "Data", given: dict[str, Any], n: int) -> tuple["Tensor", list["Tensor"]]:

@@ -128,6 +128,8 @@ def impute(
     require_positive("draws", draws)
     pair, loaded, given = open_run(run, data, None, model)
     split = chosen_part(loaded, data, part or "all")
+    if split.members is not None and not bool(split.x.isnan().any()):
+        raise UsageError("the data have no missing entry, so nothing is to be imputed")
     found = imputation.impute(
         pair,
         split.x,
@@ -174,6 +176,9 @@ def encode(
 ) -> None:
     """Encode data; write posterior means and scales of each latent site, labels and row ids.
 
+    For --model multilevel, the array members has the row of the data file of each member of a
+    group, and -1 for padding.
+
     Parameters
     ----------
     data
@@ -194,6 +199,8 @@ def encode(
         arrays |= {f"{name}_{what}": code.cpu().numpy() for name, code in codes.items()}
     if split.labels is not None:
         arrays["labels"] = split.labels.numpy()
+    if split.members is not None:
+        arrays["members"] = split.members.numpy()
     path = out or run / "codes.npz"
     if path.suffix == ".npz":
         print(_npz(_npz_ids(loaded, split) | arrays, path))

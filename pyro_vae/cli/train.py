@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pyro_vae.cli.app import Flat, app
 from pyro_vae.cli.config_file import (
+    TABLE_DEFAULTS,
     read_options,
     reject_typed_ignored,
     require_typed_class,
     table_defaults,
 )
 from pyro_vae.cli.make_objective import make_beta, make_learning_rate_schedule, make_objective
-from pyro_vae.cli.make_pair import context_shapes, make_pair
+from pyro_vae.cli.make_pair import context_shapes, make_pair, require_groups
 from pyro_vae.cli.make_parts import standardizes
 from pyro_vae.cli.options import Input, Model, Objective, reject_ignored_by_data
 from pyro_vae.cli.run import (
@@ -79,16 +80,21 @@ def train(
     run = out or Path("runs") / Path(data).stem
     recorded = recorded_options(run) if resume else {}
     require_recorded(run, recorded, model.model)
+    require_groups(model.model, source.group)
     columns: Any = source.columns
     if resume and (run / "schema.toml").is_file():
         columns = schema_of_run(run)
-    loaded = load_data(data, source.data_dir, source.length, columns=columns)
+    loaded = load_data(data, source.data_dir, source.length, columns=columns, group=source.group)
     reject_ignored_by_data(source, loaded)
     if resume:
         require_split(run, loaded)
-    if loaded.table is not None:
+    if loaded.schema is not None:
         model = _with_context(model, loaded)
-        print(loaded.table.schema, end="\n\n")
+        print(loaded.schema, end="\n\n")
+        # The default for tables may be more than a small table has.
+        if settings.batch_size == TABLE_DEFAULTS["batch_size"]:
+            most = min(TABLE_DEFAULTS["batch_size"], len(loaded.train.x))
+            settings = replace(settings, batch_size=most)
     scaled = standardizes(model, loaded, source.standardize)
     if scaled:
         print("the data are standardized inside the pair (--no-standardize to change)")
@@ -123,7 +129,7 @@ def train(
         config={"train": given, "split": split_checksums(loaded)},
         **asdict(settings),
     )
-    if loaded.table is not None:
+    if loaded.schema is not None:
         write_schema(run, loaded)
     measure_run(run, seeded_pair, loaded, given, num_eval_samples, settings.engine)
     if report:

@@ -21,6 +21,8 @@ from pyro_vae.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from pyro_vae.data.schema import Schema
+
 
 @app.command
 def sample(
@@ -49,7 +51,6 @@ def sample(
     seed
         Random seed.
     """
-    from pyro_vae.data.table_values import frame_of
     from pyro_vae.inference import generation
 
     require_positive("num", num)
@@ -62,7 +63,7 @@ def sample(
         values = _of_class(run, pair, num, label)
         images = generation.decode(pair, values, context, means=means, seed=seed)
     if (run / SCHEMA).is_file():
-        print(written(frame_of(schema_of_run(run), images), out or run / "samples.csv"))
+        print(written(_table(schema_of_run(run), images), out or run / "samples.csv"))
         return
     _write(run, given, "samples", images, [("", part) for part in images[:100].split(10)])
 
@@ -179,6 +180,17 @@ def report(run: RunFolder, *, model: UserClass = None) -> None:
     pair, loaded, given = open_run(run, model=model)
     report_run(run, pair, loaded, given)
     print(run / "report.html")
+
+
+def _table(schema: "Schema", x: "Tensor") -> Any:
+    """Rows (n, columns), or members of groups (n, members, columns), as an Arrow table."""
+    from pyro_vae.data.table_values import frame_of
+
+    group = schema.one("group")
+    if x.dim() == 2 or group is None:
+        return frame_of(schema, x)
+    ids = [number for number in range(len(x)) for _ in range(x.shape[1])]
+    return frame_of(schema, x.flatten(0, 1), group.name, ids)
 
 
 def _of_class(run: Path, pair: "nn.Module", num: int, label: int) -> dict[str, "Tensor"]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.data.files import UNREADABLE, load_file, load_music, load_text
+from pyro_vae.data.grouped_tables import grouped
 from pyro_vae.data.shapes import draw
 from pyro_vae.data.split import Data, Split, shuffled, three_ways
 from pyro_vae.data.table_files import FILES as TABLES
@@ -25,6 +26,7 @@ def load_data(
     length: int = 60,
     vocabulary: str | None = None,
     columns: Any = None,
+    group: str | None = None,
 ) -> Data:
     """Load a data set by name or from a file, split into training, validation and test data.
 
@@ -58,6 +60,8 @@ def load_data(
         vocabulary: for text, the character of each token. Rows then have exactly the width
             ``length``. The default is all characters that occur in the text.
         columns: for a table, changes of its schema, as `pyro_vae.read_table` takes them.
+        group: the column of a table, or the array of a ``.npz`` file, with the id of the group of
+            each row. The data are then whole groups, see `pyro_vae.data.groups.in_groups`.
 
     Raises `UsageError` for an unknown name, and for a file that cannot be read or has other arrays.
 
@@ -65,9 +69,15 @@ def load_data(
     torch.Size([1257, 1, 8, 8])
     """
     path, name = Path(data), str(data)
+    if group is not None and (path.suffix not in (".npz", *TABLES) or name in NAMES):
+        raise UsageError(
+            f"needs a table or a .npz file with group ids, got {name}", argument="group"
+        )
     if name == "docstrings":
         return load_text(name, docstrings(length), length, vocabulary)
     if path.suffix in TABLES:
+        if group is not None:
+            return grouped(path, columns, group)
         return read_table(path, columns).split()
     if columns is not None:
         raise UsageError(f"applies only to tables; '{name}' is not a table", argument="columns")
@@ -76,7 +86,7 @@ def load_data(
     if path.suffix == ".txt" and path.is_file():
         return load_text(path.stem, read_lines(path), length, vocabulary)
     if name not in NAMES and (path.suffix in (".npy", ".npz") or path.is_file()):
-        return load_file(path)
+        return load_file(path, group)
     if name == "digits":
         return _digits()
     if name == "shapes":

@@ -2,7 +2,7 @@
 
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data.groups import in_groups
 from pyro_vae.data.music import Piece, piano_rolls, read_pieces
 from pyro_vae.data.split import Data, Split, shuffled, three_ways
 from pyro_vae.data.text import as_tokens, vocabulary_of
-from pyro_vae.errors import UsageError
+from pyro_vae.errors import UsageError, nearest
 from pyro_vae.pairs.arrays import as_tensor
 
 
@@ -47,7 +48,7 @@ UNREADABLE = (
 )
 
 
-def load_file(path: Path) -> Data:
+def load_file(path: Path, group: str | None = None) -> Data:
     """The arrays of a .npy or .npz file; see `pyro_vae.load_data` for their names."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
@@ -65,7 +66,9 @@ def load_file(path: Path) -> Data:
         ) from error
     if "x" in arrays:
         x = _images(arrays["x"], path, missing=True)
-        return three_ways(path.stem, _split(arrays, x, "", path))
+        rows = {"": _split(arrays, x, "", path)}
+        whole = rows if group is None else in_groups(rows, _ids(arrays, rows, group, path))
+        return three_ways(path.stem, whole[""], "rows" if group is None else "groups")
     if "x_train" not in arrays or "x_test" not in arrays:
         raise UsageError(
             f"{path} must hold the array 'x' (and optionally 'y'), or 'x_train' and 'x_test'; "
@@ -87,9 +90,22 @@ def load_file(path: Path) -> Data:
                     f"those of context_train have shape {_row(splits['train'].context)}; they must "
                     "match"
                 )
+    if group is not None:
+        splits = in_groups(splits, _ids(arrays, splits, group, path))
     if "validation" not in splits:
         splits["train"], splits["validation"] = shuffled(splits["train"], (5, 1))
     return Data(path.stem, splits["train"], splits["validation"], splits["test"])
+
+
+def _ids(
+    arrays: dict[str, np.ndarray], parts: Mapping[str, Split], group: str, path: Path
+) -> dict[str, np.ndarray]:
+    """The ids of the groups of the rows of each part."""
+    names = {part: f"{group}_{part}" if part else group for part in parts}
+    for name in names.values():
+        if name not in arrays:
+            raise UsageError(f"{path} has no array '{name}'; {nearest(name, arrays)}")
+    return {part: arrays[name] for part, name in names.items()}
 
 
 def _split(arrays: dict[str, np.ndarray], x: Tensor, suffix: str, path: Path) -> Split:

@@ -78,11 +78,8 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     site = _observation(pair, batch)
     if site is None:
         return plain
-    value, support = site["value"], _support(site)
-    # Otherwise the pair observes a function of x.
-    as_given = value.numel() == batch[0].numel() and torch.allclose(
-        value.flatten(), batch[0].flatten(), 0, 0, equal_nan=True
-    )
+    support, masked = _support(site), masks.is_masked(site)
+    as_given = _observes(site, batch[0])
     plain = _with_eight_bit(plain, pair, rows, raw[0], support if as_given else None)
     if not as_given or support.event_dim > 0:
         return plain
@@ -93,10 +90,10 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     gray = False
     for part in parts:
         x = part[0]
-        inside = _inside(pair, part) if own else support.check(x)
-        inside |= x.isnan()  # a missing entry
+        hidden = (_hidden(pair, part) | x.isnan()) if masked else x.isnan()
+        inside = (_inside(pair, part) if own else support.check(x)) | hidden
         if support is constraints.boolean and not bool(inside.all()):
-            gray, inside = True, ((x >= 0) & (x <= 1)) | x.isnan()
+            gray, inside = True, ((x >= 0) & (x <= 1)) | hidden
         if not bool(inside.all()):
             whole = rows.tensors[0] if isinstance(rows, Arrays) else x
             raise UsageError(_outside(x[~inside][0].item(), whole, site))
@@ -107,6 +104,22 @@ def _observation(pair: nn.Module, batch: Batch) -> Site | None:
     """The site that observes x in a batch."""
     with using(pair, seed=0), pyro.validation_enabled(False):
         return x_site(_run(pair, batch))
+
+
+def _observes(site: Site, x: Tensor) -> bool:
+    """Whether a site observes x, in all entries that count, and not a function of x."""
+    value = site["value"]
+    if value.numel() != x.numel():
+        return False
+    x = x.reshape(value.shape)
+    same = (value == x) | (value.isnan() & x.isnan())
+    return bool((same | ~masks.scored(site)).all())
+
+
+def _hidden(pair: nn.Module, batch: Batch) -> Tensor:
+    """Which entries of x a mask hides, such as padding; they may have any value."""
+    site: Any = _observation(pair, batch)
+    return ~masks.scored(site).reshape(batch[0].shape)
 
 
 def _inside(pair: nn.Module, batch: Batch) -> Tensor:

@@ -83,11 +83,16 @@ class Arrays:
         """Draw x once from Bernoulli(intensity) with a fixed seed, and keep it as booleans."""
         x, *context = self.tensors
         with seeded(seed):
-            drawn = [
-                torch.bernoulli(part.float() / (255 if x.dtype == torch.uint8 else 1)).bool()
-                for part in x.split(4096)
-            ]
+            scale = 255 if x.dtype == torch.uint8 else 1
+            drawn = [_binary(part.float() / scale) for part in x.split(4096)]
         return Arrays([torch.cat(drawn), *context])
+
+
+def _binary(intensities: Tensor) -> Tensor:
+    """Draws from Bernoulli(intensity); entries that are hidden may be NaN or outside of [0, 1]."""
+    drawn = torch.bernoulli(intensities.nan_to_num(0.0).clamp(0, 1))
+    hidden = intensities.isnan()
+    return torch.where(hidden, torch.nan, drawn) if bool(hidden.any()) else drawn.bool()
 
 
 class Stream:

@@ -20,11 +20,15 @@ class Split(NamedTuple):
     context: Tensor | None = None
     """The context of a conditional pair, floats (n, *context_shape)."""
     lengths: Tensor | None = None
-    """The number of steps of each row, integers (n,), if rows are sequences."""
+    """The number of steps of each row, integers (n,), if rows are sequences; the number of members
+    if rows are groups."""
     factors: Tensor | None = None
     """The index of the value of each known factor, integers (n, factors), for drawn data."""
     rows: Tensor | None = None
     """The number of each row in the data before they are split, integers (n,)."""
+    members: Tensor | None = None
+    """The row of the file of each member, integers (n, members), -1 for padding, if rows are
+    groups."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ class Data:
     vocabulary: str | None = None
     """The character of each token, if the data are text."""
     table: Any = None
-    """The `pyro_vae.data.tables.Table` of the data, if they are a table."""
+    """The `pyro_vae.data.tables.Table` of the data, if their rows are those of a table."""
+    schema: Any = None
+    """The `pyro_vae.Schema` of a row or, if the data are groups of rows of a table, of a member."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,11 +58,11 @@ class Data:
         return max((int(part.max()) + 1 for part in labels if part is not None), default=0)
 
 
-def three_ways(name: str, whole: Split) -> Data:
-    """Split data 70 : 10 : 20 into training, validation and test data."""
+def three_ways(name: str, whole: Split, what: str = "rows") -> Data:
+    """Split data 70 : 10 : 20 into training, validation and test data; ``what`` are the data."""
     if len(whole.x) < 10:
         raise UsageError(
-            f"{name} has {len(whole.x)} rows, but a split into three parts needs at least 10"
+            f"{name} has {len(whole.x)} {what}, but a split into three parts needs at least 10"
         )
     whole = whole._replace(rows=torch.arange(len(whole.x)))
     train, validation, test = shuffled(whole, (7, 1, 2))

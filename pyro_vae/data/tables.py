@@ -65,6 +65,10 @@ class Table:
         columns = self.schema.of("context")
         return torch.cat([self._context(c) for c in columns], 1).float() if columns else None
 
+    def values(self, name: str) -> list[Any]:
+        """The values of the column of this name, None where they are missing."""
+        return self._values(next(c for c in self.schema.columns if c.name == name))
+
     def _values(self, column: Column) -> list[Any]:
         return plain(self.source[column.name])
 
@@ -93,7 +97,9 @@ class Table:
             parts = grouped_parts(group, self._values(group))
         else:
             data = three_ways(self.name, whole)
-            return Data(self.name, data.train, data.validation, data.test, table=self)
+            return Data(
+                self.name, data.train, data.validation, data.test, table=self, schema=self.schema
+            )
         found = [
             taken(whole, torch.from_numpy(np.flatnonzero(parts == name)))
             for name in ("train", "validation", "test")
@@ -101,7 +107,7 @@ class Table:
         for name, part in zip(("train", "validation", "test"), found, strict=True):
             if not len(part.x):
                 raise UsageError(f"{self.name} has no {name} rows")
-        return Data(self.name, found[0], found[1], found[2], table=self)
+        return Data(self.name, found[0], found[1], found[2], table=self, schema=self.schema)
 
     def frame(self, x: Tensor, ids: Sequence[Any] | None = None) -> Any:
         """Rows (n, columns) as an Arrow table with the names, kinds and categories of the data.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pyro_vae.compat import UNOBSERVED_PART
 from pyro_vae.data.preparation import held_rows
-from pyro_vae.data.sources import Rows
+from pyro_vae.data.sources import Arrays, Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.passes import observation
 from pyro_vae.inference.weighted import Weighted, require_samples, weighted_parts
@@ -84,9 +84,10 @@ def impute(
     :math:`z_k` with probability :math:`w_k`, and then :math:`x_{mis} \sim p(x|z_k)`.
 
     Arguments:
-        pair: any pair that masks missing entries. They are NaN in x, or entries that a mask of the
-            model hides (docs/missing-values.md). If the model has a latent site ``x_unobserved``
-            beside its site ``x``, the entries are the draws of this latent.
+        pair: any pair that masks missing entries. They are NaN in x or, if x is an array without
+            NaN, the entries that a mask of the model hides (docs/missing-values.md). If the model
+            has a latent site ``x_unobserved`` beside its site ``x``, the entries are the draws of
+            this latent.
         x, context: the data, as `pyro_vae.log_likelihood` takes them.
         draws: the number of complete copies of the data (multiple imputations), at least 1.
         num_samples: importance samples of each row, at least 21.
@@ -111,10 +112,11 @@ def impute(
         raise UsageError(f"must be between 0 and 1, got {level}", argument="level")
     require_samples(num_samples)
     rows, prepare = held_rows(pair, x, context, binarize)
+    by_mask = not (isinstance(rows, Arrays) and bool(rows.tensors[0].isnan().any()))
     parts: list[Imputation] = []
     with using(pair, seed), torch.no_grad(), bar(progress, len(rows), "impute") as shown:
         for raw in rows.batches(ROWS):
-            parts.append(_imputed(pair, prepare(raw), draws, num_samples, level))
+            parts.append(_imputed(pair, prepare(raw), by_mask, draws, num_samples, level))
             shown.update(len(raw[0]))
     found = _joined(parts)
     if not bool(found.missing.any()):
@@ -123,11 +125,14 @@ def impute(
 
 
 def _imputed(
-    pair: nn.Module, batch: Batch, draws: int, num_samples: int, level: float
+    pair: nn.Module, batch: Batch, by_mask: bool, draws: int, num_samples: int, level: float
 ) -> Imputation:
     """The imputation of a prepared batch; complete rows stay as they are."""
     x = batch[0]
-    missing = masks.seen(data_site(trace_model(pair, batch, trace_guide(pair, batch))), x).isnan()
+    missing = x.isnan()
+    if by_mask:
+        site = data_site(trace_model(pair, batch, trace_guide(pair, batch)))
+        missing = masks.seen(site, x).isnan()
     holes = missing.flatten(1).any(1)
     mean, low, high = x.clone(), x.clone(), x.clone()
     drawn = x.expand(draws, *x.shape).clone()

@@ -89,6 +89,36 @@ class Chain(nn.Module):
         return value
 
 
+class DeepSet(nn.Module):
+    r"""A network over a set of any size, which does not depend on the order of its members.
+
+    :math:`f(\{x_i\}_{i=1}^n) = h\big(\tfrac1n \sum_i e(x_i, c_i),\ \log(1 + n)\big)`
+
+    Arguments:
+        member: the network e, from the data and context of a member to its embedding.
+        head: the network h, which takes the mean embedding and a tensor of width 1.
+
+    It takes x of shape ``(..., members, *shape)``, booleans ``(..., members)`` that say which
+    members count, and the context of the members. With the number n, the output can depend on how
+    much the set tells. Zaheer et al., Deep sets, 2017 (https://arxiv.org/abs/1703.06114).
+
+    >>> import torch
+    >>> network = DeepSet(MLP(3, (8,), 8), MLP([8, 1], (), 2))
+    >>> network(torch.zeros(5, 4, 3), torch.ones(5, 4).bool()).shape
+    torch.Size([5, 2])
+    """
+
+    def __init__(self, member: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.member, self.head = member, head
+
+    def forward(self, x: Tensor, counts: Tensor, *context: Tensor) -> Tensor:
+        each = self.member(x, *context)
+        n = counts.sum(-1, keepdim=True).to(each.dtype)
+        total = torch.where(counts.unsqueeze(-1), each, torch.zeros_like(each)).sum(-2)
+        return self.head(total / n.clamp(min=1), n.log1p())
+
+
 class Viewed(nn.Module):
     """A network that sees its first input through a view, such as `Log1p`.
 

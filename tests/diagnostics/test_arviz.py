@@ -139,7 +139,7 @@ def test_every_pair(name):
     assert data.posterior_predictive["x"].shape == (1, 3, *batch[0].shape)
     (site,) = data.log_likelihood  # of labels and x together, one "joint" density
     assert data.log_likelihood[site].dims == ("chain", "draw", "data")
-    if name == "deep-markov":  # entries beyond the end of a sequence are masked
+    if name in ("deep-markov", "multilevel"):  # the padding is masked
         inside = torch.arange(3) < batch[1][:, None]
         batch = (torch.where(inside[..., None], batch[0], torch.nan), *batch[1:])
     assert np.array_equal(data.observed_data["x"], batch[0], equal_nan=True)

@@ -425,7 +425,7 @@ class TestForks:
 # Every public function. -----------------------------------------------------------------------
 
 NO_PAIR = {"as_text", "as_tokens", "bounds_table", "disentanglement_scores", "hide_labels"}
-NO_PAIR |= {"load_data", "one_hot", "read_table"}
+NO_PAIR |= {"load_data", "one_hot", "read_table", "by_group"}
 QUIET = {"progress": False}
 CALLS = {
     "anneal": lambda p, x, out: pv.anneal(p, x, num_temperatures=3, num_chains=2, **QUIET),
