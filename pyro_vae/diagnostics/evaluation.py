@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_vae.compat import scale_and_mask
 from pyro_vae.data.preparation import Preparation, held_rows
 from pyro_vae.data.sources import Rows, Source, parts
-from pyro_vae.diagnostics.labels import Scores, flat_codes, probe_accuracy_of, score_classes
+from pyro_vae.diagnostics.labels import LabelScores, flat_codes, probe_accuracy_of, score_classes
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import estimate, unnormalized
 from pyro_vae.pairs import enumeration, fold_plan, folding, folds, masks, summing
@@ -215,7 +215,7 @@ def evaluate(
         likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress)
         _warn_of_rows(rows, prepare, likelihood.per_datum, batch_size)
     units, codes, moves, dims = _units(pair, rows, prepare, batch_size, seed)
-    scores = Scores()
+    scores = LabelScores()
     if labels is not None and known is not None and train_labels is not None and codes:
         train_codes = _units(pair, *known, batch_size, seed)[1]
         scores.take(

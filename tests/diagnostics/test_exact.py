@@ -113,7 +113,7 @@ def test_fit_reaches_the_maximum_likelihood_of_probabilistic_pca():
         epochs=50,
         batch_size=125,
         learning_rate=5e-2,
-        learning_rate_schedule=pv.Cosine(50),
+        learning_rate_schedule=pv.CosineSchedule(50),
         progress=False,
     )
     best = ppca_log_likelihood(x, 2)

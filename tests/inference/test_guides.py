@@ -196,7 +196,7 @@ def test_another_family_is_fitted_to_a_model_that_stays(tmp_path):
     linear.weight.data, linear.bias.data = truth.weight.data.clone(), truth.bias.data.clone()
     before = copy.deepcopy(first.state_dict())
     options = {"epochs": 150, "batch_size": 100, "learning_rate": 5e-2, "progress": False}
-    options |= {"learning_rate_schedule": pv.Cosine(150), "hidden": ()}
+    options |= {"learning_rate_schedule": pv.CosineSchedule(150), "hidden": ()}
     with seeded(0):
         full = pv.refit_guide(first, pv.FullRankNormal, x, **options)
     assert all(torch.equal(value, before[key]) for key, value in first.state_dict().items())

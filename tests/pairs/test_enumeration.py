@@ -381,7 +381,7 @@ def test_other_objectives_are_refused_in_one_line(name):
 def test_stock_enumeration_takes_no_weight_on_the_kl():
     pair, batch = make("mixture"), rows("mixture", 6)
     stock = TraceEnum_ELBO(max_plate_nesting=1)
-    for beta in (0.5, pv.Linear(3)):
+    for beta in (0.5, pv.LinearSchedule(3)):
         with pytest.raises(pv.UsageError, match="EnumeratedELBO"):
             pv.fit(pair, *batch, objective=stock, beta=beta, batch_size=3, progress=False)
     with pytest.warns(UserWarning, match="eager engine, because TraceEnum_ELBO defines its own"):

@@ -436,7 +436,7 @@ def test_row_numbers_as_context_serve_such_a_parameter():
     x = 1.4 * torch.randn(40, generator=torch.Generator().manual_seed(7))
     pair, rows = RowNumbers(), torch.arange(40)
     options = {"epochs": 300, "batch_size": 20, "learning_rate": 0.05, "progress": False}
-    pv.fit(pair, x, rows, learning_rate_schedule=pv.Cosine(300), engine="eager", **options)
+    pv.fit(pair, x, rows, learning_rate_schedule=pv.CosineSchedule(300), engine="eager", **options)
     assert torch.allclose(pv.encode(pair, x, rows)["z"], x / 2, atol=0.25)
     exact = dist.Normal(0.0, 2**0.5).log_prob(x)
     assert pv.evaluate(pair, x, rows).elbo == pytest.approx(exact.mean().item(), abs=0.03)

@@ -265,7 +265,7 @@ def gap(shape, posterior, x, steps):
         epochs=steps,
         batch_size=len(x),
         learning_rate=2e-2,
-        learning_rate_schedule=pv.Cosine(steps),
+        learning_rate_schedule=pv.CosineSchedule(steps),
         clip_norm=20.0,
         progress=False,
     )

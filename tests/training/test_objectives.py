@@ -20,14 +20,20 @@ from pyro_vae.pairs.rng import seeded
 @pytest.mark.parametrize(
     ("schedule", "points"),
     [
-        (pv.Linear(4), {0: 0, 1: 0.25, 2.5: 0.625, 4: 1, 9: 1}),
-        (pv.Linear(8, start=0.2), {0: 0.2, 2: 0.4, 8: 1, 100: 1}),
-        (pv.Linear(10, start=1.0, end=0.5), {0: 1, 4: 0.8, 10: 0.5, 11: 0.5}),
-        (pv.Cyclical(4, rise=0.25), {0: 0, 0.5: 0.5, 1: 1, 3.5: 1, 4: 0, 4.5: 0.5, 8.25: 0.25}),
-        (pv.Cyclical(10, start=0.1, end=0.5), {0: 0.1, 2.5: 0.3, 5: 0.5, 9: 0.5, 12.5: 0.3}),
-        (pv.Cyclical(2, rise=1.0), {0: 0, 1: 0.5, 1.5: 0.75, 2: 0, 3: 0.5}),
-        (pv.Cosine(6), {0: 1, 2: 0.75, 3: 0.5, 4: 0.25, 6: 0, 7: 0}),
-        (pv.Cosine(6, start=0.1, end=0.9), {0: 0.1, 2: 0.3, 3: 0.5, 6: 0.9, 60: 0.9}),
+        (pv.LinearSchedule(4), {0: 0, 1: 0.25, 2.5: 0.625, 4: 1, 9: 1}),
+        (pv.LinearSchedule(8, start=0.2), {0: 0.2, 2: 0.4, 8: 1, 100: 1}),
+        (pv.LinearSchedule(10, start=1.0, end=0.5), {0: 1, 4: 0.8, 10: 0.5, 11: 0.5}),
+        (
+            pv.CyclicalSchedule(4, rise=0.25),
+            {0: 0, 0.5: 0.5, 1: 1, 3.5: 1, 4: 0, 4.5: 0.5, 8.25: 0.25},
+        ),
+        (
+            pv.CyclicalSchedule(10, start=0.1, end=0.5),
+            {0: 0.1, 2.5: 0.3, 5: 0.5, 9: 0.5, 12.5: 0.3},
+        ),
+        (pv.CyclicalSchedule(2, rise=1.0), {0: 0, 1: 0.5, 1.5: 0.75, 2: 0, 3: 0.5}),
+        (pv.CosineSchedule(6), {0: 1, 2: 0.75, 3: 0.5, 4: 0.25, 6: 0, 7: 0}),
+        (pv.CosineSchedule(6, start=0.1, end=0.9), {0: 0.1, 2: 0.3, 3: 0.5, 6: 0.9, 60: 0.9}),
     ],
 )
 def test_schedules(schedule, points):
@@ -44,7 +50,7 @@ def binary_pair(n=32):
 
 def test_fit_reports_the_elbo_beside_a_weighted_objective():
     pair, x = binary_pair()
-    beta = pv.Linear(epochs=4)
+    beta = pv.LinearSchedule(epochs=4)
     history = pv.fit(
         pair, x, epochs=8, batch_size=32, learning_rate=0.02, beta=beta, progress=False
     )
@@ -64,7 +70,7 @@ def test_fit_moves_the_weight_within_an_epoch():
     pair, x = binary_pair()
     # The weight is 0 first, until the KL is so large that every estimate of it is positive.
     pv.fit(pair, x, epochs=30, batch_size=32, learning_rate=0.03, beta=0.0, progress=False)
-    beta = pv.Linear(epochs=4)
+    beta = pv.LinearSchedule(epochs=4)
     history = pv.fit(
         pair, x, epochs=3, batch_size=16, learning_rate=0.02, beta=beta, progress=False
     )
@@ -113,7 +119,7 @@ def test_fit_takes_the_learning_rate_from_a_schedule():
         epochs=5,
         batch_size=32,
         learning_rate=0.01,
-        learning_rate_schedule=pv.Cosine(4),
+        learning_rate_schedule=pv.CosineSchedule(4),
         progress=False,
     )
     expected = [0.01, 0.01 * (2 + sqrt(2)) / 4, 0.005, 0.01 * (2 - sqrt(2)) / 4, 0]

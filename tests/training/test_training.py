@@ -27,7 +27,8 @@ torch.manual_seed(2)
 vae = pv.VAE.mlp((6,), latent_dim=2, hidden=(5,))
 pv.fit(vae, x[:150], validation=x[150:], out=sys.argv[1], resume="resume" in sys.argv,
        epochs=int(sys.argv[2]), batch_size=20, patience=500, progress=False, clip_norm=50.0,
-       beta=pv.Cyclical(7), learning_rate_schedule=pv.Cosine(60), checkpoint_seconds=0)
+       beta=pv.CyclicalSchedule(7), learning_rate_schedule=pv.CosineSchedule(60),
+       checkpoint_seconds=0)
 """
 
 
@@ -230,8 +231,8 @@ def test_learning_rate_schedule_and_history_columns():
         epochs=4,
         batch_size=40,
         learning_rate=0.1,
-        learning_rate_schedule=pv.Linear(4, start=1.0, end=0.0),
-        beta=pv.Linear(2),
+        learning_rate_schedule=pv.LinearSchedule(4, start=1.0, end=0.0),
+        beta=pv.LinearSchedule(2),
         progress=False,
     )
     assert history["learning_rate"] == pytest.approx([0.1, 0.075, 0.05, 0.025])
