@@ -17,7 +17,7 @@ from pyro_vae.inference.importance import estimate, unnormalized
 from pyro_vae.pairs import enumeration, fold_plan, folding, folds, masks, summing
 from pyro_vae.pairs.arrays import as_labels
 from pyro_vae.pairs.formatting import with_error
-from pyro_vae.pairs.moments import is_category, mean
+from pyro_vae.pairs.moments import is_category, is_discrete, mean
 from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import latents, observed, same_order, sample_sites, site_kl
@@ -312,7 +312,7 @@ def _units(
                     value = terms.units(value, right)
                     found.setdefault(name, []).append(value.reshape(n, -1).cpu())
             data = list(observed(model).values())
-            discrete = all(site["fn"].support.is_discrete for site in data)
+            discrete = all(is_discrete(site["fn"]) for site in data)
             for seen in data if discrete else []:
                 each = elements(seen["fn"], seen["value"])
                 dims += scale_and_mask(each, mask=seen["mask"]).sum().item()

@@ -385,7 +385,9 @@ def test_stock_enumeration_takes_no_weight_on_the_kl():
         with pytest.raises(pv.UsageError, match="EnumeratedELBO"):
             pv.fit(pair, *batch, objective=stock, beta=beta, batch_size=3, progress=False)
     with pytest.warns(UserWarning, match="eager engine, because TraceEnum_ELBO defines its own"):
-        pv.fit(pair, *batch, objective=stock, batch_size=3, epochs=1, progress=False)
+        pv.fit(
+            pair, *batch, objective=stock, batch_size=3, epochs=1, progress=False, engine="eager"
+        )
 
 
 @every_pair
@@ -508,7 +510,7 @@ def test_labels_may_be_left_out():
     known = labels >= 0
     believed = pv.predict(pair, x, labels)[known]
     torch.testing.assert_close(believed, one_hot(labels[known], 3).to(believed))
-    pv.fit(pair, x, labels, validation=x, batch_size=3, epochs=1, progress=False)
+    pv.fit(pair, x, labels, validation=x, batch_size=3, epochs=1, progress=False, engine="eager")
 
 
 def test_classes_are_named_by_labels_and_clusters_are_matched():

@@ -90,7 +90,7 @@ TOOLS = {
     "calibration": lambda pair, x: pv.calibration(pair, progress=False),
     "kl_parts": lambda pair, x: pv.kl_parts(pair, x),
     "to_arviz": lambda pair, x: pv.to_arviz(pair, x, num_samples=2, progress=False),
-    "fit": lambda pair, x: pv.fit(pair, x, epochs=1, batch_size=10, progress=False),
+    "fit": lambda pair, x: pv.fit(pair, x, epochs=1, batch_size=10, progress=False, engine="eager"),
 }
 AT_A_POINT = ("evaluate", "encode", "reconstruct", "fit")
 """Tools that work with a point estimate."""

@@ -52,7 +52,14 @@ def test_fit_reports_the_elbo_beside_a_weighted_objective():
     pair, x = binary_pair()
     beta = pv.LinearSchedule(epochs=4)
     history = pv.fit(
-        pair, x, epochs=8, batch_size=32, learning_rate=0.02, beta=beta, progress=False
+        pair,
+        x,
+        epochs=8,
+        batch_size=32,
+        learning_rate=0.02,
+        beta=beta,
+        progress=False,
+        engine="eager",
     )
     for number, epoch in enumerate(history.epochs):
         kl = epoch.kl["z"]
@@ -72,7 +79,14 @@ def test_fit_moves_the_weight_within_an_epoch():
     pv.fit(pair, x, epochs=30, batch_size=32, learning_rate=0.03, beta=0.0, progress=False)
     beta = pv.LinearSchedule(epochs=4)
     history = pv.fit(
-        pair, x, epochs=3, batch_size=16, learning_rate=0.02, beta=beta, progress=False
+        pair,
+        x,
+        epochs=3,
+        batch_size=16,
+        learning_rate=0.02,
+        beta=beta,
+        progress=False,
+        engine="eager",
     )
     assert history["beta"] == pytest.approx([0.125, 0.375, 0.625])
     for number, epoch in enumerate(history.epochs):
@@ -121,6 +135,7 @@ def test_fit_takes_the_learning_rate_from_a_schedule():
         learning_rate=0.01,
         learning_rate_schedule=pv.CosineSchedule(4),
         progress=False,
+        engine="eager",
     )
     expected = [0.01, 0.01 * (2 + sqrt(2)) / 4, 0.005, 0.01 * (2 - sqrt(2)) / 4, 0]
     assert history["learning_rate"] == pytest.approx(expected, abs=1e-12)

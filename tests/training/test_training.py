@@ -140,7 +140,7 @@ def test_generators_of_the_caller_are_given_back():
     np.random.seed(7)
     pair = make("bernoulli")
     torch.manual_seed(7)
-    pv.fit(pair, *rows("bernoulli"), epochs=1, batch_size=16, progress=False)
+    pv.fit(pair, *rows("bernoulli"), epochs=1, batch_size=16, progress=False, engine="eager")
     assert torch.equal(torch.rand(3), want[0])
     assert np.random.rand() == want[1]
 
@@ -150,7 +150,13 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another():
     for seed in (1, 1, 2):
         pair = make("bernoulli")
         history = pv.fit(
-            pair, *rows("bernoulli"), epochs=2, batch_size=16, seed=seed, progress=False
+            pair,
+            *rows("bernoulli"),
+            epochs=2,
+            batch_size=16,
+            seed=seed,
+            progress=False,
+            engine="eager",
         )
         results.append(history["elbo"])
     assert results[0] == results[1] != results[2]
@@ -162,7 +168,15 @@ def test_validation_does_not_change_training():
         pair = make("bernoulli")
         batch = rows("bernoulli")
         histories.append(
-            pv.fit(pair, *batch, validation=validation, epochs=3, batch_size=16, progress=False)
+            pv.fit(
+                pair,
+                *batch,
+                validation=validation,
+                epochs=3,
+                batch_size=16,
+                progress=False,
+                engine="eager",
+            )
         )
     assert histories[0]["elbo"] == histories[1]["elbo"]
 
@@ -182,7 +196,14 @@ def test_every_example_counts_with_a_smaller_last_minibatch():
     # One epoch at a tiny learning rate: the training ELBO is that of all 37 rows.
     pair = make("bernoulli")
     history = pv.fit(
-        pair, x, validation=x, epochs=1, batch_size=16, learning_rate=1e-12, progress=False
+        pair,
+        x,
+        validation=x,
+        epochs=1,
+        batch_size=16,
+        learning_rate=1e-12,
+        progress=False,
+        engine="eager",
     )
     draws = [pv.evaluate(pair, x, num_samples=1, seed=seed).elbo for seed in range(3)]
     assert history["elbo"][0] == pytest.approx(np.mean(draws), abs=0.5)
@@ -234,6 +255,7 @@ def test_learning_rate_schedule_and_history_columns():
         learning_rate_schedule=pv.LinearSchedule(4, start=1.0, end=0.0),
         beta=pv.LinearSchedule(2),
         progress=False,
+        engine="eager",
     )
     assert history["learning_rate"] == pytest.approx([0.1, 0.075, 0.05, 0.025])
     assert history["beta"] == [0.0, 0.5, 1.0, 1.0]
@@ -265,6 +287,7 @@ def test_tensorboard_gets_the_history(tmp_path):
         out=tmp_path / "run",
         tensorboard=True,
         progress=False,
+        engine="eager",
     )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -277,7 +300,12 @@ def test_a_thread_other_than_the_main_one_may_fit():
 
     def work():
         history = pv.fit(
-            make("bernoulli"), *rows("bernoulli"), epochs=1, batch_size=20, progress=False
+            make("bernoulli"),
+            *rows("bernoulli"),
+            epochs=1,
+            batch_size=20,
+            progress=False,
+            engine="eager",
         )
         found.append(len(history))
 
@@ -310,7 +338,7 @@ def test_a_warning_says_that_gray_targets_have_no_likelihood():
     x = torch.rand(30, 6)
     vae = pv.VAE.mlp((6,), latent_dim=2, hidden=(4,))
     with pytest.warns(UserWarning, match="not log-likelihoods"):
-        pv.fit(vae, x, epochs=1, batch_size=10, binarize="none", progress=False)
+        pv.fit(vae, x, epochs=1, batch_size=10, binarize="none", progress=False, engine="eager")
 
 
 def test_a_resumed_run_that_overflows_goes_back_to_the_weights_of_its_checkpoint(tmp_path):
@@ -338,9 +366,11 @@ def test_a_minibatch_is_no_larger_than_the_data_unless_it_is_asked_for(tmp_path)
     assert len(pv.fit(make("bernoulli"), x, epochs=2, resume=True, **options).epochs) == 2
     assert (
         history["elbo"]
-        == pv.fit(make("bernoulli"), x, epochs=1, batch_size=40, progress=False)["elbo"]
+        == pv.fit(make("bernoulli"), x, epochs=1, batch_size=40, progress=False, engine="eager")[
+            "elbo"
+        ]
     )
     with pytest.raises(pv.UsageError, match=r"batch_size must be at most 40, .* got 41"):
-        pv.fit(make("bernoulli"), x, epochs=1, batch_size=41, progress=False)
+        pv.fit(make("bernoulli"), x, epochs=1, batch_size=41, progress=False, engine="eager")
     with pytest.raises(pv.UsageError, match="with batch_size = 40, got 20"):
         pv.fit(make("bernoulli"), x, epochs=3, resume=True, batch_size=20, **options)
