@@ -9,7 +9,6 @@ import pytest
 import torch
 from pairs import ALL, ENUMERATED, GLOBAL, OURS, UNORDERED, Params, make, rows
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
-from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.data.preparation import Preparation
@@ -27,15 +26,10 @@ def parameters(pair):
 
 
 def train(pair, batch, **settings):
-    """A short run without a graph, because tracing costs more than these runs."""
+    """A short run without a graph, because tracing costs more; test_engine compares the engines."""
     settings = {"epochs": 3, "batch_size": 16, "progress": False, "engine": "eager"} | settings
     settings = {"learning_rate": 0.01} | settings
     return pv.fit(pair, *batch, **settings)
-
-
-def usual_engine(pair):
-    """The engine of `fit`, but eager for recurrent pairs: test_engine covers their long graphs."""
-    return "eager" if any(isinstance(part, nn.LSTM) for part in pair.modules()) else "auto"
 
 
 @every_pair
@@ -44,7 +38,7 @@ def test_is_sound_and_every_parameter_is_trained(name):
     report = check(pair, batch)
     assert str(report) == "the pair is sound"
     before = parameters(pair)
-    history = train(pair, batch, engine=usual_engine(pair))
+    history = train(pair, batch)
     after = parameters(pair)
     assert set(before) == set(after)
     for key in before:
@@ -159,8 +153,7 @@ def test_stock_svi_trains_the_same_step_for_step(name):
     batch = rows(name)
     ours, stock = make(name), make(name)
     fitted = None if name in ENUMERATED else Trace_ELBO()
-    engine = usual_engine(ours)
-    history = train(ours, batch, seed=3, beta=1.0, objective=fitted, engine=engine)
+    history = train(ours, batch, seed=3, beta=1.0, objective=fitted)
     objective = TraceEnum_ELBO(max_plate_nesting=1) if name in ENUMERATED else Trace_ELBO()
     losses = stock_training(stock, batch, 3, objective)
     assert history["objective"] == pytest.approx(losses, rel=1e-10)

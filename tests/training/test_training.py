@@ -95,7 +95,8 @@ def test_resuming_within_an_epoch_is_bit_identical(tmp_path, source, epoch):
         "dataset": TensorDataset(x),
         "loader": DataLoader(TensorDataset(x), batch_size=16, shuffle=True),
     }[source]
-    options = {"epochs": 3, "batch_size": 16, "progress": False, "validation": x[:20]}
+    options = {"epochs": 3, "batch_size": 16, "validation": x[:20], "engine": "eager"}
+    options["progress"] = False
     whole = make("bernoulli")
     pv.fit(whole, data, out=tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt, match="resume"):
@@ -317,7 +318,7 @@ def test_a_thread_other_than_the_main_one_may_fit():
 
 def test_resuming_under_other_settings_or_data_is_refused(tmp_path):
     (x,) = rows("bernoulli", 40)
-    options = {"batch_size": 20, "progress": False, "out": tmp_path / "run"}
+    options = {"batch_size": 20, "progress": False, "out": tmp_path / "run", "engine": "eager"}
     pv.fit(make("bernoulli"), x, epochs=1, **options)
     with pytest.raises(pv.UsageError, match=r"learning_rate = 0\.001, got 0\.1"):
         pv.fit(make("bernoulli"), x, epochs=2, learning_rate=0.1, resume=True, **options)
@@ -343,7 +344,7 @@ def test_a_warning_says_that_gray_targets_have_no_likelihood():
 
 def test_a_resumed_run_that_overflows_goes_back_to_the_weights_of_its_checkpoint(tmp_path):
     (x,) = rows("bernoulli", 40)
-    options = {"batch_size": 20, "progress": False, "out": tmp_path}
+    options = {"batch_size": 20, "progress": False, "out": tmp_path, "engine": "eager"}
     pv.fit(make("bernoulli"), x, epochs=1, **options)
     good = run_files.read_checkpoint(tmp_path)["pair"]
     pair = make("bernoulli", seed=5)
@@ -360,7 +361,7 @@ def test_a_resumed_run_that_overflows_goes_back_to_the_weights_of_its_checkpoint
 
 def test_a_minibatch_is_no_larger_than_the_data_unless_it_is_asked_for(tmp_path):
     (x,) = rows("bernoulli", 40)
-    options = {"progress": False, "out": tmp_path / "run"}
+    options = {"progress": False, "out": tmp_path / "run", "engine": "eager"}
     history = pv.fit(make("bernoulli"), x, epochs=1, **options)
     assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["batch_size"] == 40
     assert len(pv.fit(make("bernoulli"), x, epochs=2, resume=True, **options).epochs) == 2
