@@ -71,7 +71,7 @@ def own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["Pair", "Keeping", "Fixed", "Flat"])
-def test_a_pair_of_ones_own_is_trained_evaluated_and_used(kind, own):
+def test_a_users_pair_is_trained_evaluated_and_used(kind, own):
     path = f"own_pair:{kind}"
     command(f"check {path}")
     size = "" if kind == "Fixed" else "--latent-dim 2"
@@ -88,7 +88,7 @@ def test_a_pair_of_ones_own_is_trained_evaluated_and_used(kind, own):
         assert np.load("run/samples.npy").shape == (3, 1, 8, 8)
 
 
-def test_the_report_of_a_pair_of_ones_own(own):
+def test_the_report_of_a_users_pair(own):
     command(f"train digits --out run --model own_pair:Flat {SHORT} --latent-dim 2")
     assert "data:image/png;base64," in (own / "run" / "report.html").read_text()
 

@@ -90,7 +90,7 @@ def test_the_mean_of_a_flow_in_the_guide_is_that_of_its_draws():
     assert pv.evaluate(pair, x, num_samples=5, engine="eager").kl > 0
 
 
-def test_annealing_needs_the_support_and_says_so():
+def test_annealing_without_a_support_is_refused():
     with pytest.raises(pv.UsageError, match="ZukoToPyro does not define its support; subclass it"):
         pv.anneal(FlowPair(), data(4), progress=False)
 

@@ -158,7 +158,7 @@ def test_discrete_latents_are_left_alone():
         pv.refit_guide(Discrete(True), pv.DiagonalNormal, x)
 
 
-def test_misuse_is_told_in_one_line():
+def test_misuse_raises_an_error_of_one_line():
     pair = Spoiled("diagonal")
     x = data(pair)
     with pytest.raises(pv.UsageError, match="steps must be at least 1, got 0"):
@@ -213,7 +213,7 @@ def test_another_family_is_fitted_to_a_model_that_stays(tmp_path):
     assert f"{result.elbo:.3f} ± {result.elbo_standard_error:.3f}" in table
 
 
-def test_an_encoder_of_ones_own_and_two_latents():
+def test_a_users_encoder_and_two_latents():
     pair, (x,) = make("params"), rows("params", 32)
     require(pair, (x,))
     options = {"epochs": 2, "batch_size": 16, "progress": False}

@@ -135,7 +135,7 @@ def test_minibatches_lead_to_the_conjugate_posterior():
 
 
 @same_posterior
-def test_a_bayesian_decoder_comes_to_the_conjugate_posterior():
+def test_a_bayesian_decoder_reaches_the_conjugate_posterior():
     """With ten draws of the weights for each step; the remaining error is from these draws."""
     pair, batch = known(), data()
     schedule = pv.CosineSchedule(300)
@@ -245,7 +245,7 @@ def test_log_likelihood_is_that_of_the_posterior_predictive():
     assert list(evaluated.kl_by_site) == ["z"]
 
 
-def test_the_error_of_a_mean_over_data_that_share_draws_is_no_less_than_what_it_is():
+def test_the_error_of_a_mean_over_data_that_share_draws_is_at_least_the_true_one():
     pair, (x, place) = exact(), data(30, seed=1)
     pair.free_scales[0].data += 1.0
     runs = [

@@ -190,7 +190,7 @@ def test_constrained_parameters_stay_within_their_constraints():
     assert (pair.width > 0).all()
 
 
-def test_a_pair_that_takes_no_plate_of_samples_is_weighed_sample_by_sample():
+def test_a_pair_without_a_plate_of_samples_is_weighted_sample_by_sample():
     class Flat(type(make("plain"))):
         def model(self, x):
             with pyro.plate("data", len(x), dim=-1):
@@ -207,7 +207,7 @@ def test_a_pair_that_takes_no_plate_of_samples_is_weighed_sample_by_sample():
     assert abs(a.value - b.value) < 5 * (a.standard_error + b.standard_error)
 
 
-def test_a_pair_whose_plate_of_samples_goes_wrong_in_silence_is_weighed_right():
+def test_a_plate_of_samples_with_silently_wrong_values_is_detected():
     class Indexed(type(make("plain"))):
         def __init__(self, index):
             super().__init__()

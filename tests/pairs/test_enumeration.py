@@ -447,7 +447,7 @@ def broken(**changes):
         ),
     ],
 )
-def test_check_says_why_a_site_cannot_be_summed_out(changes, words):
+def test_check_explains_why_a_site_cannot_be_summed_out(changes, words):
     (error, *_) = check(broken(**changes), torch.ones(4, 6)).errors
     assert words in error
     assert "\n" not in error
@@ -461,7 +461,7 @@ def test_a_site_in_an_inner_plate_is_refused_by_every_tool(tool):
     assert str(caught.value) == error
 
 
-def test_predict_says_what_a_pair_lacks():
+def test_predict_names_what_a_pair_lacks():
     x = torch.ones(4, 6)
     inner, given = broken(plate=True, infer={}), make("mixture").float()
     assert pv.predict(inner, x, num_samples=1).shape == (4, 3)

@@ -65,7 +65,7 @@ def data(n=40):
 
 
 @pytest.mark.parametrize("kind", ["energy", "parts"])
-def test_log_p_includes_the_factors_and_says_so(kind):
+def test_log_p_includes_the_factors_and_names_them(kind):
     pair, x = Energy(kind), data()
     found = pv.log_likelihood(pair, x, num_samples=2000)
     torch.testing.assert_close(found.per_datum.float(), pair.log_z(x), atol=0.05, rtol=0)

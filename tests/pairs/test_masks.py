@@ -47,7 +47,7 @@ def test_an_unmasked_guide_of_obs_mask_is_refused_in_words(tool):
         TOOLS[tool](Without(), x, seen)
 
 
-def test_check_says_the_same():
+def test_check_reports_the_same():
     batch = imputed_rows()
     assert not pv.check(Imputed(), batch).errors
     assert "obs_mask at site 'x' masks the site" in pv.check(Imputed(masked=False), batch).errors[0]

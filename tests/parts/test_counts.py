@@ -195,7 +195,7 @@ def test_counts_score_the_same_in_every_type():
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.5])
-def test_what_is_no_count_is_refused(value):
+def test_values_that_are_not_counts_are_refused(value):
     x = torch.tensor([[0.0, 3.0, value], [1.0, 0.0, 2.0]])
     vae = pv.VAE.mlp((3,), 2, likelihood=pv.NegativeBinomial)
     with pytest.raises(pv.UsageError, match=f"x holds {value:g}, outside the support of the Neg"):

@@ -155,7 +155,7 @@ def test_a_flow_starts_as_a_diagonal_normal_with_its_exact_moments(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS[1::2])
-def test_nothing_is_infinite_however_far_the_networks_go(kind):
+def test_extreme_outputs_of_networks_give_finite_values(kind):
     strength = 1e4 if isinstance(kind[1], pv.Spline) else 3.0
     q = flow(*kind, dim=4, strength=strength, layers=4)
     q = Flow(q.loc.float(), q.scale.float(), q.context.float(), q.layers.float())

@@ -188,7 +188,7 @@ class Category(nn.Module):
         return (torch.zeros(n),)
 
 
-def test_a_delta_of_a_discrete_latent_bounds_log_p_and_its_weights_are_not_trusted():
+def test_a_delta_of_a_discrete_latent_bounds_log_p_but_its_weights_are_unreliable():
     pair, x = Category(), data()
     both = torch.stack([dist.Normal(level, 1.0).log_prob(x) for level in (0.0, 0.5)])
     found = pv.log_likelihood(pair, x, num_samples=50)

@@ -105,7 +105,7 @@ def test_fit_with_a_heavier_kl_ends_with_less_of_it():
     assert ends[0] > 2 * max(ends[1], 0) + 0.5
 
 
-def test_fit_reports_the_exact_elbo_of_a_pair_that_stands_still():
+def test_fit_reports_the_exact_elbo_of_a_pair_that_does_not_change():
     """Forty epochs with a tiny learning rate are forty estimates of a known number."""
     pair, x = linear(100)
     reconstruction, kl = (part.mean().item() for part in pair.expectations(x))

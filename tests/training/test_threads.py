@@ -166,7 +166,7 @@ def test_a_loader_draws_the_same_rows_where_the_fit_gives_way():
         assert same(want, run())
 
 
-def test_a_sample_need_not_wait_for_the_end_of_a_fit():
+def test_a_sample_does_not_wait_for_the_end_of_a_fit():
     vae, x = made()
     want = pv.sample(vae, 5, seed=0)
     trains, sampled = threading.Event(), threading.Event()
@@ -300,7 +300,7 @@ def test_an_error_in_one_thread_lets_the_others_go_on():
     assert not threads._turns.waiting
 
 
-def test_the_lock_is_first_come_first_served_and_reentrant():
+def test_the_lock_is_fair_and_reentrant():
     order, queued = [], []
     with alone(), alone():
         for i in range(5):
@@ -373,7 +373,7 @@ class TestForks:
         with others(lambda: fitted(trained, x, epochs=3)):
             assert in_a_child(lambda: pv.sample(vae, 3, seed=0)) == want
 
-    def test_a_child_of_a_thread_that_does_not_give_way_says_so(self, monkeypatch):
+    def test_a_child_of_a_thread_that_does_not_give_way_raises_an_error(self, monkeypatch):
         monkeypatch.setattr(threads, "FORK_SECONDS", 0.1)
         vae, _ = made()
         want = str(pv.sample(vae, 3, seed=0))

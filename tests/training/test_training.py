@@ -359,7 +359,7 @@ def test_a_resumed_run_that_overflows_goes_back_to_the_weights_of_its_checkpoint
         assert torch.equal(value, run_folder.read_model(tmp_path)[name])
 
 
-def test_a_minibatch_is_no_larger_than_the_data_unless_it_is_asked_for(tmp_path):
+def test_the_default_minibatch_is_at_most_the_data(tmp_path):
     (x,) = rows("bernoulli", 40)
     options = {"progress": False, "out": tmp_path / "run", "engine": "eager"}
     history = pv.fit(make("bernoulli"), x, epochs=1, **options)
