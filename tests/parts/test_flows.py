@@ -285,7 +285,7 @@ def test_a_flow_reaches_a_posterior_that_no_normal_does(shape):
     x, bijection, steps, most = CASES[shape]
     x = torch.tensor(x, dtype=torch.float64)
     for normal in (pv.DiagonalNormal(), pv.FullRankNormal()):
-        assert gap(shape, normal, x, 300).min() > 0.35
+        assert gap(shape, normal, x, 200).min() > 0.35
     flow = gap(shape, pv.FlowPosterior(2, bijection=bijection, hidden=(32,)), x, steps)
     assert flow.max() < most
     assert flow.min() > -0.02
