@@ -1,6 +1,6 @@
 """Flows of this library beside those of zuko: held-out nats, time of a step, and engines.
 
-    python benchmarks/flows.py [--steps 1500] [--rounds 15] [--seconds 4] [--seeds 3]
+    python benchmarks/flows.py [--steps 1500] [--rounds 15] [--seconds 4] [--seeds 3] [--only step]
 
 Both libraries get the same number of layers, hidden layers of the same widths, ELU and the same
 bins. "couplings" are spline couplings (`FlowPrior` here, `NSF(passes=2)` in zuko). "autoregressive"
@@ -8,8 +8,9 @@ is the affine autoregressive flow (`AutoregressiveLayer` here, `MAF` in zuko).
 
 - accuracy: a flow is fitted to data by maximum likelihood. The table shows the mean log density of
   held-out rows in nats, and the standard deviation over seeds.
-- step: a pair with flows in the prior (couplings) and in the guide (autoregressive, drawn and scored
-  in one pass). Both libraries alternate in one process. The table shows medians over the rounds.
+- step: a pair with flows in the prior (couplings) and in the guide (autoregressive, drawn and
+  scored in one pass). Both libraries alternate in one process. The table shows medians of the
+  processor time over the rounds.
 - engines: the ELBO of each engine after a few epochs from the same start.
 """
 
@@ -17,7 +18,8 @@ import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -106,30 +108,28 @@ def held_out(flow: nn.Module, x: Tensor, steps: int) -> float:
     return best[1]
 
 
-def accuracy(steps: int, seeds: int) -> None:
-    print(
-        "| data | flow | layers | ours | zuko | parameters, ours / zuko |\n"
-        + "| --- |" * 1
-        + " --- |" * 5
-    )
-    for name, x in datasets():
-        for couplings in (True, False):
-            for layers in (2, 8):
-                cells, sizes = [], []
-                for make in (Ours, Zuko):
-                    found = []
-                    for seed in range(seeds):
-                        torch.manual_seed(seed)
-                        flow = make(x.shape[1], 0, layers, couplings)
-                        found.append(held_out(flow, x, steps))
-                    spread = statistics.stdev(found) if seeds > 1 else 0.0
-                    cells.append(f"{statistics.mean(found):.3f} ({spread:.3f})")
-                    sizes.append(sum(p.numel() for p in flow.parameters()))
-                kind = "couplings" if couplings else "autoregressive"
-                print(
-                    f"| {name} | {kind} | {layers} | {' | '.join(cells)} | {sizes[0]} / {sizes[1]} |",
-                    flush=True,
-                )
+def fits(x: Tensor, couplings: bool, layers: int, steps: int, seeds: int) -> list[str]:
+    """Return the cells of both libraries, and their numbers of parameters."""
+    cells, sizes = [], []
+    for make in (Ours, Zuko):
+        found = []
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            flow = make(x.shape[1], 0, layers, couplings)
+            found.append(held_out(flow, x, steps))
+        spread = statistics.stdev(found) if seeds > 1 else 0.0
+        cells.append(f"{statistics.mean(found):.3f} ({spread:.3f})")
+        sizes.append(str(sum(parameter.numel() for parameter in flow.parameters())))
+    return [*cells, " / ".join(sizes)]
+
+
+def accuracy(steps: int, seeds: int, depths: Sequence[int]) -> None:
+    print("\n| data | flow | layers | ours | zuko | parameters, ours / zuko |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for (name, x), couplings, layers in product(datasets(), (True, False), depths):
+        kind = "couplings" if couplings else "autoregressive"
+        cells = fits(x, couplings, layers, steps, seeds)
+        print(f"| {name} | {kind} | {layers} | {' | '.join(cells)} |", flush=True)
 
 
 class Pair(nn.Module):
@@ -169,19 +169,19 @@ def stepper(make: Any, layers: int, engine: str, x: Tensor) -> Callable[[], obje
 
 
 def timed(step: Callable[[], object], repeats: int) -> float:
-    began = time.perf_counter()
+    began = time.process_time()  # so that other programs matter less; pass one thread
     for _ in range(repeats):
         step()
-    return (time.perf_counter() - began) / repeats * 1e3
+    return (time.process_time() - began) / repeats * 1e3
 
 
-def step_times(rounds: int, seconds: float) -> None:
+def step_times(rounds: int, seconds: float, names: Sequence[str]) -> None:
     print(
         "\n| layers | engine | ours, ms | zuko, ms | zuko ÷ ours |\n| --- | --- | --- | --- | --- |"
     )
     x = torch.randn(128, 32)
     for layers in (2, 8):
-        for engine in ("eager", "traced", "compiled"):
+        for engine in names:
             steps = [stepper(make, layers, engine, x) for make in (Ours, Zuko)]
             repeats = [max(2, int(1e3 * seconds / rounds / 2 / timed(step, 3))) for step in steps]
             times = [
@@ -211,12 +211,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1500, help="steps of each fit by likelihood")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 8], help="for accuracy")
+    parser.add_argument("--engines", nargs="+", default=["eager", "traced", "compiled"])
+    parser.add_argument("--only", choices=["engines", "step", "accuracy"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=4.0, help="seconds for each comparison")
     options = parser.parse_args()
-    engines()
-    step_times(options.rounds, options.seconds)
-    accuracy(options.steps, options.seeds)
+    parts = {
+        "engines": engines,
+        "step": lambda: step_times(options.rounds, options.seconds, options.engines),
+        "accuracy": lambda: accuracy(options.steps, options.seeds, options.layers),
+    }
+    for name, part in parts.items():
+        if options.only in (None, name):
+            part()
     print(
         f"\nzuko {zuko.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
