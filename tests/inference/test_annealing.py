@@ -90,7 +90,7 @@ def test_the_joint_density_integrates_to_p_and_the_guide_to_one(name):
         log_q = joint.log_guide(grid, *batch).logsumexp(0)
     area = 2 * torch.tensor(step).double().log()
     torch.testing.assert_close(log_q + area, torch.zeros(3).double(), atol=5e-3, rtol=0)
-    estimate = pv.log_likelihood(pair, *batch, num_samples=8_000)
+    estimate = pv.log_likelihood(pair, *batch, num_samples=20_000)
     sure = estimate.pareto_k < 0.6  # without the bags, because their weights have heavy tails
     off = (log_p + area - estimate.per_datum).abs()
     assert bool((off < 4 * estimate.standard_errors + 1e-3)[sure].all())
@@ -355,7 +355,7 @@ def test_other_pairs_are_annealed(name):
     require(pair, batch)
     options = {"num_temperatures": 25, "progress": False, "engine": "eager", "leapfrog_steps": 2}
     found = pv.anneal(pair, *batch, **options)
-    estimate = pv.log_likelihood(pair, *batch, num_samples=8_000)
+    estimate = pv.log_likelihood(pair, *batch, num_samples=20_000)
     error = (found.standard_errors.square() + estimate.standard_errors.square()).sqrt()
     sure = estimate.pareto_k < 0.6
     assert bool(((found.per_datum - estimate.per_datum).abs() < 5 * error + 0.02)[sure].all())
