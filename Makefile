@@ -14,7 +14,7 @@ train: .venv/installed
 		--warm-up linear --warm-up-epochs 60
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # The engine, the contract of a pair and run folders, with the oldest versions allowed.
 test-oldest: .venv-oldest/installed

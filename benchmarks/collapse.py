@@ -37,14 +37,14 @@ RUNS: dict[str, tuple[str | None, Any, Any, dict[str, Any]]] = {  # with the col
     "digits": (ORANGE, digits_pair, DIGITS, {}),
     "digits, batches of 32": (None, digits_pair, DIGITS, {"batch_size": 32}),
     "digits, 30 epochs": (GRAY, digits_pair, DIGITS, {"epochs": 30}),
-    "digits, warm-up of 20": (BLUE, digits_pair, DIGITS, {"beta": pv.Linear(20)}),
+    "digits, warm-up of 20": (BLUE, digits_pair, DIGITS, {"beta": pv.LinearSchedule(20)}),
     "digits, two levels, recipe": (None, levels_pair, DIGITS, {}),
     "text": (ORANGE, lambda: text_pair(0.0), TEXT, WRITING),
     "text, dropout and warm-up": (
         BLUE,
         lambda: text_pair(0.75),
         TEXT,
-        WRITING | {"beta": pv.Linear(8)},
+        WRITING | {"beta": pv.LinearSchedule(8)},
     ),
 }
 

@@ -57,7 +57,7 @@ def refitted(pair: pv.VAE, posterior: pv.Family, data: Data, run: Path) -> nn.Mo
         epochs=EPOCHS,
         batch_size=100,
         learning_rate=3e-4,
-        learning_rate_schedule=pv.Cosine(EPOCHS),
+        learning_rate_schedule=pv.CosineSchedule(EPOCHS),
         precision="bfloat16",
         out=run,
         resume=run.exists(),

@@ -63,8 +63,8 @@ def lower(data: Data, run: Path, epochs: int) -> nn.Module:
         validation=data.validation.x,
         epochs=epochs,
         batch_size=200,
-        beta=pv.Linear(15),
-        learning_rate_schedule=pv.Cosine(epochs),
+        beta=pv.LinearSchedule(15),
+        learning_rate_schedule=pv.CosineSchedule(epochs),
         out=run,
     )
     return vae
@@ -110,7 +110,7 @@ def upper(data: Data, x: dict[str, Tensor], settings: Settings) -> dict[str, obj
         epochs=epochs,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        learning_rate_schedule=pv.Cosine(epochs),
+        learning_rate_schedule=pv.CosineSchedule(epochs),
         seed=settings.draw,
     )
     found: dict[str, object] = {

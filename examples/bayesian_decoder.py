@@ -38,8 +38,8 @@ def fitted(pair: nn.Module, x: torch.Tensor, steps: int) -> float:
         epochs=epochs,
         batch_size=BATCH_SIZE,
         learning_rate=LEARNING_RATE,
-        learning_rate_schedule=pv.Cosine(epochs),
-        beta=pv.Linear(epochs / 4),
+        learning_rate_schedule=pv.CosineSchedule(epochs),
+        beta=pv.LinearSchedule(epochs / 4),
     )
     return pv.evaluate(pair, x, num_samples=1).elbo
 

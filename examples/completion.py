@@ -81,7 +81,7 @@ def main() -> None:
         parts(part.x) for part in (digits.train, digits.validation, digits.test)
     )
     network, vae = make_network(), make_vae()
-    for pair, beta in ((network, 1.0), (vae, pv.Linear(20))):
+    for pair, beta in ((network, 1.0), (vae, pv.LinearSchedule(20))):
         pv.fit(
             pair,
             *train,

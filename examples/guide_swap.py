@@ -43,7 +43,7 @@ def main() -> None:
 
     flow = pv.FlowPosterior(LATENT_DIM, bijection=pv.Spline(), layers=2, hidden=(32,))
     families = {"diagonal": pv.DiagonalNormal, "full-rank": pv.FullRankNormal, "flow": flow}
-    common |= {"hidden": HIDDEN, "learning_rate_schedule": pv.Cosine(options.epochs)}
+    common |= {"hidden": HIDDEN, "learning_rate_schedule": pv.CosineSchedule(options.epochs)}
     guides = {"as trained": vae} | {
         name: pv.refit_guide(vae, family, x, validation=digits.validation.x, **common)
         for name, family in families.items()

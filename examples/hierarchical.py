@@ -31,7 +31,7 @@ NOTHING = {"beta": 1.0, "objective": Trace_ELBO()}
 
 def pairs(data: Data, epochs: int) -> dict[str, tuple[torch.nn.Module, dict]]:
     """Return the three pairs, and the arguments to fit each."""
-    warm_up = {"beta": pv.Linear(epochs / 5)}
+    warm_up = {"beta": pv.LinearSchedule(epochs / 5)}
     top_down = pv.HierarchicalVAE.mlp(data.shape, LEVELS, HIDDEN, LIKELIHOOD)
     bottom_up = pv.HierarchicalVAE.mlp(
         data.shape, LEVELS, HIDDEN, LIKELIHOOD, top_down=False, markov=True, normalize=False
@@ -66,7 +66,7 @@ def main() -> None:
             epochs=options.epochs,
             batch_size=64,
             learning_rate=2e-3,
-            learning_rate_schedule=pv.Cosine(options.epochs),
+            learning_rate_schedule=pv.CosineSchedule(options.epochs),
             **how,
         )
         found = pv.evaluate(pair, digits.test.x)

@@ -42,7 +42,7 @@ def main() -> None:
         epochs=options.epochs,
         batch_size=64,
         learning_rate=2e-3,
-        beta=pv.Linear(options.epochs / 4),
+        beta=pv.LinearSchedule(options.epochs / 4),
     )
     print(pv.evaluate(pair, digits.test.x, labels=digits.test.labels, num_samples=100))
     clusters = pv.predict(pair, digits.test.x).argmax(1)

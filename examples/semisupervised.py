@@ -46,7 +46,7 @@ def main() -> None:
         epochs=options.epochs,
         batch_size=64,
         learning_rate=2e-3,
-        beta=pv.Linear(options.epochs / 3),
+        beta=pv.LinearSchedule(options.epochs / 3),
     )
     result = pv.evaluate(pair, test.x, labels=test.labels, num_samples=100)
     print(result)

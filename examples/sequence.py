@@ -67,7 +67,7 @@ def main() -> None:
         epochs=options.epochs,
         batch_size=BATCH_SIZE,
         learning_rate=LEARNING_RATE,
-        beta=pv.Linear(WARM_UP),
+        beta=pv.LinearSchedule(WARM_UP),
     )
     whole, cut = (torch.full((len(test),), length) for length in (steps, SEEN))
     result = pv.evaluate(pair, test, whole)

@@ -65,7 +65,7 @@ def main() -> None:
             text.shape, len(vocabulary), LATENT_DIM, HIDDEN, EMBEDDING_DIM, word_dropout
         )
 
-    def fit(pair: nn.Module, beta: float | pv.Linear = 1.0) -> None:
+    def fit(pair: nn.Module, beta: float | pv.LinearSchedule = 1.0) -> None:
         pv.fit(
             pair,
             train,
@@ -79,7 +79,7 @@ def main() -> None:
     kept, plain = vae(WORD_DROPOUT), vae(0.0)
     torch.manual_seed(0)
     language = LanguageModel(len(vocabulary), text.shape[0])
-    fit(kept, pv.Linear(options.epochs - 1))
+    fit(kept, pv.LinearSchedule(options.epochs - 1))
     fit(plain)
     fit(language)
 

@@ -7,6 +7,7 @@ skipped. Each name is imported at its first use, so that ``pyro-vae --help`` doe
 import ast
 import inspect
 import sys
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -115,9 +116,9 @@ if TYPE_CHECKING:
     from pyro_vae.training.importance_bounds import ImportanceWeightedELBO as ImportanceWeightedELBO
     from pyro_vae.training.importance_bounds import StickingTheLandingELBO as StickingTheLandingELBO
     from pyro_vae.training.kl_weight import KLWeight as KLWeight
-    from pyro_vae.training.schedules import Cosine as Cosine
-    from pyro_vae.training.schedules import Cyclical as Cyclical
-    from pyro_vae.training.schedules import Linear as Linear
+    from pyro_vae.training.schedules import CosineSchedule as CosineSchedule
+    from pyro_vae.training.schedules import CyclicalSchedule as CyclicalSchedule
+    from pyro_vae.training.schedules import LinearSchedule as LinearSchedule
 
 __version__ = "0.1.0"
 
@@ -138,9 +139,21 @@ _WHERE = _listed()
 
 __all__ = sorted(_WHERE)
 
+_DEPRECATED = {name: f"{name}Schedule" for name in ("Linear", "Cyclical", "Cosine")}
+"""Names of version 0.1.0 that work for one more release."""
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use."""
+    if name in _DEPRECATED:
+        globals()[name] = __getattr__(_DEPRECATED[name])
+        warnings.warn(
+            f"pyro_vae.{name} is deprecated and will be removed in the next release; "
+            f"use pyro_vae.{_DEPRECATED[name]}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return globals()[name]
     if name in _WHERE:
         value = getattr(import_module(_WHERE[name]), name)
         globals()[name] = value

@@ -9,7 +9,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae.errors import UsageError
 
-FAST = {"epochs": 1, "batch_size": 4, "progress": False}
+FAST = {"epochs": 1, "batch_size": 4, "engine": "eager", "progress": False}
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -170,7 +170,7 @@ def test_what_sites_tell():
     assert (frame.size, compat.full_size(frame)) == (3, 6)
 
 
-def test_an_enumerated_site_tells_its_dimension():
+def test_an_enumerated_site_has_its_dimension():
     def model():
         pyro.sample("k", dist.Categorical(torch.ones(4)), infer={"enumerate": "parallel"})
 
@@ -190,7 +190,7 @@ def test_the_parts_of_obs_mask_have_these_names():
     assert {f"x{compat.OBSERVED_PART}", f"x{compat.UNOBSERVED_PART}"} <= set(nodes)
 
 
-def test_active_handlers_come_innermost_first():
+def test_active_handlers_are_listed_innermost_first():
     inner, outer = poutine.trace(), poutine.block()
     before = len(list(compat.active_handlers()))
     with outer, inner:
@@ -294,7 +294,7 @@ def test_hooks_of_an_optimizer_are_seen():
     assert compat.has_step_hooks(optimizer)
 
 
-def test_a_graph_tells_what_it_calls():
+def test_a_graph_lists_what_it_calls():
     graph = compat.make_graph(lambda x: [x.add(1).add_(2)], [torch.zeros(3)])
     calls = [node for node in graph.graph.nodes if node.op == "call_function"]
     assert all(isinstance(node.target, compat.OpOverload) for node in calls)

@@ -7,49 +7,21 @@ part, `pyro_vae.fit` trains for one epoch, by the eager engine where a block nam
 """
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from mktestdocs import check_md_file, grab_code_blocks
+from small_programs import short, small
 
 import pyro_vae as pv
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-ROWS = 200
-"""Rows of each part of a data set."""
-
 
 def blocks(page):
     return grab_code_blocks(page.read_text(), lang="python")
-
-
-def few(split):
-    return type(split)(*(None if part is None else part[:ROWS] for part in split))
-
-
-def small(function):
-    """`load_data` with a few rows."""
-
-    def load_data(*args, **kwargs):
-        data = function(*args, **kwargs)
-        parts = {name: few(getattr(data, name)) for name in ("train", "validation", "test")}
-        return replace(data, **parts)
-
-    return load_data
-
-
-def short(function):
-    """`fit` for three epochs at most."""
-
-    def fit(*args, **kwargs):
-        epochs = min(3, kwargs.get("epochs", 3))
-        return function(*args, **{"engine": "eager"} | kwargs | {"epochs": epochs})
-
-    return fit
 
 
 def hasty(function):

@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_programs import short, small
+
+import pyro_vae as pv
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RUNS = {
@@ -36,6 +39,8 @@ def test_every_example_is_run():
 def test_example(name, tmp_path, monkeypatch, capsys):
     words = [str(tmp_path / "run") if word == "OUT" else word for word in RUNS[name]]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pv, "load_data", small(pv.load_data))
+    monkeypatch.setattr(pv, "fit", short(pv.fit))
     monkeypatch.setattr(sys, "argv", [name, *words])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert "log p(x)" in capsys.readouterr().out

@@ -60,10 +60,27 @@ def test_every_study_is_run(module):
     assert set(studies_of(module)) <= set(STUDIES)
 
 
-def test_every_study_and_its_threshold_are_documented():
+@pytest.fixture(scope="module")
+def names():
+    """The name of each study."""
     batch = (torch.zeros(200, 2),)
     bench = Bench(nn.Module(), batch, torch.arange(200), 0, "eager", 1e-3, 1e-6, other=batch)
+    return [study(bench).name for study in STUDIES]
+
+
+def rows_of(name):
+    """The rows of a study in docs/diagnostics.md: its tool, and its threshold."""
     rows = (DOCS / "diagnostics.md").read_text().splitlines()
-    for study in STUDIES:
-        name = study(bench).name
-        assert sum(row.startswith(f"| `{name}` |") for row in rows) == 2, name
+    return [row for row in rows if row.startswith(f"| `{name}` |")]
+
+
+def test_every_study_and_its_threshold_are_documented(names):
+    assert {name: len(rows_of(name)) for name in names} == dict.fromkeys(names, 2)
+
+
+def test_the_tool_of_every_study_is_public_and_tested(names):
+    tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    for name in names:
+        tool = re.search(r"`(\w+)`", rows_of(name)[0].split("|")[2])[1]
+        assert tool in pv.__all__
+        assert f"pv.{tool}(" in tests

@@ -48,21 +48,21 @@ def make_objective(config: Objective, num_data: int, enumerated: bool = False) -
 
 def make_beta(config: Objective) -> float | Schedule | None:
     """The weight on the KL as a number or a schedule, or None for that of the pair's recipe."""
-    from pyro_vae.training.schedules import Cyclical, Linear
+    from pyro_vae.training.schedules import CyclicalSchedule, LinearSchedule
 
     if config.warm_up == "linear":
-        return Linear(config.warm_up_epochs, end=config.beta)
+        return LinearSchedule(config.warm_up_epochs, end=config.beta)
     if config.warm_up == "cyclical":
-        return Cyclical(config.warm_up_epochs, end=config.beta)
+        return CyclicalSchedule(config.warm_up_epochs, end=config.beta)
     return None if config.warm_up is None and config.beta == 1 else config.beta
 
 
 def make_learning_rate_schedule(config: Objective, epochs: int) -> Schedule | None:
     """The factor on the learning rate at each epoch, or None if it is constant."""
-    from pyro_vae.training.schedules import Cosine, Linear
+    from pyro_vae.training.schedules import CosineSchedule, LinearSchedule
 
     if config.learning_rate_schedule == "constant":
         return None
     if config.learning_rate_schedule == "linear":
-        return Linear(epochs, start=1.0, end=0.0)
-    return Cosine(epochs)
+        return LinearSchedule(epochs, start=1.0, end=0.0)
+    return CosineSchedule(epochs)

@@ -17,6 +17,7 @@ from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import DIVISOR, recorded_divisor
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
+from pyro_vae.pairs.moments import support_of
 from pyro_vae.pairs.pair import Batch, Site, placement
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
@@ -130,7 +131,7 @@ def _inside(pair: nn.Module, batch: Batch) -> Tensor:
 
 def _support(site: Site) -> Any:
     """The support of one element of a site."""
-    support = site["fn"].support
+    support = support_of(site["fn"])
     while isinstance(support, (constraints.independent, OrMissing)):
         support = support.base_constraint
     return support

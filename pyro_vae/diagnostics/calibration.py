@@ -242,7 +242,7 @@ def calibration(
     return Calibration(names, ranks[:, kept], num_draws, level, left_out)
 
 
-class _Drawn(NamedTuple):
+class _ScoredDraws(NamedTuple):
     """Latents by site, and log densities; the first dimension is that of draws, if any."""
 
     values: dict[str, Tensor]
@@ -309,23 +309,23 @@ class _Simulated:
         chosen = torch.randint(rows, (n,))
         return simulate(self.pair, n, tuple(part[chosen] for part in self.context))
 
-    def _draw(self, batch: Batch, truth: dict[str, Tensor]) -> _Drawn:
+    def _draw(self, batch: Batch, truth: dict[str, Tensor]) -> _ScoredDraws:
         """Draw from the guide: in one pass if the pair allows it, otherwise one draw at a time."""
         if self.vectorized:
             return self._guided(batch, truth, self.num_draws)
         draws = [self._guided(batch, truth, None) for _ in range(self.num_draws)]
         values = {name: torch.cat([draw.values[name] for draw in draws]) for name in truth}
         densities = zip(*[draw[1:] for draw in draws], strict=True)
-        return _Drawn(values, *(torch.cat(parts) for parts in densities))
+        return _ScoredDraws(values, *(torch.cat(parts) for parts in densities))
 
-    def _guided(self, batch: Batch, truth: dict[str, Tensor], number: int | None) -> _Drawn:
+    def _guided(self, batch: Batch, truth: dict[str, Tensor], number: int | None) -> _ScoredDraws:
         with self._plate(number):
             guide = latents(trace_guide(self.pair, batch))
         values = {name: guide[name]["value"] for name in truth}
         shaped = {name: value.reshape(-1, *truth[name].shape) for name, value in values.items()}
         return self._scored(batch, values, number)._replace(values=shaped)
 
-    def _scored(self, batch: Batch, values: dict[str, Tensor], number: int | None) -> _Drawn:
+    def _scored(self, batch: Batch, values: dict[str, Tensor], number: int | None) -> _ScoredDraws:
         """Return the densities of latents; latents that only the model has are summed out."""
         plates = self.nesting + (number is not None)
         with self._plate(number), Enumerate(first_available_dim=-1 - plates), Given(values):
@@ -334,7 +334,7 @@ class _Simulated:
         for name in observed(model):
             latent.remove_node(name)
         joint, prior = (_density(part, number is not None) for part in (model, latent))
-        return _Drawn(values, joint, joint - prior)
+        return _ScoredDraws(values, joint, joint - prior)
 
     def _plate(self, number: int | None) -> Any:
         if number is None:
@@ -342,7 +342,7 @@ class _Simulated:
         return pyro.plate("draws", number, dim=-1 - self.nesting)
 
     def _own(
-        self, name: str, drawn: _Drawn, truth: dict[str, Tensor], x: Tensor
+        self, name: str, drawn: _ScoredDraws, truth: dict[str, Tensor], x: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return a user's test quantity for the draws (draws, n, 1) and the true values (n, 1)."""
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from pyro_vae.compat import scale_and_mask
 from pyro_vae.data.preparation import Preparation, held_rows
 from pyro_vae.data.sources import Rows, Source, parts
-from pyro_vae.diagnostics.labels import Scores, flat_codes, probe_accuracy_of, score_classes
+from pyro_vae.diagnostics.labels import LabelScores, flat_codes, probe_accuracy_of, score_classes
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import estimate, unnormalized
 from pyro_vae.pairs import enumeration, fold_plan, folding, folds, masks, summing
 from pyro_vae.pairs.arrays import as_labels
 from pyro_vae.pairs.formatting import with_error
-from pyro_vae.pairs.moments import is_category, mean
+from pyro_vae.pairs.moments import is_category, is_discrete, mean
 from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import latents, observed, same_order, sample_sites, site_kl
@@ -215,7 +215,7 @@ def evaluate(
         likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress)
         _warn_of_rows(rows, prepare, likelihood.per_datum, batch_size)
     units, codes, moves, dims = _units(pair, rows, prepare, batch_size, seed)
-    scores = Scores()
+    scores = LabelScores()
     if labels is not None and known is not None and train_labels is not None and codes:
         train_codes = _units(pair, *known, batch_size, seed)[1]
         scores.take(
@@ -312,7 +312,7 @@ def _units(
                     value = terms.units(value, right)
                     found.setdefault(name, []).append(value.reshape(n, -1).cpu())
             data = list(observed(model).values())
-            discrete = all(site["fn"].support.is_discrete for site in data)
+            discrete = all(is_discrete(site["fn"]) for site in data)
             for seen in data if discrete else []:
                 each = elements(seen["fn"], seen["value"])
                 dims += scale_and_mask(each, mask=seen["mask"]).sum().item()

@@ -241,7 +241,7 @@ def _weights(pair: nn.Module, batch: Batch, num_samples: int, seed: int) -> Tens
         return all_log_weights(pair, batch, num_samples).cpu()
 
 
-class _Split(NamedTuple):
+class _GapParts(NamedTuple):
     """The fields of `Gaps` that come from log weights."""
 
     log_likelihood: PerDatum
@@ -253,7 +253,7 @@ class _Split(NamedTuple):
     pareto_k: Tensor
 
 
-def _split(before: Tensor, after: Tensor, chosen: Tensor) -> _Split:
+def _split(before: Tensor, after: Tensor, chosen: Tensor) -> _GapParts:
     """Compute bounds and gaps of some data from log weights before and after refinement.
 
     Each draw has a share in the error of a number: its log weight for an ELBO, and its weight over
@@ -263,7 +263,7 @@ def _split(before: Tensor, after: Tensor, chosen: Tensor) -> _Split:
     log_p = weights.logsumexp(0) - torch.tensor(float(len(weights))).log()
     relative = (weights - log_p).exp()
     refined, amortized = after.mean(0), before.mean(0)
-    return _Split(
+    return _GapParts(
         log_likelihood=PerDatum(log_p, _error(relative)),
         refined=PerDatum(refined, _error(after)),
         amortized=PerDatum(amortized, _error(before)),
@@ -274,14 +274,14 @@ def _split(before: Tensor, after: Tensor, chosen: Tensor) -> _Split:
     )
 
 
-def _joined(parts: Sequence[_Split]) -> _Split:
+def _joined(parts: Sequence[_GapParts]) -> _GapParts:
     """Concatenate the numbers of blocks of data."""
     *columns, pareto_k = zip(*parts, strict=True)
     numbers = [PerDatum(*map(torch.cat, zip(*column, strict=True))) for column in columns]
-    return _Split._make([*numbers, torch.cat(pareto_k)])
+    return _GapParts._make([*numbers, torch.cat(pareto_k)])
 
 
-def _with_given(split: _Split, found: Any) -> _Split:
+def _with_given(split: _GapParts, found: Any) -> _GapParts:
     """Replace log p(x) by a bound that the user passed."""
     log_p = _given(found, len(split.pareto_k))
     return split._replace(

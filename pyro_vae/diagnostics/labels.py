@@ -16,7 +16,7 @@ from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.scope import using
 
 
-class Scores:
+class LabelScores:
     """The scores that the labels allow, and the reasons why others are missing."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Scores:
 
 
 def score_classes(
-    scores: Scores,
+    scores: LabelScores,
     pair: nn.Module,
     rows: Source,
     prepare: Preparation,

@@ -32,7 +32,7 @@ from pyro_vae.training.elbo import EnumeratedELBO
 from pyro_vae.training.engine import Engine
 from pyro_vae.training.fit import fit
 from pyro_vae.training.importance_bounds import ImportanceWeightedELBO
-from pyro_vae.training.schedules import Cosine
+from pyro_vae.training.schedules import CosineSchedule
 
 EXACT = 1e-8
 """Allowed error in float64 of an estimate without Monte Carlo error."""
@@ -292,7 +292,7 @@ def fit_checks() -> Iterator[Check]:
         epochs=60,
         batch_size=125,
         learning_rate=5e-2,
-        learning_rate_schedule=Cosine(60),
+        learning_rate_schedule=CosineSchedule(60),
         progress=False,
     )
     found = log_likelihood(vae, x, num_samples=500).value

@@ -20,6 +20,7 @@ from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import as_tensor
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model, unconditioned
+from pyro_vae.pairs.moments import support_of
 from pyro_vae.pairs.pair import Batch, Pair, placement
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_site, latents, require_normalized
@@ -292,7 +293,7 @@ def _given(pair: nn.Module, value: Any, name: str) -> Tensor:
 def _supports(pair: nn.Module, batch: Batch) -> dict[str, Any]:
     """The support of each latent of the model, by site."""
     found = latents(trace(cast(Pair, pair).model, batch))
-    return {name: site["fn"].support for name, site in found.items()}
+    return {name: support_of(site["fn"]) for name, site in found.items()}
 
 
 def _require_inside(name: str, support: Any, values: Tensor) -> None:

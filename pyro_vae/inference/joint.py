@@ -26,6 +26,7 @@ from pyro_vae.pairs import enumeration, masks, summing
 from pyro_vae.pairs.folds import is_delta
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
+from pyro_vae.pairs.moments import is_discrete, support_of
 from pyro_vae.pairs.pair import Batch, Pair, Site
 from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
@@ -280,7 +281,7 @@ class _Read(Given):
 
 def _to_support(name: str, fn: Any, support: Any = None) -> Any:
     """Return the map from the real numbers to the support of a distribution."""
-    support = support or fn.support
+    support = support or support_of(fn)
     try:
         return biject_to(support)
     except NotImplementedError:
@@ -332,10 +333,10 @@ def _moving(model: Trace, guide: Trace) -> list[str]:
             raise UsageError(
                 f"the guide of site '{name}' is a Delta, whose density is known only at its draws"
             )
-        if name not in marked and (site["fn"].support.is_discrete or name not in theirs):
+        if name not in marked and (is_discrete(site["fn"]) or name not in theirs):
             raise UsageError(
                 f"latent site '{name}' is discrete, so it must be enumerated"
-                if site["fn"].support.is_discrete
+                if is_discrete(site["fn"])
                 else f"latent site '{name}' is not a site of the guide"
             )
     names = [name for name in ours if name not in marked]

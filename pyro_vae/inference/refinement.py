@@ -28,7 +28,7 @@ from pyro_vae.pairs.weights import structure
 from pyro_vae.training.elbo import elbo
 from pyro_vae.training.engine import Engine, Step
 from pyro_vae.training.optimizer import Optimizer
-from pyro_vae.training.schedules import Cosine
+from pyro_vae.training.schedules import CosineSchedule
 
 REFINED_ROWS = 1000
 """Number of data that are refined in one block."""
@@ -183,7 +183,7 @@ class _Ascent:
     def __call__(
         self, block: Batch, learning_rate: float, done: Callable[[], Any]
     ) -> dict[Location, Tensor]:
-        pair, n, rate = self.pair, len(block[0]), Cosine(self.steps)
+        pair, n, rate = self.pair, len(block[0]), CosineSchedule(self.steps)
         for offset in pair.offsets:
             nn.init.zeros_(offset)
         named = dict(pair.offsets.named_parameters())

@@ -15,6 +15,7 @@ from pyro_vae.inference.refinement import frozen
 from pyro_vae.pairs.formatting import with_error
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
+from pyro_vae.pairs.moments import is_discrete
 from pyro_vae.pairs.pair import Batch, Pair, placement
 from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import evaluation_mode, using
@@ -112,7 +113,7 @@ def refit_guide(
         guide = trace_guide(pair, batch)
         sites = latents(trace_model(pair, batch, guide))
     for name, site in sites.items():
-        if not is_local(site) or site["fn"].support.is_discrete:
+        if not is_local(site) or is_discrete(site["fn"]):
             raise UsageError(
                 f"latent site '{name}' is discrete or not local, but refit_guide serves only "
                 "continuous local latents; write your own guide for this pair"

@@ -18,7 +18,7 @@ from pyro_vae.parts.networks import MLP, Chain, Shape, require_sizes
 from pyro_vae.parts.posteriors import DiagonalNormal, product
 from pyro_vae.parts.priors import StandardNormal
 from pyro_vae.training.bounds import FreeBitsELBO
-from pyro_vae.training.schedules import Linear
+from pyro_vae.training.schedules import LinearSchedule
 
 Modules: Any = PyroModule[nn.ModuleList]
 """A module list that gives its items distinct Pyro names, so that parameters do not clash."""
@@ -93,7 +93,7 @@ class HierarchicalVAE(PyroModule):
         They are a KL warm-up over the first fifth of the epochs, and free bits of 0.02 nats for
         each unit.
         """
-        return {"beta": Linear(epochs / 5), "objective": FreeBitsELBO(0.02)}
+        return {"beta": LinearSchedule(epochs / 5), "objective": FreeBitsELBO(0.02)}
 
     @classmethod
     def mlp(

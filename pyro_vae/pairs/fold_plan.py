@@ -19,6 +19,7 @@ from torch.distributions import biject_to, constraints
 from pyro_vae.compat import FakeTensor, sum_rightmost
 from pyro_vae.errors import NotTraceable
 from pyro_vae.pairs.folds import Fold, Part, Plan, close, is_delta
+from pyro_vae.pairs.moments import is_discrete, support_of
 from pyro_vae.pairs.pair import Pair, Site
 from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
@@ -107,7 +108,7 @@ class _Planner:
         continuous, modes = [], []
         for name in points:
             site, prior = self.deltas[name], self.model[name]
-            if prior["fn"].support.is_discrete:
+            if is_discrete(prior["fn"]):
                 modes.append(name)
                 if bool((site["fn"].log_prob(site["value"]) != 0).any()):
                     self.faults.append(
@@ -186,7 +187,7 @@ class _Planner:
             part = self._part(name)
             if part is not None:
                 parts[name] = part
-        supports = {name: self.model[name]["fn"].support for name in sites}
+        supports = {name: support_of(self.model[name]["fn"]) for name in sites}
         if len(parts) < len(sites):
             parts = {}
             fault = self._jacobian(auxiliaries, sites)
@@ -204,7 +205,7 @@ class _Planner:
         if len(self.fed[name]) != 1:
             return None
         (auxiliary,) = self.fed[name]
-        site, support = self.deltas[name], self.model[name]["fn"].support
+        site, support = self.deltas[name], support_of(self.model[name]["fn"])
         if not self.slopes[name]:
             fn = self.auxiliaries[auxiliary]["fn"]
             return Part(auxiliary, 0, fn.event_shape.numel(), fn.event_dim, None)
@@ -280,7 +281,7 @@ class _Planner:
             return _unfolded(auxiliaries[0])
         free, log_det, said = [], torch.zeros(()), torch.zeros(())
         for name in sites:
-            site, transform = self.deltas[name], _to_support(self.model[name]["fn"].support)
+            site, transform = self.deltas[name], _to_support(support_of(self.model[name]["fn"]))
             if transform is None:
                 return _unfolded(auxiliaries[0])
             value = site["value"]

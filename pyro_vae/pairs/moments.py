@@ -14,9 +14,17 @@ def mean(fn: Any, num_samples: int = 100) -> Tensor:
     """The mean of a distribution: in closed form, or else the average of ``num_samples`` draws."""
     closed = _closed_mean(fn)
     if closed is None or bool(closed.isnan().any()):  # torch's Categorical has a mean of NaN
-        draws = fn.sample((num_samples,))
+        draws = _draws(fn, num_samples)
         return (draws if draws.is_floating_point() else draws.to(torch.get_default_dtype())).mean(0)
     return closed
+
+
+def _draws(fn: Any, number: int) -> Tensor:
+    try:
+        return cast(Tensor, fn.sample((number,)))
+    except NotImplementedError:  # Pyro needs no more than a call, as of its ZukoToPyro
+        with torch.no_grad():
+            return cast(Tensor, fn(torch.Size([number])))
 
 
 def _closed_mean(fn: Any) -> Tensor | None:
@@ -26,9 +34,28 @@ def _closed_mean(fn: Any) -> Tensor | None:
         return None
 
 
+def support_of(fn: Any) -> Any:
+    """The support of a distribution; raise `UsageError` if its class does not define one."""
+    try:
+        return fn.support
+    except NotImplementedError:
+        raise UsageError(
+            f"{type(fn).__name__} does not define its support; subclass it and set support, for "
+            "example to torch.distributions.constraints.real_vector"
+        ) from None
+
+
+def is_discrete(fn: Any) -> bool:
+    """Whether the values are discrete; without a support, reparametrized draws are continuous."""
+    try:
+        return bool(fn.support.is_discrete)
+    except NotImplementedError:
+        return not fn.has_rsample and bool(support_of(fn).is_discrete)
+
+
 def is_category(fn: Any) -> bool:
     """Whether a distribution is over unordered classes, which have a mode but not a mean."""
-    closed = _closed_mean(fn) if fn.support.is_discrete else None
+    closed = _closed_mean(fn) if is_discrete(fn) else None
     return closed is not None and bool(closed.isnan().any())
 
 
@@ -72,7 +99,7 @@ def mode(fn: Any) -> Tensor:
 
 def num_values(fn: Any) -> int:
     """The number of values of each element if they are 0, 1, ...; 0 for other distributions."""
-    support = fn.support
+    support = support_of(fn)
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     if not isinstance(support, constraints.integer_interval) or int(support.lower_bound) != 0:

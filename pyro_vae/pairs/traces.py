@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_vae.compat import bad_parameter, site_is_subsample
 from pyro_vae.errors import UsageError, first_line
-from pyro_vae.pairs.moments import mean, mode
+from pyro_vae.pairs.moments import is_discrete, mean, mode
 from pyro_vae.pairs.places import is_local
 
 
@@ -60,7 +60,7 @@ class Means(poutine.messenger.Messenger):
                 msg["mean_later"] = True
                 return
             fn = msg["fn"]
-            msg["value"] = mode(fn) if fn.support.is_discrete else self.average(fn)
+            msg["value"] = mode(fn) if is_discrete(fn) else self.average(fn)
             msg["done"] = True
 
 

@@ -121,7 +121,7 @@ class CollapseAlarm:
         return (
             f"the posterior of latent site '{name}' has collapsed: its KL has been below "
             f"{self.thresholds[name]:.2g} nats per example for {self.epochs[name]} epochs, so the "
-            "model explains x without it. Try KL warm-up (beta=pyro_vae.Linear(epochs)), "
+            "model explains x without it. Try KL warm-up (beta=pyro_vae.LinearSchedule(epochs)), "
             "free bits (pyro_vae.FreeBitsELBO), a weaker decoder (word dropout for text), or "
             "longer training"
         )

@@ -66,8 +66,8 @@ def fit(
         validation: held-out x, or a tuple of x and context, of the same kinds.
         objective: a Pyro ELBO. The default is that of ``pair.recipe``, else ``Trace_ELBO()``, or
             `pyro_vae.EnumeratedELBO` for a pair with latents to enumerate.
-        beta: the weight on the KL, or a schedule of it (`pyro_vae.training.schedules`). The default
-            is that of ``pair.recipe``, else 1.
+        beta: the weight on the KL, or a function of the epoch such as `pyro_vae.LinearSchedule`.
+            The default is that of ``pair.recipe``, else 1.
         learning_rate_schedule: a factor on the learning rate, as a function of the epoch.
         optimizer: makes the torch optimizer from parameters and ``lr``.
         binarize: "dynamic", "fixed" or "none"; see `pyro_vae.data.preparation.Preparation`.
@@ -178,7 +178,8 @@ def _require_parts(objective: Any, beta: Any, schedule: Any, optimizer: Any) -> 
         )
     if schedule is not None and not callable(schedule):
         raise UsageError(
-            f"must be a function of the epoch, such as pyro_vae.Cosine(epochs), got {schedule!r}",
+            "must be a function of the epoch, such as pyro_vae.CosineSchedule(epochs), got "
+            f"{schedule!r}",
             argument="learning_rate_schedule",
         )
     if not callable(optimizer) or isinstance(optimizer, (PyroOptim, torch.optim.Optimizer)):

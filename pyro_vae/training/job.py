@@ -15,7 +15,7 @@ from pyro_vae.errors import UsageError
 from pyro_vae.runs import description, seals
 from pyro_vae.runs import tensors as run_tensors
 from pyro_vae.training.rows import TrainingData
-from pyro_vae.training.schedules import Schedule
+from pyro_vae.training.schedules import Schedule, present_names
 from pyro_vae.training.state import TrainState
 
 MAY_CHANGE = {"epochs", "patience", "checkpoint_seconds", "tensorboard", "engine"}
@@ -79,11 +79,17 @@ def _require_same_settings(was: dict[str, Any], now: dict[str, Any], path: Path)
 
 
 def _require_same_part(name: str, was: Any, now: Any, path: Path) -> None:
-    if name == "pair" and was is not None:
-        was = description.renamed(was)
-    if None not in (was, now) and was != now:
-        said = "" if len(str(was) + str(now)) > 200 else f": {was} then, {now} now"
-        raise UsageError(f"{path} was made with another {name}{said}; a resumed run keeps its job")
+    if None in (was, now) or now in (was, _in_present_names(name, was)):
+        return
+    said = "" if len(str(was) + str(now)) > 200 else f": {was} then, {now} now"
+    raise UsageError(f"{path} was made with another {name}{said}; a resumed run keeps its job")
+
+
+def _in_present_names(name: str, was: str) -> str:
+    """Return a part of the job of a checkpoint with the present names of parts and schedules."""
+    if name == "pair":
+        return description.renamed(was)
+    return present_names(was) if name in ("beta", "learning_rate_schedule") else was
 
 
 def _checksum(rows: Source) -> str | None:

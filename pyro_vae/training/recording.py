@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_vae import compat
 from pyro_vae.errors import NotTraceable
 from pyro_vae.pairs import enumeration, fold_plan, folding, folds, summing
+from pyro_vae.pairs.moments import support_of
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.sites import data_plates, is_factor, latents, scored
@@ -58,7 +59,7 @@ class ELBOParts:
             if is_factor(site):
                 continue
             if not compat.is_validation_enabled() and name in self.validated:
-                inside = site["fn"].support.check(site["value"])
+                inside = support_of(site["fn"]).check(site["value"])
                 _add(self.outside, name, inside.logical_not().sum())
             elif _validates(site["fn"]):
                 self.validated.add(name)

@@ -4,6 +4,7 @@ A schedule is any callable from the epoch to a number. The epoch is a float: it 
 an epoch.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi
@@ -13,12 +14,12 @@ Schedule: TypeAlias = Callable[[float], float]
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearSchedule:
     """A straight line from ``start`` to ``end`` over ``epochs`` epochs, then ``end``.
 
     As a KL weight: the warm-up of Bowman et al., 2016 (https://arxiv.org/abs/1511.06349).
 
-    >>> [Linear(epochs=10)(epoch) for epoch in (0, 5, 20)]
+    >>> [LinearSchedule(epochs=10)(epoch) for epoch in (0, 5, 20)]
     [0.0, 0.5, 1.0]
     """
 
@@ -31,13 +32,13 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Cyclical:
+class CyclicalSchedule:
     """A straight line from ``start`` to ``end``, then ``end``, repeated every ``period`` epochs.
 
     The line takes the fraction ``rise`` of each period.
     Fu et al., Cyclical annealing schedule, 2019 (https://arxiv.org/abs/1903.10145).
 
-    >>> [Cyclical(period=10)(epoch) for epoch in (0, 2.5, 5, 9, 10)]
+    >>> [CyclicalSchedule(period=10)(epoch) for epoch in (0, 2.5, 5, 9, 10)]
     [0.0, 0.5, 1.0, 1.0, 0.0]
     """
 
@@ -47,16 +48,16 @@ class Cyclical:
     end: float = 1.0
 
     def __call__(self, epoch: float) -> float:
-        return Linear(self.rise * self.period, self.start, self.end)(epoch % self.period)
+        return LinearSchedule(self.rise * self.period, self.start, self.end)(epoch % self.period)
 
 
 @dataclass(frozen=True)
-class Cosine:
+class CosineSchedule:
     """Half a cosine from ``start`` to ``end`` over ``epochs`` epochs, then ``end``.
 
     As a learning rate: Loshchilov & Hutter, SGDR, 2017 (https://arxiv.org/abs/1608.03983).
 
-    >>> [round(Cosine(epochs=10)(epoch), 3) for epoch in (0, 5, 20)]
+    >>> [round(CosineSchedule(epochs=10)(epoch), 3) for epoch in (0, 5, 20)]
     [1.0, 0.5, 0.0]
     """
 
@@ -71,3 +72,12 @@ class Cosine:
 
 def _fraction(epoch: float, epochs: float) -> float:
     return min(epoch / epochs, 1.0) if epochs > 0 else 1.0
+
+
+def present_names(words: str) -> str:
+    """Replace the names of schedules of version 0.1.0 in the words of a job.
+
+    >>> present_names("Linear(epochs=10, start=0.0, end=1.0)")
+    'LinearSchedule(epochs=10, start=0.0, end=1.0)'
+    """
+    return re.sub(r"\b(Linear|Cyclical|Cosine)(?=\()", r"\1Schedule", words)

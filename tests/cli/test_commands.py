@@ -163,6 +163,7 @@ def test_the_default_folder_is_runs_and_the_name_of_the_data(tmp_path, monkeypat
 
 def test_levels(tmp_path):
     options = "--model hierarchical --latent-dim 3 2 --hidden 16 --epochs 2 --num-eval-samples 5"
+    options += " --engine eager"
     command(f"train digits --out {{run}} {options} --prior vamp", run=tmp_path / "run")
     metrics = read(tmp_path / "run" / "metrics.json")
     assert list(metrics["active_units"]) == ["z2", "z1"]
@@ -202,7 +203,7 @@ def test_convolutions(tmp_path):
     ],
 )
 def test_options_reach_training(options, tmp_path):
-    run = train(tmp_path / "run", f"--no-report --engine eager {options}")
+    run = train(tmp_path / "run", f"--no-report {options}")
     given = read(run / "config.json")["train"]
     for option, value in re.findall(r"--([a-z-]+) ([^-\s]\S*)", options):
         assert str(given[option.replace("-", "_")]) in (value, f"{value}.0")

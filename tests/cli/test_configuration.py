@@ -41,7 +41,7 @@ def test_the_command_line_overrides_the_configuration(digits, tmp_path):
     assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) == 2
 
 
-def test_a_configuration_of_ones_own(tmp_path):
+def test_a_users_configuration(tmp_path):
     options = {
         "data": "digits",
         "epochs": 1,

@@ -51,7 +51,7 @@ def run(tmp_path, monkeypatch):
         "train --data=digits --resume=true",
     ],
 )
-def test_options_come_from_a_file(line, run):
+def test_options_are_read_from_a_file(line, run):
     given = values(line, run=run)
     assert given["data"] == "digits"
     assert given["settings"].epochs == 7

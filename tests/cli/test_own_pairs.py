@@ -71,7 +71,7 @@ def own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["Pair", "Keeping", "Fixed", "Flat"])
-def test_a_pair_of_ones_own_is_trained_evaluated_and_used(kind, own):
+def test_a_users_pair_is_trained_evaluated_and_used(kind, own):
     path = f"own_pair:{kind}"
     command(f"check {path}")
     size = "" if kind == "Fixed" else "--latent-dim 2"
@@ -88,7 +88,7 @@ def test_a_pair_of_ones_own_is_trained_evaluated_and_used(kind, own):
         assert np.load("run/samples.npy").shape == (3, 1, 8, 8)
 
 
-def test_the_report_of_a_pair_of_ones_own(own):
+def test_the_report_of_a_users_pair(own):
     command(f"train digits --out run --model own_pair:Flat {SHORT} --latent-dim 2")
     assert "data:image/png;base64," in (own / "run" / "report.html").read_text()
 
@@ -124,7 +124,10 @@ def test_a_scalar_latent_is_one_unit(tmp_path, monkeypatch):
     (tmp_path / "scalar.py").write_text(SCALAR)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    command("train digits --model scalar:Scalar --epochs 1 --num-eval-samples 5 --out run")
+    command(
+        "train digits --model scalar:Scalar --engine eager --epochs 1 "
+        "--num-eval-samples 5 --out run"
+    )
     metrics = read(tmp_path / "run" / "metrics.json")
     assert len(metrics["kl_by_unit"]["b"]) == 1
     assert metrics["kl_by_unit"]["b"][0] == pytest.approx(metrics["kl"], abs=0.2)

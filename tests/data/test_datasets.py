@@ -215,7 +215,7 @@ def offline(monkeypatch):
         ("svhn", ["train_32x32.mat", "test_32x32.mat"]),
     ],
 )
-def test_a_download_that_fails_says_how_to_place_the_files(name, files, tmp_path):
+def test_a_download_that_fails_explains_where_to_put_the_files(name, files, tmp_path):
     with pytest.raises(UsageError) as caught:
         load_data(name, tmp_path)
     message = str(caught.value)

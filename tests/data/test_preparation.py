@@ -105,6 +105,7 @@ def test_a_pair_in_double_precision(kind):
         epochs=2,
         batch_size=4,
         progress=False,
+        engine="eager",
     )
     assert np.isfinite(history["validation_elbo"]).all()
     assert {parameter.dtype for parameter in pair.parameters()} == {torch.float64}

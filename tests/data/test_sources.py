@@ -38,7 +38,7 @@ def test_rows_keep_their_type_and_memory():
     ids=["reversed", "read-only", "float16", "uint16", "fortran"],
 )
 def test_any_array_of_numbers_is_accepted(array):
-    pv.fit(small(), array, epochs=1, batch_size=4, progress=False)
+    pv.fit(small(), array, epochs=1, batch_size=4, progress=False, engine="eager")
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -173,7 +173,9 @@ def test_a_loader_keeps_its_order_and_batch_size():
 def test_a_pair_without_context_ignores_the_labels_of_a_data_set():
     dataset = TensorDataset(torch.rand(8, 4).round(), torch.arange(8))
     pair = small()
-    history = pv.fit(pair, dataset, validation=dataset, epochs=2, batch_size=4, progress=False)
+    history = pv.fit(
+        pair, dataset, validation=dataset, epochs=2, batch_size=4, progress=False, engine="eager"
+    )
     assert np.isfinite(history["validation_elbo"]).all()
     assert pv.reconstruct(pair, dataset).shape == (8, 4)
 
@@ -181,7 +183,7 @@ def test_a_pair_without_context_ignores_the_labels_of_a_data_set():
 def test_a_data_set_gives_context_to_a_conditional_pair():
     x, context = torch.rand(8, 4).round(), torch.rand(8, 2)
     pair = small(context_shapes=[(2,)])
-    pv.fit(pair, TensorDataset(x, context), epochs=1, batch_size=4, progress=False)
+    pv.fit(pair, TensorDataset(x, context), epochs=1, batch_size=4, progress=False, engine="eager")
     torch.testing.assert_close(
         pv.encode(pair, TensorDataset(x, context))["z"], pv.encode(pair, x, context)["z"]
     )
@@ -199,7 +201,7 @@ def test_gray_rows_of_a_data_set_are_binarized_like_those_of_a_tensor(wrap):
 @pytest.mark.parametrize("wrap", [lambda x: x, TensorDataset, lambda x: DataLoader(x, 4)])
 def test_fit_restores_the_generator_of_the_caller(wrap):
     pair, before = small(), torch.get_rng_state()
-    pv.fit(pair, wrap(table(8) > 0), epochs=1, batch_size=4, progress=False)
+    pv.fit(pair, wrap(table(8) > 0), epochs=1, batch_size=4, progress=False, engine="eager")
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -127,7 +127,7 @@ def test_the_posterior_of_a_global_latent_counts_the_different_rows(name):
         make(),
         epochs=epochs,
         learning_rate=0.03,
-        learning_rate_schedule=pv.Cosine(epochs),
+        learning_rate_schedule=pv.CosineSchedule(epochs),
         progress=False,
     )
     assert pair.raw.exp().item() == pytest.approx((different + 1) ** -0.5, rel=0.15)

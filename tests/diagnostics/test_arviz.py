@@ -43,7 +43,7 @@ def test_loo_is_log_p_of_each_datum():
     assert (found.pareto_k < 0.7).all()
 
 
-def test_draws_come_from_the_posterior_or_from_the_guide():
+def test_draws_are_from_the_posterior_or_from_the_guide():
     pair, x, data = drawn(n=4, num_samples=4000)
     loc, covariance = (part.detach().numpy() for part in pair.posterior(x))
     z = data.posterior["z"].values[0]
@@ -71,7 +71,7 @@ class Two(torch.nn.Module):
             pyro.sample("z", dist.Normal(x, 1.0))
 
 
-def test_what_is_summed_out_comes_from_its_posterior():
+def test_a_summed_out_latent_is_drawn_from_its_posterior():
     x = torch.linspace(-2, 2, 6, dtype=torch.float64)
     data = pv.to_arviz(Two(), x, num_samples=4000, num_particles=20)
     spread = (1 + 0.8**2) ** 0.5

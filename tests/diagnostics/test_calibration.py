@@ -84,7 +84,7 @@ def test_a_guide_that_does_not_heed_the_data_is_seen_by_the_likelihood_alone():
     assert "too low" in found.failures["log p(x | z)"]
 
 
-def test_a_dome_is_told_from_a_u():
+def test_a_dome_is_distinguished_from_a_u():
     found = pv.calibration(Guided("wide"), progress=False)
     assert found.failures["z[0]"] == "draws are too wide (dome)"
     assert found.coverage[0, 0] > 0.55
@@ -201,7 +201,7 @@ def test_a_pair_that_takes_no_plate_of_samples_gets_the_same_verdict():
     assert "too high" in found.failures["z[0]"]
 
 
-def test_quantities_of_ones_own():
+def test_a_users_quantities():
     """The product of residuals detects a missing correlation, independently of the densities."""
     pair = Guided("correlation")
 
@@ -228,7 +228,7 @@ class Untemplated(nn.Module):
     model, guide = LinearGaussian.model, LinearGaussian.guide
 
 
-def test_misuse_is_told_in_one_line():
+def test_misuse_raises_an_error_of_one_line():
     pair = Guided()
     with pytest.raises(pv.UsageError, match="num_simulations must be at least 100, got 99"):
         pv.calibration(pair, num_simulations=99)

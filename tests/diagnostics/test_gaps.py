@@ -171,7 +171,7 @@ class Auxiliary(nn.Module):
             pyro.sample("z", dist.Normal(u, 1.0))
 
 
-def test_misuse_is_told_in_one_line():
+def test_misuse_raises_an_error_of_one_line():
     pair = Spoiled("diagonal")
     x = data(pair)
     with pytest.raises(pv.UsageError, match="num_samples must be at least 21, got 20"):

@@ -127,7 +127,7 @@ def test_a_score_that_cannot_be_had_is_missing_with_its_reason(make, labels, tra
     assert all(f"not computed: {words}" in str(found) for words in found.not_computed.values())
 
 
-def test_classes_that_training_did_not_have_are_said_to_be_wrong():
+def test_classes_that_training_did_not_have_count_as_wrong():
     with pytest.warns(
         UserWarning, match="counts 20 rows as errors, because train lacks their labels: 2"
     ):
@@ -202,6 +202,6 @@ def test_labels_that_the_model_observes_are_of_any_whole_type(kind):
 
 
 @pytest.mark.parametrize("labels", [Y.double(), torch.eye(3)[Y]])
-def test_labels_that_the_model_observes_are_no_floats(labels):
+def test_labels_that_the_model_observes_must_not_be_floats(labels):
     with pytest.raises(UsageError, match="labels must be integers, or -1 for a missing label"):
         pv.fit(semisupervised(), X, labels, **FAST)

@@ -191,7 +191,7 @@ def test_a_prior_of_dependent_units_leaves_the_kl_by_unit_out():
 
 
 @pytest.mark.parametrize("name", ["flows", "conditional", "text"])
-def test_other_pairs_are_served(name):
+def test_other_pairs_work(name):
     batch = rows(name, 30)
     parts = pv.kl_parts(make(name), *batch)["z"]
     assert parts.kl.value == pytest.approx(

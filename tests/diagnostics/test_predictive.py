@@ -62,7 +62,7 @@ def test_p_values_are_those_of_the_posterior_predictive_distribution():
     assert found.whole_p_values["first"] == pytest.approx(whole, abs=spread)
 
 
-def test_a_model_that_does_not_fit_is_told_and_one_that_does_is_not():
+def test_only_a_model_that_does_not_fit_is_reported():
     pair = linear_gaussian()
     x = data(pair)
     wrong = LinearGaussian(pair.weight.detach(), noise=0.25)
@@ -229,7 +229,7 @@ def test_scores_without_another_set():
     assert "AUROC" in str(found)
 
 
-def test_misuse_is_told_in_one_line():
+def test_misuse_raises_an_error_of_one_line():
     pair = linear_gaussian()
     x = data(pair, 10)
     with pytest.raises(pv.UsageError, match="num_replicates must be at least 20, got 5"):
@@ -275,7 +275,7 @@ def test_each_replicate_of_all_data_has_its_own_draw_of_what_they_share():
     assert found.whole_p_values["mean"] == pytest.approx(0.382, abs=0.1)  # P(N(0, 1) > 0.3)
 
 
-def test_other_data_may_come_as_a_tensor():
+def test_other_data_may_be_a_tensor():
     pair = linear_gaussian()
     x, other = data(pair, 20), data(pair, 30) + 3
     settings = {"regret": False, "num_samples": 30, "seed": 4, **QUIET}

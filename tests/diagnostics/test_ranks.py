@@ -59,7 +59,7 @@ def test_each_clear_case_has_words_of_its_own():
         (-9.9, -20, "wide"),
     ],
 )
-def test_place_and_width_are_told_beyond_three_errors_and_half_the_other(place, width, like):
+def test_shift_and_width_are_reported_beyond_three_errors_and_half_the_other(place, width, like):
     assert said(place, width) == said(*CLEAR[like])
 
 

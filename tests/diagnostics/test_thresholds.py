@@ -114,7 +114,7 @@ def test_calibration_is_doubted_from_two_points_of_coverage_away_from_95(outside
     assert kinds(guide_studies.calibration_study(BENCH), found) == said
 
 
-def test_an_auroc_of_nine_tenths_tells_outliers():
+def test_an_auroc_of_nine_tenths_detects_outliers():
     area = {"high": 0.91, "at": 0.9, "below": 0.89, "low": 0.5}
     found = OutlierScores(inside=None, other=None, reference_nll=0.0, auroc=area)
     study = model_studies.outliers_study(BENCH._replace(other=BENCH.batch))
@@ -150,7 +150,7 @@ def test_a_tenth_of_the_variance_asks_for_more_data(weights, said):
         (9.0, 3.61, []),
     ],
 )
-def test_codes_beside_the_prior_are_told_where_the_information_is_known(
+def test_codes_beside_the_prior_are_reported_if_the_information_is_known(
     aggregate, information, said
 ):
     """log 100 - 1 = 3.605 nats: closer to the ceiling the aggregate KL is not known."""

@@ -46,7 +46,7 @@ def test_a_markov_chain_that_is_drawn_has_its_exact_likelihood():
     found = pv.log_likelihood(pair, x, num_samples=20_000)
     assert torch.allclose(found.per_datum.float(), pair.exact(x), atol=0.1)
     assert set(pv.evaluate(pair, x, num_samples=20).kl_by_site) == {"z0", "z1", "z2"}
-    assert pv.fit(pair, x, epochs=2, batch_size=10, progress=False)["elbo"][0] < 0
+    assert pv.fit(pair, x, epochs=2, batch_size=10, progress=False, engine="eager")["elbo"][0] < 0
 
 
 def test_training_raises_the_elbo_of_a_markov_chain():
@@ -88,10 +88,10 @@ def test_a_support_with_bounds_is_checked_row_by_row(kind):
     x = torch.randint(0, 10, (60, 3), generator=torch.Generator().manual_seed(2))
     found = pv.log_likelihood(pair, x.to(kind), num_samples=5000)
     assert torch.allclose(found.per_datum.float(), pair.exact(x), atol=0.1)
-    pv.fit(pair, x.to(kind), epochs=1, progress=False)
+    pv.fit(pair, x.to(kind), epochs=1, progress=False, engine="eager")
     x[37, 1] = 10
     with pytest.raises(UsageError, match=r"10.*support of the Binomial"):
-        pv.fit(pair, x.to(kind), epochs=1, progress=False)
+        pv.fit(pair, x.to(kind), epochs=1, progress=False, engine="eager")
 
 
 class Regression(nn.Module):

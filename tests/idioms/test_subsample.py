@@ -99,7 +99,7 @@ def parts_of_the_loss(pair: nn.Module, x: Tensor) -> dict[str, float]:
 def test_the_posterior_of_a_global_latent_is_that_of_all_data():
     x, pair = data(), Sized()
     options = {"epochs": 400, "batch_size": 12, "learning_rate": 0.03, "progress": False}
-    pv.fit(pair, x, learning_rate_schedule=pv.Cosine(400), engine="traced", **options)
+    pv.fit(pair, x, learning_rate_schedule=pv.CosineSchedule(400), engine="traced", **options)
     # x is N(w, 2) with a prior N(0, 1) of w. The guide of z given w can be exact.
     precision = 1 + N / 2
     assert pair.loc.item() == pytest.approx(x.sum().item() / 2 / precision, abs=0.08)

@@ -167,7 +167,7 @@ def test_padding_takes_no_part():
     assert torch.equal(counts, inside[..., None].expand(6, 3, 2))
 
 
-def test_draws_of_the_model_come_with_their_latents():
+def test_draws_of_the_model_include_their_latents():
     pair = linear_gaussian()
     with using(pair, 0):
         (x,), values = simulate(pair, 20_000)
@@ -185,7 +185,7 @@ def test_draws_of_the_model_come_with_their_latents():
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_what_does_not_apply_is_told_by_its_site(kind):
+def test_an_error_names_the_site_that_a_tool_cannot_use(kind):
     x = torch.tensor([[0.0], [1.0]]).double()
     with pytest.raises(pv.UsageError, match=FAULTS[kind]):
         pv.anneal(Fault(kind), x, progress=False)
@@ -211,7 +211,7 @@ class Bent(Fault):
             pyro.sample("z", dist.TransformedDistribution(base.expand([len(x)]), [self.bend]))
 
 
-def test_a_guide_without_a_density_is_told_and_its_model_has_nuts():
+def test_a_guide_without_a_density_is_refused_but_nuts_works():
     pair, x = Bent().double(), torch.tensor([[0.0], [1.0]]).double()
     with pytest.raises(pv.UsageError, match="density of site 'z' of the guide cannot be evaluated"):
         pv.anneal(pair, x, progress=False)

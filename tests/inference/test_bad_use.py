@@ -38,7 +38,7 @@ USES = {
     ],
     ids=["width", "rank", "nan", "empty", "support"],
 )
-def test_use_refuses_what_fit_would(use, x, words):
+def test_tools_refuse_what_fit_refuses(use, x, words):
     refused(lambda: use(small(), x), *words)
 
 

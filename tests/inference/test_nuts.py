@@ -90,7 +90,7 @@ SHORT = {"num_draws": 4, "warmup": 4, "num_chains": 2, "engine": "eager", "progr
 
 
 @pytest.mark.parametrize("name", ["flows", "hierarchical", "params", "semi-supervised"])
-def test_other_pairs_are_served(name):
+def test_other_pairs_work(name):
     pair, batch = make(name), rows(name, 2)
     require(pair, batch)
     result = pv.nuts(pair, *batch, **SHORT)
@@ -188,7 +188,7 @@ def test_nothing_else_is_touched():
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_what_does_not_apply_is_told_by_its_site(kind):
+def test_an_error_names_the_site_that_a_tool_cannot_use(kind):
     x = torch.tensor([[0.0], [1.0]]).double()
     with pytest.raises(pv.UsageError, match=FAULTS[kind]):
         pv.nuts(Fault(kind), x, progress=False)
@@ -208,7 +208,7 @@ class Nowhere(TwoModes):
             pyro.sample("z", dist.Normal(x[:, 0] - 0.5, 0.01))
 
 
-def test_misuse_is_told_in_one_line():
+def test_misuse_raises_an_error_of_one_line():
     pair, x = TwoModes(), torch.ones(1, 1).double()
     for name, least in (("num_chains", 2), ("num_draws", 4), ("warmup", 1)):
         with pytest.raises(pv.UsageError, match=f"{name} must be at least {least}, got 0"):

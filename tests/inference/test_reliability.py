@@ -76,7 +76,7 @@ def test_thresholds_are_those_of_the_paper():
     assert threshold(10**6) == 0.7
 
 
-def test_k_comes_from_the_very_weights_of_the_estimate(monkeypatch):
+def test_k_is_computed_from_the_weights_of_the_estimate(monkeypatch):
     """Known weights: the sums over chunks equal the results of all weights together."""
     pair = linear_gaussian(spread=0.8)
     x = data(pair, 5)

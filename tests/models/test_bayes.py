@@ -118,7 +118,7 @@ def test_minibatches_lead_to_the_conjugate_posterior():
         pair,
         *batch,
         objective=TraceMeanField_ELBO(200, vectorize_particles=True, max_plate_nesting=1),
-        learning_rate_schedule=pv.Cosine(200),
+        learning_rate_schedule=pv.CosineSchedule(200),
         batch_size=40,
         epochs=200,
         learning_rate=0.05,
@@ -135,10 +135,10 @@ def test_minibatches_lead_to_the_conjugate_posterior():
 
 
 @same_posterior
-def test_a_bayesian_decoder_comes_to_the_conjugate_posterior():
+def test_a_bayesian_decoder_reaches_the_conjugate_posterior():
     """With ten draws of the weights for each step; the remaining error is from these draws."""
     pair, batch = known(), data()
-    schedule = pv.Cosine(300)
+    schedule = pv.CosineSchedule(300)
     settings = {"batch_size": 45, "epochs": 300, "learning_rate": 0.05, "progress": False}
     objective = TraceMeanField_ELBO(10)
     pv.fit(pair, *batch, objective=objective, learning_rate_schedule=schedule, **settings)
@@ -245,7 +245,7 @@ def test_log_likelihood_is_that_of_the_posterior_predictive():
     assert list(evaluated.kl_by_site) == ["z"]
 
 
-def test_the_error_of_a_mean_over_data_that_share_draws_is_no_less_than_what_it_is():
+def test_the_error_of_a_mean_over_data_that_share_draws_is_at_least_the_true_one():
     pair, (x, place) = exact(), data(30, seed=1)
     pair.free_scales[0].data += 1.0
     runs = [

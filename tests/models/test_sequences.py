@@ -319,7 +319,7 @@ def test_a_chains_draws_have_its_means_and_variances():
     assert (error < 5 * (variance[:, None] / 20_000).sqrt()).all()
 
 
-def test_a_chain_stands_at_zero_beyond_its_length():
+def test_a_chain_is_zero_beyond_its_length():
     made = chain(masked=True)
     assert (made.rsample()[~made.inside] == 0).all()
     assert (made.expand((2, 5)).rsample()[:, ~made.inside] == 0).all()

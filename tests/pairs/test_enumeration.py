@@ -381,11 +381,13 @@ def test_other_objectives_are_refused_in_one_line(name):
 def test_stock_enumeration_takes_no_weight_on_the_kl():
     pair, batch = make("mixture"), rows("mixture", 6)
     stock = TraceEnum_ELBO(max_plate_nesting=1)
-    for beta in (0.5, pv.Linear(3)):
+    for beta in (0.5, pv.LinearSchedule(3)):
         with pytest.raises(pv.UsageError, match="EnumeratedELBO"):
             pv.fit(pair, *batch, objective=stock, beta=beta, batch_size=3, progress=False)
     with pytest.warns(UserWarning, match="eager engine, because TraceEnum_ELBO defines its own"):
-        pv.fit(pair, *batch, objective=stock, batch_size=3, epochs=1, progress=False)
+        pv.fit(
+            pair, *batch, objective=stock, batch_size=3, epochs=1, progress=False, engine="eager"
+        )
 
 
 @every_pair
@@ -445,7 +447,7 @@ def broken(**changes):
         ),
     ],
 )
-def test_check_says_why_a_site_cannot_be_summed_out(changes, words):
+def test_check_explains_why_a_site_cannot_be_summed_out(changes, words):
     (error, *_) = check(broken(**changes), torch.ones(4, 6)).errors
     assert words in error
     assert "\n" not in error
@@ -459,7 +461,7 @@ def test_a_site_in_an_inner_plate_is_refused_by_every_tool(tool):
     assert str(caught.value) == error
 
 
-def test_predict_says_what_a_pair_lacks():
+def test_predict_names_what_a_pair_lacks():
     x = torch.ones(4, 6)
     inner, given = broken(plate=True, infer={}), make("mixture").float()
     assert pv.predict(inner, x, num_samples=1).shape == (4, 3)
@@ -508,7 +510,7 @@ def test_labels_may_be_left_out():
     known = labels >= 0
     believed = pv.predict(pair, x, labels)[known]
     torch.testing.assert_close(believed, one_hot(labels[known], 3).to(believed))
-    pv.fit(pair, x, labels, validation=x, batch_size=3, epochs=1, progress=False)
+    pv.fit(pair, x, labels, validation=x, batch_size=3, epochs=1, progress=False, engine="eager")
 
 
 def test_classes_are_named_by_labels_and_clusters_are_matched():

@@ -93,7 +93,7 @@ def test_fit_and_diagnose_tell_the_two_apart(off):
     assert ("'z' has collapsed" in summary) == (not off)
 
 
-def test_padding_is_no_collapse():
+def test_padding_is_not_a_collapse():
     """A latent that counts for one row in fifty has little KL per example, and is used."""
     live = (torch.arange(500) % 50 == 0)[:, None] & torch.ones(2, dtype=torch.bool)
     pair = Latent(same, same, events=True)

@@ -48,7 +48,7 @@ def test_a_wrong_model_is_still_called_wrong_through_the_mask():
     assert p["variance"] < 0.01
 
 
-def test_a_statistic_of_ones_own_must_leave_nan_out():
+def test_a_users_statistic_must_leave_nan_out():
     pair, (x, seen) = Holes(), holes(30)
     words = "statistic 'total' is NaN for some data; masked entries are NaN"
     with pytest.raises(pv.UsageError, match=words):
@@ -195,7 +195,7 @@ def test_calibration_ranks_what_counts():
     assert {"z[0]", "z[1]"} <= pv.calibration(wrong, (live,), **settings).failures.keys()
 
 
-def test_tools_serve_obs_mask():
+def test_tools_work_with_obs_mask():
     """The observed part is what is checked, the rest is NaN."""
     pair, (x, seen) = Imputed(), imputed_rows(200)
     found = pv.predictive_check(pair, x, seen, num_replicates=50, progress=False)

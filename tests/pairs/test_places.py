@@ -203,10 +203,10 @@ class VisitsRight(Plain):
         (VisitsRight(), torch.randn(8, 3), "data plate 'data' has dim=-2"),
     ],
 )
-def test_a_plate_that_is_not_served_is_refused_by_every_tool(pair, x, words):
+def test_a_plate_that_is_not_supported_is_refused_by_every_tool(pair, x, words):
     assert words in pv.check(pair, x).errors[0]
     for tool in (
-        lambda: pv.fit(pair, x, epochs=1, progress=False),
+        lambda: pv.fit(pair, x, epochs=1, progress=False, engine="eager"),
         lambda: pv.evaluate(pair, x),
         lambda: pv.encode(pair, x),
         lambda: pv.log_likelihood(pair, x),
@@ -372,7 +372,7 @@ class Columns(Plain):
             pyro.sample("z", dist.Normal(self.slope * x.mean(-1), 0.8))
 
 
-def test_a_site_is_to_be_named_where_several_observe_parts_of_x():
+def test_a_site_must_be_named_if_several_observe_parts_of_x():
     pair, x = Columns(), torch.randn(20, 2)
     cov = torch.eye(2) + 1
     exact = dist.MultivariateNormal(torch.zeros(2), cov).log_prob(x)
@@ -384,7 +384,7 @@ def test_a_site_is_to_be_named_where_several_observe_parts_of_x():
     assert pv.reconstruct(pair, x, site="x1").shape == (20,)
 
 
-def test_an_unobserved_program_leaves_the_fault_to_check():
+def test_check_reports_the_fault_of_a_program_without_data():
     class Broken(Plain):
         def model(self, x: Tensor) -> None:
             raise RuntimeError("no such thing")
@@ -432,11 +432,11 @@ def test_a_parameter_with_a_row_for_each_datum_is_refused(kind):
     assert "a parameter with a row for each datum" in pv.check(kind(), x).errors[0]
 
 
-def test_row_numbers_as_context_serve_such_a_parameter():
+def test_row_numbers_as_context_work_with_such_a_parameter():
     x = 1.4 * torch.randn(40, generator=torch.Generator().manual_seed(7))
     pair, rows = RowNumbers(), torch.arange(40)
     options = {"epochs": 300, "batch_size": 20, "learning_rate": 0.05, "progress": False}
-    pv.fit(pair, x, rows, learning_rate_schedule=pv.Cosine(300), engine="eager", **options)
+    pv.fit(pair, x, rows, learning_rate_schedule=pv.CosineSchedule(300), engine="eager", **options)
     assert torch.allclose(pv.encode(pair, x, rows)["z"], x / 2, atol=0.25)
     exact = dist.Normal(0.0, 2**0.5).log_prob(x)
     assert pv.evaluate(pair, x, rows).elbo == pytest.approx(exact.mean().item(), abs=0.03)
@@ -456,7 +456,7 @@ class ObservedTopics(Topics):
         Plain.guide(self, x)
 
 
-def test_a_plate_of_observed_topics_is_not_blamed_on_the_rows():
+def test_a_plate_of_observed_topics_is_not_taken_for_the_rows():
     (error,) = pv.check(ObservedTopics(), torch.randn(30)).errors[:1]
     assert "site 'y' of the model" in error
     assert "row for each datum" not in error

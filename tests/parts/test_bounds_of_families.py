@@ -39,7 +39,7 @@ def test_a_family_levels_off_at_its_default_bounds(name):
 
 
 @pytest.mark.parametrize("name", BOUNDED)
-def test_a_network_that_says_nothing_is_well_inside(name):
+def test_the_output_of_an_untrained_network_is_well_inside(name):
     """At 0 the scales are 1, but a tenth for levels; means are 1 and degrees of freedom 4."""
     make, _, part, *_ = BOUNDED[name]
     family = make()

@@ -207,7 +207,7 @@ def test_single_precision_agrees_with_double(name):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_elements_are_independent_and_outputs_come_piece_by_piece(name):
+def test_elements_are_independent_and_outputs_are_in_pieces(name):
     """The first outputs of all elements precede the second outputs of all elements."""
     family, shape = EVERY[name](), (3, 1, 2)
     dims = prod(shape)

@@ -125,7 +125,7 @@ def test_a_residual_block_normalises_row_by_row():
     torch.testing.assert_close(block(wide) - wide, block(x) - x, rtol=1e-3, atol=1e-3)
 
 
-def test_images_of_the_context_go_through_convolutions_of_their_own():
+def test_images_of_the_context_have_their_own_convolutions():
     torch.manual_seed(21)
     shapes, inputs = [(2, 5, 8), 3, (1, 9, 2)], [torch.randn(4, 2, 5, 8), torch.randn(4, 3)]
     network, context = pv.ConvEncoder(shapes, (3, 4), (8,), 6), torch.randn(4, 1, 9, 2)

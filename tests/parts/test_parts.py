@@ -97,7 +97,7 @@ def test_the_gap_that_a_family_leaves_is_that_of_the_closed_form(posterior, best
         batch_size=100,
         learning_rate=1e-2,
         seed=1,
-        learning_rate_schedule=pv.Cosine(400),
+        learning_rate_schedule=pv.CosineSchedule(400),
         **options,
     )
     q = vae.encoder(x)

@@ -43,7 +43,7 @@ def test_intensities_in_bytes_become_floats_and_others_stay():
     assert starts(BYTES.long()) == sorted(BYTES.float().tolist())
 
 
-def test_five_hundred_pseudo_inputs_are_usual_and_no_more_than_there_are_rows():
+def test_there_are_five_hundred_pseudo_inputs_but_at_most_one_for_each_row():
     x = torch.rand(502, 3)
     assert pv.VampPrior.of_data(encoder(), x).components == 500
     assert pv.VampPrior.of_data(encoder(), x[:499]).components == 499

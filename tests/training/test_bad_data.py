@@ -231,5 +231,5 @@ def test_tensorboard_that_is_not_installed_costs_no_run(run, monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["resume", "overwrite", "tensorboard"])
-def test_what_needs_a_folder_says_so(option):
+def test_options_that_need_a_folder_are_rejected_without_one(option):
     refused(lambda: pv.fit(small(), binary(), **FAST, **{option: True}), option, "pass out")

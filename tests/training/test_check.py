@@ -218,7 +218,7 @@ def test_check_explains_each_fault(make, words):
 
 
 @pytest.mark.parametrize(("make", "words"), FAULTS.values(), ids=FAULTS)
-def test_fit_says_the_same_before_it_writes(make, words, tmp_path):
+def test_fit_raises_the_same_error_before_it_writes(make, words, tmp_path):
     refused(lambda: pv.fit(make(), SCALES["real"], out=tmp_path / "run", **FAST), *words)
     assert snapshot(tmp_path) == {}
 

@@ -62,7 +62,7 @@ def fitted(noise, said, **settings):
 @pytest.mark.parametrize(("noise", "kept"), [(6.0, 0), (1.6, 2), (0.8, 3)])
 def test_as_many_units_collapse_as_theory_predicts(noise, kept):
     """Units with an eigenvalue below the noise collapse. Others: log(eigenvalue / noise) / 2."""
-    schedule = pv.Cosine(100)
+    schedule = pv.CosineSchedule(100)
     pair, history = fitted(noise, [] if kept else ["z"], learning_rate_schedule=schedule)
     result = pv.evaluate(pair, data(), num_samples=1)
     found = sorted(result.kl_by_unit["z"], reverse=True)
@@ -73,7 +73,7 @@ def test_as_many_units_collapse_as_theory_predicts(noise, kept):
 
 
 def test_the_alarm_waits_for_half_of_the_epochs_and_for_the_full_weight():
-    pair, history = fitted(9.0, ["z"], beta=pv.Linear(10))
+    pair, history = fitted(9.0, ["z"], beta=pv.LinearSchedule(10))
     assert [epoch.kl["z"] < 0.03 for epoch in history.epochs[-50:]] == 50 * [True]
     alarm = CollapseAlarm(units(pair, (data()[:2],)), 100, 6)
     heard = [epoch.epoch for epoch in history.epochs if alarm.heard(epoch)]

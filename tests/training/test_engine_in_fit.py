@@ -197,7 +197,7 @@ def test_an_unknown_engine_is_refused():
         pv.log_likelihood(make("bernoulli"), *rows("bernoulli"), engine="fast")
 
 
-def test_nothing_is_said_about_a_pair_that_is_traced():
+def test_a_pair_that_is_traced_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run = Run("convolutional", engine="traced")

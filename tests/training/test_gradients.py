@@ -224,7 +224,7 @@ def test_gradients_that_are_not_to_be_had_are_refused():
 
 @pytest.mark.parametrize("program", ["model", "guide"])
 @pytest.mark.parametrize("kind", [KeyError, NotImplementedError])
-def test_a_fault_of_the_programs_themselves_is_no_want_of_a_density(program, kind):
+def test_a_fault_of_the_programs_is_not_reported_as_a_missing_density(program, kind):
     pair, x = TwoLevels(), torch.zeros(4).double()
 
     def fail(x):

@@ -41,7 +41,7 @@ def test_words_in_the_place_of_objects(given, words, tmp_path):
 @pytest.mark.parametrize(
     "tool",
     [
-        lambda pair: pv.fit(pair, X, epochs=1, progress=False),
+        lambda pair: pv.fit(pair, X, epochs=1, progress=False, engine="eager"),
         lambda pair: pv.encode(pair, X),
         lambda pair: pv.evaluate(pair, X, num_samples=2),
         lambda pair: pv.sample(pair, 3),

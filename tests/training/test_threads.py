@@ -170,7 +170,7 @@ def test_a_loader_draws_the_same_rows_where_the_fit_gives_way():
         assert same(want, run())
 
 
-def test_a_sample_need_not_wait_for_the_end_of_a_fit():
+def test_a_sample_does_not_wait_for_the_end_of_a_fit():
     vae, x = made()
     want = pv.sample(vae, 5, seed=0)
     trains, sampled = threading.Event(), threading.Event()
@@ -304,7 +304,7 @@ def test_an_error_in_one_thread_lets_the_others_go_on():
     assert not threads._turns.waiting
 
 
-def test_the_lock_is_first_come_first_served_and_reentrant():
+def test_the_lock_is_fair_and_reentrant():
     order, queued = [], []
     with alone(), alone():
         for i in range(5):
@@ -377,7 +377,7 @@ class TestForks:
         with others(lambda: fitted(trained, x, epochs=3)):
             assert in_a_child(lambda: pv.sample(vae, 3, seed=0)) == want
 
-    def test_a_child_of_a_thread_that_does_not_give_way_says_so(self, monkeypatch):
+    def test_a_child_of_a_thread_that_does_not_give_way_raises_an_error(self, monkeypatch):
         monkeypatch.setattr(threads, "FORK_SECONDS", 0.1)
         vae, _ = made()
         want = str(pv.sample(vae, 3, seed=0))
@@ -427,6 +427,7 @@ class TestForks:
 NO_PAIR = {"as_text", "as_tokens", "bounds_table", "disentanglement_scores", "hide_labels"}
 NO_PAIR |= {"load_data", "one_hot", "read_table", "by_group"}
 QUIET = {"progress": False}
+EAGER = QUIET | {"engine": "eager"}
 CALLS = {
     "anneal": lambda p, x, out: pv.anneal(p, x, num_temperatures=3, num_chains=2, **QUIET),
     "calibration": lambda p, x, out: pv.calibration(p, num_simulations=100, num_draws=19, **QUIET),
@@ -436,21 +437,21 @@ CALLS = {
     "encode": lambda p, x, out: pv.encode(p, x, what="draw"),
     "evaluate": lambda p, x, out: pv.evaluate(p, x, num_samples=5),
     "fit": lambda p, x, out: fitted(p, x, out=out),
-    "gaps": lambda p, x, out: pv.gaps(p, x, num_samples=21, steps=2, **QUIET),
+    "gaps": lambda p, x, out: pv.gaps(p, x, num_samples=21, steps=2, **EAGER),
     "impute": lambda p, x, out: pv.impute(made(likelihood=pv.Missing(pv.Gaussian))[0], holes(x)),
     "interpolate": lambda p, x, out: pv.interpolate(p, x[:2], x[2:4], steps=3),
     "kl_parts": lambda p, x, out: pv.kl_parts(p, x),
     "load": lambda p, x, out: pv.load(pv.save(p, out)),
     "log_likelihood": lambda p, x, out: pv.log_likelihood(p, x, num_samples=5),
-    "nuts": lambda p, x, out: pv.nuts(p, x[:2], num_draws=4, warmup=4, num_chains=2, **QUIET).draws,
-    "outlier_scores": lambda p, x, out: pv.outlier_scores(p, x, num_samples=5, steps=2, **QUIET),
+    "nuts": lambda p, x, out: pv.nuts(p, x[:2], num_draws=4, warmup=4, num_chains=2, **EAGER).draws,
+    "outlier_scores": lambda p, x, out: pv.outlier_scores(p, x, num_samples=5, steps=2, **EAGER),
     "predict": lambda p, x, out: pv.predict(*clusters()),
     "predictive_check": lambda p, x, out: pv.predictive_check(p, x, num_replicates=20, **QUIET),
     "reconstruct": lambda p, x, out: pv.reconstruct(p, x, means=False),
-    "refine": lambda p, x, out: pv.refine(p, x, steps=2, num_samples=5, **QUIET).gain,
+    "refine": lambda p, x, out: pv.refine(p, x, steps=2, num_samples=5, **EAGER).gain,
     "refit_guide": lambda p, x, out: refitted(p, x),
     "sample": lambda p, x, out: pv.sample(p, 5, seed=0),
-    "sandwich": lambda p, x, out: pv.sandwich(p, 4, num_temperatures=3, num_chains=2, **QUIET).gap,
+    "sandwich": lambda p, x, out: pv.sandwich(p, 4, num_temperatures=3, num_chains=2, **EAGER).gap,
     "save": lambda p, x, out: pv.save(p, out) and None,
     "score": lambda p, x, out: pv.score(p, x, num_samples=21),
     "to_arviz": lambda p, x, out: torch.from_numpy(

@@ -31,7 +31,7 @@ REASONS = {
     ("kind", "engine"),
     [*((kind, "auto") for kind in REASONS), ("branch", "compiled"), ("python", "traced")],
 )
-def test_what_a_graph_would_freeze_is_run_eagerly_and_said(kind, engine):
+def test_what_a_graph_would_freeze_runs_eagerly_with_a_warning(kind, engine):
     x = rows("plain", 32)[0]
     with seeded(0):
         start = Noisy(kind).double()
@@ -88,7 +88,7 @@ def test_a_pair_whose_settings_keep_changing_is_run_eagerly(monkeypatch):
     assert run.engine.engine == "eager"
 
 
-def test_an_engine_serves_another_model_and_guide_too():
+def test_an_engine_takes_another_model_and_guide_too():
     """For example those of the pair inside a handler."""
     x = rows("plain", 8)[0]
     pair = make("plain")
@@ -102,7 +102,7 @@ def test_an_engine_serves_another_model_and_guide_too():
     assert losses[1] == pytest.approx(3 * losses[0])
 
 
-def test_particles_in_a_plate_need_no_word_about_plates():
+def test_particles_in_a_plate_do_not_need_the_plate_nesting():
     pair, x = make("bernoulli"), rows("bernoulli", 32)[0]
     objective = Trace_ELBO(num_particles=3, vectorize_particles=True)
     with warnings.catch_warnings():
