@@ -13,7 +13,7 @@ from pyro_vae.cli.config_file import (
 )
 from pyro_vae.cli.make_objective import make_beta, make_learning_rate_schedule, make_objective
 from pyro_vae.cli.make_pair import context_shapes, make_pair
-from pyro_vae.cli.make_parts import standardizes
+from pyro_vae.cli.make_parts import missing_entries, standardizes
 from pyro_vae.cli.options import Input, Model, Objective, reject_ignored_by_data
 from pyro_vae.cli.run import (
     context_of,
@@ -92,7 +92,9 @@ def train(
     scaled = standardizes(model, loaded, source.standardize)
     if scaled:
         print("the data are standardized inside the pair (--no-standardize to change)")
-    seeded_pair = _seeded_pair(model, loaded, settings.seed, scaled)
+    if holes := missing_entries(loaded):
+        print(f"{holes} entries of the data are missing (NaN); the likelihood leaves them out")
+    seeded_pair = _seeded_pair(model, loaded, settings, scaled)
     given = (
         {"data": data, "data_shape": loaded.shape, "num_classes": loaded.num_classes}
         | {"context_shapes": context_shapes(model, loaded)}
@@ -138,11 +140,11 @@ def _with_context(model: Model, data: "Data") -> Model:
     return replace(model, condition=(*model.condition, "context"))
 
 
-def _seeded_pair(model: Model, data: "Data", seed: int, standardize: bool) -> "nn.Module":
+def _seeded_pair(model: Model, data: "Data", settings: Settings, standardize: bool) -> "nn.Module":
     from pyro_vae.pairs.rng import seeded
 
-    with seeded(seed):
-        return make_pair(model, data, standardize)
+    with seeded(settings.seed):
+        return make_pair(model, data, standardize, settings.mask_rate > 0)
 
 
 def _enumerated(pair: "nn.Module", given: dict[str, Any], data: "Data") -> bool:

@@ -108,7 +108,6 @@ REJECTED_NPY = {
     "objects": (OBJECTS, ["pickle"]),
     "words": (np.array([["a", "b"]] * 20), ["numbers", "<U1"]),
     "complex": (np.zeros((20, 3), complex), ["real", "complex128"]),
-    "nan": (np.where(np.arange(60) == 31, np.nan, 0).reshape(20, 3), ["not finite", "row 10"]),
     "infinity": (np.where(np.arange(60) == 31, np.inf, 0).reshape(20, 3), ["not finite", "row 10"]),
 }
 
