@@ -90,10 +90,6 @@ def train(
         model = _with_context(model, loaded)
         print(loaded.table.schema, end="\n\n")
     scaled = standardizes(model, loaded, source.standardize)
-    if scaled:
-        print("the data are standardized inside the pair (--no-standardize to change)")
-    if holes := missing_entries(loaded):
-        print(f"{holes} entries of the data are missing (NaN); the likelihood leaves them out")
     seeded_pair = _seeded_pair(model, loaded, settings, scaled)
     given = (
         {"data": data, "data_shape": loaded.shape, "num_classes": loaded.num_classes}
@@ -127,6 +123,10 @@ def train(
     )
     if loaded.table is not None:
         write_schema(run, loaded)
+    if scaled:
+        print(f"{'standardized':<20}inside the pair (--no-standardize to change)")
+    if holes := missing_entries(loaded):
+        print(f"{'missing entries':<20}{holes}, which the likelihood leaves out")
     measure_run(run, seeded_pair, loaded, given, num_eval_samples, settings.engine)
     if report:
         report_run(run, seeded_pair, loaded, given)

@@ -149,7 +149,9 @@ def test_arrays_are_standardized_and_imputed(tmp_path, capsys):
         data=tmp_path / "rows.npy",
         run=tmp_path / "run",
     )
-    assert "the data are standardized inside the pair" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "standardized        inside the pair" in told
+    assert "missing entries     12, which the likelihood leaves out" in told
     assert read(tmp_path / "run" / "metrics.json")["elbo"] > -40
     command("impute {run} --num-samples 50 --draws 2", run=tmp_path / "run")
     with np.load(tmp_path / "run" / "filled.npz") as arrays:
