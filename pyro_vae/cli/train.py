@@ -1,5 +1,7 @@
 """The command that trains a pair."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,28 +103,27 @@ def train(
         | _plain(source)
         | _plain(settings)
     )
-    fit(
-        seeded_pair,
-        loaded.train.x,
-        *context_of(given, loaded, loaded.train),
-        validation=(
-            loaded.validation.x,
-            *context_of(given, loaded, loaded.validation),
-        ),
-        objective=make_objective(
-            objective, len(loaded.train.x), _enumerated(seeded_pair, given, loaded)
-        ),
-        beta=make_beta(objective),
-        learning_rate_schedule=make_learning_rate_schedule(objective, settings.epochs),
-        binarize=source.binarize,
-        out=run,
-        resume=resume,
-        overwrite=overwrite,
-        config={"train": given, "split": split_checksums(loaded)},
-        **asdict(settings),
-    )
-    if loaded.table is not None:
-        write_schema(run, loaded)
+    with _schema_kept(run, loaded):
+        fit(
+            seeded_pair,
+            loaded.train.x,
+            *context_of(given, loaded, loaded.train),
+            validation=(
+                loaded.validation.x,
+                *context_of(given, loaded, loaded.validation),
+            ),
+            objective=make_objective(
+                objective, len(loaded.train.x), _enumerated(seeded_pair, given, loaded)
+            ),
+            beta=make_beta(objective),
+            learning_rate_schedule=make_learning_rate_schedule(objective, settings.epochs),
+            binarize=source.binarize,
+            out=run,
+            resume=resume,
+            overwrite=overwrite,
+            config={"train": given, "split": split_checksums(loaded)},
+            **asdict(settings),
+        )
     if scaled:
         print(f"{'standardized':<20}inside the pair (--no-standardize to change)")
     if holes := missing_entries(loaded):
@@ -131,6 +132,21 @@ def train(
     if report:
         report_run(run, seeded_pair, loaded, given)
         print(f"{'report':<20}{run / 'report.html'}")
+
+
+@contextmanager
+def _schema_kept(run: Path, data: "Data") -> Iterator[None]:
+    """Write the schema of a table into the run folder after training, also if it is stopped."""
+    from pyro_vae.training.stopping import Interrupted
+
+    try:
+        yield
+    except Interrupted:
+        if data.table is not None:
+            write_schema(run, data)
+        raise
+    if data.table is not None:
+        write_schema(run, data)
 
 
 def _with_context(model: Model, data: "Data") -> Model:

@@ -115,6 +115,12 @@ def test_samples_are_a_table(run):
     assert all(row["visits"] == str(int(row["visits"])) for row in made)
 
 
+def test_another_run_in_the_folder_leaves_no_schema(run):
+    vae, x = pv.VAE.mlp((4,), 2, (8,), pv.Gaussian), torch.rand(20, 4)
+    pv.fit(vae, x, epochs=1, engine="eager", progress=False, out=run, overwrite=True)
+    assert not (run / "schema.toml").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
