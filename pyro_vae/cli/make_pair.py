@@ -28,14 +28,17 @@ if TYPE_CHECKING:
     from pyro_vae.data.split import Data
 
 
-def make_pair(config: Model, data: Data, standardize: bool | None = None) -> nn.Module:
+def make_pair(
+    config: Model, data: Data, standardize: bool | None = None, masked: bool = False
+) -> nn.Module:
     """The pair that a configuration describes, for these data.
 
     Arguments:
         standardize: whether real-valued data are standardized inside the pair; None for the
             default of these data.
+        masked: whether entries are hidden during training.
     """
-    pair = _make_pair(config, data, standardizes(config, data, standardize))
+    pair = _make_pair(config, data, standardizes(config, data, standardize), masked)
     if not config.bayesian_decoder:
         return pair
     from pyro_vae.models.bayesian_decoder import BayesianDecoder
@@ -43,7 +46,7 @@ def make_pair(config: Model, data: Data, standardize: bool | None = None) -> nn.
     return BayesianDecoder(pair)
 
 
-def _make_pair(config: Model, data: Data, standardize: bool) -> nn.Module:
+def _make_pair(config: Model, data: Data, standardize: bool, masked: bool) -> nn.Module:
     context = context_shapes(config, data)
     if ":" in config.model:
         given = {
@@ -84,7 +87,7 @@ def _make_pair(config: Model, data: Data, standardize: bool) -> nn.Module:
     common: dict[str, Any] = {
         "data_shape": data.shape,
         "hidden": config.hidden,
-        "likelihood": made_for_data(make_likelihood(config), config, data, standardize),
+        "likelihood": made_for_data(make_likelihood(config), config, data, standardize, masked),
         "prior": None if config.model == "semi-supervised" else make_prior(config, context),
         "context_shapes": context,
         "activation": make_activation(config.activation),

@@ -45,7 +45,9 @@ def make_likelihood(config: Model) -> Any:
     return kinds[config.likelihood]()
 
 
-def made_for_data(likelihood: Any, config: Model, data: Any, standardize: bool) -> Any:
+def made_for_data(
+    likelihood: Any, config: Model, data: Any, standardize: bool, masked: bool
+) -> Any:
     """The likelihood for these data: by column for tables, standardized, or with missing entries.
 
     Raises `UsageError` for options of the likelihood that tables ignore.
@@ -58,9 +60,13 @@ def made_for_data(likelihood: Any, config: Model, data: Any, standardize: bool) 
         return data.schema.likelihood(x if data.table is not None else x[data.train.members >= 0])
     if standardize:
         likelihood = Standardized(likelihood, data.shape).standardize(x)
+    return Missing(likelihood) if masked or missing_entries(data) else likelihood
+
+
+def missing_entries(data: Any) -> int:
+    """The number of entries of the data that are NaN."""
     parts = (data.train.x, data.validation.x, data.test.x)
-    holes = any(part.is_floating_point() and bool(part.isnan().any()) for part in parts)
-    return Missing(likelihood) if holes else likelihood
+    return sum(int(part.isnan().sum()) for part in parts if part.is_floating_point())
 
 
 def standardizes(config: Model, data: Any, asked: bool | None) -> bool:

@@ -1,5 +1,7 @@
 """The command that trains a pair."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +16,7 @@ from pyro_vae.cli.config_file import (
 )
 from pyro_vae.cli.make_objective import make_beta, make_learning_rate_schedule, make_objective
 from pyro_vae.cli.make_pair import context_shapes, make_pair, require_groups
-from pyro_vae.cli.make_parts import standardizes
+from pyro_vae.cli.make_parts import missing_entries, standardizes
 from pyro_vae.cli.options import Input, Model, Objective, reject_ignored_by_data
 from pyro_vae.cli.run import (
     context_of,
@@ -96,9 +98,7 @@ def train(
             most = min(TABLE_DEFAULTS["batch_size"], len(loaded.train.x))
             settings = replace(settings, batch_size=most)
     scaled = standardizes(model, loaded, source.standardize)
-    if scaled:
-        print("the data are standardized inside the pair (--no-standardize to change)")
-    seeded_pair = _seeded_pair(model, loaded, settings.seed, scaled)
+    seeded_pair = _seeded_pair(model, loaded, settings, scaled)
     given = (
         {"data": data, "data_shape": loaded.shape, "num_classes": loaded.num_classes}
         | {"context_shapes": context_shapes(model, loaded)}
@@ -109,32 +109,50 @@ def train(
         | _plain(source)
         | _plain(settings)
     )
-    fit(
-        seeded_pair,
-        loaded.train.x,
-        *context_of(given, loaded, loaded.train),
-        validation=(
-            loaded.validation.x,
-            *context_of(given, loaded, loaded.validation),
-        ),
-        objective=make_objective(
-            objective, len(loaded.train.x), _enumerated(seeded_pair, given, loaded)
-        ),
-        beta=make_beta(objective),
-        learning_rate_schedule=make_learning_rate_schedule(objective, settings.epochs),
-        binarize=source.binarize,
-        out=run,
-        resume=resume,
-        overwrite=overwrite,
-        config={"train": given, "split": split_checksums(loaded)},
-        **asdict(settings),
-    )
-    if loaded.schema is not None:
-        write_schema(run, loaded)
+    with _schema_kept(run, loaded):
+        fit(
+            seeded_pair,
+            loaded.train.x,
+            *context_of(given, loaded, loaded.train),
+            validation=(
+                loaded.validation.x,
+                *context_of(given, loaded, loaded.validation),
+            ),
+            objective=make_objective(
+                objective, len(loaded.train.x), _enumerated(seeded_pair, given, loaded)
+            ),
+            beta=make_beta(objective),
+            learning_rate_schedule=make_learning_rate_schedule(objective, settings.epochs),
+            binarize=source.binarize,
+            out=run,
+            resume=resume,
+            overwrite=overwrite,
+            config={"train": given, "split": split_checksums(loaded)},
+            **asdict(settings),
+        )
+    if scaled:
+        print(f"{'standardized':<20}inside the pair (--no-standardize to change)")
+    if holes := missing_entries(loaded):
+        print(f"{'missing entries':<20}{holes}, which the likelihood leaves out")
     measure_run(run, seeded_pair, loaded, given, num_eval_samples, settings.engine)
     if report:
         report_run(run, seeded_pair, loaded, given)
         print(f"{'report':<20}{run / 'report.html'}")
+
+
+@contextmanager
+def _schema_kept(run: Path, data: "Data") -> Iterator[None]:
+    """Write the schema of a table into the run folder after training, also if it is stopped."""
+    from pyro_vae.training.stopping import Interrupted
+
+    try:
+        yield
+    except Interrupted:
+        if data.schema is not None:
+            write_schema(run, data)
+        raise
+    if data.schema is not None:
+        write_schema(run, data)
 
 
 def _with_context(model: Model, data: "Data") -> Model:
@@ -144,11 +162,11 @@ def _with_context(model: Model, data: "Data") -> Model:
     return replace(model, condition=(*model.condition, "context"))
 
 
-def _seeded_pair(model: Model, data: "Data", seed: int, standardize: bool) -> "nn.Module":
+def _seeded_pair(model: Model, data: "Data", settings: Settings, standardize: bool) -> "nn.Module":
     from pyro_vae.pairs.rng import seeded
 
-    with seeded(seed):
-        return make_pair(model, data, standardize)
+    with seeded(settings.seed):
+        return make_pair(model, data, standardize, settings.mask_rate > 0)
 
 
 def _enumerated(pair: "nn.Module", given: dict[str, Any], data: "Data") -> bool:

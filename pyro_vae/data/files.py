@@ -152,6 +152,13 @@ def _row(context: Tensor | None) -> tuple[int, ...] | None:
 def _images(array: np.ndarray, path: Path, missing: bool = False) -> Tensor:
     """Rows (n, d) as they are; images as (n, channels, height, width), one channel if gray."""
     x = as_tensor(array, str(path), missing=missing)
+    empty = x.reshape(len(x), -1).isnan().all(1)
+    if bool(empty.any()):
+        row = int(empty.int().argmax())
+        raise UsageError(
+            f"{path} holds values that are not finite (NaN) in all of row {row}: remove rows "
+            "without an observed entry"
+        )
     if x.dim() == 2:
         return x
     if x.dim() == 3:

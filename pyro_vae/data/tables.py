@@ -208,11 +208,12 @@ def read_table(
 
     Raises `UsageError` for a table that cannot be read or modeled, with the column and the row.
 
-    >>> table = read_table({"age": [30.5, 41.0, None], "sex": ["f", "m", "f"]})
+    >>> table = read_table({"age": [30.5, 41.5, None, 20.5], "sex": ["f", "m", "f", "m"]})
     >>> table.x
     tensor([[30.5000,  0.0000],
-            [41.0000,  1.0000],
-            [    nan,  0.0000]], dtype=torch.float64)
+            [41.5000,  1.0000],
+            [    nan,  0.0000],
+            [20.5000,  1.0000]], dtype=torch.float64)
     >>> table.schema.data[1].categories
     ('f', 'm')
     """

@@ -80,8 +80,8 @@ def impute(
     r"""Draw the missing entries of rows from their posterior given the observed entries.
 
     Latents :math:`z_k \sim q(z|x_{obs})` get weights :math:`w_k \propto p(x_{obs}, z_k) /
-    q(z_k|x_{obs})`. The mean is :math:`\sum_k w_k E[x_{mis}|z_k]`; a draw takes one
-    :math:`z_k` with probability :math:`w_k`, and then :math:`x_{mis} \sim p(x|z_k)`.
+    q(z_k|x_{obs})`. The mean is :math:`\sum_k w_k E[x_{miss}|z_k]`; a draw takes one
+    :math:`z_k` with probability :math:`w_k`, and then :math:`x_{miss} \sim p(x|z_k)`.
 
     Arguments:
         pair: any pair that masks missing entries. They are NaN in x or, if x is an array without

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pyro_vae.errors import UsageError
 from pyro_vae.models.vae import VAE
 from pyro_vae.parts.convolutions import ConvEncoder
-from pyro_vae.parts.factors import Factor
-from pyro_vae.parts.networks import MLP, Shape
+from pyro_vae.parts.factors import Factor, viewed
+from pyro_vae.parts.networks import MLP, Shape, Viewed
 from pyro_vae.parts.posteriors import Classes
 
 
@@ -107,8 +107,12 @@ class SemiSupervisedVAE(PyroModule):
         The classifier has hidden layers of the same widths as the encoder.
         """
         vae = VAE.mlp(data_shape, context_shapes=[(num_classes,)], **parts)
-        own: MLP = vae.encoder.network  # type: ignore[assignment]
-        network = MLP([data_shape], own.hidden, num_classes, own.activation)
+        own = _inner(vae)
+
+        def classifier(seen: Shape) -> nn.Module:
+            return MLP([seen], own.hidden, num_classes, own.activation)
+
+        network = viewed(classifier, vae.decoder.family, tuple(data_shape))
         return cls._of(vae, network, num_classes, classification_weight)
 
     @classmethod
@@ -124,9 +128,13 @@ class SemiSupervisedVAE(PyroModule):
             parts: the other arguments of `VAE.conv`.
         """
         vae = VAE.conv(data_shape, context_shapes=[(num_classes,)], **parts)
-        own: ConvEncoder = vae.encoder.network  # type: ignore[assignment]
+        own = _inner(vae)
         sizes = own.channels, own.hidden, num_classes, own.activation, own.blocks
-        network = ConvEncoder([data_shape], *sizes)
+
+        def classifier(seen: Shape) -> nn.Module:
+            return ConvEncoder([seen], *sizes)
+
+        network = viewed(classifier, vae.decoder.family, tuple(data_shape))
         return cls._of(vae, network, num_classes, classification_weight)
 
     @classmethod
@@ -135,6 +143,12 @@ class SemiSupervisedVAE(PyroModule):
     ) -> "SemiSupervisedVAE":
         classifier = Factor(network, Classes(num_classes), ())
         return cls(classifier, vae.encoder, vae.decoder, vae.prior, classification_weight)
+
+
+def _inner(vae: VAE) -> Any:
+    """The encoder's network behind the view of the likelihood, if there is a view."""
+    network = vae.encoder.network
+    return network.network if isinstance(network, Viewed) else network
 
 
 def _whole(labels: Tensor) -> Tensor:

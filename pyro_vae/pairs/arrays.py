@@ -35,7 +35,7 @@ def with_holes(value: Any) -> Any:
     """A masked array as a plain array of floats, with NaN for masked values; others unchanged.
 
     >>> with_holes(np.ma.array([1, 2], mask=[True, False]))
-    array([nan,  2.])
+    array([nan,  2.], dtype=float32)
     """
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         kind = value.dtype if value.dtype.kind == "f" else np.float32

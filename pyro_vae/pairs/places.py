@@ -162,5 +162,5 @@ def _observed_parts(sites: Mapping[str, Any], batch: Sequence[Tensor]) -> dict[s
 def _equal(value: Tensor, tensor: Tensor) -> bool:
     if value.numel() != tensor.numel():
         return False
-    same = value.flatten() == tensor.flatten()
-    return bool((same | (value.isnan() & tensor.isnan()).flatten()).all())
+    one, other = value.flatten(), tensor.flatten()
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())

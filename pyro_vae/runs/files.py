@@ -33,8 +33,12 @@ ARRAYS = (
     *(
         f"{name}s.{kind}"
         for name in ("sample", "reconstruction", "interpolation", "traversal")
-        for kind in ("npy", "txt")
+        for kind in ("npy", "txt", "csv")
     ),
+    "schema.toml",
+    *(f"scores.{kind}" for kind in ("csv", "npz")),
+    *(f"filled{part}.csv" for part in ("", "_draws", "_cells")),
+    "filled.npz",
 )
 
 

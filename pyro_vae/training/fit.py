@@ -82,8 +82,8 @@ def fit(
             draws do not change training. If one raises an error, training ends; with ``out``, the
             checkpoint of this epoch is written first.
         settings: the fields of `pyro_vae.training.settings.Settings`: epochs, batch_size,
-            learning_rate, clip_norm, patience, seed, device, precision, engine, checkpoint_seconds,
-            tensorboard.
+            learning_rate, clip_norm, patience, seed, device, precision, mask_rate, engine,
+            checkpoint_seconds, tensorboard.
 
     You choose the pair's first parameters: to repeat a run, also seed torch before you make the
     pair. All random draws of training use generators that `fit` seeds. The checkpoint keeps them,

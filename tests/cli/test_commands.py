@@ -67,9 +67,11 @@ def test_the_commands():
         "train",
         "evaluate",
         "diagnose",
+        "score",
+        "impute",
+        "encode",
         "sample",
         "reconstruct",
-        "encode",
         "interpolate",
         "traverse",
         "report",
@@ -355,7 +357,8 @@ def test_encode(folder, part, n, request):
     run = request.getfixturevalue(folder)
     command(f"encode {{run}} --part {part}", run=run)
     with np.load(run / "codes.npz") as codes:
-        assert set(codes) == {"z_mean", "z_scale", "labels"}
+        assert set(codes) == {"z_mean", "z_scale", "labels", "rows"}
+        assert (codes["rows"] == getattr(load_data("digits"), part).rows.numpy()).all()
         assert codes["z_mean"].shape == codes["z_scale"].shape == (n, 2)
         assert (codes["z_scale"] > 0).all()
         assert (codes["labels"] == getattr(load_data("digits"), part).labels.numpy()).all()

@@ -115,6 +115,12 @@ def test_samples_are_a_table(run):
     assert all(row["visits"] == str(int(row["visits"])) for row in made)
 
 
+def test_another_run_in_the_folder_leaves_no_schema(run):
+    vae, x = pv.VAE.mlp((4,), 2, (8,), pv.Gaussian), torch.rand(20, 4)
+    pv.fit(vae, x, epochs=1, engine="eager", progress=False, out=run, overwrite=True)
+    assert not (run / "schema.toml").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -149,7 +155,9 @@ def test_arrays_are_standardized_and_imputed(tmp_path, capsys):
         data=tmp_path / "rows.npy",
         run=tmp_path / "run",
     )
-    assert "the data are standardized inside the pair" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "standardized        inside the pair" in told
+    assert "missing entries     12, which the likelihood leaves out" in told
     assert read(tmp_path / "run" / "metrics.json")["elbo"] > -40
     command("impute {run} --num-samples 50 --draws 2", run=tmp_path / "run")
     with np.load(tmp_path / "run" / "filled.npz") as arrays:

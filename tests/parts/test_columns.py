@@ -237,3 +237,13 @@ def test_tools_leave_out_missing_entries():
     observed = torch.as_tensor(data.observed_data["x"].values)
     assert torch.equal(observed.isnan(), x.isnan())
     assert torch.equal(predicted.isnan(), x.isnan().expand(4, 200, 4))
+
+
+def test_a_semi_supervised_pair_takes_columns(tmp_path):
+    """Its classifier sees the same view of a row as its encoder."""
+    torch.manual_seed(0)
+    x, y = rows(), torch.arange(40) % 2
+    pair = pv.SemiSupervisedVAE.mlp((6,), 2, latent_dim=2, hidden=(8,), likelihood=likelihood(x))
+    holes = torch.where(torch.rand(40, 6) < 0.2, torch.nan, x)
+    pv.fit(pair, holes, y, epochs=1, engine="eager", progress=False, out=tmp_path)
+    assert torch.equal(pv.predict(pair, holes), pv.predict(pv.load(tmp_path), holes))
