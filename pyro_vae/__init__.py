@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pyro_vae.inference.generation import traverse as traverse
     from pyro_vae.inference.importance import log_likelihood as log_likelihood
     from pyro_vae.inference.nuts import nuts as nuts
+    from pyro_vae.inference.posterior import posterior as posterior
     from pyro_vae.inference.refinement import refine as refine
     from pyro_vae.inference.refitting import bounds_table as bounds_table
     from pyro_vae.inference.refitting import refit_guide as refit_guide

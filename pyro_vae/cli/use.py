@@ -83,6 +83,9 @@ def reconstruct(run: RunFolder, *, num: int = 12, model: UserClass = None) -> No
 def encode(run: RunFolder, *, part: str = "test", model: UserClass = None) -> None:
     """Encode data; write codes.npz: posterior means and scales of each latent site, and labels.
 
+    SITE_mean and SITE_scale of a local latent have a row for each datum. Those of global and group
+    latents have none; the array global_latents holds the names of these sites.
+
     Parameters
     ----------
     part
@@ -102,14 +105,11 @@ def encode(run: RunFolder, *, part: str = "test", model: UserClass = None) -> No
     context = context_of(given, loaded, split)
     arrays: dict[str, Any] = {}
     for what in ("mean", "scale"):
-        codes = encoding.encode(
-            pair,
-            split.x,
-            *context,
-            what=what,
-            binarize=binarize_of(given),
-        )
+        local, shared = encoding.encode_parts(pair, split.x, context, what, binarize_of(given))
+        codes = local | shared
         arrays |= {f"{name}_{what}": code.cpu().numpy() for name, code in codes.items()}
+        if what == "mean" and shared:
+            arrays["global_latents"] = np.array(list(shared))
     if split.labels is not None:
         arrays["labels"] = split.labels.numpy()
     buffer = io.BytesIO()
