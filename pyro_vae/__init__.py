@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pyro_vae.inference.generation import reconstruct as reconstruct
     from pyro_vae.inference.generation import sample as sample
     from pyro_vae.inference.generation import traverse as traverse
+    from pyro_vae.inference.global_weights import global_weights as global_weights
     from pyro_vae.inference.importance import log_likelihood as log_likelihood
     from pyro_vae.inference.nuts import nuts as nuts
     from pyro_vae.inference.posterior import posterior as posterior

@@ -1,6 +1,6 @@
 """Joint draws of all latents of a pair: global, group and local."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,8 +141,8 @@ def posterior(
 
 
 NEW_GROUP = (
-    "if the index is the number of a new group, number the new groups from 0 and draw their latents "
-    "from the prior: from_prior=[SITE]"
+    "if the index is the number of a new group, number the new groups from 0 and draw their "
+    "latents from the prior: from_prior=[SITE]"
 )
 
 
@@ -165,14 +165,27 @@ def _drawn(
             )
     parts = [prepare(batch) for batch in rows.batches(ROWS_AT_ONCE)]
     batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    with using(pair, seed), bar(progress, draws, "posterior", delay=2) as shown:
+        return joint_draws(pair, batch, draws, from_prior, shown.update)
+
+
+def joint_draws(
+    pair: nn.Module,
+    batch: Batch,
+    number: int,
+    from_prior: Sequence[str] = (),
+    done: Callable[[], Any] = lambda: None,
+) -> JointDraws:
+    """Draw as `posterior` does, for a prepared batch. Call this function within `using`."""
+    few = tuple(part[:4] for part in batch)
+    names = global_latents(pair, few)
+    of = batch if pools(pair, few, names) else few
     local: list[dict[str, Tensor]] = []
     shared: list[dict[str, Tensor]] = []
-    with using(pair, seed), bar(progress, draws, "posterior", delay=2) as shown:
-        of = batch if pools(pair, few, names) else few
-        for _ in range(draws):
-            shared.append(_shared(pair, of, names, from_prior))
-            local.append(_local(pair, batch, shared[-1]))
-            shown.update()
+    for _ in range(number):
+        shared.append(_shared(pair, of, names, from_prior))
+        local.append(_local(pair, batch, shared[-1]))
+        done()
     return JointDraws(_stacked(local), _stacked(shared))
 
 

@@ -130,7 +130,9 @@ def fit(
         run = assembled(
             pair, data, beta, learning_rate_schedule, optimizer, job, folder, fault, shown
         )
-        return train(run, first_state(run) if state is None else resumed(run, state), own)
+        history = train(run, first_state(run) if state is None else resumed(run, state), own)
+        held_out_rows.remember(pair, x)
+        return history
 
 
 def device(name: str) -> torch.device:

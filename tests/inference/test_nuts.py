@@ -187,7 +187,7 @@ def test_nothing_else_is_touched():
     assert logging.getLogger("pyro").handlers == handlers
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind != "global"])
 def test_what_does_not_apply_is_told_by_its_site(kind):
     x = torch.tensor([[0.0], [1.0]]).double()
     with pytest.raises(pv.UsageError, match=FAULTS[kind]):
