@@ -16,6 +16,7 @@ from pyro_vae.pairs import places
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch, Pair
+from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import latents, log_prob
 from pyro_vae.pairs.traces import Given
 
@@ -76,6 +77,18 @@ def draw_globals(pair: nn.Module, batch: Batch, names: Sequence[str]) -> dict[st
     """Return a draw of the guide for each of these latents. Call it within `using`."""
     drawn = latents(trace_guide(pair, batch)) if names else {}
     return {name: drawn[name]["value"] for name in names}
+
+
+def at_one_draw(pair: nn.Module, batch: Batch, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the pair with its global and group latents held at one draw of the guide.
+
+    Also returns the names of these latents. A pair without any is returned as it is.
+    """
+    names = tuple(global_latents(pair, batch))
+    if not names:
+        return pair, names
+    with using(pair, seed):
+        return GivenGlobals(pair, draw_globals(pair, batch, names)), names
 
 
 def pools(pair: nn.Module, batch: Batch, names: Sequence[str] | None = None) -> bool:
