@@ -18,6 +18,7 @@ from pyro_vae.inference.inference_data import (
     unit_names,
 )
 from pyro_vae.inference.passes import ROWS_AT_ONCE, in_chunks, summed_out
+from pyro_vae.pairs import enumeration
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, unconditioned
 from pyro_vae.pairs.pair import Batch
@@ -180,11 +181,12 @@ def joint_draws(
     few = tuple(part[:4] for part in batch)
     names = global_latents(pair, few)
     of = batch if pools(pair, few, names) else few
+    summed = enumeration.enumerates(pair, few)
     local: list[dict[str, Tensor]] = []
     shared: list[dict[str, Tensor]] = []
     for _ in range(number):
         shared.append(_shared(pair, of, names, from_prior))
-        local.append(_local(pair, batch, shared[-1]))
+        local.append(_local(pair, batch, shared[-1], summed))
         done()
     return JointDraws(_stacked(local), _stacked(shared))
 
@@ -202,7 +204,9 @@ def _shared(
     return drawn
 
 
-def _local(pair: nn.Module, batch: Batch, shared: dict[str, Tensor]) -> dict[str, Tensor]:
+def _local(
+    pair: nn.Module, batch: Batch, shared: dict[str, Tensor], summed: bool
+) -> dict[str, Tensor]:
     """Return one draw of the local latents of all rows, given the others."""
     found: dict[str, list[Tensor]] = {}
     for part in in_chunks(batch, ROWS_AT_ONCE):
@@ -213,7 +217,9 @@ def _local(pair: nn.Module, batch: Batch, shared: dict[str, Tensor]) -> dict[str
             for name, site in latents(guide).items()
             if is_local(site)
         }
-        for name, value in (values | summed_out(pair, part, guide, means=False)).items():
+        if summed:
+            values |= summed_out(pair, part, guide, means=False)
+        for name, value in values.items():
             found.setdefault(name, []).append(value)
     return {name: torch.cat(values) for name, values in found.items()}
 
