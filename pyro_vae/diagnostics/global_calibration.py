@@ -56,7 +56,7 @@ def global_calibration(
     Arguments:
         pair: any pair with ``template(n)`` and global or group latents.
         context: context tensors for a conditional pair; every simulation uses all their rows.
-        num_examples: n, the number of rows of each simulation, if there is no context.
+        num_examples: n, the number of rows of each simulation, without context.
         num_simulations: number of simulations, each with one fit; at least 100.
         num_draws: L, at least 19.
         level: the largest probability that an exact guide is rejected.
