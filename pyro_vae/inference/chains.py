@@ -153,10 +153,20 @@ def compared(
         draws,
         guide_draws,
         _names(guide_draws),
-        _measured(rank_r_hat, flat),
-        _measured(lambda values: effective_sample_size(values, 0, 1), flat),
+        _measured(_r_hat, flat),
+        _measured(_effective, flat),
         divergences.long(),
     )
+
+
+def _r_hat(draws: Tensor) -> Tensor:
+    """Return R-hat; infinite if no chain moves, so that its variance is 0."""
+    return rank_r_hat(draws).nan_to_num(torch.inf, posinf=torch.inf)
+
+
+def _effective(draws: Tensor) -> Tensor:
+    """Return the effective sample size; 1 if no chain moves."""
+    return effective_sample_size(draws, 0, 1).nan_to_num(1.0)
 
 
 class _Energy(torch.autograd.Function):

@@ -138,12 +138,13 @@ class GlobalWeights:
         ]
         if not self.reliable:
             return lines[0]
-        lines.append(f"{'':<20}{'posterior':>18}{'guide':>18}{'shift':>8}{'scale':>7}")
+        width = max(map(len, self.units)) + 2
+        lines.append(f"{'':<{width}}{'posterior':>18}{'guide':>18}{'shift':>8}{'scale':>7}")
         for i in self.shift.abs().argsort(descending=True)[:SHOWN].tolist():
             by = f"{self.mean[i]:.3f} ± {self.standard_deviation[i]:.3f}"
             guide = f"{self.guide_mean[i]:.3f} ± {self.guide_standard_deviation[i]:.3f}"
             lines.append(
-                f"{self.units[i]:<20}{by:>18}{guide:>18}{self.shift[i]:>8.2f}"
+                f"{self.units[i]:<{width}}{by:>18}{guide:>18}{self.shift[i]:>8.2f}"
                 f"{self.scale_ratio[i]:>7.2f}"
             )
         if len(self.units) > SHOWN:

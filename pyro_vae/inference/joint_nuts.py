@@ -79,14 +79,15 @@ class JointPosterior:
     def __str__(self) -> str:
         found, of, by = self.shared, self.shared.moments, self.shared.guide_moments
         chains, draws = next(iter(found.draws.values())).shape[:2]
+        width = max(map(len, found.units)) + 2
         lines = [
             f"NUTS on all latents of {self.num_examples} rows: {chains} chains of {draws} draws, "
             f"{int(found.divergences.sum())} divergences",
-            f"{'':<20}{'posterior':>18}{'guide':>18}{'shift':>8}{'scale':>7}{'R-hat':>7}{'ESS':>7}",
+            f"{'':<{width}}{'posterior':>18}{'guide':>18}{'shift':>8}{'scale':>7}{'R-hat':>7}{'ESS':>7}",
         ]
         for i in found.shift[0].abs().nan_to_num(-1.0).argsort(descending=True)[:SHOWN].tolist():
             lines.append(
-                f"{found.units[i]:<20}{_pair(of, i):>18}{_pair(by, i):>18}"
+                f"{found.units[i]:<{width}}{_pair(of, i):>18}{_pair(by, i):>18}"
                 f"{found.shift[0, i]:>8.2f}{found.scale_ratio[0, i]:>7.2f}"
                 f"{found.r_hat[0, i]:>7.3f}{found.effective_sample_size[0, i]:>7.0f}"
             )

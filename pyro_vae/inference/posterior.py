@@ -81,8 +81,9 @@ class JointDraws(Mapping[str, Tensor]):
 
     def __str__(self) -> str:
         kinds = {"global or group": self.shared, "local": self.local}
+        width = max(map(len, self)) + 2
         lines = [
-            f"{name:<20}{kind:<17}{tuple(value.shape)}"
+            f"{name:<{width}}{kind:<17}{tuple(value.shape)}"
             for kind, sites in kinds.items()
             for name, value in sites.items()
         ]

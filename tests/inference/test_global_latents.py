@@ -12,6 +12,7 @@ from pairs import make, rows
 import pyro_vae as pv
 from pyro_vae.diagnostics.global_figures import global_marginals
 from pyro_vae.inference import inference_data, joint_nuts
+from pyro_vae.inference.chains import compared
 from pyro_vae.inference.given_globals import at_one_draw
 
 # encode
@@ -136,6 +137,59 @@ def test_what_posterior_refuses(groups, settings, words):
 
 
 # NUTS
+
+
+def test_chains_that_do_not_move_do_not_agree():
+    """Each chain stays at one value, so within-chain variances are 0."""
+    draws = torch.tensor([0.0, 1.0]).double()[:, None, None, None].expand(2, 50, 1, 1).clone()
+    found = compared({"w": draws}, {"w": torch.randn(50, 1, 1)}, torch.zeros(1))
+    assert found.r_hat.isinf().all()
+    assert found.effective_sample_size.item() < 2
+    assert not found.agrees.any()
+
+
+def test_an_enumerated_latent_is_summed_out_of_the_joint():
+    """Two components with unknown means; compare with a grid over both."""
+
+    class Mixture(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.tensor([-1.0, 1.0]).double())
+
+        def model(self, x):
+            with pyro.plate("components", 2, dim=-1):
+                mu = pyro.sample("mu", dist.Normal(x.new_tensor([-1.0, 1.0]), 1.0))
+            with pyro.plate("data", len(x), dim=-1):
+                fn = dist.Categorical(x.new_tensor([0.5, 0.5]))
+                k = pyro.sample("k", fn, infer={"enumerate": "parallel"})
+                loc = torch.where(k == 0, mu[..., :1], mu[..., 1:])[..., None]
+                pyro.sample("x", dist.Normal(loc, 0.8).to_event(1), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("components", 2, dim=-1):
+                pyro.sample("mu", dist.Normal(self.loc, 1.0))
+
+    x = torch.tensor([[-1.5], [0.2], [1.4]]).double()
+    axis = torch.arange(-6, 6, 0.05).double()
+    a, b = torch.meshgrid(axis, axis, indexing="ij")
+    log_p = dist.Normal(-1.0, 1.0).log_prob(a) + dist.Normal(1.0, 1.0).log_prob(b)
+    for value in x[:, 0]:
+        both = torch.stack([dist.Normal(m, 0.8).log_prob(value) for m in (a, b)])
+        log_p = log_p + both.logsumexp(0) - torch.tensor(2.0).log()
+    weights = log_p.flatten().softmax(0)
+    grid = torch.stack([a.flatten(), b.flatten()])
+    mean = grid @ weights
+    scale = ((grid - mean[:, None]).square() @ weights).sqrt()
+    pair = Mixture()
+    weighed = pv.global_weights(pair, x, num_draws=500)
+    assert bool(((weighed.mean - mean).abs() < 4 * weighed.mean_standard_error).all())
+    torch.testing.assert_close(weighed.standard_deviation, scale, rtol=0.15, atol=0)
+    estimate = weighed.log_weights.logsumexp(0) - torch.tensor(500.0).log()
+    exact = log_p.flatten().logsumexp(0) + 2 * torch.tensor(0.05).double().log()
+    assert abs(estimate - exact) < 4 * weighed.effective_sample_size**-0.5
+    chains = {"num_draws": 100, "warmup": 50, "num_chains": 2, "progress": False}
+    shared = pv.nuts(pair, x, **chains).shared
+    assert bool(((shared.moments.mean[0] - mean).abs() < 4 * shared.mean_standard_error[0]).all())
 
 
 def test_nuts_draws_all_latents_from_their_exact_posterior():
