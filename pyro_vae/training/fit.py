@@ -15,6 +15,7 @@ from pyro_vae.data.ranges import range_fault
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.contract import no_pair
+from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.threads import alone
@@ -131,7 +132,9 @@ def fit(
             pair, data, beta, learning_rate_schedule, optimizer, job, folder, fault, shown
         )
         history = train(run, first_state(run) if state is None else resumed(run, state), own)
-        held_out_rows.remember(pair, x)
+        # The guide of global latents belongs to exactly these rows.
+        shared = global_latents(pair, data.prepare(data.rows.first(2)))
+        held_out_rows.remember(pair, x if shared else None)
         return history
 
 
