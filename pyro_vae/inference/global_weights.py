@@ -19,7 +19,7 @@ from pyro_vae.inference.passes import in_chunks
 from pyro_vae.pairs import fold_plan
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model
-from pyro_vae.pairs.pair import Batch
+from pyro_vae.pairs.pair import Batch, placement
 from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
@@ -220,8 +220,16 @@ def global_weights(
     found = {name: torch.stack([one[name] for one in draws]).cpu() for name in names}
     units = [unit for name in names for unit in unit_names(name, found[name].shape[1:])]
     log_weights = torch.stack(weights)
-    k = pareto_shape(log_weights[None]).item()
+    k = _shape(log_weights, torch.finfo(placement(pair)[1]).eps)
     return GlobalWeights(found, log_weights, tuple(units), k, evidence.number, len(batch[0]))
+
+
+def _shape(log_weights: Tensor, rounding: float) -> float:
+    """Return the shape of the tail; 0 if the weights differ only by rounding."""
+    spread = log_weights.max() - log_weights.min()
+    size = log_weights.max().abs().clamp(min=1)
+    constant = bool(spread <= 100 * rounding * size)
+    return 0.0 if constant else pareto_shape(log_weights[None]).item()
 
 
 def _weighable(pair: nn.Module, batch: Batch) -> list[str]:

@@ -305,6 +305,15 @@ def test_inner_samples_integrate_the_local_latents():
     assert abs(estimate - log_p) < 4 * relative
 
 
+def test_the_weights_of_an_exact_guide_are_constant():
+    x, g = data(6)
+    found = pv.global_weights(Amortized(), x, g, num_draws=40, num_samples=1)
+    log_p = Amortized().exact(x, g)[2]
+    torch.testing.assert_close(found.log_weights, log_p.expand(40))
+    assert found.pareto_k == 0
+    assert found.effective_sample_size == pytest.approx(40)
+
+
 def test_a_guide_ten_posterior_sds_off_is_not_reliable():
     x, g = data()
     pair = Nested().set(x, g, shift=10.0)
