@@ -86,6 +86,9 @@ def encode(run: RunFolder, *, part: str = "test", model: UserClass = None) -> No
     For --model multilevel, the array members has the row of the data file of each member of a
     group, and -1 for padding.
 
+    SITE_mean and SITE_scale of a local latent have a row for each datum. Those of global and group
+    latents have none; the array global_latents holds the names of these sites.
+
     Parameters
     ----------
     part
@@ -105,14 +108,11 @@ def encode(run: RunFolder, *, part: str = "test", model: UserClass = None) -> No
     context = context_of(given, loaded, split)
     arrays: dict[str, Any] = {}
     for what in ("mean", "scale"):
-        codes = encoding.encode(
-            pair,
-            split.x,
-            *context,
-            what=what,
-            binarize=binarize_of(given),
-        )
+        local, shared = encoding.encode_parts(pair, split.x, context, what, binarize_of(given))
+        codes = local | shared
         arrays |= {f"{name}_{what}": code.cpu().numpy() for name, code in codes.items()}
+        if what == "mean" and shared:
+            arrays["global_latents"] = np.array(list(shared))
     if split.labels is not None:
         arrays["labels"] = split.labels.numpy()
     if split.members is not None:

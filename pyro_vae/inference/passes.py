@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pyro_vae.data.preparation import held_out, preparation
 from pyro_vae.data.sources import Rows, source
 from pyro_vae.errors import UsageError
+from pyro_vae.inference.given_globals import pools
 from pyro_vae.pairs import summing
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.location import find_places
@@ -17,6 +18,7 @@ from pyro_vae.pairs.model import unconditioned
 from pyro_vae.pairs.moments import typical
 from pyro_vae.pairs.pair import Batch, Site
 from pyro_vae.pairs.places import is_local
+from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, data_site, latents
 from pyro_vae.pairs.traces import DataFirst, Means, trace
 
@@ -71,8 +73,12 @@ def summed_out(pair: nn.Module, batch: Batch, guide: Trace, means: bool) -> dict
 def prepared_batches(
     pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str, at_once: bool = False
 ) -> Iterator[Batch]:
+    """Prepared batches of the rows; one batch if the guide of a global latent pools all rows."""
     rows = source(x, context, pair)
     rows, prepare = held_out(rows, preparation(pair, rows, binarize))
+    if len(rows) > ROWS_AT_ONCE and not at_once:
+        with using(pair, seed=0):
+            at_once = pools(pair, prepare(rows.first(4)))
     for batch in rows.batches(len(rows) if at_once else ROWS_AT_ONCE):
         yield prepare(batch)
 

@@ -12,9 +12,10 @@ from pyro.optim import PyroOptim
 from torch import nn
 
 from pyro_vae.data.ranges import range_fault
-from pyro_vae.data.sources import Rows
+from pyro_vae.data.sources import Arrays, Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.contract import no_pair
+from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.threads import alone
@@ -26,7 +27,7 @@ from pyro_vae.training.elbo import require_weighable
 from pyro_vae.training.history import History
 from pyro_vae.training.job import job_in_words, require_same
 from pyro_vae.training.loop import train
-from pyro_vae.training.rows import training_data
+from pyro_vae.training.rows import TrainingData, training_data
 from pyro_vae.training.run import assembled, first_state, resumed
 from pyro_vae.training.schedules import Schedule
 from pyro_vae.training.settings import Settings
@@ -130,7 +131,15 @@ def fit(
         run = assembled(
             pair, data, beta, learning_rate_schedule, optimizer, job, folder, fault, shown
         )
-        return train(run, first_state(run) if state is None else resumed(run, state), own)
+        history = train(run, first_state(run) if state is None else resumed(run, state), own)
+        held_out_rows.remember(pair, x if _has_globals(pair, data) else None)
+        return history
+
+
+def _has_globals(pair: nn.Module, data: TrainingData) -> bool:
+    """Whether the rows are in memory, and the guide of global latents belongs to exactly them."""
+    in_memory = isinstance(data.rows, Arrays)
+    return in_memory and bool(global_latents(pair, data.prepare(data.rows.first(2))))
 
 
 def device(name: str) -> torch.device:
