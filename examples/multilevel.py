@@ -81,7 +81,7 @@ def main() -> None:
     plain = pv.VAE.mlp((4,), 3, (32,), likelihood=pv.Gaussian(0.6, learned=True))
     visits, new = (groups.member_rows(groups.x) for groups in (train, test))
     how = {"epochs": options.epochs, "learning_rate": 3e-3}
-    how["learning_rate_schedule"] = pv.Cosine(options.epochs)
+    how["learning_rate_schedule"] = pv.CosineSchedule(options.epochs)
     pv.fit(pair, *train.batch, batch_size=50, **how)
     pv.fit(plain, visits, batch_size=128, **how)
 
