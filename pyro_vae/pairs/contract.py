@@ -189,7 +189,7 @@ def _placement(where: str, name: str, site: Site, n: int, subsampled: bool) -> l
             "dimensions than its plates: declare the rightmost dimensions as event dimensions with "
             f".to_event({extra})"
         ]
-    if sizes and -1 not in sizes:
+    if sizes and -1 not in sizes and site["is_observed"]:
         return [
             f"site '{name}' of the {where} is in a plate at dim={max(sizes)}: the data plate must "
             'be pyro.plate("data", len(x), dim=-1)'

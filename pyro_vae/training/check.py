@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_vae.compat import site_is_subsample
 from pyro_vae.data.preparation import Preparation
-from pyro_vae.errors import UsageError, first_line
+from pyro_vae.errors import UsageError, first_line, users_line
 from pyro_vae.pairs import enumeration, fold_plan, folding, masks
 from pyro_vae.pairs.contract import (
     faults_of_enumeration,
@@ -26,13 +26,14 @@ from pyro_vae.pairs.contract import (
 )
 from pyro_vae.pairs.location import find_places
 from pyro_vae.pairs.model import trace_model as run_model
-from pyro_vae.pairs.pair import Pair, placement
+from pyro_vae.pairs.pair import Batch, Pair, placement
 from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import adopt, evaluation_mode, scope
 from pyro_vae.pairs.sites import factors, latents, log_prob, sample_sites
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.traces import trace
+from pyro_vae.pairs.weights import structure
 from pyro_vae.training.bounds import takes_guide_terms
 from pyro_vae.training.elbo import EnumeratedELBO
 from pyro_vae.training.importance_bounds import ImportanceWeightedELBO
@@ -127,7 +128,7 @@ def _examine(
         if not errors:
             errors, notes = faults_of_parameters(pair, model, guide)
             errors += _objective(pair, objective, batch, model, guide)
-            notes += _named(pair, model, guide)
+            notes += _named(pair, batch, model, guide)
     return Report(tuple(errors), tuple(notes))
 
 
@@ -139,9 +140,9 @@ def require(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = N
     return report
 
 
-def _named(pair: nn.Module, model: Trace, guide: Trace) -> list[str]:
-    """Return notes about numbers that differ from what their names say."""
-    notes, found = [], fold_plan.known(pair)
+def _named(pair: nn.Module, batch: Sequence[Tensor], model: Trace, guide: Trace) -> list[str]:
+    """Return notes about groups, and about numbers that differ from what their names say."""
+    notes, found = _groups(pair, batch, model), fold_plan.known(pair)
     if found.local_points:
         notes.append(
             f"the guide of {', '.join(found.local_points)} is a Delta: training maximizes "
@@ -163,6 +164,37 @@ def _named(pair: nn.Module, model: Trace, guide: Trace) -> list[str]:
         if site["is_observed"]
     ]
     return notes
+
+
+def _groups(pair: nn.Module, batch: Sequence[Tensor], model: Trace) -> list[str]:
+    """Return notes about group latents: latents in plates, but not in the data plate."""
+    plates = {
+        name: [f"'{f.name}' ({f.size})" for f in site["cond_indep_stack"] if f.vectorized]
+        for name, site in latents(model).items()
+        if not is_local(site)
+    }
+    notes = [
+        f"latent site '{name}' is a group latent: it has a value for each member of plate "
+        f"{' and '.join(sizes)}, and all rows share these values"
+        for name, sizes in plates.items()
+        if sizes
+    ]
+    if notes and not _broadcasts(pair, tuple(tensor[:2] for tensor in batch)):
+        notes.append(
+            "the pair does not broadcast over a plate of samples, so log_likelihood draws samples "
+            "one at a time, which is slower: put the groups at dim=-1, and index from the right, "
+            f"as in u[..., group]{users_line(None, cast(Pair, pair).model)}"
+        )
+    return notes
+
+
+def _broadcasts(pair: nn.Module, batch: Batch) -> bool:
+    """Return whether importance samples of a pair can be drawn together."""
+    try:
+        with torch.no_grad():
+            return structure(pair, batch)[1]
+    except UsageError:  # without importance weights nothing is slower
+        return True
 
 
 def faults_of_masks(
