@@ -94,6 +94,16 @@ def as_labels(value: Any, name: str = "labels", count: int | None = None) -> Ten
     return whole
 
 
+def as_context(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Context as a pair receives it: floats of its type, int64 for other integers, or booleans.
+
+    An index of type uint8 would be read as a mask, and other short integers cannot index.
+    """
+    if value.is_floating_point():
+        return value.to(dtype)
+    return value if value.dtype == torch.bool else value.long()
+
+
 def plain_fault(value: Any) -> str | None:
     """Say why a value is not a plain array of numbers and what to do; None if it is one.
 
@@ -154,6 +164,8 @@ def _native(array: np.ndarray) -> np.ndarray:
 
 
 def _cure(kind: Any) -> str:
+    if kind in ("tuple", "list"):
+        return "; pass x and each array of its context as an argument of its own"
     code = getattr(kind, "kind", None)
     if code == "O":
         return "; often the cause is missing values (None, pandas.NA): fill them in"

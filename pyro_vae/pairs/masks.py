@@ -58,7 +58,10 @@ def hidden_as_nan(site: Site) -> Tensor:
 
 
 def seen(site: Site, x: Tensor) -> Tensor:
-    """The value that the model observes or draws for x, in the shape of x, NaN where masked."""
+    """The value that the model observes or draws for x, in the shape of x, NaN where masked.
+
+    Integers become floats.
+    """
     made = hidden_as_nan(site)
     made = made.movedim(made.dim() - 1 - site["fn"].event_dim, 0)
     if made.numel() != x.numel():
@@ -66,7 +69,7 @@ def seen(site: Site, x: Tensor) -> Tensor:
             f"the model draws data of shape {tuple(made.shape[1:])} but x has rows of shape "
             f"{tuple(x.shape[1:])}; they must match"
         )
-    return made.reshape(x.shape).to(x.dtype)
+    return made.reshape(x.shape).to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
 
 
 def _within(fn: Any, like: Tensor) -> Tensor:
