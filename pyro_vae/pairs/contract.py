@@ -12,7 +12,14 @@ from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import enumeration, masks, summing
 from pyro_vae.pairs.pair import Site
 from pyro_vae.pairs.places import NO_SIZE, is_local
-from pyro_vae.pairs.sites import is_auxiliary, latents, log_prob, observed, sample_sites
+from pyro_vae.pairs.sites import (
+    is_auxiliary,
+    latents,
+    log_prob,
+    observed,
+    sample_sites,
+    x_site,
+)
 
 
 def no_pair(pair: Any) -> str | None:
@@ -64,12 +71,16 @@ def faults_of_sites(model: Trace, guide: Trace) -> list[str]:
     if not observed(model):
         errors.append("the model does not observe data: pass obs=x to one pyro.sample")
     in_model, in_guide = sample_sites(model), latents(guide)
-    for name in [name for name in sample_sites(guide) if name not in in_guide]:
-        if name in latents(model) or not is_auxiliary(sample_sites(guide)[name]):
+    x = x_site(model)
+    for name, site in sample_sites(guide).items():
+        if name not in in_guide and (
+            name in latents(model)
+            or (x is not None and name == x["name"] and not is_auxiliary(site))
+        ):
             errors.append(
                 f"the guide observes site '{name}', but a guide samples latents: remove obs=; for "
-                "a term that only the loss contains, use a site name that the model does not have, "
-                'and infer={"is_auxiliary": True}'
+                "a term that only the loss contains, use a site name that is neither a latent of "
+                "the model nor its site of x"
             )
     summed = enumeration.to_enumerate(model, guide)
     for name in summed:
