@@ -23,6 +23,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from pyro_vae.data.padding import without_padding
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs.arrays import as_tensor, plain_fault, require_finite
 from pyro_vae.pairs.pair import Batch, Pair, placement
@@ -253,11 +254,14 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
     if isinstance(x, (Dataset, DataLoader)) and not isinstance(x, Tensor):
         width = len(pair.template(1)) if hasattr(pair, "template") else None  # type: ignore
         return Stream(x, width, dtype, pair)
-    data = as_tensor(x, "x", dtype)
+    data = as_tensor(x, "x", finite=False)
     if not context and pair is not None:
         context = missing_context(pair, len(data))
     others = [as_tensor(value, f"context {i}", dtype) for i, value in enumerate(context, 1)]
     tensors = [data, *others]
+    if pair is not None:
+        tensors = without_padding(pair, tensors)
+    require_finite(tensors[0], "x", dtype)
     for i, tensor in enumerate(tensors):
         if len(tensor) != len(tensors[0]):
             raise UsageError(

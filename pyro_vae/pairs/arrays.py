@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from pyro_vae.errors import UsageError
 
 
-def as_tensor(value: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
+def as_tensor(
+    value: Any, name: str, dtype: torch.dtype | None = None, finite: bool = True
+) -> Tensor:
     """Convert an array to a tensor and check that it holds only finite numbers.
 
     Arguments:
@@ -17,6 +19,7 @@ def as_tensor(value: Any, name: str, dtype: torch.dtype | None = None) -> Tensor
         name: the name of the array in error messages.
         dtype: the type to which the array is cast later. Its values must be finite in this type,
             too.
+        finite: whether the values must be finite.
 
     Raises `UsageError` if the array is empty, masked, sparse, nested, quantized or complex, if it
     holds values that are not finite, or if it does not hold numbers.
@@ -24,7 +27,8 @@ def as_tensor(value: Any, name: str, dtype: torch.dtype | None = None) -> Tensor
     tensor = _numbers(value, name)
     if tensor.dim() == 0 or len(tensor) == 0 or tensor.numel() == 0:
         raise UsageError(f"{name} is empty: got an array of shape {tuple(tensor.shape)}")
-    require_finite(tensor, name, dtype)
+    if finite:
+        require_finite(tensor, name, dtype)
     return tensor
 
 
