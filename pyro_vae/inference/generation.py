@@ -18,6 +18,7 @@ from pyro_vae.inference.passes import (
 )
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import as_tensor
+from pyro_vae.pairs.contract import run_in_words
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model, unconditioned
 from pyro_vae.pairs.pair import Batch, Pair
@@ -72,13 +73,13 @@ def sample(
     if n < 1:
         raise UsageError(f"must be at least 1, got {n}", argument="n")
     batch = template(pair, n, context)
+    few = tuple(tensor[:2] for tensor in batch)
+    with using(pair, seed):
+        drawn = run_in_words("model", lambda: trace(unconditioned(pair), few), few)
+        require_normalized(drawn, "only MCMC can draw from it (pyro_vae.nuts)")
     shared = global_latents(pair, batch)
     size = min(ROWS_AT_ONCE, -(-n // SHARED_DRAWS)) if shared else ROWS_AT_ONCE
     parts = []
-    with using(pair, seed):
-        few = tuple(tensor[:2] for tensor in batch)
-        drawn = trace(unconditioned(pair), few)
-        require_normalized(drawn, "only MCMC can draw from it (pyro_vae.nuts)")
     with using(pair, seed):
         for part in in_chunks(batch, size):
             own = _global_values(pair, part, False, shared)

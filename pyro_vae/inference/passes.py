@@ -4,19 +4,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import pyro
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae.data.preparation import held_out, preparation
 from pyro_vae.data.sources import Rows, source
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs import summing
+from pyro_vae.pairs import masks, summing
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.location import find_places
 from pyro_vae.pairs.model import unconditioned
 from pyro_vae.pairs.moments import typical
 from pyro_vae.pairs.pair import Batch, Site
 from pyro_vae.pairs.places import is_local
+from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, data_site, latents
 from pyro_vae.pairs.traces import DataFirst, Means, trace
 
@@ -73,6 +75,8 @@ def prepared_batches(
 ) -> Iterator[Batch]:
     rows = source(x, context, pair)
     rows, prepare = held_out(rows, preparation(pair, rows, binarize))
+    with using(pair, 0), pyro.validation_enabled(False):
+        masks.require_present(pair, prepare(rows.first(2)))
     for batch in rows.batches(len(rows) if at_once else ROWS_AT_ONCE):
         yield prepare(batch)
 

@@ -106,8 +106,6 @@ def _summable(site: Site) -> list[str]:
     """Errors of a site that is marked for enumeration but cannot be summed out."""
     name, fn = site["name"], site["fn"]
     start = f"latent site '{name}' is marked for enumeration, "
-    if site["infer"]["enumerate"] != "parallel" or site["infer"].get("num_samples"):
-        return [start + 'but only infer={"enumerate": "parallel"} is supported; use that']
     if site["infer"].get("is_auxiliary"):
         return [start + "but only the guide has it: remove the mark, or add it to the model"]
     if fault := enumeration.misplaced(site):
