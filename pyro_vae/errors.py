@@ -121,7 +121,7 @@ def users_line(error: BaseException | None, program: Any = None) -> str:
 def active_line(until: str) -> str:
     """The user's innermost active line, as " (path:line)".
 
-    Callers of the function ``until`` do not count; "" if there is no other line of the user's.
+    Callers of the function ``until`` do not count; "" if the user has no other line.
     """
     frame = sys._getframe().f_back
     while frame is not None and frame.f_code.co_name != until:

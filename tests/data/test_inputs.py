@@ -33,7 +33,7 @@ class Conditional(nn.Module):
 
 
 class Words(nn.Module):
-    """Three words for each datum, which index an embedding; there is no template."""
+    """Three words for each datum, which index an embedding; it has no template."""
 
     def __init__(self) -> None:
         super().__init__()
