@@ -126,14 +126,13 @@ def _seeded_pair(model: Model, data: "Data", seed: int) -> "nn.Module":
 
 def _enumerated(pair: "nn.Module", given: dict[str, Any], data: "Data") -> bool:
     """Whether a pair has discrete latents that must be summed out; False for a faulty pair."""
-    from pyro_vae.data.preparation import Preparation
+    from pyro_vae.data.preparation import plain_preparation
     from pyro_vae.pairs.enumeration import enumerates
-    from pyro_vae.pairs.pair import placement
 
     context = context_of(given, data, data.train)
     few = tuple(part[:2] for part in (data.train.x, *context))
     try:
-        return enumerates(pair, Preparation(*placement(pair))(few))
+        return enumerates(pair, plain_preparation(pair, few)(few))
     except Exception:  # `fit` checks the pair and explains what is wrong.
         return False
 

@@ -10,6 +10,7 @@ from torch.distributions import constraints
 
 from pyro_vae.data.preparation import Preparation
 from pyro_vae.data.sources import Arrays, Source
+from pyro_vae.pairs import masks
 from pyro_vae.pairs.pair import Batch, Pair, Site
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_site
@@ -77,12 +78,14 @@ def _observed_and_drawn(site: Site) -> tuple[Tensor, Tensor]:
 
 def _columns(site: Site, value: Tensor, n: int) -> np.ndarray:
     """A value of the site as an array (n, columns), with NaN for masked entries."""
-    mask = site["mask"]
-    if isinstance(mask, Tensor):
-        mask = mask.reshape(mask.shape + (1,) * len(site["fn"].event_shape))
-        value = torch.where(mask, value, torch.nan)
+    value = masks.hidden_as_nan({**site, "value": value})
     value = value.reshape(n, -1) if value.shape[:1] == (n,) else value.reshape(-1, 1)
-    return value.double().cpu().numpy()
+    never = value.isnan().all(0)  # a column that is always masked has neither range nor spread
+    return torch.where(never, 0.0, value).double().cpu().numpy()
+
+
+def _width(values: np.ndarray) -> np.ndarray:
+    return np.nanmax(values, 0) - np.nanmin(values, 0)
 
 
 def _far(values: np.ndarray, draws: np.ndarray) -> str | None:
@@ -99,7 +102,7 @@ def _far(values: np.ndarray, draws: np.ndarray) -> str | None:
             f"farthest, at a distance of about {distance[column]:.2g} from draws with a spread of "
             f"{spread[column]:.2g}; {CURE}"
         )
-    width = np.ptp(values, 0)
+    width = _width(values)
     if width.max() > 0 and (width < spread / APART).all():
         return (
             f"the range of x differs from that of the untrained model: the columns of x vary by at "
@@ -116,7 +119,7 @@ def _apart(values: np.ndarray, draws: np.ndarray) -> str | None:
     range small, and they do not make the mean deviation large.
     """
     spread = np.nanquantile(abs(draws - np.nanmedian(draws, 0)), 0.68, 0)
-    width, deviation = np.ptp(values, 0), np.nanmean(abs(values - np.nanmedian(values, 0)), 0)
+    width, deviation = _width(values), np.nanmean(abs(values - np.nanmedian(values, 0)), 0)
     varies = (width > 0) & (spread > 0)
     if varies.sum() < 2:
         return None

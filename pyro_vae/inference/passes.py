@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import pyro
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
@@ -11,7 +12,7 @@ from pyro_vae.data.preparation import held_out, preparation
 from pyro_vae.data.sources import Rows, source
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import pools
-from pyro_vae.pairs import summing
+from pyro_vae.pairs import masks, summing
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.location import find_places
 from pyro_vae.pairs.model import unconditioned
@@ -76,6 +77,8 @@ def prepared_batches(
     """Prepared batches of the rows; one batch if the guide of a global latent pools all rows."""
     rows = source(x, context, pair)
     rows, prepare = held_out(rows, preparation(pair, rows, binarize))
+    with using(pair, 0), pyro.validation_enabled(False):
+        masks.require_present(pair, prepare(rows.first(2)))
     if len(rows) > ROWS_AT_ONCE and not at_once:
         with using(pair, seed=0):
             at_once = pools(pair, prepare(rows.first(4)))

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from pyro_vae.errors import UsageError
 
 
-def as_tensor(value: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
+def as_tensor(
+    value: Any, name: str, dtype: torch.dtype | None = None, finite: bool = True
+) -> Tensor:
     """Convert an array to a tensor and check that it holds only finite numbers.
 
     Arguments:
@@ -17,6 +19,7 @@ def as_tensor(value: Any, name: str, dtype: torch.dtype | None = None) -> Tensor
         name: the name of the array in error messages.
         dtype: the type to which the array is cast later. Its values must be finite in this type,
             too.
+        finite: whether the values must be finite.
 
     Raises `UsageError` if the array is empty, masked, sparse, nested, quantized or complex, if it
     holds values that are not finite, or if it does not hold numbers.
@@ -24,7 +27,8 @@ def as_tensor(value: Any, name: str, dtype: torch.dtype | None = None) -> Tensor
     tensor = _numbers(value, name)
     if tensor.dim() == 0 or len(tensor) == 0 or tensor.numel() == 0:
         raise UsageError(f"{name} is empty: got an array of shape {tuple(tensor.shape)}")
-    require_finite(tensor, name, dtype)
+    if finite:
+        require_finite(tensor, name, dtype)
     return tensor
 
 
@@ -94,6 +98,16 @@ def as_labels(value: Any, name: str = "labels", count: int | None = None) -> Ten
     return whole
 
 
+def as_context(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Context as a pair receives it: floats of its type, int64 for other integers, or booleans.
+
+    An index of type uint8 would be read as a mask, and other short integers cannot index.
+    """
+    if value.is_floating_point():
+        return value.to(dtype)
+    return value if value.dtype == torch.bool else value.long()
+
+
 def plain_fault(value: Any) -> str | None:
     """Say why a value is not a plain array of numbers and what to do; None if it is one.
 
@@ -154,6 +168,8 @@ def _native(array: np.ndarray) -> np.ndarray:
 
 
 def _cure(kind: Any) -> str:
+    if kind in ("tuple", "list"):
+        return "; pass x and each array of its context as an argument of its own"
     code = getattr(kind, "kind", None)
     if code == "O":
         return "; often the cause is missing values (None, pandas.NA): fill them in"

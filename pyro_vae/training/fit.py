@@ -12,7 +12,7 @@ from pyro.optim import PyroOptim
 from torch import nn
 
 from pyro_vae.data.ranges import range_fault
-from pyro_vae.data.sources import Arrays, Rows
+from pyro_vae.data.sources import Arrays, Rows, parts, spread
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.contract import no_pair
 from pyro_vae.pairs.model import global_latents
@@ -27,6 +27,7 @@ from pyro_vae.training.elbo import require_weighable
 from pyro_vae.training.history import History
 from pyro_vae.training.job import job_in_words, require_same
 from pyro_vae.training.loop import train
+from pyro_vae.training.optimizer import NEEDED, name_of
 from pyro_vae.training.rows import TrainingData, training_data
 from pyro_vae.training.run import assembled, first_state, resumed
 from pyro_vae.training.schedules import Schedule
@@ -62,6 +63,8 @@ def fit(
         pair: any ``nn.Module`` with ``model`` and ``guide``; see `pyro_vae.check`.
         x: the data: a tensor or an array with a row for each datum, which keeps its type (uint8
             stays uint8); or a torch ``Dataset`` or ``DataLoader`` that gives x, or x and context.
+            A dictionary by the names of the model's arguments takes the place of x and context,
+            here and in every other tool.
         context: further tensors with as many rows as x. Model and guide receive them.
         validation: held-out x, or a tuple of x and context, of the same kinds.
         objective: a Pyro ELBO. The default is that of ``pair.recipe``, else ``Trace_ELBO()``, or
@@ -110,6 +113,7 @@ def fit(
     pair.to(device(chosen.device))
     objective, beta = _with_recipe(pair, chosen.epochs, objective, beta)
     require_weighable(objective, beta)
+    x, context = spread(pair, x, context)
     data = training_data(pair, (x, context), validation, objective, binarize, chosen)
     job = job_in_words(pair, data, beta, learning_rate_schedule, optimizer, binarize)
     if folder is not None and state is not None:
@@ -119,7 +123,7 @@ def fit(
             run_folder.start(folder, overwrite)
         own_words = {"pair": description.recipe(pair), **(config or {})}
         run_folder.write_config(pair, folder, {**job, **own_words})
-        held_out_rows.write_rows(folder, {"train": x, "validation": _first(validation)})
+        held_out_rows.write_rows(folder, {"train": x, "validation": _first(pair, validation)})
     fault = range_fault(pair, data.rows, data.prepare) if state is None else None
     if fault is not None:
         warnings.warn(fault, stacklevel=3)
@@ -179,8 +183,7 @@ def _require_parts(objective: Any, beta: Any, schedule: Any, optimizer: Any) -> 
         )
     if not callable(optimizer) or isinstance(optimizer, (PyroOptim, torch.optim.Optimizer)):
         raise UsageError(
-            "must make a torch optimizer from parameters and lr, as torch.optim.Adam or a "
-            f"functools.partial of it does, got {optimizer!r}".splitlines()[0],
+            f"{NEEDED}, got {name_of(optimizer)}",
             argument="optimizer",
         )
 
@@ -214,6 +217,7 @@ def _with_recipe(
     return objective, recipe.get("beta", 1.0) if beta is None else beta
 
 
-def _first(rows: Any) -> Any:
+def _first(pair: nn.Module, rows: Any) -> Any:
     """Return the data without their context."""
-    return rows[0] if isinstance(rows, (tuple, list)) else rows
+    first, *others = parts(rows)
+    return spread(pair, first, others)[0]
