@@ -154,6 +154,8 @@ def refine(
     parts = [prepare(batch) for batch in rows.batches(REFINED_ROWS)]
     batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     whole = (*batch, torch.arange(len(batch[0]), device=batch[0].device))
+    with using(pair):  # refuse before the bounds, which may take long
+        _locations(latents(trace(cast(Pair, pair).guide, tuple(part[:2] for part in parts[0]))))
     ready = Preparation(prepare.device, prepare.dtype)
     before = estimate(pair, Arrays(batch), ready, num_samples, seed, engine, False)
     with frozen(pair), seeded(seed), bar(progress, steps * len(parts), "refine", 2) as shown:
