@@ -485,7 +485,8 @@ IDIOMS = [
         enum,
         site="x0",
         refuses=everywhere(MARKOV, except_for=("sample", "diagnose"))
-        | {"nuts": EXACT, "anneal": EXACT, "predictive_check": PARTS, "calibration": PARTS},
+        | {"refine": UNREFINED, "gaps": UNREFINED, "nuts": EXACT, "anneal": EXACT}
+        | {"predictive_check": PARTS, "calibration": PARTS},
     ),
     Idiom(
         "LDA: an enumerated topic for each word of a document",

@@ -221,10 +221,10 @@ class VonMises(Supported):
     width = 2
 
     def prior(self) -> dist.Distribution:
-        return dist.VonMises(0.0, 1.0)
+        return dist.VonMises(0.0, 3.0)
 
     def posterior(self, numbers: Tensor) -> dist.Distribution:
-        return dist.VonMises(numbers[..., 0], numbers[..., 1].exp())
+        return dist.VonMises(numbers[..., 0], 3 * numbers[..., 1].exp())
 
     def points(self) -> tuple[Tensor, float]:
         return torch.linspace(-torch.pi, torch.pi, 401)[:-1], 2 * torch.pi / 400

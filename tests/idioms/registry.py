@@ -19,15 +19,18 @@ PAGE = Path(__file__).parents[2] / "docs" / "idioms.md"
 
 HEAD = """# Pyro idioms
 
-This page says which ways of writing a model in Pyro the tools serve. Find the row that is closest to your pair.
+This page says which ways of writing a model in Pyro the tools serve. Find the row that is closest
+to your pair.
 
 The tools are {tools}.
 
-The table is generated from `tests/idioms/`. There, each row is a small pair that goes through all tools. A tool gives the
-right number, or it refuses the pair in one line:
+The table is generated from `tests/idioms/`. There, each row is a small pair that goes through all
+tools. A tool gives the right number, or it refuses the pair in one line:
 
-- After 50 steps, the parameters equal those of stock Pyro's `SVI` with the same noise, if `fit` serves the pair.
-- log p(x) of `evaluate`, `log_likelihood`, `refine`, `gaps` and `anneal` agrees with a closed form, a sum or a quadrature.
+- After 50 steps, the parameters equal those of stock Pyro's `SVI` with the same noise, if `fit`
+  serves the pair.
+- log p(x) of `evaluate`, `log_likelihood`, `refine`, `gaps` and `anneal` agrees with a closed form,
+  a sum or a quadrature.
 - Draws of `encode`, `reconstruct` and `sample` agree with those of stock Pyro.
 - `check` reports an error exactly if `fit` refuses the pair.
 
