@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from idiom import Batch, Idiom
 from pyro import poutine
-from pyro.infer import infer_discrete
+from pyro.infer import Trace_ELBO, infer_discrete
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.distributions import VonMises
 
 import pyro_vae as pv
 from pyro_vae.diagnostics import diagnosis
+from pyro_vae.diagnostics.evaluation import PARTICLES
 from pyro_vae.pairs.scope import scope
 
 RUNS = 25
@@ -76,12 +77,16 @@ def log_likelihood(idiom: Idiom, pair: nn.Module, batch: Batch) -> None:
 
 
 def evaluate(idiom: Idiom, pair: nn.Module, batch: Batch) -> None:
-    found = pv.evaluate(pair, *batch, num_samples=200, engine="eager")
+    found = pv.evaluate(pair, *batch, num_samples=100, engine="eager")
     truth = truth_of(pair, batch).mean()
     error = torch.tensor(found.log_likelihood_standard_error)
     close(torch.tensor(found.log_likelihood), truth, error, 0.1)
     assert abs(found.elbo - (found.reconstruction - found.kl)) < 1e-3
     assert found.elbo < truth + 0.1
+    if idiom.stock is Trace_ELBO:
+        mean, deviation = stock_elbo(idiom, pair, batch)
+        error = deviation * (1 / RUNS + 1 / PARTICLES) ** 0.5
+        close(torch.tensor(found.elbo), mean, error)
 
 
 def refine(idiom: Idiom, pair: nn.Module, batch: Batch) -> None:
@@ -129,8 +134,7 @@ def encode(idiom: Idiom, pair: nn.Module, batch: Batch) -> None:
 
 def reconstruct(idiom: Idiom, pair: nn.Module, batch: Batch) -> None:
     made = pv.reconstruct(pair, *batch, means=False, site=idiom.site, seed=3)
-    runs = stock_runs(idiom, pair, batch)
-    agree(made, runs[idiom.site or ("x" if "x" in runs else "y")])
+    agree(made, replicates(idiom, pair, batch))
     assert pv.reconstruct(pair, *batch, site=idiom.site).shape == made.shape
 
 
@@ -147,8 +151,20 @@ def sample(idiom: Idiom, pair: nn.Module, batch: Batch) -> None:
 
 
 def predictive_check(idiom: Idiom, pair: nn.Module, batch: Batch) -> None:
-    found = pv.predictive_check(pair, *batch, num_replicates=40, progress=False)
-    assert bool(((found.p_values > 0) & (found.p_values < 1) | found.observed.isnan()).all())
+    statistics = {
+        "total": lambda x: x.reshape(len(x), -1).nan_to_num(0.0).sum(1),
+        "holes": lambda x: x.reshape(len(x), -1).isnan().double().sum(1),
+    }
+    found = pv.predictive_check(
+        pair, *batch, statistics=statistics, num_replicates=30, progress=False
+    )
+    live = ~found.observed[:, 0].isnan()
+    assert bool(((found.p_values > 0) & (found.p_values < 1))[live].all())
+    if not found.observed[live][:, 1].any():
+        runs = replicates(idiom, pair, batch)
+        totals = runs.double().reshape(RUNS, len(runs[0]), -1).sum(-1)[:, live]
+        errors = totals.std(0) * (1 / RUNS + 1 / 30) ** 0.5
+        close(found.replicated_mean[live, 0], totals.mean(0), errors, 0.3)
 
 
 def calibration(idiom: Idiom, pair: nn.Module, batch: Batch) -> None:
@@ -240,6 +256,31 @@ def stock_runs(idiom: Idiom, pair: nn.Module, batch: Batch) -> dict[str, Tensor]
     return {name: torch.stack(values) for name, values in found.items()}
 
 
+def replicates(idiom: Idiom, pair: nn.Module, batch: Batch) -> Tensor:
+    """Return data that stock Pyro draws given draws of the guide."""
+    runs = stock_runs(idiom, pair, batch)
+    return runs[idiom.site or ("x" if "x" in runs else "y")]
+
+
+def stock_elbo(idiom: Idiom, pair: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation over runs of the ELBO given global latents, by stock Pyro."""
+    n, found = len(batch[0]), []
+    with stock(pair):
+        for _ in range(RUNS):
+            guide = poutine.trace(pair.guide).get_trace(*batch)
+            model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*batch)
+            terms = []
+            for trace, sign in ((model, 1), (guide, -1)):
+                trace.compute_log_prob()
+                for name, site in trace.nodes.items():
+                    counts = sign == 1 or not site.get("is_observed")  # not a term of the loss
+                    if counts and data_dim(trace, name, n) is not None:
+                        terms.append(sign * site["log_prob_sum"] / site["scale"] / n)
+            found.append(sum(terms))
+    values = torch.stack(found)
+    return values.mean(), values.std()
+
+
 def prior_draws(idiom: Idiom, pair: nn.Module, batch: Batch) -> Tensor:
     """Return data that stock Pyro draws from the model; global latents are those of the guide."""
     found = []
@@ -262,7 +303,7 @@ def agree(drawn: Tensor, runs: Tensor) -> None:
     spread = runs.std(0)
     moves = spread > 1e-6
     still = torch.isclose(drawn, runs[0], atol=1e-4)[~moves]
-    assert not len(still) or still.double().mean() > 0.7  # a rare event may be in no run
+    assert (~still).sum() <= 2  # a rare event may be in no run
     if not moves.any():
         return
     off = (drawn - runs.mean(0))[moves] / (spread[moves] * (1 + 1 / RUNS) ** 0.5)
