@@ -38,7 +38,7 @@ class Refusal:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Idiom:
     """A way of writing a model in Pyro, and what the tools do with it."""
 
