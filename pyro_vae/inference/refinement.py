@@ -168,7 +168,7 @@ def refine(
 
 def _require_refinable(pair: nn.Module, few: Batch) -> None:
     """Raise `UsageError` before the bounds, which may take long."""
-    with using(pair):
+    with using(pair, 0):
         structure(pair, few)
         _locations(latents(trace(cast(Pair, pair).guide, few)))
 
