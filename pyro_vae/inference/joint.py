@@ -12,6 +12,7 @@ from math import prod
 from typing import Any, NamedTuple, cast
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
@@ -37,6 +38,9 @@ from pyro_vae.training.tracing import Named, traced
 
 PROBES = 3
 """Number of draws. A coordinate counts as unused if its gradient is 0 at all of them."""
+
+CIRCULAR = (torch.distributions.VonMises, dist.SineBivariateVonMises)
+"""Distributions of angles."""
 
 
 class Slot(NamedTuple):
@@ -255,7 +259,7 @@ class Placed(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.free:
             free, transform = self.free[msg["name"]], _to_support(msg["name"], msg["fn"])
-            value = transform(free)
+            value = _on_circle(msg["fn"], transform(free))
             if value.dim() - msg["fn"].event_dim > free.dim() - _free_dim(msg["fn"], transform):
                 raise UsageError(
                     f"the support of site '{msg['name']}' depends on an enumerated site; annealing "
@@ -277,6 +281,15 @@ class Read(Given):
         super()._pyro_sample(msg)
         if msg["name"] in self.values:
             self.free[msg["name"]] = _to_support(msg["name"], msg["fn"]).inv(msg["value"])
+
+
+def _on_circle(fn: Any, value: Tensor) -> Tensor:
+    """Map angles to [-pi, pi); torch says that the support of a von Mises is the whole line."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    if not isinstance(fn, CIRCULAR):
+        return value
+    return (value + torch.pi) % (2 * torch.pi) - torch.pi
 
 
 def _to_support(name: str, fn: Any, support: Any = None) -> Any:

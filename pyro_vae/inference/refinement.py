@@ -155,6 +155,7 @@ def refine(
     parts = [prepare(batch) for batch in rows.batches(REFINED_ROWS)]
     batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     whole = (*batch, torch.arange(len(batch[0]), device=batch[0].device))
+    _require_refinable(pair, tuple(part[:2] for part in parts[0]))
     ready = replace(prepare, binarize=False, whole=True)
     before = estimate(pair, Arrays(batch), ready, num_samples, seed, engine, False)
     with frozen(pair), seeded(seed), bar(progress, steps * len(parts), "refine", 2) as shown:
@@ -164,6 +165,13 @@ def refine(
     refined = Refined(pair, joined)
     after = estimate(refined, Arrays(whole), ready, num_samples, seed, engine, False)
     return Refinement(before, after, refined, whole)
+
+
+def _require_refinable(pair: nn.Module, few: Batch) -> None:
+    """Raise `UsageError` before the bounds, which may take long."""
+    with using(pair, 0):
+        structure(pair, few)
+        _locations(latents(trace(cast(Pair, pair).guide, few)))
 
 
 class _Ascent:
