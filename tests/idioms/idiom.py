@@ -81,10 +81,6 @@ UNREFINED = Refusal(
     "the guide has no latent whose parameters can be refined",
     "no local latent has parameters of a reparametrized distribution",
 )
-OF_ALL = Refusal(
-    "a log p(x) that does not depend on draws of this latent",
-    "log p(x) of a datum depends on a latent that data share",
-)
 SHARED_LATENT = Refusal(
     "is not local, but this tool needs latents of one datum", "a latent is shared by data"
 )
@@ -97,12 +93,10 @@ MISPLACED = Refusal(
     "an enumerated site must be in the data plate and in no other plate",
 )
 
-NO_LOCAL = {"refine": UNREFINED, "gaps": OF_ALL}
+NO_LOCAL = {"refine": UNREFINED, "gaps": UNREFINED}
 """Refusals if no local latent has parameters that could be refined."""
 
 SHARED = {
-    "gaps": OF_ALL,
-    "nuts": SHARED_LATENT,
     "anneal": SHARED_LATENT,
     "calibration": UNRANKED,
 }

@@ -8,7 +8,18 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from idiom import MISPLACED, NO_LOCAL, SHARED, Batch, Idiom, Refusal, everywhere, integral, rows
+from idiom import (
+    MISPLACED,
+    NO_LOCAL,
+    SHARED,
+    UNREFINED,
+    Batch,
+    Idiom,
+    Refusal,
+    everywhere,
+    integral,
+    rows,
+)
 from pairs_local import LINE, STEP
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import (
@@ -429,10 +440,14 @@ BY_ROW = Refusal(
 )
 
 
-def auto(kind: type, name: str = "") -> Idiom:
-    return Idiom(
-        f"`{name or kind.auto.__name__}` of global latents", kind, two, refuses=NO_LOCAL | SHARED
-    )
+NO_INVERSE = Refusal(
+    "through a map without a known inverse", "the density of the guide is known only at its draws"
+)
+
+
+def auto(kind: type, name: str = "", **refuses: Refusal) -> Idiom:
+    name = f"`{name or kind.auto.__name__}` of global latents"
+    return Idiom(name, kind, two, refuses=NO_LOCAL | SHARED | refuses)
 
 
 IDIOMS = [
@@ -444,14 +459,16 @@ IDIOMS = [
     auto(Flow),
     auto(Coupled, "AutoNormalizingFlow"),
     auto(Laplace),
-    auto(Structured, "AutoStructured"),
+    auto(Structured, "AutoStructured", nuts=NO_INVERSE),
     Idiom("`AutoGuideList`", Listed, two, refuses=NO_LOCAL | SHARED),
     Idiom(
         "`AutoDiscreteParallel` of a global latent",
         Discrete,
         one,
         enum,
-        refuses=everywhere(MISPLACED, except_for=("sample", "diagnose")) | SHARED,
+        refuses=everywhere(MISPLACED, except_for=("sample", "diagnose"))
+        | SHARED
+        | {"gaps": UNREFINED, "nuts": MISPLACED},
     ),
     Idiom("`AutoNormal` of a local latent", Local, three, refuses=everywhere(BY_ROW)),
     Idiom(
