@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from pyro_vae.diagnostics.evaluation import evaluate as evaluate
     from pyro_vae.diagnostics.gaps import gaps as gaps
+    from pyro_vae.diagnostics.global_calibration import global_calibration as global_calibration
     from pyro_vae.diagnostics.information import kl_parts as kl_parts
     from pyro_vae.diagnostics.outliers import outlier_scores as outlier_scores
     from pyro_vae.diagnostics.predictive import predictive_check as predictive_check
@@ -49,9 +50,11 @@ if TYPE_CHECKING:
     from pyro_vae.inference.generation import reconstruct as reconstruct
     from pyro_vae.inference.generation import sample as sample
     from pyro_vae.inference.generation import traverse as traverse
+    from pyro_vae.inference.global_weights import global_weights as global_weights
     from pyro_vae.inference.importance import log_likelihood as log_likelihood
     from pyro_vae.inference.imputation import impute as impute
     from pyro_vae.inference.nuts import nuts as nuts
+    from pyro_vae.inference.posterior import posterior as posterior
     from pyro_vae.inference.refinement import refine as refine
     from pyro_vae.inference.refitting import bounds_table as bounds_table
     from pyro_vae.inference.refitting import refit_guide as refit_guide

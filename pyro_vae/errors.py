@@ -2,7 +2,13 @@
 
 import difflib
 import re
+import sys
+import sysconfig
+import traceback
+import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 _ARGUMENT = re.compile(r"`([\w.]+)`")
 
@@ -36,7 +42,15 @@ class UsageError(ValueError):
 
 
 class NotTraceable(Exception):
-    """Why a program cannot be run as a graph, in words that go on from "because"."""
+    """Why a program cannot be run as a graph, in words that go on from "because".
+
+    Arguments:
+        at: the line of the user's that is the cause, as `users_line` gives it; "" if unknown.
+    """
+
+    def __init__(self, message: str, at: str = "") -> None:
+        super().__init__(message)
+        self.at = at
 
 
 def first_line(error: BaseException) -> str:
@@ -68,3 +82,58 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return f"known: {', '.join(known)}" if known else ""
+
+
+_LIBRARIES = (
+    str(Path(__file__).parent),
+    sysconfig.get_path("stdlib"),
+    "<frozen",
+    "<eval_with_key",  # code that torch generates
+)
+"""How the paths begin of files that a user of the library did not write."""
+
+
+def is_users(path: str) -> bool:
+    """Whether a file is the user's own: not of this package, of Python or of site-packages."""
+    installed = "site-packages" in path or "dist-packages" in path
+    return not installed and not path.startswith(_LIBRARIES)
+
+
+def users_line(error: BaseException | None, program: Any = None) -> str:
+    """Where the user's own code caused an error, as " (path:line)"; "" if it is unknown.
+
+    Arguments:
+        error: the innermost line of the user in its traceback, and in those of its causes, counts.
+        program: a method of the user; its first line counts if the error names no line.
+    """
+    lines = []
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines += [(frame.filename, frame.lineno) for frame in frames]
+        error = error.__cause__
+    code = getattr(getattr(program, "__func__", program), "__code__", None)
+    if code is not None:
+        lines.insert(0, (code.co_filename, code.co_firstlineno))
+    own = [f" ({path}:{line})" for path, line in lines if is_users(path)]
+    return own[-1] if own else ""
+
+
+def active_line(until: str) -> str:
+    """The user's innermost active line, as " (path:line)".
+
+    Callers of the function ``until`` do not count; "" if the user has no other line.
+    """
+    frame = sys._getframe().f_back
+    while frame is not None and frame.f_code.co_name != until:
+        if is_users(frame.f_code.co_filename):
+            return f" ({frame.f_code.co_filename}:{frame.f_lineno})"
+        frame = frame.f_back
+    return ""
+
+
+def warn(message: str) -> None:
+    """Warn about the line of the user's that called the library."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and not is_users(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

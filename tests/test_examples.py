@@ -22,6 +22,7 @@ RUNS = {
     "guide_swap.py": ["--epochs", "1", "--steps", "2", "--num-samples", "5", "--out", "OUT"],
     "hierarchical.py": ["--epochs", "2", "--out", "OUT"],
     "sequence.py": ["--epochs", "1", "--out", "OUT"],
+    "structured_guide.py": ["--epochs", "2", "--num-samples", "21", "--out", "OUT.png"],
     "text.py": ["--epochs", "2", "--rows", "64"],
     "mixture.py": ["--epochs", "2"],
     "multilevel.py": ["--epochs", "1", "--groups", "120"],
@@ -37,7 +38,7 @@ def test_every_example_is_run():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_example(name, tmp_path, monkeypatch, capsys):
-    words = [str(tmp_path / "run") if word == "OUT" else word for word in RUNS[name]]
+    words = [word.replace("OUT", str(tmp_path / "run")) for word in RUNS[name]]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pv, "load_data", small(pv.load_data))
     monkeypatch.setattr(pv, "fit", short(pv.fit))

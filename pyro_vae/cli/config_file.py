@@ -9,7 +9,8 @@ from typing import Any
 from cyclopts import App
 from cyclopts.config import Dict as ConfigDict
 
-from pyro_vae.cli.options import Input, Model, Objective, reject_ignored
+from pyro_vae.cli.input import Input
+from pyro_vae.cli.options import Model, Objective, reject_ignored
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.training.settings import Settings
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pyro_vae.cli.app import RunFolder, UserClass, app
 from pyro_vae.cli.run import (
     binarize_of,
+    context_of,
     load_of_run,
     measure_run,
     open_run,
@@ -105,6 +106,8 @@ def diagnose(
         x,
         *context,
         other=outliers,
+        # The guide of global latents belongs to the training data of the run.
+        train=(loaded.train.x, *context_of(given, loaded, loaded.train)) if data is None else None,
         budget=budget,
         binarize=binarize_of(given),
         engine=engine,

@@ -62,7 +62,7 @@ def _make_pair(config: Model, data: Data, standardize: bool, masked: bool) -> nn
         _reject(untaken, config, f"{config.model}, whose constructor does not take it")
         return pair
     if config.model == "multilevel":
-        return _multilevel_vae(config, data)
+        return _multilevel_vae(config, data, masked)
     if config.model == "deep-markov":
         return _deep_markov_model(config, data)
     makers: dict[str, Callable[[Model, dict[str, Any]], tuple[Any, nn.Module | None]]] = {
@@ -198,7 +198,7 @@ def _deep_markov_model(config: Model, data: Data) -> nn.Module:
     )
 
 
-def _multilevel_vae(config: Model, data: Data) -> nn.Module:
+def _multilevel_vae(config: Model, data: Data, masked: bool) -> nn.Module:
     """The multilevel VAE that a configuration describes."""
     _reject(("network", "library_size"), config, "--model multilevel")
     if (levels := len(config.latent_dim)) > 2:
@@ -217,7 +217,7 @@ def _multilevel_vae(config: Model, data: Data) -> nn.Module:
         latent_dim=config.latent_dim[0],
         group_dim=config.top_dim,
         hidden=config.hidden,
-        likelihood=made_for_data(make_likelihood(config), config, data, standardize=False),
+        likelihood=made_for_data(make_likelihood(config), config, data, False, masked),
         posterior=make_posterior(replace(config, latent_dim=config.latent_dim[:1])),
         group_posterior=make_posterior(config),
         prior=make_prior(config),

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_vae.cli.input import Input
 from pyro_vae.cli.make_pair import make_user_pair, plain_dim
-from pyro_vae.cli.options import Input, Model
+from pyro_vae.cli.options import Model
 from pyro_vae.errors import UsageError
 
 if TYPE_CHECKING:

@@ -179,6 +179,9 @@ def encode(
     For --model multilevel, the array members has the row of the data file of each member of a
     group, and -1 for padding.
 
+    SITE_mean and SITE_scale of a local latent have a row for each datum. Those of global and group
+    latents have none; the array global_latents holds the names of these sites.
+
     Parameters
     ----------
     data
@@ -193,20 +196,24 @@ def encode(
     pair, loaded, given = open_run(run, data, None, model)
     split = chosen_part(loaded, data, part)
     context = context_of(given, loaded, split)
-    arrays: dict[str, Any] = {}
+    by_row: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     for what in ("mean", "scale"):
-        codes = encoding.encode(pair, split.x, *context, what=what, binarize=binarize_of(given))
-        arrays |= {f"{name}_{what}": code.cpu().numpy() for name, code in codes.items()}
+        local, shared = encoding.encode_parts(pair, split.x, context, what, binarize_of(given))
+        for found, kept in ((local, by_row), (shared, others)):
+            kept |= {f"{name}_{what}": code.cpu().numpy() for name, code in found.items()}
+        if what == "mean" and shared:
+            others["global_latents"] = list(shared)
     if split.labels is not None:
-        arrays["labels"] = split.labels.numpy()
+        by_row["labels"] = split.labels.numpy()
     if split.members is not None:
-        arrays["members"] = split.members.numpy()
+        by_row["members"] = split.members.numpy()
     path = out or run / "codes.npz"
     if path.suffix == ".npz":
-        print(_npz(_npz_ids(loaded, split) | arrays, path))
+        print(_npz(_npz_ids(loaded, split) | by_row | others, path))
         return
     columns: dict[str, Any] = ids_of(loaded, split)
-    for name, array in arrays.items():
+    for name, array in by_row.items():
         flat = array.reshape(len(array), -1)
         units = [name] if flat.shape[1] == 1 else [f"{name}_{j}" for j in range(flat.shape[1])]
         columns |= {unit: flat[:, j].tolist() for j, unit in enumerate(units)}

@@ -14,10 +14,11 @@ from pyro_vae.cli.config_file import (
     require_typed_class,
     table_defaults,
 )
+from pyro_vae.cli.input import Input, reject_ignored_by_data
 from pyro_vae.cli.make_objective import make_beta, make_learning_rate_schedule, make_objective
 from pyro_vae.cli.make_pair import context_shapes, make_pair, require_groups
 from pyro_vae.cli.make_parts import missing_entries, standardizes
-from pyro_vae.cli.options import Input, Model, Objective, reject_ignored_by_data
+from pyro_vae.cli.options import Model, Objective
 from pyro_vae.cli.run import (
     context_of,
     measure_run,
@@ -171,14 +172,13 @@ def _seeded_pair(model: Model, data: "Data", settings: Settings, standardize: bo
 
 def _enumerated(pair: "nn.Module", given: dict[str, Any], data: "Data") -> bool:
     """Whether a pair has discrete latents that must be summed out; False for a faulty pair."""
-    from pyro_vae.data.preparation import Preparation
+    from pyro_vae.data.preparation import plain_preparation
     from pyro_vae.pairs.enumeration import enumerates
-    from pyro_vae.pairs.pair import placement
 
     context = context_of(given, data, data.train)
     few = tuple(part[:2] for part in (data.train.x, *context))
     try:
-        return enumerates(pair, Preparation(*placement(pair))(few))
+        return enumerates(pair, plain_preparation(pair, few)(few))
     except Exception:  # `fit` checks the pair and explains what is wrong.
         return False
 

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import pyro
 import torch
@@ -14,8 +15,9 @@ from torch.distributions import constraints
 from pyro_vae.data.sources import Arrays, Rows, Source, Stream, mixed_eight_bit, source
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import masks
-from pyro_vae.pairs.arrays import DIVISOR, recorded_divisor
+from pyro_vae.pairs.arrays import DIVISOR, as_context, recorded_divisor
 from pyro_vae.pairs.guide import trace_guide
+from pyro_vae.pairs.location import runs
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.moments import support_of
 from pyro_vae.pairs.pair import Batch, Site, placement
@@ -34,8 +36,8 @@ class Preparation:
     uint8 intensities become floats in [0, 1]. uint8 data that are ``whole`` numbers, such as counts
     or 0 and 1, keep their values. With ``binarize`` each pixel is then drawn from
     Bernoulli(intensity), with a new draw each time (Salakhutdinov & Murray, 2008). Floating-point
-    context gets the type of the pair. With ``mask_rate``, each entry of x then becomes NaN, which
-    is missing, with this probability.
+    context gets the type of the pair, and whole numbers become int64, which can index. With
+    ``mask_rate``, each entry of x then becomes NaN, which is missing, with this probability.
     """
 
     device: torch.device
@@ -43,17 +45,46 @@ class Preparation:
     binarize: bool = False
     whole: bool = False
     mask_rate: float = 0.0
+    integers: bool = False
+    """Whether x stays int64, because the pair takes integers (`takes_integers`)."""
 
     def __call__(self, batch: Sequence[Tensor]) -> Batch:
         x, *context = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        gray = x.dtype == torch.uint8 and not self.whole
-        x = x.to(self.dtype) / 255 if gray else x.to(self.dtype)
+        gray = x.dtype == torch.uint8 and not self.whole and not self.integers
+        x = x.to(torch.int64 if self.integers else self.dtype)
+        x = x / 255 if gray else x
         if self.binarize:
             # Like torch.bernoulli, in half the time. A missing entry stays NaN.
             x = torch.where(x.isnan(), x, (torch.rand_like(x) < x).to(x.dtype))
         if self.mask_rate:
             x = torch.where(torch.rand_like(x) < self.mask_rate, torch.nan, x)
-        return (x, *(c.to(self.dtype) if c.is_floating_point() else c for c in context))
+        return (x, *(as_context(tensor, self.dtype) for tensor in context))
+
+
+def plain_preparation(pair: nn.Module, raw: Sequence[Tensor]) -> Preparation:
+    """The preparation of these rows that knows only the pair's types."""
+    return Preparation(*placement(pair), integers=takes_integers(pair, raw))
+
+
+_TAKES_INTEGERS: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+
+
+def takes_integers(pair: nn.Module, raw: Sequence[Tensor]) -> bool:
+    """Whether a pair takes integer x as int64, for example to index an embedding.
+
+    The template says it. A pair without a template takes integers if it fails on floats.
+    """
+    if raw[0].is_floating_point() or raw[0].dtype == torch.bool:
+        return False
+    if hasattr(pair, "template"):
+        like = cast(Any, pair).template(1)[0]
+        return not like.is_floating_point() and like.dtype not in (torch.bool, torch.uint8)
+    if pair not in _TAKES_INTEGERS:
+        floats = Preparation(*placement(pair))
+        few = [tensor[:2] for tensor in raw]
+        ways = (floats, replace(floats, integers=True))
+        _TAKES_INTEGERS[pair] = [runs(pair, way(few)) for way in ways] == [False, True]
+    return _TAKES_INTEGERS[pair]
 
 
 def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Preparation:
@@ -73,8 +104,8 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
         raise UsageError(
             f"cannot be '{binarize}'; {nearest(binarize, BINARIZE)}", argument="binarize"
         )
-    plain = Preparation(*placement(pair))
     raw = rows.first(16)
+    plain = plain_preparation(pair, raw)
     batch = plain(raw)
     site = _observation(pair, batch)
     if site is None:
@@ -141,7 +172,7 @@ def _with_eight_bit(
     plain: Preparation, pair: nn.Module, rows: Source, few: Tensor, support: Any
 ) -> Preparation:
     """The preparation that treats 8-bit data as whole numbers or as intensities."""
-    if few.dtype != torch.uint8:
+    if few.dtype != torch.uint8 or plain.integers:
         return plain
     if isinstance(support, _WHOLE):
         return replace(plain, whole=True)

@@ -10,6 +10,7 @@ from torch.distributions import constraints
 
 from pyro_vae.data.preparation import Preparation
 from pyro_vae.data.sources import Arrays, Source
+from pyro_vae.pairs import masks
 from pyro_vae.pairs.pair import Batch, Pair, Site
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_site
@@ -79,12 +80,10 @@ def _observed_and_drawn(site: Site) -> tuple[Tensor, Tensor]:
 
 def _columns(site: Site, value: Tensor, n: int) -> np.ndarray:
     """A value of the site as an array (n, columns), with NaN for masked entries."""
-    mask = site["mask"]
-    if isinstance(mask, Tensor):
-        mask = mask.reshape(mask.shape + (1,) * len(site["fn"].event_shape))
-        value = torch.where(mask, value, torch.nan)
+    value = masks.hidden_as_nan({**site, "value": value})
     value = value.reshape(n, -1) if value.shape[:1] == (n,) else value.reshape(-1, 1)
-    return value.double().cpu().numpy()
+    never = value.isnan().all(0)  # a column that is always masked has neither range nor spread
+    return torch.where(never, 0.0, value).double().cpu().numpy()
 
 
 def _far(values: np.ndarray, draws: np.ndarray) -> str | None:

@@ -4,9 +4,10 @@ Data keep their type (uint8 stays uint8). `pyro_vae.data.preparation` prepares e
 the pair.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from inspect import Parameter, signature
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -22,10 +23,11 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from pyro_vae.data.padding import without_padding
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import as_tensor, plain_fault, require_finite, with_holes
-from pyro_vae.pairs.pair import Batch, placement
+from pyro_vae.pairs.pair import Batch, Pair, placement
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.template import missing_context
 
@@ -103,9 +105,13 @@ class Stream:
     """
 
     def __init__(
-        self, rows: Dataset | DataLoader, width: int | None, dtype: torch.dtype | None = None
+        self,
+        rows: Dataset | DataLoader,
+        width: int | None,
+        dtype: torch.dtype | None = None,
+        pair: nn.Module | None = None,
     ) -> None:
-        self.rows, self.width, self.dtype = rows, width, dtype
+        self.rows, self.width, self.dtype, self.pair = rows, width, dtype, pair
         self.greatest: int | None = None
         """The largest value that 8-bit data may have; None for an unlimited range."""
         _require_plain_items(rows)
@@ -151,6 +157,8 @@ class Stream:
         if not isinstance(loader, DataLoader):
             loader = DataLoader(loader, batch_size=batch_size, shuffle=shuffle)
         for batch in self._collated(loader):
+            if isinstance(batch, Mapping) and self.pair is not None:
+                batch = by_name(self.pair, batch)
             batch = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
             batch = batch[: self.width]
             for i, item in enumerate(batch):
@@ -186,6 +194,7 @@ def _require_plain_items(rows: Dataset | DataLoader) -> None:
         item = data[0]
     except Exception:  # reading the minibatches reports this error
         return
+    item = tuple(item.values()) if isinstance(item, Mapping) else item
     for part in item if isinstance(item, (tuple, list)) else (item,):
         if isinstance(part, np.ma.MaskedArray):  # even if its mask hides nothing
             raise UsageError(
@@ -238,7 +247,8 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
     """Make a source of minibatches from rows and their context.
 
     Arguments:
-        x: data (n, *data_shape), a ``Dataset`` or a ``DataLoader``.
+        x: data (n, *data_shape), a ``Dataset`` or a ``DataLoader``; or, instead of x and context,
+            a dictionary by the names of the model's arguments, or a tuple.
         context: arrays with n rows.
         pair: the pair that uses the rows; its type and its `template` determine what is checked.
 
@@ -246,14 +256,18 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
     and for context with another number of rows. A stream is checked when it is read.
     """
     dtype = None if pair is None else placement(pair)[1]
+    x, context = spread(pair, x, context)
     if isinstance(x, (Dataset, DataLoader)) and not isinstance(x, Tensor):
         width = len(pair.template(1)) if hasattr(pair, "template") else None  # type: ignore
-        return Stream(x, width, dtype)
-    data = as_tensor(with_holes(x), "x", dtype, missing=pair is not None)
+        return Stream(x, width, dtype, pair)
+    data = as_tensor(x if pair is None else with_holes(x), "x", finite=False)
     if not context and pair is not None:
         context = missing_context(pair, len(data))
     others = [as_tensor(value, f"context {i}", dtype) for i, value in enumerate(context, 1)]
     tensors = [data, *others]
+    if pair is not None:
+        tensors = without_padding(pair, tensors)
+    require_finite(tensors[0], "x", dtype, missing=pair is not None)
     for i, tensor in enumerate(tensors):
         if len(tensor) != len(tensors[0]):
             raise UsageError(
@@ -281,6 +295,57 @@ def _takes_holes(pair: nn.Module, tensors: Sequence[Tensor]) -> bool:
     return masks.scores_missing(
         pair, tuple(part.to(dtype) if part.is_floating_point() else part for part in few)
     )
+
+
+def spread(pair: nn.Module | None, x: Any, context: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
+    """x and its context, from a dictionary by the names of the model's arguments, or from a tuple.
+
+    A tuple is a batch if it has as many arrays as the model takes; otherwise it is x itself.
+    """
+    if pair is None or context or not isinstance(x, (Mapping, tuple)):
+        return x, tuple(context)
+    if isinstance(x, Mapping):
+        first, *others = by_name(pair, x)
+        return first, tuple(others)
+    arrays = all(isinstance(part, (Tensor, np.ndarray)) and part.ndim > 0 for part in x)
+    if arrays and len(x) == _width(pair) > 1:
+        return x[0], x[1:]
+    return x, ()
+
+
+def by_name(pair: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The values of a dictionary, in the order of the arguments of the pair's model.
+
+    Raises `UsageError` if a name is missing or unknown.
+    """
+    arguments = signature(cast(Pair, pair).model).parameters
+    present = [name for name in arguments if name in batch]
+    needed = [name for name, of in arguments.items() if _is_needed(of)]
+    # An argument with a default may be missing only if all arguments after it are missing too.
+    if present != list(arguments)[: len(batch)] or not set(needed) <= set(present):
+        raise UsageError(
+            f"a dictionary must have the arguments of {type(pair).__name__}.model "
+            f"({', '.join(arguments)}), got {', '.join(map(str, batch))}"
+        )
+    values: list[Any] = []
+    for name in present:
+        several = arguments[name].kind is Parameter.VAR_POSITIONAL
+        several = several and isinstance(batch[name], (tuple, list))
+        values += batch[name] if several else [batch[name]]
+    return tuple(values)
+
+
+def _is_needed(argument: Parameter) -> bool:
+    several = argument.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return not several and argument.default is Parameter.empty
+
+
+def _width(pair: nn.Module) -> int:
+    """The number of tensors in a batch of a pair; 0 if neither template nor model says it."""
+    if hasattr(pair, "template"):
+        return len(cast(Any, pair).template(1))
+    arguments = signature(cast(Pair, pair).model).parameters.values()
+    return 0 if any(of.kind is of.VAR_POSITIONAL for of in arguments) else len(arguments)
 
 
 def mixed_eight_bit(greatest: int) -> str:

@@ -1,14 +1,9 @@
 """Export to ArviZ: draws of the latents, replicated data, and log p(x) of each datum."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
-from inspect import signature
 from math import log
-from types import ModuleType
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from pyro.poutine import Trace, condition
 from torch import Tensor, nn
@@ -16,6 +11,7 @@ from torch import Tensor, nn
 from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
+from pyro_vae.inference.inference_data import Groups, converted, installed_arviz
 from pyro_vae.pairs import enumeration, fold_plan, masks, places, summing
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model, unconditioned
@@ -32,9 +28,6 @@ DRAWN_CELLS = 2**22
 """Numbers in the largest tensor of one pass."""
 
 Statistics: TypeAlias = Mapping[str, Callable[[Tensor], Tensor]]
-
-Groups: TypeAlias = dict[str, dict[str, Tensor]]
-"""Tensors by group and name, of dimensions (draws, data, ...)."""
 
 
 @alone()
@@ -95,7 +88,7 @@ def to_arviz(
     for name, value in (("num_samples", num_samples), ("num_particles", num_particles)):
         if value < 1:
             raise UsageError(f"must be at least 1, got {value}", argument=name)
-    arviz = _arviz()
+    arviz = installed_arviz()
     rows, prepare = held_rows(pair, x, context, binarize)
     parts, few = [], prepare(rows.first(2))
     _require_draws(pair, few)
@@ -119,7 +112,7 @@ def to_arviz(
             site = data_site(trace_model(pair, few, trace_guide(pair, few)))["name"]
         for group in ("posterior_predictive", "observed_data"):
             groups[group] |= _statistics(statistics, groups[group], site)
-    return _converted(arviz, groups, shared)
+    return converted(arviz, groups, shared)
 
 
 def _require_draws(pair: nn.Module, few: Batch) -> None:
@@ -267,32 +260,3 @@ def _statistics(statistics: Statistics, sites: dict[str, Tensor], site: str) -> 
                 "the statistic must ignore them"
             )
     return {name: value.unflatten(0, data.shape[:2]) for name, value in found.items()}
-
-
-def _converted(arviz: ModuleType, groups: Groups, shared: dict[str, Tensor]) -> Any:
-    """Convert groups of tensors (draws, data, ...) and draws of global latents to ArviZ.
-
-    The result is the object of the installed version, before or from 1.0.
-    """
-    arrays: dict[str, dict[str, np.ndarray]] = {}
-    for group, variables in groups.items():
-        for name, value in variables.items():
-            array = value.cpu().numpy()
-            arrays.setdefault(group, {})[name] = array[0] if "data" in group else array[None]
-    dims = {name: ["data"] for variables in arrays.values() for name in variables}
-    for name, value in shared.items():
-        arrays.setdefault("posterior", {})[name] = value.cpu().numpy()[None]
-    if "posterior" in signature(arviz.from_dict).parameters:
-        return arviz.from_dict(**arrays, dims=dims)
-    return arviz.from_dict(arrays, dims=dims)
-
-
-def _arviz() -> ModuleType:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ArviZ announces its next version at import
-        try:
-            return import_module("arviz")
-        except ImportError as error:
-            raise UsageError(
-                "to_arviz needs ArviZ, which is not installed; run pip install 'pyro-vae[arviz]'"
-            ) from error

@@ -275,7 +275,8 @@ class _Simulated:
         self.left_out |= dict.fromkeys(guide.keys() - truth.keys(), "the model does not have it")
         self.nesting, self.vectorized, widest = structure(pair, batch)
         self.rows = max(1, CELLS // (widest * (num_draws if self.vectorized else 1)))
-        units = (_units(name, truth[name].shape[1:]) for name in self.sites)
+        self.event_dims = {name: guide[name]["fn"].event_dim for name in self.sites}
+        units = (_units(name, self._rows_of(name, truth[name]).shape[1:]) for name in self.sites)
         self.names = (*chain.from_iterable(units), JOINT, LIKELIHOOD, *quantities)
 
     def ranks(self, n: int) -> Tensor:
@@ -285,7 +286,10 @@ class _Simulated:
         hidden = self._hidden(batch, truth)
         one, drawn = self._scored(batch, truth, None), self._draw(batch, truth)
         pairs = [
-            (drawn.values[name].reshape(self.num_draws, n, -1), value.reshape(n, -1))
+            (
+                self._rows_of(name, drawn.values[name], 1).reshape(self.num_draws, n, -1),
+                self._rows_of(name, value).reshape(n, -1),
+            )
             for name, value in truth.items()
         ]
         pairs += [
@@ -301,8 +305,15 @@ class _Simulated:
         """Return which units are masked, of shape (n, units)."""
         with Given(truth):
             sites = latents(trace(cast(Pair, self.pair).model, batch))
-        n = len(batch[0])
-        return torch.cat([~masks.scored(sites[name]).reshape(n, -1) for name in truth], 1)
+        hidden = {name: self._rows_of(name, ~masks.scored(sites[name])) for name in truth}
+        return torch.cat([part.reshape(len(batch[0]), -1) for part in hidden.values()], 1)
+
+    def _rows_of(self, name: str, value: Tensor, leading: int = 0) -> Tensor:
+        """Return a value with the data first, after the leading dimensions of draws.
+
+        Plates within a datum follow the data.
+        """
+        return value.movedim(-1 - self.event_dims[name], leading)
 
     def _simulate(self, n: int) -> tuple[Batch, dict[str, Tensor]]:
         rows = len(self.context[0]) if self.context else 1
@@ -347,7 +358,8 @@ class _Simulated:
         """Return a user's test quantity for the draws (draws, n, 1) and the true values (n, 1)."""
 
         def value(z: dict[str, Tensor]) -> Tensor:
-            found = self.quantities[name](z, x)
+            rows = {site: self._rows_of(site, part) for site, part in z.items()}
+            found = self.quantities[name](rows, x)
             if not isinstance(found, Tensor) or found.shape != x.shape[:1]:
                 got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise UsageError(

@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows, parts
+from pyro_vae.diagnostics.global_studies import judge_globals, judge_local, limited
 from pyro_vae.diagnostics.studies import STUDIES
 from pyro_vae.diagnostics.study import Bench, Finding, Rung, Study
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs.guide import trace_guide
-from pyro_vae.pairs.model import trace_model
+from pyro_vae.pairs.model import global_latents, trace_model
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.sites import latents
 from pyro_vae.pairs.threads import alone
+from pyro_vae.runs import held_out_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,6 +78,13 @@ class Diagnosis:
                 parts.append(f"{title}: {'; '.join(dict.fromkeys(words))}.")
         return "\n".join(parts) or "No diagnostic gave a result."
 
+    def judge(self, shared: Sequence[str], local: Sequence[str]) -> None:
+        """Add the verdict on each latent, and limit the findings that rest on it."""
+        reasons = self.not_applicable | self.left_out
+        verdicts = judge_globals(shared, self.results, reasons) if shared else []
+        verdicts += judge_local(local, self.results)
+        self.findings = [*verdicts, *limited(self.findings, verdicts, shared, local)]
+
     def worst(self, number: int = 10) -> Tensor:
         """Return the rows whose log p(x) is least reliable, the worst first."""
         return self.rows[self.results["log_likelihood"].worst(number)]
@@ -114,6 +124,7 @@ def diagnose(
     x: Rows,
     *context: Any,
     other: Tensor | Sequence[Any] | None = None,
+    train: Tensor | Sequence[Any] | None = None,
     budget: float = BUDGET,
     binarize: str = "dynamic",
     seed: int = 0,
@@ -125,13 +136,18 @@ def diagnose(
     Each diagnostic runs at its smallest size first. From this time and the remaining time,
     `diagnose` chooses the size of the next run: rows of data, draws, steps, temperatures. The
     result lists diagnostics that lacked time, and diagnostics that do not apply to the pair, with
-    the reason. The others continue.
+    the reason. The others continue. Latents that no diagnostic has reached are listed as not
+    checked, and numbers that rest on them are never called reliable.
 
     Arguments:
         pair: any pair.
         x, context: held-out data, as `pyro_vae.evaluate` takes them; 1,000 rows are enough.
         other: out-of-distribution data for the AUROC of outlier scores: x, or a tuple of x and
             context.
+        train: for a pair with global or group latents, all data to which its guide was fitted: x,
+            or a tuple of x and context. The guide of these latents is compared with their posterior
+            given these data. By default x, if `pyro_vae.fit` has just fitted the pair to exactly
+            these rows.
         budget: time in seconds. A diagnostic whose smallest size does not fit is left out.
         binarize, seed, engine: as in `pyro_vae.evaluate`.
         progress: show a bar.
@@ -153,7 +169,13 @@ def diagnose(
     strangers = None if others is None else _prepared(pair, others[0], others[1:], binarize)
     end = _now() + budget
     costs = _pass_seconds(pair, shuffled, seed)
-    bench = Bench(pair, shuffled, order, seed, engine, *costs, strangers)
+    shared, local = _latents(pair, batch)
+    fitted = None
+    if shared and train is not None:
+        fitted = _prepared(pair, parts(train)[0], parts(train)[1:], binarize)
+    elif shared and held_out_rows.fitted_to(pair, x):
+        fitted = batch
+    bench = Bench(pair, shuffled, order, seed, engine, *costs, strangers, fitted, shared)
     climbs = [_Climb(study) for make in STUDIES if (study := make(bench)) is not None]
     with bar(progress, ROUNDS * len(climbs), "diagnose") as shown:
         for _ in range(ROUNDS):
@@ -167,6 +189,7 @@ def diagnose(
     found = Diagnosis(order, budget)
     for climb in climbs:
         climb.tell(found)
+    found.judge(shared, local)
     return found
 
 
@@ -174,6 +197,15 @@ def _prepared(pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str) -
     rows, prepare = held_rows(pair, x, context, binarize)
     prepared = [prepare(batch) for batch in rows.batches(1000)]
     return tuple(torch.cat(column) for column in zip(*prepared, strict=True))
+
+
+def _latents(pair: nn.Module, batch: Batch) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the global and group latents of a pair, and its local latents."""
+    shared = tuple(global_latents(pair, batch))
+    with using(pair, 0):
+        few = tuple(part[:2] for part in batch)
+        sites = latents(trace_guide(pair, few))
+    return shared, tuple(name for name in sites if name not in shared)
 
 
 def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, float]:
@@ -271,7 +303,12 @@ def _predicted(known: Sequence[tuple[float, float]], cost: float) -> float:
     return min(seconds * cost / last, seconds + slope * (cost - last))
 
 
-KINDS = {"trust": "Reliable", "doubt": "Not reliable", "next": "Try next"}
+KINDS = {
+    "trust": "Reliable",
+    "doubt": "Not reliable",
+    "unchecked": "Not checked",
+    "next": "Try next",
+}
 """The kinds of findings of `pyro_vae.diagnose`, with their titles for the reader."""
 
 REASONS = {

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data.preparation import held_rows
-from pyro_vae.data.sources import Rows
+from pyro_vae.data.preparation import Preparation, held_rows
+from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
+from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.importance import all_log_weights, unnormalized
 from pyro_vae.inference.pareto import LEAST, pareto_shape
 from pyro_vae.inference.refinement import Refinement, refine
-from pyro_vae.pairs.model import require_local
+from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.threads import alone
@@ -70,6 +71,9 @@ class Gaps(NamedTuple):
     """Steps of the refinement."""
     refinement: Refinement
     """The refined guide, with bounds from fewer draws."""
+    given: tuple[str, ...] = ()
+    """Global and group latents, held at one draw of the guide. All numbers are given this draw:
+    log p(x | w) in place of log p(x)."""
 
     @property
     def amortised(self) -> PerDatum:
@@ -96,6 +100,7 @@ class Gaps(NamedTuple):
             "num_examples": len(self.pareto_k),
             "num_samples": self.num_samples,
             "steps": self.steps,
+            **({"given_one_draw_of": list(self.given)} if self.given else {}),
             "not_finite": self._not_finite(),
             **{name: value if isfinite(value) else None for name, value in found.items()},
         }
@@ -120,6 +125,8 @@ class Gaps(NamedTuple):
             f"{len(self.pareto_k)} data, {self.num_samples} draws, {self.steps} steps; log p(x) is "
             f"unreliable (Pareto k over 0.7) for {over}"
         )
+        if self.given:
+            lines.append(f"given one draw of the guide of {', '.join(self.given)}")
         if self._not_finite():
             lines.append(f"not finite, because weights are infinite: {self._not_finite()} data")
         return "\n".join(lines)
@@ -186,8 +193,13 @@ def gaps(
     draws. Enumerated latents are summed out of all three numbers. Other discrete latents stay as
     the guide has them. With too few steps the amortization gap is too small, and the approximation
     gap is too large by the same amount. If log p(x) is too low, the approximation gap is too small.
-    Raises `UsageError` for the same reasons as `refine`, for latents that are not local, and for
-    fewer than 21 samples.
+
+    Global and group latents w are held at one draw of the guide, the same for all rows and all
+    three numbers. So the gaps are those of the local latents given this w, between
+    :math:`E_q[\log p(x, z \mid w) - \log q(z \mid x, w)]` and :math:`\log p(x \mid w)`. They do
+    not judge the guide of w; `pyro_vae.global_weights` and `pyro_vae.nuts` do.
+
+    Raises `UsageError` for the same reasons as `refine`, and for fewer than 21 samples.
     Cremer, Li & Duvenaud, 2018 (https://arxiv.org/abs/1801.03558).
 
     >>> import torch, pyro_vae as pv
@@ -200,8 +212,7 @@ def gaps(
     if num_samples < LEAST:
         raise UsageError(f"must be at least {LEAST}, got {num_samples}", argument="num_samples")
     held, prepare = held_rows(pair, x, context, binarize)
-    shared = "the gaps of a datum need a log p(x) that does not depend on draws of this latent"
-    require_local(pair, prepare(held.first(2)), shared)
+    pair, given = at_one_draw(pair, _whole(pair, held, prepare), seed)
     refined = refine(
         pair,
         x,
@@ -233,7 +244,17 @@ def gaps(
         num_samples=num_samples,
         steps=steps,
         refinement=refined,
+        given=given,
     )
+
+
+def _whole(pair: nn.Module, held: Source, prepare: Preparation) -> Batch:
+    """Return all rows if the pair has global latents, whose guide may pool them, or else two."""
+    few = prepare(held.first(2))
+    if not global_latents(pair, few):
+        return few
+    parts = [prepare(part) for part in held.batches(BLOCK)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def _weights(pair: nn.Module, batch: Batch, num_samples: int, seed: int) -> Tensor:

@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from pyro_vae.diagnostics import figures as diagnostic_figures
 from pyro_vae.diagnostics.calibration import Calibration, calibration
 from pyro_vae.diagnostics.gaps import Gaps, gaps
 from pyro_vae.diagnostics.study import GAP, GRADIENT, Bench, Finding, Rung, Study, sizes
 from pyro_vae.inference.annealing import Annealing, Sandwich, anneal, sandwich
+from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.importance import LogLikelihood, log_likelihood
 from pyro_vae.inference.nuts import Posterior, nuts
 
@@ -34,6 +35,13 @@ TOGETHER = 0.3
 MORE = "annealing with more temperatures or more time"
 
 RICHER = "a richer posterior family (pyro_vae.refit_guide shows the gain)"
+
+
+def given(bench: Bench) -> str:
+    """Return what the numbers of local latents are conditional on, in words."""
+    names = ", ".join(f"'{name}'" for name in bench.shared[:3])
+    more = " ..." if bench.shared[3:] else ""
+    return f" (given one draw of {names}{more})" if names else ""
 
 
 def reliability_study(bench: Bench) -> Study:
@@ -110,11 +118,14 @@ def gaps_study(bench: Bench) -> Study:
         matters = found.inference.per_datum.abs() > CONSTANT
         unsure = ((found.pareto_k > 0.7) & matters).double().mean().item() > UNRELIABLE
         if whole < GAP and not unsure:
-            words = f"the ELBO is within {whole:.2f} nats per example of log p(x)"
+            words = (
+                f"the ELBO{given(bench)} is within {abs(whole):.2f} nats per example of log p(x)"
+            )
             return [Finding("trust", words)]
         below = f"it is {'at least ' if unsure else ''}{whole:.1f} nats per example too low"
         where = f"{encoder:.1f} from the encoder, {family:.1f} from the family"
-        findings = [Finding("doubt", f"the ELBO as log p(x): {below} ({where})")]
+        words = f"the ELBO{given(bench)} as log p(x): {below} ({where})"
+        findings = [Finding("doubt", words)]
         if encoder > max(family, GAP / 2):
             findings.append(Finding("next", "a larger encoder or longer training"))
         if family > max(encoder, GAP / 2):
@@ -248,8 +259,9 @@ def _annealed(bench: Bench, run: Callable[..., Any], sides: int = 1) -> list[Run
 
 def nuts_study(bench: Bench) -> Study:
     def run(rows: int, draws: int, chains: int) -> Posterior:
-        return nuts(
-            bench.pair,
+        pair, _ = at_one_draw(bench.pair, bench.batch, bench.seed)
+        found = nuts(
+            pair,
             *bench.some(rows),
             num_draws=draws,
             warmup=draws,
@@ -258,6 +270,7 @@ def nuts_study(bench: Bench) -> Study:
             progress=False,
             **bench.settings,
         )
+        return cast(Posterior, found)
 
     def judge(found: Posterior, _: Mapping[str, Any]) -> list[Finding]:
         numbers, n = found.as_dict(), len(found.agrees)
@@ -270,8 +283,8 @@ def nuts_study(bench: Bench) -> Study:
         apart = found.disagreement.nansum(1).mean().item()
         shift, scale = numbers["mean_shift"] or 0.0, numbers["mean_scale_ratio"] or 0.0
         words = (
-            f"the guide, compared with NUTS on {n} data: its means are off by {shift:.2f} standard "
-            f"deviations, and its scale is {scale:.2f} times the posterior's"
+            f"the guide{given(bench)}, compared with NUTS on {n} data: its means are off by "
+            f"{shift:.2f} standard deviations, and its scale is {scale:.2f} times the posterior's"
         )
         return [Finding("trust" if apart < GAP else "doubt", words)]
 

@@ -176,8 +176,10 @@ def uncertainty_study(bench: Bench) -> Study:
         )
 
     def judge(found: Uncertainty, _: Mapping[str, Any]) -> list[Finding]:
-        share = (found.epistemic.mean() / found.total.mean()).item()
-        words = f"predictions: {100 * share:.0f} % of their variance is due to the global latents"
+        # The estimate of a variance near 0 may be negative.
+        share = max(0.0, (found.epistemic.mean() / found.total.mean()).item())
+        percent = f"{100 * share:.0f} %" if share >= 0.01 else "less than 1 %"
+        words = f"predictions: {percent} of their variance is due to the global latents"
         if share < EPISTEMIC:
             return [Finding("trust", words)]
         return [Finding("doubt", words), Finding("next", "more data of the same kind")]

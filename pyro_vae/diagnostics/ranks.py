@@ -18,7 +18,8 @@ def ranked(guide: Mapping[str, Any], truth: Mapping[str, Tensor]) -> list[str]:
     for name, site in guide.items():
         if not is_local(site):
             raise UsageError(
-                f"latent site '{name}' is not local, but calibration ranks only local latents"
+                f"latent site '{name}' is not local, but calibration ranks only local latents: use "
+                "pyro_vae.global_calibration"
             )
     both = [name for name in guide if name in truth]
     if not both:

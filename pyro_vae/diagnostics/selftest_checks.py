@@ -18,7 +18,7 @@ from pyro_vae.inference.annealing import anneal, sandwich
 from pyro_vae.inference.encoding import encode, predict
 from pyro_vae.inference.generation import reconstruct, sample
 from pyro_vae.inference.importance import log_likelihood
-from pyro_vae.inference.nuts import nuts
+from pyro_vae.inference.nuts import Posterior, nuts
 from pyro_vae.inference.pareto import pareto_shape
 from pyro_vae.models.exact import LinearGaussian, Spoiled, linear_gaussian, ppca_log_likelihood
 from pyro_vae.models.vae import VAE
@@ -146,6 +146,7 @@ def annealing_checks() -> Iterator[Check]:
 def nuts_checks() -> Iterator[Check]:
     pair, x, _ = _exact(n=1)
     found = nuts(pair, x, num_draws=200, warmup=100, num_chains=2, progress=False)
+    assert isinstance(found, Posterior)
     mean, covariance = pair.posterior(x)
     scale = covariance.diagonal().sqrt().expand_as(mean)
     moments = found.moments

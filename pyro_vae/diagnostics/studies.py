@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from pyro_vae.diagnostics.global_studies import global_nuts_study, global_weights_study
 from pyro_vae.diagnostics.guide_studies import (
     annealing_study,
     calibration_study,
@@ -24,6 +25,8 @@ STUDIES: list[Callable[[Bench], Study | None]] = [
     information_study,
     predictive_study,
     uncertainty_study,
+    global_weights_study,
+    global_nuts_study,
     calibration_study,
     reliability_study,
     outliers_study,

@@ -22,7 +22,8 @@ class Finding(NamedTuple):
     """A part of a sentence of the summary."""
 
     kind: str
-    """The kind: "trust" for a reliable result, "doubt" for an unreliable one, "next" for advice."""
+    """The kind: "trust" for a reliable result, "doubt" for an unreliable one, "unchecked" for what
+    no tool has reached, "next" for advice."""
     words: str
     """The text of this part."""
 
@@ -67,6 +68,10 @@ class Bench(NamedTuple):
     """Seconds for each further row."""
     other: Batch | None = None
     """Prepared out-of-distribution rows."""
+    train: Batch | None = None
+    """Prepared rows to which the guide of global latents was fitted, if they are known."""
+    shared: tuple[str, ...] = ()
+    """The global and group latents of the pair."""
 
     def cost(self, passes: float, rows: float) -> float:
         """Return the seconds of these passes with this number of rows, or of draws of rows."""

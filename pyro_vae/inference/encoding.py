@@ -11,10 +11,12 @@ from pyro_vae.errors import UsageError, nearest
 from pyro_vae.inference.passes import DRAWS, guide_of, prepared_batches, summed_out
 from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.moments import is_category
+from pyro_vae.pairs.pair import Site
 from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, latents
 from pyro_vae.pairs.threads import alone
+from pyro_vae.pairs.traces import Given
 
 
 @alone()
@@ -26,7 +28,7 @@ def encode(
     binarize: str = "dynamic",
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Return the guide's means, scales (standard deviations) or draws of each local latent.
+    """Return the guide's means, scales (standard deviations) or draws of each latent.
 
     If a latent depends on another, its mean is the mean given the means of the others. The mean
     of a discrete latent is its mode. A category has no standard deviation, so it has no scale.
@@ -36,29 +38,55 @@ def encode(
     Arguments:
         pair: any pair.
         x, context: the data, as `pyro_vae.evaluate` takes them.
-        what: "mean", "scale" or "draw".
+        what: "mean", "scale" or "draw". A draw is joint: the local latents of all rows are drawn
+            given one draw of the global and group latents.
 
-    Returns a dictionary from the name of a site to a tensor of shape (n, *event_shape). Raises
-    `UsageError` for any other value of ``what``.
+    Returns a dictionary from the name of a site to a tensor. The local latents come first; their
+    shape is (n, *event_shape). Then come the global latents, of shape (*event_shape), and the group
+    latents, of shape (groups, *event_shape): both are shared by all rows. `pyro_vae.posterior`
+    gives many joint draws. Raises `UsageError` for any other value of ``what``.
 
     >>> import torch, pyro_vae as pv
     >>> encode(pv.VAE.mlp((4,), latent_dim=3), torch.ones(5, 4))["z"].shape
     torch.Size([5, 3])
     """
+    local, shared = encode_parts(pair, x, context, what, binarize, seed)
+    return local | shared
+
+
+def encode_parts(
+    pair: nn.Module,
+    x: Rows,
+    context: Sequence[Any],
+    what: str = "mean",
+    binarize: str = "dynamic",
+    seed: int = 0,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the results of `encode` for local latents, and for global and group latents."""
     if what not in ("mean", "scale", "draw"):
         raise UsageError(f"must be 'mean', 'scale' or 'draw', got '{what}'", argument="what")
     found: dict[str, list[Tensor]] = {}
+    shared: dict[str, Site] = {}
     with using(pair, seed):
         for batch in prepared_batches(pair, x, context, binarize):
-            guide = guide_of(pair, batch, what != "draw")
+            # All batches have the same global latents.
+            with Given({name: site["value"] for name, site in shared.items()}):
+                guide = guide_of(pair, batch, what != "draw")
             for name, site in latents(guide).items():
-                value = _scale(site["fn"]) if what == "scale" else site["value"]
-                if is_local(site) and value is not None:
+                if not is_local(site):
+                    shared.setdefault(name, site)
+                elif (value := _wanted(site, what)) is not None:
                     found.setdefault(name, []).append(data_first(value, site).detach())
             if what != "scale":
                 for name, value in summed_out(pair, batch, guide, what == "mean").items():
                     found.setdefault(name, []).append(value)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+        own = {name: _wanted(site, what) for name, site in shared.items()}
+    local = {name: torch.cat(parts) for name, parts in found.items()}
+    return local, {name: value.detach() for name, value in own.items() if value is not None}
+
+
+def _wanted(site: Site, what: str) -> Tensor | None:
+    return _scale(site["fn"]) if what == "scale" else site["value"]
 
 
 @alone()

@@ -18,12 +18,19 @@ from pyro_vae.inference.passes import (
 )
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import as_tensor
+from pyro_vae.pairs.contract import run_in_words
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model, unconditioned
 from pyro_vae.pairs.moments import support_of
-from pyro_vae.pairs.pair import Batch, Pair, placement
+from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.scope import using
-from pyro_vae.pairs.sites import data_site, latents, require_normalized
+from pyro_vae.pairs.sites import (
+    data_first,
+    data_site,
+    latents,
+    require_normalized,
+    sample_sites,
+)
 from pyro_vae.pairs.template import template
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.traces import trace
@@ -67,13 +74,13 @@ def sample(
     if n < 1:
         raise UsageError(f"must be at least 1, got {n}", argument="n")
     batch = template(pair, n, context)
+    few = tuple(tensor[:2] for tensor in batch)
+    with using(pair, seed):
+        drawn = run_in_words("model", lambda: trace(unconditioned(pair), few), few)
+        require_normalized(drawn, "only MCMC can draw from it (pyro_vae.nuts)")
     shared = global_latents(pair, batch)
     size = min(ROWS_AT_ONCE, -(-n // SHARED_DRAWS)) if shared else ROWS_AT_ONCE
     parts = []
-    with using(pair, seed):
-        few = tuple(tensor[:2] for tensor in batch)
-        drawn = trace(unconditioned(pair), few)
-        require_normalized(drawn, "only MCMC can draw from it (pyro_vae.nuts)")
     with using(pair, seed):
         for part in in_chunks(batch, size):
             own = _global_values(pair, part, False, shared)
@@ -95,9 +102,9 @@ def decode(
 
     Arguments:
         pair: a pair with ``template(n)``.
-        values: a tensor (n, *event_shape) for each latent site. Sites that you leave out are
-            drawn. Global latents take the guide's means if ``means`` is true, and draws of the
-            guide otherwise.
+        values: an array (n, *event_shape) for each latent site; global latents have no dimension
+            n. Sites that you leave out are drawn. Global latents take the guide's means if
+            ``means`` is true, and draws of the guide otherwise.
         context: context tensors of n rows, or of one row for all data.
         means: return means (see `reconstruct`) instead of draws.
         site: the observed site; the first by default.
@@ -109,11 +116,23 @@ def decode(
     >>> decode(pv.VAE.mlp((1, 8, 8), latent_dim=3), {"z": torch.zeros(5, 3)}).shape
     torch.Size([5, 1, 8, 8])
     """
+    if not isinstance(values, Mapping):
+        raise UsageError(
+            f"must be a dictionary from latent sites to arrays, got {type(values).__name__}",
+            argument="values",
+        )
     if not values:
         raise UsageError("must give at least one latent site, got none", argument="values")
-    given = {name: _given(pair, value, name) for name, value in values.items()}
-    batch = template(pair, len(next(iter(given.values()))), context)
-    shared = global_latents(pair, batch)
+    few = template(pair, 1, tuple(part[:1] for part in _each(context)))
+    shared = global_latents(pair, few)
+    given = _placed(pair, few, values, shared)
+    rows = {name: len(value) for name, value in given.items() if name not in shared}
+    if len(set(rows.values())) > 1:
+        raise UsageError(
+            f"must have as many rows at each local latent, got {rows}", argument="values"
+        )
+    sizes = rows.values() or [len(part) for part in _each(context)]
+    batch = template(pair, max(sizes, default=1), context)
     with using(pair, seed):
         own = _global_values(pair, batch, means, shared)
         return generate(pair, batch, own | given, means, site)
@@ -281,13 +300,34 @@ def traverse(
     return images.reshape(len(units), len(values), *images.shape[1:])
 
 
-def _given(pair: nn.Module, value: Any, name: str) -> Tensor:
-    """Return the value of a latent site; an array of floats takes the pair's type."""
-    tensor = as_tensor(value, f"the value of '{name}'")
-    if isinstance(value, Tensor):
-        return tensor
-    device, dtype = placement(pair)
-    return tensor.to(device, dtype if tensor.is_floating_point() else None)
+def _each(context: Any) -> Sequence[Any]:
+    """Return the context tensors of a call that may give one of them alone."""
+    return (context,) if isinstance(context, Tensor) else context
+
+
+def _placed(
+    pair: nn.Module, few: Batch, values: Mapping[str, Any], shared: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return values of latent sites as tensors of the site's type; local latents have rows.
+
+    Raises `UsageError` for a site that the model does not have, and for a wrong shape.
+    """
+    with using(pair, 0):
+        sites = sample_sites(trace(unconditioned(pair), few))
+    placed = {}
+    for name, value in values.items():
+        if name not in sites:
+            raise UsageError(f"the model has no site '{name}'")
+        site, local = sites[name], name not in shared
+        like = data_first(site["value"], site) if local else site["value"]
+        tensor = as_tensor(value, f"the value of '{name}'").to(like.device, like.dtype)
+        if tensor.shape[local:] != like.shape[local:]:
+            wanted = ", ".join(["n"] * local + [str(size) for size in like.shape[local:]])
+            raise UsageError(
+                f"the value of '{name}' must have shape ({wanted}), got {tuple(tensor.shape)}"
+            )
+        placed[name] = tensor
+    return placed
 
 
 def _supports(pair: nn.Module, batch: Batch) -> dict[str, Any]:

@@ -344,7 +344,8 @@ def _weighed(sums: Callable[..., Named], batch: Batch, num_samples: int, chunk: 
     elbo_errors = (spread / max(1, num_samples - 1)).sqrt()
     shapes = torch.full_like(first, torch.nan)
     if num_samples >= LEAST:
-        shapes = _shapes(greatest.values(), least, torch.finfo(batch[0].dtype).eps)
+        kind = batch[0].dtype if batch[0].is_floating_point() else torch.get_default_dtype()
+        shapes = _shapes(greatest.values(), least, torch.finfo(kind).eps)
     return _Weighed(
         per_datum=first - log(num_samples),
         standard_errors=errors,

@@ -12,6 +12,7 @@ from math import prod
 from typing import Any, NamedTuple, cast
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
@@ -37,6 +38,9 @@ from pyro_vae.training.tracing import Named, traced
 
 PROBES = 3
 """Number of draws. A coordinate counts as unused if its gradient is 0 at all of them."""
+
+CIRCULAR = (torch.distributions.VonMises, dist.SineBivariateVonMises)
+"""Distributions of angles."""
 
 
 class Slot(NamedTuple):
@@ -107,7 +111,7 @@ class Joint:
         """Return values of the sites at z, each of shape (particles, n, *inner plates, *event)."""
         blocks = []
         for block in self._blocks(z):
-            placed = _Placed(self._sites(block))
+            placed = Placed(self._sites(block))
             with self._plate(len(block)), placed:
                 trace(cast(Pair, self.pair).model, batch)
             blocks.append(placed.values)
@@ -156,10 +160,10 @@ class Joint:
 
     def _block(self, z: Tensor, batch: Batch, guide: bool) -> tuple[Tensor, Tensor]:
         typed, plate = cast(Pair, self.pair), self._plate(len(z))
-        placed, first = _Placed(self._sites(z)), -1 - self.nesting - self.vectorized
+        placed, first = Placed(self._sites(z)), -1 - self.nesting - self.vectorized
         known = Trace()
         if self.enumerates:  # the model takes its values from the guide
-            with plate, _Placed(self._sites(z)):
+            with plate, Placed(self._sites(z)):
                 known = trace_guide(self.pair, batch, Enumerate(first_available_dim=first))
         messenger = Enumerate(first_available_dim=None if self.enumerates else first)
         with plate, placed:
@@ -201,7 +205,7 @@ class Joint:
 
     def _read(self, values: Mapping[str, Tensor], batch: Batch, size: int | None) -> Tensor:
         """Map values of the sites to vectors (particles, n, D), in a plate of this size if any."""
-        read = _Read({name: values[name] for name in self.places})
+        read = Read({name: values[name] for name in self.places})
         with nullcontext() if size is None else self._plate(size), read:
             trace(cast(Pair, self.pair).model, batch)
         parts = [
@@ -238,7 +242,7 @@ class Joint:
         return value.movedim(1 + len(place.inner), 1)
 
 
-class _Placed(Messenger):
+class Placed(Messenger):
     """Sets latents to the values of these unconstrained numbers."""
 
     def __init__(self, free: Mapping[str, Tensor]) -> None:
@@ -255,7 +259,7 @@ class _Placed(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.free:
             free, transform = self.free[msg["name"]], _to_support(msg["name"], msg["fn"])
-            value = transform(free)
+            value = _on_circle(msg["fn"], transform(free))
             if value.dim() - msg["fn"].event_dim > free.dim() - _free_dim(msg["fn"], transform):
                 raise UsageError(
                     f"the support of site '{msg['name']}' depends on an enumerated site; annealing "
@@ -266,7 +270,7 @@ class _Placed(Messenger):
             self.log_dets[msg["name"]] = _log_det(msg, transform, free)
 
 
-class _Read(Given):
+class Read(Given):
     """Sets latents to given values and records the unconstrained numbers for them."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
@@ -277,6 +281,15 @@ class _Read(Given):
         super()._pyro_sample(msg)
         if msg["name"] in self.values:
             self.free[msg["name"]] = _to_support(msg["name"], msg["fn"]).inv(msg["value"])
+
+
+def _on_circle(fn: Any, value: Tensor) -> Tensor:
+    """Map angles to [-pi, pi); torch says that the support of a von Mises is the whole line."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    if not isinstance(fn, CIRCULAR):
+        return value
+    return (value + torch.pi) % (2 * torch.pi) - torch.pi
 
 
 def _to_support(name: str, fn: Any, support: Any = None) -> Any:
@@ -348,7 +361,7 @@ def _moving(model: Trace, guide: Trace) -> list[str]:
 
 
 def _slots(pair: nn.Module, batch: Batch, sites: Mapping[str, Site]) -> dict[str, Slot]:
-    read = _Read({name: site["value"] for name, site in sites.items()})
+    read = Read({name: site["value"] for name, site in sites.items()})
     with read:
         model = trace(cast(Pair, pair).model, batch)
     places: dict[str, Slot] = {}

@@ -4,19 +4,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import pyro
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae.data.preparation import held_out, preparation
 from pyro_vae.data.sources import Rows, source
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs import summing
+from pyro_vae.inference.given_globals import pools
+from pyro_vae.pairs import masks, summing
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.location import find_places
 from pyro_vae.pairs.model import unconditioned
 from pyro_vae.pairs.moments import typical
 from pyro_vae.pairs.pair import Batch, Site
 from pyro_vae.pairs.places import is_local
+from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, data_site, latents
 from pyro_vae.pairs.traces import DataFirst, Means, trace
 
@@ -71,8 +74,14 @@ def summed_out(pair: nn.Module, batch: Batch, guide: Trace, means: bool) -> dict
 def prepared_batches(
     pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str, at_once: bool = False
 ) -> Iterator[Batch]:
+    """Prepared batches of the rows; one batch if the guide of a global latent pools all rows."""
     rows = source(x, context, pair)
     rows, prepare = held_out(rows, preparation(pair, rows, binarize))
+    with using(pair, 0), pyro.validation_enabled(False):
+        masks.require_present(pair, prepare(rows.first(2)))
+    if len(rows) > ROWS_AT_ONCE and not at_once:
+        with using(pair, seed=0):
+            at_once = pools(pair, prepare(rows.first(4)))
     for batch in rows.batches(len(rows) if at_once else ROWS_AT_ONCE):
         yield prepare(batch)
 

@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import pyro.distributions as dist
@@ -12,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
-from pyro_vae.data.preparation import Preparation, held_rows
+from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Arrays, Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import LogLikelihood, estimate
@@ -154,7 +155,8 @@ def refine(
     parts = [prepare(batch) for batch in rows.batches(REFINED_ROWS)]
     batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     whole = (*batch, torch.arange(len(batch[0]), device=batch[0].device))
-    ready = Preparation(prepare.device, prepare.dtype)
+    _require_refinable(pair, tuple(part[:2] for part in parts[0]))
+    ready = replace(prepare, binarize=False, whole=True)
     before = estimate(pair, Arrays(batch), ready, num_samples, seed, engine, False)
     with frozen(pair), seeded(seed), bar(progress, steps * len(parts), "refine", 2) as shown:
         ascent = _Ascent(pair, parts[0], num_particles, steps, engine)
@@ -163,6 +165,13 @@ def refine(
     refined = Refined(pair, joined)
     after = estimate(refined, Arrays(whole), ready, num_samples, seed, engine, False)
     return Refinement(before, after, refined, whole)
+
+
+def _require_refinable(pair: nn.Module, few: Batch) -> None:
+    """Raise `UsageError` before the bounds, which may take long."""
+    with using(pair, 0):
+        structure(pair, few)
+        _locations(latents(trace(cast(Pair, pair).guide, few)))
 
 
 class _Ascent:

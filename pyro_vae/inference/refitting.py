@@ -8,7 +8,7 @@ import pyro
 from torch import Tensor, nn
 
 from pyro_vae.data.preparation import held_rows
-from pyro_vae.data.sources import Rows
+from pyro_vae.data.sources import Rows, spread
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import LogLikelihood
 from pyro_vae.inference.refinement import frozen
@@ -107,6 +107,7 @@ def refit_guide(
     >>> other.pair is vae, pv.encode(other, x)["z"].shape
     (True, torch.Size([32, 2]))
     """
+    x, context = spread(pair, x, context)
     rows, prepare = held_rows(pair, x, context)
     batch = prepare(next(iter(rows.batches(2))))
     with using(pair, 0):

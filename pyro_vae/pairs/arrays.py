@@ -10,7 +10,11 @@ from pyro_vae.errors import UsageError
 
 
 def as_tensor(
-    value: Any, name: str, dtype: torch.dtype | None = None, missing: bool = False
+    value: Any,
+    name: str,
+    dtype: torch.dtype | None = None,
+    missing: bool = False,
+    finite: bool = True,
 ) -> Tensor:
     """Convert an array to a tensor and check that it holds only finite numbers.
 
@@ -20,6 +24,7 @@ def as_tensor(
         dtype: the type to which the array is cast later. Its values must be finite in this type,
             too.
         missing: whether NaN is accepted, as a missing entry.
+        finite: whether the values must be finite.
 
     Raises `UsageError` if the array is empty, masked, sparse, nested, quantized or complex, if it
     holds values that are not finite, or if it does not hold numbers.
@@ -27,7 +32,8 @@ def as_tensor(
     tensor = _numbers(value, name)
     if tensor.dim() == 0 or len(tensor) == 0 or tensor.numel() == 0:
         raise UsageError(f"{name} is empty: got an array of shape {tuple(tensor.shape)}")
-    require_finite(tensor, name, dtype, missing=missing)
+    if finite:
+        require_finite(tensor, name, dtype, missing=missing)
     return tensor
 
 
@@ -118,6 +124,16 @@ def as_labels(value: Any, name: str = "labels", count: int | None = None) -> Ten
     return whole
 
 
+def as_context(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Context as a pair receives it: floats of its type, int64 for other integers, or booleans.
+
+    An index of type uint8 would be read as a mask, and other short integers cannot index.
+    """
+    if value.is_floating_point():
+        return value.to(dtype)
+    return value if value.dtype == torch.bool else value.long()
+
+
 def plain_fault(value: Any) -> str | None:
     """Say why a value is not a plain array of numbers and what to do; None if it is one.
 
@@ -178,6 +194,8 @@ def _native(array: np.ndarray) -> np.ndarray:
 
 
 def _cure(kind: Any) -> str:
+    if kind in ("tuple", "list"):
+        return "; pass x and each array of its context as an argument of its own"
     code = getattr(kind, "kind", None)
     if code == "O":
         return "; often the cause is missing values (None, pandas.NA): fill them in"

@@ -12,7 +12,14 @@ from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import enumeration, masks, summing
 from pyro_vae.pairs.pair import Site
 from pyro_vae.pairs.places import NO_SIZE, is_local
-from pyro_vae.pairs.sites import is_auxiliary, latents, log_prob, observed, sample_sites
+from pyro_vae.pairs.sites import (
+    is_auxiliary,
+    latents,
+    log_prob,
+    observed,
+    sample_sites,
+    x_site,
+)
 
 
 def no_pair(pair: Any) -> str | None:
@@ -64,12 +71,16 @@ def faults_of_sites(model: Trace, guide: Trace) -> list[str]:
     if not observed(model):
         errors.append("the model does not observe data: pass obs=x to one pyro.sample")
     in_model, in_guide = sample_sites(model), latents(guide)
-    for name in [name for name in sample_sites(guide) if name not in in_guide]:
-        if name in latents(model) or not is_auxiliary(sample_sites(guide)[name]):
+    x = x_site(model)
+    for name, site in sample_sites(guide).items():
+        if name not in in_guide and (
+            name in latents(model)
+            or (x is not None and name == x["name"] and not is_auxiliary(site))
+        ):
             errors.append(
                 f"the guide observes site '{name}', but a guide samples latents: remove obs=; for "
-                "a term that only the loss contains, use a site name that the model does not have, "
-                'and infer={"is_auxiliary": True}'
+                "a term that only the loss contains, use a site name that is neither a latent of "
+                "the model nor its site of x"
             )
     summed = enumeration.to_enumerate(model, guide)
     for name in summed:
@@ -95,8 +106,6 @@ def _summable(site: Site) -> list[str]:
     """Errors of a site that is marked for enumeration but cannot be summed out."""
     name, fn = site["name"], site["fn"]
     start = f"latent site '{name}' is marked for enumeration, "
-    if site["infer"]["enumerate"] != "parallel" or site["infer"].get("num_samples"):
-        return [start + 'but only infer={"enumerate": "parallel"} is supported; use that']
     if site["infer"].get("is_auxiliary"):
         return [start + "but only the guide has it: remove the mark, or add it to the model"]
     if fault := enumeration.misplaced(site):
@@ -189,7 +198,7 @@ def _placement(where: str, name: str, site: Site, n: int, subsampled: bool) -> l
             "dimensions than its plates: declare the rightmost dimensions as event dimensions with "
             f".to_event({extra})"
         ]
-    if sizes and -1 not in sizes:
+    if sizes and -1 not in sizes and site["is_observed"]:
         return [
             f"site '{name}' of the {where} is in a plate at dim={max(sizes)}: the data plate must "
             'be pyro.plate("data", len(x), dim=-1)'

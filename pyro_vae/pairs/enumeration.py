@@ -49,7 +49,12 @@ def require_summed(*traces: Trace) -> None:
 
 
 def misplaced(site: Site) -> str | None:
-    """Say why the plates of a site in a plain trace prevent summing it out; None if they do not."""
+    """Say why the mark or the plates of a site in a plain trace prevent summing it out, or None."""
+    if site["infer"].get("enumerate") not in (None, "parallel") or site["infer"].get("num_samples"):
+        return (
+            f"latent site '{site['name']}' is marked for enumeration, but only "
+            'infer={"enumerate": "parallel"} is supported; use that'
+        )
     if _placed(site):
         return None
     return (

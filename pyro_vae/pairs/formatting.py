@@ -10,3 +10,15 @@ def with_error(value: float, error: float, width: int = 0) -> str:
     ('-4.500 ± 0.100', '-4.500')
     """
     return f"{value:>{width}.3f}" + ("" if isnan(error) else f" ± {error:.3f}")
+
+
+def in_words(seconds: float) -> str:
+    """A duration in the largest unit in which it is at least 2.
+
+    >>> in_words(1.2), in_words(300), in_words(20_000), in_words(1e6)
+    ('1 s', '5 minutes', '6 hours', '12 days')
+    """
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

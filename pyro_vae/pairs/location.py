@@ -67,6 +67,12 @@ def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
         places.keep(pair, located._replace(plates=plates, declares=declares))
 
 
+def runs(pair: nn.Module, batch: Sequence[Tensor]) -> bool:
+    """Whether model and guide run together on a batch."""
+    found = _run(pair, batch)
+    return found is not None and found.guide is not None
+
+
 def _run(pair: nn.Module, batch: Sequence[Tensor]) -> _Run | None:
     """A run of model and guide; only of the model if they fail together; None if that fails."""
     model, guide = cast(Pair, pair).model, cast(Pair, pair).guide

@@ -68,7 +68,10 @@ def hidden_as_nan(site: Site) -> Tensor:
 
 
 def seen(site: Site, x: Tensor) -> Tensor:
-    """The value that the model observes or draws for x, in the shape of x, NaN where masked."""
+    """The value that the model observes or draws for x, in the shape of x, NaN where masked.
+
+    Integers become floats.
+    """
     made = hidden_as_nan(site)
     made = made.movedim(made.dim() - 1 - site["fn"].event_dim, 0)
     if made.numel() != x.numel():
@@ -77,7 +80,8 @@ def seen(site: Site, x: Tensor) -> Tensor:
             f"{tuple(x.shape[1:])}; they must match"
         )
     # A replicate of x has the same missing entries as x.
-    return torch.where(x.isnan(), torch.nan, made.reshape(x.shape).to(x.dtype))
+    real = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+    return torch.where(x.isnan(), torch.nan, made.reshape(x.shape).to(real))
 
 
 def _within(fn: Any, like: Tensor) -> Tensor:
@@ -129,9 +133,7 @@ def require(pair: nn.Module, batches: Iterable[Batch]) -> None:
     batches = iter(batches)
     first = next(batches)
     with using(pair, seed=0), pyro.validation_enabled(False):
-        guide, model = _traces(pair, tuple(tensor[:2] for tensor in first))
-        if found := _absent(model, guide):
-            raise UsageError(found)
+        guide, model = require_present(pair, first)
         sites = [site for _, *both in _shared(model, guide) for site in both]
         if not any(is_masked(site) for site in sites):
             return
@@ -139,6 +141,17 @@ def require(pair: nn.Module, batches: Iterable[Batch]) -> None:
             guide, model = _traces(pair, batch)
             if found := fault(pair, batch, model, guide):
                 raise UsageError(found)
+
+
+def require_present(pair: nn.Module, batch: Batch) -> tuple[Trace, Trace]:
+    """Traces of guide and model on two rows; raise `UsageError` for a latent without a guide.
+
+    Otherwise the prior would stand in for the posterior of this latent.
+    """
+    guide, model = _traces(pair, tuple(tensor[:2] for tensor in batch))
+    if found := _absent(model, guide):
+        raise UsageError(found)
+    return guide, model
 
 
 def missing(name: str, model: Trace) -> str:

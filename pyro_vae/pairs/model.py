@@ -9,7 +9,6 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor, nn
 
 from pyro_vae.compat import is_deterministic, was_observed
-from pyro_vae.errors import UsageError
 from pyro_vae.pairs.location import find_places
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.places import is_local
@@ -48,9 +47,3 @@ def global_latents(pair: nn.Module, batch: Sequence[Tensor]) -> list[str]:
         drawn = trace(unconditioned(pair), few)
         sites = {name: site for name, site in latents(drawn).items() if not is_local(site)}
     return [name for name, site in sites.items() if not was_observed(site)]
-
-
-def require_local(pair: nn.Module, batch: Sequence[Tensor], why: str) -> None:
-    """Raise `UsageError`, with the reason ``why``, if a pair has a global latent."""
-    for name in global_latents(pair, batch):
-        raise UsageError(f"latent site '{name}' is outside the data plate (a global latent): {why}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import places
-from pyro_vae.pairs.arrays import as_tensor
+from pyro_vae.pairs.arrays import as_context, as_tensor
 from pyro_vae.pairs.location import find_places
 from pyro_vae.pairs.pair import Batch, placement
 
@@ -26,10 +26,9 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
     if isinstance(context, Tensor):
         context = (context,)
     device, dtype = placement(pair)
-    batch = tuple(
-        tensor.to(device, dtype if tensor.is_floating_point() else None)
-        for tensor in cast(Any, pair).template(n)
-    )
+    x, *others = (tensor.to(device) for tensor in cast(Any, pair).template(n))
+    x = x.to(dtype) if x.is_floating_point() else x
+    batch = (x, *(as_context(tensor, dtype) for tensor in others))
     if not context and (len(batch) == 1 or missing_context(pair, 1) or _draws_all(pair, batch)):
         return batch
     if len(context) != len(batch) - 1:

@@ -102,7 +102,7 @@ def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
         }
         for k in range(3):
             draw = {
-                name: value.select(dim, k).reshape(value.shape[value.dim() - right :])
+                name: _narrow(value.select(dim, k), right)
                 for name, (value, dim, right) in drawn.items()
             }
             if not torch.allclose(
@@ -112,6 +112,12 @@ def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
     except (RuntimeError, ValueError, LookupError, AssertionError):
         return False
     return together.shape == (3, len(batch[0]))
+
+
+def _narrow(value: Tensor, right: int) -> Tensor:
+    """A draw without empty dimensions to its left; values of enumerated sites stay there."""
+    own = value.shape[value.dim() - right :]
+    return value.reshape(own) if value.numel() == own.numel() else value
 
 
 def _right(site: Site, nesting: int) -> int:

@@ -149,9 +149,12 @@ class TokenSequence(_Remembering):
         tokens = tokens.expand(logits.shape[:-1])
         terms = -F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")
         terms = torch.where(tokens == value, terms.reshape(tokens.shape), -torch.inf)
-        places = torch.arange(tokens.shape[-1], device=tokens.device)
-        inside = places < token_lengths(tokens).unsqueeze(-1)
-        return torch.where(inside, terms, 0.0).sum(-1)
+        return torch.where(self.counted(tokens), terms, 0.0).sum(-1)
+
+    def counted(self, value: Tensor) -> Tensor:
+        """Which tokens count, of shape (..., length): those up to the end token."""
+        places = torch.arange(value.shape[-1], device=value.device)
+        return places < token_lengths(value).unsqueeze(-1)
 
     def elements(self, value: Tensor) -> Tensor:
         """The number of tokens of each row, including its end token, of shape (...)."""

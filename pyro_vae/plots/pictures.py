@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.inference.encoding import encode
+from pyro_vae.inference.encoding import encode_parts
 from pyro_vae.inference.generation import decode, hidden, interpolate, reconstruct, sample, traverse
 from pyro_vae.plots.canvas import (
     BLUE,
@@ -193,6 +193,6 @@ def interpolations(
 
 
 def codes(pair: nn.Module, x: Tensor, context: Sequence[Tensor]) -> tuple[str, Tensor]:
-    """The latent site with the most units and its codes; a continuous site comes first."""
-    found = encode(pair, x, *context)
+    """The local latent with the most units and its codes; a continuous site comes first."""
+    found, _ = encode_parts(pair, x, context)
     return max(found.items(), key=lambda item: (item[1].is_floating_point(), item[1][0].numel()))

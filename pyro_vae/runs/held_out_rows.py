@@ -7,10 +7,11 @@ rows.safetensors has a hash of 64 bits for each training and validation row.
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
 from pyro_vae.runs import files as run_files
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from pyro_vae.data.split import Data, Split
 
 PARTS = ("train", "validation", "test")
+
+_FITTED: "WeakKeyDictionary[nn.Module, tuple[int, int]]" = WeakKeyDictionary()
+"""The number of training rows of each pair, and the sum of their hashes, in any order."""
 
 
 def split_checksums(data: "Data") -> dict[str, str]:
@@ -87,3 +91,22 @@ def count_seen(run: Path, x: Tensor) -> int | None:
         return None
     known = torch.cat(list(run_folder.read_tensors(run / run_files.ROWS).values()))
     return int(torch.isin(row_hashes(x), known).sum())
+
+
+def remember(pair: nn.Module, x: Any) -> None:
+    """Remember the training rows of a pair, if they are in memory."""
+    if isinstance(x, (Tensor, np.ndarray)):
+        _FITTED[pair] = _sum(row_hashes(x))
+    else:
+        _FITTED.pop(pair, None)
+
+
+def fitted_to(pair: nn.Module, x: Any) -> bool | None:
+    """Whether a pair was fitted to exactly these rows, in any order; None if nobody knows."""
+    if pair not in _FITTED or not isinstance(x, (Tensor, np.ndarray)):
+        return None
+    return _FITTED[pair] == _sum(row_hashes(x))
+
+
+def _sum(hashes: Tensor) -> tuple[int, int]:
+    return len(hashes), int(hashes.sum())

@@ -1,7 +1,7 @@
 """The check before training: run a pair once on a batch, and report faults in words."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -13,9 +13,11 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae.compat import site_is_subsample
-from pyro_vae.data.preparation import Preparation
-from pyro_vae.errors import UsageError, first_line
+from pyro_vae.data.preparation import plain_preparation
+from pyro_vae.data.sources import by_name
+from pyro_vae.errors import UsageError, first_line, users_line
 from pyro_vae.pairs import enumeration, fold_plan, folding, masks
+from pyro_vae.pairs.arrays import as_tensor
 from pyro_vae.pairs.contract import (
     faults_of_enumeration,
     faults_of_parameters,
@@ -26,13 +28,14 @@ from pyro_vae.pairs.contract import (
 )
 from pyro_vae.pairs.location import find_places
 from pyro_vae.pairs.model import trace_model as run_model
-from pyro_vae.pairs.pair import Pair, placement
+from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import adopt, evaluation_mode, scope
 from pyro_vae.pairs.sites import factors, latents, log_prob, sample_sites
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.traces import trace
+from pyro_vae.pairs.weights import structure
 from pyro_vae.training.bounds import takes_guide_terms
 from pyro_vae.training.elbo import EnumeratedELBO
 from pyro_vae.training.importance_bounds import ImportanceWeightedELBO
@@ -59,7 +62,9 @@ class Report:
 
 @alone()
 def check(
-    pair: nn.Module, batch: Tensor | Sequence[Tensor], objective: ELBO | None = None
+    pair: nn.Module,
+    batch: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    objective: ELBO | None = None,
 ) -> Report:
     """Run a pair once on a batch, and report each fault with its remedy.
 
@@ -70,8 +75,9 @@ def check(
 
     Arguments:
         pair: any ``nn.Module`` with ``model`` and ``guide``.
-        batch: the tensors that model and guide take, with at least two rows each, or only x.
-            8-bit intensities become floats in [0, 1], as in `pyro_vae.fit`.
+        batch: the tensors that model and guide take, with at least two rows each, as a tuple or a
+            dictionary by the names of the model's arguments; or only x. 8-bit
+            intensities become floats in [0, 1], as in `pyro_vae.fit`.
         objective: a Pyro ELBO.
 
     `check` trains nothing. Parameters, random generators and the parameter store stay unchanged.
@@ -80,18 +86,27 @@ def check(
     >>> print(check(pv.VAE.mlp((4,)), (torch.ones(2, 4),)))
     the pair is sound
     """
+    if objective is not None and not isinstance(objective, ELBO):
+        raise UsageError(
+            f"must be a Pyro ELBO, got {type(objective).__name__}; pass x and its context as one "
+            "tuple, check(pair, (x, context))",
+            argument="objective",
+        )
     report = _examine(pair, batch, objective)
     return replace(report, errors=tuple(str(UsageError(error)) for error in report.errors))
 
 
 @alone()
 def _examine(
-    pair: nn.Module, batch: Tensor | Sequence[Tensor], objective: ELBO | None = None
+    pair: nn.Module,
+    batch: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    objective: ELBO | None = None,
 ) -> Report:
     """`check`, with errors whose names are in backticks, as `UsageError` takes them."""
     if fault := no_pair(pair):
         return Report((fault,))
-    batch = Preparation(*placement(pair))((batch,) if isinstance(batch, Tensor) else batch)
+    given = _tensors(pair, batch)
+    batch = plain_preparation(pair, given)(given)
     with (
         evaluation_mode(pair),
         scope(pair),
@@ -127,8 +142,19 @@ def _examine(
         if not errors:
             errors, notes = faults_of_parameters(pair, model, guide)
             errors += _objective(pair, objective, batch, model, guide)
-            notes += _named(pair, model, guide)
+            notes += _named(pair, batch, model, guide)
     return Report(tuple(errors), tuple(notes))
+
+
+def _tensors(pair: nn.Module, batch: Any) -> Batch:
+    """Return a batch as tensors, from x alone, a sequence, or a dictionary by argument names."""
+    given = by_name(pair, batch) if isinstance(batch, Mapping) else batch
+    given = given if isinstance(given, (tuple, list)) else (given,)
+    names = ("x", *(f"context {i}" for i in range(1, len(given))))
+    return tuple(
+        value if isinstance(value, Tensor) else as_tensor(value, name)
+        for value, name in zip(given, names, strict=True)
+    )
 
 
 def require(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = None) -> Report:
@@ -139,9 +165,9 @@ def require(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = N
     return report
 
 
-def _named(pair: nn.Module, model: Trace, guide: Trace) -> list[str]:
-    """Return notes about numbers that differ from what their names say."""
-    notes, found = [], fold_plan.known(pair)
+def _named(pair: nn.Module, batch: Sequence[Tensor], model: Trace, guide: Trace) -> list[str]:
+    """Return notes about groups, and about numbers that differ from what their names say."""
+    notes, found = _groups(pair, batch, model), fold_plan.known(pair)
     if found.local_points:
         notes.append(
             f"the guide of {', '.join(found.local_points)} is a Delta: training maximizes "
@@ -163,6 +189,37 @@ def _named(pair: nn.Module, model: Trace, guide: Trace) -> list[str]:
         if site["is_observed"]
     ]
     return notes
+
+
+def _groups(pair: nn.Module, batch: Sequence[Tensor], model: Trace) -> list[str]:
+    """Return notes about group latents: latents in plates, but not in the data plate."""
+    plates = {
+        name: [f"'{f.name}' ({f.size})" for f in site["cond_indep_stack"] if f.vectorized]
+        for name, site in latents(model).items()
+        if not is_local(site)
+    }
+    notes = [
+        f"latent site '{name}' is a group latent: it has a value for each member of plate "
+        f"{' and '.join(sizes)}, and all rows share these values"
+        for name, sizes in plates.items()
+        if sizes
+    ]
+    if notes and not _broadcasts(pair, tuple(tensor[:2] for tensor in batch)):
+        notes.append(
+            "the pair does not broadcast over a plate of samples, so log_likelihood draws samples "
+            "one at a time, which is slower: put the groups at dim=-1, and index from the right, "
+            f"as in u[..., group]{users_line(None, cast(Pair, pair).model)}"
+        )
+    return notes
+
+
+def _broadcasts(pair: nn.Module, batch: Batch) -> bool:
+    """Return whether importance samples of a pair can be drawn together."""
+    try:
+        with torch.no_grad():
+            return structure(pair, batch)[1]
+    except UsageError:  # without importance weights nothing is slower
+        return True
 
 
 def faults_of_masks(

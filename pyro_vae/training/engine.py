@@ -3,7 +3,6 @@
 The engine is a Pyro ``ELBO`` that runs another ELBO. Any ``pyro.infer.SVI`` accepts it.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -15,13 +14,13 @@ from pyro.infer import ELBO, SVI, Trace_ELBO
 from torch import Tensor, nn
 
 from pyro_vae.compat import get_trace, zero_grads
-from pyro_vae.errors import NotTraceable
+from pyro_vae.errors import NotTraceable, warn
 from pyro_vae.pairs import places
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.training.kl_weight import KLWeight
 from pyro_vae.training.recording import ELBOParts, recorded, surrogate
 from pyro_vae.training.settings import require_engine
-from pyro_vae.training.tracing import Graphs, Named
+from pyro_vae.training.tracing import Graphs, Named, fall_back
 
 COMPILE_SECONDS = 20.0
 """About how long Inductor takes to compile a step."""
@@ -142,10 +141,7 @@ class Engine(ELBO):
         self.engine = "eager"
         for parameter in self.pair.parameters():
             parameter.grad = None  # eager gradients would be added to those of a graph
-        warnings.warn(
-            f"{type(self.pair).__name__} is trained by the eager engine, because {error}",
-            stacklevel=3,
-        )
+        warn(fall_back(self.pair, "trained", error))
 
     def _replay(self, model: Any, guide: Any, batch: Batch) -> Tensor:
         graphs = self._graphs

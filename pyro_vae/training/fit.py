@@ -12,9 +12,10 @@ from pyro.optim import PyroOptim
 from torch import nn
 
 from pyro_vae.data.ranges import range_fault
-from pyro_vae.data.sources import Rows
+from pyro_vae.data.sources import Arrays, Rows, parts, spread
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.contract import no_pair
+from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.threads import alone
@@ -26,7 +27,8 @@ from pyro_vae.training.elbo import require_weighable
 from pyro_vae.training.history import Epoch, History
 from pyro_vae.training.job import job_in_words, require_same
 from pyro_vae.training.loop import train
-from pyro_vae.training.rows import training_data
+from pyro_vae.training.optimizer import NEEDED, name_of
+from pyro_vae.training.rows import TrainingData, training_data
 from pyro_vae.training.run import assembled, first_state, resumed
 from pyro_vae.training.schedules import Schedule
 from pyro_vae.training.settings import Settings
@@ -62,6 +64,8 @@ def fit(
         pair: any ``nn.Module`` with ``model`` and ``guide``; see `pyro_vae.check`.
         x: the data: a tensor or an array with a row for each datum, which keeps its type (uint8
             stays uint8); or a torch ``Dataset`` or ``DataLoader`` that gives x, or x and context.
+            A dictionary by the names of the model's arguments takes the place of x and context,
+            here and in every other tool.
         context: further tensors with as many rows as x. Model and guide receive them.
         validation: held-out x, or a tuple of x and context, of the same kinds.
         objective: a Pyro ELBO. The default is that of ``pair.recipe``, else ``Trace_ELBO()``, or
@@ -114,6 +118,7 @@ def fit(
     pair.to(device(chosen.device))
     objective, beta = _with_recipe(pair, chosen.epochs, objective, beta)
     require_weighable(objective, beta)
+    x, context = spread(pair, x, context)
     data = training_data(pair, (x, context), validation, objective, binarize, chosen)
     job = job_in_words(pair, data, beta, learning_rate_schedule, optimizer, binarize)
     if folder is not None and state is not None:
@@ -123,7 +128,7 @@ def fit(
             run_folder.start(folder, overwrite)
         own_words = {"pair": description.recipe(pair), **(config or {})}
         run_folder.write_config(pair, folder, {**job, **own_words})
-        held_out_rows.write_rows(folder, {"train": x, "validation": _first(validation)})
+        held_out_rows.write_rows(folder, {"train": x, "validation": _first(pair, validation)})
     fault = range_fault(pair, data.rows, data.prepare) if state is None else None
     if fault is not None:
         warnings.warn(fault, stacklevel=3)
@@ -144,7 +149,15 @@ def fit(
             shown,
             on_epoch,
         )
-        return train(run, first_state(run) if state is None else resumed(run, state), own)
+        history = train(run, first_state(run) if state is None else resumed(run, state), own)
+        held_out_rows.remember(pair, x if _has_globals(pair, data) else None)
+        return history
+
+
+def _has_globals(pair: nn.Module, data: TrainingData) -> bool:
+    """Whether the rows are in memory, and the guide of global latents belongs to exactly them."""
+    in_memory = isinstance(data.rows, Arrays)
+    return in_memory and bool(global_latents(pair, data.prepare(data.rows.first(2))))
 
 
 def device(name: str) -> torch.device:
@@ -184,8 +197,7 @@ def _require_parts(objective: Any, beta: Any, schedule: Any, optimizer: Any) -> 
         )
     if not callable(optimizer) or isinstance(optimizer, (PyroOptim, torch.optim.Optimizer)):
         raise UsageError(
-            "must make a torch optimizer from parameters and lr, as torch.optim.Adam or a "
-            f"functools.partial of it does, got {optimizer!r}".splitlines()[0],
+            f"{NEEDED}, got {name_of(optimizer)}",
             argument="optimizer",
         )
 
@@ -219,6 +231,7 @@ def _with_recipe(
     return objective, recipe.get("beta", 1.0) if beta is None else beta
 
 
-def _first(rows: Any) -> Any:
+def _first(pair: nn.Module, rows: Any) -> Any:
     """Return the data without their context."""
-    return rows[0] if isinstance(rows, (tuple, list)) else rows
+    first, *others = parts(rows)
+    return spread(pair, first, others)[0]

@@ -11,7 +11,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_vae.compat import fused_adam_, has_step_hooks
-from pyro_vae.errors import UsageError
+from pyro_vae.errors import UsageError, first_line
 
 
 class Optimizer(PyroOptim):
@@ -52,7 +52,7 @@ class Optimizer(PyroOptim):
             p.is_floating_point() for p in self.parameters.values()
         ):
             options["fused"] = True
-        self.torch_optimizer = constructor(list(self.parameters.values()), **options)
+        self.torch_optimizer = _made(constructor, list(self.parameters.values()), options)
         self._known = {id(p) for p in self.parameters.values()}
         self.norm = torch.zeros(())
         self._adam: _FusedAdam | None = None
@@ -98,8 +98,16 @@ class Optimizer(PyroOptim):
         if fused is not None:
             fused.step(gradients, norm)
         else:
-            self.torch_optimizer.step()
+            self._step()
             self._adam = _FusedAdam.of(self.torch_optimizer, present)
+
+    def _step(self) -> None:
+        try:
+            self.torch_optimizer.step()
+        except RuntimeError as error:  # for example, SparseAdam takes only sparse gradients
+            raise UsageError(
+                f"cannot take a step: {first_line(error)}", argument="optimizer"
+            ) from error
 
     def get_state(self) -> dict[str, Any]:
         """Return the state of the torch optimizer."""
@@ -109,6 +117,42 @@ class Optimizer(PyroOptim):
         """Restore a saved state of the torch optimizer."""
         self.torch_optimizer.load_state_dict(state)
         self._adam = None
+
+
+def _made(
+    constructor: Callable[..., Any], parameters: list[Tensor], options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Return a torch optimizer that takes steps without a closure, or raise `UsageError`."""
+    try:
+        made = constructor(parameters, **options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"{NEEDED}, but {name_of(constructor)} fails: {first_line(error)}", argument="optimizer"
+        ) from error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise UsageError(f"{NEEDED}, but it makes {type(made).__name__}", argument="optimizer")
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UsageError(
+            f"must take a step from gradients, but {type(made).__name__} evaluates the loss again "
+            "(a closure), which is noisy here",
+            argument="optimizer",
+        )
+    return made
+
+
+NEEDED = (
+    "must make a torch optimizer from parameters and lr, as torch.optim.Adam or a "
+    "functools.partial of it does"
+)
+"""What `pyro_vae.fit` needs as its ``optimizer``."""
+
+
+def name_of(part: Any) -> str:
+    """Return a short name of an object: the name of a class or function, a word, or its type."""
+    if isinstance(part, (str, int, float, type(None))):
+        return repr(part)
+    return getattr(part, "__name__", None) or f"an instance of {type(part).__name__}"
 
 
 class _FusedAdam:

@@ -12,13 +12,13 @@ from pyro_vae.data.preparation import (
     Preparation,
     held_out,
     masking,
+    plain_preparation,
     preparation,
     record_divisor,
     require_masks,
 )
 from pyro_vae.data.sources import Arrays, Rows, Source, parts, source
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs.pair import placement
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.training import collapse
 from pyro_vae.training.check import require
@@ -67,8 +67,9 @@ def training_data(
         rows = source(*given, pair)
         settings = settings.for_rows(len(rows))
         _require_enough(rows, settings)
-        plain = Preparation(*placement(pair))
-        first = plain(rows.first(16))
+        raw = rows.first(16)
+        plain = plain_preparation(pair, raw)
+        first = plain(raw)
         require(pair, first, objective)
         require_masks(pair, rows, plain)
         rows, prepare = _prepared(pair, rows, binarize)

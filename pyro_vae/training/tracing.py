@@ -18,10 +18,12 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pyro_vae import compat
-from pyro_vae.errors import NotTraceable, first_line
+from pyro_vae.errors import NotTraceable, active_line, first_line, users_line, warn
 from pyro_vae.pairs import rng
+from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.scope import scope
 from pyro_vae.training.captured import runner
 from pyro_vae.training.tidying import tidy
@@ -189,19 +191,17 @@ class Graphs:
             why = f"{type(error).__name__}: {first_line(error)[:200]}"
             if isinstance(error, NotTraceable):
                 why = "its draws or values would differ from those of the pair"
-            warnings.warn(
-                f"the graph of {type(self.pair).__name__} is replayed, not compiled: {why}",
-                stacklevel=2,
-            )
+            warn(f"the graph of {type(self.pair).__name__} is replayed, not compiled: {why}")
             return None
 
     def _trace(
         self, values: list[Tensor], inputs: Sequence[Tensor]
     ) -> tuple[torch.fx.GraphModule, list[Any]]:
         names: list[Any] = []  # a graph returns only tensors, so their names leave by here
+        dynamic = _Dynamic()
 
         def flat(*tensors: Tensor) -> list[Tensor]:
-            with self._holding(tensors[: len(values)]), scope(self.pair):
+            with self._holding(tensors[: len(values)]), scope(self.pair), dynamic:
                 found = self.function(*tensors[len(values) :])
                 foreign = set(map(id, compat.declared_parameters(pyro.get_param_store())))
             if foreign - set(map(id, tensors)):
@@ -221,7 +221,7 @@ class Graphs:
         except NotTraceable:
             raise
         except Exception as error:  # user code may raise anything
-            raise NotTraceable(_reason(error)) from error
+            raise NotTraceable(_reason(error), users_line(error) or dynamic.at) from error
         return graph, names
 
     @contextmanager
@@ -279,13 +279,16 @@ def traced(
                 return graphs(*inputs)
             except NotTraceable as error:
                 graphs = None
-                warnings.warn(
-                    f"{type(pair).__name__} is {done} by the eager engine, because {error}",
-                    stacklevel=2,
-                )
+                warn(fall_back(pair, done, error))
         return function(*inputs)
 
     return run
+
+
+def fall_back(pair: nn.Module, done: str, error: NotTraceable) -> str:
+    """Return the warning that a pair runs eagerly, with the user's own file and line."""
+    at = error.at or users_line(error, cast(Pair, pair).model)
+    return f"{type(pair).__name__} is {done} by the eager engine, because {error}{at}"
 
 
 def _require_same(
@@ -337,6 +340,22 @@ def _reason(error: Exception) -> str:
     if compat.depends_on_values(error):
         return "a branch, a number or a shape in it depends on the values of tensors"
     return f"it cannot be traced ({type(error).__name__}: {first_line(error)})"
+
+
+class _Dynamic(TorchFunctionMode):
+    """Notes the first line of the user's whose result has a shape that depends on values.
+
+    The trace fails only later, where a shape is compared, and then no line of the user's is active.
+    """
+
+    at = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        shape = found.shape if isinstance(found, Tensor) else ()
+        if not self.at and any(isinstance(size, torch.SymInt) for size in shape):
+            self.at = active_line(until="flat")
+        return found
 
 
 @contextmanager

@@ -187,7 +187,7 @@ def test_nothing_else_is_touched():
     assert logging.getLogger("pyro").handlers == handlers
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind != "global"])
 def test_an_error_names_the_site_that_a_tool_cannot_use(kind):
     x = torch.tensor([[0.0], [1.0]]).double()
     with pytest.raises(pv.UsageError, match=FAULTS[kind]):

@@ -97,7 +97,10 @@ def test_the_predictive_density_of_a_plate_of_topics_is_exact():
 
 def test_encode_and_uncertainty_tell_topics_from_data():
     pair, x = Topics(), torch.randn(TOPICS)
-    assert list(pv.encode(pair, x)) == ["z"]
+    codes, scales = pv.encode(pair, x), pv.encode(pair, x, what="scale")
+    assert list(codes) == ["z", "w"]  # local latents first
+    assert torch.equal(codes["w"], pair.loc)
+    assert torch.equal(scales["w"], torch.full((TOPICS,), 0.1))
     spread = pv.uncertainty(pair, x, num_weights=50, progress=False)
     assert spread.epistemic.shape == (TOPICS,)
     assert bool((spread.epistemic < spread.latent).all())

@@ -145,7 +145,10 @@ REFUSED = {
     "loader outside": (given(DataLoader(SCALES["real"], batch_size=4)), OUTSIDE),
     "data set of words": (given(Pictures("word")), ["tensor"]),
     "data set of images": (given(Pictures(Image.new("L", (2, 2)))), ["tensor", "Image"]),
-    "data set of dictionaries": (given(Pictures({"x": torch.ones(4)})), ["tensor", "dict"]),
+    "data set of dictionaries": (
+        given(Pictures({"image": torch.ones(4)})),
+        ["dictionary", "VAE.model (x, context)", "got image"],
+    ),
     "data set without length": (given(Endless()), ["Endless", "length"]),
     "unknown option": (given(binary(), epoch=3), ["'epoch'", "did you mean 'epochs'?"]),
     "no epochs": (

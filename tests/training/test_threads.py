@@ -17,6 +17,7 @@ from pyro.poutine.messenger import Messenger
 from torch.utils.data import DataLoader, Dataset
 
 import pyro_vae as pv
+from pyro_vae.diagnostics import global_calibration
 from pyro_vae.pairs import rng, threads
 from pyro_vae.pairs.threads import alone
 
@@ -438,6 +439,10 @@ CALLS = {
     "evaluate": lambda p, x, out: pv.evaluate(p, x, num_samples=5),
     "fit": lambda p, x, out: fitted(p, x, out=out),
     "gaps": lambda p, x, out: pv.gaps(p, x, num_samples=21, steps=2, **EAGER),
+    "global_calibration": lambda p, x, out: calibrated(p),
+    "global_weights": lambda p, x, out: pv.global_weights(
+        pv.BayesianDecoder(p), x, num_draws=21, num_samples=2, **QUIET
+    ),
     "impute": lambda p, x, out: pv.impute(made(likelihood=pv.Missing(pv.Gaussian))[0], holes(x)),
     "interpolate": lambda p, x, out: pv.interpolate(p, x[:2], x[2:4], steps=3),
     "kl_parts": lambda p, x, out: pv.kl_parts(p, x),
@@ -445,6 +450,7 @@ CALLS = {
     "log_likelihood": lambda p, x, out: pv.log_likelihood(p, x, num_samples=5),
     "nuts": lambda p, x, out: pv.nuts(p, x[:2], num_draws=4, warmup=4, num_chains=2, **EAGER).draws,
     "outlier_scores": lambda p, x, out: pv.outlier_scores(p, x, num_samples=5, steps=2, **EAGER),
+    "posterior": lambda p, x, out: pv.posterior(p, x, draws=2, **QUIET),
     "predict": lambda p, x, out: pv.predict(*clusters()),
     "predictive_check": lambda p, x, out: pv.predictive_check(p, x, num_replicates=20, **QUIET),
     "reconstruct": lambda p, x, out: pv.reconstruct(p, x, means=False),
@@ -468,6 +474,13 @@ CALLS = {
 def clusters():
     with rng.seeded(0):
         return pv.MixtureVAE.mlp((6,), 3, latent_dim=2, hidden=(8,), **DRAWN), torch.rand(8, 6)
+
+
+def calibrated(pair):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(global_calibration, "LEAST_SIMULATIONS", 1)
+        small = {"num_simulations": 1, "num_draws": 19, "num_examples": 4, "epochs": 1}
+        return pv.global_calibration(pv.BayesianDecoder(pair), batch_size=4, **small, **QUIET).ranks
 
 
 def refitted(pair, x):

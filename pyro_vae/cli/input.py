@@ -1,0 +1,63 @@
+"""The options that say where the data are. This file imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pyro_vae.errors import UsageError
+
+if TYPE_CHECKING:
+    from pyro_vae.data.split import Data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """Where the data are, and how the pair sees them.
+
+    Parameters
+    ----------
+    data_dir
+        Folder of the torchvision data sets. The default is the environment variable PYRO_VAE_DATA.
+    binarize
+        How gray intensities become binary for --likelihood bernoulli: drawn again at each visit
+        (dynamic), drawn once (fixed), or not at all (none, which does not define a likelihood).
+    columns
+        For a table: TOML file with a table [columns.NAME] for each column to change, and the
+        entries kind, role and categories. schema.toml of a run is such a file.
+    standardize
+        Scale real-valued data inside the pair, by constants that are saved with it. The default is
+        yes for rows (n, d) with a Gaussian or Student-t likelihood, unless --scale is a number.
+    length
+        Maximum width of a row of text in characters, including the end symbol. Longer docstrings
+        are left out; longer lines of a file are cut.
+    group
+        Column of a table, or array of a .npz file, with the id of the group of each row. Whole
+        groups are the data, and are never split between training and test data.
+    """
+
+    data_dir: Path | None = None
+    group: str | None = None
+    binarize: Literal["dynamic", "fixed", "none"] = "dynamic"
+    columns: Path | None = None
+    standardize: bool | None = None
+    length: int = 60
+
+
+def reject_ignored_by_data(source: Input, data: Data) -> None:
+    """Raise `UsageError` for options that do not apply to these data."""
+    from pyro_vae.data.datasets import TORCHVISION
+
+    if source.standardize is not None and data.schema is not None:
+        raise UsageError(
+            "does not apply to tables, whose columns are always standardized inside the pair",
+            argument="standardize",
+        )
+
+    if source.length != Input.length and data.vocabulary is None:
+        raise UsageError(f"applies only to text; {data.name} is not text", argument="length")
+    if source.data_dir is not None and data.name not in TORCHVISION:
+        raise UsageError(
+            f"applies only to {', '.join(TORCHVISION)}; got {data.name}", argument="data_dir"
+        )

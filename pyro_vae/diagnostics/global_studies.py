@@ -1,0 +1,314 @@
+"""Studies of global and group latents, and the verdict on each latent of a pair."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from math import log
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from pyro_vae.diagnostics import global_figures
+from pyro_vae.diagnostics.study import GRADIENT, Bench, Finding, Rung, Study
+from pyro_vae.errors import UsageError
+from pyro_vae.inference.global_weights import GlobalWeights, global_weights
+from pyro_vae.inference.joint_nuts import JointPosterior
+from pyro_vae.inference.nuts import nuts
+
+SHIFT = 0.25
+"""A guide's mean may be this many posterior standard deviations off."""
+
+SCALE = 1.25
+"""A guide's standard deviation may be this factor off, in either direction."""
+
+ERRORS = 3
+"""A fault must exceed its limit by this many Monte Carlo standard errors."""
+
+MIXED = 1.1
+"""Chains with a larger R-hat show nothing, not even a fault."""
+
+ENOUGH = 400
+"""Least number of effective draws for a guide to be called reliable."""
+
+SHARE = 20
+"""The share of NUTS in the time: only NUTS can tell how far a guide is from the posterior if the
+importance weights are not reliable, and everything rests on global latents."""
+
+LEAPFROG = 30
+"""Approximate number of gradients in a transition. A traced gradient takes about half the time of
+the pass of model and guide that `diagnose` measures, so this is half of their number."""
+
+FAR = 0.7
+"""With a larger Pareto k the guide is far from the posterior, whatever the number of draws."""
+
+SHOWN = 3
+"""Number of units that a finding describes."""
+
+UNKNOWN = (
+    "the guide of global latents belongs to the data to which it was fitted, and x is not known to "
+    "be all of them: pass them as `train`"
+)
+
+ADVICE = (
+    "a guide in which local latents depend on the global ones, q(w) q(z | x, w), or a richer q(w) "
+    "(docs/global-latents.md)"
+)
+
+
+def global_weights_study(bench: Bench) -> Study:
+    def run(draws: int, samples: int) -> GlobalWeights:
+        return global_weights(
+            bench.pair,
+            *_train(bench),
+            num_draws=draws,
+            num_samples=samples,
+            progress=False,
+            **bench.settings,
+        )
+
+    n = _rows(bench)
+    rungs = [
+        Rung(draws * (bench.cost(3, n) + bench.cost(1, n * k)), partial(run, draws, k))
+        for draws, k in ((100, 30), (500, 100), (1000, 300))
+    ]
+    return Study("global_weights", 2, rungs, lambda found, results: [])
+
+
+def global_nuts_study(bench: Bench) -> Study:
+    def run(draws: int, chains: int) -> JointPosterior:
+        found = nuts(
+            bench.pair,
+            *_train(bench),
+            num_draws=draws,
+            warmup=draws,
+            num_chains=chains,
+            engine=bench.engine,
+            progress=False,
+            **bench.settings,
+        )
+        return cast(JointPosterior, found)
+
+    n = _rows(bench)
+    rungs = [
+        Rung(bench.cost(LEAPFROG * 2 * d * c, GRADIENT * n), partial(run, d, c))
+        for d, c in ((50, 2), (100, 4), (250, 4), (500, 4), (1000, 4))
+    ]
+    figures = {"global-nuts": global_figures.global_marginals}
+    return Study("global_nuts", SHARE, rungs, lambda found, results: [], figures)
+
+
+def _train(bench: Bench) -> tuple[Tensor, ...]:
+    if not bench.shared:
+        raise UsageError(f"{type(bench.pair).__name__} has no global latent")
+    if bench.train is None:
+        raise UsageError(UNKNOWN)
+    return bench.train
+
+
+def _rows(bench: Bench) -> int:
+    return 0 if bench.train is None else len(bench.train[0])
+
+
+class Evidence(NamedTuple):
+    """Moments of global latents under posterior and guide, (units,), from one tool."""
+
+    tool: str
+    units: tuple[str, ...]
+    mean: Tensor
+    scale: Tensor
+    guide_mean: Tensor
+    guide_scale: Tensor
+    draws: Tensor
+    """Effective draws of the posterior."""
+    guide_draws: int
+    sound: bool
+    """Whether the tool itself finds nothing against its draws."""
+
+    @property
+    def shift(self) -> Tensor:
+        return (self.guide_mean - self.mean) / self.scale
+
+    @property
+    def log_ratio(self) -> Tensor:
+        return (self.guide_scale / self.scale).log()
+
+    @property
+    def shifted(self) -> Tensor:
+        """Which means are off by more than the limit and its Monte Carlo error."""
+        ratio = self.guide_scale / self.scale
+        error = (1 / self.draws + ratio.square() / self.guide_draws).sqrt()
+        return self.shift.abs() > SHIFT + ERRORS * error
+
+    @property
+    def scaled(self) -> Tensor:
+        """Which scales are off by more than the limit and its Monte Carlo error."""
+        error = (0.5 / self.draws + 0.5 / self.guide_draws) ** 0.5
+        return self.log_ratio.abs() > log(SCALE) + ERRORS * error
+
+    @property
+    def faulty(self) -> list[int]:
+        """The units with a fault, the worst first."""
+        ratio = self.log_ratio.exp()
+        apart = 0.5 * (ratio.square() + self.shift.square() - 1) - self.log_ratio
+        order = apart.nan_to_num(0.0, posinf=torch.inf).argsort(descending=True).tolist()
+        off = self.shifted | self.scaled
+        return [i for i in order if bool(off[i])]
+
+    @property
+    def enough(self) -> bool:
+        """Whether the draws can show that the guide is right."""
+        return self.sound and bool((self.draws.nan_to_num(torch.inf) >= ENOUGH).all())
+
+
+def of_weights(found: GlobalWeights) -> Evidence:
+    """Evidence from importance weights with a small Pareto k."""
+    return Evidence(
+        f"importance weights (Pareto k {found.pareto_k:.2f})",
+        found.units,
+        found.mean,
+        found.standard_deviation,
+        found.guide_mean,
+        found.guide_standard_deviation,
+        torch.full((len(found.units),), found.effective_sample_size, dtype=torch.float64),
+        len(found.log_weights),
+        sound=found.reliable,
+    )
+
+
+def of_nuts(found: JointPosterior) -> Evidence:
+    """Evidence from NUTS on all latents."""
+    shared = found.shared
+    return Evidence(
+        f"NUTS on all {found.num_examples} rows",
+        shared.units,
+        shared.moments.mean[0],
+        shared.moments.standard_deviation[0],
+        shared.guide_moments.mean[0],
+        shared.guide_moments.standard_deviation[0],
+        shared.effective_sample_size[0],
+        len(next(iter(shared.guide_draws.values()))),
+        sound=found.agrees,
+    )
+
+
+def judge_globals(
+    names: Sequence[str], results: Mapping[str, Any], reasons: Mapping[str, str]
+) -> list[Finding]:
+    """Return the verdict on the global and group latents of a pair.
+
+    Arguments:
+        names: the latents.
+        results: the results of the studies.
+        reasons: why a study has no result, by its name.
+    """
+    weights, chains = results.get("global_weights"), results.get("global_nuts")
+    evidence = [] if chains is None or not _mixed(chains) else [of_nuts(chains)]
+    if weights is not None and weights.reliable:
+        evidence.append(of_weights(weights))
+    for one in evidence:
+        if one.faulty:
+            return [Finding("doubt", _fault(one)), Finding("next", ADVICE)]
+    told = ", ".join(f"'{name}'" for name in names[:SHOWN]) + (" ..." if names[SHOWN:] else "")
+    for one in evidence:
+        if one.enough:
+            return [Finding("trust", _agreement(told, one))]
+    if weights is not None and weights.pareto_k > FAR:
+        words = f"the guide of {told}: Pareto k of its weights given all {weights.num_examples} "
+        words += f"rows is {weights.pareto_k:.2f}, so it is far from the posterior, or the guide "
+        words += "of the local latents is"
+        return [Finding("doubt", words), Finding("next", "pyro_vae.nuts on the training data")]
+    return [_unchecked(told, results, reasons)]
+
+
+def _mixed(found: JointPosterior) -> bool:
+    return bool(found.shared.r_hat.nan_to_num(0.0).max() <= MIXED)
+
+
+def _fault(found: Evidence) -> str:
+    told = [_of_unit(found, i) for i in found.faulty[:SHOWN]]
+    more = len(found.faulty) - SHOWN
+    rest = f", and {more} more units" if more > 0 else ""
+    return f"the guide of {', of '.join(told)}{rest}, by {found.tool}"
+
+
+def _of_unit(found: Evidence, i: int) -> str:
+    off = []
+    if bool(found.scaled[i]):
+        off.append(f"its scale is {found.log_ratio[i].exp():.2g} times the posterior's")
+    if bool(found.shifted[i]):
+        side = "high" if found.shift[i] > 0 else "low"
+        off.append(
+            f"its mean is {found.shift[i].abs():.1f} posterior standard deviations too {side}"
+        )
+    numbers = (
+        f"posterior {found.mean[i]:.3g} ± {found.scale[i]:.2g}, "
+        f"guide {found.guide_mean[i]:.3g} ± {found.guide_scale[i]:.2g}"
+    )
+    return f"'{found.units[i]}': {' and '.join(off)} ({numbers})"
+
+
+def _agreement(told: str, found: Evidence) -> str:
+    shift = found.shift.abs().nan_to_num(0.0).max()
+    ratio = found.log_ratio.nan_to_num(0.0).exp()
+    return (
+        f"the guide of {told}: its means are within {shift:.2f} posterior standard deviations, and "
+        f"its scales are {ratio.min():.2f} to {ratio.max():.2f} times the posterior's, by "
+        f"{found.tool}"
+    )
+
+
+def _unchecked(told: str, results: Mapping[str, Any], reasons: Mapping[str, str]) -> Finding:
+    start = f"the guide of {told}: "
+    said = {name: reasons[name] for name in TOOLS if name in reasons and name not in results}
+    if str(UsageError(UNKNOWN)) in said.values():
+        return Finding("unchecked", start + str(UsageError(UNKNOWN)))
+    why = [f"{name} has too few effective draws" for name in TOOLS if name in results]
+    for reason in dict.fromkeys(said.values()):
+        why.append(f"{' and '.join(n for n in said if said[n] == reason)}: {reason}")
+    words = f"{start}{', '.join(why)}; a larger budget, pyro_vae.nuts or pyro_vae.global_weights "
+    return Finding("unchecked", words + "checks it")
+
+
+TOOLS = ("global_weights", "global_nuts")
+"""The studies that check global latents."""
+
+
+def judge_local(names: Sequence[str], results: Mapping[str, Any]) -> list[Finding]:
+    """Return a finding for local latents that no study has reached."""
+    if not names or any(name in results for name in REACHES_LOCAL):
+        return []
+    told = ", ".join(f"'{name}'" for name in names)
+    words = f"the guide of {told}: no tool that checks local latents has run; a larger budget runs "
+    return [Finding("unchecked", f"{words}{', '.join(REACHES_LOCAL[:2])} and others")]
+
+
+REACHES_LOCAL = ("calibration", "log_likelihood", "gaps", "annealing", "nuts", "global_nuts")
+"""The studies that compare the guide of local latents with their posterior."""
+
+
+def limited(
+    findings: Sequence[Finding],
+    verdicts: Sequence[Finding],
+    shared: Sequence[str],
+    local: Sequence[str],
+) -> list[Finding]:
+    """Return findings that are at most as good as the verdicts on the latents on which they rest.
+
+    All numbers of a pair rest on its global latents. A finding that names a local latent rests on
+    this latent.
+    """
+    return [_limited(finding, verdicts, shared, local) for finding in findings]
+
+
+def _limited(
+    finding: Finding, verdicts: Sequence[Finding], shared: Sequence[str], local: Sequence[str]
+) -> Finding:
+    if finding.kind != "trust":
+        return finding
+    for verdict in verdicts:
+        about = [name for name in shared if f"'{name}" in verdict.words]
+        named = [n for n in local if f"'{n}'" in verdict.words and f"'{n}'" in finding.words]
+        if verdict.kind in ("doubt", "unchecked") and (about or named):
+            on = ", ".join(f"'{name}'" for name in (about or named))
+            return Finding(verdict.kind, f"given the guide of {on}, {finding.words}")
+    return finding

@@ -1,0 +1,249 @@
+"""Draws of chains by NUTS: their moments, their agreement, and their distance from the guide."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from torch import Tensor
+
+STARTS = 10
+"""Draws of the prior for each chain. Chains start at the first draws with a finite density."""
+
+PER_UNIT = 5
+"""Least number of warm-up transitions for each unit to adapt a full mass matrix."""
+
+AGREEING_R_HAT = 1.01
+"""Chains agree up to this R-hat (Vehtari et al., 2021, https://arxiv.org/abs/1903.08008)."""
+
+
+class Moments(NamedTuple):
+    """Moments of draws for each unit."""
+
+    mean: Tensor
+    """Means, of shape (n, units)."""
+    standard_deviation: Tensor
+    """Standard deviations, of shape (n, units)."""
+    correlation: Tensor
+    """Correlations, of shape (n, units, units)."""
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Draws of the posterior of a few data by NUTS, and draws of the guide for comparison.
+
+    A unit is one number of a latent site. The units of all sites are concatenated; ``units`` has
+    their names. Units that do not vary (padding of sequences and masked entries) have NaN in all
+    results.
+    """
+
+    draws: dict[str, Tensor]
+    """Draws of each latent site by NUTS, of shape (chains, draws, n, *event)."""
+    guide_draws: dict[str, Tensor]
+    """The same total number of draws of the guide, of shape (draws, n, *event)."""
+    units: tuple[str, ...]
+    """The names of the units, such as "z[0]"."""
+    r_hat: Tensor
+    """Rank-normalized split R-hat of the draws and of their distances from the median (folded),
+    the larger of the two, of shape (n, units). Over 1.01 the chains do not agree."""
+    effective_sample_size: Tensor
+    """Number of independent draws with the same information about a mean, of shape (n, units)."""
+    divergences: Tensor
+    """Number of transitions after the warm-up that diverged, for each datum, of shape (n,)."""
+
+    @cached_property
+    def moves(self) -> Tensor:
+        """Which units vary, of shape (n, units): those on which p(x, z) depends."""
+        return _vary(_flat(self.draws, 2))
+
+    @cached_property
+    def moments(self) -> Moments:
+        """The moments of the posterior."""
+        return _moments(_flat(self.draws, 2).flatten(0, 1), self.moves)
+
+    @cached_property
+    def guide_moments(self) -> Moments:
+        """The moments of the guide."""
+        return _moments(_flat(self.guide_draws, 1), self.moves)
+
+    @property
+    def mean_standard_error(self) -> Tensor:
+        """The Monte Carlo error of the posterior means, of shape (n, units)."""
+        return self.moments.standard_deviation / self.effective_sample_size.sqrt()
+
+    @property
+    def shift(self) -> Tensor:
+        """Means of the guide minus those of the posterior, of shape (n, units), in standard
+        deviations of the posterior."""
+        p, q = self.moments, self.guide_moments
+        return (q.mean - p.mean) / p.standard_deviation
+
+    @property
+    def scale_ratio(self) -> Tensor:
+        """Standard deviations of the guide divided by those of the posterior, (n, units)."""
+        return self.guide_moments.standard_deviation / self.moments.standard_deviation
+
+    @property
+    def disagreement(self) -> Tensor:
+        r"""The distance between guide and posterior, in nats, of shape (n, units).
+
+        It is :math:`\tfrac12 (r^2 + d^2 - 1) - \log r` with r the ``scale_ratio`` and d the
+        ``shift``: the KL of two normals with these moments.
+        """
+        ratio = self.scale_ratio
+        return 0.5 * (ratio.square() + self.shift.square() - 1) - ratio.log()
+
+    @property
+    def agrees(self) -> Tensor:
+        """Whether the chains of each datum agree and none diverged, of shape (n,)."""
+        return (_greatest(self.r_hat) <= AGREEING_R_HAT) & (self.divergences == 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the results over data and units for metrics.json; NaN becomes None."""
+        chains, draws, n = next(iter(self.draws.values())).shape[:3]
+        correlated = self.guide_moments.correlation - self.moments.correlation
+        found = {
+            "greatest_r_hat": _greatest(self.r_hat).max(),
+            "least_effective_sample_size": self.effective_sample_size.nan_to_num(torch.inf).min(),
+            "mean_shift": self.shift.abs().nanmean(),
+            "mean_scale_ratio": self.scale_ratio.nanmean(),
+            "mean_correlation_error": correlated.abs().nanmean(),
+            "mean_disagreement": self.disagreement.nanmean(),
+        }
+        return {
+            "num_examples": n,
+            "num_chains": chains,
+            "num_draws": draws,
+            "agree": int(self.agrees.sum()),
+            "divergences": int(self.divergences.sum()),
+            **{k: v.item() if bool(v.isfinite()) else None for k, v in found.items()},
+        }
+
+    def __str__(self) -> str:
+        found = self.as_dict()
+        n, chains, draws = (found[f"num_{name}"] for name in ("examples", "chains", "draws"))
+
+        def number(name: str) -> str:
+            return "infinite" if found[name] is None else f"{found[name]:.3f}"
+
+        size = found["least_effective_sample_size"]
+        lines = [
+            ("chains", f"{chains} of {draws} draws for each of {n} data"),
+            ("data whose chains agree", f"{found['agree']} of {n}"),
+            ("R-hat", f"{number('greatest_r_hat')} (maximum)"),
+            ("effective draws", f"{0 if size is None else size:.0f} (minimum)"),
+            ("divergences", f"{found['divergences']}"),
+            ("guide's mean off by", f"{number('mean_shift')} standard deviations"),
+            ("guide's scale", f"{number('mean_scale_ratio')} times the posterior's"),
+            ("guide's correlations", f"off by {number('mean_correlation_error')}"),
+            ("disagreement", f"{number('mean_disagreement')} nats for each unit"),
+        ]
+        return "\n".join(f"{name:<26}{value}" for name, value in lines)
+
+
+def compared(
+    draws: dict[str, Tensor], guide_draws: dict[str, Tensor], divergences: Tensor
+) -> Posterior:
+    """Return draws (chains, draws, n, *event) and draws of the guide with all measures of them."""
+    flat = _flat(draws, 2)
+    return Posterior(
+        draws,
+        guide_draws,
+        _names(guide_draws),
+        _measured(_r_hat, flat),
+        _measured(_effective, flat),
+        divergences.long(),
+    )
+
+
+def _r_hat(draws: Tensor) -> Tensor:
+    """Return R-hat; infinite if no chain moves, so that its variance is 0."""
+    return rank_r_hat(draws).nan_to_num(torch.inf, posinf=torch.inf)
+
+
+def _effective(draws: Tensor) -> Tensor:
+    """Return the effective sample size; 1 if no chain moves."""
+    return effective_sample_size(draws, 0, 1).nan_to_num(1.0)
+
+
+class _Energy(torch.autograd.Function):
+    """A value with a gradient that is already known."""
+
+    @staticmethod
+    def forward(ctx: Any, moving: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.gradient, None, None
+
+
+def energy(moving: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """Return a value whose gradient with respect to the moving coordinates is given."""
+    found: Tensor = _Energy.apply(moving, value, gradient)
+    return found
+
+
+def rank_r_hat(draws: Tensor) -> Tensor:
+    """Return the rank-normalized, folded split R-hat (Vehtari et al., 2021) of draws.
+
+    Draws have shape (chains, draws, ...). The result is the larger of the R-hats of location and
+    of spread.
+    """
+    apart = (draws - draws.flatten(0, 1).quantile(0.5, 0)).abs()
+    by_rank = [split_gelman_rubin(_normal_scores(part), 0, 1) for part in (draws, apart)]
+    return torch.maximum(*by_rank)
+
+
+def _normal_scores(draws: Tensor) -> Tensor:
+    """Return normal quantiles of the ranks of draws among all chains; ties share a rank."""
+    values = draws.flatten(0, 1).movedim(0, -1).contiguous()
+    ordered = values.sort(-1).values
+    least, most = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    scores = torch.special.ndtri(((least + most + 1) / 2 - 0.375) / (values.shape[-1] + 0.25))
+    return scores.to(draws.dtype).movedim(-1, 0).reshape(draws.shape)
+
+
+def _flat(sites: dict[str, Tensor], leading: int) -> Tensor:
+    """Concatenate all units to (*leading, n, units), in float64."""
+    parts = [value.double().reshape(*value.shape[: leading + 1], -1) for value in sites.values()]
+    return torch.cat(parts, -1)
+
+
+def _names(sites: dict[str, Tensor]) -> tuple[str, ...]:
+    """Return a name for each unit of draws (draws, n, *event)."""
+    return tuple(
+        name + "".join(f"[{i}]" for i in index)
+        for name, value in sites.items()
+        for index in product(*map(range, value.shape[2:]))
+    )
+
+
+def _measured(measure: Callable[[Tensor], Tensor], draws: Tensor) -> Tensor:
+    """Measure draws (chains, draws, n, units) by unit; NaN for units that do not vary."""
+    moves = _vary(draws)
+    found = draws.new_full(moves.shape, torch.nan)
+    if moves.any():  # with one NaN, Pyro's measures return only NaN
+        found[moves] = measure(draws[:, :, moves])
+    return found
+
+
+def _vary(draws: Tensor) -> Tensor:
+    """Return which units of draws (chains, draws, n, units) are not constant."""
+    return draws.amax((0, 1)) != draws.amin((0, 1))
+
+
+def _moments(draws: Tensor, moves: Tensor) -> Moments:
+    """Return moments of draws (draws, n, units); NaN for units that do not vary."""
+    draws = torch.where(moves, draws, torch.nan)
+    off = draws - draws.mean(0)
+    scaled = off / off.square().sum(0).sqrt()
+    return Moments(draws.mean(0), draws.std(0), torch.einsum("sni,snj->nij", scaled, scaled))
+
+
+def _greatest(by_unit: Tensor) -> Tensor:
+    return by_unit.nan_to_num(-torch.inf, posinf=torch.inf).amax(1)

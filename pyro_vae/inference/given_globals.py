@@ -1,0 +1,111 @@
+"""A pair whose global and group latents are held at given values, so that only local ones remain.
+
+Tools for the latents of one datum (`gaps`, `anneal`, `nuts` of a datum) serve such a pair. Their
+results are conditional on these values.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_vae.compat import buffers_of, site_is_subsample
+from pyro_vae.pairs import places
+from pyro_vae.pairs.guide import trace_guide
+from pyro_vae.pairs.model import global_latents
+from pyro_vae.pairs.pair import Batch, Pair
+from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.sites import latents, log_prob
+from pyro_vae.pairs.traces import Given
+
+
+class GivenGlobals(nn.Module):
+    r"""A pair with its global and group latents w held at given values: p(x, z | w), q(z | x, w).
+
+    Arguments:
+        pair: any pair with global latents, whose data plate is known (`find_places`).
+        values: a value for each global latent, by site.
+
+    Model and guide of this pair have only the local latents. Both share the parameters of the pair.
+    """
+
+    def __init__(self, pair: nn.Module, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.pair, self.names = pair, tuple(values)
+        self.hold(values)
+
+    def hold(self, values: Mapping[str, Tensor]) -> None:
+        """Hold the latents at other values."""
+        for name, value in values.items():  # as buffers, they are inputs of a traced graph
+            buffers_of(self)[_key(name)] = value.detach()
+
+    def model(self, *batch: Tensor) -> Any:
+        with self._held():
+            return cast(Pair, self.pair).model(*batch)
+
+    def guide(self, *batch: Tensor) -> Any:
+        with self._held():
+            return cast(Pair, self.pair).guide(*batch)
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        own = buffers_of(self)
+        values = {name: cast(Tensor, own[_key(name)]) for name in self.names}
+        with poutine.block(hide_fn=_hidden(self.pair)), Given(values):
+            yield
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a buffer has no dots in its name
+
+
+def _hidden(pair: nn.Module) -> Callable[[Any], bool]:
+    """Return whether a site is a latent outside the data plate, or an auxiliary site of one."""
+    found = places.known(pair)
+    plates = None if found is None else found.plates
+
+    def hidden(site: Any) -> bool:
+        latent = site["type"] == "sample" and not site["is_observed"]
+        return latent and not site_is_subsample(site) and not places.is_local(site, plates)
+
+    return hidden
+
+
+def draw_globals(pair: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return a draw of the guide for each of these latents. Call it within `using`."""
+    drawn = latents(trace_guide(pair, batch)) if names else {}
+    return {name: drawn[name]["value"] for name in names}
+
+
+def at_one_draw(pair: nn.Module, batch: Batch, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the pair with its global and group latents held at one draw of the guide.
+
+    Also returns the names of these latents. A pair without any is returned as it is.
+    """
+    names = tuple(global_latents(pair, batch))
+    if not names:
+        return pair, names
+    with using(pair, seed):
+        return GivenGlobals(pair, draw_globals(pair, batch, names)), names
+
+
+def pools(pair: nn.Module, batch: Batch, names: Sequence[str] | None = None) -> bool:
+    """Whether the guide's distribution of global latents depends on the rows (amortization).
+
+    The guide runs on both halves of the batch. Call this function within `using`.
+    """
+    names = global_latents(pair, batch) if names is None else names
+    half = len(batch[0]) // 2
+    if not names or half < 1:
+        return False
+    first = latents(trace_guide(pair, tuple(part[:half] for part in batch)))
+    values = {name: first[name]["value"] for name in names}
+    with Given(values):
+        other = latents(trace_guide(pair, tuple(part[half:] for part in batch)))
+    for name in names:
+        ours, theirs = log_prob(first[name]), log_prob(other[name])
+        if ours.shape != theirs.shape or not bool(ours.isclose(theirs, 1e-4, 1e-4).all()):
+            return True
+    return False

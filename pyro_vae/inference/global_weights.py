@@ -1,0 +1,289 @@
+"""Importance weights of global and group latents: how far is their guide from the posterior?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.data.preparation import held_rows
+from pyro_vae.data.sources import Rows
+from pyro_vae.errors import UsageError
+from pyro_vae.inference.given_globals import GivenGlobals, pools
+from pyro_vae.inference.importance import CELLS
+from pyro_vae.inference.inference_data import unit_names
+from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold
+from pyro_vae.inference.passes import in_chunks
+from pyro_vae.pairs import fold_plan
+from pyro_vae.pairs.guide import trace_guide
+from pyro_vae.pairs.model import global_latents, trace_model
+from pyro_vae.pairs.pair import Batch, placement
+from pyro_vae.pairs.places import is_local
+from pyro_vae.pairs.progress import bar
+from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.sites import factors, latents, log_prob
+from pyro_vae.pairs.threads import alone
+from pyro_vae.pairs.traces import Given
+from pyro_vae.pairs.weights import log_weights, log_weights_alone, structure
+
+
+@dataclass(frozen=True)
+class GlobalWeights:
+    """The results of `global_weights`. A unit is one number of a global or group latent."""
+
+    draws: dict[str, Tensor]
+    """Draws of the guide, of shape (draws, *event), or (draws, groups, *event) for groups."""
+    log_weights: Tensor
+    """The log weight of each draw, of shape (draws,), in nats for the whole data set."""
+    units: tuple[str, ...]
+    """The names of the units, such as "w" or "u[0]"."""
+    pareto_k: float
+    """The Pareto shape of the weights. Over ``k_threshold`` the guide is so far from the posterior
+    that neither ``mean`` nor ``standard_deviation`` is reliable."""
+    num_samples: int
+    """Importance samples of the local latents of each row, for each draw."""
+    num_examples: int
+    """The number of rows."""
+
+    @property
+    def k_threshold(self) -> float:
+        """The largest k with reliable results (`pyro_vae.inference.pareto.threshold`)."""
+        return threshold(len(self.log_weights))
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the weights correct the guide: Pareto k is at most its threshold."""
+        return self.pareto_k <= self.k_threshold
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights, of sum 1, of shape (draws,)."""
+        return self.log_weights.softmax(0)
+
+    @property
+    def effective_sample_size(self) -> float:
+        """The number of draws that the weights leave: 1 / sum of squared weights."""
+        return 1 / self.weights.square().sum().item()
+
+    @property
+    def mean(self) -> Tensor:
+        """The posterior mean of each unit, by the weights, of shape (units,)."""
+        return self.weights @ self._values
+
+    @property
+    def mean_standard_error(self) -> Tensor:
+        """The Monte Carlo error of ``mean``, of shape (units,)."""
+        off = self._values - self.mean
+        return (self.weights.square() @ off.square()).sqrt()
+
+    @property
+    def standard_deviation(self) -> Tensor:
+        """The posterior standard deviation of each unit, by the weights, of shape (units,)."""
+        return (self.weights @ (self._values - self.mean).square()).sqrt()
+
+    @property
+    def guide_mean(self) -> Tensor:
+        """The mean of each unit under the guide, of shape (units,)."""
+        return self._values.mean(0)
+
+    @property
+    def guide_standard_deviation(self) -> Tensor:
+        """The standard deviation of each unit under the guide, of shape (units,)."""
+        return self._values.std(0)
+
+    @property
+    def shift(self) -> Tensor:
+        """Means of the guide minus those of the posterior, in posterior standard deviations."""
+        return (self.guide_mean - self.mean) / self.standard_deviation
+
+    @property
+    def scale_ratio(self) -> Tensor:
+        """Standard deviations of the guide divided by those of the posterior, (units,)."""
+        return self.guide_standard_deviation / self.standard_deviation
+
+    @property
+    def _values(self) -> Tensor:
+        parts = [value.reshape(len(value), -1) for value in self.draws.values()]
+        return torch.cat([part.double() for part in parts], 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the results for metrics.json; posterior moments are None if k is too large."""
+        columns = {"guide_mean": self.guide_mean, "guide_sd": self.guide_standard_deviation}
+        if self.reliable:
+            columns |= {"mean": self.mean, "sd": self.standard_deviation}
+            columns |= {"shift": self.shift, "scale_ratio": self.scale_ratio}
+        finite = self.pareto_k < float("inf")
+        return {
+            "num_examples": self.num_examples,
+            "num_draws": len(self.log_weights),
+            "num_samples": self.num_samples,
+            "pareto_k": self.pareto_k if finite else None,
+            "k_threshold": self.k_threshold,
+            "effective_sample_size": self.effective_sample_size if finite else None,
+            "by_unit": {
+                unit: {name: value[i].item() for name, value in columns.items()}
+                for i, unit in enumerate(self.units)
+            },
+        }
+
+    def __str__(self) -> str:
+        draws, k = len(self.log_weights), f"{self.pareto_k:.2f}"
+        verdict = "" if self.reliable else f" > {self.k_threshold:.2f}: not reliable"
+        lines = [
+            f"{draws} draws of the global latents, {self.num_samples} samples of each of "
+            f"{self.num_examples} rows; Pareto k {k}{verdict}; "
+            f"{self.effective_sample_size:.0f} effective draws"
+        ]
+        if not self.reliable:
+            return lines[0]
+        width = max(map(len, self.units)) + 2
+        lines.append(f"{'':<{width}}{'posterior':>18}{'guide':>18}{'shift':>8}{'scale':>7}")
+        for i in self.shift.abs().argsort(descending=True)[:SHOWN].tolist():
+            by = f"{self.mean[i]:.3f} ± {self.standard_deviation[i]:.3f}"
+            guide = f"{self.guide_mean[i]:.3f} ± {self.guide_standard_deviation[i]:.3f}"
+            lines.append(
+                f"{self.units[i]:<{width}}{by:>18}{guide:>18}{self.shift[i]:>8.2f}"
+                f"{self.scale_ratio[i]:>7.2f}"
+            )
+        if len(self.units) > SHOWN:
+            lines.append(f"the {SHOWN} of {len(self.units)} units with the largest shift")
+        return "\n".join(lines)
+
+
+SHOWN = 20
+"""Number of units in the printed table."""
+
+
+@alone()
+def global_weights(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    num_draws: int = 500,
+    num_samples: int = 100,
+    binarize: str = "dynamic",
+    seed: int = 0,
+    progress: bool = True,
+) -> GlobalWeights:
+    r"""Weigh draws of the global and group latents by their posterior, given all data.
+
+    A draw :math:`w \sim q(w)` has the weight
+
+    .. math:: \frac{p(w)}{q(w)} \prod_i \frac1K \sum_k \frac{p(x_i, z_{ik} | w)}{q(z_{ik}|x_i, w)},
+        \qquad z_{ik} \sim q(z | x_i, w).
+
+    So the local latents are integrated out by K importance samples for each row. Their noise stays
+    in the weights, which have the right mean for every K. A joint draw of z of all rows would
+    leave no weight of use. The weighted draws have the moments of p(w | x) if Pareto k is small. If
+    it is large, the guide is far from the posterior, or K is too small: try more samples, or
+    `pyro_vae.nuts`.
+
+    Arguments:
+        pair: any pair with global or group latents that have a density.
+        x, context: all rows to which the guide was fitted; other rows have another posterior.
+        num_draws: number of draws of the global latents, at least 21.
+        num_samples: K. Each draw takes one pass of K samples for every row. A pair without local
+            latents needs none.
+        binarize, seed: as in `pyro_vae.evaluate`.
+        progress: show a bar if the run takes over two seconds.
+
+    Raises `UsageError` for a pair without global latents, and for point estimates of latents.
+    Vehtari et al., Pareto smoothed importance sampling, 2024
+    (https://arxiv.org/abs/1507.02646); the weights are not smoothed here.
+
+    >>> import torch, pyro_vae as pv
+    >>> pair = pv.BayesianDecoder(pv.VAE.mlp((4,), latent_dim=2, hidden=()))
+    >>> found = pv.global_weights(pair, torch.ones(3, 4), num_draws=21, num_samples=5)
+    >>> found.log_weights.shape, len(found.units)
+    (torch.Size([21]), 12)
+    """
+    for name, value, least in (("num_draws", num_draws, LEAST), ("num_samples", num_samples, 1)):
+        if value < least:
+            raise UsageError(f"must be at least {least}, got {value}", argument=name)
+    rows, prepare = held_rows(pair, x, context, binarize)
+    parts = [prepare(part) for part in rows.batches(1000)]
+    batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    names = _weighable(pair, batch)
+    with using(pair, seed), bar(progress, num_draws, "global latents", delay=2) as shown:
+        evidence = _Evidence(pair, batch, names, num_samples)
+        few = tuple(part[:4] for part in batch)
+        of = batch if pools(pair, few, names) else few
+        draws: list[dict[str, Tensor]] = []
+        weights: list[Tensor] = []
+        for _ in range(num_draws):
+            values, ratio = _drawn(pair, of, batch, names)
+            weights.append((ratio + evidence(values)).cpu())
+            draws.append(values)
+            shown.update()
+    found = {name: torch.stack([one[name] for one in draws]).cpu() for name in names}
+    units = [unit for name in names for unit in unit_names(name, found[name].shape[1:])]
+    log_weights = torch.stack(weights)
+    k = _shape(log_weights, torch.finfo(placement(pair)[1]).eps)
+    return GlobalWeights(found, log_weights, tuple(units), k, evidence.number, len(batch[0]))
+
+
+def _shape(log_weights: Tensor, rounding: float) -> float:
+    """Return the shape of the tail; 0 if the weights differ only by rounding."""
+    spread = log_weights.max() - log_weights.min()
+    size = log_weights.max().abs().clamp(min=1)
+    constant = bool(spread <= 100 * rounding * size)
+    return 0.0 if constant else pareto_shape(log_weights[None]).item()
+
+
+def _weighable(pair: nn.Module, batch: Batch) -> list[str]:
+    """Return the global latents of a pair. Raises `UsageError` if they have no weights."""
+    names, kind = global_latents(pair, batch), type(pair).__name__
+    if not names:
+        raise UsageError(f"{kind} has no global latent, but global_weights needs one")
+    for name in set(names) & set(fold_plan.plan(pair, batch).points):
+        raise UsageError(
+            f"the guide of '{name}' is a Delta, a point estimate, which cannot be weighed; give "
+            "the site a distribution with a positive variance"
+        )
+    return names
+
+
+def _drawn(
+    pair: nn.Module, of: Batch, batch: Batch, names: Sequence[str]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return a draw of the global latents, and log p(w) - log q(w)."""
+    guide = latents(trace_guide(pair, of))
+    values = {name: guide[name]["value"] for name in names}
+    with Given(values):
+        model = trace_model(pair, batch, trace_guide(pair, batch))
+    ours = latents(model) | factors(model)
+    log_p = [log_prob(site).double().sum() for site in ours.values() if not is_local(site)]
+    log_q = [log_prob(guide[name]).double().sum() for name in names]
+    return values, torch.stack(log_p).sum() - torch.stack(log_q).sum()
+
+
+class _Evidence:
+    """An estimate of log p(x | w) of all rows, with the local latents integrated out."""
+
+    def __init__(
+        self, pair: nn.Module, batch: Batch, names: Sequence[str], num_samples: int
+    ) -> None:
+        few = tuple(part[:2] for part in batch)
+        guide = latents(trace_guide(pair, batch))
+        self.batch = batch
+        self.fixed = GivenGlobals(pair, {name: guide[name]["value"] for name in names})
+        self.nesting, self.vectorized, widest = structure(self.fixed, few)
+        self.number = num_samples if len(guide) > len(names) else 1
+        self.rows = max(1, CELLS // (widest * self.number))
+
+    def __call__(self, values: dict[str, Tensor]) -> Tensor:
+        self.fixed.hold(values)
+        parts = [self._of(part) for part in in_chunks(self.batch, self.rows)]
+        return torch.cat(parts).sum()
+
+    def _of(self, part: Batch) -> Tensor:
+        """Return the estimates of some rows, of shape (n,)."""
+        if self.vectorized:
+            found = log_weights(self.fixed, part, self.number, self.nesting)
+        else:
+            found = torch.stack(
+                [log_weights_alone(self.fixed, part, self.nesting) for _ in range(self.number)]
+            )
+        return found.double().logsumexp(0) - log(self.number)
