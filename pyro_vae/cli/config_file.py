@@ -62,7 +62,7 @@ def table_defaults(app: App, commands: tuple[str, ...], arguments: Any) -> None:
     new = {name: value for name, value in TABLE_DEFAULTS.items() if name not in left_out}
     given = {name for name, one in named.items() if one.tokens}
     new = {name: value for name, value in new.items() if name not in given}
-    ConfigDict({"train": new}, source="the defaults for tables")(app, commands, arguments)
+    ConfigDict({commands[-1]: new}, source="the defaults for tables")(app, commands, arguments)
 
 
 def require_typed_class(_: App, __: Sequence[str], arguments: Any) -> None:

@@ -2,25 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pyro_vae.cli.app import Flat, app
 from pyro_vae.cli.config_file import (
-    TABLE_DEFAULTS,
     read_options,
     reject_typed_ignored,
     require_typed_class,
     table_defaults,
 )
 from pyro_vae.cli.input import Input, reject_ignored_by_data
-from pyro_vae.cli.make_objective import make_beta, make_learning_rate_schedule, make_objective
-from pyro_vae.cli.make_pair import context_shapes, make_pair, require_groups
-from pyro_vae.cli.make_parts import missing_entries, standardizes
+from pyro_vae.cli.job import make_job
+from pyro_vae.cli.make_pair import require_groups
+from pyro_vae.cli.make_parts import missing_entries
 from pyro_vae.cli.options import Model, Objective
 from pyro_vae.cli.run import (
-    context_of,
     measure_run,
     recorded_options,
     report_run,
@@ -33,8 +30,6 @@ from pyro_vae.cli.run import (
 from pyro_vae.training.settings import Settings
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from pyro_vae.data.split import Data
 
 
@@ -76,7 +71,6 @@ def train(
     """
     from pyro_vae.data.datasets import load_data
     from pyro_vae.runs.held_out_rows import split_checksums
-    from pyro_vae.training.fit import fit
 
     del config  # `read_options` has already added the options of this file.
     require_positive("num_eval_samples", num_eval_samples)
@@ -92,52 +86,22 @@ def train(
     if resume:
         require_split(run, loaded)
     if loaded.schema is not None:
-        model = _with_context(model, loaded)
         print(loaded.schema, end="\n\n")
-        # The default for tables may be more than a small table has.
-        if settings.batch_size == TABLE_DEFAULTS["batch_size"]:
-            most = min(TABLE_DEFAULTS["batch_size"], len(loaded.train.x))
-            settings = replace(settings, batch_size=most)
-    scaled = standardizes(model, loaded, source.standardize)
-    seeded_pair = _seeded_pair(model, loaded, settings, scaled)
-    given = (
-        {"data": data, "data_shape": loaded.shape, "num_classes": loaded.num_classes}
-        | {"context_shapes": context_shapes(model, loaded)}
-        | ({} if loaded.vocabulary is None else {"vocabulary": loaded.vocabulary})
-        | ({} if loaded.train.lengths is None else {"ragged": True})
-        | _plain(model)
-        | _plain(objective)
-        | _plain(source)
-        | _plain(settings)
-    )
+    job = make_job(data, loaded, model, objective, source, settings)
     with _schema_kept(run, loaded):
-        fit(
-            seeded_pair,
-            loaded.train.x,
-            *context_of(given, loaded, loaded.train),
-            validation=(
-                loaded.validation.x,
-                *context_of(given, loaded, loaded.validation),
-            ),
-            objective=make_objective(
-                objective, len(loaded.train.x), _enumerated(seeded_pair, given, loaded)
-            ),
-            beta=make_beta(objective),
-            learning_rate_schedule=make_learning_rate_schedule(objective, settings.epochs),
-            binarize=source.binarize,
+        job.fit(
             out=run,
             resume=resume,
             overwrite=overwrite,
-            config={"train": given, "split": split_checksums(loaded)},
-            **asdict(settings),
+            config={"train": job.given, "split": split_checksums(loaded)},
         )
-    if scaled:
+    if job.standardized:
         print(f"{'standardized':<20}inside the pair (--no-standardize to change)")
     if holes := missing_entries(loaded):
         print(f"{'missing entries':<20}{holes}, which the likelihood leaves out")
-    measure_run(run, seeded_pair, loaded, given, num_eval_samples, settings.engine)
+    measure_run(run, job.pair, loaded, job.given, num_eval_samples, job.settings.engine)
     if report:
-        report_run(run, seeded_pair, loaded, given)
+        report_run(run, job.pair, loaded, job.given)
         print(f"{'report':<20}{run / 'report.html'}")
 
 
@@ -154,39 +118,3 @@ def _schema_kept(run: Path, data: "Data") -> Iterator[None]:
         raise
     if data.schema is not None:
         write_schema(run, data)
-
-
-def _with_context(model: Model, data: "Data") -> Model:
-    """The configuration that passes the context columns of a table to the pair."""
-    if data.train.context is None or "context" in model.condition or ":" in model.model:
-        return model
-    return replace(model, condition=(*model.condition, "context"))
-
-
-def _seeded_pair(model: Model, data: "Data", settings: Settings, standardize: bool) -> "nn.Module":
-    from pyro_vae.pairs.rng import seeded
-
-    with seeded(settings.seed):
-        return make_pair(model, data, standardize, settings.mask_rate > 0)
-
-
-def _enumerated(pair: "nn.Module", given: dict[str, Any], data: "Data") -> bool:
-    """Whether a pair has discrete latents that must be summed out; False for a faulty pair."""
-    from pyro_vae.data.preparation import plain_preparation
-    from pyro_vae.pairs.enumeration import enumerates
-
-    context = context_of(given, data, data.train)
-    few = tuple(part[:2] for part in (data.train.x, *context))
-    try:
-        return enumerates(pair, plain_preparation(pair, few)(few))
-    except Exception:  # `fit` checks the pair and explains what is wrong.
-        return False
-
-
-def _plain(settings: Any) -> dict[str, Any]:
-    assert is_dataclass(settings)
-    return {
-        field.name: str(value) if isinstance(value, Path) else value
-        for field in fields(settings)
-        if (value := getattr(settings, field.name)) is not None
-    }

@@ -1,0 +1,248 @@
+"""The command that searches for options by their validation bound."""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pyro_vae.cli.app import Flat, app
+from pyro_vae.cli.config_file import (
+    reject_typed_ignored,
+    require_typed_class,
+    table_defaults,
+)
+from pyro_vae.cli.input import Input, reject_ignored_by_data
+from pyro_vae.cli.job import Job, make_job
+from pyro_vae.cli.make_pair import require_groups
+from pyro_vae.cli.options import Model, Objective, in_words, option_of
+from pyro_vae.cli.run import require_positive
+from pyro_vae.errors import UsageError
+from pyro_vae.training.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
+
+    from pyro_vae.training.history import Epoch
+
+WIDTHS = (32, 64, 128, 256, 512)
+
+DIMENSIONS = (1, 2, 4, 8, 16, 32, 64)
+
+SHOWN = 20
+"""Number of trials in the table."""
+
+
+@app.command(config=(table_defaults, require_typed_class, reject_typed_ignored))
+def tune(
+    data: str,
+    *,
+    trials: int = 30,
+    search: tuple[Literal["latent_dim", "hidden", "learning_rate", "scale"], ...] = (
+        "latent_dim",
+        "hidden",
+        "learning_rate",
+    ),
+    storage: Path | None = None,
+    report: bool = False,
+    model: Annotated[Model, Flat] = Model(),  # noqa: B008
+    objective: Annotated[Objective, Flat] = Objective(),  # noqa: B008
+    source: Annotated[Input, Flat] = Input(),  # noqa: B008
+    settings: Annotated[Settings, Flat] = Settings(),  # noqa: B008
+) -> None:
+    """Search for the options with the best validation bound, by Optuna.
+
+    Trials whose bound is below the median of earlier trials at the same epoch are stopped early.
+    Run the command again to continue, or in several shells at the same time to share the trials.
+    Needs the extra tune.
+
+    Parameters
+    ----------
+    data
+        Name or file of the data, as for train.
+    trials
+        Number of trials in the storage at the end, those that were stopped early included.
+    search
+        Options to search. latent_dim: 1 to 64; hidden: one to three layers of 32 to 512;
+        learning_rate: 1e-4 to 1e-2; scale: predicted or learned, for --likelihood gaussian.
+    storage
+        File that keeps the trials. The default is runs/DATA.tune.
+    report
+        Only show the trials of the storage.
+    """
+    require_positive("trials", trials)
+    optuna = _optuna()
+    file = storage or Path("runs") / f"{Path(data).stem}.tune"
+    if report and not file.is_file():
+        raise UsageError(f"must have trials, but {file} does not exist", argument="storage")
+    with _quiet(optuna):
+        fixed = {"model": model, "objective": objective, "source": source, "settings": settings}
+        study = _study(optuna, file, None if report else _words(data, search, fixed), settings.seed)
+        if not report:
+            run = _runner(optuna, data, search, model, objective, source, settings)
+            finished = optuna.study.MaxTrialsCallback(trials, states=_finished(optuna))
+            if len(study.get_trials(states=_finished(optuna))) < trials:
+                study.optimize(run, callbacks=[finished, _show])
+        _print(study, data, optuna)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise UsageError(
+            "tune needs Optuna, which is not installed; run pip install 'pyro-vae[tune]'"
+        ) from error
+    return optuna
+
+
+@contextmanager
+def _quiet(optuna: Any) -> "Iterator[None]":
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def _finished(optuna: Any) -> tuple[Any, ...]:
+    return (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+
+
+def _words(data: str, search: tuple[str, ...], fixed: Mapping[str, Any]) -> str:
+    """All options of a search, to recognize it again."""
+    return json.dumps({"data": data, "search": search, **fixed}, default=repr, sort_keys=True)
+
+
+def _study(optuna: Any, file: Path, words: str | None, seed: int) -> "Study":
+    """The study in a file. Raises `UsageError` if it was started with other options."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    backend = optuna.storages.journal.JournalFileBackend(str(file))
+    study = optuna.create_study(
+        storage=optuna.storages.JournalStorage(backend),
+        study_name="tune",
+        direction="maximize",
+        load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=3),
+    )
+    # Workers that start together must not propose the same options.
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
+    known = study.user_attrs.get("options")
+    if words is not None and known is None:
+        study.set_user_attr("options", words)
+    elif words is not None and known != words:
+        raise UsageError(
+            f"{file} holds trials with other data or options; give another file",
+            argument="storage",
+        )
+    return study
+
+
+def _runner(
+    optuna: Any,
+    name: str,
+    search: tuple[str, ...],
+    model: Model,
+    objective: Objective,
+    source: Input,
+    settings: Settings,
+) -> Callable[["Trial"], float]:
+    """The function of a trial: train a pair, and return its best validation bound."""
+    from pyro_vae.data.datasets import load_data
+    from pyro_vae.training.stopping import NonFiniteError
+
+    require_groups(model.model, source.group)
+    data = load_data(
+        name, source.data_dir, source.length, columns=source.columns, group=source.group
+    )
+    reject_ignored_by_data(source, data)
+
+    def run(trial: "Trial") -> float:
+        found = _proposed(trial, search)
+        of_model = {key: value for key, value in found.items() if key != "learning_rate"}
+        rate = found.get("learning_rate", settings.learning_rate)
+        job = make_job(
+            name,
+            data,
+            replace(model, **of_model),
+            objective,
+            source,
+            replace(settings, learning_rate=rate),
+        )
+        try:
+            return _bound(optuna, trial, job)
+        except NonFiniteError as error:
+            raise optuna.TrialPruned(str(error)) from error
+
+    return run
+
+
+def _bound(optuna: Any, trial: "Trial", job: Job) -> float:
+    def report(epoch: "Epoch") -> None:
+        assert epoch.validation is not None
+        trial.report(epoch.validation.bound, epoch.epoch)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+    history = job.fit(on_epoch=[report], progress=False)
+    best = history.epochs[history.best_epoch - 1].validation
+    assert best is not None
+    return best.bound
+
+
+def _proposed(trial: "Trial", search: tuple[str, ...]) -> dict[str, Any]:
+    """Values of the options that are searched."""
+    found: dict[str, Any] = {}
+    if "latent_dim" in search:
+        found["latent_dim"] = (trial.suggest_categorical("latent_dim", DIMENSIONS),)
+    if "hidden" in search:
+        layers = trial.suggest_int("layers", 1, 3)
+        width = trial.suggest_categorical("width", WIDTHS)
+        found["hidden"] = tuple(max(WIDTHS[0] // 2, width // 2**i) for i in range(layers))
+    if "learning_rate" in search:
+        found["learning_rate"] = trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)
+    if "scale" in search:
+        found["scale"] = trial.suggest_categorical("scale", ["predicted", "learned"])
+    trial.set_user_attr("options", {name: _plain(value) for name, value in found.items()})
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return in_words(value) if isinstance(value, tuple) else value
+
+
+def _show(study: "Study", trial: "FrozenTrial") -> None:
+    print(_line(trial), flush=True)
+
+
+def _line(trial: "FrozenTrial") -> str:
+    value = "stopped early" if trial.value is None else f"{trial.value:.3f}"
+    if trial.state.name == "PRUNED" and trial.intermediate_values:
+        value = f"stopped, {max(trial.intermediate_values.values()):.3f}"
+    return f"{trial.number:<6}{value:>18}  {_options(trial)}"
+
+
+def _options(trial: "FrozenTrial") -> str:
+    def word(value: Any) -> str:
+        return f"{value:.2e}" if isinstance(value, float) else str(value)
+
+    given = trial.user_attrs.get("options", {})
+    return " ".join(f"{option_of(name)} {word(value)}" for name, value in given.items())
+
+
+def _print(study: "Study", data: str, optuna: Any) -> None:
+    """Show the best trials, and the command that trains with the best options."""
+    finished = study.get_trials(states=_finished(optuna))
+    complete = [trial for trial in finished if trial.value is not None]
+    complete = [trial for trial in complete if trial.state.name == "COMPLETE"]
+    complete.sort(key=lambda trial: -(trial.value or 0.0))
+    print(f"{len(finished)} trials, {len(finished) - len(complete)} of them stopped early")
+    print(f"{'trial':<6}{'validation bound':>18}  options")
+    print(*map(_line, complete[:SHOWN]), sep="\n")
+    if complete:
+        print(f"best: pyro-vae train {data} {_options(complete[0])}")

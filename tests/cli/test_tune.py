@@ -1,0 +1,69 @@
+"""The search for options, and the export of a run."""
+
+import sys
+
+import numpy as np
+import pytest
+from cli_helpers import command
+
+from pyro_vae.cli.main import main
+
+OPTIONS = "--epochs 2 --engine eager --likelihood gaussian"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "rows.npy"
+    np.save(path, np.random.default_rng(0).normal(5.0, 2.0, (60, 3)).astype(np.float32))
+    return path
+
+
+def refusal(capsys, line, **paths):
+    with pytest.raises(SystemExit) as ended:
+        command(line, **paths)
+    assert ended.value.code == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    return said
+
+
+def bounds(shown):
+    """The bounds in the table, best first."""
+    lines = shown[shown.index("validation bound") :].splitlines()[1:]
+    return [float(line.split()[1]) for line in lines if not line.startswith("best")]
+
+
+def test_a_search_goes_on_where_it_stopped_and_shows_its_best_options(data, tmp_path, capsys):
+    paths = {"data": data, "file": tmp_path / "trials"}
+    command(f"tune {{data}} --trials 2 --storage {{file}} {OPTIONS}", **paths)
+    first = capsys.readouterr().out
+    command(f"tune {{data}} --trials 3 --storage {{file}} {OPTIONS}", **paths)
+    both = capsys.readouterr().out
+    assert "2 trials" in first
+    assert "3 trials" in both
+    assert set(bounds(first)) < set(bounds(both))
+    assert bounds(both) == sorted(bounds(both), reverse=True)
+    command("tune {data} --report --storage {file}", **paths)
+    shown = capsys.readouterr().out
+    assert shown in both
+    # The last line is a command that reaches the bound of its trial.
+    words = shown.splitlines()[-1].removeprefix("best: pyro-vae ").split()
+    run = tmp_path / "run"
+    main([*words, *OPTIONS.split(), "--out", str(run), "--no-report", "--num-eval-samples", "2"])
+    history = np.genfromtxt(run / "history.csv", delimiter=",", names=True)
+    assert history["validation_bound"].max() == pytest.approx(bounds(shown)[0], abs=0.05)
+
+
+def test_trials_of_other_options_are_not_mixed(data, tmp_path, capsys):
+    paths = {"data": data, "file": tmp_path / "trials"}
+    command(f"tune {{data}} --trials 1 --storage {{file}} {OPTIONS}", **paths)
+    line = f"tune {{data}} --trials 2 --storage {{file}} {OPTIONS} --batch-size 16"
+    assert "holds trials with other data or options" in refusal(capsys, line, **paths)
+
+
+def test_wrong_use_and_a_missing_library_are_named_in_one_line(data, tmp_path, capsys, monkeypatch):
+    paths = {"data": data, "file": tmp_path / "trials"}
+    line = "tune {data} --report --storage {file}"
+    assert "--storage must have trials" in refusal(capsys, line, **paths)
+    assert "--trials must be at least 1" in refusal(capsys, "tune {data} --trials 0", **paths)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert "pip install 'pyro-vae[tune]'" in refusal(capsys, "tune {data}", **paths)
