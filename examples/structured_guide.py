@@ -80,7 +80,7 @@ def fitted(structured: bool, x: Tensor, c: Tensor, epochs: int) -> Regression:
         epochs=epochs,
         batch_size=BATCH_SIZE,
         learning_rate=LEARNING_RATE,
-        learning_rate_schedule=pv.Cosine(epochs),
+        learning_rate_schedule=pv.CosineSchedule(epochs),
         engine="eager",
         progress=False,
     )

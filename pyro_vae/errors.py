@@ -1,8 +1,8 @@
 """The one exception that the library raises for what a user can mend."""
 
 import difflib
+import inspect
 import re
-import sys
 import sysconfig
 import traceback
 import warnings
@@ -123,7 +123,8 @@ def active_line(until: str) -> str:
 
     Callers of the function ``until`` do not count; "" if the user has no other line.
     """
-    frame = sys._getframe().f_back
+    frame = inspect.currentframe()
+    frame = None if frame is None else frame.f_back
     while frame is not None and frame.f_code.co_name != until:
         if is_users(frame.f_code.co_filename):
             return f" ({frame.f_code.co_filename}:{frame.f_lineno})"
@@ -133,7 +134,7 @@ def active_line(until: str) -> str:
 
 def warn(message: str) -> None:
     """Warn about the line of the user's that called the library."""
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and not is_users(frame.f_code.co_filename):
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_back is not None and not is_users(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)

@@ -32,6 +32,9 @@ A factor of 1,000 exceeds it, whichever rows are used. The factor between 8-bit 
 RANGE_ROWS = 256
 """The number of rows that are checked."""
 
+FEWEST_ENTRIES = 10
+"""Columns with fewer observed entries, as of padded members, have no reliable range."""
+
 CURE = (
     "standardize x (subtract the mean of each column and divide by its standard deviation), or use "
     "a likelihood with a learned scale that starts near the scale of x"
@@ -123,7 +126,7 @@ def _apart(values: np.ndarray, draws: np.ndarray) -> str | None:
     """
     spread = np.nanquantile(abs(draws - np.nanmedian(draws, 0)), 0.68, 0)
     width, deviation = _width(values), np.nanmean(abs(values - np.nanmedian(values, 0)), 0)
-    varies = (width > 0) & (spread > 0)
+    varies = (width > 0) & (spread > 0) & ((~np.isnan(values)).sum(0) >= FEWEST_ENTRIES)
     if varies.sum() < 2:
         return None
     at = np.flatnonzero(varies)

@@ -274,7 +274,8 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
                 f"context {i} has {len(tensor)} rows but x has {len(tensors[0])}; they must match"
             )
     if pair is not None and not _takes_holes(pair, tensors):
-        plain = as_tensor(x, "x", dtype, missing=True)  # raises for a masked array
+        as_tensor(x, "x", finite=False)  # raises for a masked array
+        plain = tensors[0]
         row = int(plain.reshape(len(plain), -1).isnan().any(1).nonzero()[0])
         raise UsageError(
             f"x holds values that are not finite (NaN or infinite), first in row {row}; for NaN as "

@@ -109,7 +109,7 @@ def _rows(bench: Bench) -> int:
     return 0 if bench.train is None else len(bench.train[0])
 
 
-class Evidence(NamedTuple):
+class GlobalEvidence(NamedTuple):
     """Moments of global latents under posterior and guide, (units,), from one tool."""
 
     tool: str
@@ -160,9 +160,9 @@ class Evidence(NamedTuple):
         return self.sound and bool((self.draws.nan_to_num(torch.inf) >= ENOUGH).all())
 
 
-def of_weights(found: GlobalWeights) -> Evidence:
-    """Evidence from importance weights with a small Pareto k."""
-    return Evidence(
+def of_weights(found: GlobalWeights) -> GlobalEvidence:
+    """GlobalEvidence from importance weights with a small Pareto k."""
+    return GlobalEvidence(
         f"importance weights (Pareto k {found.pareto_k:.2f})",
         found.units,
         found.mean,
@@ -175,10 +175,10 @@ def of_weights(found: GlobalWeights) -> Evidence:
     )
 
 
-def of_nuts(found: JointPosterior) -> Evidence:
-    """Evidence from NUTS on all latents."""
+def of_nuts(found: JointPosterior) -> GlobalEvidence:
+    """GlobalEvidence from NUTS on all latents."""
     shared = found.shared
-    return Evidence(
+    return GlobalEvidence(
         f"NUTS on all {found.num_examples} rows",
         shared.units,
         shared.moments.mean[0],
@@ -224,14 +224,14 @@ def _mixed(found: JointPosterior) -> bool:
     return bool(found.shared.r_hat.nan_to_num(0.0).max() <= MIXED)
 
 
-def _fault(found: Evidence) -> str:
+def _fault(found: GlobalEvidence) -> str:
     told = [_of_unit(found, i) for i in found.faulty[:SHOWN]]
     more = len(found.faulty) - SHOWN
     rest = f", and {more} more units" if more > 0 else ""
     return f"the guide of {', of '.join(told)}{rest}, by {found.tool}"
 
 
-def _of_unit(found: Evidence, i: int) -> str:
+def _of_unit(found: GlobalEvidence, i: int) -> str:
     off = []
     if bool(found.scaled[i]):
         off.append(f"its scale is {found.log_ratio[i].exp():.2g} times the posterior's")
@@ -247,7 +247,7 @@ def _of_unit(found: Evidence, i: int) -> str:
     return f"'{found.units[i]}': {' and '.join(off)} ({numbers})"
 
 
-def _agreement(told: str, found: Evidence) -> str:
+def _agreement(told: str, found: GlobalEvidence) -> str:
     shift = found.shift.abs().nan_to_num(0.0).max()
     ratio = found.log_ratio.nan_to_num(0.0).exp()
     return (

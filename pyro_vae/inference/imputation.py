@@ -154,7 +154,7 @@ def _imputed(
     return Imputation(mean, drawn, low, high, level, missing, size, k, num_samples)
 
 
-class _Posterior(NamedTuple):
+class _Completed(NamedTuple):
     """What weighted draws say about complete rows; see `Imputation`."""
 
     mean: Tensor
@@ -165,7 +165,7 @@ class _Posterior(NamedTuple):
     pareto_k: Tensor
 
 
-def _posterior(pair: nn.Module, part: Weighted, draws: int, level: float) -> _Posterior:
+def _posterior(pair: nn.Module, part: Weighted, draws: int, level: float) -> _Completed:
     site = observation(pair, part.batch, part.values)
     like, shares = part.batch[0], part.shares
     shape = (*shares.shape, *like.shape[1:])
@@ -181,7 +181,7 @@ def _posterior(pair: nn.Module, part: Weighted, draws: int, level: float) -> _Po
     chosen = torch.multinomial(shares.T, draws, replacement=True).T  # (draws, n)
     rows = torch.arange(shares.shape[1], device=chosen.device)
     low, high = _quantiles(drawn, wide, ((1 - level) / 2, (1 + level) / 2))
-    return _Posterior(
+    return _Completed(
         mean, drawn[chosen, rows], low, high, part.effective_sample_size, part.pareto_k
     )
 

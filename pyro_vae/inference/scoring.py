@@ -22,7 +22,7 @@ from pyro_vae.pairs.traces import DataFirst, trace
 
 
 @dataclass(frozen=True)
-class Scores:
+class RowScores:
     """Log densities of rows and of their entries, in nats."""
 
     log_likelihood: Tensor
@@ -59,7 +59,7 @@ def score(
     binarize: str = "dynamic",
     seed: int = 0,
     progress: bool = False,
-) -> Scores:
+) -> RowScores:
     r"""Estimate log p(x) of each row, and the log density of each entry given the others.
 
     With :math:`w_k = p(x, z_k) / q(z_k|x)`, :math:`\log p(x) \approx \log \tfrac1K \sum_k w_k` and
@@ -83,13 +83,13 @@ def score(
     """
     require_samples(num_samples)
     rows, prepare = held_rows(pair, x, context, binarize)
-    parts: list[Scores] = []
+    parts: list[RowScores] = []
     with using(pair, seed), torch.no_grad(), bar(progress, len(rows), "score") as shown:
         for raw in rows.batches(ROWS):
             for part in weighted_parts(pair, prepare(raw), num_samples):
                 parts.append(_scored(pair, part))
             shown.update(len(raw[0]))
-    return Scores(
+    return RowScores(
         torch.cat([part.log_likelihood for part in parts]),
         torch.cat([part.pareto_k for part in parts]),
         torch.cat([part.by_entry for part in parts]),
@@ -97,7 +97,7 @@ def score(
     )
 
 
-def _scored(pair: nn.Module, part: Weighted) -> Scores:
+def _scored(pair: nn.Module, part: Weighted) -> RowScores:
     weights, number = part.log_weights, len(part.log_weights)
     total = weights.logsumexp(0)
     each = _by_entry(pair, part).double()
@@ -105,7 +105,7 @@ def _scored(pair: nn.Module, part: Weighted) -> Scores:
     others = (wide - each).logsumexp(0)
     conditional = total.reshape(-1, *[1] * (each.dim() - 2)) - others
     conditional = torch.where(each.isnan().any(0), torch.nan, conditional)
-    return Scores(
+    return RowScores(
         (total - log(number)).cpu(), part.pareto_k.cpu(), conditional.cpu(), num_samples=number
     )
 

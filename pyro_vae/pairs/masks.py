@@ -49,7 +49,7 @@ def is_masked(site: Site) -> bool:
 def scores_missing(pair: nn.Module, batch: Batch) -> bool:
     """Whether a pair leaves out missing entries, which are NaN in x: no density is NaN."""
     try:
-        with using(pair, seed=0), pyro.validation_enabled(False), torch.no_grad():
+        with using(pair, seed=0), pyro.validation_enabled(True), torch.no_grad():
             guide, model = _traces(pair, batch)
             sites = [*sample_sites(guide).values(), *sample_sites(model).values()]
             return all(bool(log_prob(site).isfinite().all()) for site in sites)

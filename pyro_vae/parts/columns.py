@@ -254,7 +254,7 @@ class _Codes(LevelCategorical):
         return (value >= 0) & (value < self.own) & (value == value.round())
 
 
-class _ByColumn(constraints.Constraint):
+class _EntrySupport(constraints.Constraint):
     """The support of `ByColumn`, checked entry by entry."""
 
     is_discrete = False
@@ -312,7 +312,7 @@ class ByColumn(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> Any:
-        return _ByColumn(self)
+        return _EntrySupport(self)
 
     @property
     def mean(self) -> Tensor:

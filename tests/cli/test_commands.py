@@ -77,6 +77,8 @@ def test_the_commands():
         "report",
         "check",
         "selftest",
+        "export",
+        "tune",
     ]
 
 

@@ -11,7 +11,7 @@ from global_pairs import Amortized, Nested, data
 import pyro_vae as pv
 from pyro_vae.cli.main import main
 from pyro_vae.diagnostics import diagnosis, global_calibration, global_studies, model_studies
-from pyro_vae.diagnostics.global_studies import Evidence, judge_globals
+from pyro_vae.diagnostics.global_studies import GlobalEvidence, judge_globals
 from pyro_vae.diagnostics.study import Bench, Rung, Study
 
 
@@ -40,7 +40,7 @@ def words(found, kind):
 def evidence(shift=0.0, ratio=1.0, draws=500.0, sound=True, units=("w", "u[0]")):
     n = len(units)
     one = torch.ones(n).double()
-    return Evidence(
+    return GlobalEvidence(
         "NUTS", units, one, one, one + shift, one * ratio, draws * one, int(draws), sound
     )
 

@@ -119,8 +119,7 @@ def test_imputations_are_near_the_conditional_means_of_the_true_moments():
     least = np.sqrt(np.mean(((best - x[holes]) / scale) ** 2))
     assert 0.9 * least < error < 1.15 * least < 0.8  # column means have an error of 1
     found = imputer.impute(damaged, draws=30)
-    low, high = found.interval(0.9)
-    inside = (low.numpy()[holes] <= x[holes]) & (x[holes] <= high.numpy()[holes])
+    inside = (found.low.numpy()[holes] <= x[holes]) & (x[holes] <= found.high.numpy()[holes])
     assert 0.8 < inside.mean() < 0.97
 
 

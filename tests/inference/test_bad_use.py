@@ -8,8 +8,6 @@ from bad_input_helpers import (
     Pair,
     bad,
     binary,
-    guide_with_global_site,
-    model_with_global_site,
     refused,
     small,
 )
@@ -97,10 +95,6 @@ MISUSES = {
     "weigh no samples": (
         lambda: pv.log_likelihood(small(), binary(), num_samples=0),
         ["num_samples must be at least 1, got 0"],
-    ),
-    "gaps with a global site": (
-        lambda: pv.gaps(Pair(model_with_global_site, guide_with_global_site), SCALES["real"]),
-        ["'w'", "outside the data plate"],
     ),
     "convolve rows": (lambda: pv.VAE.conv((6,)), ["(channels, height, width)", "(6,)"]),
 }

@@ -293,14 +293,13 @@ def test_every_tool_with_a_guide_of_pyros(kind, tmp_path):
     assert found.point_estimates == points
     assert found.elbo <= found.log_likelihood + 1e-6
     assert not pv.reconstruct(pair, x).requires_grad
-    assert pv.encode(pair, x) == {}
+    assert set(pv.encode(pair, x)) == {"w", "s"}
     assert pv.log_likelihood(pair, x, num_samples=20, engine="eager").per_datum.shape == (30,)
     assert pv.predictive_check(pair, x, num_replicates=20, progress=False).num_replicates == 20
     for refused in (
         lambda: pv.traverse(pair, x[:1]),
         lambda: pv.gaps(pair, x[:3], **options),
         lambda: pv.anneal(pair, x[:3], **options),
-        lambda: pv.nuts(pair, x[:3], **options),
         lambda: pv.refine(pair, x[:3], **options),
         lambda: pv.calibration(pair, progress=False),
     ):

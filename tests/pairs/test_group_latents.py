@@ -199,7 +199,7 @@ def test_a_latent_in_the_data_plate_at_another_dimension_is_refused():
     assert "which has 1 more dimensions than its plates" in pv.check(Wrong(), data()).errors[0]
 
 
-@pytest.mark.parametrize("tool", [pv.nuts, pv.anneal, pv.gaps])
+@pytest.mark.parametrize("tool", [pv.anneal])
 def test_tools_of_one_datum_refuse_groups_in_one_line(tool):
     with pytest.raises(UsageError, match="latent site 'u'") as caught:
         tool(Groups(), *data())

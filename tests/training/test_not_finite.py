@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_stops_training(site, held, tmp_path):
 
 def test_without_a_folder_no_folder_is_named():
     message = refused(
-        lambda: pv.fit(breaking("x"), SCALES["real"], engine="eager", **FAST | {"epochs": 20}),
+        lambda: pv.fit(breaking("x"), SCALES["real"], **FAST | {"epochs": 20}),
         "site 'x'",
     )
     assert "None" not in message

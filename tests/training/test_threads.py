@@ -436,6 +436,7 @@ CALLS = {
     "decode": lambda p, x, out: pv.decode(p, {"z": x[:, :2]}, means=False),
     "diagnose": lambda p, x, out: pv.diagnose(p, x, budget=1e-3, **QUIET).summary.count(":"),
     "encode": lambda p, x, out: pv.encode(p, x, what="draw"),
+    "export": lambda p, x, out: [p.name for p in pv.export(p, out, x, formats=["torch"])],
     "evaluate": lambda p, x, out: pv.evaluate(p, x, num_samples=5),
     "fit": lambda p, x, out: fitted(p, x, out=out),
     "gaps": lambda p, x, out: pv.gaps(p, x, num_samples=21, steps=2, **EAGER),
