@@ -29,6 +29,7 @@ DIAGNOSTICS = {
     "annealing_study": "anneal",
     "sandwich_study": "anneal",
     "nuts_study": "nuts",
+    "global_nuts_study": "nuts",
     "outliers_study": "refine",
     "reliability_study": "log_likelihood",
 }
