@@ -24,6 +24,7 @@ from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, is_factor, latents, observed
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.traces import DataFirst, Given, Means, trace
+from pyro_vae.parts.columns import ByColumn
 from pyro_vae.runs import files
 
 TOLERANCE = 1e-5
@@ -42,8 +43,9 @@ class Exported(NamedTuple):
     """Takes ``inputs`` and returns ``outputs``; dimension 0 is any number of rows, at least 1."""
     inputs: dict[str, Tensor]
     """The name of each input, and example rows."""
-    outputs: dict[str, str]
-    """The name of each output, such as ``z.loc``, and the family of its distribution."""
+    outputs: dict[str, dict[str, Any]]
+    """The name of each output, such as ``z.loc``, and what it is: the family of its distribution
+    and, for a part of the columns of a table, their indices."""
     reference: Callable[..., Sequence[Tensor]]
     """The pair's own program for the same tensors."""
 
@@ -144,17 +146,17 @@ def _exported(
     inputs: Mapping[str, Tensor],
 ) -> Exported:
     """Trace the parameters of the local sites that a program returns."""
-    outputs: dict[str, str] = {}
+    outputs: dict[str, dict[str, Any]] = {}
 
     def parameters(*tensors: Tensor) -> list[Tensor]:
         with using(pair), pyro.validation_enabled(False):
             local = {n: site for n, site in sites(*tensors).items() if is_local(site)}
             found = {
-                f"{n}.{key}": (value, family)
+                f"{n}.{key}": (value, words)
                 for n, site in local.items()
-                for key, value, family in _parameters(site)
+                for key, value, words in _parameters(site)
             }
-        outputs.update({key: family for key, (_, family) in found.items()})
+        outputs.update({key: words for key, (_, words) in found.items()})
         return [value.contiguous() for value, _ in found.values()]
 
     tensors = list(inputs.values())
@@ -180,33 +182,37 @@ def _exported(
 
 
 def _closed_mean(fn: Any) -> Tensor:
-    _parameter_names(fn)
+    _parameter_names(_base(fn))
     try:
         return cast(Tensor, fn.mean)
     except NotImplementedError as error:
         raise NotTraceable(f"the mean of {type(fn).__name__} has no closed form") from error
 
 
-def _parameters(site: Site) -> Iterator[tuple[str, Tensor, str]]:
-    """The name, the value (data first) and the family of each parameter of a site."""
+def _parameters(site: Site) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+    """The name, the value (data first) and the meaning of each parameter of a site."""
     fn, base = site["fn"], _base(site["fn"])
-    inner = len(base.batch_shape) - len(fn.batch_shape)
-    for key in _parameter_names(fn):
-        value = torch.as_tensor(getattr(base, key))
-        own = base.arg_constraints[key].event_dim
-        value = value.expand(base.batch_shape + value.shape[value.dim() - own :])
-        yield key, value.movedim(-1 - inner - own, 0), type(base).__name__
+    parts = base.parts if isinstance(base, ByColumn) else [(None, base)]
+    for columns, part in parts:
+        family = type(part).__name__.lstrip("_")
+        words = {"distribution": family} | ({} if columns is None else {"columns": columns})
+        inner = len(part.batch_shape) - len(fn.batch_shape)
+        for key in _parameter_names(part):
+            value = torch.as_tensor(getattr(part, key))
+            own = part.arg_constraints[key].event_dim
+            value = value.expand(part.batch_shape + value.shape[value.dim() - own :])
+            name = key if columns is None else f"{family}.{key}"
+            yield name, value.movedim(-1 - inner - own, 0), words
 
 
 def _base(fn: Any) -> Any:
-    """The distribution inside ``to_event`` and ``mask``."""
-    while type(fn).__name__ in ("Independent", "MaskedDistribution"):
+    """The distribution inside ``to_event``, ``mask`` and the treatment of missing entries."""
+    while type(fn).__name__ in ("Independent", "MaskedDistribution", "PartlyObserved"):
         fn = fn.base_dist
     return fn
 
 
-def _parameter_names(fn: Any) -> list[str]:
-    base = _base(fn)
+def _parameter_names(base: Any) -> list[str]:
     names = [key for key in base.arg_constraints if key in vars(base)]
     if base.arg_constraints and not _holds_networks(base):
         return names or list(base.arg_constraints)
@@ -329,9 +335,9 @@ def _description(
                     key: {
                         "row_shape": list(value.shape[1:]),
                         "type": _type(value),
-                        "distribution": family,
+                        **words,
                     }
-                    for (key, family), value in zip(
+                    for (key, words), value in zip(
                         part.outputs.items(), part.reference(*part.inputs.values()), strict=True
                     )
                 },

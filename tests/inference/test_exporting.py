@@ -93,6 +93,29 @@ def test_global_latents_have_the_means_of_the_guide(tmp_path):
     torch.testing.assert_close(logits.sigmoid(), expected)
 
 
+def test_tables_have_the_parameters_of_each_family_of_columns(tmp_path):
+    pair = pv.VAE.mlp(
+        (3,),
+        latent_dim=2,
+        hidden=(4,),
+        likelihood=pv.Columns(["continuous", "categorical", "positive"], [0, 3, 0]),
+    )
+    x = torch.tensor([[1.0, 2.0, 0.5], [torch.nan, 0.0, 2.0], [0.0, torch.nan, 1.0]])
+    pv.export(pair, tmp_path, x, formats=["torch"])
+    described = json.loads((tmp_path / "config.json").read_text())["parts"]["decoder"]["outputs"]
+    z = torch.randn(5, 2)
+    found = dict(zip(described, loaded(tmp_path / "decoder.pt2")(z), strict=True))
+    assert described["x.StudentT.loc"]["columns"] == [0]
+    assert described["x.LogNormal.scale"]["columns"] == [2]
+    expected = pv.decode(pair, {"z": z})
+    torch.testing.assert_close(found["x.StudentT.loc"][:, 0], expected[:, 0])
+    mean = (found["x.LogNormal.loc"] + found["x.LogNormal.scale"].square() / 2).exp()
+    torch.testing.assert_close(mean[:, 0], expected[:, 2])
+    assert torch.equal(found["x.Codes.logits"][:, 0].argmax(-1).to(z.dtype), expected[:, 1])
+    codes, _ = loaded(tmp_path / "encoder.pt2")(x)
+    torch.testing.assert_close(codes, pv.encode(pair, x)["z"])
+
+
 class Reads(Linear):
     def guide(self, x):
         with pyro.plate("data", len(x), dim=-1):
