@@ -32,6 +32,8 @@ class Job:
     settings: Settings
     standardized: bool
     """Whether the pair standardizes its data."""
+    binarized: bool
+    """Whether gray intensities become 0 or 1."""
     given: dict[str, Any]
     """The options, as config.json records them."""
 
@@ -82,22 +84,21 @@ def make_job(
         | _plain(settings)
     )
     pair = _seeded_pair(model, data, settings, standardized)
-    return Job(pair, data, objective, source, settings, standardized, given)
+    binary = source.binarize != "none" and binarized(model, data)
+    return Job(pair, data, objective, source, settings, standardized, binary, given)
 
 
-def told(data: "Data", model: Model, source: Input) -> Iterator[tuple[str, str]]:
+def told(data: "Data", model: Model) -> Iterator[tuple[str, str]]:
     """Titles and words about choices that the user may want to change."""
-    chosen = with_likelihood(model, data)
     if data.summary:
         yield "images", data.summary
     if data.classes:
         labels = [f"{label} {name}" for label, name in enumerate(data.classes[:10])]
         more = len(data.classes) - len(labels)
         yield "labels", ", ".join([*labels, f"{more} more"] if more else labels)
-    if model.likelihood is None and chosen.likelihood == "discretized-logistic":
+    chosen = with_likelihood(model, data).likelihood
+    if model.likelihood is None and chosen == "discretized-logistic":
         yield "likelihood", "discretized-logistic, for color images (--likelihood to change)"
-    if binarized(chosen, data) and source.binarize != "none":
-        yield "binarized", "gray intensities become 0 or 1 (--binarize, --likelihood to change)"
 
 
 def _with_context(model: Model, data: "Data") -> Model:

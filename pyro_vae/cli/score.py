@@ -233,7 +233,7 @@ def ids_of(data: "Data", split: "Split") -> dict[str, list[Any]]:
         return {"row": list(range(len(split.x)))}
     rows = split.rows.tolist()
     if data.files is not None:
-        return {"file": [data.files[row] for row in rows]}
+        return {"files": [data.files[row] for row in rows]}
     if data.table is None:
         return {"row": rows}
     ids = data.table.ids
@@ -244,7 +244,7 @@ def _npz_ids(data: "Data", split: "Split") -> dict[str, Any]:
     import numpy as np
 
     ((name, ids),) = ids_of(data, split).items()
-    if name == "file" and split.rows is not None:
+    if name == "files" and split.rows is not None:
         return {"rows": split.rows.numpy(), "files": np.array(ids)}
     return {"rows": np.array(ids)}
 

@@ -96,7 +96,7 @@ def train(
     if loaded.schema is not None:
         print(loaded.schema, end="\n\n")
     job = make_job(data, loaded, model, objective, source, settings)
-    for title, words in told(loaded, model, source):
+    for title, words in told(loaded, model):
         print(f"{title:<20}{words}")
     with _schema_kept(run, loaded):
         job.fit(
@@ -107,6 +107,8 @@ def train(
         )
     if job.standardized:
         print(f"{'standardized':<20}inside the pair (--no-standardize to change)")
+    if job.binarized:
+        print(f"{'binarized':<20}intensities become 0 or 1 (--binarize, --likelihood to change)")
     if holes := missing_entries(loaded):
         print(f"{'missing entries':<20}{holes}, which the likelihood leaves out")
     measure_run(run, job.pair, loaded, job.given, num_eval_samples, job.settings.engine)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -15,20 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from pyro_vae.data.image_files import ENDINGS, FORMATS, as_array, open_image, upright_size
 from pyro_vae.data.split import Data, Split, three_ways
 from pyro_vae.errors import UsageError, first_line, warn
 from pyro_vae.pairs.progress import bar
-
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-"""The formats that Pillow may open. Others, such as EPS, would start another program."""
-
-ENDINGS = (
-    *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
-    *(".ppm", ".pgm", ".pbm", ".pnm"),
-)
-
-MOST_PIXELS = 80_000_000
-"""An image with more pixels is skipped: a small file may claim to be huge."""
 
 MOST_BYTES = 4 * 2**30
 """The decoded images must fit into this memory."""
@@ -190,7 +179,7 @@ def _key(folder: Path, files: Iterable[str], options: ImageOptions) -> str:
 def _read(path: Path, key: str) -> _Decoded | None:
     """The content of a cache; None if it is missing, damaged, or has another key."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
                 return None
             about = json.loads(str(arrays["about"]))
@@ -233,13 +222,16 @@ class _Failures:
                 if file in self.found:
                     continue
                 try:
-                    _open(self.folder / file, partial(read, file))
+                    open_image(self.folder / file, partial(read, file))
                 except Exception as error:  # the decoders of broken files raise anything
                     self._add(file, error)
 
     def _add(self, file: str, error: Exception) -> None:
-        reason = " ".join(first_line(error).split()).replace(str(self.folder / file), "it")
-        self.found[file] = reason[:100]
+        from PIL import UnidentifiedImageError
+
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = f"not a {', '.join(FORMATS)} file" if unknown else first_line(error)
+        self.found[file] = " ".join(reason.split())[:100]
         if len(self.found) > self.most:
             raise UsageError(
                 f"{self.folder}: at most {self.most} of {len(self.files)} images may be "
@@ -247,38 +239,23 @@ class _Failures:
             ) from error
 
 
-def _open(path: Path, use: Callable[[Any], None]) -> None:
-    """Call a function with an image that is upright but may not be decoded yet."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(
-                    f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}"
-                )
-            use(image)
-
-
 def _decode(folder: Path, files: Sequence[str], options: ImageOptions) -> _Decoded:
     """Decode all images of a folder at one size."""
     failures, sizes = _Failures(folder, files), {}
     if options.size is None:
         failures.attempt(
-            "sizes of images", lambda file, image: sizes.update({file: _upright_size(image)})
+            "sizes of images",
+            lambda file, image: sizes.update({file: upright_size(image)}),
         )
-        options = replace(options, size=_usual_size(folder, list(sizes.values())))
-    assert options.size is not None
+    size = options.size or _usual_size(folder, list(sizes.values()))
     channels = 1 if options.color is False else 3
-    _require_memory(folder, len(files) * channels, options.size)
-    x = np.empty((len(files), channels, *options.size), np.uint8)
+    _require_memory(folder, len(files) * channels, size)
+    x = np.empty((len(files), channels, *size), np.uint8)
     rows: list[int] = []
 
     def read(file: str, image: Any) -> None:
-        sizes[file] = _upright_size(image)
-        x[len(rows)] = _array(image, options)
+        sizes[file] = upright_size(image)
+        x[len(rows)] = as_array(image, size, options.color is not False, options.crop)
         rows.append(len(rows))
 
     failures.attempt("decoding images", read)
@@ -293,12 +270,6 @@ def _decode(folder: Path, files: Sequence[str], options: ImageOptions) -> _Decod
 def _has_color(x: np.ndarray) -> bool:
     """Whether the channels of any image differ."""
     return any(bool((image != image[:1]).any()) for image in x)
-
-
-def _upright_size(image: Any) -> tuple[int, int]:
-    """Height and width of an image after the rotation that its metadata ask for."""
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _usual_size(folder: Path, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -327,50 +298,6 @@ def _require_memory(folder: Path, planes: int, size: tuple[int, int]) -> None:
             f"{needed / 2**30:.1f} GiB, more than {MOST_BYTES / 2**30:.0f} GiB",
             argument="image_size",
         )
-
-
-def _array(image: Any, options: ImageOptions) -> np.ndarray:
-    """An image as an array (channels, height, width) of the size of the options."""
-    from PIL import Image, ImageOps
-
-    assert options.size is not None
-    image = ImageOps.exif_transpose(image)
-    plain = _eight_bit(image).convert("L" if options.color is False else "RGB")
-    height, width = options.size
-    box = _center(plain.size, (width, height)) if options.crop else None
-    # `box` cuts while it resizes, so that a very long image is never stored at a larger size.
-    small = plain.resize((width, height), Image.Resampling.BILINEAR, box=box)
-    pixels = np.asarray(small)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
-def _center(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest central box of an image (width, height) with the shape of the target."""
-    scale = min(size[0] / target[0], size[1] / target[1])
-    width, height = target[0] * scale, target[1] * scale
-    left, top = (size[0] - width) / 2, (size[1] - height) / 2
-    return max(left, 0), max(top, 0), min(left + width, size[0]), min(top + height, size[1])
-
-
-def _eight_bit(image: Any) -> Any:
-    """An image of 8 bits for each channel, on white where it is transparent.
-
-    Raises `ValueError` for intensities that are floats or have more than 16 bits.
-    """
-    from PIL import Image
-
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its intensities have more than 16 bits")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("its intensities are floats without a known range")
-    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
-        return image
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image)
 
 
 def _named(unreadable: dict[str, str]) -> str:
