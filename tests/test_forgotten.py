@@ -25,7 +25,7 @@ FAMILIES = [
     if isinstance(kind, type) and kind.__module__ == likelihoods.__name__ and name[0] != "_"
 ]
 
-NAMES = get_type_hints(Model)["likelihood"].__args__
+NAMES = get_type_hints(Model)["likelihood"].__args__[0].__args__  # the other one is None
 """What ``--likelihood`` takes."""
 
 

@@ -1,6 +1,7 @@
 """Files of options: what ``--config FILE`` and ``--resume`` add to the options that are typed."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from pyro_vae.training.settings import Settings
 TABLES = (".csv", ".tsv", ".parquet", ".feather", ".arrow")
 """`pyro_vae.data.table_files.FILES`, without importing it."""
 
-_RECORDED = ("num_classes", "data_shape", "context_shapes", "vocabulary", "ragged")
+_RECORDED = ("num_classes", "data_shape", "context_shapes", "vocabulary", "ragged", "classes")
 """What config.json records about the data. These names are not options."""
 
 
@@ -101,9 +102,17 @@ def _typed(arguments: Any) -> dict[str, Any]:
 
 def _config_of_run(typed: dict[str, Any]) -> Path | None:
     """The configuration of the run that is resumed, if it exists."""
-    data = typed.get("data", "")
-    file = typed.get("out", Path("runs") / Path(data).stem) / "config.json"
+    file = typed.get("out", run_of(typed.get("data", ""))) / "config.json"
     return file if file.is_file() else None
+
+
+def run_of(data: str) -> Path:
+    """The run folder of these data, if none is named.
+
+    >>> str(run_of("cells/counts.npz")), str(run_of("photos/"))
+    ('runs/counts', 'runs/photos')
+    """
+    return Path("runs") / Path(os.path.abspath(data)).stem
 
 
 def _read(file: Path) -> dict[str, Any]:

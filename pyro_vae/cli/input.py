@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from pyro_vae.errors import UsageError
 
@@ -19,7 +21,8 @@ class Input:
     Parameters
     ----------
     data_dir
-        Folder of the torchvision data sets. The default is the environment variable PYRO_VAE_DATA.
+        Folder of the torchvision data sets, and of the decoded images of folders. The default is
+        the environment variable PYRO_VAE_DATA, or ~/.cache/pyro_vae.
     binarize
         How gray intensities become binary for --likelihood bernoulli: drawn again at each visit
         (dynamic), drawn once (fixed), or not at all (none, which does not define a likelihood).
@@ -35,6 +38,15 @@ class Input:
     group
         Column of a table, or array of a .npz file, with the id of the group of each row. Whole
         groups are the data, and are never split between training and test data.
+    image_size
+        For a folder of images: one number, or height and width. The default is the size of most
+        images, or the median height and width.
+    color
+        For a folder of images: three channels (--color) or one (--gray). The default is color if
+        any image has color.
+    crop
+        For a folder of images: scale each image to cover the size and keep its center; --no-crop
+        stretches it instead.
     """
 
     data_dir: Path | None = None
@@ -43,6 +55,14 @@ class Input:
     columns: Path | None = None
     standardize: bool | None = None
     length: int = 60
+    image_size: tuple[int, ...] = ()
+    color: Annotated[bool | None, Parameter(negative="--gray")] = None
+    crop: bool = True
+
+    @property
+    def of_images(self) -> dict[str, Any]:
+        """The arguments of `pyro_vae.load_data` for a folder of images."""
+        return {"image_size": self.image_size or None, "color": self.color, "crop": self.crop}
 
 
 def reject_ignored_by_data(source: Input, data: Data) -> None:
@@ -57,7 +77,8 @@ def reject_ignored_by_data(source: Input, data: Data) -> None:
 
     if source.length != Input.length and data.vocabulary is None:
         raise UsageError(f"applies only to text; {data.name} is not text", argument="length")
-    if source.data_dir is not None and data.name not in TORCHVISION:
+    if source.data_dir is not None and data.name not in TORCHVISION and data.files is None:
         raise UsageError(
-            f"applies only to {', '.join(TORCHVISION)}; got {data.name}", argument="data_dir"
+            f"applies only to {', '.join(TORCHVISION)} and folders of images; got {data.name}",
+            argument="data_dir",
         )

@@ -1,5 +1,6 @@
 """A training job: the pair that options describe, and the call of `fit` for it."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,8 +9,8 @@ from pyro_vae.cli.config_file import TABLE_DEFAULTS
 from pyro_vae.cli.input import Input
 from pyro_vae.cli.make_objective import make_beta, make_learning_rate_schedule, make_objective
 from pyro_vae.cli.make_pair import context_shapes, make_pair
-from pyro_vae.cli.make_parts import standardizes
-from pyro_vae.cli.options import Model, Objective
+from pyro_vae.cli.make_parts import binarized, standardizes, with_likelihood
+from pyro_vae.cli.options import Model, Objective, reject_ignored
 from pyro_vae.cli.run import context_of
 from pyro_vae.training.settings import Settings
 
@@ -31,6 +32,8 @@ class Job:
     settings: Settings
     standardized: bool
     """Whether the pair standardizes its data."""
+    binarized: bool
+    """Whether gray intensities become 0 or 1."""
     given: dict[str, Any]
     """The options, as config.json records them."""
 
@@ -65,11 +68,15 @@ def make_job(
         if settings.batch_size == TABLE_DEFAULTS["batch_size"]:
             most = min(TABLE_DEFAULTS["batch_size"], len(data.train.x))
             settings = replace(settings, batch_size=most)
+    model = with_likelihood(model, data)
+    if source.binarize != Input.binarize and ":" not in model.model:
+        reject_ignored(["binarize"], {"likelihood": model.likelihood})
     standardized = standardizes(model, data, source.standardize)
     given = (
         {"data": name, "data_shape": data.shape, "num_classes": data.num_classes}
         | {"context_shapes": context_shapes(model, data)}
         | ({} if data.vocabulary is None else {"vocabulary": data.vocabulary})
+        | ({} if data.classes is None else {"classes": data.classes})
         | ({} if data.train.lengths is None else {"ragged": True})
         | _plain(model)
         | _plain(objective)
@@ -77,7 +84,21 @@ def make_job(
         | _plain(settings)
     )
     pair = _seeded_pair(model, data, settings, standardized)
-    return Job(pair, data, objective, source, settings, standardized, given)
+    binary = source.binarize != "none" and binarized(model, data)
+    return Job(pair, data, objective, source, settings, standardized, binary, given)
+
+
+def told(data: "Data", model: Model) -> Iterator[tuple[str, str]]:
+    """Titles and words about choices that the user may want to change."""
+    if data.summary:
+        yield "images", data.summary
+    if data.classes:
+        labels = [f"{label} {name}" for label, name in enumerate(data.classes[:10])]
+        more = len(data.classes) - len(labels)
+        yield "labels", ", ".join([*labels, f"{more} more"] if more else labels)
+    chosen = with_likelihood(model, data).likelihood
+    if model.likelihood is None and chosen == "discretized-logistic":
+        yield "likelihood", "discretized-logistic, for color images (--likelihood to change)"
 
 
 def _with_context(model: Model, data: "Data") -> Model:

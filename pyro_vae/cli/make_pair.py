@@ -18,6 +18,7 @@ from pyro_vae.cli.make_parts import (
     make_posterior,
     make_prior,
     standardizes,
+    with_likelihood,
 )
 from pyro_vae.cli.options import COUNTS, Model, in_words
 from pyro_vae.errors import UsageError, nearest
@@ -38,6 +39,7 @@ def make_pair(
             default of these data.
         masked: whether entries are hidden during training.
     """
+    config = with_likelihood(config, data)
     pair = _make_pair(config, data, standardizes(config, data, standardize), masked)
     if not config.bayesian_decoder:
         return pair
@@ -239,9 +241,10 @@ def require_groups(model: str, group: str | None) -> None:
 
 def _reject(names: Iterable[str], config: Model, what: str) -> None:
     """Raise `UsageError` for options that do not apply to a kind of model or data."""
+    default = Model(likelihood="bernoulli")  # as `with_likelihood` sets it
     for name in names:
         value = getattr(config, name)
-        if value != getattr(Model, name):
+        if value != getattr(default, name):
             raise UsageError(f"does not apply to {what}; got {in_words(value)}", argument=name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.cli.options import Model
@@ -10,6 +11,35 @@ from pyro_vae.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+def with_likelihood(config: Model, data: Any) -> Model:
+    """The configuration with the default likelihood of these data, if it names none.
+
+    Binarization would destroy color, so 8-bit color images get a likelihood of their gray levels.
+    """
+    if config.likelihood is not None or ":" in config.model:
+        return config
+    return replace(config, likelihood="discretized-logistic" if in_color(data) else "bernoulli")
+
+
+def in_color(data: Any) -> bool:
+    """Whether the data are 8-bit images with several channels."""
+    import torch
+
+    x = data.train.x
+    shape = data.shape if data.train.members is None else data.shape[1:]
+    channels = len(shape) == 3 and shape[0] in (3, 4)
+    return channels and x.dtype == torch.uint8 and int(x.max()) > 1
+
+
+def binarized(config: Model, data: Any) -> bool:
+    """Whether a Bernoulli likelihood meets intensities other than black and white."""
+    x = data.train.x
+    if config.likelihood != "bernoulli" or data.schema is not None or data.vocabulary is not None:
+        return False
+    white = 255 if not x.is_floating_point() and int(x.max()) > 1 else 1
+    return bool(((x != 0) & (x != white) & ~x.isnan()).any())
 
 
 def make_likelihood(config: Model) -> Any:
@@ -42,7 +72,7 @@ def make_likelihood(config: Model) -> Any:
             zero_inflated=True, library_size=config.library_size
         ),
     }
-    return kinds[config.likelihood]()
+    return kinds[config.likelihood or "bernoulli"]()
 
 
 def made_for_data(

@@ -53,7 +53,8 @@ class Model:
     normalize
         Normalize hidden layers, for --model hierarchical.
     likelihood
-        Family of the likelihood p(x | z).
+        Family of the likelihood p(x | z). The default is discretized-logistic for 8-bit color
+        images, and bernoulli for other data. The columns of a table determine theirs.
     scale
         Standard deviation of a Gaussian likelihood: predicted by the network (predicted), one
         learned parameter (learned), or a number.
@@ -97,18 +98,21 @@ class Model:
     activation: Literal["relu", "leaky-relu", "elu", "silu", "softplus", "tanh", "glu"] = "relu"
     guide: Literal["top-down", "bottom-up"] = "top-down"
     normalize: bool = True
-    likelihood: Literal[
-        "bernoulli",
-        "continuous-bernoulli",
-        "gaussian",
-        "student-t",
-        "categorical",
-        "discretized-logistic",
-        "discretized-logistic-mixture",
-        "poisson",
-        "negative-binomial",
-        "zero-inflated-negative-binomial",
-    ] = "bernoulli"
+    likelihood: (
+        Literal[
+            "bernoulli",
+            "continuous-bernoulli",
+            "gaussian",
+            "student-t",
+            "categorical",
+            "discretized-logistic",
+            "discretized-logistic-mixture",
+            "poisson",
+            "negative-binomial",
+            "zero-inflated-negative-binomial",
+        ]
+        | None
+    ) = None
     scale: str = "predicted"
     logistics: int = 10
     library_size: bool = False
@@ -280,7 +284,7 @@ class Objective:
             )
 
 
-_APPLIES_WITH: dict[str, dict[str, tuple[str, ...]]] = {
+_APPLIES_WITH: dict[str, dict[str, tuple[str | None, ...]]] = {
     "embedding_dim": {"network": ("auto", "recurrent")},
     "word_dropout": {"network": ("auto", "recurrent")},
     "channels": {"network": ("conv",)},
@@ -292,7 +296,7 @@ _APPLIES_WITH: dict[str, dict[str, tuple[str, ...]]] = {
     "scale": {"likelihood": ("gaussian",)},
     "logistics": {"likelihood": ("discretized-logistic-mixture",)},
     "library_size": {"likelihood": COUNTS},
-    "binarize": {"likelihood": ("bernoulli",)},
+    "binarize": {"likelihood": ("bernoulli", None)},
     "free_bits": {"objective": ("free-bits",)},
     "mutual_information": {"objective": ("total-correlation",)},
     "total_correlation": {"objective": ("total-correlation",)},
@@ -319,7 +323,7 @@ def reject_ignored(given: Iterable[str], chosen: Mapping[str, Any]) -> None:
         needed = _APPLIES_WITH.get(name, {})
         known = {of: chosen[of] for of in needed if of in chosen and of not in ignored}
         if known and not any(value in needed[of] for of, value in known.items()):
-            kinds = (f"{option_of(of)} {' or '.join(needed[of])}" for of in needed)
+            kinds = (f"{option_of(of)} {' or '.join(filter(None, needed[of]))}" for of in needed)
             got = (
                 f"{option_of(of)} {value}" if value else f"no {option_of(of)}"
                 for of, value in known.items()

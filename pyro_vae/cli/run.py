@@ -83,7 +83,8 @@ def require_split(run: Path, data: "Data") -> None:
 _RECORDED: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("data", "model", "data_dir", "vocabulary", "binarize", "group"), str),
     **dict.fromkeys(("num_classes", "num_labels", "length", "seed"), int),
-    **dict.fromkeys(("data_shape", "context_shapes", "condition", "hidden"), list),
+    **dict.fromkeys(("data_shape", "context_shapes", "condition", "hidden", "image_size"), list),
+    **dict.fromkeys(("color", "crop"), bool),
     "latent_dim": (list, int),
 }
 """The types of those options in config.json that commands read."""
@@ -162,7 +163,17 @@ def load_of_run(
     vocabulary, length = given.get("vocabulary"), given.get("length", Input.length)
     if vocabulary is not None:
         (length,) = given["data_shape"]
-    return load_data(name, folder, length, vocabulary, group=given.get("group"))
+    images = _of_images(given, other=data is not None) if Path(name).is_dir() else {}
+    return load_data(name, folder, length, vocabulary, group=given.get("group"), **images)
+
+
+def _of_images(given: dict[str, Any], other: bool) -> dict[str, Any]:
+    """How a run reads a folder of images: another folder gets the shape of its data."""
+    size, color = given.get("image_size") or None, given.get("color")
+    shape = given.get("data_shape", ())
+    if other and len(shape) == 3:
+        size, color = shape[1:], shape[0] == 3
+    return {"image_size": size, "color": color, "crop": given.get("crop", True)}
 
 
 SCHEMA = "schema.toml"

@@ -228,10 +228,12 @@ def chosen_part(data: "Data", other: str | None, part: str | None) -> "Split":
 
 
 def ids_of(data: "Data", split: "Split") -> dict[str, list[Any]]:
-    """The row ids of a split: those of the table, or the numbers of the rows."""
+    """The row ids of a split: those of the table, paths of images, or the numbers of the rows."""
     if split.rows is None:
         return {"row": list(range(len(split.x)))}
     rows = split.rows.tolist()
+    if data.files is not None:
+        return {"files": [data.files[row] for row in rows]}
     if data.table is None:
         return {"row": rows}
     ids = data.table.ids
@@ -241,7 +243,9 @@ def ids_of(data: "Data", split: "Split") -> dict[str, list[Any]]:
 def _npz_ids(data: "Data", split: "Split") -> dict[str, Any]:
     import numpy as np
 
-    ((_, ids),) = ids_of(data, split).items()
+    ((name, ids),) = ids_of(data, split).items()
+    if name == "files" and split.rows is not None:
+        return {"rows": split.rows.numpy(), "files": np.array(ids)}
     return {"rows": np.array(ids)}
 
 

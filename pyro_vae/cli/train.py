@@ -10,10 +10,11 @@ from pyro_vae.cli.config_file import (
     read_options,
     reject_typed_ignored,
     require_typed_class,
+    run_of,
     table_defaults,
 )
 from pyro_vae.cli.input import Input, reject_ignored_by_data
-from pyro_vae.cli.job import make_job
+from pyro_vae.cli.job import make_job, told
 from pyro_vae.cli.make_pair import require_groups
 from pyro_vae.cli.make_parts import missing_entries
 from pyro_vae.cli.options import Model, Objective
@@ -55,7 +56,7 @@ def train(
     data
         Name of a data set (digits, docstrings, shapes, mnist, fashion-mnist, kmnist, emnist,
         omniglot, cifar10, svhn), or path of a file: a table (.csv, .tsv, .parquet, .feather),
-        arrays (.npy, .npz), lines of text (.txt) or music (.json).
+        arrays (.npy, .npz), lines of text (.txt) or music (.json), or a folder of images.
     out
         Run folder to write. The default is runs/DATA.
     num_eval_samples
@@ -74,20 +75,29 @@ def train(
 
     del config  # `read_options` has already added the options of this file.
     require_positive("num_eval_samples", num_eval_samples)
-    run = out or Path("runs") / Path(data).stem
+    run = out or run_of(data)
     recorded = recorded_options(run) if resume else {}
     require_recorded(run, recorded, model.model)
     require_groups(model.model, source.group)
     columns: Any = source.columns
     if resume and (run / "schema.toml").is_file():
         columns = schema_of_run(run)
-    loaded = load_data(data, source.data_dir, source.length, columns=columns, group=source.group)
+    loaded = load_data(
+        data,
+        source.data_dir,
+        source.length,
+        columns=columns,
+        group=source.group,
+        **source.of_images,
+    )
     reject_ignored_by_data(source, loaded)
     if resume:
         require_split(run, loaded)
     if loaded.schema is not None:
         print(loaded.schema, end="\n\n")
     job = make_job(data, loaded, model, objective, source, settings)
+    for title, words in told(loaded, model):
+        print(f"{title:<20}{words}")
     with _schema_kept(run, loaded):
         job.fit(
             out=run,
@@ -97,6 +107,8 @@ def train(
         )
     if job.standardized:
         print(f"{'standardized':<20}inside the pair (--no-standardize to change)")
+    if job.binarized:
+        print(f"{'binarized':<20}intensities become 0 or 1 (--binarize, --likelihood to change)")
     if holes := missing_entries(loaded):
         print(f"{'missing entries':<20}{holes}, which the likelihood leaves out")
     measure_run(run, job.pair, loaded, job.given, num_eval_samples, job.settings.engine)

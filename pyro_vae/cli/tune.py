@@ -11,6 +11,7 @@ from pyro_vae.cli.app import Flat, app
 from pyro_vae.cli.config_file import (
     reject_typed_ignored,
     require_typed_class,
+    run_of,
     table_defaults,
 )
 from pyro_vae.cli.input import Input, reject_ignored_by_data
@@ -76,7 +77,7 @@ def tune(
     """
     require_positive("trials", trials)
     optuna = _optuna()
-    file = storage or Path("runs") / f"{Path(data).stem}.tune"
+    file = storage or Path(f"{run_of(data)}.tune")
     if report and not file.is_file():
         raise UsageError(f"must have trials, but {file} does not exist", argument="storage")
     with _quiet(optuna):
@@ -158,7 +159,12 @@ def _runner(
 
     require_groups(model.model, source.group)
     data = load_data(
-        name, source.data_dir, source.length, columns=source.columns, group=source.group
+        name,
+        source.data_dir,
+        source.length,
+        columns=source.columns,
+        group=source.group,
+        **source.of_images,
     )
     reject_ignored_by_data(source, data)
 

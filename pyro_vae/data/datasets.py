@@ -1,7 +1,7 @@
 """Load data sets by name or from a file, as training, validation and test data."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_vae.data.files import UNREADABLE, load_file, load_music, load_text
 from pyro_vae.data.grouped_tables import grouped
+from pyro_vae.data.image_folders import image_options, load_images
 from pyro_vae.data.shapes import draw
 from pyro_vae.data.split import Data, Split, shuffled, three_ways
 from pyro_vae.data.table_files import FILES as TABLES
@@ -27,8 +28,11 @@ def load_data(
     vocabulary: str | None = None,
     columns: Any = None,
     group: str | None = None,
+    image_size: int | Sequence[int] | None = None,
+    color: bool | None = None,
+    crop: bool = True,
 ) -> Data:
-    """Load a data set by name or from a file, split into training, validation and test data.
+    """Load data by name, from a file or a folder, as training, validation and test data.
 
     A data set that has a test set keeps it, and a sixth of its training set becomes the validation
     set. Other data are split 70 : 10 : 20. Both splits are random with a fixed seed.
@@ -54,7 +58,11 @@ def load_data(
             - ``.csv``, ``.tsv``, ``.parquet``, ``.feather``: a table, see `pyro_vae.read_table`;
             - ``.txt``: one datum in each line;
             - ``.json``: music, see `pyro_vae.data.music`.
-        data_dir: the folder with the files of torchvision. The default is the environment variable
+
+            A folder holds images of any size. Sub-folders, if any, are the labels. Unreadable
+            images are skipped with a warning; more than one image and 5 % raise an error.
+        data_dir: the folder with the files of torchvision and the decoded images of folders. The
+            default is the environment variable
             ``PYRO_VAE_DATA``, or ``~/.cache/pyro_vae`` if it is not set.
         length: for text, the largest width of a row of tokens, including the end token.
         vocabulary: for text, the character of each token. Rows then have exactly the width
@@ -62,6 +70,12 @@ def load_data(
         columns: for a table, changes of its schema, as `pyro_vae.read_table` takes them.
         group: the column of a table, or the array of a ``.npz`` file, with the id of the group of
             each row. The data are then whole groups, see `pyro_vae.data.groups.in_groups`.
+        image_size: for a folder, one number, or height and width. The default is the size of most
+            images, or the median height and width.
+        color: for a folder, whether the images have three channels. The default is yes if any image
+            has color.
+        crop: for a folder, scale an image to cover the size, and cut off what is outside; False
+            stretches the image instead.
 
     Raises `UsageError` for an unknown name, and for a file that cannot be read or has other arrays.
 
@@ -73,6 +87,11 @@ def load_data(
         raise UsageError(
             f"needs a table or a .npz file with group ids, got {name}", argument="group"
         )
+    if name not in NAMES and path.is_dir() and columns is None:
+        return load_images(path, image_options(image_size, color, crop), _root(data_dir))
+    if image_size is not None or color is not None or not crop:
+        given = "image_size" if image_size is not None else "crop" if color is None else "color"
+        raise UsageError(f"applies only to a folder of images, got {name}", argument=given)
     if name == "docstrings":
         return load_text(name, docstrings(length), length, vocabulary)
     if path.suffix in TABLES:
@@ -93,12 +112,16 @@ def load_data(
         images, factors = draw()
         return three_ways("shapes", Split(images, factors[:, 0], factors=factors))
     if name in _TORCHVISION:
-        root = data_dir or os.environ.get("PYRO_VAE_DATA") or Path.home() / ".cache" / "pyro_vae"
-        return _torchvision(name, Path(root).expanduser())
+        return _torchvision(name, _root(data_dir))
     raise UsageError(
         f"unknown data set or file '{name}'; {nearest(name, NAMES)} "
-        "(or pass the path of a .csv, .parquet, .npy, .npz, .txt or .json file)"
+        "(or pass a folder of images, or a .csv, .parquet, .npy, .npz, .txt or .json file)"
     )
+
+
+def _root(data_dir: str | Path | None) -> Path:
+    root = data_dir or os.environ.get("PYRO_VAE_DATA") or Path.home() / ".cache" / "pyro_vae"
+    return Path(root).expanduser()
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:

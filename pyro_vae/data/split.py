@@ -45,6 +45,12 @@ class Data:
     """The `pyro_vae.data.tables.Table` of the data, if their rows are those of a table."""
     schema: Any = None
     """The `pyro_vae.Schema` of a row or, if the data are groups of rows of a table, of a member."""
+    files: tuple[str, ...] | None = None
+    """The path of each row before the split, relative to the folder, for a folder of images."""
+    classes: tuple[str, ...] | None = None
+    """The name of each label, for a folder of images with sub-folders."""
+    summary: str = ""
+    """What was done to the images of a folder, in one line."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,8 +93,9 @@ def part_of(data: Data, name: str) -> Split:
         raise UsageError(f"must be train, validation, test or all, got '{name}'", argument="part")
     if name != "all":
         found = parts[name]
-        in_order = data.table is not None and found.rows is not None
-        return taken(found, found.rows.argsort()) if in_order and found.rows is not None else found
+        if found.rows is None or (data.table is None and data.files is None):
+            return found
+        return taken(found, found.rows.argsort())
     columns = zip(*parts.values(), strict=True)
     whole = Split(*(None if c[0] is None else torch.cat(list(c)) for c in columns))  # type: ignore
     return whole if whole.rows is None else taken(whole, whole.rows.argsort())

@@ -188,7 +188,7 @@ COMMANDS = {
     "no such file": ("train none.npy", ["none.npy", "no such file"]),
     "another kind of file": ("train page.html", ["page.html", ".npy"]),
     "a text too short to split": ("train notes.txt", ["notes has 1 rows", "at least 10"]),
-    "a folder": ("train empty", ["'empty'", ".npy"]),
+    "a folder": ("train empty", ["empty must hold images", ".png", "no files"]),
     "nan": ("train nan.npy", ["nan.npy", "not finite", "row 0"]),
     "few rows": ("train few.npy", ["few", "9 rows", "at least 10"]),
     "one image": ("train one.npy", ["one", "1 row", "at least 10"]),
@@ -206,7 +206,7 @@ COMMANDS = {
     "conditional on nothing": ("train digits --prior conditional", ["--condition"]),
     "library size of pixels": (
         "train digits --library-size",
-        ["--library-size", "--likelihood poisson", "bernoulli"],
+        ["--library-size", "--likelihood poisson", "got no --likelihood"],
     ),
     "levels of a vae": (
         "train digits --latent-dim 3 2",
@@ -382,7 +382,7 @@ IGNORED = {
         "--components applies only with --prior gaussian-mixture or vamp, or with --model mixture; "
         "got --prior standard-normal and --model vae"
     ),
-    "--scale 0.1": "--scale applies only with --likelihood gaussian; got --likelihood bernoulli",
+    "--scale 0.1": "--scale applies only with --likelihood gaussian; got no --likelihood",
     "--logistics 3": "applies only with --likelihood discretized-logistic-mixture",
     "--binarize fixed --likelihood gaussian": "applies only with --likelihood bernoulli",
     "--length 30": "--length applies only to text; digits is not text",
