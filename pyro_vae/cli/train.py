@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pyro_vae.cli.app import Flat, app
 from pyro_vae.cli.config_file import (
+    data_defaults,
     read_options,
     reject_typed_ignored,
     require_typed_class,
-    table_defaults,
 )
-from pyro_vae.cli.input import Input, reject_ignored_by_data
+from pyro_vae.cli.input import Input, named_data, reject_ignored_by_data
 from pyro_vae.cli.job import make_job
 from pyro_vae.cli.make_pair import require_groups
 from pyro_vae.cli.make_parts import missing_entries
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pyro_vae.data.split import Data
 
 
-@app.command(config=(read_options, table_defaults, require_typed_class, reject_typed_ignored))
+@app.command(config=(read_options, data_defaults, require_typed_class, reject_typed_ignored))
 def train(
     data: str,
     *,
@@ -55,7 +55,7 @@ def train(
     data
         Name of a data set (digits, docstrings, shapes, mnist, fashion-mnist, kmnist, emnist,
         omniglot, cifar10, svhn), or path of a file: a table (.csv, .tsv, .parquet, .feather),
-        arrays (.npy, .npz), lines of text (.txt) or music (.json).
+        cells (.h5ad), arrays (.npy, .npz), lines of text (.txt) or music (.json).
     out
         Run folder to write. The default is runs/DATA.
     num_eval_samples
@@ -81,12 +81,14 @@ def train(
     columns: Any = source.columns
     if resume and (run / "schema.toml").is_file():
         columns = schema_of_run(run)
-    loaded = load_data(data, source.data_dir, source.length, columns=columns, group=source.group)
+    loaded = load_data(data, source.data_dir, source.length, columns=columns, **named_data(source))
     reject_ignored_by_data(source, loaded)
     if resume:
         require_split(run, loaded)
     if loaded.schema is not None:
         print(loaded.schema, end="\n\n")
+    if loaded.cells is not None and loaded.cells.schema.columns:
+        print(loaded.cells.schema, end="\n\n")
     job = make_job(data, loaded, model, objective, source, settings)
     with _schema_kept(run, loaded):
         job.fit(

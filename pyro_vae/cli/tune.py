@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pyro_vae.cli.app import Flat, app
 from pyro_vae.cli.config_file import (
+    data_defaults,
     reject_typed_ignored,
     require_typed_class,
-    table_defaults,
 )
-from pyro_vae.cli.input import Input, reject_ignored_by_data
+from pyro_vae.cli.input import Input, named_data, reject_ignored_by_data
 from pyro_vae.cli.job import Job, make_job
 from pyro_vae.cli.make_pair import require_groups
 from pyro_vae.cli.options import Model, Objective, in_words, option_of
@@ -37,7 +37,7 @@ SHOWN = 20
 """Number of trials in the table."""
 
 
-@app.command(config=(table_defaults, require_typed_class, reject_typed_ignored))
+@app.command(config=(data_defaults, require_typed_class, reject_typed_ignored))
 def tune(
     data: str,
     *,
@@ -158,7 +158,7 @@ def _runner(
 
     require_groups(model.model, source.group)
     data = load_data(
-        name, source.data_dir, source.length, columns=source.columns, group=source.group
+        name, source.data_dir, source.length, columns=source.columns, **named_data(source)
     )
     reject_ignored_by_data(source, data)
 

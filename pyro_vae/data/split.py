@@ -43,6 +43,8 @@ class Data:
     """The character of each token, if the data are text."""
     table: Any = None
     """The `pyro_vae.data.tables.Table` of the data, if their rows are those of a table."""
+    cells: Any = None
+    """The `pyro_vae.data.cells.Cells` of the data, if their rows are the cells of a .h5ad file."""
     schema: Any = None
     """The `pyro_vae.Schema` of a row or, if the data are groups of rows of a table, of a member."""
 
@@ -87,7 +89,8 @@ def part_of(data: Data, name: str) -> Split:
         raise UsageError(f"must be train, validation, test or all, got '{name}'", argument="part")
     if name != "all":
         found = parts[name]
-        in_order = data.table is not None and found.rows is not None
+        of_file = data.table is not None or data.cells is not None
+        in_order = of_file and found.rows is not None
         return taken(found, found.rows.argsort()) if in_order and found.rows is not None else found
     columns = zip(*parts.values(), strict=True)
     whole = Split(*(None if c[0] is None else torch.cat(list(c)) for c in columns))  # type: ignore
