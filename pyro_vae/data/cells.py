@@ -1,9 +1,10 @@
-"""Cells: counts of genes from AnnData files (.h5ad)."""
+"""Cells: counts of genes from AnnData files (.h5ad).
+
+The files are read with h5py, so that only what is used is read, and no code of the file runs."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,6 @@ def read_cells(
 ) -> Cells:
     """Read the counts of an AnnData file, which become a dense array of float32.
 
-    Only the counts, obs and the names of the genes are read.
-
     Arguments:
         path: a .h5ad file.
         columns: the roles of columns of obs, as `pyro_vae.read_table` takes them: context, label,
@@ -92,50 +91,34 @@ def read_cells(
     memory.
     """
     path = Path(path)
-    with _opened(path) as (file, anndata):
-        obs, var = (_read(anndata, _present(file, name, path), path) for name in ("obs", "var"))
-        x = _counts(anndata, _found(file, path, layer), path)
-    unique = import_module("anndata.utils").make_index_unique
-    names = tuple(map(str, unique(var.index.astype(str))))
-    if recorded is not None:
-        _require_genes(names, recorded["genes"], path)
-    table = _obs_table(path, obs, _roles(columns, batch, recorded))
+    with opened(path) as file:
+        names = tuple(_unique(_index(file, "var", path)))
+        if recorded is not None:
+            _require_genes(names, recorded["genes"], path)
+        table = _obs_table(path, file, _roles(columns, batch, recorded))
+        x = _counts(_found(file, path, layer), (len(table.ids), len(names)), path)
     return Cells(replace(table, x=x), names)
 
 
-def anndata_package() -> Any:
-    """Import anndata; raise `UsageError` if it or pyarrow is not installed."""
+@contextmanager
+def opened(path: Path, mode: str = "r") -> Iterator[Any]:
+    """An AnnData file as HDF5; raise `UsageError` if it cannot be read, or without h5py."""
     try:
-        import_module("pyarrow")
-        import_module("anndata.io")
-        return import_module("anndata")
+        import h5py
     except ImportError as error:
         raise UsageError(
-            ".h5ad files need anndata and pyarrow, which are not installed; run pip install "
-            "'pyro-vae[anndata]'"
+            ".h5ad files need h5py, which is not installed; run pip install 'pyro-vae[anndata]'"
         ) from error
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """An AnnData file as HDF5, and the package anndata."""
-    anndata = anndata_package()
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     try:
-        file = import_module("h5py").File(path, "r")
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be read as a .h5ad file ({first_line(error)[:120]})"
-        ) from error
-    with file:
-        yield file, anndata
-
-
-def _present(file: Any, name: str, path: Path) -> Any:
-    if name not in file:
-        raise UsageError(f"{path} has no {name}, so it is not a complete .h5ad file")
-    return file[name]
+        with h5py.File(path, mode) as file:
+            yield file
+    except UsageError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        words = first_line(error)[:120]
+        raise UsageError(f"{path} cannot be read as a .h5ad file ({words})") from error
 
 
 def _found(file: Any, path: Path, layer: str | None) -> Any:
@@ -151,26 +134,61 @@ def _found(file: Any, path: Path, layer: str | None) -> Any:
     return file["layers"][layer]
 
 
-def _read(anndata: Any, element: Any, path: Path) -> Any:
-    """An element of the file: an array, a sparse matrix or a data frame."""
-    if not element.attrs.get("encoding-type"):
+def _form(element: Any, path: Path) -> str:
+    """How an element is encoded."""
+    form = element.attrs.get("encoding-type")
+    if not form:
         raise UsageError(
             f"{element.name} of {path} has the form of an old anndata: read the file and write it "
             "again with anndata 0.8 or later"
         )
-    try:
-        return anndata.io.read_elem(element)
-    except Exception as error:  # a damaged file makes h5py and anndata raise anything
-        raise UsageError(
-            f"{element.name} of {path} cannot be read ({first_line(error)[:120]})"
-        ) from error
+    return str(form)
 
 
-def _require_memory(shape: Any, path: Path) -> None:
+def _index(file: Any, name: str, path: Path) -> list[str]:
+    """The names of the rows of obs or var."""
+    if name not in file:
+        raise UsageError(f"{path} has no {name}, so it is not a complete .h5ad file")
+    _form(file[name], path)
+    return list(map(str, _column(file[name][file[name].attrs["_index"]], path).to_pylist()))
+
+
+def _column(element: Any, path: Path) -> Any:
+    """A column of obs or var as an Arrow array, with nulls for missing values."""
+    pa, form = arrow(), _form(element, path)
+    if form == "string-array":
+        return pa.array(element.asstr()[:].tolist(), pa.string())
+    if form == "array":
+        return pa.array(element[:], from_pandas=True)
+    if form == "categorical":
+        codes, categories = element["codes"][:], _column(element["categories"], path)
+        number = pa.array(codes.astype(np.int32), mask=codes < 0)
+        ordered = bool(element.attrs.get("ordered", False))
+        return pa.DictionaryArray.from_arrays(number, categories, ordered=ordered)
+    if form.startswith("nullable-"):
+        values, hidden = element["values"], element["mask"][:]
+        plain = values.asstr()[:] if form == "nullable-string-array" else values[:]
+        return pa.array(plain, mask=hidden)
+    raise UsageError(f"{element.name} of {path} has the form '{form}', which is not supported")
+
+
+def _unique(names: list[str]) -> Iterator[str]:
+    """Names, where repeated ones get -1, -2, ..., as anndata makes them unique."""
+    taken, numbers = set(names), dict.fromkeys(names, -1)
+    for name in names:
+        numbers[name] += 1
+        made = name
+        while numbers[name] and (made := f"{name}-{numbers[name]}") in taken:
+            numbers[name] += 1
+        taken.add(made)
+        yield made
+
+
+def _require_memory(shape: tuple[int, ...], path: Path) -> None:
     """Raise `UsageError` if a dense array and its three parts do not fit into memory."""
-    need, have = 8 * int(np.prod([int(size) for size in shape])), available_memory()
+    need, have = 8 * int(np.prod(shape)), available_memory()
     if need > have:
-        words = " × ".join(str(size) for size in shape)
+        words = " × ".join(map(str, shape))
         raise UsageError(
             f"{path} holds {words} numbers, which need {need / 2**30:.1f} GiB as dense arrays, but "
             f"{have / 2**30:.1f} GiB of memory are free: select genes (for example with "
@@ -188,19 +206,35 @@ def available_memory() -> int:
     return 1024 * int(found[0]) if found else 2**62
 
 
-def _counts(anndata: Any, element: Any, path: Path) -> Tensor:
+def _counts(element: Any, shape: tuple[int, int], path: Path) -> Tensor:
     """The matrix of an element, (n, genes): dense ones are read in blocks, sparse ones whole."""
-    _require_memory(element.attrs.get("shape", getattr(element, "shape", ())), path)
-    dense = element.attrs.get("encoding-type") == "array"
-    matrix = element if dense else _sound(_read(anndata, element, path), path)
-    if len(matrix.shape) != 2 or matrix.dtype.kind not in "biuf":
+    _require_memory(shape, path)
+    form = _form(element, path)
+    if form not in ("array", "csr_matrix", "csc_matrix"):
         raise UsageError(f"{path}: the counts must be a matrix of numbers (cells, genes)")
-    try:
-        x = as_tensor(_dense(matrix, path), str(path), missing=True)
-    except OSError as error:
-        raise UsageError(f"{path} is damaged ({first_line(error)[:120]})") from error
+    matrix = element if form == "array" else _sparse(element, form, path)
+    if matrix.shape != shape or matrix.dtype.kind not in "biuf":
+        raise UsageError(
+            f"{path}: the counts must be a matrix of numbers of shape {shape}, for obs and var; "
+            f"got {matrix.dtype} of shape {matrix.shape}"
+        )
+    x = as_tensor(_dense(matrix, path), str(path), missing=True)
     require_observed_rows(x, path)
     return x
+
+
+def _sparse(element: Any, form: str, path: Path) -> Any:
+    """A sparse matrix in rows, whose indices are inside its shape."""
+    from scipy import sparse
+
+    parts = tuple(element[name][:] for name in ("data", "indices", "indptr"))
+    shape = tuple(int(size) for size in element.attrs["shape"])
+    try:
+        matrix = getattr(sparse, form)(parts, shape=shape)
+        matrix.check_format(full_check=True)
+    except ValueError as error:
+        raise UsageError(f"{path} holds a damaged sparse matrix ({first_line(error)})") from error
+    return matrix.tocsr()
 
 
 def _dense(matrix: Any, path: Path) -> np.ndarray:
@@ -218,17 +252,6 @@ def _dense(matrix: Any, path: Path) -> np.ndarray:
                 f"{2**24:,} are not exact in float32"
             )
     return made
-
-
-def _sound(matrix: Any, path: Path) -> Any:
-    """A sparse matrix in rows, whose indices are inside its shape."""
-    if not hasattr(matrix, "tocsr"):
-        raise UsageError(f"{path}: the counts must be a matrix of numbers (cells, genes)")
-    try:
-        matrix.check_format(full_check=True)
-    except ValueError as error:
-        raise UsageError(f"{path} holds a damaged sparse matrix ({first_line(error)})") from error
-    return matrix.tocsr()
 
 
 def _require_genes(names: tuple[str, ...], known: Any, path: Path) -> None:
@@ -263,16 +286,17 @@ def _roles(
     return roles | ({} if batch is None else {batch: {"kind": "categorical", "role": "context"}})
 
 
-def _obs_table(path: Path, obs: Any, roles: dict[str, Any] | Schema) -> Table:
+def _obs_table(path: Path, file: Any, roles: dict[str, Any] | Schema) -> Table:
     """The used columns of obs and the names of the cells as a table, without data."""
-    known = list(map(str, obs.columns))
+    names, obs = _index(file, "obs", path), file["obs"]
+    known = list(map(str, obs.attrs["column-order"]))
     given = [column.name for column in roles.columns] if isinstance(roles, Schema) else list(roles)
     for name in given:
         if name not in known and isinstance(roles, dict):
             words = nearest(name, known) if known else "obs has no columns"
             raise UsageError(f"{path} has no column '{name}' in obs; {words}")
     pa = arrow()
-    used = {name: pa.array(obs[name], from_pandas=True) for name in given if name in known}
+    used = {name: _column(obs[name], path) for name in given if name in known}
     schema = schema_of(pa.table(used), roles) if used else Schema(())
     for column in schema.columns:
         if column.role not in ROLES:
@@ -280,6 +304,6 @@ def _obs_table(path: Path, obs: Any, roles: dict[str, Any] | Schema) -> Table:
                 f"column '{column.name}' of obs must be one of {', '.join(ROLES)}, got "
                 f"{column.role}"
             )
-    ids = {_IDS: pa.array(list(map(str, obs.index)))}
+    ids = {_IDS: pa.array(names)}
     whole = Schema((Column(_IDS, role="row id"), *schema.columns))
     return Table(path.stem, whole, torch.empty(0), pa.table(ids | used))

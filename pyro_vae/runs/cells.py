@@ -2,13 +2,12 @@
 
 import shutil
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pyro_vae.data.cells import anndata_package
+from pyro_vae.data.cells import opened
 from pyro_vae.errors import UsageError
 from pyro_vae.runs.files import atomic
 
@@ -28,9 +27,16 @@ def write_codes(source: str | Path, codes: Mapping[str, Any], out: Path) -> None
         with source.open("rb") as original:
             shutil.copyfileobj(original, copy)
         copy.flush()
-        with import_module("h5py").File(copy.name, "r+") as file:
-            write = anndata_package().io.write_elem
-            if "obsm" not in file:
-                write(file, "obsm", {})
+        with opened(Path(copy.name), "r+") as file:
+            obsm = _marked(file.require_group("obsm"), "dict", "0.1.0")
             for site, code in codes.items():
-                write(file, f"obsm/X_{site}", np.asarray(code).reshape(len(code), -1))
+                if (name := f"X_{site}") in obsm:
+                    del obsm[name]
+                array = np.asarray(code).reshape(len(code), -1)
+                _marked(obsm.create_dataset(name, data=array), "array", "0.2.0")
+
+
+def _marked(element: Any, form: str, version: str) -> Any:
+    """An element of the file with its form, as anndata writes it."""
+    element.attrs["encoding-type"], element.attrs["encoding-version"] = form, version
+    return element
