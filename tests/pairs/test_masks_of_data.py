@@ -8,6 +8,8 @@ from masks_helpers import Holes, holes
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.diagnostics.guide_studies import calibration_study
+from pyro_vae.diagnostics.study import Bench, Finding
 
 NOTE = {"rows with missing entries": "simulated rows are complete"}
 
@@ -84,10 +86,13 @@ def test_missing_entries_are_not_compared_with_draws():
     torch.testing.assert_close(log_p.per_datum, wanted, atol=1e-6, rtol=0)  # its guide is exact
 
 
-def test_diagnose_names_rows_with_missing_entries_as_not_checked():
+@pytest.mark.parametrize("missing", [True, False])
+def test_diagnose_names_rows_with_missing_entries_as_not_checked(missing):
     x, seen = holes(60)
     x = torch.where(seen, x, torch.nan)[:-1]
-    found = pv.diagnose(Marked(), x, budget=1, progress=False)
+    batch = (x if missing else x.nan_to_num(),)
+    study = calibration_study(Bench(Marked(), batch, torch.arange(len(x)), 0, "eager", 0.0, 0.0))
+    findings = study.judge(study.rungs[0].run(), {})
     words = "the guide on rows with missing entries, since calibration simulates whole rows"
-    assert words in found.summary
-    assert words not in pv.diagnose(Marked(), x.nan_to_num(), budget=1, progress=False).summary
+    assert (Finding("unchecked", words) in findings) == missing
+    assert findings[0].kind == "trust"
