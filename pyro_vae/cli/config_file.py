@@ -18,7 +18,15 @@ from pyro_vae.training.settings import Settings
 TABLES = (".csv", ".tsv", ".parquet", ".feather", ".arrow")
 """`pyro_vae.data.table_files.FILES`, without importing it."""
 
-_RECORDED = ("num_classes", "data_shape", "context_shapes", "vocabulary", "ragged", "classes")
+_RECORDED = (
+    "num_classes",
+    "data_shape",
+    "context_shapes",
+    "vocabulary",
+    "ragged",
+    "classes",
+    "cells",
+)
 """What config.json records about the data. These names are not options."""
 
 
@@ -49,21 +57,33 @@ TABLE_DEFAULTS: dict[str, Any] = {
 """The defaults for tables, which are small: docs/benchmarks.md shows what they reach."""
 
 
-def table_defaults(app: App, commands: tuple[str, ...], arguments: Any) -> None:
-    """Add the defaults for tables, if the data are a table; options that are given override them.
+CELLS = ".h5ad"
+"""`pyro_vae.data.cells.FILE`, without importing it."""
+
+CELLS_DEFAULTS: dict[str, Any] = {"likelihood": "negative-binomial"}
+"""The defaults for cells, whose counts vary more than those of a Poisson distribution."""
+
+
+def data_defaults(app: App, commands: tuple[str, ...], arguments: Any) -> None:
+    """Add the defaults for tables or cells, by the ending of the file; given options override them.
 
     A pair of the user's own, a sequence, or several levels need their own dimensions.
     """
     named = _by_name(arguments)
     data = [token.value for token in named["data"].tokens]
-    if not data or Path(data[-1]).suffix not in TABLES:
+    ending = Path(data[-1]).suffix if data else ""
+    if ending not in (*TABLES, CELLS):
         return
     kinds = [token.value for token in named["model"].tokens]
-    left_out = ("latent_dim", "hidden", "activation") if kinds and kinds[-1] != "vae" else ()
-    new = {name: value for name, value in TABLE_DEFAULTS.items() if name not in left_out}
+    kind = kinds[-1] if kinds else "vae"
+    if ending == CELLS:
+        new, what, left_out = CELLS_DEFAULTS, "cells", tuple(CELLS_DEFAULTS) if ":" in kind else ()
+    else:
+        new, what = TABLE_DEFAULTS, "tables"
+        left_out = ("latent_dim", "hidden", "activation") if kind != "vae" else ()
     given = {name for name, one in named.items() if one.tokens}
-    new = {name: value for name, value in new.items() if name not in given}
-    ConfigDict({commands[-1]: new}, source="the defaults for tables")(app, commands, arguments)
+    new = {name: value for name, value in new.items() if name not in (*left_out, *given)}
+    ConfigDict({commands[-1]: new}, source=f"the defaults for {what}")(app, commands, arguments)
 
 
 def require_typed_class(_: App, __: Sequence[str], arguments: Any) -> None:

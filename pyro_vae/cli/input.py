@@ -28,13 +28,18 @@ class Input:
         (dynamic), drawn once (fixed), or not at all (none, which does not define a likelihood).
     columns
         For a table: TOML file with a table [columns.NAME] for each column to change, and the
-        entries kind, role and categories. schema.toml of a run is such a file.
+        entries kind, role and categories. schema.toml of a run is such a file. For a .h5ad file:
+        the roles of columns of obs, which are context, label, group or split.
     standardize
         Scale real-valued data inside the pair, by constants that are saved with it. The default is
         yes for rows (n, d) with a Gaussian or Student-t likelihood, unless --scale is a number.
     length
         Maximum width of a row of text in characters, including the end symbol. Longer docstrings
         are left out; longer lines of a file are cut.
+    layer
+        For a .h5ad file: layer with the counts. The default is X.
+    batch
+        For a .h5ad file: column of obs with the batch, on which the pair becomes conditional.
     group
         Column of a table, or array of a .npz file, with the id of the group of each row. Whole
         groups are the data, and are never split between training and test data.
@@ -53,6 +58,8 @@ class Input:
     group: str | None = None
     binarize: Literal["dynamic", "fixed", "none"] = "dynamic"
     columns: Path | None = None
+    layer: str | None = None
+    batch: str | None = None
     standardize: bool | None = None
     length: int = 60
     image_size: tuple[int, ...] = ()
@@ -63,6 +70,12 @@ class Input:
     def of_images(self) -> dict[str, Any]:
         """The arguments of `pyro_vae.load_data` for a folder of images."""
         return {"image_size": self.image_size or None, "color": self.color, "crop": self.crop}
+
+
+def named_data(source: Input) -> dict[str, Any]:
+    """The options that choose a part of a file or the form of images, for `pyro_vae.load_data`."""
+    names = {"group": source.group, "layer": source.layer, "batch": source.batch}
+    return names | source.of_images
 
 
 def reject_ignored_by_data(source: Input, data: Data) -> None:

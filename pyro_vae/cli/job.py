@@ -12,6 +12,7 @@ from pyro_vae.cli.make_pair import context_shapes, make_pair
 from pyro_vae.cli.make_parts import binarized, standardizes, with_likelihood
 from pyro_vae.cli.options import Model, Objective, reject_ignored
 from pyro_vae.cli.run import context_of
+from pyro_vae.errors import UsageError
 from pyro_vae.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -62,12 +63,17 @@ def make_job(
     name: str, data: "Data", model: Model, objective: Objective, source: Input, settings: Settings
 ) -> Job:
     """The job of these options for data that have been loaded under this name."""
-    if data.schema is not None:
+    if data.schema is not None or data.cells is not None:
         model = _with_context(model, data)
-        # The default for tables may be more than a small table has.
-        if settings.batch_size == TABLE_DEFAULTS["batch_size"]:
-            most = min(TABLE_DEFAULTS["batch_size"], len(data.train.x))
-            settings = replace(settings, batch_size=most)
+    if source.batch is not None and "context" not in model.condition:
+        raise UsageError(
+            f"needs --condition context for a pair of your own, got --model {model.model}",
+            argument="batch",
+        )
+    # The default for tables may be more than a small table has.
+    if data.schema is not None and settings.batch_size == TABLE_DEFAULTS["batch_size"]:
+        most = min(TABLE_DEFAULTS["batch_size"], len(data.train.x))
+        settings = replace(settings, batch_size=most)
     model = with_likelihood(model, data)
     if source.binarize != Input.binarize and ":" not in model.model:
         reject_ignored(["binarize"], {"likelihood": model.likelihood})
@@ -78,6 +84,7 @@ def make_job(
         | ({} if data.vocabulary is None else {"vocabulary": data.vocabulary})
         | ({} if data.classes is None else {"classes": data.classes})
         | ({} if data.train.lengths is None else {"ragged": True})
+        | ({} if data.cells is None else {"cells": data.cells.recorded()})
         | _plain(model)
         | _plain(objective)
         | _plain(source)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_vae.cli.config_file import CELLS
 from pyro_vae.cli.input import Input
 from pyro_vae.cli.make_pair import make_user_pair, plain_dim
 from pyro_vae.cli.options import Model
@@ -60,9 +61,9 @@ def report_run(run: Path, pair: "nn.Module", data: "Data", given: dict[str, Any]
 
     x, context = test_part(data, given, 2000)
     labels = None if data.test.labels is None else data.test.labels[:2000]
-    ids = None
-    if data.table is not None and data.test.rows is not None:
-        ids = [data.table.ids[row] for row in data.test.rows[:2000].tolist()]
+    ids, known = None, data.table or data.cells
+    if known is not None and data.test.rows is not None:
+        ids = [known.ids[row] for row in data.test.rows[:2000].tolist()]
     write_report(run, pair, x, *context, labels=labels, ids=ids)
 
 
@@ -81,11 +82,12 @@ def require_split(run: Path, data: "Data") -> None:
 
 
 _RECORDED: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("data", "model", "data_dir", "vocabulary", "binarize", "group"), str),
+    **dict.fromkeys(("data", "model", "data_dir", "vocabulary", "binarize", "group", "layer"), str),
     **dict.fromkeys(("num_classes", "num_labels", "length", "seed"), int),
     **dict.fromkeys(("data_shape", "context_shapes", "condition", "hidden", "image_size"), list),
     **dict.fromkeys(("color", "crop"), bool),
     "latent_dim": (list, int),
+    "cells": dict,
 }
 """The types of those options in config.json that commands read."""
 
@@ -159,6 +161,8 @@ def load_of_run(
         raise UsageError(f"{run} does not record its data; name them with --data")
     if (run / SCHEMA).is_file():
         return load_data(name, columns=schema_of_run(run), group=given.get("group"))
+    if "cells" in given and Path(name).suffix == CELLS:
+        return _cells_of_run(run, given, name)
     folder = data_dir or given.get("data_dir")
     vocabulary, length = given.get("vocabulary"), given.get("length", Input.length)
     if vocabulary is not None:
@@ -174,6 +178,16 @@ def _of_images(given: dict[str, Any], other: bool) -> dict[str, Any]:
     if other and len(shape) == 3:
         size, color = shape[1:], shape[0] == 3
     return {"image_size": size, "color": color, "crop": given.get("crop", True)}
+
+
+def _cells_of_run(run: Path, given: dict[str, Any], name: str) -> "Data":
+    from pyro_vae.data.cells import read_cells
+    from pyro_vae.runs import files as run_files
+
+    found = given["cells"]
+    if not isinstance(found.get("genes"), list) or not isinstance(found.get("columns"), dict):
+        raise UsageError(f"{run / run_files.CONFIG}: 'cells' must have 'genes' and 'columns'")
+    return read_cells(name, layer=given.get("layer"), recorded=found).split()
 
 
 SCHEMA = "schema.toml"

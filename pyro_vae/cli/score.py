@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.cli.app import RunFolder, UserClass, app
+from pyro_vae.cli.config_file import CELLS
 from pyro_vae.cli.run import binarize_of, context_of, open_run, require_positive
 from pyro_vae.errors import UsageError
 
@@ -190,10 +191,15 @@ def encode(
         Part of the data: train, validation, test or all. The default is test, or all with --data.
     out
         File to write: .npz, .csv, .parquet or .feather. The default is codes.npz in the run folder.
+        For data in a .h5ad file also .h5ad: a copy of the file, all cells in its order, with the
+        posterior means of each local latent in obsm["X_SITE"], for example obsm["X_z"].
     """
     from pyro_vae.inference import encoding
 
+    path = out or run / "codes.npz"
     pair, loaded, given = open_run(run, data, None, model)
+    if path.suffix == CELLS:
+        part = _all_cells(loaded, part)
     split = chosen_part(loaded, data, part)
     context = context_of(given, loaded, split)
     by_row: dict[str, Any] = {}
@@ -208,7 +214,9 @@ def encode(
         by_row["labels"] = split.labels.numpy()
     if split.members is not None:
         by_row["members"] = split.members.numpy()
-    path = out or run / "codes.npz"
+    if path.suffix == CELLS:
+        print(_with_codes(data or given["data"], by_row, path))
+        return
     if path.suffix == ".npz":
         print(_npz(_npz_ids(loaded, split) | by_row | others, path))
         return
@@ -218,6 +226,23 @@ def encode(
         units = [name] if flat.shape[1] == 1 else [f"{name}_{j}" for j in range(flat.shape[1])]
         columns |= {unit: flat[:, j].tolist() for j, unit in enumerate(units)}
     print(written(columns, path))
+
+
+def _all_cells(data: "Data", part: str | None) -> str:
+    """The part of a copy of a .h5ad file: all cells."""
+    if data.cells is None:
+        raise UsageError(f"can be a .h5ad file only for such data, got {data.name}", argument="out")
+    if part not in (None, "all"):
+        raise UsageError(f"must be all for --out in a .h5ad file, got {part}", argument="part")
+    return "all"
+
+
+def _with_codes(source: str, by_row: dict[str, Any], path: Path) -> Path:
+    from pyro_vae.runs.cells import write_codes
+
+    means = {name.removesuffix("_mean"): code for name, code in by_row.items() if "_mean" in name}
+    write_codes(source, means, path)
+    return path
 
 
 def chosen_part(data: "Data", other: str | None, part: str | None) -> "Split":
@@ -234,10 +259,11 @@ def ids_of(data: "Data", split: "Split") -> dict[str, list[Any]]:
     rows = split.rows.tolist()
     if data.files is not None:
         return {"files": [data.files[row] for row in rows]}
-    if data.table is None:
+    known = data.table or (data.cells and data.cells.table)
+    if known is None:
         return {"row": rows}
-    ids = data.table.ids
-    return {data.table.id_name: [ids[row] for row in rows]}
+    ids = known.ids
+    return {known.id_name: [ids[row] for row in rows]}
 
 
 def _npz_ids(data: "Data", split: "Split") -> dict[str, Any]:
@@ -253,6 +279,8 @@ def names_of(data: "Data") -> list[str]:
     """The name of each entry of a datum: those of the columns, or indices."""
     if data.table is not None:
         return list(data.table.schema.names)
+    if data.cells is not None:
+        return list(data.cells.names)
     from itertools import product
 
     return [",".join(map(str, index)) for index in product(*map(range, data.shape))]

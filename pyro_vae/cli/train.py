@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pyro_vae.cli.app import Flat, app
 from pyro_vae.cli.config_file import (
+    data_defaults,
     read_options,
     reject_typed_ignored,
     require_typed_class,
     run_of,
-    table_defaults,
 )
-from pyro_vae.cli.input import Input, reject_ignored_by_data
+from pyro_vae.cli.input import Input, named_data, reject_ignored_by_data
 from pyro_vae.cli.job import make_job, told
 from pyro_vae.cli.make_pair import require_groups
 from pyro_vae.cli.make_parts import missing_entries
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pyro_vae.data.split import Data
 
 
-@app.command(config=(read_options, table_defaults, require_typed_class, reject_typed_ignored))
+@app.command(config=(read_options, data_defaults, require_typed_class, reject_typed_ignored))
 def train(
     data: str,
     *,
@@ -56,7 +56,8 @@ def train(
     data
         Name of a data set (digits, docstrings, shapes, mnist, fashion-mnist, kmnist, emnist,
         omniglot, cifar10, svhn), or path of a file: a table (.csv, .tsv, .parquet, .feather),
-        arrays (.npy, .npz), lines of text (.txt) or music (.json), or a folder of images.
+        cells (.h5ad), arrays (.npy, .npz), lines of text (.txt) or music (.json), or a folder of
+        images.
     out
         Run folder to write. The default is runs/DATA.
     num_eval_samples
@@ -82,19 +83,14 @@ def train(
     columns: Any = source.columns
     if resume and (run / "schema.toml").is_file():
         columns = schema_of_run(run)
-    loaded = load_data(
-        data,
-        source.data_dir,
-        source.length,
-        columns=columns,
-        group=source.group,
-        **source.of_images,
-    )
+    loaded = load_data(data, source.data_dir, source.length, columns=columns, **named_data(source))
     reject_ignored_by_data(source, loaded)
     if resume:
         require_split(run, loaded)
     if loaded.schema is not None:
         print(loaded.schema, end="\n\n")
+    if loaded.cells is not None and loaded.cells.schema.columns:
+        print(loaded.cells.schema, end="\n\n")
     job = make_job(data, loaded, model, objective, source, settings)
     for title, words in told(loaded, model):
         print(f"{title:<20}{words}")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pyro_vae.cli.app import Flat, app
 from pyro_vae.cli.config_file import (
+    data_defaults,
     reject_typed_ignored,
     require_typed_class,
     run_of,
-    table_defaults,
 )
-from pyro_vae.cli.input import Input, reject_ignored_by_data
+from pyro_vae.cli.input import Input, named_data, reject_ignored_by_data
 from pyro_vae.cli.job import Job, make_job
 from pyro_vae.cli.make_pair import require_groups
 from pyro_vae.cli.options import Model, Objective, in_words, option_of
@@ -38,7 +38,7 @@ SHOWN = 20
 """Number of trials in the table."""
 
 
-@app.command(config=(table_defaults, require_typed_class, reject_typed_ignored))
+@app.command(config=(data_defaults, require_typed_class, reject_typed_ignored))
 def tune(
     data: str,
     *,
@@ -159,12 +159,7 @@ def _runner(
 
     require_groups(model.model, source.group)
     data = load_data(
-        name,
-        source.data_dir,
-        source.length,
-        columns=source.columns,
-        group=source.group,
-        **source.of_images,
+        name, source.data_dir, source.length, columns=source.columns, **named_data(source)
     )
     reject_ignored_by_data(source, data)
 

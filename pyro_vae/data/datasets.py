@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.data.cells import FILE as CELLS
+from pyro_vae.data.cells import read_cells
 from pyro_vae.data.files import UNREADABLE, load_file, load_music, load_text
 from pyro_vae.data.grouped_tables import grouped
 from pyro_vae.data.image_folders import image_options, load_images
@@ -31,6 +33,8 @@ def load_data(
     image_size: int | Sequence[int] | None = None,
     color: bool | None = None,
     crop: bool = True,
+    layer: str | None = None,
+    batch: str | None = None,
 ) -> Data:
     """Load data by name, from a file or a folder, as training, validation and test data.
 
@@ -56,6 +60,7 @@ def load_data(
               becomes floats in [0, 1]. Sequences have the shape (n, steps, d). They need
               ``lengths`` (n,) if their lengths differ;
             - ``.csv``, ``.tsv``, ``.parquet``, ``.feather``: a table, see `pyro_vae.read_table`;
+            - ``.h5ad``: cells with the counts of their genes, see `pyro_vae.data.cells`;
             - ``.txt``: one datum in each line;
             - ``.json``: music, see `pyro_vae.data.music`.
 
@@ -67,7 +72,8 @@ def load_data(
         length: for text, the largest width of a row of tokens, including the end token.
         vocabulary: for text, the character of each token. Rows then have exactly the width
             ``length``. The default is all characters that occur in the text.
-        columns: for a table, changes of its schema, as `pyro_vae.read_table` takes them.
+        columns: for a table, changes of its schema, as `pyro_vae.read_table` takes them. For a
+            ``.h5ad`` file, the roles of columns of its obs: context, label, group or split.
         group: the column of a table, or the array of a ``.npz`` file, with the id of the group of
             each row. The data are then whole groups, see `pyro_vae.data.groups.in_groups`.
         image_size: for a folder, one number, or height and width. The default is the size of most
@@ -76,6 +82,8 @@ def load_data(
             has color.
         crop: for a folder, scale an image to cover the size, and cut off what is outside; False
             stretches the image instead.
+        layer: for a ``.h5ad`` file, the layer with the counts. The default is X.
+        batch: for a ``.h5ad`` file, the column of obs that becomes context, in one-hot rows.
 
     Raises `UsageError` for an unknown name, and for a file that cannot be read or has other arrays.
 
@@ -92,12 +100,17 @@ def load_data(
     if image_size is not None or color is not None or not crop:
         given = "image_size" if image_size is not None else "crop" if color is None else "color"
         raise UsageError(f"applies only to a folder of images, got {name}", argument=given)
+    for option, value in (("layer", layer), ("batch", batch)):
+        if value is not None and path.suffix != CELLS:
+            raise UsageError(f"applies only to .h5ad files, got {name}", argument=option)
     if name == "docstrings":
         return load_text(name, docstrings(length), length, vocabulary)
     if path.suffix in TABLES:
         if group is not None:
             return grouped(path, columns, group)
         return read_table(path, columns).split()
+    if path.suffix == CELLS:
+        return read_cells(path, columns, layer, batch).split()
     if columns is not None:
         raise UsageError(f"applies only to tables; '{name}' is not a table", argument="columns")
     if path.suffix == ".json" and path.is_file():
@@ -115,7 +128,7 @@ def load_data(
         return _torchvision(name, _root(data_dir))
     raise UsageError(
         f"unknown data set or file '{name}'; {nearest(name, NAMES)} "
-        "(or pass a folder of images, or a .csv, .parquet, .npy, .npz, .txt or .json file)"
+        "(or pass a folder of images, or a .csv, .parquet, .h5ad, .npy, .npz, .txt or .json file)"
     )
 
 

@@ -152,13 +152,7 @@ def _row(context: Tensor | None) -> tuple[int, ...] | None:
 def _images(array: np.ndarray, path: Path, missing: bool = False) -> Tensor:
     """Rows (n, d) as they are; images as (n, channels, height, width), one channel if gray."""
     x = as_tensor(array, str(path), missing=missing)
-    empty = x.reshape(len(x), -1).isnan().all(1)
-    if bool(empty.any()):
-        row = int(empty.int().argmax())
-        raise UsageError(
-            f"{path} holds values that are not finite (NaN) in all of row {row}: remove rows "
-            "without an observed entry"
-        )
+    require_observed_rows(x, path)
     if x.dim() == 2:
         return x
     if x.dim() == 3:
@@ -171,6 +165,17 @@ def _images(array: np.ndarray, path: Path, missing: bool = False) -> Tensor:
         f"{path}: expected rows (n, d), gray images (n, height, width) or images (n, channels, "
         f"height, width), got an array of shape {tuple(x.shape)}"
     )
+
+
+def require_observed_rows(x: Tensor, path: Path) -> None:
+    """Raise `UsageError` for a row whose entries are all missing."""
+    empty = x.reshape(len(x), -1).isnan().all(1)
+    if bool(empty.any()):
+        row = int(empty.int().argmax())
+        raise UsageError(
+            f"{path} holds values that are not finite (NaN) in all of row {row}: remove rows "
+            "without an observed entry"
+        )
 
 
 def read_labels(array: np.ndarray | None, n: int, path: Path) -> Tensor | None:

@@ -154,7 +154,11 @@ def read_schema(path: str | Path) -> dict[str, dict[str, Any]]:
 
 def stored_schema(path: Path) -> Schema:
     """Read the whole schema that `Schema.to_toml` wrote."""
-    columns = read_schema(path)
+    return whole_schema(read_schema(path))
+
+
+def whole_schema(columns: Mapping[str, Any]) -> Schema:
+    """The schema that mappings with ``kind``, ``role`` and ``categories`` by name describe."""
     return Schema(tuple(_changed(Column(name), change) for name, change in columns.items()))
 
 

@@ -43,6 +43,8 @@ class Data:
     """The character of each token, if the data are text."""
     table: Any = None
     """The `pyro_vae.data.tables.Table` of the data, if their rows are those of a table."""
+    cells: Any = None
+    """The `pyro_vae.data.cells.Cells` of the data, if their rows are the cells of a .h5ad file."""
     schema: Any = None
     """The `pyro_vae.Schema` of a row or, if the data are groups of rows of a table, of a member."""
     files: tuple[str, ...] | None = None
@@ -93,7 +95,8 @@ def part_of(data: Data, name: str) -> Split:
         raise UsageError(f"must be train, validation, test or all, got '{name}'", argument="part")
     if name != "all":
         found = parts[name]
-        if found.rows is None or (data.table is None and data.files is None):
+        of_file = (data.table, data.files, data.cells) != (None, None, None)
+        if found.rows is None or not of_file:
             return found
         return taken(found, found.rows.argsort())
     columns = zip(*parts.values(), strict=True)

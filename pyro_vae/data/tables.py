@@ -219,13 +219,7 @@ def read_table(
     """
     made = arrow_table(source)
     name = Path(source).stem if isinstance(source, str | Path) else "table"
-    if isinstance(columns, Schema):
-        schema = _present(columns, made.column_names)
-    else:
-        changes = read_schema(columns) if isinstance(columns, str | Path) else columns or {}
-        schema = _inferred(made, changes)
-    for role in ("row id", "label", "group", "split"):
-        schema.one(role)
+    schema = schema_of(made, columns)
     if not schema.data:
         raise UsageError(f"{name} has no column with the role 'data'")
     x = np.stack([encoded(c, plain(made[c.name])) for c in schema.data], 1)
@@ -233,6 +227,18 @@ def read_table(
     if empty.any():
         raise UsageError(f"row {int(empty.argmax())} of {name} has no observed entry: remove it")
     return Table(name, schema, torch.from_numpy(x), made)
+
+
+def schema_of(table: Any, columns: Mapping[str, Any] | str | Path | Schema | None) -> Schema:
+    """The schema of an Arrow table, with changes, or by the whole schema of another table."""
+    if isinstance(columns, Schema):
+        schema = _present(columns, table.column_names)
+    else:
+        changes = read_schema(columns) if isinstance(columns, str | Path) else columns or {}
+        schema = _inferred(table, changes)
+    for role in ("row id", "label", "group", "split"):
+        schema.one(role)
+    return schema
 
 
 def _inferred(table: Any, changes: Mapping[str, Any]) -> Schema:

@@ -54,7 +54,7 @@ class Calibration:
     level: float
     """The largest probability that any quantity rejects the exact posterior."""
     left_out: dict[str, str]
-    """The reason for each latent or unit that is not ranked."""
+    """Why each latent or unit is not ranked, and why some rows are not simulated."""
 
     @property
     def num_simulations(self) -> int:
@@ -201,7 +201,8 @@ def calibration(
 
     **The test does not cover real data.** If they differ from the model's own data, the encoder was
     trained on other data than the test uses. A guide that passes does not show that the model is
-    good.
+    good. Simulated rows are complete, so the test does not cover rows with missing entries (NaN),
+    and ``left_out`` says so. Masks in the context apply.
 
     Raises `UsageError` for a pair without a template or with latents that are not local, and for a
     model whose observations do not fit into the batch.
@@ -273,6 +274,8 @@ class _Simulated:
         self.sites = ranked(guide, truth)
         self.left_out = dict.fromkeys(truth.keys() - guide.keys(), "the guide does not draw it")
         self.left_out |= dict.fromkeys(guide.keys() - truth.keys(), "the model does not have it")
+        if masks.takes_missing(pair, batch):
+            self.left_out["rows with missing entries"] = "simulated rows are complete"
         self.nesting, self.vectorized, widest = structure(pair, batch)
         self.rows = max(1, CELLS // (widest * (num_draws if self.vectorized else 1)))
         self.event_dims = {name: guide[name]["fn"].event_dim for name in self.sites}

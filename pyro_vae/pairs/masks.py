@@ -57,6 +57,15 @@ def scores_missing(pair: nn.Module, batch: Batch) -> bool:
         return False
 
 
+def takes_missing(pair: nn.Module, batch: Batch) -> bool:
+    """Whether a pair would leave out missing entries of x, which may have none."""
+    x = batch[0].clone()
+    if not x.is_floating_point():
+        return False
+    x.reshape(len(x), -1)[:, 0] = torch.nan
+    return scores_missing(pair, (x, *batch[1:]))
+
+
 def hidden_as_nan(site: Site) -> Tensor:
     """A site's value, with NaN for entries that a mask hides; unchanged if it hides nothing."""
     counts = scored(site)
