@@ -134,13 +134,22 @@ def _user_pair(model: str, given: dict[str, Any]) -> "nn.Module":
 
 
 def open_run(
-    run: Path, data: str | None = None, data_dir: Path | None = None, model: str | None = None
+    run: Path,
+    data: str | None = None,
+    data_dir: Path | None = None,
+    model: str | None = None,
+    part: str | None = "test",
 ) -> tuple["nn.Module", "Data", dict[str, Any]]:
     """The pair of a run, its data, and its training options.
 
-    If no data are named, the data must equal those of training.
+    If no data are named, the data must equal those of training. All rows of another table, if
+    ``part`` is None or "all", need not make three parts.
     """
     pair, given = pair_of_run(run, model)
+    if data is not None and part in (None, "all") and _is_table(run, given):
+        from pyro_vae.data.tables import read_table
+
+        return pair, read_table(data, schema_of_run(run)).new(), given
     loaded = load_of_run(run, given, data, data_dir)
     if data is None:
         require_split(run, loaded)
@@ -163,6 +172,11 @@ def load_of_run(
     if vocabulary is not None:
         (length,) = given["data_shape"]
     return load_data(name, folder, length, vocabulary, group=given.get("group"))
+
+
+def _is_table(run: Path, given: dict[str, Any]) -> bool:
+    """Whether a datum of a run is a row of a table."""
+    return (run / SCHEMA).is_file() and given.get("group") is None
 
 
 SCHEMA = "schema.toml"

@@ -44,7 +44,7 @@ def score(
     from pyro_vae.inference import scoring
 
     require_positive("num_samples", num_samples)
-    pair, loaded, given = open_run(run, data, None, model)
+    pair, loaded, given = open_run(run, data, None, model, part)
     split = chosen_part(loaded, data, part)
     found = scoring.score(
         pair,
@@ -126,8 +126,11 @@ def impute(
     from pyro_vae.inference import imputation
 
     require_positive("draws", draws)
-    pair, loaded, given = open_run(run, data, None, model)
+    pair, loaded, given = open_run(run, data, None, model, part)
     split = chosen_part(loaded, data, part or "all")
+    path = out or run / f"filled{_usual(loaded)}"
+    if loaded.table is None:
+        _require_npz(path)
     if split.members is not None and not bool(split.x.isnan().any()):
         raise UsageError("the data have no missing entry, so nothing is to be imputed")
     found = imputation.impute(
@@ -141,7 +144,6 @@ def impute(
         seed=seed,
         progress=True,
     )
-    path = out or run / f"filled{_usual(loaded)}"
     if loaded.table is None:
         arrays = {"mean": found.mean, "draws": found.draws, "missing": found.missing}
         arrays |= {"low": found.low, "high": found.high, "pareto_k": found.pareto_k}
@@ -193,7 +195,7 @@ def encode(
     """
     from pyro_vae.inference import encoding
 
-    pair, loaded, given = open_run(run, data, None, model)
+    pair, loaded, given = open_run(run, data, None, model, part)
     split = chosen_part(loaded, data, part)
     context = context_of(given, loaded, split)
     by_row: dict[str, Any] = {}
@@ -276,15 +278,19 @@ def _npz(arrays: dict[str, Any], path: Path) -> Path:
 
     from pyro_vae.runs.files import atomic
 
-    if path.suffix != ".npz":
-        raise UsageError(
-            f"must end in .npz for data that are not a table, got {path}", argument="out"
-        )
+    _require_npz(path)
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     with atomic(path) as file:
         file.write(buffer.getvalue())
     return path
+
+
+def _require_npz(path: Path) -> None:
+    if path.suffix != ".npz":
+        raise UsageError(
+            f"must end in .npz for data that are not a table, got {path}", argument="out"
+        )
 
 
 def _usual(data: "Data") -> str:

@@ -5,6 +5,7 @@ from math import log
 from typing import Any
 
 import torch
+from pyro.distributions import MaskedDistribution
 from torch import Tensor, nn
 from torch.distributions import Independent
 
@@ -116,7 +117,7 @@ def _by_entry(pair: nn.Module, part: Weighted) -> Tensor:
     with DataFirst(dict(part.values)):
         site = data_site(trace(model.model, part.batch))
     fn, right = site["fn"], site["fn"].event_dim
-    while isinstance(fn, Independent):
+    while isinstance(fn, Independent | MaskedDistribution):
         fn = fn.base_dist
     if fn.event_dim:
         raise UsageError(
