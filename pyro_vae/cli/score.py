@@ -27,6 +27,9 @@ def score(
 ) -> None:
     """Write log p(x) of each row, its Pareto k, and the columns that make the row strange.
 
+    nats_1 to nats_3 say how strange these columns are. They are not reliable where their Pareto k,
+    pareto_k_1 to pareto_k_3, is over 0.7.
+
     Parameters
     ----------
     data
@@ -65,6 +68,9 @@ def score(
         columns[f"strangest_{place + 1}"] = [names[entry] for entry in entries]
         columns[f"nats_{place + 1}"] = [
             found.strangeness[row].flatten()[entry].item() for row, entry in enumerate(entries)
+        ]
+        columns[f"pareto_k_{place + 1}"] = [
+            found.entry_pareto_k[row].flatten()[entry].item() for row, entry in enumerate(entries)
         ]
     path = written(columns, out or run / f"scores{_usual(loaded)}")
     few = found.strangest(5).tolist()
