@@ -32,7 +32,7 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def test_one_new_row_is_scored_encoded_and_imputed(folder, tmp_path):
+def test_one_new_row_is_scored_encoded_and_imputed(folder, tmp_path, capsys):
     run, one = tmp_path / "run", folder / "one.csv"
     options = SHORT.replace("2 1", "2")
     (tmp_path / "c.toml").write_text('[columns.group]\nrole = "group"\n')
@@ -54,6 +54,15 @@ def test_one_new_row_is_scored_encoded_and_imputed(folder, tmp_path):
     )
     (row,) = table(tmp_path / "i.csv")
     assert (row["group"], float(row["dose"]), float(row["age"]) > 0) == ("g1", 3.5, True)
+    (tmp_path / "c.toml").write_text('[columns.dose]\nkind = "continuous"\n')
+    with pytest.raises(SystemExit):
+        command(
+            f"train {{data}} --columns {{columns}} --out {{run}} --resume {options}",
+            data=folder / "all.csv",
+            columns=tmp_path / "c.toml",
+            run=run,
+        )
+    assert "--columns cannot change the schema" in capsys.readouterr().err
     for name in ("encode", "reconstruct"):
         command(
             f"{name} {{run}} --data {{one}} --out {{out}}", run=run, one=one, out=tmp_path / "c.csv"

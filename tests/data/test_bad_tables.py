@@ -105,3 +105,11 @@ def test_a_constant_column_keeps_its_scale(family):
 def test_rows_in_groups_are_not_rows_to_standardize(family):
     with pytest.raises(pv.UsageError, match="before by_group"):
         family(2).standardize(torch.zeros(4, 5, 2))
+
+
+@pytest.mark.parametrize("row", [[-1.0, 1.0], [1.5, 1.0], [1.0, 0.0]])
+def test_values_outside_the_support_of_their_column_name_columns(row):
+    x = torch.tensor([[2.0, 0.5], [3.0, 4.0], row])
+    vae = pv.VAE.mlp((2,), latent_dim=1, likelihood=pv.Columns(["count", "positive"], [0, 0]))
+    with pytest.raises(pv.UsageError, match=r"of the Columns likelihood .* whole numbers from 0"):
+        pv.score(vae, x, num_samples=30)
