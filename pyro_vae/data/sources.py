@@ -274,8 +274,10 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
                 f"context {i} has {len(tensor)} rows but x has {len(tensors[0])}; they must match"
             )
     if pair is not None and not _takes_holes(pair, tensors):
-        plain = as_tensor(x, "x", dtype, missing=True)  # raises for a masked array
-        row = int(plain.reshape(len(plain), -1).isnan().any(1).nonzero()[0])
+        as_tensor(x, "x", finite=False)  # raises for a masked array
+        row = int(
+            tensors[0].reshape(len(data), -1).isnan().any(1).nonzero()[0]
+        )  # padding is replaced
         raise UsageError(
             f"x holds values that are not finite (NaN or infinite), first in row {row}; for NaN as "
             "a missing entry, use a likelihood that leaves it out, such as "
