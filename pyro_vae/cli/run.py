@@ -137,13 +137,22 @@ def _user_pair(model: str, given: dict[str, Any]) -> "nn.Module":
 
 
 def open_run(
-    run: Path, data: str | None = None, data_dir: Path | None = None, model: str | None = None
+    run: Path,
+    data: str | None = None,
+    data_dir: Path | None = None,
+    model: str | None = None,
+    part: str | None = "test",
 ) -> tuple["nn.Module", "Data", dict[str, Any]]:
     """The pair of a run, its data, and its training options.
 
-    If no data are named, the data must equal those of training.
+    If no data are named, the data must equal those of training. All rows of another table, if
+    ``part`` is None or "all", need not make three parts.
     """
     pair, given = pair_of_run(run, model)
+    if data is not None and part in (None, "all") and _is_table(run, given):
+        from pyro_vae.data.tables import read_table
+
+        return pair, read_table(data, schema_of_run(run)).new(), given
     loaded = load_of_run(run, given, data, data_dir)
     if data is None:
         require_split(run, loaded)
@@ -188,6 +197,11 @@ def _cells_of_run(run: Path, given: dict[str, Any], name: str) -> "Data":
     if not isinstance(found.get("genes"), list) or not isinstance(found.get("columns"), dict):
         raise UsageError(f"{run / run_files.CONFIG}: 'cells' must have 'genes' and 'columns'")
     return read_cells(name, layer=given.get("layer"), recorded=found).split()
+
+
+def _is_table(run: Path, given: dict[str, Any]) -> bool:
+    """Whether a datum of a run is a row of a table."""
+    return (run / SCHEMA).is_file() and given.get("group") is None
 
 
 SCHEMA = "schema.toml"

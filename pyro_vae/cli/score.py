@@ -28,6 +28,9 @@ def score(
 ) -> None:
     """Write log p(x) of each row, its Pareto k, and the columns that make the row strange.
 
+    nats_1 to nats_3 say how strange these columns are. They are not reliable where their Pareto k,
+    pareto_k_1 to pareto_k_3, is over 0.7.
+
     Parameters
     ----------
     data
@@ -45,7 +48,7 @@ def score(
     from pyro_vae.inference import scoring
 
     require_positive("num_samples", num_samples)
-    pair, loaded, given = open_run(run, data, None, model)
+    pair, loaded, given = open_run(run, data, None, model, part)
     split = chosen_part(loaded, data, part)
     found = scoring.score(
         pair,
@@ -66,6 +69,9 @@ def score(
         columns[f"strangest_{place + 1}"] = [names[entry] for entry in entries]
         columns[f"nats_{place + 1}"] = [
             found.strangeness[row].flatten()[entry].item() for row, entry in enumerate(entries)
+        ]
+        columns[f"pareto_k_{place + 1}"] = [
+            found.entry_pareto_k[row].flatten()[entry].item() for row, entry in enumerate(entries)
         ]
     path = written(columns, out or run / f"scores{_usual(loaded)}")
     few = found.strangest(5).tolist()
@@ -127,8 +133,11 @@ def impute(
     from pyro_vae.inference import imputation
 
     require_positive("draws", draws)
-    pair, loaded, given = open_run(run, data, None, model)
+    pair, loaded, given = open_run(run, data, None, model, part)
     split = chosen_part(loaded, data, part or "all")
+    path = out or run / f"filled{_usual(loaded)}"
+    if loaded.table is None:
+        _require_npz(path)
     if split.members is not None and not bool(split.x.isnan().any()):
         raise UsageError("the data have no missing entry, so nothing is to be imputed")
     found = imputation.impute(
@@ -142,7 +151,6 @@ def impute(
         seed=seed,
         progress=True,
     )
-    path = out or run / f"filled{_usual(loaded)}"
     if loaded.table is None:
         arrays = {"mean": found.mean, "draws": found.draws, "missing": found.missing}
         arrays |= {"low": found.low, "high": found.high, "pareto_k": found.pareto_k}
@@ -197,7 +205,7 @@ def encode(
     from pyro_vae.inference import encoding
 
     path = out or run / "codes.npz"
-    pair, loaded, given = open_run(run, data, None, model)
+    pair, loaded, given = open_run(run, data, None, model, part)
     if path.suffix == CELLS:
         part = _all_cells(loaded, part)
     split = chosen_part(loaded, data, part)
@@ -308,15 +316,19 @@ def _npz(arrays: dict[str, Any], path: Path) -> Path:
 
     from pyro_vae.runs.files import atomic
 
-    if path.suffix != ".npz":
-        raise UsageError(
-            f"must end in .npz for data that are not a table, got {path}", argument="out"
-        )
+    _require_npz(path)
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     with atomic(path) as file:
         file.write(buffer.getvalue())
     return path
+
+
+def _require_npz(path: Path) -> None:
+    if path.suffix != ".npz":
+        raise UsageError(
+            f"must end in .npz for data that are not a table, got {path}", argument="out"
+        )
 
 
 def _usual(data: "Data") -> str:

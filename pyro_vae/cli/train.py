@@ -28,6 +28,7 @@ from pyro_vae.cli.run import (
     schema_of_run,
     write_schema,
 )
+from pyro_vae.errors import UsageError
 from pyro_vae.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def train(
     require_groups(model.model, source.group)
     columns: Any = source.columns
     if resume and (run / "schema.toml").is_file():
-        columns = schema_of_run(run)
+        columns = _same_schema(run, source.columns)
     loaded = load_data(data, source.data_dir, source.length, columns=columns, **named_data(source))
     reject_ignored_by_data(source, loaded)
     if resume:
@@ -111,6 +112,19 @@ def train(
     if report:
         report_run(run, job.pair, loaded, job.given)
         print(f"{'report':<20}{run / 'report.html'}")
+
+
+def _same_schema(run: Path, columns: Path | None) -> Any:
+    """The schema of a run; raise `UsageError` if a file of changes would change it."""
+    from pyro_vae.data.schema import read_schema
+
+    schema = schema_of_run(run)
+    if columns is not None and columns.is_file() and schema.changed(read_schema(columns)) != schema:
+        raise UsageError(
+            f"cannot change the schema of {run}, which is resumed: train a new run",
+            argument="columns",
+        )
+    return schema
 
 
 @contextmanager

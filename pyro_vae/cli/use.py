@@ -97,7 +97,7 @@ def reconstruct(
     from pyro_vae.plots import canvas
 
     require_positive("num", num)
-    pair, loaded, given = open_run(run, data, None, model)
+    pair, loaded, given = open_run(run, data, None, model, part)
     split = chosen_part(loaded, data, part)
     x, context = split.x, context_of(given, loaded, split)
     if loaded.table is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.data.split import Split
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs.arrays import as_tensor, with_holes
+from pyro_vae.pairs.arrays import as_tensor, plain_fault, with_holes
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,11 @@ def _wider(tensor: Tensor, members: int) -> Tensor:
 
 def _numbered(group: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The ids of the groups in order, the number of each row's group, and the groups' sizes."""
+    if fault := plain_fault(group):
+        raise UsageError(fault, argument="group")
     ids = group.cpu().numpy() if isinstance(group, Tensor) else np.asarray(group)
+    if ids.dtype.kind in "US" and isinstance(group, list | tuple):
+        ids = np.asarray(group, dtype=object)  # NumPy would make words of NaN and numbers
     if ids.ndim != 1 or len(ids) == 0:
         raise UsageError(
             f"must be one id for each row, got an array of shape {ids.shape}", argument="group"

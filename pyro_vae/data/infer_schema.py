@@ -1,7 +1,7 @@
 """Infer the kind and the role of each column of a table from its values."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,9 @@ ID_NAMES = ("id", "row_id", "rowid", "row", "index", "")
 """Names of columns that are row ids if their values differ."""
 
 
-def infer_schema(names: Sequence[str], columns: Sequence[list[Any]]) -> Schema:
+def infer_schema(
+    names: Sequence[str], columns: Sequence[list[Any]], coded: Container[str] = ()
+) -> Schema:
     """The schema of columns of plain Python values, where None is a missing entry.
 
     - true and false, and any two values: binary;
@@ -31,18 +33,28 @@ def infer_schema(names: Sequence[str], columns: Sequence[list[Any]]) -> Schema:
     - whole numbers: ordinal, up to 12 different ones; a count, from 0 with a mean up to 100;
     - numbers: positive, if all are above 0 and the logarithm is clearly less skewed; continuous.
 
+    The columns named in ``coded`` are categorical, whatever their words are.
+
     Raises `UsageError` for a column that is all missing, constant, or of mixed types.
     """
     found: list[Column] = []
     for name, values in zip(names, columns, strict=True):
         has_id = any(column.role == "row id" for column in found)
-        found.append(_column(name, [v for v in values if v is not None], len(values), has_id))
+        present = [value for value in values if value is not None]
+        column = _coded if name in coded and len(set(map(str, present))) > 1 else _column
+        found.append(column(name, present, len(values), has_id))
     return Schema(tuple(found))
+
+
+def _coded(name: str, values: list[Any], rows: int, has_id: bool) -> Column:
+    return Column(name, "categorical", tuple(sorted(set(values))))
 
 
 def _column(name: str, values: list[Any], rows: int, has_id: bool) -> Column:
     if not values:
         raise UsageError(f"column '{name}' is empty in all rows: {_ignore(name)}")
+    if not all(isinstance(value, Hashable) for value in values):
+        return Column(name, role="ignored", why=f"holds values of type {type(values[0]).__name__}")
     distinct = set(values)
     is_id = len(distinct) == len(values) == rows and rows > 2
     if not has_id and is_id and name.lower() in ID_NAMES:

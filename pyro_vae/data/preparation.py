@@ -24,7 +24,8 @@ from pyro_vae.pairs.pair import Batch, Site, placement
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import x_site
-from pyro_vae.parts.missing import OrMissing
+from pyro_vae.parts.columns import ByColumn
+from pyro_vae.parts.missing import OrMissing, PartlyObserved
 
 BINARIZE = ("dynamic", "fixed", "none")
 
@@ -274,6 +275,7 @@ _FAMILIES = {
     "TruncatedExponential": "ContinuousBernoulli",
     "LevelCategorical": "Categorical",
     "LevelLogistic": "DiscretizedLogistic",
+    "ByColumn": "Columns",
     "MixtureSameFamily": "mixture",
     "ExactPoisson": "Poisson",
     "ExactNegativeBinomial": "NegativeBinomial",
@@ -293,8 +295,11 @@ def _outside(value: float, x: Tensor, site: dict[str, Any]) -> str:
         fit = "for counts, use a Poisson or NegativeBinomial likelihood"
     else:
         fit = "for real values, use a Gaussian likelihood"
-    name = type(getattr(site["fn"], "base_dist", site["fn"])).__name__
-    name = _FAMILIES.get(name, name)
+    fn = getattr(site["fn"], "base_dist", site["fn"])
+    fn = fn.base_dist if isinstance(fn, PartlyObserved) else fn
+    name = _FAMILIES.get(type(fn).__name__, type(fn).__name__)
+    if isinstance(fn, ByColumn):
+        fit = "counts are whole numbers from 0, positive numbers are above 0, codes are 0, 1, ..."
     return (
         f"x holds {value:g}, outside the support of the {name} likelihood of site "
         f"'{site['name']}' (data range {low:g} to {high:g}); {fit}"

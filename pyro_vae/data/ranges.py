@@ -122,11 +122,14 @@ def _apart(values: np.ndarray, draws: np.ndarray) -> str | None:
     """A message if the scales of two columns, relative to those of the draws, are far apart.
 
     Both the range and the mean deviation of the columns must differ: rare values do not make the
-    range small, and they do not make the mean deviation large.
+    range small, and they do not make the mean deviation large. Columns that few rows have, such as
+    the last member of the largest group, are left out.
     """
     spread = np.nanquantile(abs(draws - np.nanmedian(draws, 0)), 0.68, 0)
     width, deviation = _width(values), np.nanmean(abs(values - np.nanmedian(values, 0)), 0)
-    varies = (width > 0) & (spread > 0) & ((~np.isnan(values)).sum(0) >= FEWEST_ENTRIES)
+    seen = (~np.isnan(values)).sum(0)
+    often = (2 * seen >= seen.max()) & (seen >= FEWEST_ENTRIES)
+    varies = (width > 0) & (spread > 0) & often
     if varies.sum() < 2:
         return None
     at = np.flatnonzero(varies)

@@ -103,6 +103,12 @@ class Schema:
 
         Raises `UsageError` for a column that the table does not have.
         """
+        if not isinstance(columns, Mapping):
+            raise UsageError(
+                "must be a mapping from the names of columns to their changes, got "
+                f"{type(columns).__name__}",
+                argument="columns",
+            )
         known = {column.name: column for column in self.columns}
         for name, change in columns.items():
             if name not in known:
@@ -191,6 +197,10 @@ def _of_kind(column: Column, kind: str) -> Column:
 def _categories(name: str, given: Any) -> tuple[Value, ...]:
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise UsageError(f"the categories of column '{name}' must be a list, got {given!r}")
+    if not all(isinstance(one, str | int | float | bool) for one in given):
+        raise UsageError(
+            f"the categories of column '{name}' must be words or numbers, got {list(given)!r}"
+        )
     if len(set(given)) != len(given) or len(given) < 2:
         raise UsageError(
             f"column '{name}' needs at least 2 different categories, got {list(given)!r}"

@@ -63,7 +63,8 @@ class Data:
     def num_classes(self) -> int:
         """The largest label plus 1; 0 without labels."""
         labels = [split.labels for split in (self.train, self.validation, self.test)]
-        return max((int(part.max()) + 1 for part in labels if part is not None), default=0)
+        held = (part for part in labels if part is not None and len(part))
+        return max((int(part.max()) + 1 for part in held), default=0)
 
 
 def three_ways(name: str, whole: Split, what: str = "rows") -> Data:

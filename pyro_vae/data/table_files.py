@@ -39,8 +39,7 @@ def arrow_table(source: Any) -> Any:
     Raises `UsageError` for a file that cannot be read, and for a table without rows or with two
     columns of one name.
     """
-    pa = arrow()
-    table = pa.table(source) if is_frame(source) or isinstance(source, Mapping) else _read(source)
+    table = _of_frame(source) if is_frame(source) or isinstance(source, Mapping) else _read(source)
     # The index of a pandas frame, if it has no name.
     table = table.rename_columns([_PANDAS.get(name, name) for name in table.column_names])
     what = "the table" if is_frame(source) or isinstance(source, Mapping) else str(source)
@@ -53,7 +52,25 @@ def arrow_table(source: Any) -> Any:
     return table.combine_chunks()
 
 
+def _of_frame(source: Any) -> Any:
+    """A frame or a mapping as an Arrow table; Arrow itself may reject some of its columns."""
+    try:
+        return arrow().table(source)
+    # The libraries raise many types: for repeated names, mixed types, sparse or complex columns.
+    except Exception as error:
+        words = first_line(error)[:200]
+        raise UsageError(
+            f"the table cannot be read as columns of one type each ({words})"
+        ) from error
+
+
 def _read(source: Any) -> Any:
+    if not isinstance(source, str | Path):
+        raise UsageError(
+            "must be the path of a file, a data frame, or a mapping from names to lists, got "
+            f"{type(source).__name__}",
+            argument="source",
+        )
     path = Path(source)
     if path.suffix not in FILES:
         raise UsageError(f"{path} must be one of {', '.join(FILES)}")

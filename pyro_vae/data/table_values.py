@@ -54,6 +54,8 @@ def codes(column: Column, values: list[Any]) -> np.ndarray:
     for row, value in enumerate(values):
         if value is None:
             continue
+        if value not in codes and str(value) in codes:
+            value = str(value)  # a file in which all words are numbers
         if value not in codes:
             known = ", ".join(map(str, column.categories[:8]))
             raise UsageError(

@@ -87,7 +87,7 @@ class Table:
     def split(self) -> Data:
         """Training, validation and test data: by the split column, or 70 : 10 : 20 at random.
 
-        Rows of one group are in the same part.
+        Rows of one group are in the same part. Raises `UsageError` if a part would be empty.
         """
         whole = Split(self.x, self.labels, self.context, rows=torch.arange(len(self)))
         of_split = self.schema.one("split")
@@ -108,6 +108,12 @@ class Table:
             if not len(part.x):
                 raise UsageError(f"{self.name} has no {name} rows")
         return Data(self.name, found[0], found[1], found[2], table=self, schema=self.schema)
+
+    def new(self) -> Data:
+        """All rows as test data, for a pair that was fitted to other rows."""
+        whole = Split(self.x, self.labels, self.context, rows=torch.arange(len(self)))
+        none = taken(whole, torch.arange(0))
+        return Data(self.name, none, none, whole, table=self, schema=self.schema)
 
     def frame(self, x: Tensor, ids: Sequence[Any] | None = None) -> Any:
         """Rows (n, columns) as an Arrow table with the names, kinds and categories of the data.
@@ -248,7 +254,8 @@ def _inferred(table: Any, changes: Mapping[str, Any]) -> Schema:
     told = dict(zip(names, untold.changed(changes).columns, strict=True))
     roles = {name for name in changes if told[name].role not in ("data", "context", "label")}
     examined = [name for name in names if name not in roles]
-    found = infer_schema(examined, [plain(table[name]) for name in examined])
+    coded = {name for name in changes if told[name].coded and name not in roles}
+    found = infer_schema(examined, [plain(table[name]) for name in examined], coded)
     by_name = {
         c.name: _of_dictionary(c, table.schema.field(c.name).type, table[c.name])
         for c in found.columns

@@ -5,6 +5,7 @@ from math import log
 from typing import Any
 
 import torch
+from pyro.distributions import MaskedDistribution
 from torch import Tensor, nn
 from torch.distributions import Independent
 
@@ -12,7 +13,7 @@ from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.imputation import ROWS
-from pyro_vae.inference.weighted import Weighted, require_samples, weighted_parts
+from pyro_vae.inference.weighted import Weighted, require_samples, steady_shape, weighted_parts
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
@@ -32,6 +33,9 @@ class RowScores:
     by_entry: Tensor
     """log p(entry | all other observed entries of its row), (n, *data_shape); NaN where missing.
     Compare an entry with the same entry of other rows: densities have the units of the data."""
+    entry_pareto_k: Tensor
+    """The Pareto shape of the weights without each entry, (n, *data_shape); over 0.7 ``by_entry``
+    of the entry is not reliable, and often too high. NaN where missing."""
     num_samples: int
     """Importance samples of each row."""
 
@@ -93,6 +97,7 @@ def score(
         torch.cat([part.log_likelihood for part in parts]),
         torch.cat([part.pareto_k for part in parts]),
         torch.cat([part.by_entry for part in parts]),
+        torch.cat([part.entry_pareto_k for part in parts]),
         num_samples,
     )
 
@@ -102,11 +107,13 @@ def _scored(pair: nn.Module, part: Weighted) -> RowScores:
     total = weights.logsumexp(0)
     each = _by_entry(pair, part).double()
     wide = weights.reshape(*weights.shape, *[1] * (each.dim() - 2))
-    others = (wide - each).logsumexp(0)
-    conditional = total.reshape(-1, *[1] * (each.dim() - 2)) - others
-    conditional = torch.where(each.isnan().any(0), torch.nan, conditional)
+    without = wide - each
+    conditional = total.reshape(-1, *[1] * (each.dim() - 2)) - without.logsumexp(0)
+    missing = each.isnan().any(0)
+    k = steady_shape(torch.where(missing, 0.0, without), part.batch[0].dtype)
+    conditional, k = (torch.where(missing, torch.nan, found).cpu() for found in (conditional, k))
     return RowScores(
-        (total - log(number)).cpu(), part.pareto_k.cpu(), conditional.cpu(), num_samples=number
+        (total - log(number)).cpu(), part.pareto_k.cpu(), conditional, k, num_samples=number
     )
 
 
@@ -116,7 +123,7 @@ def _by_entry(pair: nn.Module, part: Weighted) -> Tensor:
     with DataFirst(dict(part.values)):
         site = data_site(trace(model.model, part.batch))
     fn, right = site["fn"], site["fn"].event_dim
-    while isinstance(fn, Independent):
+    while isinstance(fn, Independent | MaskedDistribution):
         fn = fn.base_dist
     if fn.event_dim:
         raise UsageError(

@@ -41,10 +41,16 @@ class Weighted(NamedTuple):
     @property
     def pareto_k(self) -> Tensor:
         """The Pareto shape of the tail of each row's weights, (n,); 0 for constant weights."""
-        spread = self.log_weights.amax(0) - self.log_weights.amin(0)
-        size = self.log_weights.abs().amax(0).clamp(min=1)
-        constant = spread <= 100 * torch.finfo(self.batch[0].dtype).eps * size
-        return torch.where(constant, 0.0, pareto_shape(self.log_weights.T))
+        return steady_shape(self.log_weights, self.batch[0].dtype)
+
+
+def steady_shape(log_weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The Pareto shape over draws, (K, ...) to (...); 0 if only rounding of this type differs."""
+    spread = log_weights.amax(0) - log_weights.amin(0)
+    size = log_weights.abs().amax(0).clamp(min=1)
+    constant = spread <= 100 * torch.finfo(dtype).eps * size
+    shape = pareto_shape(log_weights.reshape(len(log_weights), -1).T).reshape(constant.shape)
+    return torch.where(constant, 0.0, shape)
 
 
 def require_samples(num_samples: int) -> None:

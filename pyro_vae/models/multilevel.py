@@ -89,7 +89,7 @@ class MultilevelVAE(PyroModule):
         return (*rows, torch.full((n,), -1))
 
     def _read(self, x: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """x and the context with zeros as padding, and which members count, (groups, members)."""
+        """x and the context without the values of the padding, and which members count."""
         context, sizes = given[: len(self.context_shapes)], given[len(self.context_shapes) :]
         if len(context) < len(self.context_shapes) or len(sizes) > 1:
             raise UsageError(
@@ -193,6 +193,9 @@ def _counts(sizes: Tensor, x: Tensor) -> Tensor:
 
 
 def _padded(tensor: Tensor, counts: Tensor) -> Tensor:
-    """A tensor (groups, members, ...) with zeros for the members that do not count."""
+    """A tensor (groups, members, ...) with the first member in place of those that do not count.
+
+    Its values are in the support of every likelihood. Zeros are not, and their gradient is NaN.
+    """
     wide = counts.reshape(*counts.shape, *[1] * (tensor.dim() - 2))
-    return torch.where(wide, tensor, torch.zeros_like(tensor))
+    return torch.where(wide, tensor, tensor[:, :1])

@@ -14,6 +14,7 @@ from pyro_vae.parts.distributions import ExactNegativeBinomial, LevelCategorical
 from pyro_vae.parts.factors import Family, bounded_scale, unbounded_scale
 from pyro_vae.parts.missing import PartlyObserved
 from pyro_vae.parts.networks import Shape
+from pyro_vae.parts.standardized import require_precision, require_rows
 
 NUMERIC = ("continuous", "positive", "count")
 """Kinds of columns that hold numbers."""
@@ -91,12 +92,15 @@ class Columns(Family):
         """Set the constants from rows (n, columns): mean and standard deviation of each column.
 
         They are those of log x for positive columns, of log(1 + x) for counts, and 0 and 1 for
-        categories. Missing entries are left out. Returns the family.
+        categories. Missing entries are left out. Returns the family. Raises `UsageError` for rows
+        of another shape, and for a standard deviation that is too small beside the mean.
         """
+        require_rows(x, (len(self.kinds),))
         seen = self.transformed(x.double())
         center = seen.nanmean(0)
         spread = (seen - center).square().nanmean(0).sqrt()
         numeric = torch.tensor([kind in NUMERIC for kind in self.kinds])
+        require_precision(center, spread * numeric, self.center.dtype)
         usable = numeric & center.isfinite()
         self.center.copy_(torch.where(usable, center, 0.0))
         self.spread.copy_(torch.where(usable & (spread > 1e-12), spread, 1.0))

@@ -11,6 +11,33 @@ from pyro_vae.errors import UsageError
 from pyro_vae.parts.factors import Family, made
 from pyro_vae.parts.networks import Shape
 
+LEAST_DIGITS = 100
+"""The least number of steps of the floating-point type in one standard deviation of the data."""
+
+
+def require_rows(x: Tensor, shape: Shape) -> None:
+    """Raise `UsageError` unless x has rows of this shape."""
+    if tuple(x.shape[1:]) != tuple(shape) or x.dim() == 0:
+        raise UsageError(
+            f"must have rows of shape {tuple(shape)}, got an array of shape {tuple(x.shape)}; "
+            "standardize rows before by_group puts them into groups",
+            argument="x",
+        )
+
+
+def require_precision(center: Tensor, spread: Tensor, dtype: torch.dtype) -> None:
+    """Raise `UsageError` if numbers of this type cannot tell the values of an entry apart."""
+    step = torch.finfo(dtype).eps * center.abs()
+    varies = spread > 1e-13 * center.abs()  # more than rounding errors of a constant
+    lost = varies & (spread < LEAST_DIGITS * step)
+    if bool(lost.any()):
+        at = int(lost.flatten().nonzero()[0])
+        mean, width = center.flatten()[at].item(), spread.flatten()[at].item()
+        raise UsageError(
+            f"column {at} of x has mean {mean:.6g} and standard deviation {width:.3g}, which "
+            f"{dtype} cannot represent: subtract a number near the mean from the column"
+        )
+
 
 class Standardized(Family):
     r"""A `Gaussian` or `StudentT` in standard units, with densities in the units of the data.
@@ -44,10 +71,14 @@ class Standardized(Family):
         """Set c and s to the mean and the standard deviation of each entry of rows (n, ...).
 
         Missing entries (NaN) are left out. A constant entry keeps s = 1. Returns the family.
+        Raises `UsageError` for rows of another shape, and for an entry whose standard deviation is
+        too small beside its mean for the type of the constants.
         """
+        require_rows(x, self.data_shape)
         x = x.double()
         center = x.nanmean(0)
         spread = (x - center).square().nanmean(0).sqrt()
+        require_precision(center, spread, self.center.dtype)
         self.center.copy_(center.nan_to_num(0.0))
         self.spread.copy_(torch.where(spread > 1e-12, spread, 1.0))
         return self

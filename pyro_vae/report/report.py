@@ -134,8 +134,9 @@ def _figures(
         made.append(("curves", pictures.curves(history)))
     if vocabulary is not None:
         return [*made, *_texts(pair, x, context, metrics, vocabulary, seed)]
-    if (run / SCHEMA).is_file() and x.dim() == 2:  # not for groups of rows
-        made += table_parts(pair, stored_schema(run / SCHEMA), x, context, ids, seed)
+    if (run / SCHEMA).is_file():
+        if x.dim() == 2:  # not for groups of rows
+            made += table_parts(pair, stored_schema(run / SCHEMA), x, context, ids, seed)
         site, codes = pictures.codes(pair, x, context)
         made.append(("latent", pictures.latent_plane(codes.cpu(), labels, site)))
         kl = _kl_by_unit(metrics)
