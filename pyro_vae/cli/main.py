@@ -20,7 +20,7 @@ from pyro_vae.cli import judge as _judge  # noqa: F401
 from pyro_vae.cli import score as _score  # noqa: F401
 from pyro_vae.cli import use as _use  # noqa: F401
 from pyro_vae.cli import soundness as _soundness  # noqa: F401
-from pyro_vae.cli import take as _take  # noqa: F401
+from pyro_vae.cli import export as _export  # noqa: F401
 from pyro_vae.cli import tune as _tune  # noqa: F401
 # isort: on
 

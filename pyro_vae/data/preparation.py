@@ -16,8 +16,8 @@ from pyro_vae.data.sources import Arrays, Rows, Source, Stream, mixed_eight_bit,
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import DIVISOR, as_context, recorded_divisor
+from pyro_vae.pairs.data_plate_search import runs
 from pyro_vae.pairs.guide import trace_guide
-from pyro_vae.pairs.location import runs
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.moments import support_of
 from pyro_vae.pairs.pair import Batch, Site, placement

@@ -12,11 +12,11 @@ from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.inference_data import Groups, converted, installed_arviz
-from pyro_vae.pairs import enumeration, fold_plan, masks, places, summing
+from pyro_vae.pairs import data_plate, enumeration, fold_plan, masks, summing
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model, unconditioned
 from pyro_vae.pairs.pair import Batch, Site
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_site, latents, observed, require_normalized
@@ -193,7 +193,7 @@ def _draws(
 def _replicate(site: Site, x: Tensor) -> Tensor:
     """Draws of a site, data first; those of x have the missing entries of x."""
     made = _data_first(site, masks.hidden_as_nan(site))[0]
-    found = places.known()
+    found = data_plate.known()
     of_x = found is not None and found.observes.get(site["name"]) == 0
     if not of_x or made.numel() != x.numel():
         return made

@@ -16,9 +16,9 @@ from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import estimate, unnormalized
 from pyro_vae.pairs import enumeration, fold_plan, folding, folds, masks, summing
 from pyro_vae.pairs.arrays import as_labels
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.formatting import with_error
 from pyro_vae.pairs.moments import is_category, is_discrete, mean
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import latents, observed, same_order, sample_sites, site_kl
 from pyro_vae.pairs.threads import alone

@@ -10,7 +10,7 @@ from scipy.stats import binom, poisson
 from torch import Tensor
 
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs.places import is_local
+from pyro_vae.pairs.data_plate import is_local
 
 
 def ranked(guide: Mapping[str, Any], truth: Mapping[str, Tensor]) -> list[str]:

@@ -10,9 +10,9 @@ from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.inference.passes import DRAWS, guide_of, prepared_batches, summed_out
 from pyro_vae.pairs import enumeration, summing
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.moments import is_category
 from pyro_vae.pairs.pair import Site
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, latents
 from pyro_vae.pairs.threads import alone

@@ -17,9 +17,9 @@ from pyro_vae.data.preparation import preparation
 from pyro_vae.data.sources import Rows, source
 from pyro_vae.errors import NotTraceable, UsageError, first_line
 from pyro_vae.inference.any_rows import any_rows, repeated
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.pair import Pair, Site
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, is_factor, latents, observed
 from pyro_vae.pairs.threads import alone

@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.compat import buffers_of, site_is_subsample
-from pyro_vae.pairs import places
+from pyro_vae.pairs import data_plate
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch, Pair
@@ -63,12 +63,12 @@ def _key(name: str) -> str:
 
 def _hidden(pair: nn.Module) -> Callable[[Any], bool]:
     """Return whether a site is a latent outside the data plate, or an auxiliary site of one."""
-    found = places.known(pair)
+    found = data_plate.known(pair)
     plates = None if found is None else found.plates
 
     def hidden(site: Any) -> bool:
         latent = site["type"] == "sample" and not site["is_observed"]
-        return latent and not site_is_subsample(site) and not places.is_local(site, plates)
+        return latent and not site_is_subsample(site) and not data_plate.is_local(site, plates)
 
     return hidden
 

@@ -17,10 +17,10 @@ from pyro_vae.inference.inference_data import unit_names
 from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold
 from pyro_vae.inference.passes import in_chunks
 from pyro_vae.pairs import fold_plan
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model
 from pyro_vae.pairs.pair import Batch, placement
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import factors, latents, log_prob

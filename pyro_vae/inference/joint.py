@@ -24,12 +24,12 @@ from torch.distributions.transforms import IndependentTransform
 from pyro_vae.compat import Enumerate, scale_and_mask, sum_rightmost
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import enumeration, masks, summing
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.folds import is_delta
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.moments import is_discrete, support_of
 from pyro_vae.pairs.pair import Batch, Pair, Site
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import by_datum, latents, log_prob, scored
 from pyro_vae.pairs.traces import Given, trace

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.chains import PER_UNIT, STARTS, Posterior, compared, energy
+from pyro_vae.inference.joint_density import Whole
 from pyro_vae.inference.posterior import joint_draws
-from pyro_vae.inference.whole import Whole
 from pyro_vae.pairs.formatting import in_words
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar

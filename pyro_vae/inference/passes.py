@@ -13,12 +13,12 @@ from pyro_vae.data.sources import Rows, source
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import pools
 from pyro_vae.pairs import masks, summing
+from pyro_vae.pairs.data_plate import is_local
+from pyro_vae.pairs.data_plate_search import find_places
 from pyro_vae.pairs.guide import trace_guide
-from pyro_vae.pairs.location import find_places
 from pyro_vae.pairs.model import unconditioned
 from pyro_vae.pairs.moments import typical
 from pyro_vae.pairs.pair import Batch, Site
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, data_site, latents
 from pyro_vae.pairs.traces import DataFirst, Means, trace

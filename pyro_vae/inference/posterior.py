@@ -19,10 +19,10 @@ from pyro_vae.inference.inference_data import (
 )
 from pyro_vae.inference.passes import ROWS_AT_ONCE, in_chunks, summed_out
 from pyro_vae.pairs import enumeration
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, unconditioned
 from pyro_vae.pairs.pair import Batch
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, latents

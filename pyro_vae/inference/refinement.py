@@ -17,8 +17,8 @@ from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Arrays, Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import LogLikelihood, estimate
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.pair import Batch, Pair, Site
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import evaluation_mode, registered, scope, using

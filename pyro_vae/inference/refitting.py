@@ -12,12 +12,12 @@ from pyro_vae.data.sources import Rows, spread
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import LogLikelihood
 from pyro_vae.inference.refinement import frozen
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.formatting import with_error
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.moments import is_discrete
 from pyro_vae.pairs.pair import Batch, Pair, placement
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import evaluation_mode, using
 from pyro_vae.pairs.sites import latents
 from pyro_vae.pairs.threads import alone

@@ -11,9 +11,9 @@ from pyro_vae.inference.importance import CELLS
 from pyro_vae.inference.pareto import LEAST, pareto_shape
 from pyro_vae.inference.passes import summed_out
 from pyro_vae.pairs import enumeration
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.pair import Batch
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.sites import data_first, latents
 from pyro_vae.pairs.weights import log_weights_alone, structure
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from pyro_vae.compat import full_size, leaf_of, plate_mismatch
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import enumeration, masks, summing
+from pyro_vae.pairs.data_plate import NO_SIZE, is_local
 from pyro_vae.pairs.pair import Site
-from pyro_vae.pairs.places import NO_SIZE, is_local
 from pyro_vae.pairs.sites import (
     is_auxiliary,
     latents,

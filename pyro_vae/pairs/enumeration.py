@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from pyro_vae.compat import Enumerate, enumerate_dim
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs import places
+from pyro_vae.pairs import data_plate
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.pair import Batch, Pair, Site
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import latents, sample_sites
 from pyro_vae.pairs.traces import trace
@@ -86,7 +86,7 @@ def discrete(pair: nn.Module, batch: Batch) -> list[str]:
     sites = latents(guide) | {
         name: site for name, site in latents(model).items() if site["infer"].get("enumerate")
     }
-    with places.in_use(pair):
+    with data_plate.in_use(pair):
         return [name for name, site in sites.items() if _placed(site) and _has_values(site["fn"])]
 
 

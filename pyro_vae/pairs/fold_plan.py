@@ -18,10 +18,10 @@ from torch.distributions import biject_to, constraints
 
 from pyro_vae.compat import FakeTensor, sum_rightmost
 from pyro_vae.errors import NotTraceable
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.folds import Fold, Part, Plan, close, is_delta
 from pyro_vae.pairs.moments import is_discrete, support_of
 from pyro_vae.pairs.pair import Pair, Site
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import latents, sample_sites
 from pyro_vae.pairs.traces import trace

@@ -13,12 +13,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.fold_plan import PLANS, known, plan, suspects
 from pyro_vae.pairs.folds import Fold, Plan, Stale, auxiliary_value, close, fold_density
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.moments import mean
 from pyro_vae.pairs.pair import Pair
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import factors, latents
 from pyro_vae.pairs.traces import Given, trace

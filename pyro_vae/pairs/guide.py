@@ -6,7 +6,7 @@ from typing import Any
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyro_vae.pairs.location import find_places
+from pyro_vae.pairs.data_plate_search import find_places
 
 
 def trace_guide(pair: nn.Module, batch: Sequence[Tensor], *handlers: Any) -> Trace:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae.compat import full_name, full_size, is_unconstrained, parameters_of, site_is_subsample
-from pyro_vae.pairs import places
+from pyro_vae.pairs import data_plate
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.threads import alone
 
@@ -42,7 +42,7 @@ def _key(name: str) -> str:
 @contextmanager
 def scope(pair: nn.Module) -> Iterator[None]:
     """Run inside a parameter store that only this pair uses; other threads wait."""
-    with alone(), _store(pair), places.in_use(pair), warnings.catch_warnings():
+    with alone(), _store(pair), data_plate.in_use(pair), warnings.catch_warnings():
         # Users freeze parameters on purpose, for example a decoder while a new guide is fitted.
         warnings.filterwarnings("ignore", message=".* was not registered in the param store")
         # `check` reports these mismatches between model and guide with more explanation.
@@ -60,7 +60,7 @@ class _PerRow(poutine.messenger.Messenger):
     """
 
     def _pyro_sample(self, msg: Any) -> None:
-        found = places.known()
+        found = data_plate.known()
         if found is None or found.num_data is None:
             return
         for frame in msg["cond_indep_stack"]:
@@ -115,7 +115,7 @@ def adopt(pair: nn.Module, batch: Sequence[Tensor]) -> None:
 
 def adopted_batch(pair: nn.Module) -> list[tuple[list[int], str]]:
     """Row shapes and types of a batch on which the pair declares its adopted parameters."""
-    adopted, found = getattr(pair, _ADOPTED, None), places.known(pair)
+    adopted, found = getattr(pair, _ADOPTED, None), data_plate.known(pair)
     if isinstance(adopted, _Adopted):
         return adopted.batch
     return [] if found is None else list(found.declares)

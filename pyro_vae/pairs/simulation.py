@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from pyro_vae.compat import was_observed
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs import masks, places
-from pyro_vae.pairs.location import find_places
+from pyro_vae.pairs import data_plate, masks
+from pyro_vae.pairs.data_plate_search import find_places
 from pyro_vae.pairs.model import unconditioned
 from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.sites import data_first, data_site, latents, observed, require_normalized
@@ -48,7 +48,7 @@ def simulate(pair: nn.Module, number: int, context: Batch = ()) -> tuple[Batch, 
 
 def _with_draws(batch: list[Tensor], drawn: Trace) -> list[Tensor]:
     """The batch, with each observed tensor replaced by the draws at its site."""
-    found, sites = places.known(), observed(drawn)
+    found, sites = data_plate.known(), observed(drawn)
     observes = {data_site(drawn)["name"]: 0} if found is None else found.observes
     if 0 not in observes.values():
         data_site(drawn)

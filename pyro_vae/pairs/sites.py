@@ -10,14 +10,14 @@ from torch.distributions import kl_divergence
 
 from pyro_vae.compat import is_deterministic, scale_and_mask, site_is_subsample, was_observed
 from pyro_vae.errors import UsageError, first_line
-from pyro_vae.pairs import places
+from pyro_vae.pairs import data_plate
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.pair import Site
-from pyro_vae.pairs.places import is_local
 
 
 def data_plates(model: Trace, guide: Trace) -> frozenset[str]:
     """The names of the data plate: of the pair in use, or else of the observed sites."""
-    if (found := places.known()) is not None:
+    if (found := data_plate.known()) is not None:
         return found.plates
     plates = frozenset(f.name for site in observed(model).values() for f in at_data(site))
     # If no observed site is in a plate there, each plate at dimension -1 counts as the data plate.
@@ -126,7 +126,7 @@ def data_site(trace: Trace, name: str | None = None) -> Site:
 
 def x_site(trace: Trace) -> Site | None:
     """The site that observes x; None if several sites observe parts of it."""
-    sites, found = observed(trace), places.known()
+    sites, found = observed(trace), data_plate.known()
     if len(sites) == 1:
         return next(iter(sites.values()))
     return None if found is None or found.x is None else sites.get(found.x)

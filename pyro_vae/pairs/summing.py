@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyro_vae.compat import enumerate_dim
 from pyro_vae.errors import UsageError
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.enumeration import (
     enumerated,
     enumerated_model,
@@ -21,7 +22,6 @@ from pyro_vae.pairs.enumeration import (
 )
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.pair import Batch, Site
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.sites import (
     is_auxiliary,
     is_factor,

@@ -6,9 +6,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs import places
+from pyro_vae.pairs import data_plate
 from pyro_vae.pairs.arrays import as_context, as_tensor
-from pyro_vae.pairs.location import find_places
+from pyro_vae.pairs.data_plate_search import find_places
 from pyro_vae.pairs.pair import Batch, placement
 
 
@@ -52,7 +52,7 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
 def _draws_all(pair: nn.Module, batch: Sequence[Tensor]) -> bool:
     """Whether the model observes every tensor of a batch and can therefore draw all of them."""
     find_places(pair, batch)
-    found = places.known(pair)
+    found = data_plate.known(pair)
     return found is not None and set(found.observes.values()) == set(range(len(batch)))
 
 

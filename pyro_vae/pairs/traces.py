@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pyro_vae.compat import bad_parameter, site_is_subsample
 from pyro_vae.errors import UsageError, first_line
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.moments import is_discrete, mean, mode
-from pyro_vae.pairs.places import is_local
 
 
 def trace(program: Callable[..., Any], batch: Sequence[Tensor]) -> Trace:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import enumeration, folding, summing
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.pair import Batch, Site
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.sites import by_datum, factors, latents, log_prob, observed
 from pyro_vae.pairs.traces import Given
 

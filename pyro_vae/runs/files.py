@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pyro_vae.errors import UsageError
-from pyro_vae.runs import seals
+from pyro_vae.runs import checksums
 
 CONFIG, MODEL, CHECKPOINT = "config.json", "model.safetensors", "checkpoint.pt"
 
@@ -47,7 +47,7 @@ def write_checkpoint(run: Path, state: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     with atomic(run / CHECKPOINT) as file:
-        file.write(seals.sealed_archive(buffer.getvalue()))
+        file.write(checksums.sealed_archive(buffer.getvalue()))
 
 
 def read_checkpoint(run: Path) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def read_checkpoint(run: Path) -> dict[str, Any]:
     content = read_bytes(run / CHECKPOINT)
     # torch writes zip archives; another file could be an old pickle.
     if content.startswith(b"PK\x03\x04"):
-        seals.require_sealed(content, run / CHECKPOINT)
+        checksums.require_sealed(content, run / CHECKPOINT)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

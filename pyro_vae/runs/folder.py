@@ -31,7 +31,7 @@ from pyro_vae.pairs.pair import placement
 from pyro_vae.pairs.rng import kept, seeded
 from pyro_vae.pairs.scope import adopt, adopted_batch, scope
 from pyro_vae.pairs.threads import alone
-from pyro_vae.runs import seals
+from pyro_vae.runs import checksums
 from pyro_vae.runs.description import built, built_arguments, is_ours, recipe
 from pyro_vae.runs.files import (
     ARRAYS,
@@ -104,7 +104,7 @@ def _load(run: Path, pair: nn.Module | type[nn.Module] | None) -> nn.Module:
     config = read_config(run)
     given, (state, recipe_of_model) = (
         pair,
-        seals.open_tensor_file(read_bytes(run / MODEL), run / MODEL),
+        checksums.open_tensor_file(read_bytes(run / MODEL), run / MODEL),
     )
     try:
         pair = _rebuilt(run, config, given)
@@ -170,7 +170,7 @@ def write_model(run: Path, state: Mapping[str, Tensor]) -> None:
     recipe = ""
     with suppress(UsageError):  # save the weights even if the configuration is damaged
         recipe = _recipe_checksum(read_config(run))
-    mark_report(run, seals.fingerprint(state))
+    mark_report(run, checksums.fingerprint(state))
     write_tensors(run / MODEL, state, recipe)
 
 
@@ -182,12 +182,12 @@ def read_model(run: Path) -> dict[str, Tensor]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], more: str = "") -> None:
     """Write a safetensors file with its checksum."""
     with atomic(path) as file:
-        file.write(seals.tensor_file(tensors, more))
+        file.write(checksums.tensor_file(tensors, more))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file and verify its checksum."""
-    return seals.open_tensor_file(read_bytes(path), path)[0]
+    return checksums.open_tensor_file(read_bytes(path), path)[0]
 
 
 def start(run: Path, overwrite: bool = False) -> None:

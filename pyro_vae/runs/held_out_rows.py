@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
+from pyro_vae.runs import checksums
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
-from pyro_vae.runs import seals
 
 if TYPE_CHECKING:
     from pyro_vae.data.split import Data, Split
@@ -34,7 +34,7 @@ def split_checksums(data: "Data") -> dict[str, str]:
 
 def _checksum(split: "Split") -> str:
     held = {k: v for k, v in split._asdict().items() if v is not None and k != "rows"}
-    return seals.fingerprint(held)
+    return checksums.fingerprint(held)
 
 
 def changed_parts(recorded: Mapping[str, Any], data: "Data") -> list[str]:

@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 
 from pyro_vae.errors import UsageError
-from pyro_vae.runs import seals
+from pyro_vae.runs import checksums
 from pyro_vae.runs.files import METRICS, REPORT, atomic, read_json, write_json
 from pyro_vae.runs.tensors import state_dict
 
 
 def fingerprint(pair: nn.Module) -> str:
     """SHA-256 of the parameters and buffers of a pair, which identifies the measured weights."""
-    return seals.fingerprint(state_dict(pair))
+    return checksums.fingerprint(state_dict(pair))
 
 
 def write_metrics(run: str | Path, pair: nn.Module, metrics: Mapping[str, Any]) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import masks
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.pair import Site
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.sites import data_plates, factorizes, latents, same_order, sample_sites, site_kl
 from pyro_vae.training.elbo import (
     DifferentiableELBO,

@@ -26,10 +26,10 @@ from pyro_vae.pairs.contract import (
     no_pair,
     run_in_words,
 )
-from pyro_vae.pairs.location import find_places
+from pyro_vae.pairs.data_plate import is_local
+from pyro_vae.pairs.data_plate_search import find_places
 from pyro_vae.pairs.model import trace_model as run_model
 from pyro_vae.pairs.pair import Batch, Pair
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import adopt, evaluation_mode, scope
 from pyro_vae.pairs.sites import factors, latents, log_prob, sample_sites

@@ -13,10 +13,10 @@ from torch import nn
 
 from pyro_vae.compat import UNOBSERVED_PART
 from pyro_vae.pairs import fold_plan, masks
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.pair import Batch
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import latents, same_order
 

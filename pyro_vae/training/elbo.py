@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pyro_vae.compat import FakeTensor
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import enumeration, summing
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.pair import Batch, Site
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.sites import data_plates, latents, observed, sample_sites
 
 

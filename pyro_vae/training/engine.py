@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_vae.compat import get_trace, zero_grads
 from pyro_vae.errors import NotTraceable, warn
-from pyro_vae.pairs import places
+from pyro_vae.pairs import data_plate
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.training.kl_weight import KLWeight
 from pyro_vae.training.recording import ELBOParts, recorded, surrogate
@@ -192,7 +192,7 @@ class Engine(ELBO):
 
     def _weight(self, beta: float | Tensor, batch: Sequence[Tensor]) -> KLWeight:
         """Return the weight on the KL for a minibatch, with an empty record of the ELBO's parts."""
-        found = places.known(self.pair)
+        found = data_plate.known(self.pair)
         declared = None if found is None else found.num_data
         num_data = declared or self.num_data
         share = 1.0 if num_data is None else len(batch[0]) / num_data

@@ -22,12 +22,12 @@ from pyro_vae.pairs.threads import alone
 from pyro_vae.runs import description, held_out_rows
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
-from pyro_vae.training.claims import claimed, own_state, require_free
 from pyro_vae.training.elbo import require_weighable
 from pyro_vae.training.history import Epoch, History
 from pyro_vae.training.job import job_in_words, require_same
 from pyro_vae.training.loop import train
 from pyro_vae.training.optimizer import NEEDED, name_of
+from pyro_vae.training.ownership import claimed, own_state, require_free
 from pyro_vae.training.rows import TrainingData, training_data
 from pyro_vae.training.run import assembled, first_state, resumed
 from pyro_vae.training.schedules import Schedule

@@ -12,8 +12,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae.errors import UsageError, first_line
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.pair import Site
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.sites import (
     by_datum,
     data_plates,

@@ -12,7 +12,7 @@ from torch import nn
 
 from pyro_vae.data.sources import Arrays, Source
 from pyro_vae.errors import UsageError
-from pyro_vae.runs import description, seals
+from pyro_vae.runs import checksums, description
 from pyro_vae.runs import tensors as run_tensors
 from pyro_vae.training.rows import TrainingData
 from pyro_vae.training.schedules import Schedule, present_names
@@ -93,4 +93,4 @@ def _in_present_names(name: str, was: str) -> str:
 
 
 def _checksum(rows: Source) -> str | None:
-    return seals.checksum(rows.tensors) if isinstance(rows, Arrays) else None
+    return checksums.checksum(rows.tensors) if isinstance(rows, Arrays) else None

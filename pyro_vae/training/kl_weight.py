@@ -6,7 +6,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae.compat import site_is_subsample
-from pyro_vae.pairs.places import is_local
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.sites import is_factor
 
 

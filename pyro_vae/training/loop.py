@@ -16,10 +16,10 @@ from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.traces import BadNumbers
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import tensors as run_tensors
-from pyro_vae.training.claims import own_state
 from pyro_vae.training.history import Epoch, History, best_epoch
 from pyro_vae.training.history import is_finite as is_finite_bound
 from pyro_vae.training.loggers import TensorBoard
+from pyro_vae.training.ownership import own_state
 from pyro_vae.training.run import TrainingRun, write
 from pyro_vae.training.state import TrainState, no_sums
 from pyro_vae.training.step import is_finite, read, step, stop_nonfinite

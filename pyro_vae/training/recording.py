@@ -11,9 +11,9 @@ from torch.overrides import TorchFunctionMode
 from pyro_vae import compat
 from pyro_vae.errors import NotTraceable
 from pyro_vae.pairs import enumeration, fold_plan, folding, folds, summing
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.moments import support_of
 from pyro_vae.pairs.pair import Batch
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.sites import data_plates, is_factor, latents, scored
 from pyro_vae.training.elbo import DifferentiableELBO
 

@@ -12,7 +12,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs import places
+from pyro_vae.pairs import data_plate
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.scope import row_shapes, using
 from pyro_vae.pairs.sites import at_data, latents, observed, with_guides
@@ -35,7 +35,7 @@ class _Run(NamedTuple):
         """Which of these plates have another number of rows in the guide, and that number."""
         drawn = {} if self.drawn is None else latents(self.drawn)
         frames = [frame for site in drawn.values() for frame in at_data(site)]
-        other = (len(self.batch[0]), places.NO_SIZE)
+        other = (len(self.batch[0]), data_plate.NO_SIZE)
         return [(f.name, f.size) for f in frames if f.name in plates and f.size not in other]
 
 
@@ -45,7 +45,7 @@ def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
     If the pair fails, both remain unknown; the next run reports the error. Raises `UsageError` if
     the guide has a parameter with a row for each datum.
     """
-    if places.known(pair) is not None:
+    if data_plate.known(pair) is not None:
         return
     parameters = len(list(pair.parameters()))
     # The rows of a short batch are repeated.
@@ -54,7 +54,7 @@ def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
     first = first or _run(pair, batch)
     if first is None:
         return
-    located = places.locate(
+    located = data_plate.locate(
         observed(first.model), None if other is None else observed(other.model), first.batch
     )
     if other is not None:
@@ -64,7 +64,7 @@ def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
         plates = with_guides(located.plates, first.model, guide)
         grew = len(list(pair.parameters())) > parameters
         declares = tuple(row_shapes(batch)) if grew else ()
-        places.keep(pair, located._replace(plates=plates, declares=declares))
+        data_plate.keep(pair, located._replace(plates=plates, declares=declares))
 
 
 def runs(pair: nn.Module, batch: Sequence[Tensor]) -> bool:

@@ -18,10 +18,10 @@ from pyro_vae.compat import Enumerate
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.joint import PROBES, Placed, Read
 from pyro_vae.pairs import enumeration, summing
+from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.pair import Batch, Pair
-from pyro_vae.pairs.places import is_local
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, latents, log_prob, scored
 from pyro_vae.pairs.traces import trace
