@@ -80,11 +80,14 @@ def tune(
     file = storage or Path(f"{run_of(data)}.tune")
     if report and not file.is_file():
         raise UsageError(f"must have trials, but {file} does not exist", argument="storage")
+    run = None
+    if not report:
+        # Wrong options and data are refused before a file is written.
+        run = _runner(optuna, data, search, model, objective, source, settings)
     with _quiet(optuna):
         fixed = {"model": model, "objective": objective, "source": source, "settings": settings}
         study = _study(optuna, file, None if report else _words(data, search, fixed), settings.seed)
-        if not report:
-            run = _runner(optuna, data, search, model, objective, source, settings)
+        if run is not None:
             finished = optuna.study.MaxTrialsCallback(trials, states=_finished(optuna))
             if len(study.get_trials(states=_finished(optuna))) < trials:
                 study.optimize(run, callbacks=[finished, _show])
@@ -104,7 +107,7 @@ def _optuna() -> Any:
 @contextmanager
 def _quiet(optuna: Any) -> "Iterator[None]":
     before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # errors leave as exceptions
     try:
         yield
     finally:
@@ -122,6 +125,7 @@ def _words(data: str, search: tuple[str, ...], fixed: Mapping[str, Any]) -> str:
 
 def _study(optuna: Any, file: Path, words: str | None, seed: int) -> "Study":
     """The study in a file. Raises `UsageError` if it was started with other options."""
+    _require_journal(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     backend = optuna.storages.journal.JournalFileBackend(str(file))
     study = optuna.create_study(
@@ -144,6 +148,21 @@ def _study(optuna: Any, file: Path, words: str | None, seed: int) -> "Study":
     return study
 
 
+def _require_journal(file: Path) -> None:
+    """Raise `UsageError` for a file that is not a journal of trials: a search appends to it."""
+    try:
+        lines = file.read_text().splitlines() if file.exists() else []
+        entries = [json.loads(line) for line in lines]
+        journal = all(isinstance(entry, dict) and "op_code" in entry for entry in entries)
+    except (OSError, ValueError):
+        journal = False
+    if not journal:
+        raise UsageError(
+            f"must be a new file or a file of trials; {file} is another file or is damaged",
+            argument="storage",
+        )
+
+
 def _runner(
     optuna: Any,
     name: str,
@@ -157,6 +176,8 @@ def _runner(
     from pyro_vae.data.datasets import load_data
     from pyro_vae.training.stopping import NonFiniteError
 
+    if "scale" in search:
+        replace(model, scale="learned")  # refused for other likelihoods
     require_groups(model.model, source.group)
     data = load_data(
         name, source.data_dir, source.length, columns=source.columns, **named_data(source)
@@ -246,4 +267,4 @@ def _print(study: "Study", data: str, optuna: Any) -> None:
     print(f"{'trial':<6}{'validation bound':>18}  options")
     print(*map(_line, complete[:SHOWN]), sep="\n")
     if complete:
-        print(f"best: pyro-vae train {data} {_options(complete[0])}")
+        print(f"best (add your other options): pyro-vae train {data} {_options(complete[0])}")

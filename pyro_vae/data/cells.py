@@ -26,7 +26,7 @@ FILE = ".h5ad"
 ROLES = ("context", "label", "group", "split")
 """The roles that a column of obs can have."""
 
-ROWS = 4096
+CELLS_AT_ONCE = 4096
 """The number of rows that are converted at once."""
 
 _IDS = "obs_names"
@@ -240,11 +240,11 @@ def _sparse(element: Any, form: str, path: Path) -> Any:
 def _dense(matrix: Any, path: Path) -> np.ndarray:
     """A matrix as float32, converted in blocks of rows."""
     made = np.empty(matrix.shape, np.float32)
-    for start in range(0, len(made), ROWS):
-        rows = matrix[start : start + ROWS]
+    for start in range(0, len(made), CELLS_AT_ONCE):
+        rows = matrix[start : start + CELLS_AT_ONCE]
         rows = rows.toarray() if hasattr(rows, "toarray") else rows
         with np.errstate(over="ignore"):  # infinite numbers are refused later
-            block = made[start : start + ROWS] = rows.astype(np.float32)
+            block = made[start : start + CELLS_AT_ONCE] = rows.astype(np.float32)
         rounded = (block != rows) & (rows == np.floor(rows))
         if rounded.any():
             raise UsageError(

@@ -19,7 +19,7 @@ from pyro_vae.pairs.pair import Batch, Site, placement
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import x_site
 
-ROWS = 1000
+MASKED_ROWS = 1000
 """The number of rows in one pass through the pair."""
 
 
@@ -38,7 +38,7 @@ def without_padding(pair: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
         site = _site(pair, tuple(part[:2] for part in (usable, *context)))
         if not masks.is_masked(site) and not hasattr(site["fn"], "counted"):
             return [x, *context]
-        columns = zip(*(part.split(ROWS) for part in (usable, *context)), strict=True)
+        columns = zip(*(part.split(MASKED_ROWS) for part in (usable, *context)), strict=True)
         found = [_faults(pair, batch) for batch in columns]
         hidden, outside = (torch.cat(part).to(x.device) for part in zip(*found, strict=True))
         good = x[finite & ~outside]

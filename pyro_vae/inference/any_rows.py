@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from pyro_vae import compat
 from pyro_vae.errors import NotTraceable
 
-ROWS = (11, 13)
+TRACED_ROWS = (11, 13)
 """Two numbers of rows. As primes, they differ in every multiple that a program computes."""
 
 
@@ -31,7 +31,7 @@ def any_rows(
     Returns the graph and the indices of those tensors that it takes. Raises `NotTraceable` if the
     function draws, reads values of tensors, or does something else for each number of rows.
     """
-    first, second = (compat.make_graph(function, repeated(tensors, n)) for n in ROWS)
+    first, second = (compat.make_graph(function, repeated(tensors, n)) for n in TRACED_ROWS)
     for graph in (first, second):
         _drop_unused(graph)
     _require_no_draws(first)
@@ -106,16 +106,18 @@ class _Rows:
         return one
 
     def multiple(self, one: int, two: int) -> fx.Node:
-        factor, rest = divmod(one, ROWS[0])
-        if rest or two != factor * ROWS[1]:
+        factor, rest = divmod(one, TRACED_ROWS[0])
+        if rest or two != factor * TRACED_ROWS[1]:
             raise NotTraceable(
-                f"it uses the number {one} for {ROWS[0]} rows and {two} for {ROWS[1]}"
+                f"it uses the number {one} for {TRACED_ROWS[0]} rows and {two} for {TRACED_ROWS[1]}"
             )
         if factor not in self.nodes:
             with self.graph.inserting_after(self.nodes.get(1, self.last)):
                 if factor == 1:
                     made = self.graph.call_function(torch.ops.aten.sym_size.int, (self.source, 0))
                 else:
-                    made = self.graph.call_function(operator.mul, (self.multiple(*ROWS), factor))
+                    made = self.graph.call_function(
+                        operator.mul, (self.multiple(*TRACED_ROWS), factor)
+                    )
             self.nodes[factor] = made
         return self.nodes[factor]

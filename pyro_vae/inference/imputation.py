@@ -22,7 +22,7 @@ from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, data_site
 from pyro_vae.pairs.threads import alone
 
-ROWS = 500
+IMPUTED_ROWS = 500
 """Rows that are prepared at once."""
 
 
@@ -115,7 +115,7 @@ def impute(
     by_mask = not (isinstance(rows, Arrays) and bool(rows.tensors[0].isnan().any()))
     parts: list[Imputation] = []
     with using(pair, seed), torch.no_grad(), bar(progress, len(rows), "impute") as shown:
-        for raw in rows.batches(ROWS):
+        for raw in rows.batches(IMPUTED_ROWS):
             parts.append(_imputed(pair, prepare(raw), by_mask, draws, num_samples, level))
             shown.update(len(raw[0]))
     found = _joined(parts)

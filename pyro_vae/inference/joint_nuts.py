@@ -17,7 +17,7 @@ from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
 
-LARGEST = 5000
+MOST_NUMBERS = 5000
 """The largest number of coordinates that NUTS moves at once."""
 
 GRADIENTS = 60
@@ -125,7 +125,7 @@ def joint_nuts(
     """Run `pyro_vae.nuts` on all latents of a prepared batch."""
     whole = Whole(pair, batch)
     transitions = num_chains * (warmup + num_draws)
-    if whole.dim > LARGEST:
+    if whole.dim > MOST_NUMBERS:
         raise UsageError(_too_large(whole, transitions))
     whole.use(engine)
     full = PER_UNIT * whole.dim <= warmup
@@ -229,5 +229,6 @@ def _too_large(whole: Whole, transitions: int) -> str:
     return (
         f"NUTS on all latents would move {whole.dim:,} numbers at once ({len(whole.batch[0]):,} "
         f"rows, {whole.shared_dim:,} numbers of global latents) and take about {cost}, but it "
-        f"serves up to {LARGEST:,}: fit and check on fewer rows, or use pyro_vae.global_weights"
+        f"serves up to {MOST_NUMBERS:,}: fit and check on fewer rows, or use "
+        "pyro_vae.global_weights"
     )

@@ -12,7 +12,7 @@ from torch.distributions import Independent
 from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.imputation import ROWS
+from pyro_vae.inference.imputation import IMPUTED_ROWS
 from pyro_vae.inference.weighted import Weighted, require_samples, steady_shape, weighted_parts
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.progress import bar
@@ -89,7 +89,7 @@ def score(
     rows, prepare = held_rows(pair, x, context, binarize)
     parts: list[RowScores] = []
     with using(pair, seed), torch.no_grad(), bar(progress, len(rows), "score") as shown:
-        for raw in rows.batches(ROWS):
+        for raw in rows.batches(IMPUTED_ROWS):
             for part in weighted_parts(pair, prepare(raw), num_samples):
                 parts.append(_scored(pair, part))
             shown.update(len(raw[0]))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HIDDEN = 0.2
 """The share of the observed cells that are hidden to measure imputations."""
 
-ROWS = 500
+REPORTED_ROWS = 500
 """The largest number of rows that are imputed and scored."""
 
 
@@ -37,7 +37,7 @@ def table_parts(
     made.append(("marginals", marginals(schema, x, drawn)))
     if (pairs := pairwise_plots(schema, x, drawn)) is not None:
         made.append(("pairwise", pairs))
-    few, given = x[:ROWS], [part[:ROWS] for part in context]
+    few, given = x[:REPORTED_ROWS], [part[:REPORTED_ROWS] for part in context]
     made.append(("imputations", _imputations(pair, schema, few, given, seed)))
     made.append(("strangest", _strangest(pair, schema, few, given, ids, seed)))
     return made

@@ -46,7 +46,7 @@ def test_a_search_goes_on_where_it_stopped_and_shows_its_best_options(data, tmp_
     shown = capsys.readouterr().out
     assert shown in both
     # The last line is a command that reaches the bound of its trial.
-    words = shown.splitlines()[-1].removeprefix("best: pyro-vae ").split()
+    words = shown.splitlines()[-1].partition(": pyro-vae ")[2].split()
     run = tmp_path / "run"
     main([*words, *OPTIONS.split(), "--out", str(run), "--no-report", "--num-eval-samples", "2"])
     history = np.genfromtxt(run / "history.csv", delimiter=",", names=True)
@@ -64,6 +64,15 @@ def test_wrong_use_and_a_missing_library_are_named_in_one_line(data, tmp_path, c
     paths = {"data": data, "file": tmp_path / "trials"}
     line = "tune {data} --report --storage {file}"
     assert "--storage must have trials" in refusal(capsys, line, **paths)
+    other = tmp_path / "mine.txt"
+    other.write_text("my notes")
+    line = "tune {data} --trials 1 --storage {file}"
+    assert "must be a new file or a file of trials" in refusal(capsys, line, data=data, file=other)
+    assert other.read_text() == "my notes"
+    monkeypatch.chdir(tmp_path)
+    assert "unknown data set" in refusal(capsys, "tune mnits")
+    assert "only with --likelihood gaussian" in refusal(capsys, "tune digits --search scale")
+    assert not (tmp_path / "runs").exists()
     assert "--trials must be at least 1" in refusal(capsys, "tune {data} --trials 0", **paths)
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert "pip install 'pyro-vae[tune]'" in refusal(capsys, "tune {data}", **paths)

@@ -30,7 +30,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_counts_are_the_same_in_every_form(tmp_path, monkeypatch, form):
-    monkeypatch.setattr(cells, "ROWS", 7)  # several blocks, the last one smaller
+    monkeypatch.setattr(cells, "CELLS_AT_ONCE", 7)  # several blocks, the last one smaller
     path = write_cells(tmp_path / "cells.h5ad", FORMS[form](counts().astype(np.float32)))
     whole = part_of(pv.load_data(path), "all")
     assert whole.x.dtype == torch.float32

@@ -254,7 +254,7 @@ def test_positive_latents_and_pairs_of_any_layout_are_moved():
 
 
 def test_too_many_latents_are_refused_with_their_cost(monkeypatch):
-    monkeypatch.setattr(joint_nuts, "LARGEST", 10)
+    monkeypatch.setattr(joint_nuts, "MOST_NUMBERS", 10)
     words = r"would move 15 numbers at once \(12 rows, 3 numbers of global latents\) and take about"
     with pytest.raises(pv.UsageError, match=words):
         pv.nuts(Nested(), *data(), progress=False)
