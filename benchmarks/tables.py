@@ -203,13 +203,12 @@ def distribution(seeds: int, scale: float) -> dict[str, list[dict[str, float]]]:
             removed = removed_at_random(table.x, 0.3, seed) & numeric & ~table.x.isnan()
             holes = torch.where(removed, torch.nan, table.x)
             kept = ~holes.isnan().all(1)
-            unit: Callable[[Tensor], Tensor] = lambda x: ((x - center) / spread)[..., kept, :]  # noqa: B023, E731
             ours = imputed(table.schema, holes[kept], seed, scale)
             theirs = iterative(holes[kept], seed)
-            truth = unit(table.x).nan_to_num(0.0)
+            truth = ((table.x - center) / spread)[kept].nan_to_num(0.0)
             scores = {}
             for who, draws in (("pair", ours), ("iterative", theirs)):
-                units = ((draws - center) / spread)[..., :]
+                units = (draws - center) / spread
                 scores[f"{who} energy"] = energy(units, truth, removed[kept])
                 scores[f"{who} coverage"] = coverage(units, truth, removed[kept])
             found.setdefault(name, []).append(scores)

@@ -1,4 +1,4 @@
-"""Commands that take a run elsewhere: export."""
+"""The command that exports a run."""
 
 from pathlib import Path
 

@@ -66,16 +66,17 @@ class Input:
     color: Annotated[bool | None, Parameter(negative="--gray")] = None
     crop: bool = True
 
-    @property
-    def of_images(self) -> dict[str, Any]:
-        """The arguments of `pyro_vae.load_data` for a folder of images."""
-        return {"image_size": self.image_size or None, "color": self.color, "crop": self.crop}
-
 
 def named_data(source: Input) -> dict[str, Any]:
     """The options that choose a part of a file or the form of images, for `pyro_vae.load_data`."""
-    names = {"group": source.group, "layer": source.layer, "batch": source.batch}
-    return names | source.of_images
+    return {
+        "group": source.group,
+        "layer": source.layer,
+        "batch": source.batch,
+        "image_size": source.image_size or None,
+        "color": source.color,
+        "crop": source.crop,
+    }
 
 
 def reject_ignored_by_data(source: Input, data: Data) -> None:

@@ -155,7 +155,7 @@ def require(pair: nn.Module, batches: Iterable[Batch]) -> None:
 def require_present(pair: nn.Module, batch: Batch) -> tuple[Trace, Trace]:
     """Traces of guide and model on two rows; raise `UsageError` for a latent without a guide.
 
-    Otherwise the prior would stand in for the posterior of this latent.
+    Without this check, draws of the prior would replace those of the posterior of this latent.
     """
     guide, model = _traces(pair, tuple(tensor[:2] for tensor in batch))
     if found := _absent(model, guide):

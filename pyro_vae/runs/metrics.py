@@ -23,7 +23,7 @@ def write_metrics(run: str | Path, pair: nn.Module, metrics: Mapping[str, Any]) 
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
-    """Read metrics.json; it is empty if there is no such file."""
+    """Read metrics.json. The result is empty if the file does not exist."""
     metrics = read_json(run / METRICS) if (run / METRICS).exists() else {}
     kinds = {"kl_by_unit": dict, "active_units": dict, "diagnostics": dict, "model": str}
     sound = isinstance(metrics, dict) and all(

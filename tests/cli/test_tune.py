@@ -3,10 +3,17 @@
 import sys
 
 import numpy as np
+import optuna
 import pytest
 from cli_helpers import command
 
+from pyro_vae.cli import tune
+from pyro_vae.cli.input import Input
+from pyro_vae.cli.job import make_job
 from pyro_vae.cli.main import main
+from pyro_vae.cli.options import Model, Objective
+from pyro_vae.data.datasets import load_data
+from pyro_vae.training.settings import Settings
 
 OPTIONS = "--epochs 2 --engine eager --likelihood gaussian"
 
@@ -51,6 +58,23 @@ def test_a_search_goes_on_where_it_stopped_and_shows_its_best_options(data, tmp_
     main([*words, *OPTIONS.split(), "--out", str(run), "--no-report", "--num-eval-samples", "2"])
     history = np.genfromtxt(run / "history.csv", delimiter=",", names=True)
     assert history["validation_bound"].max() == pytest.approx(bounds(shown)[0], abs=0.05)
+
+
+def test_a_trial_that_the_pruner_stops_ends_after_its_epoch(data):
+    job = make_job(
+        str(data),
+        load_data(data),
+        Model(likelihood="gaussian", hidden=(4,)),
+        Objective(),
+        Input(),
+        Settings(epochs=5, engine="eager"),
+    )
+    never = optuna.pruners.ThresholdPruner(lower=1e9, n_warmup_steps=2)
+    study = optuna.create_study(direction="maximize", pruner=never)
+    study.optimize(lambda trial: tune._bound(optuna, trial, job), n_trials=1)
+    (trial,) = study.trials
+    assert trial.state.name == "PRUNED"
+    assert list(trial.intermediate_values) == [1, 2]
 
 
 def test_trials_of_other_options_are_not_mixed(data, tmp_path, capsys):

@@ -13,6 +13,7 @@ from cli_helpers import command
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.inference import exporting
 
 
 class Linear(nn.Module):
@@ -167,6 +168,37 @@ class Autoregressive(Linear):
 def test_a_decoder_that_reads_the_data_is_refused(tmp_path):
     with pytest.raises(pv.UsageError, match="depends on x itself"):
         pv.export(Autoregressive(), tmp_path, torch.ones(4, 3), formats=["torch"])
+
+
+def test_a_file_that_differs_from_the_pair_is_not_written(tmp_path, monkeypatch):
+    write = exporting._torch
+
+    def shifted(part):
+        """The file of a pair whose means are off by a little more than the tolerance."""
+        program = part.program.module()
+        wrong = torch.export.export(
+            Shifted(program), tuple(part.inputs.values()), dynamic_shapes=(({0: ROWS},),)
+        )
+        return write(part._replace(program=wrong))
+
+    monkeypatch.setattr(exporting, "_torch", shifted)
+    with pytest.raises(pv.UsageError, match="differs from the pair by") as found:
+        pv.export(Linear(), tmp_path, torch.randn(5, 3), formats=["torch"])
+    assert "\n" not in str(found.value)
+    assert not list(tmp_path.iterdir())
+
+
+class Shifted(nn.Module):
+    def __init__(self, program):
+        super().__init__()
+        self.program = program
+
+    def forward(self, *rows):
+        loc, scale = self.program(*rows)
+        return loc + 3e-4, scale
+
+
+ROWS = torch.export.Dim("rows", min=1)
 
 
 def test_other_formats_and_a_missing_runtime_are_refused_in_one_line(tmp_path, monkeypatch):
