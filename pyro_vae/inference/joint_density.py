@@ -135,6 +135,12 @@ def _moving(model: Trace, guide: Trace) -> list[str]:
     """Return the latents that are not summed out; raise `UsageError` for unsupported latents."""
     enumeration.require_placed(guide, model)
     marked = enumeration.to_enumerate(model, guide)
+    for name in marked:
+        if not is_local((latents(guide) | latents(model))[name]):
+            raise UsageError(
+                f"latent site '{name}' is discrete and shared by all data, so NUTS can neither "
+                "move it nor sum it out"
+            )
     names = [name for name in latents(model) if name not in marked]
     for name in names:
         if latents(model)[name]["fn"].support.is_discrete:

@@ -73,12 +73,14 @@ def is_local(site: Any, plates: frozenset[str] | None = None) -> bool:
         plates: the names of the data plate. The default is the data plate of the pair in use. If
             neither is known, each plate at dimension -1 counts as the data plate.
     """
+    return any(in_data_plate(frame, plates) for frame in site["cond_indep_stack"])
+
+
+def in_data_plate(frame: Any, plates: frozenset[str] | None = None) -> bool:
+    """Whether a frame is that of the data plate; ``plates`` as in `is_local`."""
     if plates is None and (found := known()) is not None:
         plates = found.plates
-    return any(
-        frame.vectorized and frame.dim == -1 and (plates is None or frame.name in plates)
-        for frame in site["cond_indep_stack"]
-    )
+    return frame.vectorized and frame.dim == -1 and (plates is None or frame.name in plates)
 
 
 def locate(
