@@ -1,7 +1,7 @@
 """Draws of the latents with importance weights: what imputation and scores by entry start from."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +77,12 @@ def weighted(pair: nn.Module, batch: Batch, num_samples: int, nesting: int) -> W
     """Draws of the guide and their weights, for all rows of a batch at once."""
     many = tuple(tensor.repeat(num_samples, *[1] * (tensor.dim() - 1)) for tensor in batch)
     guide = trace_guide(pair, many)
-    summed = enumeration.to_enumerate(guide)
-    drawn: dict[str, Any] = {k: site for k, site in latents(guide).items() if k not in summed}
-    given = {name: site["value"] for name, site in drawn.items()}
+    marked = enumeration.to_enumerate(guide)
+    given = {
+        name: site["value"]
+        for name, site in latents(guide).items()
+        if name not in marked or not is_local(site)
+    }
     log_weights = log_weights_alone(pair, many, nesting, given).double()
     values = {
         name: data_first(site["value"], site) if is_local(site) else site["value"]

@@ -21,6 +21,7 @@ from pyro_vae.pairs.enumeration import (
     enumerated_model,
     glance,
     nesting,
+    nesting_of,
     plates_of,
     support_values,
     to_enumerate,
@@ -64,6 +65,8 @@ class Terms:
     """log p of each observed site, including auxiliary sites."""
     dims: dict[str, int]
     """The dimension of each enumerated site; empty if the sums are factored."""
+    nesting: int = 0
+    """The number of nested plates if the sums are factored, otherwise 0."""
 
     def mean(self, term: Tensor) -> Tensor:
         """The weighted mean of a term over the enumerated values, without values of weight zero."""
@@ -74,10 +77,13 @@ class Terms:
         alive = weights > 0
         return (torch.where(alive, weights, 0.0) * torch.where(alive, term, 0.0)).sum(dims, True)
 
-    def units(self, values: Tensor, right: int) -> Tensor:
-        """The weighted mean of values with ``right`` dimensions to the right of the data."""
+    def units(self, values: Tensor, right: int) -> Tensor | None:
+        """The weighted mean of values with ``right`` dimensions to the right of the data.
+
+        None if the sums are factored and the values depend on an enumerated site.
+        """
         if not self.dims:
-            return values
+            return None if self.nesting and values.dim() - right > self.nesting else values
         weights = self.weights.reshape(*self.weights.shape, *[1] * right)
         weighed = torch.where(weights > 0, weights * values, 0.0)
         return weighed.sum([dim - right for dim in self.dims.values()])
@@ -304,6 +310,7 @@ def _means(model: Trace, guide: Trace) -> Terms:
         {name: term for name, term in found.items() if name not in seen},
         {name: term for name, term in found.items() if name in seen},
         {},
+        nesting_of(model, guide),
     )
 
 

@@ -44,8 +44,9 @@ class EnumeratedELBO(TraceEnum_ELBO):
         vectorize_particles: whether to draw them in parallel, in a plate.
         max_plate_nesting: the number of nested plates of the pair, including the data plate.
 
-    Loss and gradients equal those of Pyro's ``TraceEnum_ELBO``. A weight on the KL (`KLWeight`)
-    weighs the KL of every latent, and does not change r.
+    Loss and gradients equal those of Pyro's ``TraceEnum_ELBO``, also for sites in ``pyro.markov``
+    and in plates within a datum. A weight on the KL (`KLWeight`) weighs the KL of every latent, and
+    does not change r.
 
     Raises `UsageError` for an observed site outside the data plate, and for a latent that is
     neither enumerated nor reparametrized. Kingma et al., 2014 (https://arxiv.org/abs/1406.5298).
