@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_vae.compat import Enumerate
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.joint import PROBES, Placed, Read
+from pyro_vae.inference.joint import PROBES, Placed, Read, angles
 from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
@@ -51,6 +51,7 @@ class Whole:
             self.sites = {name: latents(model)[name] for name in names}
             self.shared = [name for name in names if not is_local(self.sites[name])]
             self.local = [name for name in names if name not in self.shared]
+            self.angles = angles(self.sites)
             self.nesting = enumeration.nesting_of(model, guide)
             self.enumerates = bool(enumeration.to_enumerate(guide))
             free = self._free({name: latents(guide)[name]["value"] for name in names})
