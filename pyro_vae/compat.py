@@ -17,7 +17,7 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.util import is_validation_enabled, zero_grads
 from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -114,6 +114,20 @@ class Enumerate(EnumMessenger):
         super()._pyro_sample(msg)
         if msg["is_observed"]:
             msg["done"], msg["is_observed"] = state
+
+
+@contextmanager
+def free_plate_dims() -> Iterator[None]:
+    """Let the plates inside take any dimension, also those that plates around them have taken.
+
+    Pyro has one allocator for all plates, and refuses a dimension that is taken.
+    """
+    taken = list(_DIM_ALLOCATOR._stack)
+    _DIM_ALLOCATOR._stack.clear()
+    try:
+        yield
+    finally:
+        _DIM_ALLOCATOR._stack[:] = taken
 
 
 def full_size(frame: Any) -> int | None:

@@ -109,7 +109,8 @@ def locate(
             if dim != -1:
                 raise UsageError(
                     f"the data plate '{plate}' has dim={dim} at site '{name}' but must have "
-                    'dim=-1: use pyro.plate("data", len(x), dim=-1), with other plates to its left'
+                    "dim=-1: decorate model and guide with @pyro_vae.data_plate_at"
+                    f"({dim}), or exchange the plates"
                 )
             plates.add(plate)
             local[name] = site
