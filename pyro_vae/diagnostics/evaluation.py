@@ -311,8 +311,8 @@ def _units(
                 for found, value in ((codes, code), (moves, move)):
                     each = terms.units(value, right)
                     if each is not None:
-                        rows = each.movedim(-1 - right, 0)  # plates within a datum are units
-                        found.setdefault(name, []).append(rows.reshape(n, -1).cpu())
+                        by_row = each.movedim(-1 - right, 0)  # with inner plates as units
+                        found.setdefault(name, []).append(by_row.reshape(n, -1).cpu())
             data = list(observed(model).values())
             discrete = all(is_discrete(site["fn"]) for site in data)
             for seen in data if discrete else []:
