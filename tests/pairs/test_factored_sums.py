@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from factored_pairs import MARKED, PAIRS, K, Tones, made
+from factored_pairs import MARKED, PAIRS, WORDS, K, Tones, made
 from pairs import ENUMERATED, make, rows
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import AutoDiscreteParallel
@@ -214,6 +214,36 @@ class Shared(nn.Module):
 
     def template(self, n):
         return (torch.zeros(n),)
+
+
+class Words(nn.Module):
+    """A topic for each word, which only the model has; words are independent."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixed, self.topics = nn.Parameter(torch.randn(K)), nn.Parameter(torch.randn(K, WORDS))
+
+    def model(self, x):
+        with pyro.plate("documents", len(x), dim=-1), pyro.plate("words", 4, dim=-2):
+            k = pyro.sample("k", dist.Categorical(logits=self.mixed), infer=MARKED)
+            pyro.sample("x", dist.Categorical(logits=self.topics[k]), obs=x.mT)
+
+    def guide(self, x):
+        pass
+
+    def log_p_of_words(self, x):
+        each = self.mixed.log_softmax(0)[:, None] + self.topics.log_softmax(-1)
+        return each.logsumexp(0)[x]
+
+
+def test_scores_of_words_are_those_by_hand():
+    with seeded(0):
+        pair, x = Words(), torch.randint(0, WORDS, (5, 4))
+    found = pv.score(pair, x, num_samples=2000)
+    with torch.no_grad():
+        truth = pair.log_p_of_words(x)
+    torch.testing.assert_close(found.log_likelihood.float(), truth.sum(1))
+    torch.testing.assert_close(found.by_entry.float(), truth, atol=0.15, rtol=0.0)
 
 
 def test_weighted_draws_keep_a_shared_choice():
