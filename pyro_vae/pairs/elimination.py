@@ -124,10 +124,11 @@ def _summed_to(part: Factor, to: frozenset[str], plates: Mapping[int, frozenset[
             f"({', '.join(names)}), so the sum over their values does not factorize: write one of "
             "the plates as a loop, for i in pyro.plate(...)"
         )
-    return _without(part, extra)
+    return without(part, extra)
 
 
-def _without(part: Factor, extra: Sequence[Label]) -> Factor:
+def without(part: Factor, extra: Sequence[Label]) -> Factor:
+    """A factor summed over some of its dimensions."""
     at = [part.dims.index(dim) for dim in extra]
     kept = tuple(dim for dim in part.dims if dim not in extra)
     values = part.values.sum(at) if at else part.values
@@ -151,7 +152,7 @@ def aligned(part: Factor, dims: Sequence[Label]) -> Tensor:
 
 def total(factors: Sequence[Factor], keep: Sequence[str]) -> Tensor:
     """The sum of factors over all plates except ``keep``, which are its dimensions, in order."""
-    parts = [_without(part, [dim for dim in part.dims if dim not in keep]) for part in factors]
+    parts = [without(part, [dim for dim in part.dims if dim not in keep]) for part in factors]
     return aligned(joined(parts), keep)
 
 

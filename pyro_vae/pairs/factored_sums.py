@@ -11,7 +11,6 @@ derivative with respect to an entry of a log density is the posterior probabilit
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Any
 
 import torch
 from pyro.poutine import Trace
@@ -31,6 +30,7 @@ from pyro_vae.pairs.elimination import (
     joined,
     plates_of,
     total,
+    without,
 )
 from pyro_vae.pairs.enumeration import enumerated
 from pyro_vae.pairs.pair import Site
@@ -51,8 +51,15 @@ def is_factored(model: Trace, guide: Trace) -> bool:
 def marginal(terms: Iterable[tuple[Site, Tensor]], model: Trace, guide: Trace) -> Tensor:
     """The log of the sum of exp(sum of the terms) over all enumerated sites, for each datum.
 
-    The shape is that of the data plate, after the plate of samples if there is one.
+    The shape is that of the data plate, after the plate of samples if there is one. Raises
+    `UsageError` for an enumerated site that all data share.
     """
+    for name, site in (enumerated(guide) | enumerated(model)).items():
+        if not is_local(site):
+            raise UsageError(
+                f"latent site '{name}' is shared by all data, so the density of a datum needs a "
+                "value of it: draw it from the guide"
+            )
     found, plates, sizes = list(terms), _plates(model, guide), dict[str, int]()
     for site, term in found:
         for dim, name in plates_of(site).items():
@@ -238,14 +245,13 @@ def _require_part_of_p(site: Site) -> None:
 
 
 def _laid_out(part: Factor, site: Site, lead: tuple[int, ...] = ()) -> Tensor:
-    """Values with the leading enumerated sites, then the plates of a site at their dimensions."""
-    plates = plates_of(site)
-    depth = max(-dim for dim in plates)
-    others = [at for at, dim in enumerate(part.dims) if isinstance(dim, int) and dim not in lead]
-    values = part.values.sum(others) if others else part.values
-    kept = Factor(values, tuple(d for i, d in enumerate(part.dims) if i not in others), part.plates)
-    names: list[Any] = [plates.get(dim, dim) for dim in range(-depth, 0)]
-    shape = site["fn"].batch_shape
-    sizes = [shape[dim] if dim in plates else 1 for dim in range(-depth, 0)]
-    laid = aligned(kept, (*lead, *names))
+    """Values with the leading enumerated sites, then the plates of a site at their dimensions.
+
+    Values are summed over other enumerated sites.
+    """
+    plates, shape = plates_of(site), site["fn"].batch_shape
+    dims = range(min(plates), 0)
+    kept = without(part, [other for other in part.sites if other not in lead])
+    laid = aligned(kept, (*lead, *(plates.get(dim, f"no plate at {dim}") for dim in dims)))
+    sizes = [shape[dim] if dim in plates else 1 for dim in dims]
     return laid.expand(*laid.shape[: len(lead)], *sizes)
