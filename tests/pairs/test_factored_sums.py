@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from factored_pairs import MARKED, PAIRS, WORDS, K, Tones, made
+from factored_pairs import MARKED, PAIRS, WORDS, Hmm, K, Tones, made
 from pairs import ENUMERATED, make, rows
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import AutoDiscreteParallel
@@ -127,6 +127,45 @@ def test_beta_weighs_the_joint_kl_of_the_states(beta):
     assert set(parts.kl) == {"s0 + s1 + s2 + s3"}
     assert total(parts.kl) == pytest.approx(kl.item())
     assert set(parts.reconstruction) == {"x0", "x1", "x2", "x3"}
+
+
+class LeftToRight(Hmm):
+    """States that never go back: some moves have probability 0."""
+
+    def forbidden(self, x):
+        return torch.tril(x.new_full((K, K), -torch.inf), -1)
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            state = torch.zeros((), dtype=torch.long)
+            for t in pyro.markov(range(self.steps)):
+                move = dist.Categorical(logits=(self.moves + self.forbidden(x))[state])
+                state = pyro.sample(f"s{t}", move, infer=MARKED)
+                pyro.sample(f"x{t}", dist.Normal(self.locs[state], 1.0), obs=x[:, t])
+
+    def log_p(self, x):
+        emit = dist.Normal(self.locs, 1.0).log_prob(x[..., None])
+        moves = (self.moves + self.forbidden(x)).log_softmax(-1)
+        forward = moves[0] + emit[:, 0]
+        for t in range(1, self.steps):
+            parts = [(forward[:, : k + 1] + moves[: k + 1, k]).logsumexp(-1) for k in range(K)]
+            forward = torch.stack(parts, -1) + emit[:, t]
+        return forward.logsumexp(-1)
+
+
+def test_impossible_values_take_no_part():
+    with seeded(0):
+        pair, x = LeftToRight().double(), torch.randn(6, 4).double()
+    loss, gradients, parts = taken(pair, (x,), pv.EnumeratedELBO())
+    pair.zero_grad()
+    by_hand = -pair.log_p(x).sum()
+    by_hand.backward()
+    assert loss == pytest.approx(by_hand.item())
+    for name, parameter in pair.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+    assert total(parts.reconstruction) - total(parts.kl) == pytest.approx(-loss)
+    states = torch.stack(list(pv.encode(pair, x, what="draw").values()), -1)
+    assert (states.diff(dim=-1) >= 0).all()
 
 
 def test_a_joint_kl_of_many_latents_has_a_short_name():
