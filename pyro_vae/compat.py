@@ -17,7 +17,7 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.util import is_validation_enabled, zero_grads
 from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -79,17 +79,55 @@ OBSERVED_PART, UNOBSERVED_PART = "_observed", "_unobserved"
 """How the names of the two sites end that ``pyro.sample(name, fn, obs_mask=...)`` makes."""
 
 
-class Enumerate(EnumMessenger):
-    """Pyro's ``EnumMessenger`` that also accepts given values of sites in ``pyro.markov``.
+def enumerated_ids(site: Any) -> dict[int, int]:
+    """The number of the enumerated site that each dimension belongs to, at one site.
 
-    Pyro records the markov depth only for sites that it draws, and fails at the next site.
+    In ``pyro.markov`` one dimension belongs to different sites at different places of the program.
     """
+    return site["infer"].get("_dim_to_id", {})
+
+
+class Enumerate(EnumMessenger):
+    """Pyro's ``EnumMessenger`` that also records the dimensions of sites with given values.
+
+    Pyro skips such a site, although its density may depend on enumerated sites, and fails at the
+    next site in ``pyro.markov``.
+
+    Arguments:
+        first_available_dim: as in Pyro.
+        where: says whether a marked site is enumerated; other sites are drawn.
+    """
+
+    def __init__(
+        self, first_available_dim: int | None = None, where: Callable[[Any], bool] | None = None
+    ) -> None:
+        super().__init__(first_available_dim)
+        self.where = where or (lambda site: True)
 
     def _pyro_sample(self, msg: Any) -> None:
         for name, depth in (msg["infer"].get("_markov_scope") or {}).items():
             self._markov_depths.setdefault(name, depth)
             self._value_dims.setdefault(name, {})
+        state = msg["done"], msg["is_observed"]
+        if msg["done"] or not self.where(msg):
+            msg["done"], msg["is_observed"] = False, True  # Pyro then only records dimensions
         super()._pyro_sample(msg)
+        if msg["is_observed"]:
+            msg["done"], msg["is_observed"] = state
+
+
+@contextmanager
+def free_plate_dims() -> Iterator[None]:
+    """Let the plates inside take any dimension, also those that plates around them have taken.
+
+    Pyro has one allocator for all plates, and refuses a dimension that is taken.
+    """
+    taken = list(_DIM_ALLOCATOR._stack)
+    _DIM_ALLOCATOR._stack.clear()
+    try:
+        yield
+    finally:
+        _DIM_ALLOCATOR._stack[:] = taken
 
 
 def full_size(frame: Any) -> int | None:

@@ -111,7 +111,8 @@ def users_line(error: BaseException | None, program: Any = None) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         lines += [(frame.filename, frame.lineno) for frame in frames]
         error = error.__cause__
-    code = getattr(getattr(program, "__func__", program), "__code__", None)
+    function = inspect.unwrap(getattr(program, "__func__", program))
+    code = getattr(function, "__code__", None)
     if code is not None:
         lines.insert(0, (code.co_filename, code.co_firstlineno))
     own = [f" ({path}:{line})" for path, line in lines if is_users(path)]

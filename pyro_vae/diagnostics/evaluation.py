@@ -309,8 +309,10 @@ def _units(
                 live = masks.scored(site)
                 code, move = torch.where(live, loc, 0.0), torch.where(live, loc - center, torch.nan)
                 for found, value in ((codes, code), (moves, move)):
-                    value = terms.units(value, right)
-                    found.setdefault(name, []).append(value.reshape(n, -1).cpu())
+                    each = terms.units(value, right)
+                    if each is not None:
+                        by_row = each.movedim(-1 - right, 0)  # with inner plates as units
+                        found.setdefault(name, []).append(by_row.reshape(n, -1).cpu())
             data = list(observed(model).values())
             discrete = all(is_discrete(site["fn"]) for site in data)
             for seen in data if discrete else []:
@@ -348,5 +350,5 @@ def _kl_of_units(terms: summing.Terms, prior: Any, site: Any, closed: bool) -> T
     each = site_kl(prior, site, closed and not terms.dims)
     if each.shape[max(1, each.dim() - len(shape)) :] != shape:
         return None
-    each = terms.units(each, len(shape))
-    return each if each.dim() == 1 + len(shape) else None
+    means = terms.units(each, len(shape))
+    return means if means is not None and means.dim() == 1 + len(shape) else None

@@ -1,7 +1,7 @@
 """Draws of chains by NUTS: their moments, their agreement, and their distance from the guide."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
@@ -53,21 +53,25 @@ class Posterior:
     """Number of independent draws with the same information about a mean, of shape (n, units)."""
     divergences: Tensor
     """Number of transitions after the warm-up that diverged, for each datum, of shape (n,)."""
+    centers: Mapping[str, Tensor] = field(default_factory=dict)
+    """The mean direction of the posterior of each latent that is an angle, of shape (n, *event), in
+    radians. Results about an angle use its draws within pi of this direction, so they do not depend
+    on where the circle is cut."""
 
     @cached_property
     def moves(self) -> Tensor:
         """Which units vary, of shape (n, units): those on which p(x, z) depends."""
-        return _vary(_flat(self.draws, 2))
+        return _vary(_flat(self.draws, 2, self.centers))
 
     @cached_property
     def moments(self) -> Moments:
         """The moments of the posterior."""
-        return _moments(_flat(self.draws, 2).flatten(0, 1), self.moves)
+        return _moments(_flat(self.draws, 2, self.centers).flatten(0, 1), self.moves)
 
     @cached_property
     def guide_moments(self) -> Moments:
         """The moments of the guide."""
-        return _moments(_flat(self.guide_draws, 1), self.moves)
+        return _moments(_flat(self.guide_draws, 1, self.centers), self.moves)
 
     @property
     def mean_standard_error(self) -> Tensor:
@@ -145,10 +149,18 @@ class Posterior:
 
 
 def compared(
-    draws: dict[str, Tensor], guide_draws: dict[str, Tensor], divergences: Tensor
+    draws: dict[str, Tensor],
+    guide_draws: dict[str, Tensor],
+    divergences: Tensor,
+    angles: Collection[str] = (),
 ) -> Posterior:
-    """Return draws (chains, draws, n, *event) and draws of the guide with all measures of them."""
-    flat = _flat(draws, 2)
+    """Return draws (chains, draws, n, *event) and draws of the guide with all measures of them.
+
+    Arguments:
+        angles: the latents that are angles.
+    """
+    centers = {name: _direction(value) for name, value in draws.items() if name in angles}
+    flat = _flat(draws, 2, centers)
     return Posterior(
         draws,
         guide_draws,
@@ -156,7 +168,13 @@ def compared(
         _measured(_r_hat, flat),
         _measured(_effective, flat),
         divergences.long(),
+        centers,
     )
+
+
+def _direction(draws: Tensor) -> Tensor:
+    """Return the mean direction of angles (chains, draws, n, *event)."""
+    return torch.atan2(draws.sin().mean((0, 1)), draws.cos().mean((0, 1)))
 
 
 def _r_hat(draws: Tensor) -> Tensor:
@@ -208,10 +226,18 @@ def _normal_scores(draws: Tensor) -> Tensor:
     return scores.to(draws.dtype).movedim(-1, 0).reshape(draws.shape)
 
 
-def _flat(sites: dict[str, Tensor], leading: int) -> Tensor:
-    """Concatenate all units to (*leading, n, units), in float64."""
-    parts = [value.double().reshape(*value.shape[: leading + 1], -1) for value in sites.values()]
-    return torch.cat(parts, -1)
+def _flat(sites: dict[str, Tensor], leading: int, centers: Mapping[str, Tensor]) -> Tensor:
+    """Concatenate all units to (*leading, n, units), in float64; angles are near their centers."""
+    values = [
+        _near(value.double(), centers[name].double()) if name in centers else value.double()
+        for name, value in sites.items()
+    ]
+    return torch.cat([value.reshape(*value.shape[: leading + 1], -1) for value in values], -1)
+
+
+def _near(angles: Tensor, center: Tensor) -> Tensor:
+    """Turn angles by full circles until they are within pi of the center."""
+    return center + (angles - center + torch.pi) % (2 * torch.pi) - torch.pi
 
 
 def _names(sites: dict[str, Tensor]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
+from pyro_vae.inference.given_globals import global_values
 from pyro_vae.inference.passes import (
     ROWS_AT_ONCE,
     generate,
@@ -350,5 +351,4 @@ def _global_values(
     pair: nn.Module, batch: Batch, means: bool, names: Sequence[str]
 ) -> dict[str, Tensor]:
     """Return the guide's means or draws of these global latents."""
-    guide = latents(guide_of(pair, batch, means)) if names else {}
-    return {name: guide[name]["value"] for name in names}
+    return global_values(guide_of(pair, batch, means), names) if names else {}

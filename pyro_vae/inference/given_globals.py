@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from pyro import poutine
+from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae.compat import buffers_of, site_is_subsample
+from pyro_vae.errors import UsageError
 from pyro_vae.pairs import data_plate
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents
@@ -75,8 +77,19 @@ def _hidden(pair: nn.Module) -> Callable[[Any], bool]:
 
 def draw_globals(pair: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
     """Return a draw of the guide for each of these latents. Call it within `using`."""
-    drawn = latents(trace_guide(pair, batch)) if names else {}
-    return {name: drawn[name]["value"] for name in names}
+    return global_values(trace_guide(pair, batch), names) if names else {}
+
+
+def global_values(guide: Trace, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return the values of these latents of the model in a trace of the guide."""
+    found = latents(guide)
+    for name in names:
+        if name not in found:
+            raise UsageError(
+                f"all data share latent site '{name}' of the model, but the guide does not have "
+                "it: add it to the guide"
+            )
+    return {name: found[name]["value"] for name in names}
 
 
 def at_one_draw(pair: nn.Module, batch: Batch, seed: int) -> tuple[nn.Module, tuple[str, ...]]:

@@ -85,6 +85,7 @@ class Joint:
             names = _moving(model, guide)
             self.nesting, self.vectorized, self.widest = structure(pair, batch)
             self.places = _slots(pair, batch, {name: latents(guide)[name] for name in names})
+            self.angles = angles(latents(model))
         self.enumerates = len(names) < len(latents(guide))
         self.dim = sum(place.width for place in self.places.values())
         self.gradients: Callable[..., Named] = self._gradients
@@ -283,13 +284,20 @@ class Read(Given):
             self.free[msg["name"]] = _to_support(msg["name"], msg["fn"]).inv(msg["value"])
 
 
-def _on_circle(fn: Any, value: Tensor) -> Tensor:
-    """Map angles to [-pi, pi); torch says that the support of a von Mises is the whole line."""
+def angles(sites: Mapping[str, Site]) -> frozenset[str]:
+    """Return the sites whose values are angles."""
+    return frozenset(name for name, site in sites.items() if _is_circular(site["fn"]))
+
+
+def _is_circular(fn: Any) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    if not isinstance(fn, CIRCULAR):
-        return value
-    return (value + torch.pi) % (2 * torch.pi) - torch.pi
+    return isinstance(fn, CIRCULAR)
+
+
+def _on_circle(fn: Any, value: Tensor) -> Tensor:
+    """Map angles to [-pi, pi); torch says that the support of a von Mises is the whole line."""
+    return (value + torch.pi) % (2 * torch.pi) - torch.pi if _is_circular(fn) else value
 
 
 def _to_support(name: str, fn: Any, support: Any = None) -> Any:

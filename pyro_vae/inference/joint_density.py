@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_vae.compat import Enumerate
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.joint import PROBES, Placed, Read
+from pyro_vae.inference.joint import PROBES, Placed, Read, angles
 from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
@@ -51,6 +51,7 @@ class Whole:
             self.sites = {name: latents(model)[name] for name in names}
             self.shared = [name for name in names if not is_local(self.sites[name])]
             self.local = [name for name in names if name not in self.shared]
+            self.angles = angles(self.sites)
             self.nesting = enumeration.nesting_of(model, guide)
             self.enumerates = bool(enumeration.to_enumerate(guide))
             free = self._free({name: latents(guide)[name]["value"] for name in names})
@@ -135,6 +136,12 @@ def _moving(model: Trace, guide: Trace) -> list[str]:
     """Return the latents that are not summed out; raise `UsageError` for unsupported latents."""
     enumeration.require_placed(guide, model)
     marked = enumeration.to_enumerate(model, guide)
+    for name in marked:
+        if not is_local((latents(guide) | latents(model))[name]):
+            raise UsageError(
+                f"latent site '{name}' is discrete and shared by all data, so NUTS can neither "
+                "move it nor sum it out"
+            )
     names = [name for name in latents(model) if name not in marked]
     for name in names:
         if latents(model)[name]["fn"].support.is_discrete:

@@ -168,11 +168,13 @@ def joint_nuts(
             {name: draws[name][:, :, None] for name in whole.shared},
             {name: guide[name][:, None].cpu() for name in whole.shared},
             count,
+            whole.angles,
         ),
         compared(
             {name: draws[name] for name in whole.local},
             {name: guide[name].cpu() for name in whole.local},
             count.expand(n),
+            whole.angles,
         )
         if whole.local
         else None,

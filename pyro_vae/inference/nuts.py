@@ -152,7 +152,7 @@ def _local_nuts(
         draws = _constrained(joint, z.flatten(0, 1), batch)
         guide = _constrained(joint, joint.draw(num_chains * num_draws, *batch), batch)
     by_chain = {k: v.unflatten(0, (num_chains, num_draws)) for k, v in draws.items()}
-    return compared(by_chain, guide, divergences)
+    return compared(by_chain, guide, divergences, joint.angles)
 
 
 def _potential(

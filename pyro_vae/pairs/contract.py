@@ -84,7 +84,7 @@ def faults_of_sites(model: Trace, guide: Trace) -> list[str]:
             )
     summed = enumeration.to_enumerate(model, guide)
     for name in summed:
-        errors += _summable((latents(model) | latents(guide))[name])
+        errors += _summable((latents(model) | latents(guide))[name], guide)
     for name in latents(model):
         if name not in in_guide and name not in summed and not errors:
             errors.append(masks.missing(name, model))
@@ -102,13 +102,13 @@ def faults_of_sites(model: Trace, guide: Trace) -> list[str]:
     return errors
 
 
-def _summable(site: Site) -> list[str]:
+def _summable(site: Site, guide: Trace) -> list[str]:
     """Errors of a site that is marked for enumeration but cannot be summed out."""
     name, fn = site["name"], site["fn"]
     start = f"latent site '{name}' is marked for enumeration, "
     if site["infer"].get("is_auxiliary"):
         return [start + "but only the guide has it: remove the mark, or add it to the model"]
-    if fault := enumeration.misplaced(site):
+    if fault := enumeration.misplaced(site, guide):
         return [fault]
     try:
         fn.enumerate_support(expand=False)

@@ -73,12 +73,14 @@ def is_local(site: Any, plates: frozenset[str] | None = None) -> bool:
         plates: the names of the data plate. The default is the data plate of the pair in use. If
             neither is known, each plate at dimension -1 counts as the data plate.
     """
+    return any(in_data_plate(frame, plates) for frame in site["cond_indep_stack"])
+
+
+def in_data_plate(frame: Any, plates: frozenset[str] | None = None) -> bool:
+    """Whether a frame is that of the data plate; ``plates`` as in `is_local`."""
     if plates is None and (found := known()) is not None:
         plates = found.plates
-    return any(
-        frame.vectorized and frame.dim == -1 and (plates is None or frame.name in plates)
-        for frame in site["cond_indep_stack"]
-    )
+    return frame.vectorized and frame.dim == -1 and (plates is None or frame.name in plates)
 
 
 def locate(
@@ -107,7 +109,8 @@ def locate(
             if dim != -1:
                 raise UsageError(
                     f"the data plate '{plate}' has dim={dim} at site '{name}' but must have "
-                    'dim=-1: use pyro.plate("data", len(x), dim=-1), with other plates to its left'
+                    "dim=-1: decorate model and guide with @pyro_vae.data_plate_at"
+                    f"({dim}), or exchange the plates"
                 )
             plates.add(plate)
             local[name] = site

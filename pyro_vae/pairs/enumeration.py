@@ -4,7 +4,9 @@ A site marked ``infer={"enumerate": "parallel"}`` takes all of its values at onc
 dimension to the left of the plates (Pyro's ``EnumMessenger``). Let e be the latents that the guide
 enumerates, and m the enumerated latents that only the model has. The weights are
 :math:`q(e|x)\,r(m|e,x,z)`, where r is the exact conditional :math:`p(m|x,z,e)` under the model.
-All sums are dense.
+
+Only the objective enumerates latents outside the data plate. The other tools draw them from the
+guide, like every global latent.
 """
 
 from collections.abc import Iterable
@@ -25,6 +27,9 @@ from pyro_vae.pairs.pair import Batch, Pair, Site
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import latents, sample_sites
 from pyro_vae.pairs.traces import trace
+
+SAMPLE_PLATES = frozenset({"importance_samples", "particles", "draws", "num_particles_vectorized"})
+"""The names of the plates of samples that the tools and Pyro put around a pair."""
 
 
 def enumerated(trace: Trace) -> dict[str, Site]:
@@ -48,26 +53,31 @@ def require_summed(*traces: Trace) -> None:
             )
 
 
-def misplaced(site: Site) -> str | None:
+def misplaced(site: Site, guide: Trace) -> str | None:
     """Say why the mark or the plates of a site in a plain trace prevent summing it out, or None."""
+    name = site["name"]
     if site["infer"].get("enumerate") not in (None, "parallel") or site["infer"].get("num_samples"):
         return (
-            f"latent site '{site['name']}' is marked for enumeration, but only "
+            f"latent site '{name}' is marked for enumeration, but only "
             'infer={"enumerate": "parallel"} is supported; use that'
         )
-    if _placed(site):
-        return None
-    return (
-        f"latent site '{site['name']}' is marked for enumeration, but an enumerated site must be "
-        "in the data plate and in no other plate: remove the mark, or move the site"
-    )
+    if not is_local(site) and name not in latents(guide):
+        return (
+            f"latent site '{name}' is outside the data plate and only the model has it, so the sum "
+            "over its values is not a sum for each datum: add the site to the guide, for example "
+            "with AutoDiscreteParallel"
+        )
+    for frame in site["cond_indep_stack"]:
+        if frame.name in SAMPLE_PLATES:
+            return f"plate '{frame.name}' has a name that the tools use themselves: rename it"
+    return None
 
 
-def require_placed(*traces: Trace) -> None:
+def require_placed(guide: Trace, model: Trace) -> None:
     """Raise `UsageError` if a site of plain traces is marked for enumeration but misplaced."""
-    sites = {name: site for trace in traces for name, site in latents(trace).items()}
-    for name in to_enumerate(*traces):
-        if fault := misplaced(sites[name]):
+    sites = latents(guide) | latents(model)
+    for name in to_enumerate(guide, model):
+        if fault := misplaced(sites[name], guide):
             raise UsageError(fault)
 
 
@@ -103,7 +113,7 @@ def nesting(pair: nn.Module, batch: Batch) -> int:
 
 
 def traces(pair: nn.Module, batch: Batch, plates: int, around: Any = None) -> tuple[Trace, Trace]:
-    """Traces of model and guide in which every site that is marked for enumeration is enumerated.
+    """Traces of model and guide in which every local site marked for enumeration is enumerated.
 
     Arguments:
         plates: the number of nested plates of the pair, including ``around`` if it is a plate.
@@ -111,9 +121,9 @@ def traces(pair: nn.Module, batch: Batch, plates: int, around: Any = None) -> tu
     """
     typed, around = cast(Pair, pair), around or nullcontext()
     with around:
-        guide = trace_guide(pair, batch, Enumerate(first_available_dim=-1 - plates))
+        guide = trace_guide(pair, batch, Enumerate(-1 - plates, is_local))
     with around:
-        model = trace(Enumerate()(replay(typed.model, trace=guide)), batch)
+        model = trace(Enumerate(None, is_local)(replay(typed.model, trace=guide)), batch)
     return model, guide
 
 
@@ -125,9 +135,17 @@ def nesting_of(*traces: Trace) -> int:
 
 
 def combinations(*traces: Trace) -> int:
-    """The number of combinations of values of the enumerated sites in these traces."""
-    sites = {name: site for trace in traces for name, site in enumerated(trace).items()}
-    return prod(support_values(site).shape[0] for site in sites.values())
+    """The number of values that the enumerated dimensions add to a term of one datum.
+
+    It includes the plates within a datum around the enumerated sites.
+    """
+    sizes: dict[int, int] = {}
+    for site in (site for each in traces for site in enumerated(each).values()):
+        found = {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized and f.dim < -1}
+        found[enumerate_dim(site)] = support_values(site).shape[0]
+        for dim, size in found.items():
+            sizes[dim] = max(size, sizes.get(dim, 1))
+    return prod(sizes.values())
 
 
 def glance(pair: nn.Module, batch: Batch) -> tuple[Trace, Trace]:
@@ -141,7 +159,7 @@ def glance(pair: nn.Module, batch: Batch) -> tuple[Trace, Trace]:
 
 
 def enumerated_model(pair: nn.Module, batch: Batch, guide: Trace) -> Trace:
-    messenger = Enumerate(first_available_dim=-1 - nesting(pair, batch))
+    messenger = Enumerate(-1 - nesting(pair, batch), is_local)
     return trace(messenger(replay(cast(Pair, pair).model, trace=guide)), batch)
 
 

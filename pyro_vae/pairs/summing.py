@@ -1,5 +1,10 @@
-"""Sums over enumerated latents: evidence, densities and probabilities of each datum."""
+"""Sums over enumerated latents: evidence, densities and probabilities of each datum.
 
+If each enumerated latent has a dimension of its own and is only in the data plate, a sum runs over
+the list of all combinations of values. Other sums are factored (`pyro_vae.pairs.factored_sums`).
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,14 +12,16 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyro_vae.compat import enumerate_dim
+from pyro_vae.compat import enumerate_dim, enumerated_ids
 from pyro_vae.errors import UsageError
+from pyro_vae.pairs import factored_sums
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.enumeration import (
     enumerated,
     enumerated_model,
     glance,
     nesting,
+    nesting_of,
     plates_of,
     support_values,
     to_enumerate,
@@ -23,6 +30,7 @@ from pyro_vae.pairs.enumeration import (
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.pair import Batch, Site
 from pyro_vae.pairs.sites import (
+    data_first,
     is_auxiliary,
     is_factor,
     latents,
@@ -39,6 +47,9 @@ class Terms:
 
     Each term is summed over the plates within a datum. The dimensions are: the enumerated
     dimensions; the plate of samples, if any; the plates within a datum, of size 1; the data.
+
+    If the sums are factored, each term is its mean under the weights, summed over the data, and the
+    latents that only the model has are one latent with a joint KL.
     """
 
     weights: Tensor
@@ -53,7 +64,9 @@ class Terms:
     observed: dict[str, Tensor]
     """log p of each observed site, including auxiliary sites."""
     dims: dict[str, int]
-    """The dimension of each enumerated site."""
+    """The dimension of each enumerated site; empty if the sums are factored."""
+    nesting: int = 0
+    """The number of nested plates if the sums are factored, otherwise 0."""
 
     def mean(self, term: Tensor) -> Tensor:
         """The weighted mean of a term over the enumerated values, without values of weight zero."""
@@ -64,10 +77,13 @@ class Terms:
         alive = weights > 0
         return (torch.where(alive, weights, 0.0) * torch.where(alive, term, 0.0)).sum(dims, True)
 
-    def units(self, values: Tensor, right: int) -> Tensor:
-        """The weighted mean of values with ``right`` dimensions to the right of the data."""
+    def units(self, values: Tensor, right: int) -> Tensor | None:
+        """The weighted mean of values with ``right`` dimensions to the right of the data.
+
+        None if the sums are factored and the values depend on an enumerated site.
+        """
         if not self.dims:
-            return values
+            return None if self.nesting and values.dim() - right > self.nesting else values
         weights = self.weights.reshape(*self.weights.shape, *[1] * right)
         weighed = torch.where(weights > 0, weights * values, 0.0)
         return weighed.sum([dim - right for dim in self.dims.values()])
@@ -79,15 +95,22 @@ def is_named(pair: nn.Module, batch: Batch, name: str) -> bool:
     They do if the model observes integers (labels) whose density depends on the site.
     """
     model, _ = traces(pair, batch, nesting(pair, batch))
-    dim = enumerate_dim(enumerated(model)[name]) if name in enumerated(model) else 0
+    if name not in enumerated(model):
+        return False
+    own = enumerated(model)[name]
+    dim = enumerate_dim(own)
     return any(
-        dim < 0 and not site["value"].is_floating_point() and _extends(log_prob(site), dim)
+        not site["value"].is_floating_point()
+        and _extends(log_prob(site), dim)
+        and enumerated_ids(site)[dim] == enumerated_ids(own)[dim]
         for site in observed(model).values()
     )
 
 
 def terms(model: Trace, guide: Trace) -> Terms:
     """The terms of the ELBO of these traces, by site."""
+    if factored_sums.is_factored(model, guide):
+        return _means(model, guide)
     inner, dims = _layout(model, guide)
     q = {name: _term(site, inner) for name, site in latents(guide).items()}
     summed = [name for name in enumerated(model) if name not in q]
@@ -119,27 +142,26 @@ def terms(model: Trace, guide: Trace) -> Terms:
 def evidence(model: Trace, guide: Trace) -> Tensor:
     r"""The log weight of each draw for log p(x), with every enumerated site summed out.
 
-    :math:`\log \sum_{e,m} p(x, z, e, m) / q(z|x, e)`, of the shape of the plates of the enumerated
-    sites. The mean of its exponential over draws z is p(x). q(e|x) is not needed. The weight is
-    conditional on the draws of global latents, whose own densities are left out.
+    :math:`\log \sum_{e,m} p(x, z, e, m) / q(z|x, e)`, of the shape of the data plate, after the
+    plate of samples if there is one. The mean of its exponential over draws z is p(x). q(e|x) is
+    not needed. The weight is conditional on the draws of global latents, whose own densities are
+    left out.
     """
-    inner, dims = _layout(model, guide)
-    total = log_ratio(model, guide)
-    total = total.logsumexp(list(dims.values())) if dims else total
-    return total.squeeze(inner)
+    return _marginal(_ratio(model, guide), model, guide)
 
 
 def log_ratio(model: Trace, guide: Trace) -> Tensor:
-    """The terms of `evidence` before the sum; the enumerated dimensions come first."""
-    inner, dims = _layout(model, guide)
-    total = _zero({})
-    for name, site in (latents(model) | scored(model)).items():
-        if is_local(site):
-            total = total + _term(site, inner, name not in dims)
-    for name, site in latents(guide).items():
-        if is_local(site) and name not in dims:
-            total = total - _term(site, inner)
-    return total
+    """The terms of `evidence` before the sum; the enumerated dimensions come first.
+
+    Raises `UsageError` if the sums are factored.
+    """
+    if factored_sums.is_factored(model, guide):
+        names = ", ".join(enumerated(guide) | enumerated(model))
+        raise UsageError(
+            f"the enumerated sites {names} are in pyro.markov or in a plate within the datum, so "
+            "this tool cannot list the combinations of their values; `pyro_vae.encode` draws them"
+        )
+    return _listed(_ratio(model, guide), _layout(model, guide)[0])
 
 
 def joint(model: Trace, guide: Trace) -> Tensor:
@@ -147,23 +169,53 @@ def joint(model: Trace, guide: Trace) -> Tensor:
 
     Its exponential is the density of the data and of all local latents that are not enumerated.
     """
-    sites = latents(model) | scored(model)
-    local = {name: site for name, site in sites.items() if is_local(site)}
-    return _marginal(local, *_layout(model, guide))
+    names = enumerated(guide) | enumerated(model)
+    return _marginal(_densities(_local(model), names), model, guide)
 
 
 def proposal(model: Trace, guide: Trace) -> Tensor:
     r"""log q(z|x) at given latents z, :math:`\log \sum_e q(z, e|x)`."""
+    found = _densities(latents(guide), enumerated(guide))
+    if factored_sums.is_factored(model, guide):
+        return factored_sums.marginal(found, Trace(), guide)
     inner, dims = _layout(model, guide)
-    return _marginal(latents(guide), inner, {name: dims[name] for name in enumerated(guide)})
+    return _summed(_listed(found, inner), [dims[name] for name in enumerated(guide)], inner)
 
 
-def _marginal(sites: dict[str, Site], inner: list[int], dims: dict[str, int]) -> Tensor:
-    total = _zero({})
-    for name, site in sites.items():
-        total = total + _term(site, inner, name not in dims)
-    total = total.logsumexp(list(dims.values())) if dims else total
-    return total.squeeze(inner)
+def _marginal(found: Iterator[tuple[Site, Tensor]], model: Trace, guide: Trace) -> Tensor:
+    """The log of the sum of exp(sum of terms) over all enumerated sites, for each datum."""
+    if factored_sums.is_factored(model, guide):
+        return factored_sums.marginal(found, model, guide)
+    inner, dims = _layout(model, guide)
+    return _summed(_listed(found, inner), list(dims.values()), inner)
+
+
+def _listed(found: Iterator[tuple[Site, Tensor]], inner: list[int]) -> Tensor:
+    return sum((_inside(term, inner) for _, term in found), _zero({}))
+
+
+def _summed(terms: Tensor, dims: list[int], inner: list[int]) -> Tensor:
+    return (terms.logsumexp(dims) if dims else terms).squeeze(inner)
+
+
+def _ratio(model: Trace, guide: Trace) -> Iterator[tuple[Site, Tensor]]:
+    """The sites and terms of `evidence`."""
+    names = enumerated(guide) | enumerated(model)
+    yield from _densities(_local(model), names)
+    for name, site in latents(guide).items():
+        if is_local(site) and name not in names:
+            yield site, -log_prob(site)
+
+
+def _local(model: Trace) -> dict[str, Site]:
+    sites = latents(model) | scored(model)
+    return {name: site for name, site in sites.items() if is_local(site)}
+
+
+def _densities(
+    sites: dict[str, Site], unmasked: Mapping[str, Site]
+) -> Iterator[tuple[Site, Tensor]]:
+    return ((site, _density(site, name not in unmasked)) for name, site in sites.items())
 
 
 def probabilities(pair: nn.Module, batch: Batch, name: str, num_samples: int) -> Tensor:
@@ -189,33 +241,48 @@ def probabilities(pair: nn.Module, batch: Batch, name: str, num_samples: int) ->
 def summed_values(
     pair: nn.Module, batch: Batch, guide: Trace, num_samples: int, draw: bool
 ) -> dict[str, Tensor]:
-    """Values of the latents that only the model has.
+    """Values of the latents that only the model has, with the data as dimension 0.
 
     With ``draw`` they are draws, given the latents in a trace of the guide. Otherwise they are the
-    modes of the probabilities, averaged over ``num_samples`` draws of the guide.
+    modes of the probabilities of each value, averaged over ``num_samples`` draws of the guide.
     """
     alone, model = glance(pair, batch)
-    names = [name for name in to_enumerate(model) if name not in latents(alone)]
-    if not names:
+    if all(name in latents(alone) for name in to_enumerate(model)):
         return {}
-    if not draw:
-        index = [probabilities(pair, batch, name, num_samples).argmax(1) for name in names]
-    else:
-        found = terms(enumerated_model(pair, batch, guide), guide)
-        # The leftmost dimension is the site that the model enumerated last.
-        names = sorted(found.dims, key=lambda name: found.dims[name])
-        shape = found.weights.shape[: len(names)]
-        weights = found.weights.reshape(shape.numel(), len(batch[0]))
-        index = list(torch.unravel_index(torch.multinomial(weights.T, 1).squeeze(1), shape))
+    index = _drawn(pair, batch, guide) if draw else _modes(pair, batch, num_samples)
     sites = latents(model)
     return {
-        name: support_values(sites[name])[which] for name, which in zip(names, index, strict=True)
+        name: data_first(support_values(sites[name])[which], sites[name])
+        for name, which in index.items()
     }
 
 
+def _drawn(pair: nn.Module, batch: Batch, guide: Trace) -> dict[str, Tensor]:
+    """The number of a drawn value of each latent that only the model has, given a guide trace."""
+    model = enumerated_model(pair, batch, guide)
+    if factored_sums.is_factored(model, Trace()):
+        return factored_sums.draws(model, guide)
+    found = terms(model, guide)
+    # The leftmost dimension is the site that the model enumerated last.
+    names = sorted(found.dims, key=lambda name: found.dims[name])
+    shape = found.weights.shape[: len(names)]
+    weights = found.weights.reshape(shape.numel(), len(batch[0]))
+    drawn = torch.multinomial(weights.T, 1).squeeze(1)
+    return dict(zip(names, torch.unravel_index(drawn, shape), strict=True))
+
+
+def _modes(pair: nn.Module, batch: Batch, num_samples: int) -> dict[str, Tensor]:
+    """The number of the most probable value of each latent that only the model has."""
+    found = [_conditional(pair, batch, trace_guide(pair, batch)) for _ in range(num_samples)]
+    return {name: torch.stack([r[name] for r in found]).sum(0).argmax(0) for name in found[0]}
+
+
 def _conditional(pair: nn.Module, batch: Batch, guide: Trace) -> dict[str, Tensor]:
-    """r of each latent that only the model has, of shape (values, batch), given a guide trace."""
-    found = terms(enumerated_model(pair, batch, guide), guide)
+    """r of each latent that only the model has, (values, *plates), given a guide trace."""
+    model = enumerated_model(pair, batch, guide)
+    if factored_sums.is_factored(model, Trace()):
+        return factored_sums.probabilities(model, guide)
+    found = terms(model, guide)
     n = len(batch[0])
     return {
         name: _sum(found.weights, [d for d in found.dims.values() if d != dim]).reshape(-1, n)
@@ -227,25 +294,37 @@ def _layout(model: Trace, guide: Trace) -> tuple[list[int], dict[str, int]]:
     """The dimensions of the plates within a datum, and the dimension of each enumerated site."""
     sites = enumerated(guide) | enumerated(model)
     dims = {name: enumerate_dim(site) for name, site in sites.items()}
-    if len(set(dims.values())) < len(dims):
-        raise UsageError(
-            f"the enumerated sites {', '.join(dims)} share dimensions (pyro.markov), which is not "
-            "supported: use Pyro's TraceEnum_ELBO"
-        )
-    if len({frozenset(plates_of([site])) for site in sites.values()}) > 1:
-        raise UsageError(
-            f"the enumerated sites {', '.join(dims)} are in different plates, which is not "
-            "supported: use Pyro's TraceEnum_ELBO"
-        )
     everywhere = plates_of(sample_sites(model).values()) | plates_of(sample_sites(guide).values())
     own = plates_of(sites.values()) if sites else everywhere
     return sorted(everywhere - own), dims
 
 
+def _means(model: Trace, guide: Trace) -> Terms:
+    """The terms of the ELBO if the sums are factored: each is a mean, summed over the data."""
+    bound = factored_sums.Bound(model, guide)
+    found = bound.free | bound.depending
+    seen = {name for name, site in sample_sites(model).items() if site["is_observed"]}
+    return Terms(
+        torch.ones(()),
+        bound.posterior | ({bound.joint_name: bound.kl} if bound.summed else {}),
+        {name: term for name, term in found.items() if name not in seen},
+        {name: term for name, term in found.items() if name in seen},
+        {},
+        nesting_of(model, guide),
+    )
+
+
+def _density(site: Site, masked: bool = True) -> Tensor:
+    # A mask marks a value as unknown. The sum over its values still needs its distribution.
+    return log_prob(site) if masked else site["fn"].log_prob(site["value"])
+
+
 def _term(site: Site, inner: list[int], masked: bool = True) -> Tensor:
     """The log density of a site, summed over the plates within a datum."""
-    # A mask marks a value as unknown. The sum over its values still needs its distribution.
-    term = log_prob(site) if masked else site["fn"].log_prob(site["value"])
+    return _inside(_density(site, masked), inner)
+
+
+def _inside(term: Tensor, inner: list[int]) -> Tensor:
     return _sum(term, [dim for dim in inner if term.dim() >= -dim])
 
 

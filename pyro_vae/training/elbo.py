@@ -13,6 +13,7 @@ from pyro_vae.compat import FakeTensor
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.data_plate import is_local
+from pyro_vae.pairs.factored_sums import Bound, is_factored
 from pyro_vae.pairs.pair import Batch, Site
 from pyro_vae.pairs.sites import data_plates, latents, observed, sample_sites
 
@@ -43,8 +44,9 @@ class EnumeratedELBO(TraceEnum_ELBO):
         vectorize_particles: whether to draw them in parallel, in a plate.
         max_plate_nesting: the number of nested plates of the pair, including the data plate.
 
-    Loss and gradients equal those of Pyro's ``TraceEnum_ELBO``. A weight on the KL (`KLWeight`)
-    weighs the KL of every latent, and does not change r.
+    Loss and gradients equal those of Pyro's ``TraceEnum_ELBO``, also for sites in ``pyro.markov``
+    and in plates within a datum. A weight on the KL (`KLWeight`) weighs the KL of every latent, and
+    does not change r.
 
     Raises `UsageError` for an observed site outside the data plate, and for a latent that is
     neither enumerated nor reparametrized. Kingma et al., 2014 (https://arxiv.org/abs/1406.5298).
@@ -79,13 +81,10 @@ class EnumeratedELBO(TraceEnum_ELBO):
         loss: Any = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             self._require(model_trace, guide_trace)
-            terms = summing.terms(model_trace, guide_trace)
-            in_model, in_guide = sample_sites(model_trace), sample_sites(guide_trace)
-            for name, term in (terms.observed | terms.prior).items():
-                loss = loss - (terms.mean(term) * in_model[name]["scale"]).sum()
-            for name, term in terms.posterior.items():
-                site = in_guide[name] if name in in_guide else in_model[name]
-                loss = loss + (terms.mean(term) * site["scale"]).sum()
+            if is_factored(model_trace, guide_trace):
+                loss = loss + _factored_loss(model_trace, guide_trace)
+            else:
+                loss = loss + _listed_loss(model_trace, guide_trace)
         return loss / self.num_particles
 
     def _require(self, model: Trace, guide: Trace) -> None:
@@ -102,6 +101,56 @@ class EnumeratedELBO(TraceEnum_ELBO):
                     f"latent site '{name}' is neither enumerated nor reparametrized "
                     f'({type(site["fn"]).__name__}); mark it infer={{"enumerate": "parallel"}}'
                 )
+
+
+def _listed_loss(model: Trace, guide: Trace) -> Any:
+    loss: Any = 0.0
+    terms = summing.terms(model, guide)
+    in_model, in_guide = sample_sites(model), sample_sites(guide)
+    for name, term in (terms.observed | terms.prior).items():
+        loss = loss - (terms.mean(term) * in_model[name]["scale"]).sum()
+    for name, term in terms.posterior.items():
+        site = in_guide[name] if name in in_guide else in_model[name]
+        loss = loss + (terms.mean(term) * site["scale"]).sum()
+    return loss
+
+
+def _factored_loss(model: Trace, guide: Trace) -> Any:
+    """The loss if the sums are factored.
+
+    If all sites that depend on m have the scale of m, it needs only their evidence log Z. Otherwise
+    the evidence is split into log p of these sites and the KL of m.
+    """
+    bound, loss = Bound(model, guide), 0.0
+    in_model, in_guide = sample_sites(model), sample_sites(guide)
+    for name, term in bound.free.items():
+        loss = loss - term * in_model[name]["scale"]
+    for name, term in bound.posterior.items():
+        loss = loss + term * in_guide[name]["scale"]
+    if not bound.summed:
+        return loss
+    scale = _common_scale([in_model[name] for name in bound.summed])
+    if all(_is_same(in_model[name]["scale"], scale) for name in bound.dependent):
+        return loss - bound.evidence * scale
+    for name, term in bound.depending.items():
+        loss = loss - term * in_model[name]["scale"]
+    return loss + bound.kl * scale
+
+
+def _common_scale(sites: Sequence[Site]) -> Any:
+    scale = sites[0]["scale"]
+    for site in sites[1:]:
+        if not are_equal(site["scale"], scale):
+            raise UsageError(
+                f"the enumerated sites '{sites[0]['name']}' and '{site['name']}' have different "
+                "scales, but their KL is one joint KL: give them the same scale"
+            )
+    return scale
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two scales are the same; tensors have no values while a graph is traced."""
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
 
 
 def elbo(

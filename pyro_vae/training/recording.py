@@ -66,13 +66,17 @@ class ELBOParts:
         sites = latents(model_trace) | latents(guide_trace)  # sites of the guide take precedence
         plates = data_plates(model_trace, guide_trace)
         for name, log_q in terms.posterior.items():
-            own = 1.0 if is_local(sites[name], plates) else self.global_share
+            # A joint KL of summed-out latents has several sites, all of which are local.
+            own = 1.0 if name not in sites or is_local(sites[name], plates) else self.global_share
             if own == 0:
                 continue
             term = terms.mean(log_q).detach().sum() * (name not in points)
             if name in terms.prior:  # an auxiliary site of the guide has no prior
                 term = term - terms.mean(terms.prior[name]).detach().sum()
-            name = folds.point_name(name) if name in points else folds.joint_name(sites[name])
+            if name in points:
+                name = folds.point_name(name)
+            elif name in sites:
+                name = folds.joint_name(sites[name])
             _add(self.kl, name, term * (share * own))
 
     def clear(self, global_share: float = 1.0) -> None:

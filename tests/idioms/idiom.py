@@ -88,11 +88,6 @@ UNRANKED = Refusal(
     "is not local, but calibration ranks only local latents", "it ranks only local latents"
 )
 PARTS = Refusal("parts of x at several sites", "each site observes only a part of x")
-MISPLACED = Refusal(
-    "an enumerated site must be in the data plate and in no other plate",
-    "an enumerated site must be in the data plate and in no other plate",
-)
-
 NO_LOCAL = {"refine": UNREFINED, "gaps": UNREFINED}
 """Refusals if no local latent has parameters that could be refined."""
 

@@ -4,7 +4,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from idiom import (
-    MISPLACED,
     NO_LOCAL,
     PARTS,
     SHARED,
@@ -13,7 +12,6 @@ from idiom import (
     Batch,
     Idiom,
     Refusal,
-    everywhere,
     integral,
     rows,
 )
@@ -433,10 +431,6 @@ EXACT = Refusal(
 UNDRAWN = Refusal(
     "needs a latent of the model that the guide draws", "the guide does not draw a latent"
 )
-MARKOV = Refusal(
-    "share dimensions (pyro.markov), which is not supported: use Pyro's TraceEnum_ELBO",
-    "enumerated sites in `pyro.markov` share dimensions; use Pyro's `TraceEnum_ELBO`",
-)
 DRAWN = Refusal(
     "is discrete, so it must be enumerated", "a discrete latent is drawn; it must be enumerated"
 )
@@ -484,16 +478,21 @@ IDIOMS = [
         lambda: (rows(24, 4),),
         enum,
         site="x0",
-        refuses=everywhere(MARKOV, except_for=("sample", "diagnose"))
-        | {"refine": UNREFINED, "gaps": UNREFINED, "nuts": EXACT, "anneal": EXACT}
-        | {"predictive_check": PARTS, "calibration": PARTS},
+        needs="you name a site to `reconstruct` and `sample`, because each step has its own",
+        refuses={
+            "refine": UNREFINED,
+            "gaps": UNREFINED,
+            "nuts": EXACT,
+            "anneal": EXACT,
+            "predictive_check": PARTS,
+            "calibration": PARTS,
+        },
     ),
     Idiom(
         "LDA: an enumerated topic for each word of a document",
         Lda,
         text,
         enum_of_words,
-        refuses=everywhere(MISPLACED, except_for=("sample", "diagnose")),
     ),
     Idiom("LDA with the topics of words summed out by hand", Collapsed, text),
     Idiom(

@@ -9,10 +9,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 from idiom import (
-    MISPLACED,
     NO_LOCAL,
     SHARED,
-    UNREFINED,
     Batch,
     Idiom,
     Refusal,
@@ -440,6 +438,11 @@ BY_ROW = Refusal(
 )
 
 
+STILL = Refusal(
+    "is discrete and shared by all data, so NUTS can neither move it nor sum it out",
+    "a discrete latent is shared by all data",
+)
+
 NO_INVERSE = Refusal(
     "through a map without a known inverse", "the density of the guide is known only at its draws"
 )
@@ -466,9 +469,7 @@ IDIOMS = [
         Discrete,
         one,
         enum,
-        refuses=everywhere(MISPLACED, except_for=("sample", "diagnose"))
-        | SHARED
-        | {"gaps": UNREFINED, "nuts": MISPLACED},
+        refuses=NO_LOCAL | SHARED | {"nuts": STILL},
     ),
     Idiom("`AutoNormal` of a local latent", Local, three, refuses=everywhere(BY_ROW)),
     Idiom(

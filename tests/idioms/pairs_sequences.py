@@ -3,11 +3,13 @@
 import pyro
 import pyro.distributions as dist
 import torch
-from idiom import STEPS, Batch, Idiom, Refusal, everywhere, rows
+from idiom import STEPS, Batch, Idiom, rows
 from pairs_local import LINE, STEP
 from pyro.distributions.transforms import affine_autoregressive
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+
+import pyro_vae as pv
 
 
 class Dmm(nn.Module):
@@ -157,6 +159,7 @@ STEP_LOG = torch.tensor(STEP).log().item()
 class Inner(Visits):
     """The same with the visits at dimension -1, and the patients at dimension -2."""
 
+    @pv.data_plate_at(-2)
     def model(self, x: Tensor, here: Tensor) -> None:
         pyro.module("pair", self)
         with pyro.plate("patients", len(x), dim=-2):
@@ -165,6 +168,7 @@ class Inner(Visits):
                 z = pyro.sample("z", dist.Normal(u, 0.6))
                 pyro.sample("x", dist.Normal(z, 0.7), obs=x)
 
+    @pv.data_plate_at(-2)
     def guide(self, x: Tensor, here: Tensor) -> None:
         seen = torch.where(here, x, 0.0).mean(-1, keepdim=True)
         scale = softplus(self.spread + 0.5)
@@ -184,8 +188,6 @@ def visits() -> Batch:
     return x, torch.arange(3) < lengths[:, None]
 
 
-AT_RIGHT = Refusal("must have dim=-1", "the data plate must be at dimension −1")
-
 IDIOMS = [
     Idiom("DMM of ragged sequences, padding masked", Dmm, ragged, **STEPS),
     Idiom("DMM with an IAF in the guide", Iaf, ragged, **STEPS),
@@ -195,6 +197,6 @@ IDIOMS = [
         "Visits inside a datum, at dimension −1, with the data at −2",
         Inner,
         visits,
-        refuses=everywhere(AT_RIGHT),
+        needs="model and guide are decorated with `pyro_vae.data_plate_at(-2)`",
     ),
 ]

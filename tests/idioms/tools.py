@@ -346,9 +346,10 @@ def agree(idiom: Idiom, drawn: Tensor, runs: Tensor) -> None:
     drawn, runs = drawn.double().flatten(1), runs.double().flatten(1)
     variances = drawn.var(0) / len(drawn), runs.var(0) / len(runs)
     moves = (variances[0] > 1e-9) & (variances[1] > 1e-9)
-    still = torch.isclose(drawn.mean(0), runs.mean(0), atol=0.3)[~moves]
-    assert still.all()
-    off = ((drawn.mean(0) - runs.mean(0)) / sum(variances).sqrt())[moves]
+    apart, error = drawn.mean(0) - runs.mean(0), sum(variances).sqrt()
+    # A rare value of a discrete latent may be in one of the two sets of draws only.
+    assert (apart.abs() < torch.maximum(6 * error, torch.tensor(0.3)))[~moves].all()
+    off = (apart / error)[moves]
     assert not len(off) or off.abs().max() < 6
     if shares(idiom) or not len(off):
         return

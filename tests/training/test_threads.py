@@ -425,8 +425,8 @@ class TestForks:
 
 # Every public function. -----------------------------------------------------------------------
 
-NO_PAIR = {"as_text", "as_tokens", "bounds_table", "disentanglement_scores", "hide_labels"}
-NO_PAIR |= {"load_data", "one_hot", "read_table", "by_group"}
+NO_PAIR = {"as_text", "as_tokens", "bounds_table", "data_plate_at", "disentanglement_scores"}
+NO_PAIR |= {"hide_labels", "load_data", "one_hot", "read_table", "by_group"}
 QUIET = {"progress": False}
 EAGER = QUIET | {"engine": "eager"}
 CALLS = {
