@@ -159,6 +159,9 @@ class Table:
     def cells(self, found: Any) -> Any:
         """A line for each missing cell: the row, the column, the value, its interval, reliability.
 
+        The reliability is the effective sample size of the row, and its Pareto k or, for draws by
+        NUTS, its R-hat.
+
         Arguments:
             found: the `pyro_vae.inference.imputation.Imputation` of the rows of this table, whose
                 intervals are left out for categories.
@@ -170,6 +173,7 @@ class Table:
         }
         at, columns, ids = found.missing.nonzero().tolist(), self.schema.data, self.ids
         numeric = [not columns[j].coded for _, j in at]
+        said = "r_hat" if found.method == "nuts" else "pareto_k"
         return arrow().table(
             {
                 self.id_name: [ids[i] for i, _ in at],
@@ -182,7 +186,7 @@ class Table:
                     high[i, j].item() if n else None for (i, j), n in zip(at, numeric, strict=True)
                 ],
                 "effective_sample_size": [found.effective_sample_size[i].item() for i, _ in at],
-                "pareto_k": [found.pareto_k[i].item() for i, _ in at],
+                said: [getattr(found, said)[i].item() for i, _ in at],
             }
         )
 

@@ -17,6 +17,9 @@ from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.sites import data_first, latents
 from pyro_vae.pairs.weights import log_weights_alone, structure
 
+RELIABLE = 0.7
+"""The largest Pareto k of reliable weights (Vehtari et al., 2024)."""
+
 
 class Weighted(NamedTuple):
     """K draws of the latents of n rows, whose weights are p(x, z) / q(z | x)."""
@@ -43,6 +46,16 @@ class Weighted(NamedTuple):
         """The Pareto shape of the tail of each row's weights, (n,); 0 for constant weights."""
         return steady_shape(self.log_weights, self.batch[0].dtype)
 
+    @property
+    def r_hat(self) -> Tensor:
+        """NaN, (n,): independent draws have no chains."""
+        return torch.full_like(self.effective_sample_size, torch.nan)
+
+    @property
+    def reliable(self) -> Tensor:
+        """Whether the weights of each row have a tail that is short enough, (n,)."""
+        return self.pareto_k <= RELIABLE
+
 
 def steady_shape(log_weights: Tensor, dtype: torch.dtype) -> Tensor:
     """The Pareto shape over draws, (K, ...) to (...); 0 if only rounding of this type differs."""
@@ -67,15 +80,26 @@ def weighted_parts(pair: nn.Module, batch: Batch, num_samples: int) -> Iterator[
     The rows are repeated, because not every pair broadcasts over a plate of samples. Call this
     inside `pyro_vae.pairs.scope.using`.
     """
-    nesting, _, widest = structure(pair, tuple(tensor[:2] for tensor in batch))
-    rows = max(1, CELLS // (max(widest, batch[0][:1].numel()) * num_samples))
+    nesting, _, _ = structure(pair, tuple(tensor[:2] for tensor in batch))
+    rows = rows_at_once(pair, batch, num_samples)
     for part in zip(*(tensor.split(rows) for tensor in batch), strict=True):
         yield weighted(pair, part, num_samples, nesting)
 
 
+def rows_at_once(pair: nn.Module, batch: Batch, num_samples: int) -> int:
+    """How many rows fit into memory if each is repeated ``num_samples`` times."""
+    _, _, widest = structure(pair, tuple(tensor[:2] for tensor in batch))
+    return max(1, CELLS // (max(widest, batch[0][:1].numel()) * num_samples))
+
+
+def repeated(batch: Batch, number: int) -> Batch:
+    """The rows of a batch, repeated: row i of copy k is row k n + i."""
+    return tuple(tensor.repeat(number, *[1] * (tensor.dim() - 1)) for tensor in batch)
+
+
 def weighted(pair: nn.Module, batch: Batch, num_samples: int, nesting: int) -> Weighted:
     """Draws of the guide and their weights, for all rows of a batch at once."""
-    many = tuple(tensor.repeat(num_samples, *[1] * (tensor.dim() - 1)) for tensor in batch)
+    many = repeated(batch, num_samples)
     guide = trace_guide(pair, many)
     summed = enumeration.to_enumerate(guide)
     drawn: dict[str, Any] = {k: site for k, site in latents(guide).items() if k not in summed}
