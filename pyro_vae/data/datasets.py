@@ -64,8 +64,9 @@ def load_data(
             - ``.txt``: one datum in each line;
             - ``.json``: music, see `pyro_vae.data.music`.
 
-            A folder holds images of any size. Sub-folders, if any, are the labels. Unreadable
-            images are skipped with a warning; more than one image and 5 % raise an error.
+            A folder holds images of any size. Sub-folders, if any, are the labels; or the parts,
+            if they are named train, test and optionally validation. Unreadable images are skipped
+            with a warning; more than one image and 5 % raise an error.
         data_dir: the folder with the files of torchvision and the decoded images of folders. The
             default is the environment variable
             ``PYRO_VAE_DATA``, or ``~/.cache/pyro_vae`` if it is not set.
