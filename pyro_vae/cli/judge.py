@@ -16,6 +16,7 @@ from pyro_vae.cli.run import (
     split_of,
     test_part,
 )
+from pyro_vae.cli.score import ids_of
 from pyro_vae.training.settings import EngineName
 
 if TYPE_CHECKING:
@@ -119,9 +120,12 @@ def diagnose(
     )
     seen = _seen(run, loaded) if data is not None else {}
     record = {"data": loaded.name, "model": run_metrics.fingerprint(pair)} | seen | found.as_dict()
-    if "vocabulary" in given and "log_likelihood" in found.results:
-        worst = canvas.lines([("", x[found.worst()])], given["vocabulary"])
-        record["worst_data"] = worst
+    if "log_likelihood" in found.results:
+        worst = found.worst()
+        if "vocabulary" in given:
+            record["worst_data"] = canvas.lines([("", x[worst])], given["vocabulary"])
+        elif loaded.files or loaded.table or loaded.cells:
+            record["worst_data"] = _named(ids_of(loaded, loaded.test), worst.tolist())
     for name, figure in found.figures.items():
         with run_files.atomic(run / run_files.FIGURES / f"{run_files.DIAGNOSIS}{name}.png") as file:
             file.write(canvas.png(figure))
@@ -132,6 +136,12 @@ def diagnose(
     print(found)
     if report:
         print(f"\n{'report':<20}{run / 'report.html'}")
+
+
+def _named(ids: dict[str, list[Any]], rows: list[int]) -> str:
+    """The ids of rows, by the row numbers that the pictures show."""
+    ((name, known),) = ids.items()
+    return "\n".join([f"row     {name}", *(f"{row:<8}{known[row]}" for row in rows)])
 
 
 def _current_findings(run: Path, pair: "nn.Module") -> dict[str, Any]:

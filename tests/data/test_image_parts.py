@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from cli_helpers import QUICK, command, read
 from data_helpers import flat_images
 from PIL import Image
 
@@ -79,3 +80,17 @@ def test_a_part_whose_images_are_all_unreadable_is_refused(tmp_path):
         pytest.raises(UsageError, match="a has too few readable test images"),
     ):
         load_data(tmp_path / "a")
+
+
+def test_the_report_names_the_files_of_its_worst_pictures(tmp_path):
+    write(tmp_path / "a" / "train", range(12))
+    write(tmp_path / "a" / "test", range(12, 16))
+    paths = {"a": tmp_path / "a", "run": tmp_path / "run"}
+    command(f"train {{a}} --out {{run}} --batch-size 4 {QUICK} --no-report", **paths)
+    command("diagnose {run} --budget 2", **paths)
+    found = read(tmp_path / "run" / "metrics.json")["diagnostics"]
+    head, *lines = found["worst_data"].splitlines()
+    assert head.split() == ["row", "files"]
+    assert [int(line.split()[0]) for line in lines] == found["worst_rows"]
+    assert all(line.split()[1] == f"test/{12 + int(line.split()[0])}.png" for line in lines)
+    assert lines[0] in (tmp_path / "run" / "report.html").read_text()
