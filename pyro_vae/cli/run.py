@@ -35,7 +35,8 @@ def measure_run(
     from pyro_vae.diagnostics.evaluation import evaluate as measure
     from pyro_vae.runs import metrics as run_metrics
 
-    split, train = part_of(data, part), data.train
+    split = data.test if part == "test" else part_of(data, part)
+    train = data.train
     apart = part in ("test", "validation")
     result = measure(
         pair,

@@ -96,6 +96,11 @@ def load_data(
         raise UsageError(
             f"needs a table or a .npz file with group ids, got {name}", argument="group"
         )
+    if path.suffix == ".zarr":
+        raise UsageError(
+            f"{name}: zarr stores are not read; write the cells as an .h5ad file, by "
+            "anndata.read_zarr(store).write_h5ad(file)"
+        )
     if name not in NAMES and path.is_dir() and columns is None:
         return load_images(path, image_options(image_size, color, crop), _root(data_dir))
     if image_size is not None or color is not None or not crop:
