@@ -17,37 +17,47 @@ FEW = 16
 """The number of rows on which the pair is run."""
 
 
-def fault(pair: nn.Module, batch: Sequence[Tensor], start: int | None = None) -> str | None:
-    """Say why a pair cannot use the missing entries of x; None if it can, or if x has none.
+def unserved(pair: nn.Module, batch: Sequence[Tensor], start: int | None = None) -> str | None:
+    """Say that the pair would score the missing entries of x; None if it leaves them out.
 
     Arguments:
         batch: x and its context, before they are prepared.
         start: the number of the first row of a minibatch in its epoch.
     """
-    x = batch[0]
-    if not x.is_floating_point() or not bool(x.isnan().any()):
+    found = rows(batch[0])
+    if not len(found) or masks.scores_missing(pair, _taken(pair, batch, found)):
         return None
+    return (
+        "x holds values that are not finite (NaN or infinite), first in "
+        f"{_name(found, start)}; for NaN as a missing entry, use a likelihood that leaves it out, "
+        "such as pyro_vae.Missing(pyro_vae.Gaussian) or pyro_vae.Columns"
+    )
+
+
+def unseen(pair: nn.Module, batch: Sequence[Tensor], start: int | None = None) -> str | None:
+    """Say that a row of x is all NaN; None if no row is, or if the model observes more than x."""
+    found = rows(batch[0], every=True)
+    if not len(found) or _observes_more(pair, _taken(pair, batch, found)):
+        return None
+    return f"x has no observed entry in {_name(found, start)}: remove rows that are all NaN"
+
+
+def rows(x: Tensor, every: bool = False) -> Tensor:
+    """The numbers of the rows in which an entry, or every entry, is missing."""
+    if not x.is_floating_point():
+        return torch.arange(0)
     missing = x.reshape(len(x), -1).isnan()
-    some, empty = (part.nonzero().flatten() for part in (missing.any(1), missing.all(1)))
-    of = "" if start is None else " of the epoch"
-    if not masks.scores_missing(pair, _taken(pair, batch, some)):
-        return (
-            "x holds values that are not finite (NaN or infinite), first in row "
-            f"{(start or 0) + int(some[0])}{of}; for NaN as a missing entry, use a likelihood that "
-            "leaves it out, such as pyro_vae.Missing(pyro_vae.Gaussian) or pyro_vae.Columns"
-        )
-    if len(empty) and not _observes_more(pair, _taken(pair, batch, empty)):
-        return (
-            f"x has no observed entry in row {(start or 0) + int(empty[0])}{of}: remove rows that "
-            "are all NaN"
-        )
-    return None
+    return (missing.all(1) if every else missing.any(1)).nonzero().flatten()
 
 
-def _taken(pair: nn.Module, batch: Sequence[Tensor], rows: Tensor) -> Batch:
+def _name(found: Tensor, start: int | None) -> str:
+    return f"row {(start or 0) + int(found[0])}{'' if start is None else ' of the epoch'}"
+
+
+def _taken(pair: nn.Module, batch: Sequence[Tensor], found: Tensor) -> Batch:
     """A few of these rows, on the device and in the type of the pair."""
     device, dtype = placement(pair)
-    few = [tensor[rows[:FEW]].to(device) for tensor in batch]
+    few = [tensor[found[:FEW]].to(device) for tensor in batch]
     return tuple(part.to(dtype) if part.is_floating_point() else part for part in few)
 
 

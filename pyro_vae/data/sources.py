@@ -114,6 +114,8 @@ class Stream:
         self.rows, self.width, self.dtype, self.pair = rows, width, dtype, pair
         self.greatest: int | None = None
         """The largest value that 8-bit data may have; None for an unlimited range."""
+        self.serves = False
+        """Whether x had missing entries (NaN), which the pair leaves out."""
         _require_plain_items(rows)
         self.length, self.num_data, self.exact = _lengths(rows)
         if self.length < 1:
@@ -163,10 +165,17 @@ class Stream:
             batch = batch[: self.width]
             for i, item in enumerate(batch):
                 self._require_sound(item, f"context {i}" if i else "x", row)
-            if self.pair is not None and (fault := holes.fault(self.pair, batch, row)):
-                raise UsageError(fault)
+            if self.pair is not None:
+                self._require_served(self.pair, batch, row)
             row += len(batch[0])
             yield batch
+
+    def _require_served(self, pair: nn.Module, batch: Batch, row: int) -> None:
+        """Raise `UsageError` for missing entries of x that the pair cannot use."""
+        told = None if self.serves else holes.unserved(pair, batch, row)
+        if told := told or holes.unseen(pair, batch, row):
+            raise UsageError(told)
+        self.serves = self.serves or len(holes.rows(batch[0])) > 0
 
     def _require_sound(self, item: Any, name: str, row: int) -> None:
         if not isinstance(item, Tensor):
@@ -276,8 +285,10 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
             raise UsageError(
                 f"context {i} has {len(tensor)} rows but x has {len(tensors[0])}; they must match"
             )
-    if pair is not None and (fault := holes.fault(pair, tensors)):
+    if pair is not None and (fault := holes.unserved(pair, tensors)):
         as_tensor(x, "x", finite=False)  # raises for a masked array
+        raise UsageError(fault)
+    if pair is not None and (fault := holes.unseen(pair, tensors)):
         raise UsageError(fault)
     return Arrays(tensors)
 

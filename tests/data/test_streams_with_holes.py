@@ -1,5 +1,6 @@
 """NaN in a Dataset or a DataLoader is a missing entry, as it is in an array."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -78,7 +79,11 @@ def test_infinite_values_and_nan_in_the_context_stay_refused():
         pv.log_likelihood(pair, TensorDataset(rows(), rows()[:, 1:2]), num_samples=2)
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, Rows])
+def masked(x):
+    return np.ma.array(x.nan_to_num().numpy(), mask=x.isnan().numpy())
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, Rows, masked])
 def test_a_row_without_an_observed_entry_is_refused(wrap):
     """As `read_table` and the command line refuse it."""
     x = rows()
