@@ -208,13 +208,13 @@ def read_table(
         source: a .csv, .tsv, .parquet, .feather or .arrow file; or a data frame that exports itself
             to Arrow, as those of pandas and polars do; or a mapping from names to lists.
         columns: changes of the inferred schema: a kind, a role, or a mapping with ``kind``,
-            ``role`` and ``categories``, by the name of the column (see `Schema.changed`); or the
-            path of a TOML file of such changes; or the whole `Schema` of another table, as of a
-            run.
+            ``role``, ``categories`` and ``period``, by the name of the column (see
+            `Schema.changed`); or the path of a TOML file of such changes; or the whole `Schema` of
+            another table, as of a run.
 
-    The kinds are continuous, positive, count, binary, categorical and ordinal. The roles are data,
-    ignored, label, context, row id, group and split. Empty cells, NaN and nulls are missing
-    entries.
+    The kinds are continuous, positive, count, circular (never inferred), binary, categorical and
+    ordinal. The roles are data, ignored, label, context, row id, group and split. Empty cells, NaN
+    and nulls are missing entries.
 
     Raises `UsageError` for a table that cannot be read or modeled, with the column and the row.
 

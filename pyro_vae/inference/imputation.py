@@ -26,6 +26,7 @@ from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, data_site
 from pyro_vae.pairs.threads import alone
+from pyro_vae.parts.circular import circle_of, circular_mean, near
 
 METHODS = ("importance", "refine", "nuts")
 
@@ -44,7 +45,7 @@ class Imputation:
     """Complete rows, (draws, n, *data_shape), independent given the importance weights."""
     low: Tensor
     """The lower end of the central posterior interval of each entry, (n, *data_shape). Intervals of
-    classes have no meaning."""
+    classes have no meaning. Those of circular numbers lie within half a period of the mean."""
     high: Tensor
     """The upper end of this interval."""
     level: float
@@ -242,11 +243,20 @@ def _posterior(pair: nn.Module, part: Weighted | Chained, draws: int, level: flo
     wide = shares.reshape(*shares.shape, *[1] * (like.dim() - 1)).to(like.dtype)
     # A draw of weight 0 does not count, even if its mean is infinite in this type.
     mean = torch.where(wide > 0, wide * centers, 0.0).sum(0)
-    if bool(classes.any()):
-        mean = torch.where(classes, _most_probable(drawn, wide, classes), mean)
+    circle = circle_of(site["fn"])
+    period = torch.zeros_like(like[0]) if circle is None else circle.period.to(like)
+    named = classes & (period == 0)
+    if bool(named.any()):
+        mean = torch.where(named, _most_probable(drawn, wide, named), mean)
+    around = drawn
+    if circle is not None:
+        turned = circle.wrapped(circular_mean(drawn, wide, period))
+        mean = torch.where(period > 0, turned, mean)
+        # Quantiles may cross the end of the circle.
+        around = near(drawn, mean, period)
     chosen = torch.multinomial(shares.T, draws, replacement=True).T  # (draws, n)
     rows = torch.arange(shares.shape[1], device=chosen.device)
-    low, high = _quantiles(drawn, wide, ((1 - level) / 2, (1 + level) / 2))
+    low, high = _quantiles(around, wide, ((1 - level) / 2, (1 + level) / 2))
     return _Completed(
         mean, low, high, drawn[chosen, rows], *(getattr(part, name) for name in BY_ROW)
     )
