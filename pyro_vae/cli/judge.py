@@ -16,7 +16,6 @@ from pyro_vae.cli.run import (
     split_of,
     test_part,
 )
-from pyro_vae.cli.score import ids_of
 from pyro_vae.training.settings import EngineName
 
 if TYPE_CHECKING:
@@ -94,6 +93,7 @@ def diagnose(
     report
         Write report.html again.
     """
+    from pyro_vae.cli.score import ids_of  # here, so that the commands keep their order in --help
     from pyro_vae.diagnostics.diagnosis import diagnose as run_diagnose
     from pyro_vae.plots import canvas
     from pyro_vae.runs import files as run_files
