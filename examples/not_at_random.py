@@ -1,6 +1,6 @@
 """Missing not at random: large values of a table are missing because they are large.
 
-    python examples/not_at_random.py [--epochs 100]
+    python examples/not_at_random.py [--epochs 100] [--num-samples 1000]
 
 The data are the breast-cancer table of scikit-learn, standardized. In the first half of the
 columns, the values above the mean are removed. The program fits the same linear VAE twice: alone,
@@ -46,6 +46,7 @@ def make_vae() -> pv.VAE:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--num-samples", type=int, default=1000)
     options = parser.parse_args()
     x, holes = table()
     torch.manual_seed(0)  # for the initial weights
@@ -59,9 +60,9 @@ def main() -> None:
             epochs=options.epochs,
             batch_size=16,
         )
-        found = pv.impute(pair, holes, draws=1, num_samples=1000)
+        found = pv.impute(pair, holes, draws=1, num_samples=options.num_samples)
         error = (found.mean - x)[found.missing].square().mean().sqrt()
-        value = pv.log_likelihood(pair, holes, num_samples=100).value
+        value = pv.log_likelihood(pair, holes, num_samples=options.num_samples).value
         print(f"{name:<28}log p(x) {value:>9.2f}   error of imputed entries {error:.3f}")
 
 
