@@ -80,6 +80,8 @@ class Imputation:
             ("effective samples", f"{100 * float(size) / self.num_samples:.1f} % (median)"),
             (fault, f"{bad} rows, whose imputations are not reliable"),
         ]
+        if bad and self.method == "importance":
+            lines.append(("what to try", "the method refine, or more samples"))
         return "\n".join(f"{name:<20}{value}" for name, value in lines)
 
 

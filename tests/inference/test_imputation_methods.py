@@ -55,6 +55,15 @@ def test_nuts_has_the_exact_posterior_and_reports_its_chains():
     assert "R-hat over 1.01" in str(found)
 
 
+def test_unreliable_rows_name_the_method_to_try():
+    pair, x = Holes(spread=0.3), rows(8)
+    found = pv.impute(pair, x, draws=1, num_samples=400)
+    assert bool((found.pareto_k > 0.7).any())
+    assert torch.equal(found.reliable, found.pareto_k <= 0.7)
+    assert "what to try         the method refine" in str(found)
+    assert "what to try" not in str(pv.impute(Holes(), x, draws=1, num_samples=400))
+
+
 class Explosive(nn.Module):
     """x[1] = exp(30 z) is infinite in float32 for z > 3; x[0] = 0 excludes such z."""
 
