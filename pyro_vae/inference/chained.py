@@ -59,7 +59,7 @@ def chained_parts(pair: nn.Module, batch: Batch, num_samples: int, seed: int) ->
         yield Chained(
             repeated(tuple(tensor[rows] for tensor in batch), number),
             {
-                name: draws.flatten(0, 1)[:, rows].flatten(0, 1).to(batch[0])
+                name: draws.flatten(0, 1)[:, rows].flatten(0, 1).to(batch[0].device)
                 for name, draws in found.draws.items()
             },
             batch[0].new_full((number, len(rows)), 1 / number, dtype=torch.double),
