@@ -91,8 +91,8 @@ class Enumerated(nn.Module):
         with pyro.plate("data", len(x), dim=-1):
             y = pyro.sample("y", dist.Bernoulli(x.new_full((len(x),), 0.3)))
             z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
-            fn = dist.Normal((y + z)[..., None], 1.0).to_event(1)
-            pyro.sample("x", fn.mask(~x.isnan().any(-1)), obs=x.nan_to_num())
+            fn = dist.Normal((y + z)[..., None].expand(*(y + z).shape, 2), 1.0)
+            pyro.sample("x", fn.mask(~x.isnan()).to_event(1), obs=x.nan_to_num())
 
     def guide(self, x):
         with pyro.plate("data", len(x), dim=-1):
@@ -109,7 +109,7 @@ class Enumerated(nn.Module):
     ],
 )
 def test_a_method_that_cannot_serve_is_one_line(method, words):
-    x = torch.tensor([[0.5], [torch.nan]])
+    x = torch.tensor([[0.5, 1.0], [torch.nan, 0.2]])
     with pytest.raises(pv.UsageError, match=words):
         pv.impute(Enumerated(), x, method=method)
 
