@@ -1,21 +1,22 @@
 """Draws of the latents with importance weights: what imputation and scores by entry start from."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import CELLS
 from pyro_vae.inference.pareto import LEAST, pareto_shape
 from pyro_vae.inference.passes import summed_out
-from pyro_vae.pairs import enumeration
+from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.pair import Batch
-from pyro_vae.pairs.sites import data_first, latents
-from pyro_vae.pairs.weights import log_weights_alone, structure
+from pyro_vae.pairs.sites import by_datum, data_first, latents, log_prob
+from pyro_vae.pairs.weights import log_density, log_weights_alone, structure
 
 RELIABLE = 0.7
 """The largest Pareto k of reliable weights (Vehtari et al., 2024)."""
@@ -98,16 +99,31 @@ def repeated(batch: Batch, number: int) -> Batch:
 
 
 def weighted(pair: nn.Module, batch: Batch, num_samples: int, nesting: int) -> Weighted:
-    """Draws of the guide and their weights, for all rows of a batch at once."""
+    """Draws of the guide and their weights, for all rows of a batch at once.
+
+    Latents that the guide enumerates are drawn, too, because the draws must fit together: the
+    weights are p(x, z, y) / q(z, y | x). Latents that only the model enumerates are summed out of
+    the weights, and drawn given the others.
+    """
     many = repeated(batch, num_samples)
     guide = trace_guide(pair, many)
-    summed = enumeration.to_enumerate(guide)
-    drawn: dict[str, Any] = {k: site for k, site in latents(guide).items() if k not in summed}
-    given = {name: site["value"] for name, site in drawn.items()}
-    log_weights = log_weights_alone(pair, many, nesting, given).double()
+    log_weights = _log_weights(pair, many, guide, nesting).double()
     values = {
         name: data_first(site["value"], site) if is_local(site) else site["value"]
         for name, site in latents(guide).items()
     }
     values |= summed_out(pair, many, guide, means=False)
     return Weighted(many, values, log_weights.reshape(num_samples, -1))
+
+
+def _log_weights(pair: nn.Module, batch: Batch, guide: Trace, nesting: int) -> Tensor:
+    """The log weights of the draws in a trace of the guide."""
+    if not enumeration.to_enumerate(guide):
+        drawn = {name: site["value"] for name, site in latents(guide).items()}
+        return log_weights_alone(pair, batch, nesting, drawn)
+    model = enumeration.enumerated_model(pair, batch, guide)
+    if enumeration.enumerated(model):
+        return summing.evidence(model, guide)
+    local = (site for site in latents(guide).values() if is_local(site))
+    log_q = sum(by_datum(log_prob(site), particles=False) for site in local)
+    return log_density(model, False) - log_q

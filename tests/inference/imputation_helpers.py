@@ -62,3 +62,20 @@ def rows(n=12, share=0.4):
     holes = torch.rand(n, WIDTH) < share
     holes[0], holes[1:, 0], holes[1:, 1] = False, False, True
     return torch.where(holes, torch.nan, x)
+
+
+class Enumerated(nn.Module):
+    """Two classes, summed out, and a missing entry."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            y = pyro.sample("y", dist.Bernoulli(x.new_full((len(x),), 0.3)))
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            fn = dist.Normal((y + z)[..., None].expand(*(y + z).shape, 2), 1.0)
+            pyro.sample("x", fn.mask(~x.isnan()).to_event(1), obs=x.nan_to_num())
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            fn = dist.Bernoulli(x.new_full((len(x),), 0.4))
+            pyro.sample("y", fn, infer={"enumerate": "parallel"})
+            pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from imputation_helpers import Holes, rows
+from imputation_helpers import Enumerated, Holes, rows
 from torch import nn
 
 import pyro_vae as pv
@@ -82,23 +82,6 @@ def test_a_draw_of_weight_zero_does_not_make_the_mean_nan():
     found = pv.impute(Explosive(), torch.tensor([[0.0, torch.nan]]), num_samples=5000)
     want = exp(0.5 * (30 * 0.01) ** 2)  # E[exp(30 z)] for z ~ N(0, 0.01)
     assert float(found.mean[0, 1]) == pytest.approx(want, abs=0.2)
-
-
-class Enumerated(nn.Module):
-    """Two classes, summed out, and a missing entry."""
-
-    def model(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            y = pyro.sample("y", dist.Bernoulli(x.new_full((len(x),), 0.3)))
-            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
-            fn = dist.Normal((y + z)[..., None].expand(*(y + z).shape, 2), 1.0)
-            pyro.sample("x", fn.mask(~x.isnan()).to_event(1), obs=x.nan_to_num())
-
-    def guide(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            fn = dist.Bernoulli(x.new_full((len(x),), 0.4))
-            pyro.sample("y", fn, infer={"enumerate": "parallel"})
-            pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
 
 
 @pytest.mark.parametrize(
