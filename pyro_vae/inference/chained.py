@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.nuts import nuts
+from pyro_vae.inference.passes import summed_out
 from pyro_vae.inference.weighted import repeated, rows_at_once
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import latents
+from pyro_vae.pairs.traces import DataFirst
 
 CHAINS = 4
 """The number of chains of each row."""
@@ -45,7 +47,7 @@ def chained_parts(pair: nn.Module, batch: Batch, num_samples: int, seed: int) ->
     """Draws of a prepared batch by NUTS, some rows at a time.
 
     Each of the 4 chains has as many transitions of warm-up as draws. Raises `UsageError` for pairs
-    with global or enumerated latents, whose draws are not those of a row alone.
+    with global latents, or with latents that the guide enumerates.
     """
     _require_served(pair, batch)
     each = -(-num_samples // CHAINS)
@@ -56,17 +58,27 @@ def chained_parts(pair: nn.Module, batch: Batch, num_samples: int, seed: int) ->
         size = rows_at_once(pair, batch, number)
     least = found.effective_sample_size.nan_to_num(torch.inf).amin(1).clamp(max=number)
     for rows in torch.arange(len(batch[0])).split(size):
+        many = repeated(tuple(tensor[rows] for tensor in batch), number)
+        values = {
+            name: draws.flatten(0, 1)[:, rows].flatten(0, 1).to(batch[0].device)
+            for name, draws in found.draws.items()
+        }
         yield Chained(
-            repeated(tuple(tensor[rows] for tensor in batch), number),
-            {
-                name: draws.flatten(0, 1)[:, rows].flatten(0, 1).to(batch[0].device)
-                for name, draws in found.draws.items()
-            },
+            many,
+            values | _summed_out(pair, many, values),
             batch[0].new_full((number, len(rows)), 1 / number, dtype=torch.double),
             least[rows].double(),
             found.r_hat.nan_to_num(1.0).amax(1)[rows].double(),
             found.agrees[rows],
         )
+
+
+def _summed_out(pair: nn.Module, batch: Batch, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Draws of the latents that only the model enumerates, given the others."""
+    with using(pair), DataFirst(values):
+        guide = trace_guide(pair, batch)
+    with using(pair):
+        return summed_out(pair, batch, guide, means=False)
 
 
 def _require_served(pair: nn.Module, batch: Batch) -> None:

@@ -97,6 +97,33 @@ def test_a_method_that_cannot_serve_is_one_line(method, words):
         pv.impute(Enumerated(), x, method=method)
 
 
+class Summed(nn.Module):
+    """x[j] ~ N(4 y + z, 1); only the model has the class y, which is summed out."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            fn = dist.Bernoulli(x.new_full((len(x),), 0.3))
+            y = pyro.sample("y", fn, infer={"enumerate": "parallel"})
+            fn = dist.Normal((4 * y + z)[..., None].expand(*(y + z).shape, 2), 1.0)
+            pyro.sample("x", fn.mask(~x.isnan()).to_event(1), obs=x.nan_to_num())
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+
+
+@pytest.mark.parametrize(("method", "num_samples"), [("importance", 2000), ("nuts", 120)])
+def test_classes_that_only_the_model_has_are_drawn_given_the_data(method, num_samples):
+    """For x[1] = 4 the class is 1 with probability 0.96; its prior is 0.3."""
+    x = torch.tensor([[torch.nan, 4.0]])
+    found = pv.impute(Summed(), x, method=method, draws=1, num_samples=num_samples)
+    weights = torch.tensor([0.7 * exp(-4.0), 0.3])
+    p = float(weights[1] / weights.sum())
+    want = 4 * p + 0.5 * (4 - 4 * p)
+    assert float(found.mean[0, 0]) == pytest.approx(want, abs=0.5)
+
+
 def test_nuts_refuses_global_latents():
     """Global latents have another posterior for each set of rows."""
     likelihood = pv.Missing(pv.Gaussian)
