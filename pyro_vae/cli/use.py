@@ -223,7 +223,7 @@ def _asked(
 ) -> tuple[list["Tensor"], list[Any] | None]:
     """The context of the samples: a label, or each label in turn, and context of test data.
 
-    Also the ids of the test rows from which context is taken; None if there are no such rows.
+    Also the ids of the test rows from which context is taken; None without such rows.
     """
     import torch
 
