@@ -14,7 +14,10 @@ mnar          In the first half of the columns, the values above the mean are re
 distribution  30 % of the numbers are removed at random (and those of penguins also have their own
               holes). It prints the energy score of 19 draws in standard units (lower is better) and
               how often the truth is between the smallest and the largest of them, which is 90 % for
-              exact draws, beside ``IterativeImputer(sample_posterior=True)``.
+              exact draws, beside ``IterativeImputer(sample_posterior=True)``. The guide is
+              refined for each row.
+
+The results of each seed are kept in ``--out``, and a later call does not run this seed again.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,58 +125,54 @@ def baselines(x: Tensor, removed: Tensor, seed: int) -> dict[str, float]:
         }
 
 
-def mcar(seeds: int, scale: float) -> list[dict[str, float]]:
-    x, found = standardized(), []
-    for seed in range(seeds):
-        removed = removed_at_random(x, 0.5, 1234 + seed)
-        holes = torch.where(removed, torch.nan, x)
-        likelihood = pv.Columns(["continuous"] * 30, [0] * 30).standardize(holes)
-        torch.manual_seed(seed)
-        pair = pv.VAE.mlp((30,), latent_dim=10, hidden=(128, 128), likelihood=likelihood)
-        pv.fit(
-            pair,
-            holes,
-            objective=pv.ImportanceWeightedELBO(20),
-            epochs=max(2, int(1001 * scale)),
-            batch_size=32,
-            learning_rate=2e-4,
-            seed=seed,
-            engine="traced",
-        )
-        made = pv.impute(pair, holes, draws=1, num_samples=5000)
-        errors = {"pair": float((made.mean - x)[removed].square().mean())}
-        found.append(errors | baselines(x, removed, seed))
-        print("mcar", seed, found[-1], flush=True)
-    return found
+def mcar(seed: int, scale: float) -> dict[str, float]:
+    x = standardized()
+    removed = removed_at_random(x, 0.5, 1234 + seed)
+    holes = torch.where(removed, torch.nan, x)
+    likelihood = pv.Columns(["continuous"] * 30, [0] * 30).standardize(holes)
+    torch.manual_seed(seed)
+    pair = pv.VAE.mlp((30,), latent_dim=10, hidden=(128, 128), likelihood=likelihood)
+    pv.fit(
+        pair,
+        holes,
+        objective=pv.ImportanceWeightedELBO(20),
+        epochs=max(2, int(1001 * scale)),
+        batch_size=32,
+        learning_rate=2e-4,
+        seed=seed,
+        engine="traced",
+        progress=False,
+    )
+    made = pv.impute(pair, holes, draws=1, num_samples=5000)
+    errors = {"pair": float((made.mean - x)[removed].square().mean())}
+    return errors | baselines(x, removed, seed)
 
 
-def mnar(seeds: int, scale: float) -> list[dict[str, float]]:
-    x, found = standardized(), []
+def mnar(seed: int, scale: float) -> dict[str, float]:
+    x = standardized()
     removed = torch.zeros_like(x, dtype=torch.bool)
     removed[:, :15] = x[:, :15] > 0
     holes = torch.where(removed, torch.nan, x)
-    for seed in range(seeds):
-        torch.manual_seed(seed)
-        family = pv.Missing(pv.Gaussian(1.0, learned=True))
-        usual = pv.VAE.mlp((30,), 29, (128, 128), family, activation=nn.Tanh)
-        linear = pv.Factor(pv.MLP(29, (), 30), family, (30,))
-        pair = pv.NotAtRandomVAE(pv.VAE(usual.encoder, linear, usual.prior), known_sign=True)
-        pv.fit(
-            pair,
-            holes,
-            objective=pv.ImportanceWeightedELBO(20),
-            epochs=max(2, int(300 * scale)),
-            batch_size=16,
-            seed=seed,
-            engine="traced",
-        )
-        made = pv.impute(pair, holes, draws=1, num_samples=5000)
-        errors = {"pair": float((made.mean - x)[removed].square().mean())}
-        if seed == 0:
-            errors |= baselines(x, removed, seed)
-        found.append({name: error**0.5 for name, error in errors.items()})
-        print("mnar", seed, found[-1], flush=True)
-    return found
+    torch.manual_seed(seed)
+    family = pv.Missing(pv.Gaussian(1.0, learned=True))
+    usual = pv.VAE.mlp((30,), 29, (128, 128), family, activation=nn.Tanh)
+    linear = pv.Factor(pv.MLP(29, (), 30), family, (30,))
+    pair = pv.NotAtRandomVAE(pv.VAE(usual.encoder, linear, usual.prior), known_sign=True)
+    pv.fit(
+        pair,
+        holes,
+        objective=pv.ImportanceWeightedELBO(20),
+        epochs=max(2, int(300 * scale)),
+        batch_size=16,
+        seed=seed,
+        engine="traced",
+        progress=False,
+    )
+    made = pv.impute(pair, holes, draws=1, num_samples=5000)
+    errors = {"pair": float((made.mean - x)[removed].square().mean())}
+    if seed == 0:  # the mask is the same for each seed
+        errors |= baselines(x, removed, seed)
+    return {name: error**0.5 for name, error in errors.items()}
 
 
 def energy(draws: Tensor, truth: Tensor, removed: Tensor) -> float:
@@ -190,29 +190,31 @@ def coverage(draws: Tensor, truth: Tensor, removed: Tensor) -> float:
     return float(inside[removed].double().mean())
 
 
-def distribution(seeds: int, scale: float) -> dict[str, list[dict[str, float]]]:
-    found: dict[str, list[dict[str, float]]] = {}
-    for name, frame in frames():
-        if name == "iris":
-            continue
-        table = pv.read_table(frame)
-        numeric = torch.tensor([not column.coded for column in table.schema.data])
-        center = table.x.nanmean(0)
-        spread = (table.x - center).square().nanmean(0).sqrt()
-        for seed in range(seeds):
-            removed = removed_at_random(table.x, 0.3, seed) & numeric & ~table.x.isnan()
-            holes = torch.where(removed, torch.nan, table.x)
-            kept = ~holes.isnan().all(1)
-            ours = imputed(table.schema, holes[kept], seed, scale)
-            theirs = iterative(holes[kept], seed)
-            truth = ((table.x - center) / spread)[kept].nan_to_num(0.0)
-            scores = {}
-            for who, draws in (("pair", ours), ("iterative", theirs)):
-                units = (draws - center) / spread
-                scores[f"{who} energy"] = energy(units, truth, removed[kept])
-                scores[f"{who} coverage"] = coverage(units, truth, removed[kept])
-            found.setdefault(name, []).append(scores)
-            print("distribution", name, seed, scores, flush=True)
+def distribution(seed: int, scale: float) -> dict[str, dict[str, float]]:
+    return {
+        name: scores(pv.read_table(frame), seed, scale)
+        for name, frame in frames()
+        if name != "iris"
+    }
+
+
+def scores(table: pv.Table, seed: int, scale: float) -> dict[str, float]:
+    """Energy score and coverage of the pair and of the iterative imputer."""
+    numeric = torch.tensor([not column.coded for column in table.schema.data])
+    center = table.x.nanmean(0)
+    spread = (table.x - center).square().nanmean(0).sqrt()
+    removed = removed_at_random(table.x, 0.3, seed) & numeric & ~table.x.isnan()
+    holes = torch.where(removed, torch.nan, table.x)
+    kept = ~holes.isnan().all(1)
+    truth = ((table.x - center) / spread)[kept].nan_to_num(0.0)
+    found = {}
+    for who, draws in (
+        ("pair", imputed(table.schema, holes[kept], seed, scale)),
+        ("iterative", iterative(holes[kept], seed)),
+    ):
+        units = (draws - center) / spread
+        found[f"{who} energy"] = energy(units, truth, removed[kept])
+        found[f"{who} coverage"] = coverage(units, truth, removed[kept])
     return found
 
 
@@ -231,8 +233,10 @@ def imputed(schema: pv.Schema, holes: Tensor, seed: int, scale: float) -> Tensor
         batch_size=32,
         seed=seed,
         engine="traced",
+        progress=False,
     )
-    return pv.impute(pair, holes, draws=DRAWS, num_samples=2000, seed=seed).draws
+    found = pv.impute(pair, holes, method="refine", draws=DRAWS, num_samples=5000, seed=seed)
+    return found.draws
 
 
 def iterative(holes: Tensor, seed: int) -> Tensor:
@@ -255,16 +259,25 @@ def main() -> None:
     parser.add_argument("--epochs-scale", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=Path("runs/tables"))
     options = parser.parse_args()
-    run: dict[str, Callable[[], object]] = {
-        "density": lambda: density(Path(tempfile.mkdtemp())),
-        "mcar": lambda: mcar(options.seeds, options.epochs_scale),
-        "mnar": lambda: mnar(options.seeds, options.epochs_scale),
-        "distribution": lambda: distribution(options.seeds, options.epochs_scale),
-    }
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.parts:
-        result = run[name]()
-        (options.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    if "density" in options.parts:
+        keep(options.out / "density.json", lambda: density(Path(tempfile.mkdtemp())))
+    by_seed: dict[str, Callable[[int, float], object]] = {
+        "mcar": mcar,
+        "mnar": mnar,
+        "distribution": distribution,
+    }
+    for seed in range(options.seeds):
+        for name in [name for name in by_seed if name in options.parts]:
+            run = partial(by_seed[name], seed, options.epochs_scale)
+            keep(options.out / f"{name}-{seed}.json", run)
+
+
+def keep(path: Path, run: Callable[[], object]) -> None:
+    """Print what ``run`` returns and write it, or print what an earlier call has written."""
+    if not path.exists():
+        path.write_text(json.dumps(run(), indent=2) + "\n")
+    print(path.name, path.read_text(), flush=True)
 
 
 if __name__ == "__main__":

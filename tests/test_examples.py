@@ -26,6 +26,7 @@ RUNS = {
     "text.py": ["--epochs", "2", "--rows", "64"],
     "mixture.py": ["--epochs", "2"],
     "multilevel.py": ["--epochs", "1", "--groups", "120"],
+    "not_at_random.py": ["--epochs", "1", "--num-samples", "21"],
     "own_pair.py": ["--epochs", "2"],
     "trust.py": ["--epochs", "1", "--num-samples", "42", "--num", "4", "--out", "OUT"],
     "semisupervised.py": ["--epochs", "2"],

@@ -28,8 +28,8 @@ class Input:
         (dynamic), drawn once (fixed), or not at all (none, which does not define a likelihood).
     columns
         For a table: TOML file with a table [columns.NAME] for each column to change, and the
-        entries kind, role and categories. schema.toml of a run is such a file. For a .h5ad file:
-        the roles of columns of obs, which are context, label, group or split.
+        entries kind, role, categories and period. schema.toml of a run is such a file. For a .h5ad
+        file: the roles of columns of obs, which are context, label, group or split.
     standardize
         Scale real-valued data inside the pair, by constants that are saved with it. The default is
         yes for rows (n, d) with a Gaussian or Student-t likelihood, unless --scale is a number.

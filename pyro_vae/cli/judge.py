@@ -29,6 +29,7 @@ def evaluate(
     run: RunFolder,
     *,
     data: str | None = None,
+    part: str = "test",
     data_dir: Path | None = None,
     model: UserClass = None,
     num_samples: int = 500,
@@ -40,6 +41,9 @@ def evaluate(
     ----------
     data
         Data to use instead of those of training: a name or a file, as for train.
+    part
+        Part of the data: train, validation, test or all. Other data than those of training are
+        split in the same way; with all, each row counts. A table then may have any number of rows.
     data_dir
         Folder of the torchvision data sets.
     num_samples
@@ -48,9 +52,9 @@ def evaluate(
         How to compute log p(x): with stock Pyro (eager), a traced graph (traced) or a compiled
         graph (compiled). auto chooses by the amount of work.
     """
-    pair, loaded, given = open_run(run, data, data_dir, model)
-    kept = _current_findings(run, pair) | (_seen(run, loaded) if data is not None else {})
-    measure_run(run, pair, loaded, given, num_samples, engine, kept)
+    pair, loaded, given = open_run(run, data, data_dir, model, part)
+    kept = _current_findings(run, pair) | (_seen(run, loaded, part) if data is not None else {})
+    measure_run(run, pair, loaded, given, num_samples, engine, kept, part)
 
 
 @app.command
@@ -89,6 +93,7 @@ def diagnose(
     report
         Write report.html again.
     """
+    from pyro_vae.cli.score import ids_of  # here, so that the commands keep their order in --help
     from pyro_vae.diagnostics.diagnosis import diagnose as run_diagnose
     from pyro_vae.plots import canvas
     from pyro_vae.runs import files as run_files
@@ -115,9 +120,12 @@ def diagnose(
     )
     seen = _seen(run, loaded) if data is not None else {}
     record = {"data": loaded.name, "model": run_metrics.fingerprint(pair)} | seen | found.as_dict()
-    if "vocabulary" in given and "log_likelihood" in found.results:
-        worst = canvas.lines([("", x[found.worst()])], given["vocabulary"])
-        record["worst_data"] = worst
+    if "log_likelihood" in found.results:
+        worst = found.worst()
+        if "vocabulary" in given:
+            record["worst_data"] = canvas.lines([("", x[worst])], given["vocabulary"])
+        elif loaded.files or loaded.table or loaded.cells:
+            record["worst_data"] = _named(ids_of(loaded, loaded.test), worst.tolist())
     for name, figure in found.figures.items():
         with run_files.atomic(run / run_files.FIGURES / f"{run_files.DIAGNOSIS}{name}.png") as file:
             file.write(canvas.png(figure))
@@ -128,6 +136,12 @@ def diagnose(
     print(found)
     if report:
         print(f"\n{'report':<20}{run / 'report.html'}")
+
+
+def _named(ids: dict[str, list[Any]], rows: list[int]) -> str:
+    """The ids of rows, by the row numbers that the pictures show."""
+    ((name, known),) = ids.items()
+    return "\n".join([f"row     {name}", *(f"{row:<8}{known[row]}" for row in rows)])
 
 
 def _current_findings(run: Path, pair: "nn.Module") -> dict[str, Any]:
@@ -148,17 +162,19 @@ def _current_findings(run: Path, pair: "nn.Module") -> dict[str, Any]:
     return {"diagnostics": found}
 
 
-def _seen(run: Path, data: "Data") -> dict[str, int]:
-    """For metrics.json: how many test rows of other data the run has seen, with a warning."""
+def _seen(run: Path, data: "Data", part: str = "test") -> dict[str, int]:
+    """For metrics.json: how many rows of a part of other data the run has seen, with a warning."""
+    from pyro_vae.data.split import part_of
     from pyro_vae.runs import folder as run_folder
     from pyro_vae.runs import held_out_rows
 
     if not held_out_rows.changed_parts(split_of(run_folder.read_config(run)), data):
         return {}
-    seen = held_out_rows.count_seen(run, data.test.x)
+    x, rows = part_of(data, part).x, "rows" if part == "all" else f"{part} rows"
+    seen = held_out_rows.count_seen(run, x)
     if seen:
         warnings.warn(
-            f"{seen} of {len(data.test.x)} test rows of {data.name} equal training or validation "
+            f"{seen} of {len(x)} {rows} of {data.name} equal training or validation "
             f"rows of {run}, so the numbers are not those of held-out data alone",
             stacklevel=2,
         )

@@ -25,33 +25,43 @@ def measure_run(
     num_samples: int,
     engine: str,
     kept: Mapping[str, Any] | None = None,
+    part: str = "test",
 ) -> None:
+    """Measure a part of the data, and write and print what is found.
+
+    A probe is fitted to training rows, so it scores only rows of the other parts.
+    """
+    from pyro_vae.data.split import part_of
     from pyro_vae.diagnostics.evaluation import evaluate as measure
     from pyro_vae.runs import metrics as run_metrics
 
+    split = data.test if part == "test" else part_of(data, part)
+    train = data.train
+    apart = part in ("test", "validation")
     result = measure(
         pair,
-        data.test.x,
-        *context_of(given, data, data.test),
-        labels=data.test.labels,
-        train=(data.train.x, *context_of(given, data, data.train)),
-        train_labels=data.train.labels,
+        split.x,
+        *context_of(given, data, split),
+        labels=split.labels,
+        train=(train.x, *context_of(given, data, train)) if apart else None,
+        train_labels=train.labels if apart else None,
         num_samples=num_samples,
         binarize=binarize_of(given),
         engine=engine,
         progress=True,
     )
-    members = _by_member(result.log_likelihood, data) if given.get("group") else {}
-    metrics = {"data": data.name} | result.as_dict() | members | dict(kept or {})
+    members = _by_member(result.log_likelihood, split) if given.get("group") else {}
+    named = {"data": data.name} | ({} if part == "test" else {"part": part})
+    metrics = named | result.as_dict() | members | dict(kept or {})
     run_metrics.write_metrics(run, pair, metrics)
     print(result)
     for value in members.values():
         print(f"{'log p(x) by member':<20}{value:.3f}")
 
 
-def _by_member(log_likelihood: float, data: "Data") -> dict[str, float]:
-    """The log-likelihood of the test groups, divided by the number of their members."""
-    sizes = data.test.lengths
+def _by_member(log_likelihood: float, split: "Split") -> dict[str, float]:
+    """The log-likelihood of groups, divided by the number of their members."""
+    sizes = split.lengths
     assert sizes is not None
     return {"log_likelihood_by_member": log_likelihood * len(sizes) / int(sizes.sum())}
 

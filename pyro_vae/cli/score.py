@@ -1,7 +1,7 @@
 """Commands whose results go back into a table: encode, reconstruct, score, impute."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pyro_vae.cli.app import RunFolder, UserClass, app
 from pyro_vae.cli.config_file import CELLS
@@ -97,6 +97,7 @@ def impute(
     *,
     part: str | None = None,
     out: Path | None = None,
+    method: Literal["importance", "refine", "nuts"] = "importance",
     draws: int = 20,
     num_samples: int = 1000,
     level: float = 0.9,
@@ -109,7 +110,8 @@ def impute(
     posterior means or the most probable category. filled_draws.csv has all draws in the long form
     of R's mice: .imp is 0 for the table with holes and 1, 2, ... for the draws, and .id is the
     row. filled_cells.csv has a line for each cell that was empty: its mean, its interval, and the
-    effective sample size and the Pareto k of its row. Other data are written as one .npz file.
+    effective sample size and the Pareto k (for nuts, the R-hat) of its row. Other data are written
+    as one .npz file.
 
     Parameters
     ----------
@@ -121,10 +123,14 @@ def impute(
     out
         File to write. The default is filled.csv in the run folder for a table, and filled.npz for
         other data.
+    method
+        How to draw the latents of a row: by importance sampling with the guide (importance), after
+        a refinement of the guide for each row (refine), or by NUTS, which takes seconds for each
+        row (nuts).
     draws
         Number of draws of each missing entry.
     num_samples
-        Importance samples of each row.
+        Importance samples of each row, or draws of its chains.
     level
         Probability of the intervals.
     seed
@@ -144,6 +150,7 @@ def impute(
         pair,
         split.x,
         *context_of(given, loaded, split),
+        method=method,
         draws=draws,
         num_samples=num_samples,
         level=level,
@@ -154,7 +161,7 @@ def impute(
     if loaded.table is None:
         arrays = {"mean": found.mean, "draws": found.draws, "missing": found.missing}
         arrays |= {"low": found.low, "high": found.high, "pareto_k": found.pareto_k}
-        arrays |= {"effective_sample_size": found.effective_sample_size}
+        arrays |= {"effective_sample_size": found.effective_sample_size, "r_hat": found.r_hat}
         arrays |= {} if split.rows is None else {"rows": split.rows}
         print(_npz({name: value.numpy() for name, value in arrays.items()}, path))
     else:

@@ -15,7 +15,7 @@ from pyro_vae.cli.run import (
     schema_of_run,
     test_part,
 )
-from pyro_vae.cli.score import as_frame, chosen_part, written
+from pyro_vae.cli.score import as_frame, chosen_part, ids_of, written
 from pyro_vae.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def sample(
     label
         Class of the samples, for a pair that is conditional on labels (default: each class in
         turn), or value of the discrete latent. Other context is taken from the test data in turn.
+        Then the samples name the row of their context: in the column parent of a table, or in
+        samples_parents.npz.
     means
         Write the means of the data given their latents, instead of draws.
     seed
@@ -56,16 +58,22 @@ def sample(
     require_positive("num", num)
     pair, given = pair_of_run(run, model)
     conditional = "label" in given.get("condition", ())
-    context = _asked(run, given, num, label, model)
+    context, parents = _asked(run, given, num, label, model)
     if label is None or conditional:
         images = generation.sample(pair, num, context, means=means, seed=seed)
     else:
         values = _of_class(run, pair, num, label)
         images = generation.decode(pair, values, context, means=means, seed=seed)
     if (run / SCHEMA).is_file():
-        print(written(_table(schema_of_run(run), images), out or run / "samples.csv"))
+        table = _table(schema_of_run(run), images)
+        if parents is not None and len(table) == num:
+            table = table.add_column(0, "parent", [parents])
+        print(written(table, out or run / "samples.csv"))
         return
     _write(run, given, "samples", images, [("", part) for part in images[:100].split(10)])
+    if parents is not None:
+        numbers = list(range(num))
+        print(written({"sample": numbers, "parent": parents}, run / "samples_parents.npz"))
 
 
 @app.command
@@ -212,13 +220,17 @@ def _of_class(run: Path, pair: "nn.Module", num: int, label: int) -> dict[str, "
 
 def _asked(
     run: Path, given: dict[str, Any], num: int, label: int | None, model: str | None
-) -> list["Tensor"]:
-    """The context of the samples: a label, or each label in turn, and context of test data."""
+) -> tuple[list["Tensor"], list[Any] | None]:
+    """The context of the samples: a label, or each label in turn, and context of test data.
+
+    Also the ids of the test rows from which context is taken; None without such rows.
+    """
     import torch
 
     from pyro_vae.data.datasets import one_hot
 
     context: list[Tensor] = []
+    parents = None
     condition, classes = tuple(given.get("condition", ())), given.get("num_classes", 0)
     if "label" in condition:
         if label is not None and not 0 <= label < classes:
@@ -230,7 +242,9 @@ def _asked(
         rows = torch.arange(num) % len(data.test.x)
         others = context_of(given, data, data.test)[len(context) :]
         context += [part[rows] for part in others]
-    return context
+        ((_, ids),) = ids_of(data, data.test).items()
+        parents = [ids[row] for row in rows.tolist()]
+    return context, parents
 
 
 def _write(

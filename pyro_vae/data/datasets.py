@@ -64,8 +64,9 @@ def load_data(
             - ``.txt``: one datum in each line;
             - ``.json``: music, see `pyro_vae.data.music`.
 
-            A folder holds images of any size. Sub-folders, if any, are the labels. Unreadable
-            images are skipped with a warning; more than one image and 5 % raise an error.
+            A folder holds images of any size. Sub-folders, if any, are the labels; or the parts,
+            if they are named train, test and optionally validation. Unreadable images are skipped
+            with a warning; more than one image and 5 % raise an error.
         data_dir: the folder with the files of torchvision and the decoded images of folders. The
             default is the environment variable
             ``PYRO_VAE_DATA``, or ``~/.cache/pyro_vae`` if it is not set.
@@ -94,6 +95,11 @@ def load_data(
     if group is not None and (path.suffix not in (".npz", *TABLES) or name in NAMES):
         raise UsageError(
             f"needs a table or a .npz file with group ids, got {name}", argument="group"
+        )
+    if path.suffix == ".zarr":
+        raise UsageError(
+            f"{name}: zarr stores are not read; write the cells as an .h5ad file, by "
+            "anndata.read_zarr(store).write_h5ad(file)"
         )
     if name not in NAMES and path.is_dir() and columns is None:
         return load_images(path, image_options(image_size, color, crop), _root(data_dir))

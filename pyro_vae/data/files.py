@@ -185,9 +185,11 @@ def read_labels(array: np.ndarray | None, n: int, path: Path) -> Tensor | None:
     if array.dtype.kind not in "biuf":
         raise UsageError(f"{path}: labels must be whole numbers, got {array.dtype}")
     flat = array.reshape(-1)
-    wrong = flat[(flat < 0) | (flat != np.floor(flat))]
+    wrong = flat[(flat < 0) | (flat != np.floor(flat)) | (flat.astype(float) >= 2.0**63)]
     if len(wrong):
-        raise UsageError(f"{path}: labels must be whole numbers of at least 0, got {wrong[0]}")
+        raise UsageError(
+            f"{path}: labels must be whole numbers from 0 to {2**63 - 1}, got {wrong[0]}"
+        )
     if len(flat) != n:
         raise UsageError(f"{path} has {len(flat)} labels but {n} rows; they must match")
     return torch.from_numpy(flat.astype(np.int64))

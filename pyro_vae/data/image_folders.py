@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pyro_vae.data.image_files import ENDINGS, FORMATS, as_array, open_image, upright_size
-from pyro_vae.data.split import Data, Split, three_ways
+from pyro_vae.data.split import Data, Split, shuffled, taken, three_ways
 from pyro_vae.errors import UsageError, first_line, warn
 from pyro_vae.pairs.progress import bar
 
@@ -30,7 +30,12 @@ MOST_SCALES = 4
 
 _SHOWN = 5
 
-_PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""The parts that sub-folders of these names hold."""
 
 _VERSION = 1
 """A cache of another version is decoded again."""
@@ -84,7 +89,7 @@ def image_options(size: Any, color: bool | None, crop: bool) -> ImageOptions:
 
 
 def load_images(folder: Path, options: ImageOptions, cache: Path) -> Data:
-    """The images of a folder, with the sub-folders as labels; see `pyro_vae.load_data`.
+    """The images of a folder, with the sub-folders as parts or labels; see `pyro_vae.load_data`.
 
     Arguments:
         cache: the folder for the decoded images.
@@ -94,17 +99,59 @@ def load_images(folder: Path, options: ImageOptions, cache: Path) -> Data:
     """
     name = Path(os.path.abspath(folder)).name or "images"
     files, others = _listed(folder)
-    classes = _classes(folder, files)
+    parts = _parts(folder, files)
+    # Below the folders of parts, if there are any, sub-folders are labels.
+    depth = 1 if parts else 0
+    classes = _classes(folder, ["/".join(file.split("/")[depth:]) for file in files])
     decoded = _cached(folder, files, options, cache)
     if decoded.unreadable:
         warn(_listing(folder, decoded.unreadable))
     kept = tuple(file for file in files if file not in decoded.unreadable)
     labels = None
     if classes:
-        labels = torch.tensor([classes.index(file.split("/")[0]) for file in kept])
-    data = three_ways(name, Split(torch.from_numpy(decoded.x), labels), "readable images")
+        labels = torch.tensor([classes.index(file.split("/")[depth]) for file in kept])
+    whole = Split(torch.from_numpy(decoded.x), labels)
+    if parts:
+        data = _by_folder(name, folder, whole, [parts[file.split("/")[0]] for file in kept])
+    else:
+        data = three_ways(name, whole, "readable images")
     summary = _summary(decoded, options, others)
     return replace(data, files=kept, classes=classes, summary=summary)
+
+
+def _parts(folder: Path, files: Iterable[str]) -> dict[str, str]:
+    """The part of each sub-folder, if all sub-folders are named after parts; empty otherwise.
+
+    If the folder has no test part, its validation part is the test part.
+    """
+    tops = sorted({file.split("/")[0] if "/" in file else "" for file in files})
+    found = {top: PARTS[top.lower()] for top in tops if top.lower() in PARTS}
+    if len(tops) < 2 or len(found) < len(tops):
+        return {}
+    if "test" not in found.values():
+        found = {top: part.replace("validation", "test") for top, part in found.items()}
+    twice = len(set(found.values())) < len(found)
+    if twice or not {"train", "test"} <= set(found.values()):
+        raise UsageError(
+            f"{folder} has the sub-folders {', '.join(tops)}, which are parts and not labels: name "
+            "one train, one test, and optionally one validation"
+        )
+    return found
+
+
+def _by_folder(name: str, folder: Path, whole: Split, parts: Sequence[str]) -> Data:
+    """The data in the parts of their folders; a sixth of the training images may validate."""
+    whole = whole._replace(rows=torch.arange(len(whole.x)))
+    split = {
+        part: taken(whole, torch.tensor([i for i, own in enumerate(parts) if own == part]))
+        for part in set(parts)
+    }
+    if "validation" not in split and "train" in split:
+        split["train"], split["validation"] = shuffled(split["train"], (5, 1))
+    for part in ("train", "validation", "test"):
+        if part not in split or not len(split[part].x):
+            raise UsageError(f"{folder} has too few readable {part} images")
+    return Data(name, split["train"], split["validation"], split["test"])
 
 
 def _listed(folder: Path) -> tuple[list[str], int]:
@@ -142,11 +189,6 @@ def _classes(folder: Path, files: Iterable[str]) -> tuple[str, ...] | None:
         raise UsageError(
             f"{folder} has images beside sub-folders of images ({', '.join(tops[1:4])}): move them "
             "into sub-folders, which are labels, or pass a folder without sub-folders"
-        )
-    if len(tops) > 1 and {top.lower() for top in tops} <= _PARTS:
-        raise UsageError(
-            f"{folder} has the sub-folders {', '.join(tops)}, which are parts and not labels: pass "
-            "one of them; load_data splits its images into training, validation and test data"
         )
     return tuple(tops) if len(tops) > 1 else None
 

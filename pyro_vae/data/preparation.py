@@ -24,7 +24,7 @@ from pyro_vae.pairs.pair import Batch, Site, placement
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import x_site
-from pyro_vae.parts.columns import ByColumn
+from pyro_vae.parts.by_column import ByColumn
 from pyro_vae.parts.missing import OrMissing, PartlyObserved
 
 BINARIZE = ("dynamic", "fixed", "none")

@@ -4,19 +4,21 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf, pi
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from pyro_vae.errors import UsageError, first_line, nearest
-from pyro_vae.parts.columns import CODED, NUMERIC, Columns
+from pyro_vae.parts.columns import CIRCULAR, CODED, KINDS, Columns
 
 Value: TypeAlias = "str | int | float | bool"
 
-KINDS = (*NUMERIC, *CODED)
-
 ROLES = ("data", "ignored", "label", "context", "row id", "group", "split")
+
+ENTRIES = ("kind", "role", "categories", "period")
+"""What a change of a column may hold."""
 
 SCHEMA = "schema.toml"
 """The name of the file in a run folder."""
@@ -28,13 +30,15 @@ class Column:
 
     name: str
     kind: str = "continuous"
-    """continuous, positive, count, binary, categorical or ordinal."""
+    """continuous, positive, count, circular, binary, categorical or ordinal."""
     categories: tuple[Value, ...] = ()
     """The categories in the order of their codes 0, 1, ...; empty for numbers."""
     role: str = "data"
     """data, ignored, label, context, row id, group or split."""
     why: str = ""
     """Why the role was inferred, if it is ignored."""
+    period: float = 0.0
+    """The period of a circular column, such as 24 for hours; 0 for other kinds."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -92,14 +96,15 @@ class Schema:
     def likelihood(self, x: Tensor, robust: bool = True) -> Columns:
         """The likelihood of these columns, standardized by rows (n, columns)."""
         levels = [len(column.categories) for column in self.data]
-        return Columns([column.kind for column in self.data], levels, robust).standardize(x)
+        kinds, periods = zip(*((c.kind, c.period) for c in self.data), strict=True)
+        return Columns(kinds, levels, robust, periods=periods).standardize(x)
 
     def changed(self, columns: Mapping[str, Any]) -> "Schema":
         """The schema with other kinds, roles or categories of some columns.
 
         Arguments:
-            columns: a kind, a role, or a mapping with ``kind``, ``role`` and ``categories``, by
-                the name of the column.
+            columns: a kind, a role, or a mapping with ``kind``, ``role``, ``categories`` and
+                ``period``, by the name of the column.
 
         Raises `UsageError` for a column that the table does not have.
         """
@@ -128,6 +133,7 @@ class Schema:
         for column in self.columns:
             words = ", ".join(map(str, column.categories[:6]))
             words += ", ..." if len(column.categories) > 6 else ""
+            words = f"period {column.period:g}" if column.period else words
             kind = column.kind if column.role in ("data", "context", "label") else ""
             rows.append((column.name, kind, column.role, column.why or words))
         widths = [max(len(row[i]) for row in rows) + 2 for i in range(3)]
@@ -164,7 +170,7 @@ def stored_schema(path: Path) -> Schema:
 
 
 def whole_schema(columns: Mapping[str, Any]) -> Schema:
-    """The schema that mappings with ``kind``, ``role`` and ``categories`` by name describe."""
+    """The schema that mappings as those of `Schema.changed` describe by name."""
     return Schema(tuple(_changed(Column(name), change) for name, change in columns.items()))
 
 
@@ -186,12 +192,29 @@ def _changed(column: Column, change: Any) -> Column:
         column = _of_kind(column, change["kind"])
     if "categories" in change:
         column = replace(column, categories=_categories(column.name, change["categories"]))
+    if "period" in change:
+        column = replace(column, period=_period(column, change["period"]))
     return column
 
 
 def _of_kind(column: Column, kind: str) -> Column:
-    """The column with another kind; numbers have no categories."""
-    return replace(column, kind=kind, categories=column.categories if kind in CODED else ())
+    """The column with another kind; numbers have no categories, and angles are radians."""
+    categories = column.categories if kind in CODED else ()
+    period = (column.period or 2 * pi) if kind in CIRCULAR else 0.0
+    return replace(column, kind=kind, categories=categories, period=period)
+
+
+def _period(column: Column, given: Any) -> float:
+    if column.kind not in CIRCULAR:
+        raise UsageError(
+            f"column '{column.name}' is {column.kind}; only circular columns have a period"
+        )
+    number = isinstance(given, int | float) and not isinstance(given, bool)
+    if not number or not 0 < given < inf:
+        raise UsageError(
+            f"the period of column '{column.name}' must be a number above 0, got {given!r}"
+        )
+    return float(given)
 
 
 def _categories(name: str, given: Any) -> tuple[Value, ...]:
@@ -210,8 +233,8 @@ def _categories(name: str, given: Any) -> tuple[Value, ...]:
 
 def _require_keys(name: str, change: Mapping[str, Any]) -> None:
     for key in change:
-        if key not in ("kind", "role", "categories"):
-            known = nearest(key, ("kind", "role", "categories"))
+        if key not in ENTRIES:
+            known = nearest(key, ENTRIES)
             raise UsageError(f"column '{name}' has an unknown entry '{key}'; {known}")
 
 
@@ -220,4 +243,6 @@ def _toml(column: Column) -> str:
     lines.append(f'role = "{column.role}"')
     if column.categories:
         lines.append(f"categories = {json.dumps(list(column.categories))}")
+    if column.period:
+        lines.append(f"period = {column.period!r}")
     return "\n".join(lines) + "\n"

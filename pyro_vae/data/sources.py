@@ -23,9 +23,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from pyro_vae.data import holes
 from pyro_vae.data.padding import without_padding
 from pyro_vae.errors import UsageError, first_line
-from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import as_tensor, plain_fault, require_finite, with_holes
 from pyro_vae.pairs.pair import Batch, Pair, placement
 from pyro_vae.pairs.rng import seeded
@@ -114,6 +114,8 @@ class Stream:
         self.rows, self.width, self.dtype, self.pair = rows, width, dtype, pair
         self.greatest: int | None = None
         """The largest value that 8-bit data may have; None for an unlimited range."""
+        self.serves = False
+        """Whether x had missing entries (NaN), which the pair leaves out."""
         _require_plain_items(rows)
         self.length, self.num_data, self.exact = _lengths(rows)
         if self.length < 1:
@@ -163,15 +165,25 @@ class Stream:
             batch = batch[: self.width]
             for i, item in enumerate(batch):
                 self._require_sound(item, f"context {i}" if i else "x", row)
+            if self.pair is not None:
+                self._require_served(self.pair, batch, row)
             row += len(batch[0])
             yield batch
+
+    def _require_served(self, pair: nn.Module, batch: Batch, row: int) -> None:
+        """Raise `UsageError` for missing entries of x that the pair cannot use."""
+        told = None if self.serves else holes.unserved(pair, batch, row)
+        if told := told or holes.unseen(pair, batch, row):
+            raise UsageError(told)
+        self.serves = self.serves or len(holes.rows(batch[0])) > 0
 
     def _require_sound(self, item: Any, name: str, row: int) -> None:
         if not isinstance(item, Tensor):
             raise UsageError(f"the data set must give tensors, got {type(item).__name__}")
         if fault := plain_fault(item):
             raise UsageError(f"{name} {fault}")
-        require_finite(item, name, self.dtype, row, " of the epoch")
+        missing = name == "x" and self.pair is not None
+        require_finite(item, name, self.dtype, row, " of the epoch", missing=missing)
         if name == "x" and self.greatest is not None and int(item.max()) > self.greatest:
             raise UsageError(mixed_eight_bit(int(item.max())))
 
@@ -273,29 +285,12 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
             raise UsageError(
                 f"context {i} has {len(tensor)} rows but x has {len(tensors[0])}; they must match"
             )
-    if pair is not None and not _takes_holes(pair, tensors):
+    if pair is not None and (fault := holes.unserved(pair, tensors)):
         as_tensor(x, "x", finite=False)  # raises for a masked array
-        plain = tensors[0]
-        row = int(plain.reshape(len(plain), -1).isnan().any(1).nonzero()[0])
-        raise UsageError(
-            f"x holds values that are not finite (NaN or infinite), first in row {row}; for NaN as "
-            "a missing entry, use a likelihood that leaves it out, such as "
-            "pyro_vae.Missing(pyro_vae.Gaussian) or pyro_vae.Columns"
-        )
+        raise UsageError(fault)
+    if pair is not None and (fault := holes.unseen(pair, tensors)):
+        raise UsageError(fault)
     return Arrays(tensors)
-
-
-def _takes_holes(pair: nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Whether x has no missing entries, or the pair leaves them out."""
-    x = tensors[0]
-    if not x.is_floating_point() or not bool(x.isnan().any()):
-        return True
-    rows = x.reshape(len(x), -1).isnan().any(1).nonzero().flatten()[:16]
-    device, dtype = placement(pair)
-    few = [tensor[rows].to(device) for tensor in tensors]
-    return masks.scores_missing(
-        pair, tuple(part.to(dtype) if part.is_floating_point() else part for part in few)
-    )
 
 
 def spread(pair: nn.Module | None, x: Any, context: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:

@@ -93,6 +93,9 @@ def _whole(value: float) -> int | float:
 def array(values: list[Any], kind: Any) -> Any:
     """An Arrow array of this type, or of the type of the values if they do not fit into it."""
     pa = arrow()
+    fraction = any(isinstance(value, float) and value % 1 for value in values)
+    if kind is not None and pa.types.is_integer(kind) and fraction:
+        kind = None  # Arrow would cut off the fractions
     try:
         return pa.array(values, type=kind)
     except (pa.ArrowException, TypeError, ValueError):

@@ -159,6 +159,9 @@ class Table:
     def cells(self, found: Any) -> Any:
         """A line for each missing cell: the row, the column, the value, its interval, reliability.
 
+        The reliability is the effective sample size of the row, and its Pareto k or, for draws by
+        NUTS, its R-hat.
+
         Arguments:
             found: the `pyro_vae.inference.imputation.Imputation` of the rows of this table, whose
                 intervals are left out for categories.
@@ -170,6 +173,7 @@ class Table:
         }
         at, columns, ids = found.missing.nonzero().tolist(), self.schema.data, self.ids
         numeric = [not columns[j].coded for _, j in at]
+        said = "r_hat" if found.method == "nuts" else "pareto_k"
         return arrow().table(
             {
                 self.id_name: [ids[i] for i, _ in at],
@@ -182,7 +186,7 @@ class Table:
                     high[i, j].item() if n else None for (i, j), n in zip(at, numeric, strict=True)
                 ],
                 "effective_sample_size": [found.effective_sample_size[i].item() for i, _ in at],
-                "pareto_k": [found.pareto_k[i].item() for i, _ in at],
+                said: [getattr(found, said)[i].item() for i, _ in at],
             }
         )
 
@@ -204,13 +208,13 @@ def read_table(
         source: a .csv, .tsv, .parquet, .feather or .arrow file; or a data frame that exports itself
             to Arrow, as those of pandas and polars do; or a mapping from names to lists.
         columns: changes of the inferred schema: a kind, a role, or a mapping with ``kind``,
-            ``role`` and ``categories``, by the name of the column (see `Schema.changed`); or the
-            path of a TOML file of such changes; or the whole `Schema` of another table, as of a
-            run.
+            ``role``, ``categories`` and ``period``, by the name of the column (see
+            `Schema.changed`); or the path of a TOML file of such changes; or the whole `Schema` of
+            another table, as of a run.
 
-    The kinds are continuous, positive, count, binary, categorical and ordinal. The roles are data,
-    ignored, label, context, row id, group and split. Empty cells, NaN and nulls are missing
-    entries.
+    The kinds are continuous, positive, count, circular (never inferred), binary, categorical and
+    ordinal. The roles are data, ignored, label, context, row id, group and split. Empty cells, NaN
+    and nulls are missing entries.
 
     Raises `UsageError` for a table that cannot be read or modeled, with the column and the row.
 

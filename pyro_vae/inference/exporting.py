@@ -24,7 +24,7 @@ from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, is_factor, latents, observed
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.traces import DataFirst, Given, Means, trace
-from pyro_vae.parts.columns import ByColumn
+from pyro_vae.parts.by_column import ByColumn
 from pyro_vae.runs import files
 
 TOLERANCE = 1e-5

@@ -1,5 +1,6 @@
 """Impute missing entries from their posterior, with the reliability of each row's imputation."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -9,8 +10,11 @@ from torch import Tensor, nn
 from pyro_vae.compat import UNOBSERVED_PART
 from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Arrays, Rows
-from pyro_vae.errors import UsageError
+from pyro_vae.errors import UsageError, nearest
+from pyro_vae.inference.chained import Chained, chained_parts
+from pyro_vae.inference.pareto import LEAST
 from pyro_vae.inference.passes import observation
+from pyro_vae.inference.refinement import refine
 from pyro_vae.inference.weighted import Weighted, require_samples, weighted_parts
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.guide import trace_guide
@@ -18,9 +22,13 @@ from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.moments import has_mean, typical
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
+from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, data_site
 from pyro_vae.pairs.threads import alone
+from pyro_vae.parts.circular import circle_of, circular_mean, near
+
+METHODS = ("importance", "refine", "nuts")
 
 IMPUTED_ROWS = 500
 """Rows that are prepared at once."""
@@ -37,7 +45,7 @@ class Imputation:
     """Complete rows, (draws, n, *data_shape), independent given the importance weights."""
     low: Tensor
     """The lower end of the central posterior interval of each entry, (n, *data_shape). Intervals of
-    classes have no meaning."""
+    classes have no meaning. Those of circular numbers lie within half a period of the mean."""
     high: Tensor
     """The upper end of this interval."""
     level: float
@@ -45,23 +53,35 @@ class Imputation:
     missing: Tensor
     """Which entries are missing, booleans (n, *data_shape)."""
     effective_sample_size: Tensor
-    """Of the importance weights of each row, (n,); ``num_samples`` for a complete row."""
+    """Of the importance weights of each row, or of its chains, (n,); ``num_samples`` for a complete
+    row."""
     pareto_k: Tensor
     """The Pareto shape of the tail of each row's weights, (n,). Over 0.7 the imputation of the row
-    is not reliable. It is 0 for a complete row."""
+    is not reliable. It is 0 for a complete row, and NaN for draws by NUTS."""
     num_samples: int
-    """Importance samples of each row."""
+    """Importance samples of each row, or draws of its chains."""
+    method: str
+    """"importance", "refine" or "nuts"."""
+    r_hat: Tensor
+    """The largest R-hat of the latents of each row, (n,), for draws by NUTS. Over 1.01 the chains
+    do not agree. It is NaN for the other methods."""
+    reliable: Tensor
+    """Whether the imputation of each row is reliable, booleans (n,): Pareto k is at most 0.7, or
+    the chains agree and none diverged. True for a complete row."""
 
     def __str__(self) -> str:
         rows = self.missing.flatten(1).any(1)
-        bad = int((self.pareto_k[rows] > 0.7).sum())
+        bad = int((~self.reliable).sum())
         size = self.effective_sample_size[rows].median() if rows.any() else torch.tensor(torch.nan)
+        fault = "R-hat over 1.01" if self.method == "nuts" else "Pareto k over 0.7"
         lines = [
             ("missing entries", f"{int(self.missing.sum())} in {int(rows.sum())} rows"),
             ("draws", f"{len(self.draws)}"),
             ("effective samples", f"{100 * float(size) / self.num_samples:.1f} % (median)"),
-            ("Pareto k over 0.7", f"{bad} rows, whose imputations are not reliable"),
+            (fault, f"{bad} rows, whose imputations are not reliable"),
         ]
+        if bad and self.method == "importance":
+            lines.append(("what to try", "the method refine, or more samples"))
         return "\n".join(f"{name:<20}{value}" for name, value in lines)
 
 
@@ -70,6 +90,7 @@ def impute(
     pair: nn.Module,
     x: Rows,
     *context: Any,
+    method: str = "importance",
     draws: int = 20,
     num_samples: int = 1000,
     level: float = 0.9,
@@ -89,15 +110,20 @@ def impute(
             has a latent site ``x_unobserved`` beside its site ``x``, the entries are the draws of
             this latent.
         x, context: the data, as `pyro_vae.log_likelihood` takes them.
+        method: "importance" uses the guide of the pair as proposal. "refine" first refines the
+            guide for each row with missing entries (`pyro_vae.refine`). "nuts" draws the latents of
+            each such row by 4 chains of NUTS on the same model (`pyro_vae.nuts`), with equal
+            weights; this takes seconds for each row.
         draws: the number of complete copies of the data (multiple imputations), at least 1.
-        num_samples: importance samples of each row, at least 21.
-        level: the probability of the intervals, which use all importance samples.
+        num_samples: importance samples of each row, at least 21; or draws of the chains together.
+        level: the probability of the intervals, which use all of these samples.
         binarize, seed: as in `pyro_vae.evaluate`.
         progress: show a bar.
 
-    For a better proposal, refine the guide first: ``refined = pv.refine(pair, x)``, and then
+    To choose the steps of a refinement, call `pyro_vae.refine` yourself, and then
     ``impute(refined.pair, *refined.batch)``. Global latents have one draw for each pass.
-    Raises `UsageError` if ``draws`` or ``num_samples`` is too small, or if no entry is missing.
+    Raises `UsageError` if ``draws`` or ``num_samples`` is too small, if no entry is missing, or if
+    the method does not serve the latents of the pair.
     Mattei & Frellsen, MIWAE, 2019 (https://arxiv.org/abs/1812.02633).
 
     >>> import torch, pyro_vae as pv
@@ -106,6 +132,8 @@ def impute(
     >>> found.draws.shape, found.mean[0, 2]
     (torch.Size([5, 1, 3]), tensor(2.))
     """
+    if method not in METHODS:
+        raise UsageError(f"cannot be '{method}'; {nearest(method, METHODS)}", argument="method")
     if draws < 1:
         raise UsageError(f"must be at least 1, got {draws}", argument="draws")
     if not 0 < level < 1:
@@ -113,10 +141,11 @@ def impute(
     require_samples(num_samples)
     rows, prepare = held_rows(pair, x, context, binarize)
     by_mask = not (isinstance(rows, Arrays) and bool(rows.tensors[0].isnan().any()))
+    asked = _Asked(method, draws, num_samples, level)
     parts: list[Imputation] = []
-    with using(pair, seed), torch.no_grad(), bar(progress, len(rows), "impute") as shown:
+    with seeded(seed), bar(progress, len(rows), "impute") as shown:
         for raw in rows.batches(IMPUTED_ROWS):
-            parts.append(_imputed(pair, prepare(raw), by_mask, draws, num_samples, level))
+            parts.append(_imputed(pair, prepare(raw), by_mask, asked))
             shown.update(len(raw[0]))
     found = _joined(parts)
     if not bool(found.missing.any()):
@@ -124,48 +153,87 @@ def impute(
     return found
 
 
-def _imputed(
-    pair: nn.Module, batch: Batch, by_mask: bool, draws: int, num_samples: int, level: float
-) -> Imputation:
+class _Asked(NamedTuple):
+    """How to impute; see `impute`."""
+
+    method: str
+    draws: int
+    num_samples: int
+    level: float
+
+
+def _imputed(pair: nn.Module, batch: Batch, by_mask: bool, asked: _Asked) -> Imputation:
     """The imputation of a prepared batch; complete rows stay as they are."""
-    x = batch[0]
+    x, n = batch[0], len(batch[0])
     missing = x.isnan()
     if by_mask:
-        site = data_site(trace_model(pair, batch, trace_guide(pair, batch)))
-        missing = masks.seen(site, x).isnan()
+        with using(pair):
+            site = data_site(trace_model(pair, batch, trace_guide(pair, batch)))
+            missing = masks.seen(site, x).isnan()
     holes = missing.flatten(1).any(1)
-    mean, low, high = x.clone(), x.clone(), x.clone()
-    drawn = x.expand(draws, *x.shape).clone()
-    size, k = (x.new_full((len(x),), v, dtype=torch.double) for v in (float(num_samples), 0.0))
+    size = x.new_full((n,), float(asked.num_samples), dtype=torch.double)
+    whole = _Completed(
+        x.clone(),
+        x.clone(),
+        x.clone(),
+        x.expand(asked.draws, *x.shape).clone(),
+        size,
+        torch.zeros_like(size),
+        torch.full_like(size, torch.nan),
+        torch.ones_like(size, dtype=torch.bool),
+    )
     if bool(holes.any()):
-        few = tuple(part[holes] for part in batch)
-        parts = [
-            _posterior(pair, one, draws, level) for one in weighted_parts(pair, few, num_samples)
-        ]
-        for full, name in ((mean, "mean"), (low, "low"), (high, "high")):
-            new = torch.cat([getattr(part, name) for part in parts])
+        parts = _completed(pair, tuple(part[holes] for part in batch), asked)
+        for name in ("mean", "low", "high"):
+            full, new = getattr(whole, name), torch.cat([getattr(part, name) for part in parts])
             full[holes] = torch.where(missing[holes], new, full[holes])
         new = torch.cat([part.draws for part in parts], 1)
-        drawn[:, holes] = torch.where(missing[holes], new, drawn[:, holes])
-        size[holes] = torch.cat([part.effective_sample_size for part in parts])
-        k[holes] = torch.cat([part.pareto_k for part in parts])
-    found = (mean, drawn, low, high, missing, size, k)
-    mean, drawn, low, high, missing, size, k = (value.cpu() for value in found)
-    return Imputation(mean, drawn, low, high, level, missing, size, k, num_samples)
+        whole.draws[:, holes] = torch.where(missing[holes], new, whole.draws[:, holes])
+        for name in BY_ROW:
+            new = torch.cat([getattr(part, name) for part in parts])
+            getattr(whole, name)[holes] = new.to(x.device)
+    found = {name: value.cpu() for name, value in whole._asdict().items()}
+    return Imputation(
+        **found,
+        level=asked.level,
+        missing=missing.cpu(),
+        num_samples=asked.num_samples,
+        method=asked.method,
+    )
+
+
+def _completed(pair: nn.Module, few: Batch, asked: _Asked) -> "list[_Completed]":
+    """The imputations of rows with missing entries, by the method that is asked for."""
+    seed = int(torch.randint(2**31, ())) if asked.method != "importance" else 0
+    if asked.method == "refine":
+        refined = refine(pair, few[0], *few[1:], num_samples=LEAST, seed=seed, progress=False)
+        pair, few = refined.pair, refined.batch
+    if asked.method == "nuts":
+        parts: Iterable[Any] = list(chained_parts(pair, few, asked.num_samples, seed))
+    else:
+        parts = weighted_parts(pair, few, asked.num_samples)
+    with using(pair):
+        return [_posterior(pair, part, asked.draws, asked.level) for part in parts]
 
 
 class _Completed(NamedTuple):
-    """What weighted draws say about complete rows; see `Imputation`."""
+    """What draws of the latents say about rows; see `Imputation`."""
 
     mean: Tensor
-    draws: Tensor
     low: Tensor
     high: Tensor
+    draws: Tensor
     effective_sample_size: Tensor
     pareto_k: Tensor
+    r_hat: Tensor
+    reliable: Tensor
 
 
-def _posterior(pair: nn.Module, part: Weighted, draws: int, level: float) -> _Completed:
+BY_ROW = ("effective_sample_size", "pareto_k", "r_hat", "reliable")
+"""The fields that have one value for each row."""
+
+
+def _posterior(pair: nn.Module, part: Weighted | Chained, draws: int, level: float) -> _Completed:
     site = observation(pair, part.batch, part.values)
     like, shares = part.batch[0], part.shares
     shape = (*shares.shape, *like.shape[1:])
@@ -175,14 +243,24 @@ def _posterior(pair: nn.Module, part: Weighted, draws: int, level: float) -> _Co
     if (own := part.values.get(f"{site['name']}{UNOBSERVED_PART}")) is not None:
         drawn = centers = own.reshape(shape)  # the latent is part of the weights
     wide = shares.reshape(*shares.shape, *[1] * (like.dim() - 1)).to(like.dtype)
-    mean = (wide * centers).sum(0)
-    if bool(classes.any()):
-        mean = torch.where(classes, _most_probable(drawn, wide, classes), mean)
+    # A draw of weight 0 does not count, even if its mean is infinite in this type.
+    mean = torch.where(wide > 0, wide * centers, 0.0).sum(0)
+    circle = circle_of(site["fn"])
+    period = torch.zeros_like(like[0]) if circle is None else circle.period.to(like)
+    named = classes & (period == 0)
+    if bool(named.any()):
+        mean = torch.where(named, _most_probable(drawn, wide, named), mean)
+    around = drawn
+    if circle is not None:
+        turned = circle.wrapped(circular_mean(drawn, wide, period))
+        mean = torch.where(period > 0, turned, mean)
+        # Quantiles may cross the end of the circle.
+        around = near(drawn, mean, period)
     chosen = torch.multinomial(shares.T, draws, replacement=True).T  # (draws, n)
     rows = torch.arange(shares.shape[1], device=chosen.device)
-    low, high = _quantiles(drawn, wide, ((1 - level) / 2, (1 + level) / 2))
+    low, high = _quantiles(around, wide, ((1 - level) / 2, (1 + level) / 2))
     return _Completed(
-        mean, drawn[chosen, rows], low, high, part.effective_sample_size, part.pareto_k
+        mean, low, high, drawn[chosen, rows], *(getattr(part, name) for name in BY_ROW)
     )
 
 
@@ -205,8 +283,8 @@ def _most_probable(drawn: Tensor, weights: Tensor, classes: Tensor) -> Tensor:
 
 
 def _joined(parts: list[Imputation]) -> Imputation:
-    by_row = ("mean", "low", "high", "missing", "effective_sample_size", "pareto_k")
     whole: dict[str, Any] = {
-        name: torch.cat([getattr(part, name) for part in parts]) for name in by_row
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in ("mean", "low", "high", "missing", *BY_ROW)
     }
     return replace(parts[0], draws=torch.cat([part.draws for part in parts], 1), **whole)

@@ -110,7 +110,7 @@ def as_labels(value: Any, name: str = "labels", count: int | None = None) -> Ten
     if labels.is_floating_point():
         labels = labels.double().nan_to_num(nan=-1.0, posinf=0.5, neginf=0.5)
     whole = labels.long()
-    wrong = whole < -1
+    wrong = whole < (0 if labels.dtype == torch.uint64 else -1)  # over 2^63 they turn negative
     if labels.is_floating_point():
         wrong |= whole != labels
     if bool(wrong.any()):

@@ -1,16 +1,18 @@
 """The likelihood of a row of a table: a part for each column, and what the encoder sees of it."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from math import isfinite, pi
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pyro_vae.errors import UsageError
-from pyro_vae.parts.distributions import ExactNegativeBinomial, LevelCategorical
+from pyro_vae.parts.by_column import ByColumn, Codes
+from pyro_vae.parts.circular import Circular
+from pyro_vae.parts.distributions import ExactNegativeBinomial
 from pyro_vae.parts.factors import Family, bounded_scale, unbounded_scale
 from pyro_vae.parts.missing import PartlyObserved
 from pyro_vae.parts.networks import Shape
@@ -19,8 +21,13 @@ from pyro_vae.parts.standardized import require_precision, require_rows
 NUMERIC = ("continuous", "positive", "count")
 """Kinds of columns that hold numbers."""
 
+CIRCULAR = ("circular",)
+"""Kinds of columns that hold numbers on a circle, such as angles."""
+
 CODED = ("binary", "categorical", "ordinal")
 """Kinds of columns that hold codes 0, 1, ... of categories."""
+
+KINDS = (*NUMERIC, *CIRCULAR, *CODED)
 
 
 class Columns(Family):
@@ -32,6 +39,7 @@ class Columns(Family):
     continuous   Student-t, or a normal with ``robust=False``         3 or 2
     positive     log-normal                                           2
     count        negative binomial                                    2
+    circular     von Mises, see `pyro_vae.parts.circular.Circular`    3
     binary       Bernoulli, over the codes 0 and 1                    1
     categorical  categorical, over the codes 0 to levels - 1          levels
     ordinal      ordered logistic: :math:`P(x_j \le k) =              1
@@ -44,6 +52,8 @@ class Columns(Family):
         robust: whether continuous columns are Student-t, with degrees of freedom predicted for each
             entry, at least 2.1.
         bounds: the smallest and the largest scale, in standard deviations of the column.
+        periods: the period of each column; 0 for columns that are not circular. The default is
+            :math:`2\pi` for circular columns.
 
     NaN marks a missing entry, which does not contribute. The encoder sees the standardized numbers,
     an embedding of each category (0 where missing), and the mask. `standardize` sets the constants,
@@ -71,9 +81,11 @@ class Columns(Family):
         levels: Sequence[int],
         robust: bool = True,
         bounds: tuple[float, float] = (1e-2, 1e2),
+        periods: Sequence[float] = (),
     ) -> None:
         super().__init__()
         _require_kinds(kinds, levels)
+        self.periods = _checked_periods(kinds, periods)
         self.kinds, self.levels, self.robust = tuple(kinds), tuple(levels), robust
         self.bounds = tuple(bounds)
         self.register_buffer("center", torch.zeros(len(self.kinds)))
@@ -104,6 +116,9 @@ class Columns(Family):
         usable = numeric & center.isfinite()
         self.center.copy_(torch.where(usable, center, 0.0))
         self.spread.copy_(torch.where(usable & (spread > 1e-12), spread, 1.0))
+        for j in self.of_kind("circular"):
+            if bool((x[:, j] < 0).any()):  # the circle starts at the opposite of 0
+                self.center[j] = -self.periods[j] / 2
         return self
 
     def transformed(self, x: Tensor) -> Tensor:
@@ -127,7 +142,7 @@ class Columns(Family):
     def _widths(self) -> list[int]:
         """The number of outputs of each column."""
         known = {"continuous": 3 if self.robust else 2, "positive": 2, "count": 2}
-        known |= {"binary": 1, "ordinal": 1}
+        known |= {"binary": 1, "ordinal": 1, "circular": 3}
         return [known.get(k, n) for k, n in zip(self.kinds, self.levels, strict=True)]
 
     def _require(self, shape: Shape) -> None:
@@ -143,6 +158,7 @@ class Columns(Family):
             "continuous": self._continuous,
             "positive": self._positive,
             "count": self._counts,
+            "circular": self._circular,
         }
         parts: list[tuple[list[int], Any]] = []
         for kind, make in makers.items():
@@ -154,7 +170,7 @@ class Columns(Family):
             widest = max(self.levels[j] for j in index)
             padded = [F.pad(one, (0, widest - one.shape[-1]), value=IMPOSSIBLE) for one in logits]
             levels = torch.tensor([self.levels[j] for j in index], device=raw.device)
-            parts.append((index, _Codes(torch.stack(padded, -2), levels)))
+            parts.append((index, Codes(torch.stack(padded, -2), levels)))
         return PartlyObserved(ByColumn(parts)).to_event(1)
 
     def _scaled(self, raw: Tensor, index: list[int]) -> Tensor:
@@ -179,6 +195,13 @@ class Columns(Family):
         return ExactNegativeBinomial(
             inverse, logits=mean.log() - inverse.log(), validate_args=False
         )
+
+    def _circular(self, raw: Sequence[Tensor], index: list[int]) -> Any:
+        period = raw[0].new_tensor([self.periods[j] for j in index])
+        # An output of 0 is the direction 0, where atan2 has a gradient.
+        loc = torch.atan2(raw[1], 1 + raw[0]) * period / (2 * pi)
+        concentration = bounded_scale(raw[2], 1e-2, 1e4)
+        return Circular(loc, concentration, self.center[index], period)
 
     def _logits(self, j: int, raw: Tensor) -> Tensor:
         """Unnormalized log probabilities of the categories of a column, (..., levels)."""
@@ -206,7 +229,8 @@ IMPOSSIBLE = -1e9
 
 
 class ColumnsView(nn.Module):
-    """What the encoder sees of a row: standardized numbers, embeddings of categories, the mask.
+    """What the encoder sees of a row: standardized numbers, sine and cosine of circular numbers,
+    embeddings of categories, and the mask.
 
     Arguments:
         columns: the likelihood, whose constants standardize the numbers.
@@ -232,6 +256,10 @@ class ColumnsView(nn.Module):
         numbers = (columns.transformed(x) - columns.center) / columns.spread
         numbers = torch.where(seen, numbers, 0.0)[..., columns.of_kind(*NUMERIC)]
         found = [numbers]
+        for j in columns.of_kind("circular"):
+            angle = torch.where(seen[..., j], x[..., j], 0.0) * (2 * pi / columns.periods[j])
+            both = torch.stack([angle.sin(), angle.cos()], -1)
+            found.append(both * seen[..., j : j + 1])
         for j, embedding in zip(columns.of_kind(*CODED), self.embeddings, strict=True):
             code = torch.where(seen[..., j], x[..., j], 0.0).long()
             code = code.clamp(0, columns.levels[j] - 1)  # a template may hold anything
@@ -244,132 +272,29 @@ def embedding_dim(levels: int) -> int:
     return min(16, max(1, levels - 1))
 
 
-class _Codes(LevelCategorical):
-    """Codes 0 to levels - 1 of categories, where columns have their own number of levels."""
-
-    def __init__(self, logits: Tensor, own: Tensor) -> None:
-        self.own = own
-        super().__init__(logits, whole=True)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "_Codes":
-        return _Codes(self.logits.expand(*batch_shape, self.levels), self.own)
-
-    def within(self, value: Tensor) -> Tensor:
-        return (value >= 0) & (value < self.own) & (value == value.round())
-
-
-class _EntrySupport(constraints.Constraint):
-    """The support of `ByColumn`, checked entry by entry."""
-
-    is_discrete = False
-    event_dim = 0
-
-    def __init__(self, fn: "ByColumn") -> None:
-        self.fn = fn
-
-    def check(self, value: Tensor) -> Tensor:
-        return self.fn.gathered(
-            [
-                part.within(value[..., index])
-                if isinstance(part, _Codes)
-                else part.support.check(value[..., index])
-                for index, part in self.fn.parts
-            ]
-        )
-
-
-class ByColumn(dist.TorchDistribution):
-    """Independent columns of several families; the last batch dimension holds the columns.
-
-    Arguments:
-        parts: the indices of columns, and the distribution of these columns, of batch shape
-            (..., number of these columns).
-    """
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, parts: Sequence[tuple[list[int], Any]]) -> None:
-        self.parts = list(parts)
-        order = [j for index, _ in self.parts for j in index]
-        self.order = [order.index(j) for j in range(len(order))]
-        shape = torch.Size((*self.parts[0][1].batch_shape[:-1], len(order)))
-        super().__init__(shape, validate_args=False)
-
-    def gathered(self, values: Sequence[Tensor]) -> Tensor:
-        """The values of the parts, (..., columns of the part), in the order of the columns."""
-        together = values[0] if len(values) == 1 else torch.cat(list(values), -1)
-        return together if self.order == sorted(self.order) else together[..., self.order]
-
-    @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
-        return all(part.has_rsample for _, part in self.parts)
-
-    @property
-    def stand_in(self) -> Tensor:
-        """A value inside the support of each column."""
-        like = self.parts[0][1]
-        device = getattr(like, "logits", getattr(like, "loc", None)).device  # type: ignore
-        inside = [
-            float(isinstance(part, dist.LogNormal)) for index, part in self.parts for _ in index
-        ]
-        return torch.tensor(inside, device=device)[self.order]
-
-    @constraints.dependent_property(is_discrete=False, event_dim=0)
-    def support(self) -> Any:
-        return _EntrySupport(self)
-
-    @property
-    def mean(self) -> Tensor:
-        """The means of numbers, and NaN for categories, which have none."""
-        return self.gathered([part.mean for _, part in self.parts])
-
-    @property
-    def mode(self) -> Tensor:
-        """The modes of categories, and the means of numbers."""
-        return self.gathered(
-            [part.mode if isinstance(part, _Codes) else part.mean for _, part in self.parts]
-        )
-
-    @property
-    def variance(self) -> Tensor:
-        """The variances of numbers, and NaN for categories."""
-        return self.gathered(
-            [
-                torch.full_like(part.mean, torch.nan) if isinstance(part, _Codes) else part.variance
-                for _, part in self.parts
-            ]
-        )
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "ByColumn":
-        front = tuple(batch_shape)[:-1]
-        return ByColumn([(i, part.expand((*front, len(i)))) for i, part in self.parts])
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self.gathered([part.log_prob(value[..., index]) for index, part in self.parts])
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        shape = torch.Size(sample_shape)
-        drawn = [part.sample(shape) for _, part in self.parts]
-        real = next((one.dtype for one in drawn if one.is_floating_point()), None)
-        real = real or torch.get_default_dtype()
-        return self.gathered([one.to(real) for one in drawn])
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        shape = torch.Size(sample_shape)
-        return self.gathered([part.rsample(shape) for _, part in self.parts])
-
-
 def _require_kinds(kinds: Sequence[str], levels: Sequence[int]) -> None:
     if not kinds:
         raise UsageError("must name at least one column, got none", argument="kinds")
     if len(kinds) != len(levels):
         raise UsageError(f"got {len(kinds)} kinds but {len(levels)} levels; they must match")
     for j, (kind, count) in enumerate(zip(kinds, levels, strict=True)):
-        if kind not in (*NUMERIC, *CODED):
+        if kind not in KINDS:
             raise UsageError(
-                f"the kind of column {j} must be one of {', '.join((*NUMERIC, *CODED))}, "
-                f"got '{kind}'"
+                f"the kind of column {j} must be one of {', '.join(KINDS)}, got '{kind}'"
             )
         least = {"binary": 2, "categorical": 2, "ordinal": 2}.get(kind, 0)
-        if count < least or (kind == "binary" and count != 2) or (kind in NUMERIC and count):
+        if count < least or (kind == "binary" and count != 2) or (kind not in CODED and count):
             raise UsageError(f"column {j} is {kind}, so it cannot have {count} levels")
+
+
+def _checked_periods(kinds: Sequence[str], periods: Sequence[float]) -> tuple[float, ...]:
+    """The period of each column, 0 for those that are not circular."""
+    found = tuple(periods) or tuple(2 * pi * (kind in CIRCULAR) for kind in kinds)
+    if len(found) != len(kinds):
+        raise UsageError(f"got {len(kinds)} kinds but {len(found)} periods; they must match")
+    for j, (kind, period) in enumerate(zip(kinds, found, strict=True)):
+        if kind in CIRCULAR and not (period > 0 and isfinite(period)):
+            raise UsageError(f"column {j} is circular, so its period must be above 0, got {period}")
+        if kind not in CIRCULAR and period:
+            raise UsageError(f"column {j} is {kind}, so it cannot have the period {period}")
+    return found

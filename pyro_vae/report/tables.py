@@ -10,6 +10,7 @@ from pyro_vae.data.schema import Schema
 from pyro_vae.inference.generation import sample
 from pyro_vae.inference.imputation import Imputation, impute
 from pyro_vae.inference.scoring import score
+from pyro_vae.parts.circular import circular_mean, near
 from pyro_vae.plots.columns import marginals, pairwise_plots
 
 if TYPE_CHECKING:
@@ -73,7 +74,13 @@ def _line(
         usual = known.mode().values
         wrong, plain = (made != truth).double().mean(), (usual != truth).double().mean()
         return f"{name}{100 * wrong:>6.1f} %{100 * plain:>9.1f} %{'':>18}"
-    error, plain = ((guess - truth).square().mean().sqrt() for guess in (made, known.mean()))
+    usual = known.mean()
+    if column.period:  # the guesses as near to the truth as turns allow
+        period = torch.tensor(column.period)
+        usual = circular_mean(known, torch.ones_like(known), period)
+        truth = near(truth, made, period)
+        usual = near(usual, truth, period)
+    error, plain = ((guess - truth).square().mean().sqrt() for guess in (made, usual))
     inside = (found.low[at, j] <= truth) & (truth <= found.high[at, j])
     return f"{name}{error:>8.4g}{plain:>11.4g}{100 * inside.double().mean():>16.0f} %"
 

@@ -81,6 +81,25 @@ def test_impute_fills_only_the_holes(trained, run, tmp_path, capsys):
     assert "missing entries     9 in 9 rows" in capsys.readouterr().out
 
 
+def test_imputations_by_nuts_have_an_r_hat(trained, run, tmp_path):
+    lines = (trained / "people.csv").read_text().splitlines()
+    hole = next(
+        line
+        for line, row in zip(lines[1:], table(trained / "people.csv"), strict=True)
+        if row["age"] == ""
+    )
+    (tmp_path / "one.csv").write_text(f"{lines[0]}\n{hole}\n")
+    command(
+        "impute {run} {data} --out {out} --draws 2 --num-samples 24 --method nuts",
+        **{"run": run, "data": tmp_path / "one.csv", "out": tmp_path / "filled.csv"},
+    )
+    (cell,) = table(tmp_path / "filled_cells.csv")
+    assert cell["column"] == "age"
+    assert list(cell)[-2:] == ["effective_sample_size", "r_hat"]
+    assert 0.5 < float(cell["r_hat"]) < 5
+    assert float(cell["low"]) <= float(cell["value"]) <= float(cell["high"])
+
+
 def test_results_carry_ids_in_the_order_of_the_file(trained, run, tmp_path):
     other = write(tmp_path / "other.csv", 25, seed=5)
     ids = [f"p{i:02d}" for i in range(25)]

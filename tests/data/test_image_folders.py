@@ -250,8 +250,8 @@ def test_layouts_without_a_meaning_are_refused(tmp_path):
     write(tmp_path / "mixed" / "cats", GRAY)
     refused(tmp_path / "mixed", r"images beside sub-folders of images \(cats\)")
     write(tmp_path / "parts" / "train", GRAY)
-    write(tmp_path / "parts" / "Test", GRAY)
-    refused(tmp_path / "parts", "sub-folders Test, train, which are parts and not labels")
+    write(tmp_path / "parts" / "Training", GRAY)
+    refused(tmp_path / "parts", "sub-folders Training, train, which are parts and not labels")
     refused(write(tmp_path / "few", GRAY[:9]), "few has 9 readable images")
 
 

@@ -1,61 +1,12 @@
 """Imputation, scores by entry and models of the mask, against closed forms."""
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor, nn
+from imputation_helpers import WIDTH, Holes, rows
+from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.models.exact import linear_gaussian
-from pyro_vae.parts.missing import PartlyObserved
-
-WIDTH, LATENT = 6, 2
-
-
-class Holes(nn.Module):
-    """The linear-Gaussian pair on rows with NaN; its guide is exact, widened."""
-
-    def __init__(self, spread=1.2):
-        super().__init__()
-        self.exact, self.spread = linear_gaussian(), spread
-
-    def model(self, x: Tensor) -> None:
-        exact = self.exact
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(LATENT), 1.0).to_event(1))
-            fn = dist.Normal(z @ exact.weight.T + exact.bias, exact.noise)
-            pyro.sample("x", PartlyObserved(fn).to_event(1), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        w, s, seen = self.exact.weight, self.exact.noise, ~x.isnan()
-        precision = torch.einsum("nj,ja,jb->nab", seen.double(), w, w) / s**2
-        covariance = torch.linalg.inv(precision + torch.eye(LATENT).double())
-        off = torch.where(seen, x - self.exact.bias, 0.0)
-        loc = torch.einsum("nab,jb,nj->na", covariance, w, off) / s**2
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", dist.MultivariateNormal(loc, self.spread**2 * covariance))
-
-    def template(self, n):
-        return (torch.zeros(n, WIDTH).double(),)
-
-    def marginal(self):
-        whole = self.exact.marginal()
-        return whole.loc.detach(), whole.covariance_matrix.detach()
-
-    def log_p(self, row):
-        """The exact log p of the observed entries of a row."""
-        loc, covariance = self.marginal()
-        m = ~row.isnan()
-        return dist.MultivariateNormal(loc[m], covariance[m][:, m]).log_prob(row[m])
-
-
-def rows(n=12, share=0.4):
-    torch.manual_seed(0)
-    x = Holes().exact.marginal().sample((n,)).detach()
-    holes = torch.rand(n, WIDTH) < share
-    holes[0], holes[1:, 0], holes[1:, 1] = False, False, True
-    return torch.where(holes, torch.nan, x)
 
 
 def test_the_masked_bound_and_log_p_are_exact():
@@ -71,7 +22,6 @@ def test_the_masked_bound_and_log_p_are_exact():
 def test_imputations_have_the_exact_mean_and_covariance():
     pair, x = Holes(), rows()
     found = pv.impute(pair, x, draws=4000, num_samples=4000, level=0.9)
-    loc, covariance = pair.marginal()
     assert torch.equal(found.missing, x.isnan())
     assert torch.equal(found.mean[~x.isnan()], x[~x.isnan()])
     assert bool((found.draws == x)[:, ~x.isnan()].all())
@@ -79,9 +29,7 @@ def test_imputations_have_the_exact_mean_and_covariance():
     assert found.effective_sample_size[0] == 4000  # a complete row
     for i, row in enumerate(x[1:], 1):
         m = ~row.isnan()
-        map_ = covariance[~m][:, m] @ torch.linalg.inv(covariance[m][:, m])
-        mean = loc[~m] + map_ @ (row[m] - loc[m])
-        rest = covariance[~m][:, ~m] - map_ @ covariance[m][:, ~m]
+        mean, rest = pair.missing(row)
         deviation = rest.diagonal().sqrt()
         error = 5 / found.effective_sample_size[i].sqrt()
         assert bool(((found.mean[i][~m] - mean) < error * deviation).all())
