@@ -19,10 +19,10 @@ from pyro_vae.pairs.traces import Given
 
 def log_weights(pair: nn.Module, batch: Batch, num_samples: int, nesting: int = 1) -> Tensor:
     """log p(x, z) - log q(z | x) for draws from the guide, of shape (num_samples, batch)."""
-    return _weights(*_sampled(pair, batch, num_samples, nesting), nesting)
+    return weights_of(*sampled(pair, batch, num_samples, nesting), nesting)
 
 
-def _sampled(
+def sampled(
     pair: nn.Module, batch: Batch, num_samples: int, nesting: int
 ) -> tuple[poutine.Trace, poutine.Trace]:
     """Traces of model and guide under a plate of samples, to the left of all other plates."""
@@ -30,7 +30,7 @@ def _sampled(
     return enumeration.traces(pair, batch, nesting + 1, plate)
 
 
-def _weights(model: poutine.Trace, guide: poutine.Trace, nesting: int) -> Tensor:
+def weights_of(model: poutine.Trace, guide: poutine.Trace, nesting: int) -> Tensor:
     """The log weights of two traces under a plate of samples."""
     summed = len(enumeration.enumerated(model) | enumeration.enumerated(guide))
     for name, site in (_local(guide) | observed(model)).items():
@@ -93,8 +93,8 @@ def structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
 def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
     """Whether weights under a plate of samples equal the weights of the same draws one by one."""
     try:
-        model, guide = _sampled(pair, batch, 3, nesting)
-        together = _weights(model, guide, nesting)
+        model, guide = sampled(pair, batch, 3, nesting)
+        together = weights_of(model, guide, nesting)
         drawn = {
             name: (site["value"], -1 - nesting - site["fn"].event_dim, _right(site, nesting))
             for name, site in latents(guide).items()
