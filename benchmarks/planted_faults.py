@@ -309,3 +309,105 @@ def made(fault: str, shape: str, seed: int) -> tuple[Planted, Tensor]:
             pair.register_buffer("loc", more.mean(0))
             pair.register_buffer("scale", more.std(0))
     return pair, x
+
+
+def run(fault: str, shape: str, seed: int, budget: float) -> dict[str, Any]:
+    """Diagnose one pair, and return the verdict beside the truth."""
+    pair, x = made(fault, shape, seed)
+    began = time.perf_counter()
+    found = pv.diagnose(pair, x, budget=budget, seed=seed, progress=False)
+    seconds = time.perf_counter() - began
+    exact = pair.log_likelihood(x)[found.rows]
+    return {
+        "fault": fault,
+        "pair": shape,
+        "seed": seed,
+        "budget": budget,
+        "seconds": seconds,
+        "blamed": [blame.part for blame in found.blamed],
+        "nats": [blame.nats for blame in found.blamed],
+        "words": [blame.words for blame in found.blamed],
+        "findings": [finding._asdict() for finding in found.findings],
+        "off": trusted_errors(found, exact),
+        "contradictions": contradictions(found),
+        "failed": found.failed,
+    }
+
+
+def trusted_errors(found: Any, exact: Tensor) -> list[float]:
+    """Return how many of its errors each trusted number is from the exact one."""
+    trusted = {finding.about for finding in found.findings if finding.kind == "trust"}
+    weighed, off = found.results.get("log_likelihood"), []
+    if weighed is None:
+        return []
+    truth = exact[: len(weighed.per_datum)].mean().item()
+    rounding = 1e-4
+    if "log p(x)" in trusted:
+        off.append(abs(weighed.value - truth) / (weighed.total_error + rounding))
+    if "ELBO" in trusted:
+        off.append(abs(weighed.value - truth) / (weighed.total_error + rounding))
+    return off
+
+
+def contradictions(found: Any) -> list[str]:
+    """Return the quantities about which findings of two kinds exist."""
+    kinds: dict[str, set[str]] = {}
+    for finding in found.findings:
+        if finding.kind in ("trust", "doubt") and finding.about:
+            kinds.setdefault(finding.about, set()).add(finding.kind)
+    return [about for about, both in kinds.items() if len(both) > 1]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return a row for each fault: how often the right part is blamed first."""
+    lines = [
+        f"{'fault':<30}{'pair':<10}{'budget':>7}{'runs':>6}{'right first':>13}{'any fault':>11}"
+        f"{'worst error':>13}"
+    ]
+    for fault, (parts, _) in FAULTS.items():
+        for shape in ("linear", "curved"):
+            for budget in sorted({r["budget"] for r in results}):
+                own = [
+                    r
+                    for r in results
+                    if (r["fault"], r["pair"], r["budget"]) == (fault, shape, budget)
+                ]
+                if not own:
+                    continue
+                first = sum(bool(r["blamed"]) and r["blamed"][0] in parts for r in own)
+                any_fault = sum(bool(r["blamed"]) for r in own)
+                off = max((value for r in own for value in r["off"]), default=0.0)
+                right = f"{first}" if parts else "-"
+                lines.append(
+                    f"{fault:<30}{shape:<10}{budget:>7.0f}{len(own):>6}{right:>13}{any_fault:>11}"
+                    f"{off:>13.1f}"
+                )
+    lines.append(f"contradictions: {sum(bool(r['contradictions']) for r in results)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/planted"))
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--budget", type=float, default=10.0)
+    parser.add_argument("--pairs", nargs="+", default=["linear", "curved"])
+    parser.add_argument("--faults", nargs="+", default=list(FAULTS))
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for shape in options.pairs:
+            for i, fault in enumerate(FAULTS):
+                path = options.out / f"{shape}-{i}-{seed}-{options.budget:.0f}.json"
+                if options.table or path.exists() or fault not in options.faults:
+                    continue
+                found = run(fault, shape, seed, options.budget)
+                path.write_text(json.dumps(found, indent=1))
+                print(f"{shape} {fault} seed {seed}: {found['blamed']} {found['words'][:1]}")
+    print(table([json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))]))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows, parts
+from pyro_vae.diagnostics import verdict
 from pyro_vae.diagnostics.global_studies import judge_globals, judge_local, limited
+from pyro_vae.diagnostics.signs import Sign
 from pyro_vae.diagnostics.studies import STUDIES
 from pyro_vae.diagnostics.study import Bench, Finding, Rung, Study
+from pyro_vae.diagnostics.verdict import Blame
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model
@@ -31,8 +34,9 @@ if TYPE_CHECKING:
 SAFETY = 1.5
 """Safety factor on the slope of seconds over cost."""
 
-ROUNDS = 2
-"""In the first round each diagnostic gets its share of the time. The second uses the rest."""
+ROUNDS = 3
+"""In the first round each diagnostic runs at its smallest size. In the second round it gets its
+share of the rest of the time. The third uses what is left."""
 
 TIMED_ROWS = 500
 """Number of rows for the measurement of the time of a pass."""
@@ -51,8 +55,12 @@ class Diagnosis:
     """The time budget in seconds."""
     results: dict[str, Any] = field(default_factory=dict)
     """The result of each diagnostic at its largest finished size, by name."""
+    blamed: list[Blame] = field(default_factory=list)
+    """The parts of the pair that are at fault, the largest first, with their evidence."""
     findings: list[Finding] = field(default_factory=list)
     """The parts of the summary."""
+    signs: list[Sign] = field(default_factory=list)
+    """Signs of faults that rest on a single diagnostic."""
     not_applicable: dict[str, str] = field(default_factory=dict)
     """Diagnostics that do not apply to the pair, with the reason."""
     failed: dict[str, str] = field(default_factory=dict)
@@ -76,10 +84,17 @@ class Diagnosis:
             words = [finding.words for finding in self.findings if finding.kind == kind]
             if words:
                 parts.append(f"{title}: {'; '.join(dict.fromkeys(words))}.")
+        if parts and not self.blamed:
+            parts.insert(0, "At fault: no part, as far as the diagnostics below have checked.")
         return "\n".join(parts) or "No diagnostic gave a result."
 
     def judge(self, shared: Sequence[str], local: Sequence[str]) -> None:
-        """Add the verdict on each latent, and limit the findings that rest on it."""
+        """Add the verdict: on the parts of the pair, and on each latent.
+
+        Findings that rest on a latent are at most as good as the verdict on it.
+        """
+        self.blamed, found = verdict.findings(self.results, self.rows, self.signs)
+        self.findings = found + self.findings
         reasons = self.not_applicable | self.left_out
         verdicts = judge_globals(shared, self.results, reasons) if shared else []
         verdicts += judge_local(local, self.results)
@@ -93,6 +108,7 @@ class Diagnosis:
         """Return summary and results for metrics.json."""
         return {
             "summary": self.summary,
+            "blamed": [blame.as_dict() for blame in self.blamed],
             "findings": [finding._asdict() for finding in self.findings],
             "worst_rows": self.worst().tolist() if "log_likelihood" in self.results else [],
             "num_examples": len(self.rows),
@@ -144,9 +160,10 @@ def diagnose(
         x, context: held-out data, as `pyro_vae.evaluate` takes them; 1,000 rows are enough.
         other: out-of-distribution data for the AUROC of outlier scores: x, or a tuple of x and
             context.
-        train: for a pair with global or group latents, all data to which its guide was fitted: x,
-            or a tuple of x and context. The guide of these latents is compared with their posterior
-            given these data. By default x, if `pyro_vae.fit` has just fitted the pair to exactly
+        train: the training data: x, or a tuple of x and context. Their ELBO is compared with that
+            of x. For a pair with global or group latents they must be all data to which the guide
+            was fitted, since the guide of these latents is compared with their posterior given
+            these data; then, by default x, if `pyro_vae.fit` has just fitted the pair to exactly
             these rows.
         budget: time in seconds. A diagnostic whose smallest size does not fit is left out.
         binarize, seed, engine: as in `pyro_vae.evaluate`.
@@ -171,20 +188,20 @@ def diagnose(
     costs = _pass_seconds(pair, shuffled, seed)
     shared, local = _latents(pair, batch)
     fitted = None
-    if shared and train is not None:
+    if train is not None:
         fitted = _prepared(pair, parts(train)[0], parts(train)[1:], binarize)
     elif shared and held_out_rows.fitted_to(pair, x):
         fitted = batch
     bench = Bench(pair, shuffled, order, seed, engine, *costs, strangers, fitted, shared)
     climbs = [_Climb(study) for make in STUDIES if (study := make(bench)) is not None]
     with bar(progress, ROUNDS * len(climbs), "diagnose") as shown:
-        for _ in range(ROUNDS):
+        for turn in range(ROUNDS):
             for i, climb in enumerate(climbs):
                 shown.set_postfix_str(f" {climb.study.name}")
                 rest = sum(other.study.weight for other in climbs[i:] if not other.over)
                 if not climb.over:
                     left = end - _now()
-                    climb.go(left * climb.study.weight / rest)
+                    climb.go(left * climb.study.weight / rest, 1 if turn == 0 else None)
                 shown.update()
     found = Diagnosis(order, budget)
     for climb in climbs:
@@ -239,10 +256,11 @@ class _Climb:
         """Whether the diagnostic failed or ran at its largest size."""
         return self.fault is not None or self.at == len(self.study.rungs) - 1
 
-    def go(self, allotted: float) -> None:
-        """Run further sizes within the allotted seconds."""
-        start = _now()
-        while not self.over and (fits := self._fits(start + allotted - _now())):
+    def go(self, allotted: float, most: int | None = None) -> None:
+        """Run further sizes within the allotted seconds, at most this number of them."""
+        start, ran = _now(), 0
+        while not self.over and ran != most and (fits := self._fits(start + allotted - _now())):
+            ran += 1
             self.at = fits[-1]
             self._run(self.study.rungs[self.at])
         self.seconds += _now() - start
@@ -274,14 +292,17 @@ class _Climb:
             found.not_applicable[name] = str(self.fault)
         elif self.fault is not None:
             found.failed[name] = f"{type(self.fault).__name__}: {first_line(self.fault)}"
-            found.findings.append(Finding("doubt", f"the diagnostic '{name}': it failed"))
+            words = f"the diagnostic '{name}': it failed"
+            found.findings.append(Finding("unchecked", words, f"diagnostic {name}"))
         elif not self.known:
             found.left_out[name] = "it did not run"
         elif not self.over:
             found.left_out[name] = f"it ran at size {self.at + 1} of {sizes}"
         if self.result is not None:
             found.results[name] = self.result
-            found.findings += study.judge(self.result, found.results)
+            told = study.judge(self.result)
+            found.findings += [one for one in told if isinstance(one, Finding)]
+            found.signs += [one for one in told if isinstance(one, Sign)]
             for title, figure in study.figures.items():
                 found.figures[title] = figure(self.result)
                 found.pictures.setdefault(name, []).append(title)
@@ -304,6 +325,7 @@ def _predicted(known: Sequence[tuple[float, float]], cost: float) -> float:
 
 
 KINDS = {
+    "fault": "At fault",
     "trust": "Reliable",
     "doubt": "Not reliable",
     "unchecked": "Not checked",

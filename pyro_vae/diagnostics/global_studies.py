@@ -71,7 +71,7 @@ def global_weights_study(bench: Bench) -> Study:
         Rung(draws * (bench.cost(3, n) + bench.cost(1, n * k)), partial(run, draws, k))
         for draws, k in ((100, 30), (500, 100), (1000, 300))
     ]
-    return Study("global_weights", 2, rungs, lambda found, results: [])
+    return Study("global_weights", 2, rungs)
 
 
 def global_nuts_study(bench: Bench) -> Study:
@@ -94,7 +94,7 @@ def global_nuts_study(bench: Bench) -> Study:
         for d, c in ((50, 2), (100, 4), (250, 4), (500, 4), (1000, 4))
     ]
     figures = {"global-nuts": global_figures.global_marginals}
-    return Study("global_nuts", SHARE, rungs, lambda found, results: [], figures)
+    return Study("global_nuts", SHARE, rungs, figures=figures)
 
 
 def _train(bench: Bench) -> tuple[Tensor, ...]:

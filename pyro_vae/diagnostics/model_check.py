@@ -19,7 +19,7 @@ from pyro_vae.diagnostics.two_samples import (
 )
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import at_one_draw
-from pyro_vae.inference.importance import relative_error
+from pyro_vae.inference.importance import STEADY, relative_error
 from pyro_vae.inference.pareto import threshold
 from pyro_vae.inference.weighted import Weighted, require_samples, weighted_parts
 from pyro_vae.pairs import masks
@@ -34,9 +34,6 @@ from pyro_vae.pairs.traces import DataFirst, trace
 
 LEAST_ROWS = 50
 """With fewer rows the tests hardly find anything."""
-
-STEADY = 0.01
-"""Weights whose relative standard deviation is below this give log p(x) whatever their tail."""
 
 
 SIGNIFICANT = 4
@@ -75,6 +72,12 @@ class ModelCheck:
     decoder does not explain. At most 30 elements are used."""
     regression: Difference | None
     """Nats per example that codes still explain in the residuals, data minus own data."""
+    units: tuple[str, ...]
+    """The units of the latents whose true values are ranked, such as "z[0]"."""
+    weighted_scores: Tensor
+    """Normal scores of the true values of the model's own data among weighted draws of the guide,
+    (rows, units): standard normal if the weighted draws are the posterior. Far from that, the guide
+    misses a part of the posterior, which no weights can restore. Unreliable rows are left out."""
     left_out: bool
     """Whether unreliable rows were left out, because the data have more of them."""
     num_samples: int
@@ -194,22 +197,23 @@ def model_check(
     batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     pair, given = at_one_draw(pair, batch, seed)
     with using(pair, seed):
-        own = _own_data(pair, batch)
+        own, truth = _own_data(pair, batch)
     with using(pair, seed + 1), bar(progress, 2, "model check", delay=2) as shown:
         found = []
-        for side in (batch, own):
-            found.append(_through_inference(pair, side, num_samples))
+        for side, true in ((batch, {}), (own, truth)):
+            found.append(_through_inference(pair, side, true, num_samples))
             shown.update()
     return _compared(*found, num_samples, given, seed)
 
 
-def _own_data(pair: nn.Module, batch: Batch) -> Batch:
-    """Return as many rows that the model draws, with the same context and the same holes."""
-    own, _ = simulate(pair, len(batch[0]), batch[1:])
+def _own_data(pair: nn.Module, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
+    """Return as many rows that the model draws, with the same context and the same holes, and the
+    latents that generated them."""
+    own, truth = simulate(pair, len(batch[0]), batch[1:])
     x = batch[0]
     if x.is_floating_point() and bool(x.isnan().any()):
         own = (torch.where(x.isnan(), torch.nan, own[0]), *own[1:])
-    return own
+    return own, truth
 
 
 class _Side(NamedTuple):
@@ -220,14 +224,23 @@ class _Side(NamedTuple):
     codes: dict[str, Tensor]
     residuals: Tensor | None
     scaled: bool
+    scores: dict[str, Tensor]
+    """Normal scores of true values among weighted draws, (n, units of the site)."""
 
 
-def _through_inference(pair: nn.Module, batch: Batch, num_samples: int) -> _Side:
+def _through_inference(
+    pair: nn.Module, batch: Batch, truth: dict[str, Tensor], num_samples: int
+) -> _Side:
     parts, start = [], 0
     for part in weighted_parts(pair, batch, num_samples):
         n = part.log_weights.shape[1]
         own = tuple(tensor[start : start + n] for tensor in batch)
-        parts.append(_of_rows(pair, own, part))
+        true = {
+            name: truth[name].reshape(len(batch[0]), -1)[start : start + n]
+            for name, value in part.values.items()
+            if _ranks(value, truth.get(name), n * num_samples)
+        }
+        parts.append(_of_rows(pair, own, part, true))
         start += n
     residuals = [part.residuals for part in parts if part.residuals is not None]
     return _Side(
@@ -236,10 +249,31 @@ def _through_inference(pair: nn.Module, batch: Batch, num_samples: int) -> _Side
         {name: torch.cat([part.codes[name] for part in parts]) for name in parts[0].codes},
         torch.cat(residuals) if len(residuals) == len(parts) else None,
         parts[0].scaled,
+        {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
     )
 
 
-def _of_rows(pair: nn.Module, batch: Batch, part: Weighted) -> _Side:
+def _ranks(draws: Tensor, truth: Tensor | None, number: int) -> bool:
+    """Whether true values of a site can be ranked among its draws: real numbers of each datum."""
+    return (
+        truth is not None
+        and draws.is_floating_point()
+        and len(draws) == number
+        and truth[0].numel() == draws[0].numel()
+        and truth.shape[1:] == draws.shape[1:]
+    )
+
+
+def _scores(draws: Tensor, truth: Tensor, shares: Tensor) -> Tensor:
+    """Return normal scores of true values (n, units) among weighted draws (K n, ...)."""
+    samples, n = shares.shape
+    values = draws.reshape(samples, n, -1)
+    below = (shares[..., None] * (values < truth)).sum(0)
+    size = 1 / shares.square().sum(0)[:, None]  # as among so many draws without weights
+    return torch.special.ndtri((below * size + 0.5) / (size + 1)).cpu()
+
+
+def _of_rows(pair: nn.Module, batch: Batch, part: Weighted, truth: dict[str, Tensor]) -> _Side:
     samples, n = part.log_weights.shape
     log_p = part.log_weights.logsumexp(0) - torch.tensor(float(samples)).log()
     error = relative_error(part.shares.square().sum(0), samples)
@@ -258,7 +292,8 @@ def _of_rows(pair: nn.Module, batch: Batch, part: Weighted) -> _Side:
         for name, value in values.items()
         if value.is_floating_point() and value.numel()
     }
-    return _Side(log_p.cpu(), unreliable.cpu(), codes, residuals, scaled)
+    scores = {name: _scores(part.values[name], true, part.shares) for name, true in truth.items()}
+    return _Side(log_p.cpu(), unreliable.cpu(), codes, residuals, scaled, scores)
 
 
 def _residuals(site: Any, x: Tensor) -> tuple[Tensor | None, bool]:
@@ -326,6 +361,12 @@ def _compared(
             dependence, regression = difference(
                 dependence_statistics(z[0], r[0][:, columns]), *rows, seed
             )
+    scores = torch.cat([part[~own.unreliable] for part in own.scores.values()] or [torch.zeros(0, 0)], 1)
+    units = tuple(
+        name + (f"[{i}]" if part.shape[1] > 1 else "")
+        for name, part in own.scores.items()
+        for i in range(part.shape[1])
+    )
     return ModelCheck(
         data.log_likelihood,
         own.log_likelihood,
@@ -339,6 +380,8 @@ def _compared(
         by_column,
         dependence,
         regression,
+        units,
+        scores,
         left_out,
         num_samples,
         given,

@@ -75,6 +75,14 @@ class PredictiveCheck:
         found = _p_values(self.whole[:, None], self.observed.nanmean(0)[None])[0]
         return dict(zip(self.names, found.tolist(), strict=True))
 
+    @property
+    def whole_deviations(self) -> dict[str, float]:
+        """Distance of each mean statistic of the data above its replicates, in their standard
+        deviations; 0 if all are equal."""
+        off = self.observed.nanmean(0) - self.whole.mean(0)
+        spread = self.whole.std(0).maximum(1e-6 * self.whole.mean(0).abs()).clamp(min=1e-12)
+        return dict(zip(self.names, (off / spread).tolist(), strict=True))
+
     def worst(self, name: str | None = None, number: int = 10) -> Tensor:
         """Return the indices of the data farthest from their replicates, the worst first.
 
