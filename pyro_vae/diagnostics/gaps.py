@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from math import isfinite
+from math import isfinite, log
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,9 @@ from pyro_vae.data.preparation import Preparation, held_rows
 from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import at_one_draw
-from pyro_vae.inference.importance import all_log_weights, unnormalized
+from pyro_vae.inference.importance import LogLikelihood, all_log_weights, unnormalized
 from pyro_vae.inference.pareto import LEAST, pareto_shape
-from pyro_vae.inference.refinement import Refinement, refine
+from pyro_vae.inference.refinement import CLEAR, COMPARED_DRAWS, Refinement, refine
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.scope import using
@@ -175,8 +175,10 @@ def gaps(
         + \underbrace{\mathrm{ELBO}(q^*) - \mathrm{ELBO}(q_\phi)}_{\text{amortization gap}}
 
     `refine` finds :math:`q^*`, the best q of each datum within the family of the guide. log p(x) is
-    the importance-weighted bound with q or with q* as proposal, the higher one for each datum.
-    Other draws make this choice, because the maximum of two noisy numbers would be too high.
+    the importance-weighted bound with q or with q* as proposal, the better one for each datum: the
+    clearly higher bound with a reliable Pareto k, or else the larger effective sample size. Other
+    draws make this choice, because the maximum of two noisy numbers would be too high. A datum
+    whose ELBO does not rise keeps the guide's q, so an exact guide has gaps of 0.
 
     Arguments:
         pair: any pair; it does not change.
@@ -220,14 +222,13 @@ def gaps(
         steps=steps,
         learning_rate=learning_rate,
         num_particles=num_particles,
-        num_samples=min(num_samples, 100),
+        num_samples=min(num_samples, COMPARED_DRAWS),
         binarize=binarize,
         seed=seed,
         engine=engine,
         progress=progress,
     )
-    # A NaN, from infinite weights, compares as false, so log p(x) stays that of the guide.
-    chosen = refined.after.per_datum >= refined.before.per_datum
+    chosen = _proposal_is_refined(refined.before, refined.after)
     parts = []
     for block in range(0, len(chosen), BLOCK):
         rows = slice(block, block + BLOCK)
@@ -262,6 +263,22 @@ def _weights(pair: nn.Module, batch: Batch, num_samples: int, seed: int) -> Tens
         return all_log_weights(pair, batch, num_samples).cpu()
 
 
+def _proposal_is_refined(before: LogLikelihood, after: LogLikelihood) -> Tensor:
+    """Return whether log p(x) of a datum uses draws of its refined q, (n,).
+
+    The higher of two lower bounds is better if the difference is clear and its Pareto k reliable.
+    Otherwise the weights with the larger effective sample size are better: a bound whose few
+    largest weights are too large by chance looks higher. A NaN compares as false, so log p(x)
+    stays that of the guide.
+    """
+    gain = after.per_datum - before.per_datum
+    error = (after.standard_errors.square() + before.standard_errors.square()).sqrt()
+    k = torch.where(gain > 0, after.pareto_k, before.pareto_k)
+    clear = (gain.abs() > CLEAR * error.nan_to_num(0.0)) & (k <= after.k_threshold)
+    better = after.effective_sample_size >= before.effective_sample_size
+    return torch.where(clear, gain > 0, better)
+
+
 class _GapParts(NamedTuple):
     """The fields of `Gaps` that come from log weights."""
 
@@ -281,7 +298,7 @@ def _split(before: Tensor, after: Tensor, chosen: Tensor) -> _GapParts:
     the mean weight for log p(x). The shares of a difference are the differences of the shares.
     """
     weights = torch.where(chosen, after, before)
-    log_p = weights.logsumexp(0) - torch.tensor(float(len(weights))).log()
+    log_p = weights.logsumexp(0) - log(len(weights))
     relative = (weights - log_p).exp()
     refined, amortized = after.mean(0), before.mean(0)
     return _GapParts(
