@@ -26,10 +26,14 @@ from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import latents
 from pyro_vae.pairs.threads import alone
+from pyro_vae.pairs.weights import log_weights, structure
 from pyro_vae.runs import held_out_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+TIMED_DRAWS = 10
+"""Number of draws of each row for the measurement of the time of a draw."""
 
 SAFETY = 1.5
 """Safety factor on the slope of seconds over cost."""
@@ -37,6 +41,9 @@ SAFETY = 1.5
 ROUNDS = 3
 """In the first round each diagnostic runs at its smallest size. In the second round it gets its
 share of the rest of the time. The third uses what is left."""
+
+FIRST = 0.2
+"""The smallest size of a diagnostic may take this fraction of the time, even if its share is less."""
 
 TIMED_ROWS = 500
 """Number of rows for the measurement of the time of a pass."""
@@ -201,7 +208,11 @@ def diagnose(
                 rest = sum(other.study.weight for other in climbs[i:] if not other.over)
                 if not climb.over:
                     left = end - _now()
-                    climb.go(left * climb.study.weight / rest, 1 if turn == 0 else None)
+                    share = left * climb.study.weight / rest
+                    if turn == 0:
+                        climb.go(max(share, FIRST * left), 1)
+                    else:
+                        climb.go(share)
                 shown.update()
     found = Diagnosis(order, budget)
     for climb in climbs:
@@ -225,11 +236,11 @@ def _latents(pair: nn.Module, batch: Batch) -> tuple[tuple[str, ...], tuple[str,
     return shared, tuple(name for name in sites if name not in shared)
 
 
-def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, float]:
-    """Return the seconds of a pass of one row, and the seconds of each further row."""
+def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, float, float]:
+    """Return the seconds of a pass of one row, of each further row, and of each further draw."""
 
     def seconds(rows: int) -> float:
-        part = tuple(t[torch.arange(rows, device=t.device) % len(t)] for t in batch)
+        part = _repeated(batch, rows)
         start = _now()
         trace_model(pair, part, trace_guide(pair, part))
         return _now() - start
@@ -237,7 +248,27 @@ def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, floa
     with using(pair, seed):
         seconds(TIMED_ROWS)  # the first pass includes work that is done only once
         one, many = seconds(1), seconds(TIMED_ROWS)
-    return one, max(0.0, many - one) / (TIMED_ROWS - 1)
+        rate = max(0.0, many - one) / (TIMED_ROWS - 1)
+        return one, rate, _draw_seconds(pair, batch, one, rate)
+
+
+def _draw_seconds(pair: nn.Module, batch: Batch, one: float, rate: float) -> float:
+    """Return the seconds of a draw of a row: less than a row, since the encoder runs once."""
+    part = _repeated(batch, TIMED_ROWS // TIMED_DRAWS)
+    try:
+        nesting, vectorized, _ = structure(pair, tuple(tensor[:2] for tensor in part))
+    except UsageError:  # the pair has no importance weights
+        return rate
+    if not vectorized:
+        return one / len(part[0]) + rate
+    start = _now()
+    log_weights(pair, part, TIMED_DRAWS, nesting)
+    rest = _now() - start - one - rate * len(part[0])
+    return min(rate, max(0.0, rest) / TIMED_ROWS)
+
+
+def _repeated(batch: Batch, rows: int) -> Batch:
+    return tuple(t[torch.arange(rows, device=t.device) % len(t)] for t in batch)
 
 
 class _Climb:

@@ -55,7 +55,10 @@ ADVICE = (
 )
 
 
-def global_weights_study(bench: Bench) -> Study:
+def global_weights_study(bench: Bench) -> Study | None:
+    if not bench.shared:
+        return None
+
     def run(draws: int, samples: int) -> GlobalWeights:
         return global_weights(
             bench.pair,
@@ -74,7 +77,10 @@ def global_weights_study(bench: Bench) -> Study:
     return Study("global_weights", 2, rungs)
 
 
-def global_nuts_study(bench: Bench) -> Study:
+def global_nuts_study(bench: Bench) -> Study | None:
+    if not bench.shared:
+        return None
+
     def run(draws: int, chains: int) -> JointPosterior:
         found = nuts(
             bench.pair,
@@ -98,8 +104,6 @@ def global_nuts_study(bench: Bench) -> Study:
 
 
 def _train(bench: Bench) -> tuple[Tensor, ...]:
-    if not bench.shared:
-        raise UsageError(f"{type(bench.pair).__name__} has no global latent")
     if bench.train is None:
         raise UsageError(UNKNOWN)
     return bench.train

@@ -42,7 +42,7 @@ def reliability_study(bench: Bench) -> Study:
     return Study(
         "log_likelihood",
         2,
-        [Rung(bench.cost(2, n * k), partial(run, n, k)) for n, k in sizes(bench, *wanted)],
+        [Rung(bench.draws(2, n, k), partial(run, n, k)) for n, k in sizes(bench, *wanted)],
         figures={
             "reliability": lambda found: diagnostic_figures.reliability(
                 found, bench.some(len(found.per_datum))[0], rows=bench.rows
@@ -76,7 +76,7 @@ def gaps_study(bench: Bench) -> Study:
         4,
         [
             Rung(
-                bench.cost(steps, GRADIENT * 8 * n) + bench.cost(4, n * k),
+                bench.cost(steps, GRADIENT * 8 * n) + bench.draws(4, n, k),
                 partial(run, n, steps, k),
             )
             for n, steps, k in sizes(bench, *wanted)
@@ -97,7 +97,7 @@ def calibration_study(bench: Bench) -> Study:
         )
 
     wanted = ((100, 19), (250, 29), (500, 49), (1000, 99), (2000, 99))
-    rungs = [Rung(bench.cost(2, n * draws), partial(run, n, draws)) for n, draws in wanted]
+    rungs = [Rung(bench.draws(2, n, draws), partial(run, n, draws)) for n, draws in wanted]
     return Study(
         "calibration", 2, rungs, figures={"calibration": diagnostic_figures.calibration_bands}
     )
@@ -109,8 +109,8 @@ def local_calibration_study(bench: Bench) -> Study:
             bench.pair, *bench.some(rows), num_samples=samples, progress=False, **bench.settings
         )
 
-    wanted = sizes(bench, (100, 100), (300, 200), (1000, 300), (2000, 500))
-    rungs = [Rung(bench.cost(4, n * k), partial(run, n, k)) for n, k in wanted]
+    wanted = sizes(bench, (100, 50), (300, 100), (1000, 200), (2000, 500))
+    rungs = [Rung(bench.draws(4, n, k), partial(run, n, k)) for n, k in wanted]
     return Study("local_calibration", 2, rungs)
 
 

@@ -166,7 +166,10 @@ def outliers_study(bench: Bench) -> Study | None:
     return Study("outliers", 3, rungs, judge, {"outliers": diagnostic_figures.outlier_histograms})
 
 
-def uncertainty_study(bench: Bench) -> Study:
+def uncertainty_study(bench: Bench) -> Study | None:
+    if not bench.shared:
+        return None
+
     def run(rows: int, weights: int) -> Uncertainty:
         return uncertainty(
             bench.pair, *bench.some(rows), num_weights=weights, progress=False, **bench.settings
@@ -194,8 +197,8 @@ def model_check_study(bench: Bench) -> Study:
         )
 
     rungs = [
-        Rung(bench.cost(4, 2 * n * k), partial(run, n, k))
-        for n, k in sizes(bench, (200, 50), (500, 100), (1000, 100), (2000, 200))
+        Rung(bench.draws(4, 2 * n, k), partial(run, n, k))
+        for n, k in sizes(bench, (200, 50), (500, 100), (1000, 200), (2000, 300))
     ]
     return Study("model_check", 2, rungs)
 

@@ -31,6 +31,9 @@ MISSING, MISSING_SHIFT = 1.3, 0.3
 LEAST_SCORES = 50
 """Least number of true values for this judgment."""
 
+ROWS, LEAST_BAD = 0.01, 3
+"""Unreliable rows are a sign if they are at least this fraction of the data, and this many."""
+
 NATS = 0.02
 """A part of this many nats per example, or less, is not reported as a fault."""
 
@@ -144,7 +147,7 @@ def _over(value: Tensor, limit: float, error: Tensor) -> Tensor:
 
 def _of_weights(found: Any) -> list[Sign]:
     over = int(found.unreliable.sum())
-    if not over:
+    if over < max(LEAST_BAD, ROWS * len(found.unreliable)):
         return []
     percent = 100 * over / len(found.unreliable)
     words = f"importance weights of {over} data ({percent:.0f} %) are not reliable"

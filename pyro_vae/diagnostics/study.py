@@ -69,6 +69,8 @@ class Bench(NamedTuple):
     """Seconds of a pass of model and guide on one row."""
     rate: float
     """Seconds for each further row."""
+    draw_rate: float
+    """Seconds for each further draw of a row."""
     other: Batch | None = None
     """Prepared out-of-distribution rows."""
     train: Batch | None = None
@@ -79,6 +81,10 @@ class Bench(NamedTuple):
     def cost(self, passes: float, rows: float) -> float:
         """Return the seconds of these passes with this number of rows, or of draws of rows."""
         return passes * (self.overhead + self.rate * rows)
+
+    def draws(self, passes: float, rows: float, draws: float) -> float:
+        """Return the seconds of these passes with this number of draws for each row."""
+        return self.cost(passes, rows) + passes * self.draw_rate * rows * draws
 
     def some(self, number: int) -> Batch:
         """Return the first rows."""

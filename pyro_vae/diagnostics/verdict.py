@@ -45,6 +45,9 @@ PARTS: dict[str, tuple[str, str]] = {
 MINOR = 0.2
 """Of two gaps, one that is less than this fraction of the other is not reported as a fault."""
 
+LEAST_GAPS = 40
+"""With fewer rows the two gaps do not overrule wrong means and scales, which a family can cure."""
+
 TOLD = 3
 """Number of signs that the summary tells for each part."""
 
@@ -122,14 +125,20 @@ def _guide_blames(results: Mapping[str, Any]) -> list[Blame]:
     mass = tuple(sign for sign in signs if sign.kind == "mass")
     if mass:
         return [Blame("family", mass[0].nats, tuple(signs))]
-    if shares := gap_shares(results):
+    kinds = {sign.kind for sign in signs}
+    if (shares := gap_shares(results)) and not (few_rows(results) and kinds <= {"place", "rows"}):
         told, total = _gap_words(results), inference_gap(results)
         return [Blame(part, part_of * total, (*signs, told)) for part, part_of in shares.items()]
-    faults = [sign for sign in signs if sign.kind != "rows"]
-    if not faults:
+    if not signs:
         return []
-    placed = any(sign.kind == "place" for sign in faults)
-    return [Blame("encoder" if placed else "family", None, tuple(signs))]
+    part = "encoder" if "place" in kinds or kinds == {"rows"} else "family"
+    size = inference_gap(results) if "gaps" in results else None
+    return [Blame(part, size, tuple(signs))]
+
+
+def few_rows(results: Mapping[str, Any]) -> bool:
+    """Whether the gaps were measured on so few rows that wrong means and scales tell more."""
+    return len(results["gaps"].pareto_k) < LEAST_GAPS
 
 
 def gap_shares(results: Mapping[str, Any]) -> dict[str, float]:
