@@ -448,6 +448,9 @@ CALLS = {
     "interpolate": lambda p, x, out: pv.interpolate(p, x[:2], x[2:4], steps=3),
     "kl_parts": lambda p, x, out: pv.kl_parts(p, x),
     "load": lambda p, x, out: pv.load(pv.save(p, out)),
+    "local_c2st": lambda p, x, out: pv.local_c2st(
+        p, x, num_simulations=100, num_draws=2, num_null=19, **QUIET
+    ),
     "local_calibration": lambda p, x, out: pv.local_calibration(p, x, num_samples=21, **QUIET),
     "log_likelihood": lambda p, x, out: pv.log_likelihood(p, x, num_samples=5),
     "nuts": lambda p, x, out: pv.nuts(p, x[:2], num_draws=4, warmup=4, num_chains=2, **EAGER).draws,
