@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pyro_vae.diagnostics.outliers import outlier_scores as outlier_scores
     from pyro_vae.diagnostics.predictive import predictive_check as predictive_check
     from pyro_vae.diagnostics.selftest import selftest as selftest
+    from pyro_vae.diagnostics.tarp import tarp as tarp
     from pyro_vae.diagnostics.uncertainty import uncertainty as uncertainty
     from pyro_vae.errors import UsageError as UsageError
     from pyro_vae.estimators.density import VAEEstimator as VAEEstimator

@@ -1,8 +1,7 @@
 """L-C2ST: a classifier that tells the guide's draws from true latents, read at real rows."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,20 +14,13 @@ from torch import Tensor, nn
 
 from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows
-from pyro_vae.diagnostics.local_moments import Units
+from pyro_vae.diagnostics.guide_rows import GuideRows, Simulated, guide_rows
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.importance import CELLS
-from pyro_vae.inference.passes import in_chunks
-from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.particles import Particles
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
-from pyro_vae.pairs.simulation import simulate
 from pyro_vae.pairs.threads import alone
-
-MOMENT_DRAWS = 64
-"""Draws that give the guide's moments at a row; they are not used otherwise."""
 
 MOST_INPUTS = 8
 """Principal components of x and of the guide's moments that the classifier reads."""
@@ -155,7 +147,7 @@ def local_c2st(
     model = classifier if classifier is not None else _classifier()
     total = num_null + 2
     with bar(progress, total, "L-C2ST", delay=2) as shown:
-        both = inputs(simulated, truth), inputs(simulated, simulated.values[:1])
+        both = inputs(simulated, truth), inputs(simulated, simulated.values)
         at = inputs(observed, observed.values)
         half = num_simulations // 2
         accuracy = _accuracy(model, both, half)
@@ -177,63 +169,19 @@ def local_c2st(
     )
 
 
-class _Rows(NamedTuple):
-    """Draws of the guide at some rows, and what the classifier reads of the rows."""
-
-    values: Tensor
-    """Draws as vectors, (draws, n, units)."""
-    mean: Tensor
-    scale: Tensor
-    counts: Tensor
-    """Which units are not masked, (n, units)."""
-    x: Tensor
-    """The data as vectors, (n, entries), with 0 for missing entries."""
-
-
-def _drawn(pair: nn.Module, real: Batch, number: int, draws: int) -> tuple[Tensor, _Rows, _Rows]:
-    """True latents of simulated data (1, number, units), the guide's there, and at real data."""
-    if names := global_latents(pair, real):
-        raise UsageError(f"local_c2st needs a pair without global latents, got {', '.join(names)}")
-    chosen = torch.randint(len(real[0]), (number,))
-    batch, latents = simulate(pair, number, tuple(part[chosen] for part in real[1:]))
-    particles = Particles(pair, batch)
-    units = Units(particles, batch, latents)
-    if not units.names:
-        raise UsageError("the pair has no local latent of both model and guide with moments")
-    truth = units.vector(
-        {name: particles.data_first(name, latents[name]) for name in units.circular}
-    )
-    return (
-        truth,
-        _rows(particles, units, batch, 1),
-        _rows(Particles(pair, real), units, real, draws),
-    )
-
-
-def _rows(particles: Particles, units: Units, batch: Batch, draws: int) -> _Rows:
-    parts = _parts(particles, units, batch, draws)
-    values, *rest = zip(*parts, strict=True)
-    return _Rows(torch.cat(values, 1), *map(torch.cat, rest))
-
-
-def _parts(particles: Particles, units: Units, batch: Batch, draws: int) -> Iterator[_Rows]:
-    number = draws + MOMENT_DRAWS
-    for part in in_chunks(batch, max(1, CELLS // (particles.widest * number))):
-        drawn = particles.draw(number, part)
-        z = units.vector(drawn.values).cpu()
-        yield _Rows(
-            z[:draws],
-            z[draws:].mean(0),
-            z[draws:].std(0),
-            units.counts(drawn.counts).cpu(),
-            part[0].reshape(len(part[0]), -1).double().nan_to_num(0.0).cpu(),
-        )
+def _drawn(
+    pair: nn.Module, real: Batch, number: int, draws: int
+) -> tuple[Tensor, GuideRows, GuideRows]:
+    """True latents of simulated data (1, number, units), the guide there, and at real data."""
+    made = Simulated(pair, number, real[1:], "local_c2st")
+    observed = guide_rows(Particles(pair, real), made.units, real, draws)
+    return made.truth, made.guide(1), observed
 
 
 class _Inputs:
     """The inputs of the classifier; those of the rows are components of x and of the moments."""
 
-    def __init__(self, rows: _Rows) -> None:
+    def __init__(self, rows: GuideRows) -> None:
         self.reduced = [
             make_pipeline(StandardScaler(), PCA(min(MOST_INPUTS, *part.shape), random_state=0)).fit(
                 part
@@ -241,7 +189,7 @@ class _Inputs:
             for part in _known(rows)
         ]
 
-    def __call__(self, rows: _Rows, values: Tensor) -> Any:
+    def __call__(self, rows: GuideRows, values: Tensor) -> Any:
         """Return the inputs at these values, of shape (draws, n, inputs)."""
         z = (values - rows.mean) / rows.scale.clamp(min=LEAST_SCALE)
         z = torch.where(rows.counts, z, 0.0).clamp(-FARTHEST, FARTHEST)
@@ -250,7 +198,7 @@ class _Inputs:
         return np.concatenate([z.numpy(), np.broadcast_to(known, (len(z), *known.shape))], 2)
 
 
-def _known(rows: _Rows) -> tuple[Any, Any]:
+def _known(rows: GuideRows) -> tuple[Any, Any]:
     """What is known of the rows: x, and the guide's means and log scales."""
     parts = rows.mean, rows.scale.clamp(min=LEAST_SCALE).log()
     moments = torch.cat([torch.where(rows.counts, part, 0.0) for part in parts], 1)

@@ -45,12 +45,12 @@ def data(n=60):
 def test_an_exact_guide_is_rejected_at_the_level():
     """The p-values are uniform on 0.05, 0.1, ..., 1."""
     small = {**SMALL, "num_simulations": 100, "num_draws": 10}
-    runs = [pv.local_c2st(Guided(), data(20), **small, seed=seed) for seed in range(12)]
+    runs = [pv.local_c2st(Guided(), data(20), **small, seed=seed) for seed in range(8)]
     values = torch.tensor([found.overall_p_value for found in runs])
-    assert (values <= 0.1).sum() <= 5  # more with a probability of 5e-4
-    assert values.mean() == pytest.approx(0.525, abs=4 * 0.29 / 12**0.5)
+    assert (values <= 0.1).sum() <= 4  # more with a probability of 4e-4
+    assert values.mean() == pytest.approx(0.525, abs=4 * 0.29 / 8**0.5)
     accuracies = torch.tensor([found.accuracy for found in runs])
-    assert accuracies.mean() == pytest.approx(0.5, abs=4 * 0.5 / (100 * 12) ** 0.5)
+    assert accuracies.mean() == pytest.approx(0.5, abs=4 * 0.5 / (100 * 8) ** 0.5)
 
 
 @pytest.mark.parametrize("fault", ["mean", "scale", "correlation", "prior"])

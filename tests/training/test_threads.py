@@ -465,6 +465,7 @@ CALLS = {
     "sandwich": lambda p, x, out: pv.sandwich(p, 4, num_temperatures=3, num_chains=2, **EAGER).gap,
     "save": lambda p, x, out: pv.save(p, out) and None,
     "score": lambda p, x, out: pv.score(p, x, num_samples=21),
+    "tarp": lambda p, x, out: pv.tarp(p, num_simulations=100, num_draws=19).ranks,
     "to_arviz": lambda p, x, out: torch.from_numpy(
         pv.to_arviz(p, x, num_samples=4, num_particles=3, **QUIET).posterior["z"].values
     ),
