@@ -1,5 +1,6 @@
 """Moments of the guide and of the posterior at each row, from weighted draws."""
 
+from collections.abc import Container
 from itertools import chain
 from typing import NamedTuple
 
@@ -22,14 +23,20 @@ class Units:
     Arguments:
         particles: the draws of a pair.
         batch: a prepared batch, whose first rows are drawn to find the shapes.
+        among: the latents to use; the default is all latents of the guide.
     """
 
-    def __init__(self, particles: Particles, batch: Batch) -> None:
+    def __init__(
+        self, particles: Particles, batch: Batch, among: Container[str] | None = None
+    ) -> None:
         drawn = particles.draw(1, tuple(tensor[:2] for tensor in batch))
         self.left_out: dict[str, str] = {}
         self.circular: dict[str, bool] = {}
         self.names: list[str] = []
         for name, site in particles.sites.items():
+            if among is not None and name not in among:
+                self.left_out[name] = "the model does not have it"
+                continue
             if is_category(site["fn"]):
                 self.left_out[name] = "it is a category, which has no moments"
                 continue

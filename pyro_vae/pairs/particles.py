@@ -93,9 +93,9 @@ class Particles:
                 f"the guide draws the sites {', '.join(sites)} for some rows and "
                 f"{', '.join(self.sites)} for all rows: draw all sites for every row, and mask them"
             )
-        values = {name: self._data_first(name, site["value"]) for name, site in sites.items()}
+        values = {name: self.data_first(name, site["value"]) for name, site in sites.items()}
         counts = {
-            name: self._data_first(name, masks.scored(site).expand(site["value"].shape))[0]
+            name: self.data_first(name, masks.scored(site).expand(site["value"].shape))[0]
             for name, site in sites.items()
         }
         log_q = self._rows(log_guide(guide, self.vectorized), size, batch)
@@ -119,7 +119,7 @@ class Particles:
     def _rows(self, density: Tensor, size: int, batch: Batch) -> Tensor:
         return density.double().expand(size, len(batch[0]))
 
-    def _data_first(self, name: str, value: Tensor) -> Tensor:
+    def data_first(self, name: str, value: Tensor) -> Tensor:
         """Move a value from the layout of the pair to (draws, n, *plates, *event)."""
         own = value.shape[value.dim() - self.right[name] :]
         return value.reshape(-1, *own).movedim(-1 - self._event_dim(name), 1)
