@@ -35,9 +35,7 @@ from pyro_vae.pairs.rng import seeded
 ROWS = 1000
 GRID = torch.linspace(-6, 6, 241, dtype=torch.float64)
 ANGLE = math.pi / 4
-ROTATION = torch.tensor(
-    [[math.cos(ANGLE), -math.sin(ANGLE)], [math.sin(ANGLE), math.cos(ANGLE)]]
-)
+ROTATION = torch.tensor([[math.cos(ANGLE), -math.sin(ANGLE)], [math.sin(ANGLE), math.cos(ANGLE)]])
 STRENGTH = (0.9, 0.45)
 """How strongly each coordinate of w moves its features."""
 NOISE = 0.35
@@ -228,7 +226,9 @@ class Planted(nn.Module):
             variance = (p * GRID.square()).sum(-1) - mean.square()
             # The best normal without correlations: its precisions are those of the posterior.
             precision = (1 / variance) @ ROTATION.double().square()
-            return dist.Normal((mean @ ROTATION.double()).float(), precision.rsqrt().float()).to_event(1)
+            return dist.Normal(
+                (mean @ ROTATION.double()).float(), precision.rsqrt().float()
+            ).to_event(1)
         return dist.TransformedDistribution(base, [*tails, Quantiles(grids), Rotation()])
 
     def conjugate(self, x: Tensor) -> tuple[Tensor, Tensor]:

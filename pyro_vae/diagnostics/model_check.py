@@ -306,7 +306,9 @@ def _residuals(site: Any, x: Tensor) -> tuple[Tensor | None, bool]:
     if bool(mean.isnan().all()) or not bool(variance.isfinite().any()):
         return None, False
     value = masks.seen(site, x).double()
-    mean, variance = (data_first(part, site).double().reshape(value.shape) for part in (mean, variance))
+    mean, variance = (
+        data_first(part, site).double().reshape(value.shape) for part in (mean, variance)
+    )
     found = (value - mean) / variance.clamp(min=1e-8).sqrt()
     try:
         scaled = num_values(fn) != 2
@@ -345,7 +347,9 @@ def _compared(
             if both[0].shape[1] and bool((torch.cat(both).std(0) > 0).any()):
                 codes[name] = separation(*both, seed)
         if data.residuals is not None and own.residuals is not None:
-            r = [part[kept] for part, kept in zip((data.residuals, own.residuals), keep, strict=True)]
+            r = [
+                part[kept] for part, kept in zip((data.residuals, own.residuals), keep, strict=True)
+            ]
             if data.scaled:
                 scale, by_row, by_column = difference(scale_statistics, *r, seed)
                 c = torch.tensor(scale.value, dtype=torch.float64).exp()
@@ -361,7 +365,9 @@ def _compared(
             dependence, regression = difference(
                 dependence_statistics(z[0], r[0][:, columns]), *rows, seed
             )
-    scores = torch.cat([part[~own.unreliable] for part in own.scores.values()] or [torch.zeros(0, 0)], 1)
+    scores = torch.cat(
+        [part[~own.unreliable] for part in own.scores.values()] or [torch.zeros(0, 0)], 1
+    )
     units = tuple(
         name + (f"[{i}]" if part.shape[1] > 1 else "")
         for name, part in own.scores.items()

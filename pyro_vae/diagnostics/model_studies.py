@@ -179,7 +179,9 @@ def uncertainty_study(bench: Bench) -> Study | None:
         # The estimate of a variance near 0 may be negative.
         share = max(0.0, (found.epistemic.mean() / found.total.mean()).item())
         percent = f"{100 * share:.0f} %" if share >= 0.01 else "less than 1 %"
-        words = f"{percent} of the variance of predictions is due to the global latents, which more "
+        words = (
+            f"{percent} of the variance of predictions is due to the global latents, which more "
+        )
         words += "data would reduce"
         return [Finding("trust", words, "uncertainty")]
 

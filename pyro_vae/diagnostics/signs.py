@@ -43,9 +43,6 @@ DEVIATIONS = 4
 MARGINAL = 1e-4
 """log p(x) of data and of the model's own data differ if the p-value is below this."""
 
-ENOUGH = 400
-"""Least number of effective draws of NUTS for a judgment."""
-
 SHOWN = 3
 """Number of units that a sign names."""
 
@@ -99,7 +96,11 @@ def _of_ranks(found: Any) -> list[Sign]:
         bad = which & (far | off)
         if bool(bad.any()):
             worst = (mean.abs() / SHIFT).maximum(spread.log().abs() / log(SCALE)) * bad
-            told = [_rank_words(found, i) for i in worst.argsort(descending=True)[:SHOWN].tolist() if bad[i]]
+            told = [
+                _rank_words(found, i)
+                for i in worst.argsort(descending=True)[:SHOWN].tolist()
+                if bad[i]
+            ]
             signs.append(Sign(kind, "calibration", f"{start} is off: {', '.join(told)}"))
     return signs
 
@@ -109,7 +110,9 @@ def _rank_words(found: Any, i: int) -> str:
     name = found.names[i]
     if abs(mean) / SHIFT > abs(log(spread)) / log(SCALE):
         side = "low" if mean > 0 else "high"
-        return f"{name} is too {side} (scores of ranks {mean:+.2f} ± {found.score_mean_errors[i]:.2f})"
+        return (
+            f"{name} is too {side} (scores of ranks {mean:+.2f} ± {found.score_mean_errors[i]:.2f})"
+        )
     side = "narrow" if spread > 1 else "wide"
     return f"{name} is too {side} (scores of ranks spread by {spread:.2f})"
 
@@ -123,9 +126,21 @@ def _of_moments(found: Any) -> list[Sign]:
     ratio = found.scale_ratio
     scaled = _over(ratio.value.log().abs(), log(SCALE), ratio.standard_error / ratio.value)
     for bad, size, words in (
-        (far, shift.value.abs(), lambda i: f"its mean is off by {shift.value[i]:+.2f} posterior sd"),
-        (loose & ~far, scatter.value, lambda i: f"means of rows are off by {scatter.value[i]:.2f} posterior sd"),
-        (scaled, ratio.value.log().abs(), lambda i: f"its scale is {ratio.value[i]:.2f} times the posterior's"),
+        (
+            far,
+            shift.value.abs(),
+            lambda i: f"its mean is off by {shift.value[i]:+.2f} posterior sd",
+        ),
+        (
+            loose & ~far,
+            scatter.value,
+            lambda i: f"means of rows are off by {scatter.value[i]:.2f} posterior sd",
+        ),
+        (
+            scaled,
+            ratio.value.log().abs(),
+            lambda i: f"its scale is {ratio.value[i]:.2f} times the posterior's",
+        ),
     ):
         if bool(bad.any()):
             i = int((size * bad).nan_to_num(0.0).argmax())
@@ -156,10 +171,10 @@ def _of_weights(found: Any) -> list[Sign]:
 
 def _of_chains(found: Any) -> list[Sign]:
     """Guide against NUTS; only data whose chains agree and have enough draws count."""
-    size = found.effective_sample_size.nan_to_num(torch.inf).amin(1)
-    sound = found.agrees & (size >= ENOUGH)
+    sound = found.agrees & ~found.too_few_draws
     if not bool(sound.any()):
         return []
+    size = found.bulk_effective_sample_size.nan_to_num(torch.inf).amin(1)
     error = size[sound].clamp(max=1e6).rsqrt()[:, None]
     signs = []
     shift, ratio = found.shift[sound].abs(), found.scale_ratio[sound].log().abs()
@@ -168,7 +183,9 @@ def _of_chains(found: Any) -> list[Sign]:
         signs.append(Sign("place", "nuts", words))
     if bool(_over(ratio, 2 * log(SCALE), error).any()):
         worst = found.scale_ratio[sound].flatten()[int(ratio.nan_to_num(0.0).argmax())]
-        signs.append(Sign("place", "nuts", f"against NUTS, its scale is {worst:.2f} times the posterior's"))
+        signs.append(
+            Sign("place", "nuts", f"against NUTS, its scale is {worst:.2f} times the posterior's")
+        )
     apart = (found.guide_moments.correlation - found.moments.correlation)[sound].abs()
     if bool(_over(apart, 2 * CORRELATION, error[..., None]).any()):
         words = f"against NUTS, a correlation is off by {apart.nan_to_num(0.0).max():.2f}"
@@ -265,7 +282,9 @@ def _of_structure(found: Any) -> list[Sign]:
 def _of_train(found: Any) -> list[Sign]:
     if found.value <= NATS + ERRORS * found.standard_error:
         return []
-    words = f"the ELBO of training data is {found.value:.2f} ± {found.standard_error:.2f} nats higher"
+    words = (
+        f"the ELBO of training data is {found.value:.2f} ± {found.standard_error:.2f} nats higher"
+    )
     return [Sign("data", "train_gap", words, found.value)]
 
 

@@ -95,9 +95,7 @@ def difference(
         shuffled.append(statistic(rows[order[:n]]) - statistic(rows[order[n:]]))
     value, null = statistic(first) - statistic(second), torch.stack(shuffled)
     deviations = (value - null.mean(0)) / null.std(0).clamp(min=1e-12)
-    return [
-        Difference(*pair) for pair in zip(value.tolist(), deviations.tolist(), strict=True)
-    ]
+    return [Difference(*pair) for pair in zip(value.tolist(), deviations.tolist(), strict=True)]
 
 
 def scale_statistics(residuals: Tensor) -> Tensor:
