@@ -226,9 +226,8 @@ class Planted(nn.Module):
             variance = (p * GRID.square()).sum(-1) - mean.square()
             # The best normal without correlations: its precisions are those of the posterior.
             precision = (1 / variance) @ ROTATION.double().square()
-            return dist.Normal(
-                (mean @ ROTATION.double()).float(), precision.rsqrt().float()
-            ).to_event(1)
+            loc, scale = mean @ ROTATION.double(), precision.rsqrt()
+            return dist.Normal(loc.float(), scale.float()).to_event(1)
         return dist.TransformedDistribution(base, [*tails, Quantiles(grids), Rotation()])
 
     def conjugate(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,8 @@ ROUNDS = 3
 share of the rest of the time. The third uses what is left."""
 
 FIRST = 0.2
-"""The smallest size of a diagnostic may take this fraction of the time, even if its share is less."""
+"""The smallest size of a diagnostic may take this fraction of the time, even if that is more than
+its share."""
 
 TIMED_ROWS = 500
 """Number of rows for the measurement of the time of a pass."""

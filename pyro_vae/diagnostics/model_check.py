@@ -1,14 +1,17 @@
 """Compare held-out data with data that the model draws, through the same inference."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from math import exp
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows
+from pyro_vae.diagnostics.model_sides import Side, through_inference
 from pyro_vae.diagnostics.two_samples import (
+    WIDEST,
     Difference,
     Separation,
     dependence_statistics,
@@ -19,18 +22,15 @@ from pyro_vae.diagnostics.two_samples import (
 )
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import at_one_draw
-from pyro_vae.inference.importance import STEADY, relative_error
-from pyro_vae.inference.pareto import threshold
-from pyro_vae.inference.weighted import Weighted, require_samples, weighted_parts
-from pyro_vae.pairs import masks
-from pyro_vae.pairs.moments import num_values
-from pyro_vae.pairs.pair import Batch, Pair
+from pyro_vae.inference.weighted import require_samples
+from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.simulation import simulate
-from pyro_vae.pairs.sites import data_first, data_site
 from pyro_vae.pairs.threads import alone
-from pyro_vae.pairs.traces import DataFirst, trace
+
+DIFFERENCES = ("scale", "row_scale", "column_scale", "dependence", "regression")
+"""The fields of `ModelCheck` about residuals."""
 
 LEAST_ROWS = 50
 """With fewer rows the tests hardly find anything."""
@@ -60,9 +60,8 @@ class ModelCheck:
     prior fits, it cannot."""
     scale: Difference | None
     """Logarithm of the mean square of standardized residuals, data minus own data. Below 0 the
-    likelihood is too wide, above 0 too narrow. None if the likelihood has no scale."""
-    scale_nats: float
-    """Nats per example that a scale for all data would gain."""
+    likelihood is too wide, above 0 too narrow. None if the likelihood has no scale. A scale for all
+    data would gain ``scale_nats``."""
     row_scale: Difference | None
     """Nats per example that a scale for each row would gain, data minus own data."""
     column_scale: Difference | None
@@ -72,6 +71,8 @@ class ModelCheck:
     decoder does not explain. At most 30 elements are used."""
     regression: Difference | None
     """Nats per example that codes still explain in the residuals, data minus own data."""
+    num_elements: float
+    """Observed elements of a row with a residual, on average."""
     units: tuple[str, ...]
     """The units of the latents whose true values are ranked, such as "z[0]"."""
     weighted_scores: Tensor
@@ -85,9 +86,15 @@ class ModelCheck:
     given: tuple[str, ...] = ()
     """Global and group latents, held at one draw of the guide."""
 
+    @property
+    def scale_nats(self) -> float:
+        r"""Nats per example that a scale for all data would gain: :math:`\tfrac D2 (c - 1 - \log c)`
+        with c the ratio of the mean squares and D the number of elements."""
+        log_ratio = 0.0 if self.scale is None else self.scale.value
+        return 0.5 * self.num_elements * (exp(log_ratio) - 1 - log_ratio)
+
     def as_dict(self) -> dict[str, Any]:
         """Return all numbers for metrics.json."""
-        numbers = ("scale", "row_scale", "column_scale", "dependence", "regression")
         kept, own = (~(u & self.left_out) for u in (self.unreliable, self.own_unreliable))
         return {
             "num_examples": len(self.log_likelihood),
@@ -100,10 +107,9 @@ class ModelCheck:
             "own_log_likelihood": _mean(self.own_log_likelihood[own]),
             "marginal_p": self.marginal_p,
             "codes": {name: found._asdict() for name, found in self.codes.items()},
-            "scale_nats": self.scale_nats,
             **{
                 name: None if (found := getattr(self, name)) is None else found._asdict()
-                for name in numbers
+                for name in DIFFERENCES
             },
         }
 
@@ -177,8 +183,8 @@ def model_check(
 
     Only a guide that is worse for the data than for the model's own data can cause a difference
     too. It then has more rows with unreliable importance weights among the data, and such rows are
-    left out on both sides. A model of images is
-    almost always told from data; the sizes in nats say how much it matters. Raises `UsageError` for
+    left out on both sides. A model of images is almost always told from data; the sizes in nats
+    say how much it matters. Raises `UsageError` for
     fewer rows or samples, and for a pair whose model cannot draw data.
     Moran, Blei & Ranganath, Holdout predictive checks, 2024; Schmitt et al., Detecting model
     misspecification in amortized Bayesian inference, 2021.
@@ -201,7 +207,7 @@ def model_check(
     with using(pair, seed + 1), bar(progress, 2, "model check", delay=2) as shown:
         found = []
         for side, true in ((batch, {}), (own, truth)):
-            found.append(_through_inference(pair, side, true, num_samples))
+            found.append(through_inference(pair, side, true, num_samples))
             shown.update()
     return _compared(*found, num_samples, given, seed)
 
@@ -216,108 +222,6 @@ def _own_data(pair: nn.Module, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
     return own, truth
 
 
-class _Side(NamedTuple):
-    """One side of the comparison, by row."""
-
-    log_likelihood: Tensor
-    unreliable: Tensor
-    codes: dict[str, Tensor]
-    residuals: Tensor | None
-    scaled: bool
-    scores: dict[str, Tensor]
-    """Normal scores of true values among weighted draws, (n, units of the site)."""
-
-
-def _through_inference(
-    pair: nn.Module, batch: Batch, truth: dict[str, Tensor], num_samples: int
-) -> _Side:
-    parts, start = [], 0
-    for part in weighted_parts(pair, batch, num_samples):
-        n = part.log_weights.shape[1]
-        own = tuple(tensor[start : start + n] for tensor in batch)
-        true = {
-            name: truth[name].reshape(len(batch[0]), -1)[start : start + n]
-            for name, value in part.values.items()
-            if _ranks(value, truth.get(name), n * num_samples)
-        }
-        parts.append(_of_rows(pair, own, part, true))
-        start += n
-    residuals = [part.residuals for part in parts if part.residuals is not None]
-    return _Side(
-        torch.cat([part.log_likelihood for part in parts]),
-        torch.cat([part.unreliable for part in parts]),
-        {name: torch.cat([part.codes[name] for part in parts]) for name in parts[0].codes},
-        torch.cat(residuals) if len(residuals) == len(parts) else None,
-        parts[0].scaled,
-        {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
-    )
-
-
-def _ranks(draws: Tensor, truth: Tensor | None, number: int) -> bool:
-    """Whether true values of a site can be ranked among its draws: real numbers of each datum."""
-    return (
-        truth is not None
-        and draws.is_floating_point()
-        and len(draws) == number
-        and truth[0].numel() == draws[0].numel()
-        and truth.shape[1:] == draws.shape[1:]
-    )
-
-
-def _scores(draws: Tensor, truth: Tensor, shares: Tensor) -> Tensor:
-    """Return normal scores of true values (n, units) among weighted draws (K n, ...)."""
-    samples, n = shares.shape
-    values = draws.reshape(samples, n, -1)
-    below = (shares[..., None] * (values < truth)).sum(0)
-    size = 1 / shares.square().sum(0)[:, None]  # as among so many draws without weights
-    return torch.special.ndtri((below * size + 0.5) / (size + 1)).cpu()
-
-
-def _of_rows(pair: nn.Module, batch: Batch, part: Weighted, truth: dict[str, Tensor]) -> _Side:
-    samples, n = part.log_weights.shape
-    log_p = part.log_weights.logsumexp(0) - torch.tensor(float(samples)).log()
-    error = relative_error(part.shares.square().sum(0), samples)
-    varies = error * samples**0.5 > STEADY
-    unreliable = (part.pareto_k > threshold(samples)) & varies | ~log_p.isfinite()
-    chosen = torch.multinomial(part.shares.nan_to_num(1.0).T, 1)[:, 0].to(batch[0].device)
-    index = chosen * n + torch.arange(n, device=batch[0].device)
-    values = {
-        name: value[index] for name, value in part.values.items() if len(value) == samples * n
-    }
-    with DataFirst(dict(values)):
-        site = data_site(trace(cast(Pair, pair).model, batch))
-    residuals, scaled = _residuals(site, batch[0])
-    codes = {
-        name: value.reshape(n, -1).double().cpu()
-        for name, value in values.items()
-        if value.is_floating_point() and value.numel()
-    }
-    scores = {name: _scores(part.values[name], true, part.shares) for name, true in truth.items()}
-    return _Side(log_p.cpu(), unreliable.cpu(), codes, residuals, scaled, scores)
-
-
-def _residuals(site: Any, x: Tensor) -> tuple[Tensor | None, bool]:
-    """Return standardized residuals (n, elements) of x, and whether the likelihood has a scale."""
-    fn = site["fn"]
-    try:
-        mean, variance = fn.mean, fn.variance
-    except NotImplementedError:
-        return None, False
-    if bool(mean.isnan().all()) or not bool(variance.isfinite().any()):
-        return None, False
-    value = masks.seen(site, x).double()
-    mean, variance = (
-        data_first(part, site).double().reshape(value.shape) for part in (mean, variance)
-    )
-    found = (value - mean) / variance.clamp(min=1e-8).sqrt()
-    try:
-        scaled = num_values(fn) != 2
-    except UsageError:
-        scaled = True
-    found = torch.where(found.isfinite(), found, torch.nan)
-    return found.reshape(len(x), -1).cpu(), scaled
-
-
 def _more(data: Tensor, own: Tensor) -> bool:
     """Whether significantly more rows of the data are unreliable than of the model's own data."""
     first, second = data.double().mean().item(), own.double().mean().item()
@@ -327,68 +231,67 @@ def _more(data: Tensor, own: Tensor) -> bool:
 
 
 def _compared(
-    data: _Side, own: _Side, num_samples: int, given: tuple[str, ...], seed: int
+    data: Side, own: Side, num_samples: int, given: tuple[str, ...], seed: int
 ) -> ModelCheck:
+    left_out = _more(data.unreliable, own.unreliable)
+    first, second = (side.kept(~(side.unreliable & left_out)) for side in (data, own))
+    enough = min(len(first.unreliable), len(second.unreliable)) >= LEAST_ROWS
+    scores = own.kept(~own.unreliable).scores.values()
+    return ModelCheck(
+        log_likelihood=data.log_likelihood,
+        own_log_likelihood=own.log_likelihood,
+        unreliable=data.unreliable,
+        own_unreliable=own.unreliable,
+        marginal_p=_marginal_p(first, second) if enough else torch.nan,
+        codes=_separations(first, second, seed) if enough else {},
+        **(_differences(first, second, seed) if enough else dict.fromkeys(DIFFERENCES)),
+        num_elements=_elements(data),
+        units=own.units,
+        weighted_scores=torch.cat([*scores, torch.zeros(int((~own.unreliable).sum()), 0)], 1),
+        left_out=left_out,
+        num_samples=num_samples,
+        given=given,
+    )
+
+
+def _elements(side: Side) -> float:
+    return (
+        0.0 if side.residuals is None else (~side.residuals.isnan()).sum(1).double().mean().item()
+    )
+
+
+def _marginal_p(data: Side, own: Side) -> float:
     from scipy.stats import ks_2samp
 
-    left_out = _more(data.unreliable, own.unreliable)
-    keep = [~(side.unreliable & left_out) for side in (data, own)]
-    enough = min(int(kept.sum()) for kept in keep) >= LEAST_ROWS
-    p, codes = torch.nan, {}
-    scale = by_row = by_column = dependence = regression = None
-    nats = 0.0
-    if enough:
-        first, second = (
-            side.log_likelihood[kept] for side, kept in zip((data, own), keep, strict=True)
-        )
-        p = float(ks_2samp(first.numpy(), second.numpy(), method="asymp").pvalue)
-        for name in data.codes:
-            both = [side.codes[name][kept] for side, kept in zip((data, own), keep, strict=True)]
-            if both[0].shape[1] and bool((torch.cat(both).std(0) > 0).any()):
-                codes[name] = separation(*both, seed)
-        if data.residuals is not None and own.residuals is not None:
-            r = [
-                part[kept] for part, kept in zip((data.residuals, own.residuals), keep, strict=True)
-            ]
-            if data.scaled:
-                scale, by_row, by_column = difference(scale_statistics, *r, seed)
-                c = torch.tensor(scale.value, dtype=torch.float64).exp()
-                nats = float(0.5 * r[0].shape[1] * (c - 1 - c.log()))
-            columns = some_columns(r[0].shape[1], seed)
-            z = [
-                torch.cat([part[kept] for part in side.codes.values()], 1)[:, :30]
-                if side.codes
-                else side.log_likelihood.new_zeros(int(kept.sum()), 1)
-                for side, kept in zip((data, own), keep, strict=True)
-            ]
-            rows = [torch.cat([a, b[:, columns]], 1) for a, b in zip(z, r, strict=True)]
-            dependence, regression = difference(
-                dependence_statistics(z[0], r[0][:, columns]), *rows, seed
-            )
-    scores = torch.cat(
-        [part[~own.unreliable] for part in own.scores.values()] or [torch.zeros(0, 0)], 1
-    )
-    units = tuple(
-        name + (f"[{i}]" if part.shape[1] > 1 else "")
-        for name, part in own.scores.items()
-        for i in range(part.shape[1])
-    )
-    return ModelCheck(
-        data.log_likelihood,
-        own.log_likelihood,
-        data.unreliable,
-        own.unreliable,
-        p,
-        codes,
-        scale,
-        nats,
-        by_row,
-        by_column,
-        dependence,
-        regression,
-        units,
-        scores,
-        left_out,
-        num_samples,
-        given,
-    )
+    both = data.log_likelihood.numpy(), own.log_likelihood.numpy()
+    return float(ks_2samp(*both, method="asymp").pvalue)
+
+
+def _separations(data: Side, own: Side, seed: int) -> dict[str, Separation]:
+    return {
+        name: separation(data.codes[name], own.codes[name], seed)
+        for name in data.codes
+        if bool((torch.cat([data.codes[name], own.codes[name]]).std(0) > 0).any())
+    }
+
+
+def _differences(data: Side, own: Side, seed: int) -> dict[str, Difference | None]:
+    """Return the differences of residuals by name; None without residuals or without a scale."""
+    found: dict[str, Difference | None] = dict.fromkeys(DIFFERENCES)
+    if data.residuals is None or own.residuals is None:
+        return found
+    if data.scaled:
+        scales = difference(scale_statistics, data.residuals, own.residuals, seed)
+        found |= dict(zip(DIFFERENCES[:3], scales, strict=True))
+    columns = some_columns(data.residuals.shape[1], seed)
+    rows = [_codes_and_residuals(side, columns) for side in (data, own)]
+    width = rows[0].shape[1] - len(columns)
+    rest = difference(dependence_statistics(width), *rows, seed=seed)
+    return found | dict(zip(DIFFERENCES[3:], rest, strict=True))
+
+
+def _codes_and_residuals(side: Side, columns: Tensor) -> Tensor:
+    assert side.residuals is not None
+    nothing = torch.zeros(len(side.residuals), 0, dtype=torch.float64)
+    codes = torch.cat([*side.codes.values(), nothing], 1)
+    return torch.cat([codes[:, :WIDEST], side.residuals[:, columns]], 1)

@@ -96,11 +96,8 @@ def _of_ranks(found: Any) -> list[Sign]:
         bad = which & (far | off)
         if bool(bad.any()):
             worst = (mean.abs() / SHIFT).maximum(spread.log().abs() / log(SCALE)) * bad
-            told = [
-                _rank_words(found, i)
-                for i in worst.argsort(descending=True)[:SHOWN].tolist()
-                if bad[i]
-            ]
+            order = worst.argsort(descending=True)[:SHOWN].tolist()
+            told = [_rank_words(found, i) for i in order if bad[i]]
             signs.append(Sign(kind, "calibration", f"{start} is off: {', '.join(told)}"))
     return signs
 
@@ -110,9 +107,8 @@ def _rank_words(found: Any, i: int) -> str:
     name = found.names[i]
     if abs(mean) / SHIFT > abs(log(spread)) / log(SCALE):
         side = "low" if mean > 0 else "high"
-        return (
-            f"{name} is too {side} (scores of ranks {mean:+.2f} ± {found.score_mean_errors[i]:.2f})"
-        )
+        error = found.score_mean_errors[i].item()
+        return f"{name} is too {side} (scores of ranks {mean:+.2f} ± {error:.2f})"
     side = "narrow" if spread > 1 else "wide"
     return f"{name} is too {side} (scores of ranks spread by {spread:.2f})"
 
@@ -126,25 +122,14 @@ def _of_moments(found: Any) -> list[Sign]:
     ratio = found.scale_ratio
     scaled = _over(ratio.value.log().abs(), log(SCALE), ratio.standard_error / ratio.value)
     for bad, size, words in (
-        (
-            far,
-            shift.value.abs(),
-            lambda i: f"its mean is off by {shift.value[i]:+.2f} posterior sd",
-        ),
-        (
-            loose & ~far,
-            scatter.value,
-            lambda i: f"means of rows are off by {scatter.value[i]:.2f} posterior sd",
-        ),
-        (
-            scaled,
-            ratio.value.log().abs(),
-            lambda i: f"its scale is {ratio.value[i]:.2f} times the posterior's",
-        ),
+        (far, shift.value, "its mean is off by {:+.2f} posterior sd"),
+        (loose & ~far, scatter.value, "means of rows are off by {:.2f} posterior sd"),
+        (scaled, ratio.value, "its scale is {:.2f} times the posterior's"),
     ):
         if bool(bad.any()):
-            i = int((size * bad).nan_to_num(0.0).argmax())
-            told = f"at the data, '{found.names[i]}': {words(i)}"
+            distance = size.log() if size is ratio.value else size
+            i = int((distance.abs() * bad).nan_to_num(0.0).argmax())
+            told = f"at the data, '{found.names[i]}': {words.format(size[i])}"
             signs.append(Sign("place", "local_calibration", told))
     related = found.rms_correlation
     apart = _over(related.value, CORRELATION, related.standard_error)
@@ -214,9 +199,10 @@ def missing_mass(results: Mapping[str, Any]) -> Sign | None:
                 "weighting: the guide misses a part of the posterior"
             )
             return Sign("mass", "model_check", words)
-    weighed, higher = results.get("log_likelihood"), annealed_higher(results)
+    higher = annealed_higher(results)
     if higher is not None and higher[0] > 0:
         by, error, n = higher
+        weighed = results["log_likelihood"]
         if weighed.unreliable[:n].double().mean() < 0.5:
             words = f"annealing gives a higher log p(x) (by {by:.2f} ± {error:.2f} nats, {n} data)"
             return Sign("mass", "annealing", words, by)
@@ -282,9 +268,8 @@ def _of_structure(found: Any) -> list[Sign]:
 def _of_train(found: Any) -> list[Sign]:
     if found.value <= NATS + ERRORS * found.standard_error:
         return []
-    words = (
-        f"the ELBO of training data is {found.value:.2f} ± {found.standard_error:.2f} nats higher"
-    )
+    by = f"{found.value:.2f} ± {found.standard_error:.2f} nats"
+    words = f"the ELBO of training data is {by} per example higher"
     return [Sign("data", "train_gap", words, found.value)]
 
 

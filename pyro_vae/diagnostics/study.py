@@ -22,8 +22,8 @@ class Finding(NamedTuple):
     """A part of a sentence of the summary."""
 
     kind: str
-    """The kind: "fault" for a part that is at fault, "trust" for a reliable result, "doubt" for an unreliable one, "unchecked" for what
-    no tool has reached, "next" for advice."""
+    """The kind: "fault" for a part that is at fault, "trust" for a reliable result, "doubt" for an
+    unreliable one, "unchecked" for what no tool has reached, "next" for advice."""
     words: str
     """The text of this part."""
     about: str = ""
@@ -49,8 +49,8 @@ class Study(NamedTuple):
     rungs: Sequence[Rung]
     """Its sizes, from the smallest up."""
     judge: Callable[[Any], list[Any]] = lambda found: []
-    """Returns the findings and the signs of faults that rest on its result alone. What rests on several studies is in
-    `pyro_vae.diagnostics.verdict`."""
+    """Returns the findings and the signs of faults that rest on its result alone. What rests on
+    several studies is in `pyro_vae.diagnostics.verdict`."""
     figures: Mapping[str, Callable[[Any], "Figure"]] = MappingProxyType({})
     """Figures of its result, by name."""
 

@@ -119,26 +119,23 @@ def _excess(c: Tensor) -> Tensor:
     return c - 1 - c.clamp(min=1e-12).log()
 
 
-def dependence_statistics(codes: Tensor, residuals: Tensor) -> Callable[[Tensor], Tensor]:
-    r"""Return a statistic of rows [codes, residuals]: what is left to predict in the residuals.
+def dependence_statistics(width: int) -> Callable[[Tensor], Tensor]:
+    r"""Return statistics of rows of codes (the first ``width`` columns) and residuals (the others).
 
-    The statistic is :math:`-\tfrac12 \log \det C`, nats per row, with C the correlations of the
-    residuals; and :math:`-\tfrac12 \sum_j \log(1 - R_j^2)` with the R-squared of each residual
-    regressed on the codes and their squares.
+    They are :math:`-\tfrac12 \log \det C`, nats per row, with C the correlations of the residuals;
+    and :math:`-\tfrac12 \sum_j \log(1 - R_j^2)`, with the R-squared of each residual regressed on
+    the codes and their squares. Both are 0 if nothing is left to predict in the residuals.
     """
-    width = codes.shape[1]
-    columns = residuals.shape[1]
 
     def statistic(rows: Tensor) -> Tensor:
-        z, r = rows[:, :width], rows[:, width : width + columns].nan_to_num(0.0)
+        z, r = rows[:, :width], rows[:, width:].nan_to_num(0.0)
         r = (r - r.mean(0)) / r.std(0).clamp(min=1e-12)
-        c = r.T @ r / (len(r) - 1)
-        joint = -0.5 * torch.linalg.slogdet(c + 1e-9 * torch.eye(columns, dtype=c.dtype))[1]
+        c = r.T @ r / (len(r) - 1) + 1e-9 * torch.eye(r.shape[1], dtype=r.dtype)
         design = torch.cat([z, z.square()], 1)
-        design = design - design.mean(0)
-        q, _ = torch.linalg.qr(design)
+        q, _ = torch.linalg.qr(design - design.mean(0))
         share = (q.T @ r).square().sum(0) / (len(r) - 1)
-        return torch.stack([joint, -0.5 * (1 - share.clamp(max=1 - 1e-9)).log().sum()])
+        explained = -0.5 * (1 - share.clamp(max=1 - 1e-9)).log().sum()
+        return torch.stack([-0.5 * torch.linalg.slogdet(c)[1], explained])
 
     return statistic
 

@@ -174,11 +174,11 @@ def inference_gap(results: Mapping[str, Any]) -> float:
 def _gap_words(results: Mapping[str, Any]) -> Sign:
     found = results["gaps"]
     whole = found.amortization.value + found.approximation.value
-    percent = 100 * found.amortization.value / whole if whole > 0 else 0.0
+    share = min(max(found.amortization.value / whole, 0.0), 1.0) if whole > 0 else 0.0
     given = f" given one draw of {', '.join(found.given)}" if found.given else ""
     words = (
-        f"refining the guide of {len(found.pareto_k)} data{given} closes {min(max(percent, 0), 100):.0f} % "
-        f"of the gap between ELBO and log p(x)"
+        f"refining the guide of {len(found.pareto_k)} data{given} closes {100 * share:.0f} % "
+        "of the gap between ELBO and log p(x)"
     )
     return Sign("gaps", "gaps", words, inference_gap(results))
 

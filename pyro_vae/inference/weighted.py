@@ -102,7 +102,7 @@ def _under_a_plate(pair: nn.Module, batch: Batch, num_samples: int, nesting: int
 def _rows_first(value: Tensor, num_samples: int, n: int, event_dim: int) -> Tensor:
     """Draws (samples, plates within a datum, n, *event) as rows (samples n, plates, *event)."""
     value = value.movedim(-1 - event_dim, 1)
-    within = [size for size in value.shape[2:]]
+    within = list(value.shape[2:])
     while len(within) > event_dim and within[0] == 1:  # empty dimensions between the plates
         within = within[1:]
     return value.reshape(num_samples * n, *within)
