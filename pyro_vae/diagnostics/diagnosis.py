@@ -91,9 +91,9 @@ class Diagnosis:
         for kind, title in KINDS.items():
             words = [finding.words for finding in self.findings if finding.kind == kind]
             if words:
-                parts.append(f"{title}: {'; '.join(dict.fromkeys(words))}.")
+                parts.append("\n".join([f"{title}:", *(f"- {w}." for w in dict.fromkeys(words))]))
         if parts and not self.blamed:
-            parts.insert(0, "At fault: no part, as far as the diagnostics below have checked.")
+            parts.insert(0, "At fault: no part, as far as the diagnostics have checked.")
         return "\n".join(parts) or "No diagnostic gave a result."
 
     def judge(self, shared: Sequence[str], local: Sequence[str]) -> None:
@@ -132,7 +132,7 @@ class Diagnosis:
         }
 
     def __str__(self) -> str:
-        lines = [fill(line, 100) for line in self.summary.split("\n")]
+        lines = [fill(line, 100, subsequent_indent="  ") for line in self.summary.split("\n")]
         for name, result in self.results.items():
             lines += ["", f"{name} ({self.seconds[name]:.0f} s)", str(result)]
             lines += [f"note: {note}" for note in self.notes.get(name, [])]

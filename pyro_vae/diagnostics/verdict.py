@@ -13,6 +13,7 @@ from pyro_vae.diagnostics.signs import (
     ERRORS,
     NATS,
     Sign,
+    annealed_difference,
     annealed_higher,
     guide_signs,
     model_signs,
@@ -41,6 +42,9 @@ PARTS: dict[str, tuple[str, str]] = {
     "data": ("too little data", "more data, a smaller model, or early stopping"),
 }
 """The parts that can be at fault, in words, and what to try next."""
+
+TOGETHER = 0.3
+"""Two estimates agree only if difference plus two errors is at most this many nats per example."""
 
 MINOR = 0.2
 """Of two gaps, one that is less than this fraction of the other is not reported as a fault."""
@@ -244,7 +248,7 @@ def _on_log_likelihood(results: Mapping[str, Any], rows: Tensor, mass: bool) -> 
     gap, bad = found.value - found.elbo, found.unreliable
     distance = f"{gap:.2f} nats per example below log p(x)"
     if bool(bad.any()):
-        worst = found.pareto_k.masked_fill(~bad, -1).argsort(descending=True)
+        worst = found.pareto_k.masked_fill(~bad, -1).argsort(descending=True, stable=True)
         named = ", ".join(map(str, rows[worst[: min(FEW, int(bad.sum()))]].tolist()))
         more = " ..." if int(bad.sum()) > FEW else ""
         words = f"log p(x) by importance weights, {value}: it may be too low, since the weights of "
@@ -262,10 +266,21 @@ def _on_log_likelihood(results: Mapping[str, Any], rows: Tensor, mass: bool) -> 
             Finding("doubt", f"the ELBO as log p(x): at least {distance}", "ELBO"),
         ]
     kind = "trust" if gap < GAP else "doubt"
+    words = f"log p(x) = {value} by importance weights{_agreement(results)}"
     return [
-        Finding("trust", f"log p(x) = {value} by importance weights", "log p(x)"),
+        Finding("trust", words, "log p(x)"),
         Finding(kind, f"the ELBO is {distance} ({n} data)", "ELBO"),
     ]
+
+
+def _agreement(results: Mapping[str, Any]) -> str:
+    """Return that annealing gives the same log p(x), if it was compared and does."""
+    found = annealed_difference(results)
+    if found is None or annealed_higher(results) is not None:
+        return ""
+    by, error, n = found
+    together = abs(by) + 2 * error <= TOGETHER
+    return f", and annealing agrees ({by:+.2f} ± {error:.2f}, {n} data)" if together else ""
 
 
 def _on_annealing(results: Mapping[str, Any]) -> list[Finding]:
