@@ -130,7 +130,8 @@ def _guide_blames(results: Mapping[str, Any]) -> list[Blame]:
     if mass:
         return [Blame("family", mass[0].nats, tuple(signs))]
     kinds = {sign.kind for sign in signs}
-    if (shares := gap_shares(results)) and not (few_rows(results) and kinds <= {"place", "rows"}):
+    placed = "place" in kinds and "shape" not in kinds
+    if (shares := gap_shares(results)) and not (placed and few_rows(results)):
         told, total = _gap_words(results), inference_gap(results)
         return [Blame(part, part_of * total, (*signs, told)) for part, part_of in shares.items()]
     if not signs:
