@@ -456,6 +456,7 @@ CALLS = {
     "nuts": lambda p, x, out: pv.nuts(p, x[:2], num_draws=4, warmup=4, num_chains=2, **EAGER).draws,
     "outlier_scores": lambda p, x, out: pv.outlier_scores(p, x, num_samples=5, steps=2, **EAGER),
     "posterior": lambda p, x, out: pv.posterior(p, x, draws=2, **QUIET),
+    "power_scaling": lambda p, x, out: pv.power_scaling(p, x, num_samples=21, **QUIET),
     "predict": lambda p, x, out: pv.predict(*clusters()),
     "predictive_check": lambda p, x, out: pv.predictive_check(p, x, num_replicates=20, **QUIET),
     "reconstruct": lambda p, x, out: pv.reconstruct(p, x, means=False),
