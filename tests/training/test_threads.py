@@ -453,6 +453,7 @@ CALLS = {
     ),
     "local_calibration": lambda p, x, out: pv.local_calibration(p, x, num_samples=21, **QUIET),
     "log_likelihood": lambda p, x, out: pv.log_likelihood(p, x, num_samples=5),
+    "loo_pit": lambda p, x, out: pv.loo_pit(p, x, num_samples=21, **QUIET),
     "nuts": lambda p, x, out: pv.nuts(p, x[:2], num_draws=4, warmup=4, num_chains=2, **EAGER).draws,
     "outlier_scores": lambda p, x, out: pv.outlier_scores(p, x, num_samples=5, steps=2, **EAGER),
     "posterior": lambda p, x, out: pv.posterior(p, x, draws=2, **QUIET),
