@@ -103,18 +103,20 @@ class Draws(NamedTuple):
         )
 
 
-def matched(particles: Particles, draws: Draws) -> tuple[Affine, Tensor]:
+def matched(particles: Particles, draws: Draws, light: float = LIGHT_TAIL) -> tuple[Affine, Tensor]:
     """Find maps that move and stretch the draws of rows with heavy-tailed weights.
 
     Each step moves draws to their weighted mean, and stretches them to their weighted scale. A
     move is kept if it raises the ELBO of the draws, and a stretch if it lowers Pareto k.
+
+    Draws are moved until the Pareto shape of their weights is at most ``light``.
 
     Returns the maps and the Pareto shapes of the weights before the moves, (n,).
     """
     found = Affine.identity(particles, draws.drawn)
     log_weights = weights(particles, found, draws)
     before = shape_of(log_weights)
-    rows = (~(before <= LIGHT_TAIL)).nonzero().flatten()
+    rows = (~(before <= light)).nonzero().flatten()
     for _ in range(ROUNDS if found.loc else 0):
         if not len(rows):
             break
@@ -127,7 +129,7 @@ def matched(particles: Particles, draws: Draws) -> tuple[Affine, Tensor]:
             found = found.put(rows[better], step.of(better.nonzero().flatten()))
             log_weights = log_weights.index_copy(1, rows[better], new[:, better])
             moved |= better
-        heavy = ~(shape_of(log_weights[:, rows]) <= LIGHT_TAIL)
+        heavy = ~(shape_of(log_weights[:, rows]) <= light)
         rows = rows[moved & heavy]
     return found, before
 

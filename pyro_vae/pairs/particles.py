@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from pyro_vae.compat import Enumerate
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs import enumeration, masks, summing
+from pyro_vae.pairs import masks
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.pair import Batch, Pair, Site
 from pyro_vae.pairs.sites import latents, observed
 from pyro_vae.pairs.traces import Given, trace
-from pyro_vae.pairs.weights import log_density, log_guide, own_dims, structure
+from pyro_vae.pairs.weights import log_guide, log_joint, own_dims, structure
 
 
 class Drawn(NamedTuple):
@@ -109,12 +109,9 @@ class Particles:
         prior = model.copy()
         for name in observed(model):
             prior.remove_node(name)
-        return Scored(*(self._rows(self._density(part), size, batch) for part in (model, prior)))
-
-    def _density(self, model: Trace) -> Tensor:
-        if enumeration.enumerated(model):
-            return summing.evidence(model, Trace())
-        return log_density(model, self.vectorized)
+        return Scored(
+            *(self._rows(log_joint(part, self.vectorized), size, batch) for part in (model, prior))
+        )
 
     def _rows(self, density: Tensor, size: int, batch: Batch) -> Tensor:
         return density.double().expand(size, len(batch[0]))
