@@ -106,7 +106,12 @@ class Diagnosis:
         reasons = self.not_applicable | self.left_out
         verdicts = judge_globals(shared, self.results, reasons) if shared else []
         verdicts += judge_local(local, self.results)
-        self.findings = [*verdicts, *limited(self.findings, verdicts, shared, local)]
+        findings = limited(self.findings, verdicts, shared, local)
+        # All numbers rest on the global latents, so a fault of their guide is the first one.
+        faults = [verdict.of_globals(found) for found in verdicts if found.kind == "doubt"]
+        self.blamed = [*faults, *self.blamed]
+        told = [found for found in verdicts if not faults or found.kind in ("trust", "unchecked")]
+        self.findings = [*(blame.finding for blame in faults), *told, *findings]
 
     def worst(self, number: int = 10) -> Tensor:
         """Return the rows whose log p(x) is least reliable, the worst first."""

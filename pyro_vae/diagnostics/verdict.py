@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_vae.diagnostics.global_studies import ADVICE
 from pyro_vae.diagnostics.signs import (
     ERRORS,
     NATS,
@@ -22,6 +23,7 @@ from pyro_vae.diagnostics.study import GAP, Finding
 from pyro_vae.inference.annealing import Annealing
 
 PARTS: dict[str, tuple[str, str]] = {
+    "globals": ("the guide of global latents", ADVICE),
     "encoder": (
         "the encoder",
         "longer training or a larger encoder; if only some rows are wrong, look at their inputs",
@@ -83,6 +85,11 @@ class Blame:
         more = f" (and {len(told) - TOLD} more)" if len(told) > TOLD else ""
         return f"{PARTS[self.part][0]}{size}: {'; '.join(told[:TOLD])}{more}. Try {self.next}"
 
+    @property
+    def finding(self) -> Finding:
+        """The part of the summary."""
+        return Finding("fault", self.words, self.part)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the part, its size, its evidence and the advice for metrics.json."""
         return {
@@ -109,6 +116,11 @@ def blamed(results: Mapping[str, Any], more: Sequence[Sign] = ()) -> list[Blame]
         sizes = [sign.nats for sign in signs if sign.nats is not None]
         found.append(Blame(part, max(sizes, default=None), tuple(signs)))
     return sorted(found, key=lambda blame: -_size(blame))
+
+
+def of_globals(found: Finding) -> Blame:
+    """Return the fault that a finding on the guide of global latents describes."""
+    return Blame("globals", None, (Sign("globals", "global_nuts", found.words),))
 
 
 def _size(blame: Blame) -> float:
@@ -199,7 +211,7 @@ def findings(
         more: signs that single studies found.
     """
     blames = blamed(results, more)
-    found = [Finding("fault", blame.words, blame.part) for blame in blames]
+    found = [blame.finding for blame in blames]
     parts = {blame.part for blame in blames}
     found += _on_guide(results, parts) + _on_model(results, parts)
     mass = any(sign.kind == "mass" for blame in blames for sign in blame.evidence)
@@ -214,12 +226,7 @@ def _on_guide(results: Mapping[str, Any], parts: set[str]) -> list[Finding]:
     if not ran:
         return []
     words = f"the guide of local latents: no fault found by {', '.join(ran)}"
-    found = [Finding("trust", words, "guide")]
-    ranks = results.get("calibration")
-    if ranks is not None and "rows with missing entries" in ranks.left_out:
-        words = "the guide on rows with missing entries, since calibration simulates whole rows"
-        found.append(Finding("unchecked", words, "missing entries"))
-    return found
+    return [Finding("trust", words, "guide")]
 
 
 def _on_model(results: Mapping[str, Any], parts: set[str]) -> list[Finding]:
