@@ -19,7 +19,7 @@ from pyro_vae.pairs.traces import Given, trace
 from pyro_vae.pairs.weights import log_guide, log_joint, own_dims, structure
 
 
-class Drawn(NamedTuple):
+class ParticleDraws(NamedTuple):
     """K draws of the guide for each of n rows."""
 
     values: dict[str, Tensor]
@@ -60,11 +60,11 @@ class Particles:
         self.sites = _local(trace_guide(pair, batch))
         self.right = {name: own_dims(site, self.nesting) for name, site in self.sites.items()}
 
-    def draw(self, number: int, batch: Batch) -> Drawn:
+    def draw(self, number: int, batch: Batch) -> ParticleDraws:
         """Draw from the guide."""
         parts = [self._drawn(size, batch) for size in self._blocks(number)]
         values = {name: torch.cat([part.values[name] for part in parts]) for name in self.sites}
-        return Drawn(values, parts[0].counts, torch.cat([part.log_q for part in parts]))
+        return ParticleDraws(values, parts[0].counts, torch.cat([part.log_q for part in parts]))
 
     def score(self, values: dict[str, Tensor], batch: Batch) -> Scored:
         """The densities of the model at these latents, which have the shapes of `draw`."""
@@ -84,7 +84,7 @@ class Particles:
             return nullcontext()
         return pyro.plate("particles", size, dim=-1 - self.nesting)
 
-    def _drawn(self, size: int, batch: Batch) -> Drawn:
+    def _drawn(self, size: int, batch: Batch) -> ParticleDraws:
         with self._plate(size):
             guide = trace_guide(self.pair, batch)
         sites = _local(guide)
@@ -99,7 +99,7 @@ class Particles:
             for name, site in sites.items()
         }
         log_q = self._rows(log_guide(guide, self.vectorized), size, batch)
-        return Drawn(values, counts, log_q)
+        return ParticleDraws(values, counts, log_q)
 
     def _scored(self, values: dict[str, Tensor], size: int, batch: Batch) -> Scored:
         given = {name: self._placed(name, value) for name, value in values.items()}
