@@ -18,6 +18,9 @@ from pyro_vae.pairs.sites import latents, observed
 from pyro_vae.pairs.traces import Given, trace
 from pyro_vae.pairs.weights import log_guide, log_joint, own_dims, structure
 
+GLANCE = 500
+"""Rows that are drawn to find the latents: sequences of one row may have fewer sites."""
+
 
 class ParticleDraws(NamedTuple):
     """K draws of the guide for each of n rows."""
@@ -48,16 +51,16 @@ class Particles:
 
     Arguments:
         pair: any pair.
-        batch: a prepared batch, which serves to find the latents.
+        batch: a prepared batch, whose first rows serve to find the latents.
 
     Call every method within `pyro_vae.pairs.scope.using`.
     """
 
     def __init__(self, pair: nn.Module, batch: Batch) -> None:
         self.pair = pair
-        few = tuple(tensor[:2] for tensor in batch)
+        few, some = (tuple(tensor[:n] for tensor in batch) for n in (2, GLANCE))
         self.nesting, self.vectorized, self.widest = structure(pair, few)
-        self.sites = _local(trace_guide(pair, batch))
+        self.sites = _local(trace_guide(pair, some))
         self.right = {name: own_dims(site, self.nesting) for name, site in self.sites.items()}
 
     def draw(self, number: int, batch: Batch) -> ParticleDraws:
@@ -91,7 +94,7 @@ class Particles:
         if sites.keys() != self.sites.keys():
             raise UsageError(
                 f"the guide draws the sites {', '.join(sites)} for some rows and "
-                f"{', '.join(self.sites)} for all rows: draw all sites for every row, and mask them"
+                f"{', '.join(self.sites)} for others: draw all sites for every row, and mask them"
             )
         values = {name: self.data_first(name, site["value"]) for name, site in sites.items()}
         counts = {
