@@ -63,7 +63,7 @@ def _parts(particles: Particles, units: Units, batch: Batch, draws: int) -> Iter
         )
 
 
-class Simulated:
+class SimulatedRows:
     """Data that the model draws, with their true latents as vectors.
 
     Arguments:
