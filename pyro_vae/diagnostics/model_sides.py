@@ -150,7 +150,7 @@ def _residuals(
 
 def _has_scale(fn: Any) -> bool:
     """Whether residuals can be too large or small for their mean: not if values are 0 or 1."""
-    support = getattr(fn, "support", None)
+    support: Any = getattr(fn, "support", None)
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     if support in (constraints.boolean, constraints.one_hot) or support is None:
