@@ -33,9 +33,15 @@ if TYPE_CHECKING:
     from pyro_vae.diagnostics.gaps import gaps as gaps
     from pyro_vae.diagnostics.global_calibration import global_calibration as global_calibration
     from pyro_vae.diagnostics.information import kl_parts as kl_parts
+    from pyro_vae.diagnostics.local_c2st import local_c2st as local_c2st
+    from pyro_vae.diagnostics.local_calibration import local_calibration as local_calibration
+    from pyro_vae.diagnostics.loo_pit import loo_pit as loo_pit
+    from pyro_vae.diagnostics.model_check import model_check as model_check
     from pyro_vae.diagnostics.outliers import outlier_scores as outlier_scores
+    from pyro_vae.diagnostics.power_scaling import power_scaling as power_scaling
     from pyro_vae.diagnostics.predictive import predictive_check as predictive_check
     from pyro_vae.diagnostics.selftest import selftest as selftest
+    from pyro_vae.diagnostics.tarp import tarp as tarp
     from pyro_vae.diagnostics.uncertainty import uncertainty as uncertainty
     from pyro_vae.errors import UsageError as UsageError
     from pyro_vae.estimators.density import VAEEstimator as VAEEstimator

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import chain, product
 from typing import Any, NamedTuple, TypeAlias, cast
 
-import numpy as np
 import pyro
 import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae.compat import Enumerate
-from pyro_vae.diagnostics.ranks import in_words, ranked, ranks_of, simultaneous_band
+from pyro_vae.diagnostics.ranks import INTERVALS as INTERVALS
+from pyro_vae.diagnostics.ranks import Calibration as Calibration
+from pyro_vae.diagnostics.ranks import ranked, ranks_of
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import CELLS
 from pyro_vae.pairs import enumeration, masks, summing
@@ -28,9 +28,6 @@ from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.traces import Given, trace
 from pyro_vae.pairs.weights import log_density, structure
 
-INTERVALS = (0.5, 0.8, 0.9, 0.95)
-"""Probabilities of the central intervals for which coverage is computed."""
-
 LEAST_SIMULATIONS, LEAST_DRAWS = 100, 19
 """With fewer simulations the band cannot reject. With fewer draws no interval has 95 %."""
 
@@ -38,128 +35,6 @@ JOINT, LIKELIHOOD = "log p(x, z)", "log p(x | z)"
 """The test quantities that are always ranked, in addition to the latents."""
 
 Quantity: TypeAlias = Callable[[dict[str, Tensor], Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The results of `calibration`: ranks of the true value among draws of the guide."""
-
-    names: tuple[str, ...]
-    """The quantities: each unit of each latent, two log densities, and those of the user."""
-    ranks: Tensor
-    """The number of draws below the true value, from 0 to ``num_draws``, as integers of shape
-    (num_simulations, quantities). -1 means that the unit is masked and not ranked."""
-    num_draws: int
-    """Draws of the guide for each simulated datum."""
-    level: float
-    """The largest probability that any quantity rejects the exact posterior."""
-    left_out: dict[str, str]
-    """Why each latent or unit is not ranked, and why some rows are not simulated."""
-
-    @property
-    def num_simulations(self) -> int:
-        """The number of simulated data."""
-        return len(self.ranks)
-
-    @property
-    def counts(self) -> Tensor:
-        """The number of ranks of each quantity, of shape (quantities,)."""
-        return (self.ranks >= 0).sum(0)
-
-    @property
-    def points(self) -> Tensor:
-        """The points at which distribution functions are compared, of shape (num_draws,)."""
-        return torch.arange(1, self.num_draws + 1, dtype=torch.float64) / (self.num_draws + 1)
-
-    @property
-    def differences(self) -> Tensor:
-        """Empirical minus uniform distribution function at the ``points``, of shape
-        (num_draws, quantities)."""
-        below = [
-            torch.bincount(rank[rank >= 0], minlength=self.num_draws + 1) for rank in self.ranks.T
-        ]
-        return torch.stack(below, 1).cumsum(0)[:-1] / self.counts - self.points[:, None]
-
-    @property
-    def band(self) -> tuple[Tensor, Tensor]:
-        """Lower and upper bounds of ``differences``, each of the same shape.
-
-        For an exact guide, each quantity leaves its bounds at any point with probability
-        ``level`` / quantities at most.
-        """
-        level = self.level / len(self.names)
-        bounds = [simultaneous_band(n, self.num_draws, level) for n in self.counts.tolist()]
-        share = torch.from_numpy(np.stack(bounds, -1)) / self.counts - self.points[:, None]
-        return share[0], share[1]
-
-    @property
-    def coverage(self) -> Tensor:
-        """Fractions of true values in central intervals of 50, 80, 90, 95 %, (quantities, 4)."""
-        middle = ((self.ranks + self.jitter) / (self.num_draws + 1) - 0.5).abs()
-        middle = torch.where(self.ranks < 0, torch.inf, middle)
-        inside = [(middle <= interval / 2).double().sum(0) for interval in INTERVALS]
-        return torch.stack(inside, 1) / self.counts[:, None]
-
-    @property
-    def coverage_errors(self) -> Tensor:
-        """Binomial standard errors of ``coverage``, of the same shape."""
-        return (self.coverage * (1 - self.coverage) / self.counts[:, None]).sqrt()
-
-    @property
-    def jitter(self) -> Tensor:
-        """Fixed numbers in (0, 1) that spread each rank over its step, so that every interval has
-        its exact probability."""
-        generator = np.random.default_rng(0)
-        return torch.from_numpy(generator.random(self.ranks.shape))
-
-    @property
-    def failures(self) -> dict[str, str]:
-        """The quantities whose ranks leave the band, with a description of the deviation."""
-        low, high = self.band
-        slack = 1e-9
-        outside = (self.differences < low - slack) | (self.differences > high + slack)
-        which = outside.any(0).nonzero().flatten().tolist()
-        return {
-            self.names[i]: in_words(rank[rank >= 0], self.num_draws)
-            for i in which
-            for rank in [self.ranks[:, i]]
-        }
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether all quantities stay in their bands."""
-        return not self.failures
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the verdict and the coverage by quantity for metrics.json."""
-        return {
-            "calibrated": self.calibrated,
-            "level": self.level,
-            "num_simulations": self.num_simulations,
-            "num_draws": self.num_draws,
-            "num_quantities": len(self.names),
-            "failures": self.failures,
-            "left_out": self.left_out,
-            "coverage": {
-                name: dict(zip(map(str, INTERVALS), shares, strict=True))
-                for name, shares in zip(self.names, self.coverage.tolist(), strict=True)
-            },
-        }
-
-    def __str__(self) -> str:
-        failures = self.failures
-        verdict = "not rejected by any" if not failures else f"rejected by {len(failures)}"
-        title = "".join(f"{100 * interval:>7.0f} %" for interval in INTERVALS)
-        lines = [
-            f"calibration {verdict} of {len(self.names)} quantities at level {self.level:g}, "
-            f"{self.num_simulations} simulations with {self.num_draws} draws each",
-            f"{'coverage of':<20}{title}   ranks",
-        ]
-        for name, shares in zip(self.names, self.coverage.tolist(), strict=True):
-            numbers = "".join(f"{100 * share:>7.1f} %" for share in shares)
-            lines.append(f"{name:<20}{numbers}   {failures.get(name, 'uniform')}")
-        lines += [f"'{name}' is left out: {why}" for name, why in self.left_out.items()]
-        return "\n".join(lines)
 
 
 @alone()

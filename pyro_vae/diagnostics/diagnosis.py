@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows, parts
+from pyro_vae.diagnostics import verdict
 from pyro_vae.diagnostics.global_studies import judge_globals, judge_local, limited
+from pyro_vae.diagnostics.signs import Sign
 from pyro_vae.diagnostics.studies import STUDIES
 from pyro_vae.diagnostics.study import Bench, Finding, Rung, Study
+from pyro_vae.diagnostics.verdict import Blame
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model
@@ -23,16 +26,25 @@ from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import latents
 from pyro_vae.pairs.threads import alone
+from pyro_vae.pairs.weights import log_weights, structure
 from pyro_vae.runs import held_out_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TIMED_DRAWS = 10
+"""Number of draws of each row for the measurement of the time of a draw."""
+
 SAFETY = 1.5
 """Safety factor on the slope of seconds over cost."""
 
-ROUNDS = 2
-"""In the first round each diagnostic gets its share of the time. The second uses the rest."""
+ROUNDS = 3
+"""In the first round each diagnostic runs at its smallest size. In the second round it gets its
+share of the rest of the time. The third uses what is left."""
+
+FIRST = 0.2
+"""The smallest size of a diagnostic may take this fraction of the time, even if that is more than
+its share."""
 
 TIMED_ROWS = 500
 """Number of rows for the measurement of the time of a pass."""
@@ -51,8 +63,12 @@ class Diagnosis:
     """The time budget in seconds."""
     results: dict[str, Any] = field(default_factory=dict)
     """The result of each diagnostic at its largest finished size, by name."""
+    blamed: list[Blame] = field(default_factory=list)
+    """The parts of the pair that are at fault, the largest first, with their evidence."""
     findings: list[Finding] = field(default_factory=list)
     """The parts of the summary."""
+    signs: list[Sign] = field(default_factory=list)
+    """Signs of faults that rest on a single diagnostic."""
     not_applicable: dict[str, str] = field(default_factory=dict)
     """Diagnostics that do not apply to the pair, with the reason."""
     failed: dict[str, str] = field(default_factory=dict)
@@ -75,15 +91,27 @@ class Diagnosis:
         for kind, title in KINDS.items():
             words = [finding.words for finding in self.findings if finding.kind == kind]
             if words:
-                parts.append(f"{title}: {'; '.join(dict.fromkeys(words))}.")
+                parts.append("\n".join([f"{title}:", *(f"- {w}." for w in dict.fromkeys(words))]))
+        if parts and not self.blamed:
+            parts.insert(0, "At fault: no part, as far as the diagnostics have checked.")
         return "\n".join(parts) or "No diagnostic gave a result."
 
     def judge(self, shared: Sequence[str], local: Sequence[str]) -> None:
-        """Add the verdict on each latent, and limit the findings that rest on it."""
+        """Add the verdict: on the parts of the pair, and on each latent.
+
+        Findings that rest on a latent are at most as good as the verdict on it.
+        """
+        self.blamed, found = verdict.findings(self.results, self.rows, self.signs)
+        self.findings = found + self.findings
         reasons = self.not_applicable | self.left_out
         verdicts = judge_globals(shared, self.results, reasons) if shared else []
         verdicts += judge_local(local, self.results)
-        self.findings = [*verdicts, *limited(self.findings, verdicts, shared, local)]
+        findings = limited(self.findings, verdicts, shared, local)
+        # All numbers rest on the global latents, so a fault of their guide is the first one.
+        faults = [verdict.of_globals(found) for found in verdicts if found.kind == "doubt"]
+        self.blamed = [*faults, *self.blamed]
+        told = [found for found in verdicts if not faults or found.kind in ("trust", "unchecked")]
+        self.findings = [*(blame.finding for blame in faults), *told, *findings]
 
     def worst(self, number: int = 10) -> Tensor:
         """Return the rows whose log p(x) is least reliable, the worst first."""
@@ -93,6 +121,7 @@ class Diagnosis:
         """Return summary and results for metrics.json."""
         return {
             "summary": self.summary,
+            "blamed": [blame.as_dict() for blame in self.blamed],
             "findings": [finding._asdict() for finding in self.findings],
             "worst_rows": self.worst().tolist() if "log_likelihood" in self.results else [],
             "num_examples": len(self.rows),
@@ -108,7 +137,7 @@ class Diagnosis:
         }
 
     def __str__(self) -> str:
-        lines = [fill(line, 100) for line in self.summary.split("\n")]
+        lines = [fill(line, 100, subsequent_indent="  ") for line in self.summary.split("\n")]
         for name, result in self.results.items():
             lines += ["", f"{name} ({self.seconds[name]:.0f} s)", str(result)]
             lines += [f"note: {note}" for note in self.notes.get(name, [])]
@@ -144,9 +173,10 @@ def diagnose(
         x, context: held-out data, as `pyro_vae.evaluate` takes them; 1,000 rows are enough.
         other: out-of-distribution data for the AUROC of outlier scores: x, or a tuple of x and
             context.
-        train: for a pair with global or group latents, all data to which its guide was fitted: x,
-            or a tuple of x and context. The guide of these latents is compared with their posterior
-            given these data. By default x, if `pyro_vae.fit` has just fitted the pair to exactly
+        train: the training data: x, or a tuple of x and context. Their ELBO is compared with that
+            of x. For a pair with global or group latents they must be all data to which the guide
+            was fitted, since the guide of these latents is compared with their posterior given
+            these data; then, by default x, if `pyro_vae.fit` has just fitted the pair to exactly
             these rows.
         budget: time in seconds. A diagnostic whose smallest size does not fit is left out.
         binarize, seed, engine: as in `pyro_vae.evaluate`.
@@ -171,20 +201,24 @@ def diagnose(
     costs = _pass_seconds(pair, shuffled, seed)
     shared, local = _latents(pair, batch)
     fitted = None
-    if shared and train is not None:
+    if train is not None:
         fitted = _prepared(pair, parts(train)[0], parts(train)[1:], binarize)
     elif shared and held_out_rows.fitted_to(pair, x):
         fitted = batch
     bench = Bench(pair, shuffled, order, seed, engine, *costs, strangers, fitted, shared)
     climbs = [_Climb(study) for make in STUDIES if (study := make(bench)) is not None]
     with bar(progress, ROUNDS * len(climbs), "diagnose") as shown:
-        for _ in range(ROUNDS):
+        for turn in range(ROUNDS):
             for i, climb in enumerate(climbs):
                 shown.set_postfix_str(f" {climb.study.name}")
                 rest = sum(other.study.weight for other in climbs[i:] if not other.over)
                 if not climb.over:
                     left = end - _now()
-                    climb.go(left * climb.study.weight / rest)
+                    share = left * climb.study.weight / rest
+                    if turn == 0:
+                        climb.go(max(share, FIRST * left), 1)
+                    else:
+                        climb.go(share)
                 shown.update()
     found = Diagnosis(order, budget)
     for climb in climbs:
@@ -208,11 +242,11 @@ def _latents(pair: nn.Module, batch: Batch) -> tuple[tuple[str, ...], tuple[str,
     return shared, tuple(name for name in sites if name not in shared)
 
 
-def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, float]:
-    """Return the seconds of a pass of one row, and the seconds of each further row."""
+def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, float, float]:
+    """Return the seconds of a pass of one row, of each further row, and of each further draw."""
 
     def seconds(rows: int) -> float:
-        part = tuple(t[torch.arange(rows, device=t.device) % len(t)] for t in batch)
+        part = _repeated(batch, rows)
         start = _now()
         trace_model(pair, part, trace_guide(pair, part))
         return _now() - start
@@ -220,7 +254,27 @@ def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, floa
     with using(pair, seed):
         seconds(TIMED_ROWS)  # the first pass includes work that is done only once
         one, many = seconds(1), seconds(TIMED_ROWS)
-    return one, max(0.0, many - one) / (TIMED_ROWS - 1)
+        rate = max(0.0, many - one) / (TIMED_ROWS - 1)
+        return one, rate, _draw_seconds(pair, batch, one, rate)
+
+
+def _draw_seconds(pair: nn.Module, batch: Batch, one: float, rate: float) -> float:
+    """Return the seconds of a draw of a row: less than a row, since the encoder runs once."""
+    part = _repeated(batch, TIMED_ROWS // TIMED_DRAWS)
+    try:
+        nesting, vectorized, _ = structure(pair, tuple(tensor[:2] for tensor in part))
+    except UsageError:  # the pair has no importance weights
+        return rate
+    if not vectorized:
+        return one / len(part[0]) + rate
+    start = _now()
+    log_weights(pair, part, TIMED_DRAWS, nesting)
+    rest = _now() - start - one - rate * len(part[0])
+    return min(rate, max(0.0, rest) / TIMED_ROWS)
+
+
+def _repeated(batch: Batch, rows: int) -> Batch:
+    return tuple(t[torch.arange(rows, device=t.device) % len(t)] for t in batch)
 
 
 class _Climb:
@@ -239,10 +293,11 @@ class _Climb:
         """Whether the diagnostic failed or ran at its largest size."""
         return self.fault is not None or self.at == len(self.study.rungs) - 1
 
-    def go(self, allotted: float) -> None:
-        """Run further sizes within the allotted seconds."""
-        start = _now()
-        while not self.over and (fits := self._fits(start + allotted - _now())):
+    def go(self, allotted: float, most: int | None = None) -> None:
+        """Run further sizes within the allotted seconds, at most this number of them."""
+        start, ran = _now(), 0
+        while not self.over and ran != most and (fits := self._fits(start + allotted - _now())):
+            ran += 1
             self.at = fits[-1]
             self._run(self.study.rungs[self.at])
         self.seconds += _now() - start
@@ -274,14 +329,17 @@ class _Climb:
             found.not_applicable[name] = str(self.fault)
         elif self.fault is not None:
             found.failed[name] = f"{type(self.fault).__name__}: {first_line(self.fault)}"
-            found.findings.append(Finding("doubt", f"the diagnostic '{name}': it failed"))
+            words = f"the diagnostic '{name}': it failed"
+            found.findings.append(Finding("unchecked", words, f"diagnostic {name}"))
         elif not self.known:
             found.left_out[name] = "it did not run"
         elif not self.over:
             found.left_out[name] = f"it ran at size {self.at + 1} of {sizes}"
         if self.result is not None:
             found.results[name] = self.result
-            found.findings += study.judge(self.result, found.results)
+            told = study.judge(self.result)
+            found.findings += [one for one in told if isinstance(one, Finding)]
+            found.signs += [one for one in told if isinstance(one, Sign)]
             for title, figure in study.figures.items():
                 found.figures[title] = figure(self.result)
                 found.pictures.setdefault(name, []).append(title)
@@ -304,6 +362,7 @@ def _predicted(known: Sequence[tuple[float, float]], cost: float) -> float:
 
 
 KINDS = {
+    "fault": "At fault",
     "trust": "Reliable",
     "doubt": "Not reliable",
     "unchecked": "Not checked",

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from math import isfinite
+from math import isfinite, log
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,9 @@ from pyro_vae.data.preparation import Preparation, held_rows
 from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import at_one_draw
-from pyro_vae.inference.importance import all_log_weights, unnormalized
-from pyro_vae.inference.pareto import LEAST, pareto_shape
-from pyro_vae.inference.refinement import Refinement, refine
+from pyro_vae.inference.importance import LogLikelihood, all_log_weights, unnormalized
+from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold
+from pyro_vae.inference.refinement import CLEAR, COMPARED_DRAWS, Refinement, refine
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.scope import using
@@ -22,6 +22,9 @@ from pyro_vae.pairs.threads import alone
 
 BLOCK = 500
 """Number of data whose weights are in memory at the same time."""
+
+STEADY = 0.01
+"""Weights with at most this relative standard deviation hardly vary."""
 
 
 class PerDatum(NamedTuple):
@@ -63,8 +66,8 @@ class Gaps(NamedTuple):
     """Whether log p(x) of a datum uses draws of its refined q, booleans of shape (n,). All are
     False if you passed log p(x)."""
     pareto_k: Tensor
-    """The Pareto shape of the weights that gave log p(x), of shape (n,). Over 0.7 log p(x) and the
-    approximation gap are unreliable. NaN if you passed log p(x) without a ``pareto_k``."""
+    """The Pareto shape of the weights that gave log p(x), of shape (n,). NaN if you passed log p(x)
+    without a ``pareto_k``."""
     num_samples: int
     """Draws for each datum and bound."""
     steps: int
@@ -74,6 +77,19 @@ class Gaps(NamedTuple):
     given: tuple[str, ...] = ()
     """Global and group latents, held at one draw of the guide. All numbers are given this draw:
     log p(x | w) in place of log p(x)."""
+
+    k_threshold: float = 0.7
+    """The largest ``pareto_k`` for which log p(x) is reliable with this number of draws
+    (`pyro_vae.inference.pareto.threshold`)."""
+
+    @property
+    def unreliable(self) -> Tensor:
+        """Whether log p(x) and the approximation gap of a datum are unreliable, (n,).
+
+        The tail of weights that hardly vary is noise without effect.
+        """
+        varies = self.log_likelihood.standard_errors * self.num_samples**0.5 > STEADY
+        return (self.pareto_k > self.k_threshold) & (varies | self.pareto_k.isinf())
 
     @property
     def amortised(self) -> PerDatum:
@@ -96,10 +112,12 @@ class Gaps(NamedTuple):
             found[f"{name}_standard_error"] = gap.standard_error
         found["fraction_from_refined"] = self.from_refined.double().mean().item()
         found["fraction_k_over_0.7"] = _share(self.pareto_k > 0.7, self.pareto_k)
+        found["fraction_k_over_threshold"] = _share(self.unreliable, self.pareto_k)
         return {
             "num_examples": len(self.pareto_k),
             "num_samples": self.num_samples,
             "steps": self.steps,
+            "k_threshold": self.k_threshold,
             **({"given_one_draw_of": list(self.given)} if self.given else {}),
             "not_finite": self._not_finite(),
             **{name: value if isfinite(value) else None for name, value in found.items()},
@@ -120,10 +138,10 @@ class Gaps(NamedTuple):
                 f"{_TITLES[name]:<22}{gap.value:>10.3f}{gap.standard_error:>9.3f}"
                 f"{middle:>10.3f}{high:>10.3f}"
             )
-        over = int((self.pareto_k > 0.7).sum())
+        over = int(self.unreliable.sum())
         lines.append(
             f"{len(self.pareto_k)} data, {self.num_samples} draws, {self.steps} steps; log p(x) is "
-            f"unreliable (Pareto k over 0.7) for {over}"
+            f"unreliable (Pareto k over {self.k_threshold:.2f}) for {over}"
         )
         if self.given:
             lines.append(f"given one draw of the guide of {', '.join(self.given)}")
@@ -175,8 +193,10 @@ def gaps(
         + \underbrace{\mathrm{ELBO}(q^*) - \mathrm{ELBO}(q_\phi)}_{\text{amortization gap}}
 
     `refine` finds :math:`q^*`, the best q of each datum within the family of the guide. log p(x) is
-    the importance-weighted bound with q or with q* as proposal, the higher one for each datum.
-    Other draws make this choice, because the maximum of two noisy numbers would be too high.
+    the importance-weighted bound with q or with q* as proposal, the better one for each datum: the
+    clearly higher bound with a reliable Pareto k, or else the larger effective sample size. Other
+    draws make this choice, because the maximum of two noisy numbers would be too high. A datum
+    whose ELBO does not rise keeps the guide's q, so an exact guide has gaps of 0.
 
     Arguments:
         pair: any pair; it does not change.
@@ -220,14 +240,13 @@ def gaps(
         steps=steps,
         learning_rate=learning_rate,
         num_particles=num_particles,
-        num_samples=min(num_samples, 100),
+        num_samples=min(num_samples, COMPARED_DRAWS),
         binarize=binarize,
         seed=seed,
         engine=engine,
         progress=progress,
     )
-    # A NaN, from infinite weights, compares as false, so log p(x) stays that of the guide.
-    chosen = refined.after.per_datum >= refined.before.per_datum
+    chosen = _proposal_is_refined(refined.before, refined.after)
     parts = []
     for block in range(0, len(chosen), BLOCK):
         rows = slice(block, block + BLOCK)
@@ -245,6 +264,7 @@ def gaps(
         steps=steps,
         refinement=refined,
         given=given,
+        k_threshold=threshold(getattr(log_likelihood, "num_samples", num_samples)),
     )
 
 
@@ -260,6 +280,22 @@ def _whole(pair: nn.Module, held: Source, prepare: Preparation) -> Batch:
 def _weights(pair: nn.Module, batch: Batch, num_samples: int, seed: int) -> Tensor:
     with using(pair, seed):
         return all_log_weights(pair, batch, num_samples).cpu()
+
+
+def _proposal_is_refined(before: LogLikelihood, after: LogLikelihood) -> Tensor:
+    """Return whether log p(x) of a datum uses draws of its refined q, (n,).
+
+    The higher of two lower bounds is better if the difference is clear and its Pareto k reliable.
+    Otherwise the weights with the larger effective sample size are better: a bound whose few
+    largest weights are too large by chance looks higher. A NaN compares as false, so log p(x)
+    stays that of the guide.
+    """
+    gain = after.per_datum - before.per_datum
+    error = (after.standard_errors.square() + before.standard_errors.square()).sqrt()
+    k = torch.where(gain > 0, after.pareto_k, before.pareto_k)
+    clear = (gain.abs() > CLEAR * error.nan_to_num(0.0)) & (k <= after.k_threshold)
+    better = after.effective_sample_size >= before.effective_sample_size
+    return torch.where(clear, gain > 0, better)
 
 
 class _GapParts(NamedTuple):
@@ -281,7 +317,7 @@ def _split(before: Tensor, after: Tensor, chosen: Tensor) -> _GapParts:
     the mean weight for log p(x). The shares of a difference are the differences of the shares.
     """
     weights = torch.where(chosen, after, before)
-    log_p = weights.logsumexp(0) - torch.tensor(float(len(weights))).log()
+    log_p = weights.logsumexp(0) - log(len(weights))
     relative = (weights - log_p).exp()
     refined, amortized = after.mean(0), before.mean(0)
     return _GapParts(

@@ -55,7 +55,10 @@ ADVICE = (
 )
 
 
-def global_weights_study(bench: Bench) -> Study:
+def global_weights_study(bench: Bench) -> Study | None:
+    if not bench.shared:
+        return None
+
     def run(draws: int, samples: int) -> GlobalWeights:
         return global_weights(
             bench.pair,
@@ -71,10 +74,13 @@ def global_weights_study(bench: Bench) -> Study:
         Rung(draws * (bench.cost(3, n) + bench.cost(1, n * k)), partial(run, draws, k))
         for draws, k in ((100, 30), (500, 100), (1000, 300))
     ]
-    return Study("global_weights", 2, rungs, lambda found, results: [])
+    return Study("global_weights", 2, rungs)
 
 
-def global_nuts_study(bench: Bench) -> Study:
+def global_nuts_study(bench: Bench) -> Study | None:
+    if not bench.shared:
+        return None
+
     def run(draws: int, chains: int) -> JointPosterior:
         found = nuts(
             bench.pair,
@@ -94,12 +100,10 @@ def global_nuts_study(bench: Bench) -> Study:
         for d, c in ((50, 2), (100, 4), (250, 4), (500, 4), (1000, 4))
     ]
     figures = {"global-nuts": global_figures.global_marginals}
-    return Study("global_nuts", SHARE, rungs, lambda found, results: [], figures)
+    return Study("global_nuts", SHARE, rungs, figures=figures)
 
 
 def _train(bench: Bench) -> tuple[Tensor, ...]:
-    if not bench.shared:
-        raise UsageError(f"{type(bench.pair).__name__} has no global latent")
     if bench.train is None:
         raise UsageError(UNKNOWN)
     return bench.train

@@ -1,13 +1,13 @@
 """Studies of the guide: log p(x), gaps, calibration, annealing, NUTS."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 from pyro_vae.diagnostics import figures as diagnostic_figures
 from pyro_vae.diagnostics.calibration import Calibration, calibration
 from pyro_vae.diagnostics.gaps import Gaps, gaps
+from pyro_vae.diagnostics.local_calibration import LocalCalibration, local_calibration
 from pyro_vae.diagnostics.study import GAP, GRADIENT, Bench, Finding, Rung, Study, sizes
 from pyro_vae.inference.annealing import Annealing, Sandwich, anneal, sandwich
 from pyro_vae.inference.given_globals import at_one_draw
@@ -17,31 +17,7 @@ from pyro_vae.inference.nuts import Posterior, nuts
 LEAPFROG = 60
 """Approximate number of gradients in a transition of NUTS."""
 
-UNRELIABLE = 0.05
-"""If more than this fraction of the data has a Pareto k over 0.7, the mean is unreliable."""
-
-CONSTANT = 0.01
-"""If the gap of a datum is below this many nats, its weights count as constant."""
-
-COVERAGE = 0.02
-"""Allowed error of the coverage of 95 % intervals, because approximate guides are not exact."""
-
-AGREE = 0.1
-"""Two estimates of log p(x) that differ by more nats per example disagree."""
-
-TOGETHER = 0.3
-"""Two estimates agree only if difference plus two errors is at most this many nats per example."""
-
 MORE = "annealing with more temperatures or more time"
-
-RICHER = "a richer posterior family (pyro_vae.refit_guide shows the gain)"
-
-
-def given(bench: Bench) -> str:
-    """Return what the numbers of local latents are conditional on, in words."""
-    names = ", ".join(f"'{name}'" for name in bench.shared[:3])
-    more = " ..." if bench.shared[3:] else ""
-    return f" (given one draw of {names}{more})" if names else ""
 
 
 def reliability_study(bench: Bench) -> Study:
@@ -53,28 +29,6 @@ def reliability_study(bench: Bench) -> Study:
             engine=bench.engine,
             **bench.settings,
         )
-
-    def judge(found: LogLikelihood, _: Mapping[str, Any]) -> list[Finding]:
-        findings = []
-        infinite = int((found.infinite_weights > 0).sum())
-        if infinite:
-            words = f"log p(x) of {infinite} data: weights are infinite, because the guide gives "
-            words += "no density to its own draws"
-            findings.append(Finding("doubt", words))
-        share = (found.pareto_k > 0.7).double().mean().item()
-        over = f"Pareto k is over 0.7 for {100 * share:.0f} % of the data"
-        if infinite:
-            return findings
-        if share <= UNRELIABLE:
-            value = f"{found.value:.3f} ± {found.standard_error:.3f} nats per example"
-            findings.append(Finding("trust", f"log p(x) = {value} by importance weights ({over})"))
-        else:
-            words = f"log p(x) by importance weights: it is too low by an unknown amount ({over})"
-            findings += [
-                Finding("doubt", words),
-                Finding("next", "pyro_vae.anneal for log p(x)"),
-            ]
-        return findings
 
     wanted = (
         (50, 100),
@@ -88,9 +42,8 @@ def reliability_study(bench: Bench) -> Study:
     return Study(
         "log_likelihood",
         2,
-        [Rung(bench.cost(2, n * k), partial(run, n, k)) for n, k in sizes(bench, *wanted)],
-        judge,
-        {
+        [Rung(bench.draws(2, n, k), partial(run, n, k)) for n, k in sizes(bench, *wanted)],
+        figures={
             "reliability": lambda found: diagnostic_figures.reliability(
                 found, bench.some(len(found.per_datum))[0], rows=bench.rows
             )
@@ -110,28 +63,6 @@ def gaps_study(bench: Bench) -> Study:
             **bench.settings,
         )
 
-    def judge(found: Gaps, _: Mapping[str, Any]) -> list[Finding]:
-        whole, encoder, family = (
-            getattr(found, name).value for name in ("inference", "amortization", "approximation")
-        )
-        # If weights hardly vary, the shape of their tail is noise and has no effect.
-        matters = found.inference.per_datum.abs() > CONSTANT
-        unsure = ((found.pareto_k > 0.7) & matters).double().mean().item() > UNRELIABLE
-        if whole < GAP and not unsure:
-            words = (
-                f"the ELBO{given(bench)} is within {abs(whole):.2f} nats per example of log p(x)"
-            )
-            return [Finding("trust", words)]
-        below = f"it is {'at least ' if unsure else ''}{whole:.1f} nats per example too low"
-        where = f"{encoder:.1f} from the encoder, {family:.1f} from the family"
-        words = f"the ELBO{given(bench)} as log p(x): {below} ({where})"
-        findings = [Finding("doubt", words)]
-        if encoder > max(family, GAP / 2):
-            findings.append(Finding("next", "a larger encoder or longer training"))
-        if family > max(encoder, GAP / 2):
-            findings.append(Finding("next", RICHER))
-        return findings
-
     wanted = (
         (20, 50, 100),
         (40, 100, 200),
@@ -145,13 +76,12 @@ def gaps_study(bench: Bench) -> Study:
         4,
         [
             Rung(
-                bench.cost(steps, GRADIENT * 8 * n) + bench.cost(4, n * k),
+                bench.cost(steps, GRADIENT * 8 * n) + bench.draws(4, n, k),
                 partial(run, n, steps, k),
             )
             for n, steps, k in sizes(bench, *wanted)
         ],
-        judge,
-        {"gaps": diagnostic_figures.gap_bars},
+        figures={"gaps": diagnostic_figures.gap_bars},
     )
 
 
@@ -166,30 +96,27 @@ def calibration_study(bench: Bench) -> Study:
             progress=False,
         )
 
-    def judge(found: Calibration, _: Mapping[str, Any]) -> list[Finding]:
-        held, unchecked = found.coverage[:, -1], []
-        if bool(bench.batch[0].isnan().any()):
-            gap = "the guide on rows with missing entries, since calibration simulates whole rows"
-            unchecked = [Finding("unchecked", gap)]
-        words = "the guide's uncertainty on the model's own data: 95 % intervals contain "
-        if found.calibrated:
-            words += f"{100 * held.min().item():.0f} to {100 * held.max().item():.0f} %"
-            words += " of the true values"
-            return [Finding("trust", words), *unchecked]
-        off = {name: held[found.names.index(name)].item() for name in found.failures}
-        worst = max(off, key=lambda name: abs(off[name] - 0.95))
-        most = Counter(found.failures.values()).most_common(1)[0][0]
-        words += f"{100 * off[worst]:.0f} % of the true values of {worst}; {len(off)} of "
-        words += f"{len(found.names)} quantities fail, most often because {most}"
-        if abs(off[worst] - 0.95) <= COVERAGE:
-            return [Finding("trust", words), *unchecked]
-        return [Finding("doubt", words), Finding("next", RICHER), *unchecked]
+    def judge(_: Calibration) -> list[Finding]:
+        if not bool(bench.batch[0].isnan().any()):
+            return []
+        words = "the guide on rows with missing entries, since calibration simulates whole rows"
+        return [Finding("unchecked", words, "missing entries")]
 
     wanted = ((100, 19), (250, 29), (500, 49), (1000, 99), (2000, 99))
-    rungs = [Rung(bench.cost(2, n * draws), partial(run, n, draws)) for n, draws in wanted]
-    return Study(
-        "calibration", 2, rungs, judge, {"calibration": diagnostic_figures.calibration_bands}
-    )
+    rungs = [Rung(bench.draws(2, n, draws), partial(run, n, draws)) for n, draws in wanted]
+    figures = {"calibration": diagnostic_figures.calibration_bands}
+    return Study("calibration", 2, rungs, judge, figures)
+
+
+def local_calibration_study(bench: Bench) -> Study:
+    def run(rows: int, samples: int) -> LocalCalibration:
+        return local_calibration(
+            bench.pair, *bench.some(rows), num_samples=samples, progress=False, **bench.settings
+        )
+
+    wanted = sizes(bench, (100, 50), (300, 100), (1000, 200), (2000, 500))
+    rungs = [Rung(bench.draws(4, n, k), partial(run, n, k)) for n, k in wanted]
+    return Study("local_calibration", 2, rungs)
 
 
 def annealing_study(bench: Bench) -> Study:
@@ -204,29 +131,7 @@ def annealing_study(bench: Bench) -> Study:
             **bench.settings,
         )
 
-    def judge(found: Annealing, results: Mapping[str, Any]) -> list[Finding]:
-        weighed = results.get("log_likelihood")
-        if weighed is None or len(weighed.per_datum) < len(found.per_datum):
-            return []
-        n = len(found.per_datum)
-        by = (found.per_datum - weighed.per_datum[:n]).mean().item()
-        error = (found.standard_error**2 + weighed.standard_errors[:n].square().sum() / n**2) ** 0.5
-        off = f"{abs(by):.2f} ± {error:.2f} nats, on {n} data"
-        if abs(by) > max(AGREE, 3 * error):  # of two lower bounds the higher is better
-            if by > 0:
-                words = f"log p(x) by importance weights: annealing gives a higher bound (by {off})"
-                return [Finding("doubt", words)]
-            words = f"annealing at {found.num_temperatures} temperatures: importance weights give "
-            words += f"a higher bound (by {off})"
-            return [Finding("doubt", words), Finding("next", MORE)]
-        if abs(by) + 2 * error > TOGETHER:
-            words = "the comparison of annealing and importance weights: the error of their "
-            words += f"difference is too large ({off})"
-            return [Finding("doubt", words), Finding("next", MORE)]
-        words = f"annealing and importance weights agree on log p(x) ({off})"
-        return [Finding("trust", words)]
-
-    return Study("annealing", 3, _annealed(bench, run), judge)
+    return Study("annealing", 3, _annealed(bench, run))
 
 
 def sandwich_study(bench: Bench) -> Study:
@@ -242,12 +147,12 @@ def sandwich_study(bench: Bench) -> Study:
             progress=False,
         )
 
-    def judge(found: Sandwich, _: Mapping[str, Any]) -> list[Finding]:
+    def judge(found: Sandwich) -> list[Finding]:
         wide = f"{found.gap:.2f} ± {found.gap_standard_error:.2f} nats"
         words = f"log p(x) of the model's own data: the bounds of annealing are {wide} apart"
         if found.gap + 2 * found.gap_standard_error < GAP:
-            return [Finding("trust", words)]
-        return [Finding("doubt", words), Finding("next", MORE)]
+            return [Finding("trust", words, "bounds")]
+        return [Finding("doubt", words, "bounds"), Finding("next", MORE, "bounds")]
 
     return Study("sandwich", 3, _annealed(bench, run, sides=2), judge)
 
@@ -275,26 +180,10 @@ def nuts_study(bench: Bench) -> Study:
         )
         return cast(Posterior, found)
 
-    def judge(found: Posterior, _: Mapping[str, Any]) -> list[Finding]:
-        numbers, n = found.as_dict(), len(found.agrees)
-        if numbers["agree"] < n:
-            words = (
-                "NUTS as a reference: chains agree without divergences for "
-                f"{numbers['agree']} of {n} data"
-            )
-            return [Finding("doubt", words), Finding("next", "pyro_vae.nuts with more draws")]
-        apart = found.disagreement.nansum(1).mean().item()
-        shift, scale = numbers["mean_shift"] or 0.0, numbers["mean_scale_ratio"] or 0.0
-        words = (
-            f"the guide{given(bench)}, compared with NUTS on {n} data: its means are off by "
-            f"{shift:.2f} standard deviations, and its scale is {scale:.2f} times the posterior's"
-        )
-        return [Finding("trust" if apart < GAP else "doubt", words)]
-
     wanted = sizes(bench, (1, 100, 2), (2, 200, 4), (4, 300, 4), (8, 500, 4))
     rungs = [
         Rung(bench.cost(LEAPFROG * n * c * 2 * d, GRADIENT), partial(run, n, d, c))
         for n, d, c in wanted
     ]
     figure = partial(diagnostic_figures.posteriors, rows=bench.rows)
-    return Study("nuts", 3, rungs, judge, {"nuts": figure})
+    return Study("nuts", 3, rungs, figures={"nuts": figure})

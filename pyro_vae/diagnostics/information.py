@@ -25,6 +25,10 @@ SCORED_ROWS = 500
 """Number of rows in one pass: their codes are scored under the posteriors of as many rows."""
 
 
+SATURATED = 1.0
+"""Nats. Closer to log N, or with bounds further apart, the information is too large for N data."""
+
+
 class Estimate(NamedTuple):
     """A mean over data and draws, in nats per example, and its standard error."""
 
@@ -49,19 +53,37 @@ class KLParts:
     mutual_information_upper: Estimate
     """The same, but the aggregate at a code leaves its own datum out: an upper bound."""
     aggregate_kl: Estimate
-    """KL(q(z) || p(z)): the distance between codes of data and draws of the prior."""
+    """KL(q(z) || p(z)): the distance between codes of data and draws of the prior. For the
+    distribution of the data it is too large, in expectation by at most the distance of the two
+    bounds of the information. ``standard_error`` contains this distance."""
     total_correlation: Estimate | None
-    """KL(q(z) || prod_j q(z_j)): the dependence of units over all data. None if units depend on
-    each other within the posterior of a datum, because then their densities have no closed form."""
+    """KL(q(z) || prod_j q(z_j)): the dependence of units over all data. ``standard_error`` contains
+    the bias of N data, as that of ``aggregate_kl``. None if units depend on each other within the
+    posterior of a datum, because then their densities have no closed form."""
     unit_kl: Tensor | None
     """KL(q(z_j) || p(z_j)) of each unit, of shape (units,). None as above, and if units depend on
     each other within the prior."""
     unit_information: Tensor | None
     """Mutual information of the datum and each single unit, of shape (units,); None as above."""
+    unit_kl_errors: Tensor | None = None
+    """Standard errors of ``unit_kl``, of shape (units,), with the bias of N data; None as above."""
+
+    @property
+    def aggregate_kl_lower(self) -> float:
+        """The lower end of the interval of the aggregate KL, ``kl - mutual_information_upper``;
+        ``aggregate_kl`` is the upper end. Below 0 it says nothing, because a KL is not negative."""
+        return self.kl.value - self.mutual_information_upper.value
+
+    @property
+    def saturated(self) -> bool:
+        """Whether there are too few data to tell information from aggregate KL: the information is
+        within 1 nat of log(num_examples), or its two bounds are over 1 nat apart."""
+        low, high = self.mutual_information.value, self.mutual_information_upper.value
+        return low > log(self.num_examples) - SATURATED or high - low > SATURATED
 
     def as_dict(self) -> dict[str, Any]:
         """Return values, errors and units for metrics.json."""
-        return {
+        found = {
             name: value._asdict()
             if isinstance(value, Estimate)
             else value.tolist()
@@ -69,13 +91,17 @@ class KLParts:
             else value
             for name, value in vars(self).items()
         }
+        return found | {
+            "aggregate_kl_lower": self.aggregate_kl_lower,
+            "saturated": self.saturated,
+        }
 
     def __str__(self) -> str:
         upper = self.mutual_information_upper.value
         rows = [
             ("KL", self.kl, ""),
             ("mutual information", self.mutual_information, f"to {upper:.3f}"),
-            ("aggregate KL", self.aggregate_kl, ""),
+            ("aggregate KL", self.aggregate_kl, f"from {max(0.0, self.aggregate_kl_lower):.3f}"),
             ("total correlation", self.total_correlation, ""),
         ]
         lines = [
@@ -89,6 +115,11 @@ class KLParts:
         ):
             if units is not None:
                 lines.append(f"{name:<20} {' '.join(f'{unit:7.3f}' for unit in units.tolist())}")
+        if self.saturated:
+            lines.append(
+                f"{self.num_examples} data are too few for this information, so the aggregate KL "
+                "is between 0 and the value above"
+            )
         return "\n".join(lines)
 
 
@@ -185,6 +216,11 @@ def _parts(runs: list[list[tuple[Site, Site]]]) -> KLParts:
     n = own.shape[1]
     joint = torch.logaddexp(own, others) - log(n)
     units = torch.logaddexp(units_own, units_others) - log(n)
+    # With the own datum a density is too large, in expectation, and without it too small.
+    # A KL is at least 0, so it is too large by at most its value.
+    apart = (joint - log_p).mean().clamp(min=0)
+    bias = (joint - others + log(n - 1)).mean().minimum(apart)
+    unit_bias = (units - units_others + log(n - 1)).mean((0, 1))
     site, prior = runs[0][0]
     independent = not site["fn"].event_shape or factorizes(site["fn"])
     split = independent and (not prior["fn"].event_shape or factorizes(prior["fn"]))
@@ -193,10 +229,15 @@ def _parts(runs: list[list[tuple[Site, Site]]]) -> KLParts:
         kl=_mean(own - log_p),
         mutual_information=_mean(own - joint),
         mutual_information_upper=_mean(own - others + log(n - 1)),
-        aggregate_kl=_mean(joint - log_p),
-        total_correlation=_mean(joint - units.sum(-1)) if independent else None,
+        aggregate_kl=_mean(joint - log_p, bias),
+        total_correlation=_mean(joint - units.sum(-1), torch.maximum(bias, unit_bias.sum()))
+        if independent
+        else None,
         unit_kl=(units - units_log_p).mean((0, 1)) if split else None,
         unit_information=(units_own - units).mean((0, 1)) if independent else None,
+        unit_kl_errors=torch.hypot((units - units_log_p).mean(0).std(0) / n**0.5, unit_bias)
+        if split
+        else None,
     )
 
 
@@ -228,7 +269,8 @@ def _by_unit(fn: Any, z: Tensor) -> Tensor:
     return (fn.base_dist if factorizes(fn) else fn).log_prob(z).reshape(len(z), -1)
 
 
-def _mean(terms: Tensor) -> Estimate:
-    """Return the mean of terms (draws, data), with the standard error over data and draws."""
+def _mean(terms: Tensor, bias: Tensor | float = 0.0) -> Estimate:
+    """Return the mean of terms (draws, data); its error over data and draws contains the bias."""
     by_datum = terms.mean(0)
-    return Estimate(by_datum.mean().item(), (by_datum.std() / len(by_datum) ** 0.5).item())
+    error = by_datum.std() / len(by_datum) ** 0.5
+    return Estimate(by_datum.mean().item(), torch.hypot(error, torch.as_tensor(bias)).item())

@@ -1,6 +1,7 @@
 """Ranks of true values among draws, and a simultaneous band for them."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.data_plate import is_local
+
+INTERVALS = (0.5, 0.8, 0.9, 0.95)
+"""Probabilities of the central intervals for which coverage is computed."""
 
 
 def ranked(guide: Mapping[str, Any], truth: Mapping[str, Tensor]) -> list[str]:
@@ -95,6 +99,12 @@ def _inside(simulations: int, low: Any, high: Any) -> float:
     return float(state[-1] / poisson.pmf(simulations, simulations))
 
 
+@lru_cache(maxsize=16)
+def _normal_scores(draws: int) -> Tensor:
+    """Return the normal score of each rank from 0 to L, of shape (L + 1,)."""
+    return torch.special.ndtri((torch.arange(draws + 1, dtype=torch.float64) + 0.5) / (draws + 1))
+
+
 def in_words(ranks: Tensor, draws: int) -> str:
     """Describe how ranks deviate from uniform: in location, in width, or in both."""
     u = (ranks.double() + 0.5) / (draws + 1) - 0.5
@@ -106,3 +116,186 @@ def in_words(ranks: Tensor, draws: int) -> str:
     if abs(place) > max(3, abs(width) / 2):
         found.append("too low (slope up)" if place > 0 else "too high (slope down)")
     return "draws are " + " and ".join(found) if found else "ranks have another shape"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The results of `calibration`: ranks of the true value among draws of the guide."""
+
+    names: tuple[str, ...]
+    """The quantities: each unit of each latent, two log densities, and those of the user."""
+    ranks: Tensor
+    """The number of draws below the true value, from 0 to ``num_draws``, as integers of shape
+    (num_simulations, quantities). -1 means that the unit is masked and not ranked."""
+    num_draws: int
+    """Draws of the guide for each simulated datum."""
+    level: float
+    """The largest probability that any quantity rejects the exact posterior."""
+    left_out: dict[str, str]
+    """Why each latent or unit is not ranked, and why some rows are not simulated."""
+
+    @property
+    def num_simulations(self) -> int:
+        """The number of simulated data."""
+        return len(self.ranks)
+
+    @property
+    def counts(self) -> Tensor:
+        """The number of ranks of each quantity, of shape (quantities,)."""
+        return (self.ranks >= 0).sum(0)
+
+    @property
+    def points(self) -> Tensor:
+        """The points at which distribution functions are compared, of shape (num_draws,)."""
+        return torch.arange(1, self.num_draws + 1, dtype=torch.float64) / (self.num_draws + 1)
+
+    @property
+    def differences(self) -> Tensor:
+        """Empirical minus uniform distribution function at the ``points``, of shape
+        (num_draws, quantities)."""
+        below = [
+            torch.bincount(rank[rank >= 0], minlength=self.num_draws + 1) for rank in self.ranks.T
+        ]
+        return torch.stack(below, 1).cumsum(0)[:-1] / self.counts - self.points[:, None]
+
+    @property
+    def band(self) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds of ``differences``, each of the same shape.
+
+        For an exact guide, each quantity leaves its bounds at any point with probability
+        ``level`` / quantities at most.
+        """
+        level = self.level / len(self.names)
+        bounds = [simultaneous_band(n, self.num_draws, level) for n in self.counts.tolist()]
+        share = torch.from_numpy(np.stack(bounds, -1)) / self.counts - self.points[:, None]
+        return share[0], share[1]
+
+    @property
+    def coverage(self) -> Tensor:
+        """Fractions of true values in central intervals of 50, 80, 90, 95 %, (quantities, 4)."""
+        middle = ((self.ranks + self.jitter) / (self.num_draws + 1) - 0.5).abs()
+        middle = torch.where(self.ranks < 0, torch.inf, middle)
+        inside = [(middle <= interval / 2).double().sum(0) for interval in INTERVALS]
+        return torch.stack(inside, 1) / self.counts[:, None]
+
+    @property
+    def coverage_errors(self) -> Tensor:
+        """Binomial standard errors of ``coverage``, of the same shape."""
+        return (self.coverage * (1 - self.coverage) / self.counts[:, None]).sqrt()
+
+    @property
+    def scores(self) -> Tensor:
+        r"""Normal scores of the ranks, :math:`\Phi^{-1}((r + \tfrac12) / (L + 1))`, of the shape of
+        ``ranks``; NaN where a unit is not ranked."""
+        found = _normal_scores(self.num_draws)[self.ranks.clamp(min=0).cpu()]
+        return torch.where(self.ranks.cpu() < 0, torch.nan, found)
+
+    @property
+    def score_means(self) -> Tensor:
+        """Means of the ``scores``, of shape (quantities,): 0 for an exact guide.
+
+        They are about the error of the guide's mean in its own standard deviations, with the other
+        sign: a rank counts draws below the true value, so a mean that is too high gives a negative
+        number.
+        """
+        return self.scores.nanmean(0)
+
+    @property
+    def score_deviations(self) -> Tensor:
+        """Standard deviations of the ``scores`` divided by that of uniform ranks, (quantities,).
+
+        They are 1 for an exact guide, about 1.5 for a guide with 0.6 times the right scale, and
+        about 0.7 for one with 1.5 times the right scale.
+        """
+        off = self.scores - self.score_means
+        variance = off.square().nansum(0) / (self.counts.cpu() - 1)
+        return variance.sqrt() / _normal_scores(self.num_draws).std(correction=0)
+
+    @property
+    def score_mean_errors(self) -> Tensor:
+        """Standard errors of ``score_means`` if ranks are uniform, (quantities,): about
+        ``counts`` ** -0.5."""
+        return _normal_scores(self.num_draws).std(correction=0) / self.counts.cpu().sqrt()
+
+    @property
+    def score_deviation_errors(self) -> Tensor:
+        """Standard errors of ``score_deviations`` if ranks are uniform, (quantities,): about
+        (2 ``counts``) ** -0.5, by the delta method."""
+        uniform, n = _normal_scores(self.num_draws), self.counts.cpu()
+        fourth = uniform.pow(4).mean() / uniform.square().mean().square()
+        return ((fourth - (n - 3) / (n - 1)) / (4 * n)).sqrt()
+
+    @property
+    def jitter(self) -> Tensor:
+        """Fixed numbers in (0, 1) that spread each rank over its step, so that every interval has
+        its exact probability."""
+        generator = np.random.default_rng(0)
+        return torch.from_numpy(generator.random(self.ranks.shape))
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """The quantities whose ranks leave the band, with a description of the deviation."""
+        low, high = self.band
+        slack = 1e-9
+        outside = (self.differences < low - slack) | (self.differences > high + slack)
+        which = outside.any(0).nonzero().flatten().tolist()
+        return {
+            self.names[i]: in_words(rank[rank >= 0], self.num_draws)
+            for i in which
+            for rank in [self.ranks[:, i]]
+        }
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether all quantities stay in their bands."""
+        return not self.failures
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the verdict and the coverage by quantity for metrics.json."""
+        scores = {
+            name: dict(zip(self.names, values.tolist(), strict=True))
+            for name, values in (
+                ("score_means", self.score_means),
+                ("score_mean_errors", self.score_mean_errors),
+                ("score_deviations", self.score_deviations),
+                ("score_deviation_errors", self.score_deviation_errors),
+            )
+        }
+        return {
+            "calibrated": self.calibrated,
+            "level": self.level,
+            "num_simulations": self.num_simulations,
+            "num_draws": self.num_draws,
+            "num_quantities": len(self.names),
+            "failures": self.failures,
+            "left_out": self.left_out,
+            "coverage": {
+                name: dict(zip(map(str, INTERVALS), shares, strict=True))
+                for name, shares in zip(self.names, self.coverage.tolist(), strict=True)
+            },
+            **scores,
+        }
+
+    def __str__(self) -> str:
+        failures = self.failures
+        verdict = "not rejected by any" if not failures else f"rejected by {len(failures)}"
+        title = "".join(f"{100 * interval:>7.0f} %" for interval in INTERVALS)
+        lines = [
+            f"calibration {verdict} of {len(self.names)} quantities at level {self.level:g}, "
+            f"{self.num_simulations} simulations with {self.num_draws} draws each",
+            f"{'coverage of':<20}{title}{'bias':>8}{'scale':>7}   ranks",
+        ]
+        # The scores are (truth - mean) / scale of the guide, in posterior standard deviations.
+        scales = 1 / self.score_deviations
+        columns = zip(
+            self.names, self.coverage.tolist(), -self.score_means * scales, scales, strict=True
+        )
+        for name, shares, bias, scale in columns:
+            numbers = "".join(f"{100 * share:>7.1f} %" for share in shares)
+            numbers += f"{bias:>+8.2f}{scale:>7.2f}"
+            lines.append(f"{name:<20}{numbers}   {failures.get(name, 'uniform')}")
+        lines.append(
+            "bias and scale of the guide's draws, relative to the posterior (0 and 1 are exact)"
+        )
+        lines += [f"'{name}' is left out: {why}" for name, why in self.left_out.items()]
+        return "\n".join(lines)

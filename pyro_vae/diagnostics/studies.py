@@ -7,6 +7,7 @@ from pyro_vae.diagnostics.guide_studies import (
     annealing_study,
     calibration_study,
     gaps_study,
+    local_calibration_study,
     nuts_study,
     reliability_study,
     sandwich_study,
@@ -14,25 +15,30 @@ from pyro_vae.diagnostics.guide_studies import (
 from pyro_vae.diagnostics.model_studies import (
     information_study,
     latents_study,
+    model_check_study,
     outliers_study,
     predictive_study,
+    train_gap_study,
     uncertainty_study,
 )
 from pyro_vae.diagnostics.study import Bench, Study
 
 STUDIES: list[Callable[[Bench], Study | None]] = [
     latents_study,
-    information_study,
-    predictive_study,
-    uncertainty_study,
+    reliability_study,
     global_weights_study,
     global_nuts_study,
     calibration_study,
-    reliability_study,
-    outliers_study,
+    local_calibration_study,
+    model_check_study,
     gaps_study,
+    information_study,
+    train_gap_study,
+    predictive_study,
+    uncertainty_study,
+    outliers_study,
     annealing_study,
     sandwich_study,
     nuts_study,
 ]
-"""All studies in the order in which they run, the cheap ones first."""
+"""All studies in the order in which they run: the most important first, the slowest last."""

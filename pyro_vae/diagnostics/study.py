@@ -22,10 +22,12 @@ class Finding(NamedTuple):
     """A part of a sentence of the summary."""
 
     kind: str
-    """The kind: "trust" for a reliable result, "doubt" for an unreliable one, "unchecked" for what
-    no tool has reached, "next" for advice."""
+    """The kind: "fault" for a part that is at fault, "trust" for a reliable result, "doubt" for an
+    unreliable one, "unchecked" for what no tool has reached, "next" for advice."""
     words: str
     """The text of this part."""
+    about: str = ""
+    """The quantity or the part of the pair that it is about; each has findings of one kind."""
 
 
 class Rung(NamedTuple):
@@ -46,8 +48,9 @@ class Study(NamedTuple):
     """Its share of the time, relative to the studies after it."""
     rungs: Sequence[Rung]
     """Its sizes, from the smallest up."""
-    judge: Callable[[Any, Mapping[str, Any]], list[Finding]]
-    """Returns the findings from its result and the results of earlier studies."""
+    judge: Callable[[Any], list[Any]] = lambda found: []
+    """Returns the findings and the signs of faults that rest on its result alone. What rests on
+    several studies is in `pyro_vae.diagnostics.verdict`."""
     figures: Mapping[str, Callable[[Any], "Figure"]] = MappingProxyType({})
     """Figures of its result, by name."""
 
@@ -66,6 +69,8 @@ class Bench(NamedTuple):
     """Seconds of a pass of model and guide on one row."""
     rate: float
     """Seconds for each further row."""
+    draw_rate: float
+    """Seconds for each further draw of a row."""
     other: Batch | None = None
     """Prepared out-of-distribution rows."""
     train: Batch | None = None
@@ -76,6 +81,10 @@ class Bench(NamedTuple):
     def cost(self, passes: float, rows: float) -> float:
         """Return the seconds of these passes with this number of rows, or of draws of rows."""
         return passes * (self.overhead + self.rate * rows)
+
+    def draws(self, passes: float, rows: float, draws: float) -> float:
+        """Return the seconds of these passes with this number of draws for each row."""
+        return self.cost(passes, rows) + passes * self.draw_rate * rows * draws
 
     def some(self, number: int) -> Batch:
         """Return the first rows."""

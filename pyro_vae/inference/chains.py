@@ -2,13 +2,23 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from pyro.ops.stats import split_gelman_rubin
 from torch import Tensor
+
+from pyro_vae.inference.chain_measures import (
+    bulk_draws,
+    deviation_error,
+    effective_draws,
+    largest_difference,
+    normal_scores,
+    r_hat_limit,
+    tail_draws,
+)
 
 STARTS = 10
 """Draws of the prior for each chain. Chains start at the first draws with a finite density."""
@@ -18,6 +28,10 @@ PER_UNIT = 5
 
 AGREEING_R_HAT = 1.01
 """Chains agree up to this R-hat (Vehtari et al., 2021, https://arxiv.org/abs/1903.08008)."""
+
+ENOUGH_DRAWS = 400
+"""Least effective sample size of bulk and tails for which errors and R-hat are reliable (Vehtari et
+al., 2021)."""
 
 
 class Moments(NamedTuple):
@@ -48,7 +62,7 @@ class Posterior:
     """The names of the units, such as "z[0]"."""
     r_hat: Tensor
     """Rank-normalized split R-hat of the draws and of their distances from the median (folded),
-    the larger of the two, of shape (n, units). Over 1.01 the chains do not agree."""
+    the larger of the two, of shape (n, units). See ``agrees`` for its limit."""
     effective_sample_size: Tensor
     """Number of independent draws with the same information about a mean, of shape (n, units)."""
     divergences: Tensor
@@ -61,22 +75,43 @@ class Posterior:
     @cached_property
     def moves(self) -> Tensor:
         """Which units vary, of shape (n, units): those on which p(x, z) depends."""
-        return _vary(_flat(self.draws, 2, self.centers))
+        return _vary(self._chains)
 
     @cached_property
     def moments(self) -> Moments:
         """The moments of the posterior."""
-        return _moments(_flat(self.draws, 2, self.centers).flatten(0, 1), self.moves)
+        return _moments(self._chains.flatten(0, 1), self.moves)
 
     @cached_property
     def guide_moments(self) -> Moments:
         """The moments of the guide."""
         return _moments(_flat(self.guide_draws, 1, self.centers), self.moves)
 
+    @cached_property
+    def bulk_effective_sample_size(self) -> Tensor:
+        """The effective sample size of the ranks of the draws, of shape (n, units)."""
+        return _measured(bulk_draws, self._chains)
+
+    @cached_property
+    def tail_effective_sample_size(self) -> Tensor:
+        """The smaller effective sample size of the 5 % and 95 % quantiles, of shape (n, units)."""
+        return _measured(tail_draws, self._chains)
+
+    @property
+    def too_few_draws(self) -> Tensor:
+        """Whether the least bulk or tail effective sample size of a datum is below 400, (n,)."""
+        sizes = torch.fmin(self.bulk_effective_sample_size, self.tail_effective_sample_size)
+        return _greatest(-sizes) > -ENOUGH_DRAWS
+
     @property
     def mean_standard_error(self) -> Tensor:
         """The Monte Carlo error of the posterior means, of shape (n, units)."""
         return self.moments.standard_deviation / self.effective_sample_size.sqrt()
+
+    @cached_property
+    def standard_deviation_error(self) -> Tensor:
+        """The Monte Carlo error of the posterior standard deviations, of shape (n, units)."""
+        return _measured(deviation_error, self._chains)
 
     @property
     def shift(self) -> Tensor:
@@ -101,9 +136,44 @@ class Posterior:
         return 0.5 * (ratio.square() + self.shift.square() - 1) - ratio.log()
 
     @property
+    def correlation_error(self) -> Tensor:
+        """The largest absolute difference between a correlation of the guide and of the posterior,
+        of shape (n,); NaN for a datum with one unit."""
+        return self._correlations[0]
+
+    @property
+    def correlation_standard_error(self) -> Tensor:
+        """The Monte Carlo standard error of this difference, of shape (n,), for its pair of units.
+        The largest of many differences is over two errors even if all correlations are equal."""
+        return self._correlations[1]
+
+    @cached_property
+    def _correlations(self) -> tuple[Tensor, Tensor]:
+        guide, moments = self.guide_moments, self.moments
+        apart = (guide.correlation - moments.correlation).abs()
+        return largest_difference(apart, self._chains, _flat(self.guide_draws, 1, self.centers))
+
+    @cached_property
+    def r_hat_limit(self) -> Tensor:
+        """The R-hat up to which chains of this length agree, of shape (n, units): at least 1.01."""
+        tests = 2 * int(self.moves.sum(1).max().clamp(min=1))  # of location and of spread
+        limit = _measured(partial(r_hat_limit, tests=tests), self._chains)
+        # A chain that does not move has no autocorrelations, so it gets no allowance.
+        return limit.nan_to_num(0.0).clamp(min=AGREEING_R_HAT)
+
+    @property
     def agrees(self) -> Tensor:
-        """Whether the chains of each datum agree and none diverged, of shape (n,)."""
-        return (_greatest(self.r_hat) <= AGREEING_R_HAT) & (self.divergences == 0)
+        """Whether the chains of each datum agree and none diverged, of shape (n,).
+
+        They agree if each R-hat is at most ``r_hat_limit``. Few draws alone do not make them
+        disagree; ``too_few_draws`` says that they cannot serve as a reference.
+        """
+        apart = (self.r_hat > self.r_hat_limit) | self.r_hat.isinf()
+        return ~apart.any(1) & (self.divergences == 0)
+
+    @cached_property
+    def _chains(self) -> Tensor:
+        return _flat(self.draws, 2, self.centers)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the results over data and units for metrics.json; NaN becomes None."""
@@ -111,10 +181,13 @@ class Posterior:
         correlated = self.guide_moments.correlation - self.moments.correlation
         found = {
             "greatest_r_hat": _greatest(self.r_hat).max(),
-            "least_effective_sample_size": self.effective_sample_size.nan_to_num(torch.inf).min(),
+            "least_effective_sample_size": _least(self.effective_sample_size),
+            "least_bulk_effective_sample_size": _least(self.bulk_effective_sample_size),
+            "least_tail_effective_sample_size": _least(self.tail_effective_sample_size),
             "mean_shift": self.shift.abs().nanmean(),
             "mean_scale_ratio": self.scale_ratio.nanmean(),
             "mean_correlation_error": correlated.abs().nanmean(),
+            "greatest_correlation_error": self.correlation_error.nan_to_num(-torch.inf).max(),
             "mean_disagreement": self.disagreement.nanmean(),
         }
         return {
@@ -122,6 +195,7 @@ class Posterior:
             "num_chains": chains,
             "num_draws": draws,
             "agree": int(self.agrees.sum()),
+            "too_few_draws": int(self.too_few_draws.sum()),
             "divergences": int(self.divergences.sum()),
             **{k: v.item() if bool(v.isfinite()) else None for k, v in found.items()},
         }
@@ -133,18 +207,22 @@ class Posterior:
         def number(name: str) -> str:
             return "infinite" if found[name] is None else f"{found[name]:.3f}"
 
-        size = found["least_effective_sample_size"]
+        sizes = (found[f"least_{part}_effective_sample_size"] for part in ("bulk", "tail"))
+        bulk, tail = ("0" if size is None else f"{size:.0f}" for size in sizes)
         lines = [
             ("chains", f"{chains} of {draws} draws for each of {n} data"),
             ("data whose chains agree", f"{found['agree']} of {n}"),
             ("R-hat", f"{number('greatest_r_hat')} (maximum)"),
-            ("effective draws", f"{0 if size is None else size:.0f} (minimum)"),
+            ("effective draws", f"{bulk} in the bulk, {tail} in the tails (minimum)"),
+            ("data with too few draws", f"{found['too_few_draws']} of {n}"),
             ("divergences", f"{found['divergences']}"),
             ("guide's mean off by", f"{number('mean_shift')} standard deviations"),
             ("guide's scale", f"{number('mean_scale_ratio')} times the posterior's"),
-            ("guide's correlations", f"off by {number('mean_correlation_error')}"),
             ("disagreement", f"{number('mean_disagreement')} nats for each unit"),
         ]
+        if found["greatest_correlation_error"] is not None:
+            off = [number(f"{which}_correlation_error") for which in ("mean", "greatest")]
+            lines.append(("guide's correlations", f"off by {off[0]}, at most {off[1]}"))
         return "\n".join(f"{name:<26}{value}" for name, value in lines)
 
 
@@ -184,7 +262,7 @@ def _r_hat(draws: Tensor) -> Tensor:
 
 def _effective(draws: Tensor) -> Tensor:
     """Return the effective sample size; 1 if no chain moves."""
-    return effective_sample_size(draws, 0, 1).nan_to_num(1.0)
+    return effective_draws(draws).nan_to_num(1.0)
 
 
 class _Energy(torch.autograd.Function):
@@ -213,17 +291,8 @@ def rank_r_hat(draws: Tensor) -> Tensor:
     of spread.
     """
     apart = (draws - draws.flatten(0, 1).quantile(0.5, 0)).abs()
-    by_rank = [split_gelman_rubin(_normal_scores(part), 0, 1) for part in (draws, apart)]
+    by_rank = [split_gelman_rubin(normal_scores(part), 0, 1) for part in (draws, apart)]
     return torch.maximum(*by_rank)
-
-
-def _normal_scores(draws: Tensor) -> Tensor:
-    """Return normal quantiles of the ranks of draws among all chains; ties share a rank."""
-    values = draws.flatten(0, 1).movedim(0, -1).contiguous()
-    ordered = values.sort(-1).values
-    least, most = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
-    scores = torch.special.ndtri(((least + most + 1) / 2 - 0.375) / (values.shape[-1] + 0.25))
-    return scores.to(draws.dtype).movedim(-1, 0).reshape(draws.shape)
 
 
 def _flat(sites: dict[str, Tensor], leading: int, centers: Mapping[str, Tensor]) -> Tensor:
@@ -273,3 +342,7 @@ def _moments(draws: Tensor, moves: Tensor) -> Moments:
 
 def _greatest(by_unit: Tensor) -> Tensor:
     return by_unit.nan_to_num(-torch.inf, posinf=torch.inf).amax(1)
+
+
+def _least(by_unit: Tensor) -> Tensor:
+    return by_unit.nan_to_num(torch.inf).min()

@@ -22,6 +22,9 @@ from pyro_vae.pairs.weights import log_weights, log_weights_alone, structure
 from pyro_vae.training.settings import require_engine
 from pyro_vae.training.tracing import Named, traced
 
+STEADY = 0.01
+"""Weights whose relative standard deviation is at most this give log p(x) whatever their tail."""
+
 CELLS = 2**20
 """Numbers in the largest tensor of one pass; this many fit into the caches of a core."""
 
@@ -71,6 +74,27 @@ class LogLikelihood(NamedTuple):
     factors: tuple[str, ...] = ()
     """The model's ``pyro.factor`` sites. With them p(x) is not normalized: its logarithm is that of
     the integral of p(x, z) times the factors, and not a log-likelihood."""
+
+    @property
+    def unreliable(self) -> Tensor:
+        """Which data have an unreliable estimate, booleans (n,).
+
+        Their k-hat is over the threshold for this number of samples, and their weights vary. (The
+        tail of weights that hardly vary is noise without effect.)
+        """
+        self._require_tails()
+        varies = self.standard_errors * self.num_samples**0.5 > STEADY
+        return ~(self.pareto_k <= self.k_threshold) & (varies | ~self.pareto_k.isfinite())
+
+    @property
+    def total_error(self) -> float:
+        r"""The error of ``value`` for these data: Monte Carlo error and bias.
+
+        The logarithm of a mean of K weights is too low by about half its variance, so the error is
+        :math:`\sqrt{s^2 + (\tfrac{1}{2n} \sum_i s_i^2)^2}`.
+        """
+        bias = self.standard_errors.square().mean().item() / 2
+        return (self.standard_error**2 + bias**2) ** 0.5
 
     def worst(self, number: int = 10) -> Tensor:
         """Return the indices of the data with the least reliable estimates, the worst first.

@@ -9,7 +9,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.chains import PER_UNIT, STARTS, Posterior, compared, energy
+from pyro_vae.inference.chains import ENOUGH_DRAWS, PER_UNIT, STARTS, Posterior, compared, energy
 from pyro_vae.inference.joint_density import Whole
 from pyro_vae.inference.posterior import joint_draws
 from pyro_vae.pairs.formatting import in_words
@@ -47,6 +47,12 @@ class JointPosterior:
         """Whether the chains agree on all global and group latents, and none diverged."""
         return bool(self.shared.agrees.all())
 
+    @property
+    def too_few_draws(self) -> bool:
+        """Whether the least bulk or tail effective sample size of global and group latents is below
+        400."""
+        return bool(self.shared.too_few_draws.any())
+
     def as_dict(self) -> dict[str, Any]:
         """Return the results for metrics.json, by unit for global and group latents."""
         found, of, by = self.shared, self.shared.moments, self.shared.guide_moments
@@ -59,6 +65,10 @@ class JointPosterior:
             "scale_ratio": found.scale_ratio,
             "r_hat": found.r_hat,
             "effective_sample_size": found.effective_sample_size,
+            "bulk_effective_sample_size": found.bulk_effective_sample_size,
+            "tail_effective_sample_size": found.tail_effective_sample_size,
+            "mean_standard_error": found.mean_standard_error,
+            "standard_deviation_error": found.standard_deviation_error,
         }
         by_unit = {
             unit: {
@@ -70,6 +80,7 @@ class JointPosterior:
         return {
             "num_examples": self.num_examples,
             "agree": self.agrees,
+            "too_few_draws": self.too_few_draws,
             "divergences": int(found.divergences.sum()),
             "global": found.as_dict() | {"num_examples": self.num_examples},
             "by_unit": by_unit,
@@ -83,16 +94,19 @@ class JointPosterior:
         lines = [
             f"NUTS on all latents of {self.num_examples} rows: {chains} chains of {draws} draws, "
             f"{int(found.divergences.sum())} divergences",
-            f"{'':<{width}}{'posterior':>18}{'guide':>18}{'shift':>8}{'scale':>7}{'R-hat':>7}{'ESS':>7}",
+            f"{'':<{width}}{'posterior':>18}{'guide':>18}{'shift':>8}{'scale':>7}{'R-hat':>7}{'bulk':>7}{'tail':>7}",
         ]
         for i in found.shift[0].abs().nan_to_num(-1.0).argsort(descending=True)[:SHOWN].tolist():
             lines.append(
                 f"{found.units[i]:<{width}}{_pair(of, i):>18}{_pair(by, i):>18}"
                 f"{found.shift[0, i]:>8.2f}{found.scale_ratio[0, i]:>7.2f}"
-                f"{found.r_hat[0, i]:>7.3f}{found.effective_sample_size[0, i]:>7.0f}"
+                f"{found.r_hat[0, i]:>7.3f}{found.bulk_effective_sample_size[0, i]:>7.0f}"
+                f"{found.tail_effective_sample_size[0, i]:>7.0f}"
             )
         if len(found.units) > SHOWN:
             lines.append(f"the {SHOWN} of {len(found.units)} units with the largest shift")
+        if self.too_few_draws:
+            lines.append(f"too few draws: bulk and tail should be at least {ENOUGH_DRAWS}")
         if self.local is not None:
             of_rows = self.local
             lines.append(

@@ -16,7 +16,8 @@ from torch.distributions import transform_to
 from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Arrays, Rows
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.importance import LogLikelihood, estimate
+from pyro_vae.inference.importance import LogLikelihood, all_log_weights, estimate
+from pyro_vae.inference.pareto import LEAST
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.pair import Batch, Pair, Site
 from pyro_vae.pairs.progress import bar
@@ -33,6 +34,12 @@ from pyro_vae.training.schedules import CosineSchedule
 
 REFINED_ROWS = 1000
 """Number of data that are refined in one block."""
+
+COMPARED_DRAWS = 500
+"""The largest number of draws that compare the refined q of a datum with that of the guide."""
+
+CLEAR = 3.0
+"""A gain is clear if it is more than this many standard errors from 0."""
 
 
 class Refinement(NamedTuple):
@@ -126,6 +133,11 @@ def refine(
     `Refined`), so the family stays that of the guide. The parameters of a normal are mean and
     scale. A `FlowPosterior` also has a context. A transformed distribution has those of its base.
 
+    The noise of the optimization can make a good q worse. So a datum keeps :math:`\delta_i = 0` if
+    its ELBO does not rise, by draws that serve only this comparison. A gain or loss within three
+    standard errors is decided by the typical datum: if the median gain of all data is over
+    its standard error, the datum is refined, and otherwise it keeps the guide.
+
     Arguments:
         pair: any pair; its parameters and buffers do not change.
         x, context: data, as `pyro_vae.log_likelihood` takes them.
@@ -162,7 +174,9 @@ def refine(
         ascent = _Ascent(pair, parts[0], num_particles, steps, engine)
         found = [ascent(block, learning_rate, shown.update) for block in parts]
     joined = {place: torch.cat([own[place] for own in found], place.dim) for place in found[0]}
-    refined = Refined(pair, joined)
+    draws = max(LEAST, min(steps * num_particles, COMPARED_DRAWS))  # at most the cost of the steps
+    better = _better(*_gains(pair, Refined(pair, joined), whole, draws, seed + 2))
+    refined = Refined(pair, {place: _kept(joined[place], place, better) for place in joined})
     after = estimate(refined, Arrays(whole), ready, num_samples, seed, engine, False)
     return Refinement(before, after, refined, whole)
 
@@ -172,6 +186,35 @@ def _require_refinable(pair: nn.Module, few: Batch) -> None:
     with using(pair, 0):
         structure(pair, few)
         _locations(latents(trace(cast(Pair, pair).guide, few)))
+
+
+def _gains(
+    pair: nn.Module, refined: nn.Module, whole: Batch, num_samples: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gain of each datum's ELBO and its standard error, (n,), from shared draws."""
+    found = []
+    for batch in zip(*(part.split(REFINED_ROWS) for part in whole), strict=True):
+        weights = []
+        for one, rows in ((refined, batch), (pair, batch[:-1])):
+            with using(one, seed), torch.no_grad():
+                weights.append(all_log_weights(one, rows, num_samples))
+        found.append(weights[0] - weights[1])
+    change = torch.cat(found, 1)
+    return change.mean(0), (change.std(0) / num_samples**0.5).nan_to_num(0.0)
+
+
+def _better(gain: Tensor, error: Tensor) -> Tensor:
+    """Return which data to refine, (n,): those that gain clearly; and if the typical one does, all
+    that do not lose clearly. A gain that is not a number is not better."""
+    error_of_median = 1.25 * error.median() / len(gain) ** 0.5
+    # The noise of the optimization lowers the ELBO of a good q, so one error above 0 is enough.
+    typical = gain.median() > error_of_median
+    return (gain > CLEAR * error) | (typical & (gain > -CLEAR * error))
+
+
+def _kept(offset: Tensor, place: Location, better: Tensor) -> Tensor:
+    """Return the offsets of these data, and 0 for the others."""
+    return torch.where(better.to(offset.device).reshape(-1, *[1] * (-place.dim - 1)), offset, 0.0)
 
 
 class _Ascent:

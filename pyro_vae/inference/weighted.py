@@ -14,9 +14,16 @@ from pyro_vae.inference.passes import summed_out
 from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
+from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.sites import by_datum, data_first, latents, log_prob
-from pyro_vae.pairs.weights import log_density, log_weights_alone, structure
+from pyro_vae.pairs.weights import (
+    log_density,
+    log_weights_alone,
+    sampled,
+    structure,
+    weights_of,
+)
 
 RELIABLE = 0.7
 """The largest Pareto k of reliable weights (Vehtari et al., 2024)."""
@@ -79,13 +86,14 @@ def require_samples(num_samples: int) -> None:
 def weighted_parts(pair: nn.Module, batch: Batch, num_samples: int) -> Iterator[Weighted]:
     """Weighted draws of a prepared batch, some rows at a time.
 
-    The rows are repeated, because not every pair broadcasts over a plate of samples. Call this
-    inside `pyro_vae.pairs.scope.using`.
+    Call this inside `pyro_vae.pairs.scope.using`.
     """
-    nesting, _, _ = structure(pair, tuple(tensor[:2] for tensor in batch))
+    few = tuple(tensor[:2] for tensor in batch)
+    nesting, vectorized, _ = structure(pair, few)
+    draw = _under_a_plate if vectorized and _all_drawn(pair, few) else weighted
     rows = rows_at_once(pair, batch, num_samples)
     for part in zip(*(tensor.split(rows) for tensor in batch), strict=True):
-        yield weighted(pair, part, num_samples, nesting)
+        yield draw(pair, part, num_samples, nesting)
 
 
 def rows_at_once(pair: nn.Module, batch: Batch, num_samples: int) -> int:
@@ -97,6 +105,40 @@ def rows_at_once(pair: nn.Module, batch: Batch, num_samples: int) -> int:
 def repeated(batch: Batch, number: int) -> Batch:
     """The rows of a batch, repeated: row i of copy k is row k n + i."""
     return tuple(tensor.repeat(number, *[1] * (tensor.dim() - 1)) for tensor in batch)
+
+
+def _all_drawn(pair: nn.Module, few: Batch) -> bool:
+    """Whether all latents are local and drawn by the guide, none summed out."""
+    guide = trace_guide(pair, few)
+    model = trace_model(pair, few, guide)
+    sites = latents(guide)
+    return (
+        not enumeration.to_enumerate(guide)
+        and latents(model).keys() <= sites.keys()
+        and all(is_local(site) for site in sites.values())
+    )
+
+
+def _under_a_plate(pair: nn.Module, batch: Batch, num_samples: int, nesting: int) -> Weighted:
+    """Draws under a plate of samples, so that the encoder runs once for each row."""
+    model, guide = sampled(pair, batch, num_samples, nesting)
+    n = len(batch[0])
+    values = {
+        name: _rows_first(site["value"], num_samples, n, site["fn"].event_dim)
+        for name, site in latents(guide).items()
+    }
+    return Weighted(
+        repeated(batch, num_samples), values, weights_of(model, guide, nesting).double()
+    )
+
+
+def _rows_first(value: Tensor, num_samples: int, n: int, event_dim: int) -> Tensor:
+    """Draws (samples, plates within a datum, n, *event) as rows (samples n, plates, *event)."""
+    value = value.movedim(-1 - event_dim, 1)
+    within = list(value.shape[2:])
+    while len(within) > event_dim and within[0] == 1:  # empty dimensions between the plates
+        within = within[1:]
+    return value.reshape(num_samples * n, *within)
 
 
 def weighted(pair: nn.Module, batch: Batch, num_samples: int, nesting: int) -> Weighted:

@@ -19,10 +19,10 @@ from pyro_vae.pairs.traces import Given
 
 def log_weights(pair: nn.Module, batch: Batch, num_samples: int, nesting: int = 1) -> Tensor:
     """log p(x, z) - log q(z | x) for draws from the guide, of shape (num_samples, batch)."""
-    return _weights(*_sampled(pair, batch, num_samples, nesting), nesting)
+    return weights_of(*sampled(pair, batch, num_samples, nesting), nesting)
 
 
-def _sampled(
+def sampled(
     pair: nn.Module, batch: Batch, num_samples: int, nesting: int
 ) -> tuple[poutine.Trace, poutine.Trace]:
     """Traces of model and guide under a plate of samples, to the left of all other plates."""
@@ -30,7 +30,7 @@ def _sampled(
     return enumeration.traces(pair, batch, nesting + 1, plate)
 
 
-def _weights(model: poutine.Trace, guide: poutine.Trace, nesting: int) -> Tensor:
+def weights_of(model: poutine.Trace, guide: poutine.Trace, nesting: int) -> Tensor:
     """The log weights of two traces under a plate of samples."""
     summed = len(enumeration.enumerated(model) | enumeration.enumerated(guide))
     for name, site in (_local(guide) | observed(model)).items():
@@ -38,7 +38,7 @@ def _weights(model: poutine.Trace, guide: poutine.Trace, nesting: int) -> Tensor
             raise ValueError(f"site '{name}' does not broadcast over a plate of samples")
     if summed:
         return summing.evidence(model, guide)
-    return log_density(model, True) - _log_q(guide, True)
+    return log_density(model, True) - log_guide(guide, True)
 
 
 def _local(trace: poutine.Trace) -> dict[str, Site]:
@@ -55,7 +55,14 @@ def log_density(model: poutine.Trace, particles: bool) -> Tensor:
     return _summed(_local(model) | observed(model) | terms, particles)
 
 
-def _log_q(guide: poutine.Trace, particles: bool) -> Tensor:
+def log_joint(model: poutine.Trace, particles: bool) -> Tensor:
+    """`log_density` of a model's trace with its enumerated sites summed out."""
+    if enumeration.enumerated(model):
+        return summing.evidence(model, poutine.Trace())
+    return log_density(model, particles)
+
+
+def log_guide(guide: poutine.Trace, particles: bool) -> Tensor:
     """log q of all local latents; sites that the guide observes are terms of the loss, not of q."""
     return _summed(_local(guide), particles)
 
@@ -93,10 +100,10 @@ def structure(pair: nn.Module, batch: Batch) -> tuple[int, bool, int]:
 def _vectorizes(pair: nn.Module, batch: Batch, nesting: int) -> bool:
     """Whether weights under a plate of samples equal the weights of the same draws one by one."""
     try:
-        model, guide = _sampled(pair, batch, 3, nesting)
-        together = _weights(model, guide, nesting)
+        model, guide = sampled(pair, batch, 3, nesting)
+        together = weights_of(model, guide, nesting)
         drawn = {
-            name: (site["value"], -1 - nesting - site["fn"].event_dim, _right(site, nesting))
+            name: (site["value"], -1 - nesting - site["fn"].event_dim, own_dims(site, nesting))
             for name, site in latents(guide).items()
             if name not in enumeration.enumerated(guide)
         }
@@ -120,7 +127,7 @@ def _narrow(value: Tensor, right: int) -> Tensor:
     return value.reshape(own) if value.numel() == own.numel() else value
 
 
-def _right(site: Site, nesting: int) -> int:
+def own_dims(site: Site, nesting: int) -> int:
     """The number of dimensions of a site to the right of the plate of samples."""
     inner = [-f.dim for f in site["cond_indep_stack"] if f.vectorized and -f.dim <= nesting]
     return max(inner, default=0) + site["fn"].event_dim
@@ -133,4 +140,4 @@ def log_weights_alone(
     model, guide = enumeration.traces(pair, batch, nesting, Given(draw or {}))
     if enumeration.enumerated(model):
         return summing.evidence(model, guide)
-    return log_density(model, False) - _log_q(guide, False)
+    return log_density(model, False) - log_guide(guide, False)

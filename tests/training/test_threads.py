@@ -448,10 +448,16 @@ CALLS = {
     "interpolate": lambda p, x, out: pv.interpolate(p, x[:2], x[2:4], steps=3),
     "kl_parts": lambda p, x, out: pv.kl_parts(p, x),
     "load": lambda p, x, out: pv.load(pv.save(p, out)),
+    "local_c2st": lambda p, x, out: pv.local_c2st(
+        p, x, num_simulations=100, num_draws=2, num_null=19, **QUIET
+    ),
+    "local_calibration": lambda p, x, out: pv.local_calibration(p, x, num_samples=21, **QUIET),
     "log_likelihood": lambda p, x, out: pv.log_likelihood(p, x, num_samples=5),
+    "loo_pit": lambda p, x, out: pv.loo_pit(p, x, num_samples=21, **QUIET),
     "nuts": lambda p, x, out: pv.nuts(p, x[:2], num_draws=4, warmup=4, num_chains=2, **EAGER).draws,
     "outlier_scores": lambda p, x, out: pv.outlier_scores(p, x, num_samples=5, steps=2, **EAGER),
     "posterior": lambda p, x, out: pv.posterior(p, x, draws=2, **QUIET),
+    "power_scaling": lambda p, x, out: pv.power_scaling(p, x, num_samples=21, **QUIET),
     "predict": lambda p, x, out: pv.predict(*clusters()),
     "predictive_check": lambda p, x, out: pv.predictive_check(p, x, num_replicates=20, **QUIET),
     "reconstruct": lambda p, x, out: pv.reconstruct(p, x, means=False),
@@ -461,6 +467,7 @@ CALLS = {
     "sandwich": lambda p, x, out: pv.sandwich(p, 4, num_temperatures=3, num_chains=2, **EAGER).gap,
     "save": lambda p, x, out: pv.save(p, out) and None,
     "score": lambda p, x, out: pv.score(p, x, num_samples=21),
+    "tarp": lambda p, x, out: pv.tarp(p, num_simulations=100, num_draws=19).ranks,
     "to_arviz": lambda p, x, out: torch.from_numpy(
         pv.to_arviz(p, x, num_samples=4, num_particles=3, **QUIET).posterior["z"].values
     ),

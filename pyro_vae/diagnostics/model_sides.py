@@ -1,0 +1,158 @@
+"""Rows through the inference of a pair: log p(x), posterior draws, residuals."""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_vae.errors import UsageError
+from pyro_vae.inference.importance import STEADY, relative_error
+from pyro_vae.inference.pareto import threshold
+from pyro_vae.inference.weighted import Weighted, weighted_parts
+from pyro_vae.pairs import masks
+from pyro_vae.pairs.moments import num_values
+from pyro_vae.pairs.pair import Batch, Pair
+from pyro_vae.pairs.sites import data_first, data_site
+from pyro_vae.pairs.traces import DataFirst, trace
+
+TINY = 1e-8
+"""Least variance of an element; residuals of smaller variances would overflow."""
+
+
+class Side(NamedTuple):
+    """One side of the comparison, by row."""
+
+    log_likelihood: Tensor
+    """log p(x), (n,)."""
+    unreliable: Tensor
+    """Whether the importance weights are not reliable, booleans (n,)."""
+    codes: dict[str, Tensor]
+    """A draw of the posterior of each local latent of real numbers, (n, units)."""
+    residuals: Tensor | None
+    """Standardized residuals of x given this draw, (n, elements), NaN where x is missing."""
+    scaled: bool
+    """Whether the likelihood has a scale."""
+    scores: dict[str, Tensor]
+    """Normal scores of true values among weighted draws, (n, units of the site)."""
+
+    def kept(self, rows: Tensor) -> "Side":
+        """Return some of the rows."""
+        return Side(
+            self.log_likelihood[rows],
+            self.unreliable[rows],
+            {name: part[rows] for name, part in self.codes.items()},
+            None if self.residuals is None else self.residuals[rows],
+            self.scaled,
+            {name: part[rows] for name, part in self.scores.items()},
+        )
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The names of the units with ``scores``."""
+        return tuple(
+            name + (f"[{i}]" if part.shape[1] > 1 else "")
+            for name, part in self.scores.items()
+            for i in range(part.shape[1])
+        )
+
+
+def through_inference(
+    pair: nn.Module, batch: Batch, truth: dict[str, Tensor], num_samples: int
+) -> Side:
+    """Draw latents of each row by weighted draws of the guide; ``truth`` are the true latents."""
+    parts, start = [], 0
+    for part in weighted_parts(pair, batch, num_samples):
+        n = part.log_weights.shape[1]
+        own = tuple(tensor[start : start + n] for tensor in batch)
+        true = {
+            name: truth[name].reshape(len(batch[0]), -1)[start : start + n]
+            for name, value in part.values.items()
+            if _ranks(value, truth.get(name), n * num_samples) and len(truth[name]) == len(batch[0])
+        }
+        parts.append(_of_rows(pair, own, part, true))
+        start += n
+    residuals = [part.residuals for part in parts if part.residuals is not None]
+    return Side(
+        torch.cat([part.log_likelihood for part in parts]),
+        torch.cat([part.unreliable for part in parts]),
+        {name: torch.cat([part.codes[name] for part in parts]) for name in parts[0].codes},
+        torch.cat(residuals) if len(residuals) == len(parts) else None,
+        parts[0].scaled,
+        {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
+    )
+
+
+def _ranks(draws: Tensor, truth: Tensor | None, number: int) -> bool:
+    """Whether true values of a site can be ranked among its draws: real numbers of each datum."""
+    return (
+        truth is not None
+        and draws.is_floating_point()
+        and len(draws) == number
+        and truth[0].numel() == draws[0].numel()
+        and truth.shape[1:] == draws.shape[1:]
+    )
+
+
+def _scores(draws: Tensor, truth: Tensor, shares: Tensor) -> Tensor:
+    """Return normal scores of true values (n, units) among weighted draws (K n, ...)."""
+    samples, n = shares.shape
+    values = draws.reshape(samples, n, -1)
+    below = (shares[..., None] * (values < truth)).sum(0)
+    size = 1 / shares.square().sum(0)[:, None]  # as among so many draws without weights
+    return torch.special.ndtri((below * size + 0.5) / (size + 1)).cpu()
+
+
+def _of_rows(pair: nn.Module, batch: Batch, part: Weighted, truth: dict[str, Tensor]) -> Side:
+    samples, n = part.log_weights.shape
+    log_p = part.log_weights.logsumexp(0) - torch.tensor(float(samples)).log()
+    error = relative_error(part.shares.square().sum(0), samples)
+    varies = error * samples**0.5 > STEADY
+    unreliable = (part.pareto_k > threshold(samples)) & varies | ~log_p.isfinite()
+    chosen = torch.multinomial(part.shares.nan_to_num(1.0).T, 1)[:, 0].to(batch[0].device)
+    index = chosen * n + torch.arange(n, device=batch[0].device)
+    values = {
+        name: value[index] for name, value in part.values.items() if len(value) == samples * n
+    }
+    residuals, scaled = _residuals(pair, batch, values)
+    codes = {
+        name: value.reshape(n, -1).double().cpu()
+        for name, value in values.items()
+        if value.is_floating_point() and value.numel()
+    }
+    scores = {name: _scores(part.values[name], true, part.shares) for name, true in truth.items()}
+    return Side(log_p.cpu(), unreliable.cpu(), codes, residuals, scaled, scores)
+
+
+def _residuals(
+    pair: nn.Module, batch: Batch, values: dict[str, Tensor]
+) -> tuple[Tensor | None, bool]:
+    """Return standardized residuals (n, elements) of x, and whether the likelihood has a scale."""
+    x = batch[0]
+    with DataFirst(dict(values)):
+        model = trace(cast(Pair, pair).model, batch)
+    try:
+        site = data_site(model)
+        mean, variance = site["fn"].mean, site["fn"].variance
+    except (NotImplementedError, UsageError):  # several sites observe x, or there are no moments
+        return None, False
+    if bool(mean.isnan().all()) or not bool(variance.isfinite().any()):
+        return None, False
+    value = masks.seen(site, x).double()
+    mean, variance = (
+        data_first(part.expand(site["value"].shape), site).double().reshape(value.shape)
+        for part in (mean, variance)
+    )
+    found = (value - mean) / variance.clamp(min=TINY).sqrt()
+    found = torch.where(found.isfinite(), found, torch.nan)
+    return found.reshape(len(x), -1).cpu(), _has_scale(site["fn"])
+
+
+def _has_scale(fn: Any) -> bool:
+    """Whether residuals can be too large or small for their mean: not if values are 0 or 1."""
+    support: Any = getattr(fn, "support", None)
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if support in (constraints.boolean, constraints.one_hot) or support is None:
+        return False
+    return num_values(fn) != 2

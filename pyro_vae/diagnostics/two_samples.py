@@ -1,0 +1,146 @@
+"""Compare two samples: of numbers, of codes, of residuals."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PERMUTATIONS = 200
+"""Random permutations of the rows of both samples, for the errors of a difference."""
+
+FOLDS = 3
+"""Folds of the classifier; each row is scored by a classifier that has not seen it."""
+
+WIDEST = 30
+"""Number of columns whose dependence is measured. Of more columns a random subset is taken."""
+
+SQUARES = 10
+"""With at most this many columns, the classifier also sees their products."""
+
+
+class Difference(NamedTuple):
+    """How much a number differs between two samples."""
+
+    value: float
+    """The number of the first sample minus that of the second."""
+    deviations: float
+    """The difference in standard deviations of the same difference between random halves."""
+
+
+class Separation(NamedTuple):
+    """How well a classifier tells the rows of two samples apart, on rows it has not seen."""
+
+    auc: float
+    """The probability that a row of the first sample has the higher score; 0.5 is chance."""
+    deviations: float
+    """Its distance from 0.5, in standard deviations under equal distributions."""
+    nats: float
+    """Mean log odds of the first sample: a lower bound on the KL of the two distributions, up to
+    the error of the mean; at least 0."""
+
+
+def separation(first: Tensor, second: Tensor, seed: int = 0) -> Separation:
+    """Train a classifier to tell two samples (n, d) and (m, d) apart, and score all rows.
+
+    The log odds are the mean of those of a logistic regression on the columns, their squares and
+    their products, and those of gradient-boosted trees. Lopez-Paz & Oquab, Revisiting classifier
+    two-sample tests, 2017.
+    """
+    from scipy.stats import rankdata
+
+    x = torch.cat([first, second]).double().flatten(1).numpy()
+    y = np.repeat([1, 0], [len(first), len(second)])
+    odds = _log_odds(x, y, seed) - np.log(len(first) / len(second))
+    n, m = len(first), len(second)
+    auc = (rankdata(odds)[:n].sum() - n * (n + 1) / 2) / (n * m)
+    error = ((n + m + 1) / (12 * n * m)) ** 0.5
+    return Separation(float(auc), float((auc - 0.5) / error), max(0.0, float(odds[:n].mean())))
+
+
+def _log_odds(x: "np.ndarray", y: "np.ndarray", seed: int) -> "np.ndarray":
+    """Return the log odds of each row, by classifiers that were trained on the other folds."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+
+    powers = [PolynomialFeatures(2, include_bias=False)] if x.shape[1] <= SQUARES else []
+    smooth = make_pipeline(StandardScaler(), *powers, LogisticRegression(max_iter=200))
+    trees = HistGradientBoostingClassifier(
+        max_iter=40, max_leaf_nodes=8, early_stopping=False, random_state=seed
+    )
+    found = np.zeros(len(x))
+    for train, test in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(x, y):
+        for model in (smooth, trees):
+            p = model.fit(x[train], y[train]).predict_proba(x[test])[:, 1].clip(1e-6, 1 - 1e-6)
+            found[test] += np.log(p / (1 - p)) / 2
+    return found
+
+
+def difference(
+    statistic: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, seed: int = 0
+) -> list[Difference]:
+    """Compare statistics, (s,), of two samples of rows by random permutations of all rows.
+
+    Under equal distributions each assignment of the rows to the samples has the same probability.
+    """
+    rows, n = torch.cat([first, second]), len(first)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = []
+    for _ in range(PERMUTATIONS):
+        order = torch.randperm(len(rows), generator=generator)
+        shuffled.append(statistic(rows[order[:n]]) - statistic(rows[order[n:]]))
+    value, null = statistic(first) - statistic(second), torch.stack(shuffled)
+    deviations = (value - null.mean(0)) / null.std(0).clamp(min=1e-12)
+    return [Difference(*pair) for pair in zip(value.tolist(), deviations.tolist(), strict=True)]
+
+
+def scale_statistics(residuals: Tensor) -> Tensor:
+    r"""Return three statistics of the scale of standardized residuals (n, d); NaN is missing.
+
+    They are the logarithm of the mean square; and the nats per row that a scale for each row, and a
+    scale for each column, would gain: :math:`\tfrac12 \sum (c - 1 - \log c)` with c the mean
+    square of the row or column. (A part of the gain is chance; the difference of two samples
+    cancels it.)
+    """
+    squares, seen = residuals.square(), ~residuals.isnan()
+    by_row, by_column = squares.nanmean(1), squares.nanmean(0)
+    whole = squares.nansum() / seen.sum()
+    number = seen.sum(1).double()
+    rows = 0.5 * (number * _excess(by_row)).nanmean()
+    columns = 0.5 * (seen.double().mean(0) * _excess(by_column)).nansum()
+    return torch.stack([whole.log(), rows, columns])
+
+
+def _excess(c: Tensor) -> Tensor:
+    return c - 1 - c.clamp(min=1e-12).log()
+
+
+def dependence_statistics(width: int) -> Callable[[Tensor], Tensor]:
+    r"""Return statistics of rows of codes (the first ``width`` columns) and residuals (the others).
+
+    They are :math:`-\tfrac12 \log \det C`, nats per row, with C the correlations of the residuals;
+    and :math:`-\tfrac12 \sum_j \log(1 - R_j^2)`, with the R-squared of each residual regressed on
+    the codes and their squares. Both are 0 if nothing is left to predict in the residuals.
+    """
+
+    def statistic(rows: Tensor) -> Tensor:
+        z, r = rows[:, :width], rows[:, width:].nan_to_num(0.0)
+        r = (r - r.mean(0)) / r.std(0).clamp(min=1e-12)
+        c = r.T @ r / (len(r) - 1) + 1e-9 * torch.eye(r.shape[1], dtype=r.dtype)
+        design = torch.cat([z, z.square()], 1)
+        q, _ = torch.linalg.qr(design - design.mean(0))
+        share = (q.T @ r).square().sum(0) / (len(r) - 1)
+        explained = -0.5 * (1 - share.clamp(max=1 - 1e-9)).log().sum()
+        return torch.stack([-0.5 * torch.linalg.slogdet(c)[1], explained])
+
+    return statistic
+
+
+def some_columns(width: int, seed: int = 0) -> Tensor:
+    """Return the indices of at most `WIDEST` columns, at random."""
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
+    return order[:WIDEST].sort().values
