@@ -31,6 +31,9 @@ MISSING, MISSING_SHIFT = 1.3, 0.3
 LEAST_SCORES = 50
 """Least number of true values for this judgment."""
 
+LEAST_ANNEALED = 5
+"""Least number of rows with reliable weights for the comparison with annealing."""
+
 ROWS, LEAST_BAD = 0.01, 3
 """Unreliable rows are a sign if they are at least this fraction of the data, and this many."""
 
@@ -202,10 +205,8 @@ def missing_mass(results: Mapping[str, Any]) -> Sign | None:
     higher = annealed_higher(results)
     if higher is not None and higher[0] > 0:
         by, error, n = higher
-        weighed = results["log_likelihood"]
-        if weighed.unreliable[:n].double().mean() < 0.5:
-            words = f"annealing gives a higher log p(x) (by {by:.2f} ± {error:.2f} nats, {n} data)"
-            return Sign("mass", "annealing", words, by)
+        words = f"annealing gives a higher log p(x) (by {by:.2f} ± {error:.2f} nats, {n} data)"
+        return Sign("mass", "annealing", words, by)
     return None
 
 
@@ -214,15 +215,22 @@ AGREE = 0.1
 
 
 def annealed_difference(results: Mapping[str, Any]) -> tuple[float, float, int] | None:
-    """Return by how much annealing exceeds importance weights on the same rows, with its error and
-    the number of rows; None if they were not compared."""
+    """Return by how much annealing exceeds importance weights, with its error and the number of
+    rows; None if they were not compared.
+
+    Rows with unreliable weights are left out, since their weights say so themselves.
+    """
     found, weighed = results.get("annealing"), results.get("log_likelihood")
     if found is None or weighed is None or len(weighed.per_datum) < len(found.per_datum):
         return None
     n = len(found.per_datum)
-    by = (found.per_datum - weighed.per_datum[:n]).mean().item()
-    error = found.standard_error**2 + weighed.standard_errors[:n].square().sum().item() / n**2
-    return by, error**0.5, n
+    kept = ~weighed.unreliable[:n]
+    m = int(kept.sum())
+    if m < LEAST_ANNEALED:
+        return None
+    by = (found.per_datum - weighed.per_datum[:n])[kept].mean().item()
+    squares = found.standard_errors.square() + weighed.standard_errors[:n].square()
+    return by, squares[kept].sum().item() ** 0.5 / m, m
 
 
 def annealed_higher(results: Mapping[str, Any]) -> tuple[float, float, int] | None:

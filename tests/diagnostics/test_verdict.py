@@ -141,13 +141,22 @@ def test_true_values_far_from_weighted_draws_are_missing_mass(scores, missing):
         (-0.2, 0.0, 0, False),  # annealing is the lower bound: it is not at its best
         (0.2, 0.07, 0, False),  # within three errors
         (0.2, 0.06, 0, True),
-        (0.2, 0.0, 9, True),
-        (0.2, 0.0, 10, False),  # the weights of half of the 20 data say so themselves
+        (0.2, 0.0, 15, True),
+        (0.2, 0.0, 16, False),  # the weights of these 16 of 20 data say so themselves
     ],
 )
 def test_annealing_above_reliable_weights_is_missing_mass(by, error, bad, missing):
     results = {"annealing": annealed(by, error), "log_likelihood": weights(bad, error=0.01)}
     assert (signs.missing_mass(results) is not None) == missing
+
+
+def test_annealing_above_unreliable_rows_alone_is_not_missing_mass():
+    found = annealed()
+    found.per_datum[:2] += 5.0
+    assert (
+        signs.missing_mass({"annealing": found, "log_likelihood": weights(2, error=0.01)}) is None
+    )
+    assert signs.missing_mass({"annealing": found, "log_likelihood": weights(1, error=0.01)})
 
 
 # Signs of the model
