@@ -16,8 +16,11 @@ from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.sites import data_first, data_site
 from pyro_vae.pairs.traces import DataFirst, trace
 
+MOMENT_DRAWS = 50
+"""Draws of a likelihood that has no mean or variance in closed form."""
+
 TINY = 1e-8
-"""Least variance of an element; residuals of smaller variances would overflow."""
+"""An element with a smaller variance has no residual."""
 
 
 class Side(NamedTuple):
@@ -133,19 +136,27 @@ def _residuals(
         model = trace(cast(Pair, pair).model, batch)
     try:
         site = data_site(model)
-        mean, variance = site["fn"].mean, site["fn"].variance
-    except (NotImplementedError, UsageError):  # several sites observe x, or there are no moments
+    except UsageError:  # several sites observe x
         return None, False
-    if bool(mean.isnan().all()) or not bool(variance.isfinite().any()):
+    mean, variance = _mean_and_variance(site["fn"])
+    if not bool((mean + variance).isfinite().any()):
         return None, False
     value = masks.seen(site, x).double()
     mean, variance = (
         data_first(part.expand(site["value"].shape), site).double().reshape(value.shape)
         for part in (mean, variance)
     )
-    found = (value - mean) / variance.clamp(min=TINY).sqrt()
-    found = torch.where(found.isfinite(), found, torch.nan)
+    found = torch.where(variance > TINY, (value - mean) / variance.sqrt(), torch.nan)
     return found.reshape(len(x), -1).cpu(), _has_scale(site["fn"])
+
+
+def _mean_and_variance(fn: Any) -> tuple[Tensor, Tensor]:
+    """Return the moments of a distribution, in closed form or from draws."""
+    try:
+        return fn.mean, fn.variance
+    except NotImplementedError:
+        draws = fn.sample((MOMENT_DRAWS,)).double()
+        return draws.mean(0), draws.var(0)
 
 
 def _has_scale(fn: Any) -> bool:

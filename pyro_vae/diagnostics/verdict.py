@@ -145,7 +145,9 @@ def _guide_blames(results: Mapping[str, Any]) -> list[Blame]:
     placed = "place" in kinds and "shape" not in kinds
     if (shares := gap_shares(results)) and not (placed and few_rows(results)):
         told, total = _gap_words(results), inference_gap(results)
-        return [Blame(part, part_of * total, (*signs, told)) for part, part_of in shares.items()]
+        parts = sorted(shares, key=lambda part: -shares[part])
+        evidence = {parts[0]: (told, *signs)}  # the signs are told once, with the larger part
+        return [Blame(p, shares[p] * total, evidence.get(p, (told,))) for p in parts]
     if not signs:
         return []
     part = "encoder" if "place" in kinds or kinds == {"rows"} else "family"

@@ -17,6 +17,7 @@ from pyro_vae.diagnostics.two_samples import (
     some_columns,
 )
 from pyro_vae.pairs.rng import seeded
+from pyro_vae.parts.distributions import LevelLogistic
 
 N = 400
 
@@ -219,6 +220,35 @@ def test_zeros_and_ones_have_no_scale():
     assert result.scale_nats == 0
     assert result.dependence is not None
     assert "scale" not in str(result)
+
+
+class Levels(nn.Module):
+    """256 levels around 0.5 + z / 20, with this scale of a logistic distribution."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = torch.tensor(scale)
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            levels = LevelLogistic((0.5 + z / 20).expand(*z.shape[:-1], 6), self.scale)
+            pyro.sample("x", levels.to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+
+    def template(self, n):
+        return (torch.zeros(n, 6),)
+
+
+def test_a_likelihood_without_a_variance_has_residuals_from_draws():
+    narrow = pv.sample(Levels(0.02), N, seed=3)
+    assert not parts(found(Levels(0.02), narrow))
+    result = found(Levels(0.04), narrow)
+    assert result.scale.value < -0.7
+    assert "likelihood scale" in parts(result)
 
 
 def test_what_it_refuses():
