@@ -2,6 +2,11 @@
 
 from collections.abc import Callable
 
+from pyro_vae.diagnostics.further_studies import (
+    loo_pit_study,
+    power_scaling_study,
+    tarp_study,
+)
 from pyro_vae.diagnostics.global_studies import global_nuts_study, global_weights_study
 from pyro_vae.diagnostics.guide_studies import (
     annealing_study,
@@ -40,5 +45,8 @@ STUDIES: list[Callable[[Bench], Study | None]] = [
     annealing_study,
     sandwich_study,
     nuts_study,
+    tarp_study,
+    power_scaling_study,
+    loo_pit_study,
 ]
 """All studies in the order in which they run: the most important first, the slowest last."""

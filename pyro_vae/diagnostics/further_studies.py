@@ -1,0 +1,46 @@
+"""Studies whose tables and figures are shown without a finding: TARP, sensitivity, LOO-PIT."""
+
+from functools import partial
+
+from pyro_vae.diagnostics.loo_figures import loo_pit_bars
+from pyro_vae.diagnostics.loo_pit import LooPit, loo_pit
+from pyro_vae.diagnostics.power_scaling import PowerScaling, power_scaling
+from pyro_vae.diagnostics.study import Bench, Rung, Study, sizes
+from pyro_vae.diagnostics.tarp import Tarp, tarp
+
+
+def tarp_study(bench: Bench) -> Study:
+    def run(simulations: int, draws: int) -> Tarp:
+        return tarp(
+            bench.pair,
+            bench.batch[1:],
+            num_simulations=simulations,
+            num_draws=draws,
+            seed=bench.seed,
+        )
+
+    wanted = ((200, 19), (1000, 49), (2000, 99))
+    rungs = [Rung(bench.draws(2, n, draws), partial(run, n, draws)) for n, draws in wanted]
+    return Study("tarp", 1, rungs)
+
+
+def power_scaling_study(bench: Bench) -> Study:
+    def run(rows: int, samples: int) -> PowerScaling:
+        return power_scaling(
+            bench.pair, *bench.some(rows), num_samples=samples, progress=False, **bench.settings
+        )
+
+    wanted = sizes(bench, (50, 100), (200, 200), (1000, 500))
+    rungs = [Rung(bench.draws(4, n, k), partial(run, n, k)) for n, k in wanted]
+    return Study("power_scaling", 1, rungs)
+
+
+def loo_pit_study(bench: Bench) -> Study:
+    def run(rows: int, samples: int) -> LooPit:
+        return loo_pit(
+            bench.pair, *bench.some(rows), num_samples=samples, progress=False, **bench.settings
+        )
+
+    wanted = sizes(bench, (50, 100), (200, 200), (1000, 500))
+    rungs = [Rung(bench.draws(4, n, k), partial(run, n, k)) for n, k in wanted]
+    return Study("loo_pit", 1, rungs, figures={"loo-pit": loo_pit_bars})
