@@ -6,7 +6,7 @@ from pyro_vae.cli.main import main
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
-SHORT = "--epochs 2 --num-eval-samples 5 --engine eager"
+SHORT = "--epochs 2 --num-eval-samples 5 --engine eager --diagnosis-seconds 0"
 
 QUICK = f"{SHORT} --latent-dim 2 --hidden 16"
 
