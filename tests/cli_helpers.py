@@ -1,8 +1,10 @@
 """Helpers of the tests of the command line."""
 
 import json
+import math
 
 from pyro_vae.cli.main import main
+from pyro_vae.diagnostics import diagnosis
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -27,3 +29,16 @@ def read(path):
 
 def is_png(path):
     return path.read_bytes().startswith(PNG)
+
+
+def only_smallest(monkeypatch, *studies):
+    """Let `diagnose` run these studies, at their smallest size whatever the time: no chance."""
+
+    def smallest(make):
+        def made(bench):
+            study = make(bench)
+            return study._replace(rungs=[study.rungs[0]._replace(cost=-math.inf)])
+
+        return made
+
+    monkeypatch.setattr(diagnosis, "STUDIES", [smallest(study) for study in studies])

@@ -120,7 +120,7 @@ def _faults(found: dict[str, Any]) -> list[str]:
         evidence = "".join(f"<li>{words}</li>" for words in new)
         advice = html.escape(blame["next"])
         faults.append(f"<li><b>{name}</b>{size}. Try {advice}.<ul>{evidence}</ul></li>")
-    if not faults and found["tables"]:
+    if not faults and "blamed" in found and found["tables"]:  # version 0.1.0 blamed no part
         faults = ["<li>no part, as far as the diagnostics have checked</li>"]
     return faults
 
