@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from pyro_vae.diagnostics.information import kl_parts as kl_parts
     from pyro_vae.diagnostics.local_c2st import local_c2st as local_c2st
     from pyro_vae.diagnostics.local_calibration import local_calibration as local_calibration
+    from pyro_vae.diagnostics.loo_pit import loo_pit as loo_pit
     from pyro_vae.diagnostics.model_check import model_check as model_check
     from pyro_vae.diagnostics.outliers import outlier_scores as outlier_scores
+    from pyro_vae.diagnostics.power_scaling import power_scaling as power_scaling
     from pyro_vae.diagnostics.predictive import predictive_check as predictive_check
     from pyro_vae.diagnostics.selftest import selftest as selftest
     from pyro_vae.diagnostics.tarp import tarp as tarp

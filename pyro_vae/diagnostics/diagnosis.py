@@ -91,9 +91,9 @@ class Diagnosis:
         for kind, title in KINDS.items():
             words = [finding.words for finding in self.findings if finding.kind == kind]
             if words:
-                parts.append(f"{title}: {'; '.join(dict.fromkeys(words))}.")
+                parts.append("\n".join([f"{title}:", *(f"- {w}." for w in dict.fromkeys(words))]))
         if parts and not self.blamed:
-            parts.insert(0, "At fault: no part, as far as the diagnostics below have checked.")
+            parts.insert(0, "At fault: no part, as far as the diagnostics have checked.")
         return "\n".join(parts) or "No diagnostic gave a result."
 
     def judge(self, shared: Sequence[str], local: Sequence[str]) -> None:
@@ -106,7 +106,12 @@ class Diagnosis:
         reasons = self.not_applicable | self.left_out
         verdicts = judge_globals(shared, self.results, reasons) if shared else []
         verdicts += judge_local(local, self.results)
-        self.findings = [*verdicts, *limited(self.findings, verdicts, shared, local)]
+        findings = limited(self.findings, verdicts, shared, local)
+        # All numbers rest on the global latents, so a fault of their guide is the first one.
+        faults = [verdict.of_globals(found) for found in verdicts if found.kind == "doubt"]
+        self.blamed = [*faults, *self.blamed]
+        told = [found for found in verdicts if not faults or found.kind in ("trust", "unchecked")]
+        self.findings = [*(blame.finding for blame in faults), *told, *findings]
 
     def worst(self, number: int = 10) -> Tensor:
         """Return the rows whose log p(x) is least reliable, the worst first."""
@@ -132,7 +137,7 @@ class Diagnosis:
         }
 
     def __str__(self) -> str:
-        lines = [fill(line, 100) for line in self.summary.split("\n")]
+        lines = [fill(line, 100, subsequent_indent="  ") for line in self.summary.split("\n")]
         for name, result in self.results.items():
             lines += ["", f"{name} ({self.seconds[name]:.0f} s)", str(result)]
             lines += [f"note: {note}" for note in self.notes.get(name, [])]

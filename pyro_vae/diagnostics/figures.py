@@ -245,9 +245,12 @@ def predictive_statistics(found: PredictiveCheck) -> "Figure":
     figure = new_figure(2.4 * len(found.names), 2.2)
     for i, axis in enumerate(figure.subplots(1, len(found.names), squeeze=False)[0]):
         name = found.names[i]
-        axis.hist(found.whole[:, i].numpy(), bins=20, color=BLUE)
-        axis.axvline(found.observed[:, i].nanmean().item(), color=ORANGE, linewidth=1.5)
-        axis.set_title(f"{literal(name)}\np {found.whole_p_values[name]:.3f}", fontsize=8)
+        p = "no reliable data"
+        if bool(found.reliable.any()):
+            axis.hist(found.whole[:, i].numpy(), bins=20, color=BLUE)
+            axis.axvline(found.whole_observed[i].item(), color=ORANGE, linewidth=1.5)
+            p = f"p {found.whole_p_values[name]:.3f}"
+        axis.set_title(f"{literal(name)}\n{p}", fontsize=8)
         axis.locator_params(axis="x", nbins=4)
         axis.tick_params(labelsize=6)
     return figure

@@ -13,7 +13,7 @@ from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.importance import LogLikelihood, all_log_weights, unnormalized
-from pyro_vae.inference.pareto import LEAST, pareto_shape
+from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold
 from pyro_vae.inference.refinement import CLEAR, COMPARED_DRAWS, Refinement, refine
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
@@ -22,6 +22,9 @@ from pyro_vae.pairs.threads import alone
 
 BLOCK = 500
 """Number of data whose weights are in memory at the same time."""
+
+STEADY = 0.01
+"""Weights with at most this relative standard deviation hardly vary."""
 
 
 class PerDatum(NamedTuple):
@@ -63,8 +66,8 @@ class Gaps(NamedTuple):
     """Whether log p(x) of a datum uses draws of its refined q, booleans of shape (n,). All are
     False if you passed log p(x)."""
     pareto_k: Tensor
-    """The Pareto shape of the weights that gave log p(x), of shape (n,). Over 0.7 log p(x) and the
-    approximation gap are unreliable. NaN if you passed log p(x) without a ``pareto_k``."""
+    """The Pareto shape of the weights that gave log p(x), of shape (n,). NaN if you passed log p(x)
+    without a ``pareto_k``."""
     num_samples: int
     """Draws for each datum and bound."""
     steps: int
@@ -74,6 +77,19 @@ class Gaps(NamedTuple):
     given: tuple[str, ...] = ()
     """Global and group latents, held at one draw of the guide. All numbers are given this draw:
     log p(x | w) in place of log p(x)."""
+
+    k_threshold: float = 0.7
+    """The largest ``pareto_k`` for which log p(x) is reliable with this number of draws
+    (`pyro_vae.inference.pareto.threshold`)."""
+
+    @property
+    def unreliable(self) -> Tensor:
+        """Whether log p(x) and the approximation gap of a datum are unreliable, (n,).
+
+        The tail of weights that hardly vary is noise without effect.
+        """
+        varies = self.log_likelihood.standard_errors * self.num_samples**0.5 > STEADY
+        return (self.pareto_k > self.k_threshold) & (varies | self.pareto_k.isinf())
 
     @property
     def amortised(self) -> PerDatum:
@@ -96,10 +112,12 @@ class Gaps(NamedTuple):
             found[f"{name}_standard_error"] = gap.standard_error
         found["fraction_from_refined"] = self.from_refined.double().mean().item()
         found["fraction_k_over_0.7"] = _share(self.pareto_k > 0.7, self.pareto_k)
+        found["fraction_k_over_threshold"] = _share(self.unreliable, self.pareto_k)
         return {
             "num_examples": len(self.pareto_k),
             "num_samples": self.num_samples,
             "steps": self.steps,
+            "k_threshold": self.k_threshold,
             **({"given_one_draw_of": list(self.given)} if self.given else {}),
             "not_finite": self._not_finite(),
             **{name: value if isfinite(value) else None for name, value in found.items()},
@@ -120,10 +138,10 @@ class Gaps(NamedTuple):
                 f"{_TITLES[name]:<22}{gap.value:>10.3f}{gap.standard_error:>9.3f}"
                 f"{middle:>10.3f}{high:>10.3f}"
             )
-        over = int((self.pareto_k > 0.7).sum())
+        over = int(self.unreliable.sum())
         lines.append(
             f"{len(self.pareto_k)} data, {self.num_samples} draws, {self.steps} steps; log p(x) is "
-            f"unreliable (Pareto k over 0.7) for {over}"
+            f"unreliable (Pareto k over {self.k_threshold:.2f}) for {over}"
         )
         if self.given:
             lines.append(f"given one draw of the guide of {', '.join(self.given)}")
@@ -246,6 +264,7 @@ def gaps(
         steps=steps,
         refinement=refined,
         given=given,
+        k_threshold=threshold(getattr(log_likelihood, "num_samples", num_samples)),
     )
 
 

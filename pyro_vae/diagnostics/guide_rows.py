@@ -1,15 +1,17 @@
 """Draws of the guide at rows of data, as vectors, and at simulated data with their true latents."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.data.preparation import held_rows
+from pyro_vae.data.sources import Rows
 from pyro_vae.diagnostics.local_moments import Units
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import CELLS
-from pyro_vae.inference.passes import in_chunks
+from pyro_vae.inference.passes import ROWS_AT_ONCE, in_chunks
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.particles import Particles
@@ -17,6 +19,13 @@ from pyro_vae.pairs.simulation import simulate
 
 MOMENT_DRAWS = 64
 """Draws that give the guide's moments at a row; they are not used otherwise."""
+
+
+def whole(pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str) -> Batch:
+    """All rows as one prepared batch."""
+    rows, prepare = held_rows(pair, x, context, binarize)
+    parts = [prepare(part) for part in rows.batches(ROWS_AT_ONCE)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 class GuideRows(NamedTuple):
@@ -54,7 +63,7 @@ def _parts(particles: Particles, units: Units, batch: Batch, draws: int) -> Iter
         )
 
 
-class Simulated:
+class SimulatedRows:
     """Data that the model draws, with their true latents as vectors.
 
     Arguments:

@@ -12,9 +12,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from torch import Tensor, nn
 
-from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows
-from pyro_vae.diagnostics.guide_rows import GuideRows, Simulated, guide_rows
+from pyro_vae.diagnostics.guide_rows import GuideRows, SimulatedRows, guide_rows, whole
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.particles import Particles
@@ -135,11 +134,7 @@ def local_c2st(
     ):
         if value < least:
             raise UsageError(f"must be at least {least}, got {value}", argument=name)
-    rows, prepare = held_rows(pair, x, context, binarize)
-    real = tuple(
-        torch.cat(column)
-        for column in zip(*[prepare(part) for part in rows.batches(500)], strict=True)
-    )
+    real = whole(pair, x, context, binarize)
     with using(pair, seed):
         truth, simulated, observed = _drawn(pair, real, num_simulations, num_draws)
     inputs = _Inputs(simulated)
@@ -173,7 +168,7 @@ def _drawn(
     pair: nn.Module, real: Batch, number: int, draws: int
 ) -> tuple[Tensor, GuideRows, GuideRows]:
     """True latents of simulated data (1, number, units), the guide there, and at real data."""
-    made = Simulated(pair, number, real[1:], "local_c2st")
+    made = SimulatedRows(pair, number, real[1:], "local_c2st")
     observed = guide_rows(Particles(pair, real), made.units, real, draws)
     return made.truth, made.guide(1), observed
 

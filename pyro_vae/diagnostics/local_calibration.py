@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows
+from pyro_vae.diagnostics.guide_rows import whole
 from pyro_vae.diagnostics.local_moments import Compared, Units, compared
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.importance import CELLS
 from pyro_vae.inference.pareto import threshold
+from pyro_vae.inference.passes import in_chunks
 from pyro_vae.inference.weighted import require_samples
 from pyro_vae.pairs.formatting import with_error
 from pyro_vae.pairs.particles import Particles
@@ -199,9 +200,7 @@ def local_calibration(
     tensor(True)
     """
     require_samples(num_samples)
-    rows, prepare = held_rows(pair, x, context, binarize)
-    parts = [prepare(part) for part in rows.batches(500)]
-    batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    batch = whole(pair, x, context, binarize)
     pair, given = at_one_draw(pair, batch, seed)
     found: list[Compared] = []
     with using(pair, seed), bar(progress, len(batch[0]), "local calibration", delay=2) as shown:
@@ -210,7 +209,7 @@ def local_calibration(
         if not units.names:
             raise UsageError("the pair has no local latent with moments to compare")
         size = max(1, CELLS // (max(particles.widest, units.number) * num_samples))
-        for part in zip(*(tensor.split(size) for tensor in batch), strict=True):
+        for part in in_chunks(batch, size):
             found.append(compared(particles, units, part, num_samples, threshold(num_samples)))
             shown.update(len(part[0]))
     columns = {

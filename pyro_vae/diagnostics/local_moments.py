@@ -86,7 +86,7 @@ class Compared(NamedTuple):
     pareto_k: Tensor
 
 
-class _Moments(NamedTuple):
+class _WeightedMoments(NamedTuple):
     """Weighted moments of all K draws, or K moments without one draw each."""
 
     mean: Tensor
@@ -115,7 +115,7 @@ def compared(
     return Compared._make([*chain.from_iterable(estimates), guide_k, pareto_k])
 
 
-def _differences(ours: _Moments, theirs: _Moments) -> tuple[Tensor, Tensor, Tensor]:
+def _differences(ours: _WeightedMoments, theirs: _WeightedMoments) -> tuple[Tensor, Tensor, Tensor]:
     """The shift, the logarithm of the ratio of scales, and the difference of correlations."""
     return (
         (ours.mean - theirs.mean) / theirs.log_scale.exp(),
@@ -136,7 +136,7 @@ def _jackknife(whole: Tensor, without: Tensor, counts: Tensor) -> tuple[Tensor, 
 
 def _moments(
     units: Units, values: dict[str, Tensor], log_weights: Tensor
-) -> tuple[_Moments, _Moments]:
+) -> tuple[_WeightedMoments, _WeightedMoments]:
     """Moments by self-normalized weights: of all draws, and without each draw."""
     shares = log_weights.softmax(0)[..., None]
     z = units.vector(values)
@@ -145,13 +145,13 @@ def _moments(
     first, second = units.pairs
     sums = shares * z, shares * z.square(), shares * z[..., first] * z[..., second]
 
-    def moments(mean: Tensor, square: Tensor, product: Tensor) -> _Moments:
+    def moments(mean: Tensor, square: Tensor, product: Tensor) -> _WeightedMoments:
         variance = square - mean.square()
         constant = variance <= 1e-12 * (1 + center.square())
         scale = torch.where(constant, torch.nan, variance).sqrt()
         covariance = product - mean[..., first] * mean[..., second]
         correlation = covariance / (scale[..., first] * scale[..., second])
-        return _Moments(center + mean, scale.log(), correlation)
+        return _WeightedMoments(center + mean, scale.log(), correlation)
 
     whole = moments(*(part.sum(0) for part in sums))
     return whole, moments(*((part.sum(0) - part) / (1 - shares) for part in sums))

@@ -88,8 +88,11 @@ class ModelCheck:
 
     @property
     def scale_nats(self) -> float:
-        r"""Nats per example that a scale for all data would gain: :math:`\tfrac D2 (c - 1 - \log c)`
-        with c the ratio of the mean squares and D the number of elements."""
+        r"""Nats per example that a scale for all data would gain.
+
+        They are :math:`\tfrac D2 (c - 1 - \log c)`, with c the ratio of the mean squares of the
+        residuals and D the number of elements.
+        """
         log_ratio = 0.0 if self.scale is None else self.scale.value
         return 0.5 * self.num_elements * (exp(log_ratio) - 1 - log_ratio)
 
@@ -205,11 +208,11 @@ def model_check(
     with using(pair, seed):
         own, truth = _own_data(pair, batch)
     with using(pair, seed + 1), bar(progress, 2, "model check", delay=2) as shown:
-        found = []
-        for side, true in ((batch, {}), (own, truth)):
-            found.append(through_inference(pair, side, true, num_samples))
-            shown.update()
-    return _compared(*found, num_samples, given, seed)
+        data = through_inference(pair, batch, {}, num_samples)
+        shown.update()
+        theirs = through_inference(pair, own, truth, num_samples)
+        shown.update()
+    return _compared(data, theirs, num_samples, given, seed)
 
 
 def _own_data(pair: nn.Module, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
@@ -284,9 +287,9 @@ def _differences(data: Side, own: Side, seed: int) -> dict[str, Difference | Non
         scales = difference(scale_statistics, data.residuals, own.residuals, seed)
         found |= dict(zip(DIFFERENCES[:3], scales, strict=True))
     columns = some_columns(data.residuals.shape[1], seed)
-    rows = [_codes_and_residuals(side, columns) for side in (data, own)]
-    width = rows[0].shape[1] - len(columns)
-    rest = difference(dependence_statistics(width), *rows, seed=seed)
+    first, second = (_codes_and_residuals(side, columns) for side in (data, own))
+    statistics = dependence_statistics(first.shape[1] - len(columns))
+    rest = difference(statistics, first, second, seed)
     return found | dict(zip(DIFFERENCES[3:], rest, strict=True))
 
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import STEADY, relative_error
@@ -149,7 +150,9 @@ def _residuals(
 
 def _has_scale(fn: Any) -> bool:
     """Whether residuals can be too large or small for their mean: not if values are 0 or 1."""
-    try:
-        return num_values(fn) != 2
-    except UsageError:
-        return True
+    support: Any = getattr(fn, "support", None)
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if support in (constraints.boolean, constraints.one_hot) or support is None:
+        return False
+    return num_values(fn) != 2

@@ -107,7 +107,10 @@ def predictive_study(bench: Bench) -> Study:
         )
 
     def judge(found: PredictiveCheck) -> list[Finding | Sign]:
-        off = found.whole_deviations
+        off, left = found.whole_deviations, len(found.unreliable)
+        if left > len(found.observed) / 2:
+            words = f"predictions: the latents of {left} of {len(found.observed)} data cannot be "
+            return [Finding("unchecked", words + "resampled from the posterior", "predictions")]
         far = {name: by for name, by in off.items() if abs(by) > DEVIATIONS}
         if not far:
             words = f"the data agree with the model's replicates in {', '.join(off)}"

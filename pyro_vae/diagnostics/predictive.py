@@ -1,7 +1,8 @@
 """Posterior predictive checks: compare the data with replicates that the model draws."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 from typing import Any, TypeAlias
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows
+from pyro_vae.diagnostics.replicates import GUIDE, PRIOR, RESAMPLED, Replicator, latents_to_use
 from pyro_vae.errors import UsageError, nearest
-from pyro_vae.inference.passes import ROWS_AT_ONCE, latent_values, observation
+from pyro_vae.inference.passes import ROWS_AT_ONCE
+from pyro_vae.inference.weighted import require_samples
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model
@@ -62,7 +65,15 @@ class PredictiveCheck:
     """Fraction of a datum's replicates above it, of shape (n, statistics); ties count one half.
     Near 0 or 1, the model does not generate such data."""
     whole: Tensor
-    """Means over all data of each replicate's statistics, of shape (num_replicates, statistics)."""
+    """Means over the reliable data of each replicate's statistics, of shape (num_replicates,
+    statistics)."""
+    latents: str = GUIDE
+    """Where the latents of the replicates are from: "resampled", "guide" or "prior"."""
+    pareto_k: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """The Pareto shape of the weights of each datum, of shape (n,); 0 if they are not resampled."""
+    unreliable: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    """The rows whose weights are unreliable, as indices. Their latents are not those of the
+    posterior, so numbers of all data leave them out."""
 
     @property
     def num_replicates(self) -> int:
@@ -71,17 +82,30 @@ class PredictiveCheck:
 
     @property
     def whole_p_values(self) -> dict[str, float]:
-        """Fraction of replicated data sets whose mean statistic is above that of the data."""
-        found = _p_values(self.whole[:, None], self.observed.nanmean(0)[None])[0]
+        """Fraction of replicated data sets whose mean statistic is above that of the data, by
+        statistic; NaN if no datum is reliable."""
+        found = _p_values(self.whole[:, None], self.whole_observed[None])[0]
         return dict(zip(self.names, found.tolist(), strict=True))
 
     @property
     def whole_deviations(self) -> dict[str, float]:
         """Distance of each mean statistic of the data above its replicates, in their standard
         deviations; 0 if all are equal."""
-        off = self.observed.nanmean(0) - self.whole.mean(0)
+        off = self.whole_observed - self.whole.mean(0)
         spread = self.whole.std(0).maximum(1e-6 * self.whole.mean(0).abs()).clamp(min=1e-12)
         return dict(zip(self.names, (off / spread).tolist(), strict=True))
+
+    @property
+    def whole_observed(self) -> Tensor:
+        """Means of the statistics over the reliable data, of shape (statistics,)."""
+        return self.observed[self.reliable].nanmean(0)
+
+    @property
+    def reliable(self) -> Tensor:
+        """Which data are not ``unreliable``, booleans of shape (n,)."""
+        found = torch.ones(len(self.observed), dtype=torch.bool)
+        found[self.unreliable] = False
+        return found
 
     def worst(self, name: str | None = None, number: int = 10) -> Tensor:
         """Return the indices of the data farthest from their replicates, the worst first.
@@ -104,11 +128,11 @@ class PredictiveCheck:
 
     def as_dict(self) -> dict[str, Any]:
         """Return means, p-values and fractions by statistic for metrics.json."""
-        off = (self.p_values - 0.5).abs()
+        off = (self.p_values[self.reliable] - 0.5).abs()
         extreme = torch.where(off.isnan(), off, off > 0.475)
         rows = zip(
             self.names,
-            self.observed.nanmean(0).tolist(),
+            self.whole_observed.tolist(),
             self.whole.mean(0).tolist(),
             self.whole_p_values.values(),
             extreme.nanmean(0).tolist(),
@@ -117,12 +141,14 @@ class PredictiveCheck:
         return {
             "num_examples": len(self.observed),
             "num_replicates": self.num_replicates,
+            "latents": self.latents,
+            "num_unreliable": len(self.unreliable),
             "statistics": {
                 name: {
                     "observed": finite(observed),
                     "replicated": finite(replicated),
-                    "p_value": p,
-                    "fraction_outside_95": outside,
+                    "p_value": finite(p),
+                    "fraction_outside_95": finite(outside),
                 }
                 for name, observed, replicated, p, outside in rows
             },
@@ -135,14 +161,31 @@ class PredictiveCheck:
         ]
         for name, row in self.as_dict()["statistics"].items():
             numbers = (row[key] for key in ("observed", "replicated"))
+            none = "none" if not bool(self.reliable.any()) else "infinite"
             shown = "".join(
-                f"{number:>12.4g}" if number is not None else f"{'infinite':>12}"
-                for number in numbers
+                f"{number:>12.4g}" if number is not None else f"{none:>12}" for number in numbers
             )
-            outside = 100 * row["fraction_outside_95"]
-            lines.append(f"{name:<18}{shown}{row['p_value']:>13.3f}{outside:>17.1f} %")
-        lines.append(f"{len(self.observed)} data, {self.num_replicates} replicates of each")
+            p, outside = row["p_value"], row["fraction_outside_95"]
+            shown += f"{none:>13}" if p is None else f"{p:>13.3f}"
+            shown += f"{none:>19}" if outside is None else f"{100 * outside:>17.1f} %"
+            lines.append(f"{name:<18}{shown}")
+        lines.append(
+            f"{len(self.observed)} data, {self.num_replicates} replicates of each; latents: "
+            f"{_SOURCES[self.latents]}"
+        )
+        if len(self.unreliable):
+            lines.append(
+                f"left out: {len(self.unreliable)} data whose weights are unreliable (Pareto k); "
+                "refine the guide, or take latents from the prior"
+            )
         return "\n".join(lines)
+
+
+_SOURCES = {
+    RESAMPLED: "the posterior, by importance weights",
+    GUIDE: "draws of the guide, whose errors count as the model's",
+    PRIOR: "the prior",
+}
 
 
 @alone()
@@ -152,13 +195,15 @@ def predictive_check(
     *context: Any,
     statistics: Mapping[str, Statistic] | None = None,
     num_replicates: int = 100,
+    latents: str | None = None,
+    num_samples: int = 500,
     binarize: str = "dynamic",
     seed: int = 0,
     progress: bool = True,
 ) -> PredictiveCheck:
     r"""Compare statistics of the data with those of replicates that the model draws.
 
-    The replicates of a datum are draws of :math:`x^{rep}_r \sim \int p(x^{rep} | z)\, q(z | x)\,
+    The replicates of a datum are draws of :math:`x^{rep}_r \sim \int p(x^{rep} | z)\, p(z | x)\,
     dz`. With R replicates, :math:`p = \tfrac{1}{R + 1} \big(\#\{T(x^{rep}) > T(x)\} + \tfrac12
     \#\{T(x^{rep}) = T(x)\} + \tfrac12\big)`, which is never 0 or 1. The p-value of all data uses
     the mean of T over the data instead.
@@ -170,19 +215,27 @@ def predictive_check(
             shape (n,). The default is `STATISTICS`: mean, variance, greatest, share of zeros. For
             data that are classes, it is the share of each of the first ten classes.
         num_replicates: R for each datum, at least 20.
+        latents: "resampled" draws z from the posterior: from ``num_samples`` draws of the guide, R
+            are chosen by their importance weights. "guide" takes draws of the guide as they are, so
+            errors of the guide count as errors of the model. "prior" draws z from the prior, so the
+            whole data set is compared with data sets of the model. The default is "resampled", or
+            "guide" for a pair without importance weights.
+        num_samples: number of draws of the guide for each datum, at least 21. With global latents,
+            it is a tenth of this number for each replicate.
         binarize: as in `pyro_vae.evaluate`.
         seed: random seed.
         progress: show a bar if the run takes over two seconds.
 
-    The latents are draws of the guide, so this checks model and guide together. (Latents that only
-    the model has are drawn given the others and x.) The draws of a refined pair are closer to the
-    posterior: use ``refined = pv.refine(pair, x)`` and then ``predictive_check(refined.pair,
-    *refined.batch)``. A replicate depends on its datum, so p-values are often near 1/2. An extreme
-    p-value is strong evidence against the model, and a moderate one is only weak evidence for it.
+    If the Pareto k of the weights of a datum is over the threshold for ``num_samples``, its latents
+    are not those of the posterior. Such rows are ``unreliable``, and numbers of all data leave them
+    out. Global latents are draws of their guide, except for "prior". Latents that only the model
+    has are drawn given the others and x. A replicate depends on its datum, unless latents are from
+    the prior, so p-values are often near 1/2. An extreme p-value is strong evidence against the
+    model, and a moderate one is only weak evidence for it.
     Masked entries are NaN in the data and in the replicates, so your own statistic must ignore NaN.
     A datum without observed entries has no statistics.
     Raises `UsageError` for a statistic that does not return a number for each datum, and for a
-    model that does not draw data of the shape of x. Gelman, Meng & Stern, 1996.
+    model that does not draw data of the shape of x. Gelman, Meng & Stern, 1996; Box, 1980 (prior).
 
     >>> import torch, pyro_vae as pv
     >>> x = torch.ones(8, 4)
@@ -196,20 +249,22 @@ def predictive_check(
         )
     if statistics is not None and not statistics:
         raise UsageError("must contain at least one function, got none", argument="statistics")
+    require_samples(num_samples)
     rows, prepare = held_rows(pair, x, context, binarize)
+    latents = latents_to_use(pair, prepare(rows.first(2)), latents)
     chosen = dict(statistics or _usual(pair, prepare(rows.first(2))))
-    # Each replicate of the whole data set has its own draw of the global latents.
+    replicates = Replicator(latents, num_replicates, num_samples, partial(_measured, chosen))
     shared = bool(global_latents(pair, prepare(rows.first(2))))
-    size, per_pass = (len(rows), 1) if shared else (ROWS_AT_ONCE, ROWS_AT_ONCE)
+    size = len(rows) if shared else ROWS_AT_ONCE
     found = []
     with using(pair, seed), bar(progress, len(rows), "replicates", delay=2) as shown:
         for part in rows.batches(size):
             batch = prepare(part)
             model = trace_model(pair, batch, trace_guide(pair, batch))
             observed = _measured(chosen, masks.seen(data_site(model), batch[0]))
-            found.append((observed, _replicated(pair, batch, chosen, num_replicates, per_pass)))
+            found.append((observed, *replicates(pair, batch)))
             shown.update(len(observed))
-    observed = torch.cat([part[0] for part in found])
+    observed, k, unreliable = (torch.cat([part[i] for part in found]) for i in (0, 2, 3))
     replicated = torch.cat([part[1] for part in found], 1)
     return PredictiveCheck(
         tuple(chosen),
@@ -217,7 +272,10 @@ def predictive_check(
         replicated.mean(0),
         replicated.std(0, correction=0),
         _p_values(replicated, observed),
-        replicated.nanmean(1),
+        replicated[:, ~unreliable].nanmean(1),
+        latents,
+        k,
+        unreliable.nonzero().flatten(),
     )
 
 
@@ -232,21 +290,6 @@ def _usual(pair: nn.Module, batch: Batch) -> Mapping[str, Statistic]:
 
 def _share(k: int) -> Statistic:
     return lambda x: (x.flatten(1) == k).double().mean(1)
-
-
-def _replicated(
-    pair: nn.Module, batch: Batch, statistics: Mapping[str, Statistic], number: int, per_pass: int
-) -> Tensor:
-    """Return statistics of replicates, (number, n, statistics), with ``per_pass`` rows per pass."""
-    n = len(batch[0])
-    together = max(1, per_pass // n)
-    parts = []
-    for start in range(0, number, together):
-        times = min(together, number - start)
-        wide = tuple(tensor.repeat(times, *[1] * (tensor.dim() - 1)) for tensor in batch)
-        made = masks.seen(observation(pair, wide, latent_values(pair, wide, False)), wide[0])
-        parts.append(_measured(statistics, made).unflatten(0, (times, n)))
-    return torch.cat(parts)
 
 
 def _measured(statistics: Mapping[str, Statistic], x: Tensor) -> Tensor:

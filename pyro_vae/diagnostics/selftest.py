@@ -27,6 +27,16 @@ from pyro_vae.diagnostics.selftest_checks import (
     shared_checks,
     use_checks,
 )
+from pyro_vae.diagnostics.selftest_errors import (
+    by_datum_checks,
+    of_means_checks,
+    sample_size_checks,
+)
+from pyro_vae.diagnostics.selftest_kinds import (
+    constrained_checks,
+    heavy_tail_checks,
+    mixed_checks,
+)
 from pyro_vae.errors import first_line
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import seeded
@@ -124,5 +134,11 @@ CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
     "use": use_checks,
     "fit": fit_checks,
     "densities": densities_checks,
+    "a constrained latent": constrained_checks,
+    "a heavy tail": heavy_tail_checks,
+    "a class and a place": mixed_checks,
+    "errors of data": by_datum_checks,
+    "errors of means": of_means_checks,
+    "effective sample sizes": sample_size_checks,
 }
 """The checks, by group."""

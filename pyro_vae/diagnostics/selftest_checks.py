@@ -57,7 +57,7 @@ class Check(NamedTuple):
         return self.error <= self.tolerance
 
 
-def _check(name: str, estimate: Any, truth: Any, tolerance: Any) -> Check:
+def check_of(name: str, estimate: Any, truth: Any, tolerance: Any) -> Check:
     """Check numbers, or tensors by the error that is largest relative to its tolerance."""
     estimate, truth, tolerance = (
         torch.as_tensor(part, dtype=torch.float64).detach() for part in (estimate, truth, tolerance)
@@ -78,15 +78,15 @@ def _exact(spread: float = 1.0, n: int = 50) -> tuple[LinearGaussian, Tensor, Te
 def bounds_checks() -> Iterator[Check]:
     pair, x, log_p = _exact()
     result = evaluate(pair, x, num_samples=1)
-    yield _check("ELBO, exact guide", result.elbo, log_p.mean(), EXACT)
+    yield check_of("ELBO, exact guide", result.elbo, log_p.mean(), EXACT)
     for k in (1, 20):
         bound = -ImportanceWeightedELBO(k).loss(pair.model, pair.guide, x) / len(x)
-        yield _check(f"importance-weighted bound, K = {k}", bound, log_p.mean(), EXACT)
+        yield check_of(f"importance-weighted bound, K = {k}", bound, log_p.mean(), EXACT)
     pair, x, log_p = _exact(spread=1.3)
     estimate = log_likelihood(pair, x, num_samples=2000)
     kl = 0.5 * 2 * (1.3**2 - 1) - 2 * torch.tensor(1.3).log()
     errors = 5 * estimate.elbo_standard_errors
-    yield _check("ELBO, guide 1.3 times as wide", estimate.elbo_per_datum, log_p - kl, errors)
+    yield check_of("ELBO, guide 1.3 times as wide", estimate.elbo_per_datum, log_p - kl, errors)
 
 
 def gradients_checks() -> Iterator[Check]:
@@ -99,22 +99,22 @@ def gradients_checks() -> Iterator[Check]:
             engine.loss_and_grads(registered(pair, pair.model), pair.guide, x)
         if engine.engine != name or pair.weight.grad is None:
             raise RuntimeError(f"the {name} engine gave no gradient")
-        yield _check(f"gradient of the ELBO, {words}", -pair.weight.grad, truth, 1e-7)
+        yield check_of(f"gradient of the ELBO, {words}", -pair.weight.grad, truth, 1e-7)
 
 
 def log_likelihoods_checks() -> Iterator[Check]:
     pair, x, log_p = _exact()
     found = log_likelihood(pair, x, num_samples=5000)
-    yield _check("log p(x), exact guide", found.per_datum, log_p, 1e-4)
-    yield _check("Pareto k, exact guide", found.pareto_k, 0.0, 0.1)
+    yield check_of("log p(x), exact guide", found.per_datum, log_p, 1e-4)
+    yield check_of("Pareto k, exact guide", found.pareto_k, 0.0, 0.1)
     for spread in (0.8, 1.3):
         pair, x, log_p = _exact(spread)
         found = log_likelihood(pair, x, num_samples=5000)
         words = f"log p(x), guide {spread} times as wide"
-        yield _check(words, found.per_datum, log_p, 5 * found.standard_errors)
+        yield check_of(words, found.per_datum, log_p, 5 * found.standard_errors)
     uniform = torch.arange(0.5, 5000, dtype=torch.float64) / 5000
     for k in (0.3, 0.7):
-        yield _check(
+        yield check_of(
             f"Pareto k of weights of shape {k}", pareto_shape(-k * uniform.log()[None]), k, 0.1
         )
 
@@ -126,21 +126,21 @@ def information_checks() -> Iterator[Check]:
     posterior = dist.MultivariateNormal(mean, covariance)
     prior = dist.MultivariateNormal(torch.zeros_like(mean[0]), torch.eye(2).to(mean))
     kl = torch.distributions.kl_divergence(posterior, prior).mean()
-    yield _check("KL of the guide", found.kl.value, kl, 5 * found.kl.standard_error)
+    yield check_of("KL of the guide", found.kl.value, kl, 5 * found.kl.standard_error)
     low, high = found.mutual_information, found.mutual_information_upper
     middle, half = (high.value + low.value) / 2, (high.value - low.value) / 2
     errors = 5 * max(low.standard_error, high.standard_error)
-    yield _check("mutual information", middle, pair.information(), half + errors)
+    yield check_of("mutual information", middle, pair.information(), half + errors)
 
 
 def annealing_checks() -> Iterator[Check]:
     pair, x, log_p = _exact(spread=1.3, n=10)
     found = anneal(pair, x, num_temperatures=100, num_chains=8, progress=False)
-    yield _check("annealing, a lower bound", found.value, log_p.mean(), 5 * found.standard_error)
+    yield check_of("annealing, a lower bound", found.value, log_p.mean(), 5 * found.standard_error)
     both = sandwich(pair, 10, num_temperatures=100, num_chains=8, progress=False)
     truth = pair.marginal().log_prob(both.batch[0]).mean()
     slack = 5 * both.upper.standard_error
-    yield _check("reverse annealing, an upper bound", both.upper.value, truth, slack)
+    yield check_of("reverse annealing, an upper bound", both.upper.value, truth, slack)
 
 
 def nuts_checks() -> Iterator[Check]:
@@ -150,10 +150,10 @@ def nuts_checks() -> Iterator[Check]:
     mean, covariance = pair.posterior(x)
     scale = covariance.diagonal().sqrt().expand_as(mean)
     moments = found.moments
-    yield _check("NUTS, means", moments.mean, mean, 5 * found.mean_standard_error)
+    yield check_of("NUTS, means", moments.mean, mean, 5 * found.mean_standard_error)
     slack = 5 * scale / (2 * found.effective_sample_size).sqrt()
-    yield _check("NUTS, scales", moments.standard_deviation, scale, slack)
-    yield _check("NUTS, R-hat", found.r_hat, 1.0, 0.05)
+    yield check_of("NUTS, scales", moments.standard_deviation, scale, slack)
+    yield check_of("NUTS, R-hat", found.r_hat, 1.0, 0.05)
 
 
 def calibration_checks() -> Iterator[Check]:
@@ -165,9 +165,9 @@ def calibration_checks() -> Iterator[Check]:
         half = spread * normal.icdf(torch.tensor(0.95))
         truth = 2 * normal.cdf(half) - 1
         slack = 5 * (truth * (1 - truth) / 1000).sqrt() + 0.01
-        yield _check(f"coverage of 90 %, {words}", found.coverage[:2, 2], truth, slack)
+        yield check_of(f"coverage of 90 %, {words}", found.coverage[:2, 2], truth, slack)
         rejected = float(len(found.failures) > 0)
-        yield _check(f"rejected, {words}", rejected, float(spread != 1), EXACT)
+        yield check_of(f"rejected, {words}", rejected, float(spread != 1), EXACT)
 
 
 def gaps_checks() -> Iterator[Check]:
@@ -176,13 +176,13 @@ def gaps_checks() -> Iterator[Check]:
     best = Spoiled("diagonal", weight=_MILD)
     least = best.kl(x, best.q(x))
     found = gaps(pair, x, steps=150, num_samples=2000, progress=False)
-    yield _check("approximation gap", found.approximation.value, least.mean(), 0.02)
+    yield check_of("approximation gap", found.approximation.value, least.mean(), 0.02)
     put_in = (pair.kl(x, pair.q(x)) - least).mean()
     slack = 0.02 + 5 * found.amortization.standard_error
-    yield _check("amortization gap", found.amortization.value, put_in, slack)
+    yield check_of("amortization gap", found.amortization.value, put_in, slack)
     elbo = (pair.marginal().log_prob(x) - least).mean()
     slack = 0.01 + 5 * found.refined.standard_error
-    yield _check("ELBO of the refined guide", found.refined.value, elbo, slack)
+    yield check_of("ELBO of the refined guide", found.refined.value, elbo, slack)
 
 
 _MILD = torch.tensor([[1.0, 0.2], [0.8, 1.1], [0.1, 1.0], [0.2, -0.3]]).double()
@@ -224,12 +224,12 @@ def enumeration_checks() -> Iterator[Check]:
         joint, where = pair.joint(x), "the guide" if in_guide else "the model"
         log_p = joint.logsumexp(1)
         found = log_likelihood(pair, x, num_samples=1)
-        yield _check(f"log p(x), a class summed out in {where}", found.per_datum, log_p, EXACT)
+        yield check_of(f"log p(x), a class summed out in {where}", found.per_datum, log_p, EXACT)
         objective: Any = EnumeratedELBO()
         bound = -objective.loss(pair.model, pair.guide, x) / len(x)
-        yield _check(f"ELBO, a class summed out in {where}", bound, log_p.mean(), EXACT)
+        yield check_of(f"ELBO, a class summed out in {where}", bound, log_p.mean(), EXACT)
         posterior = joint.softmax(1)
-        yield _check(f"posterior of that class, {where}", predict(pair, x), posterior, EXACT)
+        yield check_of(f"posterior of that class, {where}", predict(pair, x), posterior, EXACT)
 
 
 class _SharedMean(nn.Module):
@@ -258,30 +258,30 @@ def shared_checks() -> Iterator[Check]:
     pair, x = _SharedMean(2.0), torch.linspace(-2, 3, 20, dtype=torch.float64)
     found = uncertainty(pair, x, num_weights=1000, num_samples=20, progress=False)
     # The relative error of a variance of so many draws is sqrt(2 / 999).
-    yield _check("variance from global latents", found.weights, 0.16, 5 * 0.16 * 0.045)
-    yield _check("variance from local latents", found.latent, 0.2, 0.02)
-    yield _check("variance from noise", found.noise, 0.25, EXACT)
+    yield check_of("variance from global latents", found.weights, 0.16, 5 * 0.16 * 0.045)
+    yield check_of("variance from local latents", found.latent, 0.2, 0.02)
+    yield check_of("variance from noise", found.noise, 0.25, EXACT)
     density = log_likelihood(pair, x, num_samples=20_000)
     truth = dist.Normal(1.0, (4 + 1.25) ** 0.5).log_prob(x)
-    yield _check("predictive density", density.per_datum, truth, 5 * density.standard_errors)
+    yield check_of("predictive density", density.per_datum, truth, 5 * density.standard_errors)
 
 
 def use_checks() -> Iterator[Check]:
     pair, x, _ = _exact()
     mean, covariance = pair.posterior(x)
-    yield _check("encode, means", encode(pair, x)["z"], mean, EXACT)
+    yield check_of("encode, means", encode(pair, x)["z"], mean, EXACT)
     scale = covariance.diagonal().sqrt().expand_as(mean)
-    yield _check("encode, scales", encode(pair, x, what="scale")["z"], scale, EXACT)
+    yield check_of("encode, scales", encode(pair, x, what="scale")["z"], scale, EXACT)
     again = mean @ pair.weight.T + pair.bias
-    yield _check("reconstruct, means", reconstruct(pair, x), again, EXACT)
+    yield check_of("reconstruct, means", reconstruct(pair, x), again, EXACT)
     n = 20_000
     drawn, marginal = sample(pair, n, seed=0), pair.marginal()
     sd = marginal.variance.sqrt()
-    yield _check("sample, means", drawn.mean(0), marginal.mean, 5 * sd / n**0.5)
+    yield check_of("sample, means", drawn.mean(0), marginal.mean, 5 * sd / n**0.5)
     # For a product of normals, var(ab) = var(a) var(b) + cov(a, b)^2.
     truth = marginal.covariance_matrix
     errors = 5 * ((sd[:, None] * sd).square() + truth.square()).sqrt() / n**0.5
-    yield _check("sample, covariances", drawn.T.cov(), truth, errors)
+    yield check_of("sample, covariances", drawn.T.cov(), truth, errors)
 
 
 def fit_checks() -> Iterator[Check]:
@@ -297,7 +297,7 @@ def fit_checks() -> Iterator[Check]:
         progress=False,
     )
     found = log_likelihood(vae, x, num_samples=500).value
-    yield _check("fit, log p(x) of probabilistic PCA", found, ppca_log_likelihood(x, 2), 0.03)
+    yield check_of("fit, log p(x) of probabilistic PCA", found, ppca_log_likelihood(x, 2), 0.03)
 
 
 def densities_checks() -> Iterator[Check]:
@@ -310,8 +310,8 @@ def densities_checks() -> Iterator[Check]:
         with torch.no_grad():
             total = prior().log_prob(grid).exp().sum() * cell
         kinds = f"{layer.__name__}, {type(bijection).__name__}"
-        yield _check(f"integral of a flow, {kinds}", total, 1.0, 3e-3)
+        yield check_of(f"integral of a flow, {kinds}", total, 1.0, 3e-3)
     loc, scale = torch.rand(2, 30, dtype=torch.float64)
     levels = torch.arange(256, dtype=torch.float64)[:, None] / 255
     total = LevelLogistic(loc, scale + 0.05, 256).log_prob(levels).exp().sum(0)
-    yield _check("sum of a discretized logistic", total, 1.0, 1e-6)
+    yield check_of("sum of a discretized logistic", total, 1.0, 1e-6)

@@ -213,17 +213,24 @@ AGREE = 0.1
 """Two estimates of log p(x) that differ by more nats per example disagree."""
 
 
-def annealed_higher(results: Mapping[str, Any]) -> tuple[float, float, int] | None:
+def annealed_difference(results: Mapping[str, Any]) -> tuple[float, float, int] | None:
     """Return by how much annealing exceeds importance weights on the same rows, with its error and
-    the number of rows; None if they agree or were not compared."""
+    the number of rows; None if they were not compared."""
     found, weighed = results.get("annealing"), results.get("log_likelihood")
     if found is None or weighed is None or len(weighed.per_datum) < len(found.per_datum):
         return None
     n = len(found.per_datum)
     by = (found.per_datum - weighed.per_datum[:n]).mean().item()
-    error = (found.standard_error**2 + weighed.standard_errors[:n].square().sum() / n**2) ** 0.5
-    error = float(error)
-    return (by, error, n) if abs(by) > max(AGREE, ERRORS * error) else None
+    error = found.standard_error**2 + weighed.standard_errors[:n].square().sum().item() / n**2
+    return by, error**0.5, n
+
+
+def annealed_higher(results: Mapping[str, Any]) -> tuple[float, float, int] | None:
+    """Return `annealed_difference` if it is significant; it is negative if weights are higher."""
+    found = annealed_difference(results)
+    if found is None or abs(found[0]) <= max(AGREE, ERRORS * found[1]):
+        return None
+    return found
 
 
 def _of_model(found: Any) -> list[Sign]:

@@ -25,20 +25,20 @@ from pyro_vae.diagnostics.study import Bench, Study
 
 STUDIES: list[Callable[[Bench], Study | None]] = [
     latents_study,
-    information_study,
-    train_gap_study,
-    predictive_study,
-    uncertainty_study,
+    reliability_study,
     global_weights_study,
     global_nuts_study,
     calibration_study,
     local_calibration_study,
     model_check_study,
-    reliability_study,
-    outliers_study,
     gaps_study,
+    information_study,
+    train_gap_study,
+    predictive_study,
+    uncertainty_study,
+    outliers_study,
     annealing_study,
     sandwich_study,
     nuts_study,
 ]
-"""All studies in the order in which they run, the cheap ones first."""
+"""All studies in the order in which they run: the most important first, the slowest last."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.diagnostics.guide_rows import GuideRows, Simulated
+from pyro_vae.diagnostics.guide_rows import GuideRows, SimulatedRows
 from pyro_vae.diagnostics.ranks import ranks_of, simultaneous_band
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.arrays import as_tensor
@@ -135,7 +135,7 @@ def tarp(
         raise UsageError(f"must be between 0 and 1, got {level}", argument="level")
     given = tuple(as_tensor(part, f"context {i}") for i, part in enumerate(context, 1))
     with using(pair, seed):
-        made = Simulated(pair, num_simulations, given, "tarp")
+        made = SimulatedRows(pair, num_simulations, given, "tarp")
         rows = made.guide(num_draws)
         center, scale = made.truth[0].mean(0), made.truth[0].std(0).clamp(min=SMALLEST)
         reference = center + scale * _references(rows, len(center))

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_vae.diagnostics.global_studies import ADVICE
 from pyro_vae.diagnostics.signs import (
     ERRORS,
     NATS,
     Sign,
+    annealed_difference,
     annealed_higher,
     guide_signs,
     model_signs,
@@ -21,6 +23,7 @@ from pyro_vae.diagnostics.study import GAP, Finding
 from pyro_vae.inference.annealing import Annealing
 
 PARTS: dict[str, tuple[str, str]] = {
+    "globals": ("the guide of global latents", ADVICE),
     "encoder": (
         "the encoder",
         "longer training or a larger encoder; if only some rows are wrong, look at their inputs",
@@ -41,6 +44,9 @@ PARTS: dict[str, tuple[str, str]] = {
     "data": ("too little data", "more data, a smaller model, or early stopping"),
 }
 """The parts that can be at fault, in words, and what to try next."""
+
+TOGETHER = 0.3
+"""Two estimates agree only if difference plus two errors is at most this many nats per example."""
 
 MINOR = 0.2
 """Of two gaps, one that is less than this fraction of the other is not reported as a fault."""
@@ -79,6 +85,11 @@ class Blame:
         more = f" (and {len(told) - TOLD} more)" if len(told) > TOLD else ""
         return f"{PARTS[self.part][0]}{size}: {'; '.join(told[:TOLD])}{more}. Try {self.next}"
 
+    @property
+    def finding(self) -> Finding:
+        """The part of the summary."""
+        return Finding("fault", self.words, self.part)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the part, its size, its evidence and the advice for metrics.json."""
         return {
@@ -107,6 +118,11 @@ def blamed(results: Mapping[str, Any], more: Sequence[Sign] = ()) -> list[Blame]
     return sorted(found, key=lambda blame: -_size(blame))
 
 
+def of_globals(found: Finding) -> Blame:
+    """Return the fault that a finding on the guide of global latents describes."""
+    return Blame("globals", None, (Sign("globals", "global_nuts", found.words),))
+
+
 def _size(blame: Blame) -> float:
     if any(sign.kind == "mass" for sign in blame.evidence):
         return float("inf")  # no tool can tell how much the guide misses
@@ -126,7 +142,8 @@ def _guide_blames(results: Mapping[str, Any]) -> list[Blame]:
     if mass:
         return [Blame("family", mass[0].nats, tuple(signs))]
     kinds = {sign.kind for sign in signs}
-    if (shares := gap_shares(results)) and not (few_rows(results) and kinds <= {"place", "rows"}):
+    placed = "place" in kinds and "shape" not in kinds
+    if (shares := gap_shares(results)) and not (placed and few_rows(results)):
         told, total = _gap_words(results), inference_gap(results)
         return [Blame(part, part_of * total, (*signs, told)) for part, part_of in shares.items()]
     if not signs:
@@ -194,7 +211,7 @@ def findings(
         more: signs that single studies found.
     """
     blames = blamed(results, more)
-    found = [Finding("fault", blame.words, blame.part) for blame in blames]
+    found = [blame.finding for blame in blames]
     parts = {blame.part for blame in blames}
     found += _on_guide(results, parts) + _on_model(results, parts)
     mass = any(sign.kind == "mass" for blame in blames for sign in blame.evidence)
@@ -209,12 +226,7 @@ def _on_guide(results: Mapping[str, Any], parts: set[str]) -> list[Finding]:
     if not ran:
         return []
     words = f"the guide of local latents: no fault found by {', '.join(ran)}"
-    found = [Finding("trust", words, "guide")]
-    ranks = results.get("calibration")
-    if ranks is not None and "rows with missing entries" in ranks.left_out:
-        words = "the guide on rows with missing entries, since calibration simulates whole rows"
-        found.append(Finding("unchecked", words, "missing entries"))
-    return found
+    return [Finding("trust", words, "guide")]
 
 
 def _on_model(results: Mapping[str, Any], parts: set[str]) -> list[Finding]:
@@ -244,7 +256,7 @@ def _on_log_likelihood(results: Mapping[str, Any], rows: Tensor, mass: bool) -> 
     gap, bad = found.value - found.elbo, found.unreliable
     distance = f"{gap:.2f} nats per example below log p(x)"
     if bool(bad.any()):
-        worst = found.pareto_k.masked_fill(~bad, -1).argsort(descending=True)
+        worst = found.pareto_k.masked_fill(~bad, -1).argsort(descending=True, stable=True)
         named = ", ".join(map(str, rows[worst[: min(FEW, int(bad.sum()))]].tolist()))
         more = " ..." if int(bad.sum()) > FEW else ""
         words = f"log p(x) by importance weights, {value}: it may be too low, since the weights of "
@@ -262,10 +274,21 @@ def _on_log_likelihood(results: Mapping[str, Any], rows: Tensor, mass: bool) -> 
             Finding("doubt", f"the ELBO as log p(x): at least {distance}", "ELBO"),
         ]
     kind = "trust" if gap < GAP else "doubt"
+    words = f"log p(x) = {value} by importance weights{_agreement(results)}"
     return [
-        Finding("trust", f"log p(x) = {value} by importance weights", "log p(x)"),
+        Finding("trust", words, "log p(x)"),
         Finding(kind, f"the ELBO is {distance} ({n} data)", "ELBO"),
     ]
+
+
+def _agreement(results: Mapping[str, Any]) -> str:
+    """Return that annealing gives the same log p(x), if it was compared and does."""
+    found = annealed_difference(results)
+    if found is None or annealed_higher(results) is not None:
+        return ""
+    by, error, n = found
+    together = abs(by) + 2 * error <= TOGETHER
+    return f", and annealing agrees ({by:+.2f} ± {error:.2f}, {n} data)" if together else ""
 
 
 def _on_annealing(results: Mapping[str, Any]) -> list[Finding]:

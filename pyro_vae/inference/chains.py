@@ -214,13 +214,11 @@ class Posterior:
             ("divergences", f"{found['divergences']}"),
             ("guide's mean off by", f"{number('mean_shift')} standard deviations"),
             ("guide's scale", f"{number('mean_scale_ratio')} times the posterior's"),
-            (
-                "guide's correlations",
-                f"off by {number('mean_correlation_error')}, at most "
-                f"{number('greatest_correlation_error')}",
-            ),
             ("disagreement", f"{number('mean_disagreement')} nats for each unit"),
         ]
+        if found["greatest_correlation_error"] is not None:
+            off = [number(f"{which}_correlation_error") for which in ("mean", "greatest")]
+            lines.append(("guide's correlations", f"off by {off[0]}, at most {off[1]}"))
         return "\n".join(f"{name:<26}{value}" for name, value in lines)
 
 

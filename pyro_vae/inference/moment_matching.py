@@ -16,7 +16,7 @@ from pyro_vae.inference.joint import CIRCULAR
 from pyro_vae.inference.weighted import steady_shape
 from pyro_vae.pairs.moments import support_of
 from pyro_vae.pairs.pair import Batch
-from pyro_vae.pairs.particles import Drawn, Particles
+from pyro_vae.pairs.particles import ParticleDraws, Particles
 
 LIGHT_TAIL = 0.3
 """Draws are moved until the Pareto shape of their weights is below. Its error is about 0.1, so the
@@ -29,21 +29,21 @@ WIDEST_STEP = 2.0
 """The largest change of a scale in one round: scales from heavy-tailed weights are noisy."""
 
 
-class Affine(NamedTuple):
+class RowMaps(NamedTuple):
     """A map z to loc + factor z of the draws of each row, by site, each (n, *shape)."""
 
     loc: dict[str, Tensor]
     factor: dict[str, Tensor]
 
     @staticmethod
-    def identity(particles: Particles, drawn: Drawn) -> "Affine":
+    def identity(particles: Particles, drawn: ParticleDraws) -> "RowMaps":
         """The map that moves nothing; it has the sites whose values are all real numbers."""
         movable = {
             name: drawn.values[name][0]
             for name, site in particles.sites.items()
             if _is_real(site["fn"]) and not is_circular(site["fn"])
         }
-        return Affine(
+        return RowMaps(
             {name: torch.zeros_like(value) for name, value in movable.items()},
             {name: torch.ones_like(value) for name, value in movable.items()},
         )
@@ -59,16 +59,16 @@ class Affine(NamedTuple):
     def __call__(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return values | {k: loc + self.factor[k] * values[k] for k, loc in self.loc.items()}
 
-    def of(self, rows: Tensor) -> "Affine":
+    def of(self, rows: Tensor) -> "RowMaps":
         """The maps of some rows."""
-        return Affine(*({k: part[rows] for k, part in parts.items()} for parts in self))
+        return RowMaps(*({k: part[rows] for k, part in parts.items()} for parts in self))
 
-    def put(self, rows: Tensor, other: "Affine") -> "Affine":
+    def put(self, rows: Tensor, other: "RowMaps") -> "RowMaps":
         """The maps with those of another for some rows."""
         both = zip(self, other, strict=True)
-        return Affine(*({k: old[k].index_copy(0, rows, new[k]) for k in old} for old, new in both))
+        return RowMaps(*({k: old[k].index_copy(0, rows, new[k]) for k in old} for old, new in both))
 
-    def stepped(self, drawn: Drawn, log_weights: Tensor, stretch: bool) -> "Affine":
+    def stepped(self, drawn: ParticleDraws, log_weights: Tensor, stretch: bool) -> "RowMaps":
         """The map followed by a move to the weighted mean, and to the weighted scale."""
         shares, values = log_weights.softmax(0), self(drawn.values)
         loc, factor = {}, {}
@@ -81,21 +81,21 @@ class Affine(NamedTuple):
                 by = ratio.nan_to_num(1.0).clamp(1 / WIDEST_STEP, WIDEST_STEP)
             loc[name] = torch.where(counts, target + by * (self.loc[name] - mean), self.loc[name])
             factor[name] = torch.where(counts, by, 1.0) * self.factor[name]
-        return Affine(loc, factor)
+        return RowMaps(loc, factor)
 
 
 class Draws(NamedTuple):
     """Some rows of a batch with draws of the guide for each."""
 
     batch: Batch
-    drawn: Drawn
+    drawn: ParticleDraws
 
     def of(self, rows: Tensor) -> "Draws":
         """The draws of some of the rows."""
         values, counts, log_q = self.drawn
         return Draws(
             tuple(tensor[rows] for tensor in self.batch),
-            Drawn(
+            ParticleDraws(
                 {name: value[:, rows] for name, value in values.items()},
                 {name: count[rows] for name, count in counts.items()},
                 log_q[:, rows],
@@ -103,18 +103,22 @@ class Draws(NamedTuple):
         )
 
 
-def matched(particles: Particles, draws: Draws) -> tuple[Affine, Tensor]:
+def matched(
+    particles: Particles, draws: Draws, light: float = LIGHT_TAIL
+) -> tuple[RowMaps, Tensor]:
     """Find maps that move and stretch the draws of rows with heavy-tailed weights.
 
     Each step moves draws to their weighted mean, and stretches them to their weighted scale. A
     move is kept if it raises the ELBO of the draws, and a stretch if it lowers Pareto k.
 
+    Draws are moved until the Pareto shape of their weights is at most ``light``.
+
     Returns the maps and the Pareto shapes of the weights before the moves, (n,).
     """
-    found = Affine.identity(particles, draws.drawn)
+    found = RowMaps.identity(particles, draws.drawn)
     log_weights = weights(particles, found, draws)
     before = shape_of(log_weights)
-    rows = (~(before <= LIGHT_TAIL)).nonzero().flatten()
+    rows = (~(before <= light)).nonzero().flatten()
     for _ in range(ROUNDS if found.loc else 0):
         if not len(rows):
             break
@@ -127,12 +131,12 @@ def matched(particles: Particles, draws: Draws) -> tuple[Affine, Tensor]:
             found = found.put(rows[better], step.of(better.nonzero().flatten()))
             log_weights = log_weights.index_copy(1, rows[better], new[:, better])
             moved |= better
-        heavy = ~(shape_of(log_weights[:, rows]) <= LIGHT_TAIL)
+        heavy = ~(shape_of(log_weights[:, rows]) <= light)
         rows = rows[moved & heavy]
     return found, before
 
 
-def weights(particles: Particles, of: Affine, draws: Draws) -> Tensor:
+def weights(particles: Particles, of: RowMaps, draws: Draws) -> Tensor:
     """The log weights of draws that are mapped, of shape (K, n)."""
     values = of(draws.drawn.values)
     return particles.score(values, draws.batch).joint - draws.drawn.log_q + of.log_det

@@ -1,8 +1,9 @@
 """Score rows: log p(x) of each row, and the entries that make a row strange."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import log
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.distributions import MaskedDistribution
@@ -105,7 +106,7 @@ def score(
 def _scored(pair: nn.Module, part: Weighted) -> RowScores:
     weights, number = part.log_weights, len(part.log_weights)
     total = weights.logsumexp(0)
-    each = _by_entry(pair, part).double()
+    each = by_entry(pair, part, log_prob_of).double()
     wide = weights.reshape(*weights.shape, *[1] * (each.dim() - 2))
     without = wide - each
     conditional = total.reshape(-1, *[1] * (each.dim() - 2)) - without.logsumexp(0)
@@ -117,8 +118,15 @@ def _scored(pair: nn.Module, part: Weighted) -> RowScores:
     )
 
 
-def _by_entry(pair: nn.Module, part: Weighted) -> Tensor:
-    """log p(x_j | z_k) of each entry, (K, n, *data_shape); NaN where the entry is hidden."""
+def by_entry(pair: nn.Module, part: Weighted, term: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    """A term of each entry at each draw, (K, n, *data_shape); NaN where the entry is hidden.
+
+    Arguments:
+        term: a function of the distribution of the entries and their values, such as
+            ``log p(x_j | z_k)``, which returns a tensor of the shape of the values.
+
+    Raises `UsageError` for a likelihood that does not split into entries.
+    """
     model: Any = pair
     with DataFirst(dict(part.values)):
         site = data_site(trace(model.model, part.batch))
@@ -130,9 +138,14 @@ def _by_entry(pair: nn.Module, part: Weighted) -> Tensor:
             f"the likelihood at site '{site['name']}' ({type(fn).__name__}) does not split into "
             "entries; use pyro_vae.log_likelihood"
         )
-    density = torch.where(masks.scored(site), fn.log_prob(site["value"]), torch.nan)
-    density = density.movedim(density.dim() - 1 - right, 0)
+    found = torch.where(masks.scored(site), term(fn, site["value"]), torch.nan)
+    found = found.movedim(found.dim() - 1 - right, 0)
     shape = (*part.log_weights.shape, *part.batch[0].shape[1:])
-    if density.numel() != torch.Size(shape).numel():
+    if found.numel() != torch.Size(shape).numel():
         raise UsageError(f"site '{site['name']}' does not observe each entry of x")
-    return density.reshape(shape)
+    return found.reshape(shape)
+
+
+def log_prob_of(fn: Any, value: Tensor) -> Tensor:
+    """The log density of values, as a term of `by_entry`."""
+    return cast(Tensor, fn.log_prob(value))

@@ -1,11 +1,12 @@
 """Draws of the latents with importance weights: what imputation and scores by entry start from."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.compat import Enumerate
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import CELLS
 from pyro_vae.inference.pareto import LEAST, pareto_shape
@@ -14,9 +15,10 @@ from pyro_vae.pairs import enumeration
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
-from pyro_vae.pairs.pair import Batch
+from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.sites import data_first, latents
-from pyro_vae.pairs.weights import log_weights_alone, sampled, structure, weights_of
+from pyro_vae.pairs.traces import Given, trace
+from pyro_vae.pairs.weights import log_guide, log_joint, sampled, structure, weights_of
 
 
 class Weighted(NamedTuple):
@@ -112,13 +114,14 @@ def _repeated(pair: nn.Module, batch: Batch, num_samples: int, nesting: int) -> 
     """Draws of the guide for repeated rows; not every pair broadcasts over a plate of samples."""
     many = tuple(tensor.repeat(num_samples, *[1] * (tensor.dim() - 1)) for tensor in batch)
     guide = trace_guide(pair, many)
-    summed = enumeration.to_enumerate(guide)
-    drawn: dict[str, Any] = {k: site for k, site in latents(guide).items() if k not in summed}
-    given = {name: site["value"] for name, site in drawn.items()}
-    log_weights = log_weights_alone(pair, many, nesting, given).double()
+    given = {name: site["value"] for name, site in latents(guide).items()}
+    # The guide draws all of its latents. Those that only the model has are summed out.
+    with Enumerate(first_available_dim=-1 - nesting), Given(given):
+        model = trace(cast(Pair, pair).model, many)
+    log_weights = (log_joint(model, False) - log_guide(guide, False)).double()
     values = {
         name: data_first(site["value"], site) if is_local(site) else site["value"]
         for name, site in latents(guide).items()
     }
     values |= summed_out(pair, many, guide, means=False)
-    return Weighted(many, values, log_weights.reshape(num_samples, -1))
+    return Weighted(many, values, log_weights.expand(len(many[0])).reshape(num_samples, -1))

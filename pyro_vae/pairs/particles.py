@@ -10,16 +10,19 @@ from torch import Tensor, nn
 
 from pyro_vae.compat import Enumerate
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs import enumeration, masks, summing
+from pyro_vae.pairs import masks
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.pair import Batch, Pair, Site
 from pyro_vae.pairs.sites import latents, observed
 from pyro_vae.pairs.traces import Given, trace
-from pyro_vae.pairs.weights import log_density, log_guide, own_dims, structure
+from pyro_vae.pairs.weights import log_guide, log_joint, own_dims, structure
+
+GLANCE = 500
+"""Rows that are drawn to find the latents: sequences of one row may have fewer sites."""
 
 
-class Drawn(NamedTuple):
+class ParticleDraws(NamedTuple):
     """K draws of the guide for each of n rows."""
 
     values: dict[str, Tensor]
@@ -48,23 +51,23 @@ class Particles:
 
     Arguments:
         pair: any pair.
-        batch: a prepared batch, which serves to find the latents.
+        batch: a prepared batch, whose first rows serve to find the latents.
 
     Call every method within `pyro_vae.pairs.scope.using`.
     """
 
     def __init__(self, pair: nn.Module, batch: Batch) -> None:
         self.pair = pair
-        few = tuple(tensor[:2] for tensor in batch)
+        few, some = (tuple(tensor[:n] for tensor in batch) for n in (2, GLANCE))
         self.nesting, self.vectorized, self.widest = structure(pair, few)
-        self.sites = _local(trace_guide(pair, batch))
+        self.sites = _local(trace_guide(pair, some))
         self.right = {name: own_dims(site, self.nesting) for name, site in self.sites.items()}
 
-    def draw(self, number: int, batch: Batch) -> Drawn:
+    def draw(self, number: int, batch: Batch) -> ParticleDraws:
         """Draw from the guide."""
         parts = [self._drawn(size, batch) for size in self._blocks(number)]
         values = {name: torch.cat([part.values[name] for part in parts]) for name in self.sites}
-        return Drawn(values, parts[0].counts, torch.cat([part.log_q for part in parts]))
+        return ParticleDraws(values, parts[0].counts, torch.cat([part.log_q for part in parts]))
 
     def score(self, values: dict[str, Tensor], batch: Batch) -> Scored:
         """The densities of the model at these latents, which have the shapes of `draw`."""
@@ -84,14 +87,14 @@ class Particles:
             return nullcontext()
         return pyro.plate("particles", size, dim=-1 - self.nesting)
 
-    def _drawn(self, size: int, batch: Batch) -> Drawn:
+    def _drawn(self, size: int, batch: Batch) -> ParticleDraws:
         with self._plate(size):
             guide = trace_guide(self.pair, batch)
         sites = _local(guide)
         if sites.keys() != self.sites.keys():
             raise UsageError(
                 f"the guide draws the sites {', '.join(sites)} for some rows and "
-                f"{', '.join(self.sites)} for all rows: draw all sites for every row, and mask them"
+                f"{', '.join(self.sites)} for others: draw all sites for every row, and mask them"
             )
         values = {name: self.data_first(name, site["value"]) for name, site in sites.items()}
         counts = {
@@ -99,7 +102,7 @@ class Particles:
             for name, site in sites.items()
         }
         log_q = self._rows(log_guide(guide, self.vectorized), size, batch)
-        return Drawn(values, counts, log_q)
+        return ParticleDraws(values, counts, log_q)
 
     def _scored(self, values: dict[str, Tensor], size: int, batch: Batch) -> Scored:
         given = {name: self._placed(name, value) for name, value in values.items()}
@@ -109,12 +112,9 @@ class Particles:
         prior = model.copy()
         for name in observed(model):
             prior.remove_node(name)
-        return Scored(*(self._rows(self._density(part), size, batch) for part in (model, prior)))
-
-    def _density(self, model: Trace) -> Tensor:
-        if enumeration.enumerated(model):
-            return summing.evidence(model, Trace())
-        return log_density(model, self.vectorized)
+        return Scored(
+            *(self._rows(log_joint(part, self.vectorized), size, batch) for part in (model, prior))
+        )
 
     def _rows(self, density: Tensor, size: int, batch: Batch) -> Tensor:
         return density.double().expand(size, len(batch[0]))

@@ -55,6 +55,13 @@ def log_density(model: poutine.Trace, particles: bool) -> Tensor:
     return _summed(_local(model) | observed(model) | terms, particles)
 
 
+def log_joint(model: poutine.Trace, particles: bool) -> Tensor:
+    """`log_density` of a model's trace with its enumerated sites summed out."""
+    if enumeration.enumerated(model):
+        return summing.evidence(model, poutine.Trace())
+    return log_density(model, particles)
+
+
 def log_guide(guide: poutine.Trace, particles: bool) -> Tensor:
     """log q of all local latents; sites that the guide observes are terms of the loss, not of q."""
     return _summed(_local(guide), particles)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pyro_vae.data.schema import Schema
 from pyro_vae.inference.generation import sample
 from pyro_vae.inference.imputation import Imputation, impute
+from pyro_vae.inference.pareto import threshold
 from pyro_vae.inference.scoring import score
 from pyro_vae.plots.columns import marginals, pairwise_plots
 
@@ -56,8 +57,9 @@ def _imputations(
     found = impute(pair, holes, *context, num_samples=500, seed=seed)
     head = f"{'column':<26}{'cells':>6}  {'error':>8}{'without z':>11}{'in 90 % interval':>18}"
     lines = [_line(schema, j, x, holes, hidden, found) for j in range(x.shape[1])]
-    bad = int((found.pareto_k[hidden.any(1)] > 0.7).sum())
-    note = f"Pareto k is over 0.7 for {bad} of {int(hidden.any(1).sum())} rows."
+    limit = threshold(found.num_samples)
+    bad = int((found.pareto_k[hidden.any(1)] > limit).sum())
+    note = f"Pareto k is over {limit:.2f} for {bad} of {int(hidden.any(1).sum())} rows."
     return "\n".join([head, *lines, note])
 
 

@@ -14,7 +14,7 @@ def runner(
     graph: torch.fx.GraphModule, values: list[Tensor], inputs: Sequence[Tensor]
 ) -> Callable[..., Any]:
     """Return the function that runs a graph on the device of the pair's values."""
-    if not values[0].is_cuda:
+    if not any(tensor.is_cuda for tensor in (*values, *inputs)):
         return graph.forward
     try:
         return Captured(graph.forward, values, inputs)

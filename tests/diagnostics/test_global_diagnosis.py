@@ -30,8 +30,8 @@ def diagnosed(monkeypatch, pair, batch, *studies, **settings):
     return pv.diagnose(pair, *batch, **settings)
 
 
-def words(found, kind):
-    return "; ".join(finding.words for finding in found.findings if finding.kind == kind)
+def words(found, *kinds):
+    return "; ".join(finding.words for finding in found.findings if finding.kind in kinds)
 
 
 # Judgment
@@ -130,12 +130,12 @@ def test_a_guide_ten_posterior_sds_off_is_never_reliable(monkeypatch):
     pair = Nested().set(x, g, shift=10.0)
     latents, weights = model_studies.latents_study, global_studies.global_weights_study
     found = diagnosed(monkeypatch, pair, (x, g), latents, weights, train=(x, g))
-    assert "the guide of 'w', 'u': Pareto k of its weights given all 12 rows is" in words(
-        found, "doubt"
-    )
-    assert "given the guide of 'w', 'u', the model uses 'z'" in words(found, "doubt")
+    told = "the guide of 'w', 'u': Pareto k of its weights given all 12 rows is"
+    assert told in words(found, "fault")
+    assert "given the guide of 'w', 'u', the model uses 'z'" in words(found, "fault", "doubt")
     assert not words(found, "trust")
-    assert "Reliable:" not in found.summary.replace("Not reliable:", "")
+    assert "\nReliable:" not in found.summary
+    assert found.blamed[0].part == "globals"
 
 
 def test_a_guide_that_is_too_narrow_is_named_by_nuts(monkeypatch):
@@ -144,7 +144,7 @@ def test_a_guide_that_is_too_narrow_is_named_by_nuts(monkeypatch):
     pair = Nested().set(x, g, shift=-2.0, stretch=0.2)
     study = global_studies.global_nuts_study
     found = diagnosed(monkeypatch, pair, (x, g), study, train=(x, g))
-    told = words(found, "doubt")
+    told = words(found, "fault", "doubt")
     assert "the guide of '" in told
     assert "its scale is 0." in told
     assert "posterior standard deviations too low" in told
@@ -162,7 +162,7 @@ def test_global_latents_are_not_checked_on_rows_that_may_be_others(monkeypatch):
     assert "belongs to the data to which it was fitted" in words(found, "unchecked")
     assert "pass them as train" in words(found, "unchecked")
     assert "given the guide of 'w', 'u', the model uses 'z'" in words(found, "unchecked")
-    assert "Not checked: the guide of 'w', 'u'" in found.summary
+    assert "Not checked:\n- the guide of 'w', 'u'" in found.summary
     assert not words(found, "trust")
     pv.fit(pair, x, g, epochs=1, batch_size=12, learning_rate=1e-9, engine="eager", progress=False)
     known = diagnosed(monkeypatch, pair, (x, g), weights)
@@ -185,10 +185,11 @@ def test_local_latents_that_no_tool_reached_are_not_checked(monkeypatch):
     ("weights", "said"), [(-0.01, "less than 1 %"), (0.004, "less than 1 %"), (0.2, "17 %")]
 )
 def test_a_share_of_the_variance_is_not_negative(weights, said):
-    bench = Bench(pv.VAE.mlp((4,)), (torch.zeros(3, 4),), torch.arange(3), 0, "eager", 1, 1)
+    bench = Bench(pv.VAE.mlp((4,)), (torch.zeros(3, 4),), torch.arange(3), 0, "eager", 1, 1, 1)
+    bench = bench._replace(shared=("w",))
     found = SimpleNamespace(epistemic=torch.tensor(weights), total=torch.tensor(1 + weights))
-    (told, *_) = model_studies.uncertainty_study(bench).judge(found, {})
-    assert told.words == f"predictions: {said} of their variance is due to the global latents"
+    (told, *_) = model_studies.uncertainty_study(bench).judge(found)
+    assert told.words.startswith(f"{said} of the variance of predictions is due to the global")
 
 
 # Calibration by new fits

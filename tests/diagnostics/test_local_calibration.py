@@ -322,6 +322,31 @@ def test_other_pairs_are_served(name):
     assert torch.equal(found.shift.nan_to_num(9.0), again.shift.nan_to_num(9.0))
 
 
+class Ragged(nn.Module):
+    """A second latent that only minibatches with a second entry have."""
+
+    def run(self, x, of_model):
+        steps = 1 + int(bool((x[:, 1] > 0).any()))
+        with pyro.plate("data", len(x), dim=-1):
+            z = [pyro.sample(f"z{i}", dist.Normal(x.new_zeros(()), 1.0)) for i in range(steps)]
+            if of_model:
+                pyro.sample("x", dist.Normal(sum(z)[..., None] + 0 * x, 1.0).to_event(1), obs=x)
+
+    def model(self, x):
+        self.run(x, True)
+
+    def guide(self, x):
+        self.run(x, False)
+
+
+def test_sites_that_depend_on_the_minibatch_are_refused(monkeypatch):
+    x = -torch.rand(6, 2).double()
+    x[0, 1] = 1.0
+    monkeypatch.setattr("pyro_vae.diagnostics.local_calibration.CELLS", 50 * 2)
+    with pytest.raises(pv.UsageError, match="draws the sites z0 for some rows and z0, z1 for"):
+        pv.local_calibration(Ragged(), x, num_samples=50, **QUIET)
+
+
 class Coin(nn.Module):
     def model(self, x):
         with pyro.plate("data", len(x), dim=-1):

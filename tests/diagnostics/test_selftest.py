@@ -88,8 +88,8 @@ def test_a_failure_is_shown_and_ends_with_status_1(monkeypatch, capsys):
         yield
 
     def wrong():
-        yield selftest_checks._check("a number", [1.0, 2.0], [1.0, 2.5], [0.1, 0.2])
-        yield selftest_checks._check("nothing", torch.nan, 0.0, 1.0)
+        yield selftest_checks.check_of("a number", [1.0, 2.0], [1.0, 2.5], [0.1, 0.2])
+        yield selftest_checks.check_of("nothing", torch.nan, 0.0, 1.0)
 
     monkeypatch.setattr(selftest, "CHECKS", {"wrong": wrong, "fails": fails})
     with pytest.raises(SystemExit) as ended:

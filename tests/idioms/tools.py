@@ -175,7 +175,7 @@ def predictive_check(idiom: Idiom, pair: nn.Module, batch: Batch) -> None:
         "holes": lambda x: x.reshape(len(x), -1).isnan().double().sum(1),
     }
     found = pv.predictive_check(
-        pair, *batch, statistics=statistics, num_replicates=30, progress=False
+        pair, *batch, statistics=statistics, num_replicates=30, latents="guide", progress=False
     )
     live = ~found.observed[:, 0].isnan()
     assert bool(((found.p_values > 0) & (found.p_values < 1))[live].all())
