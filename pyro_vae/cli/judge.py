@@ -31,10 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pyro_vae.data.split import Data
-    from pyro_vae.diagnostics.comparison import Diagnosed
-    from pyro_vae.diagnostics.diagnosis import Diagnosis
-
-    Opened = tuple[nn.Module, Data, dict[str, Any]]
+    from pyro_vae.diagnostics.comparison import Scored
 
 
 @app.command
@@ -105,13 +102,14 @@ def diagnose(
     report
         Write report.html again.
     """
-    from pyro_vae.diagnostics.comparison import compare
+    from pyro_vae.diagnostics.comparison import Diagnosed, compare
 
     require_positive("num", num)
     require_seconds("budget", budget)
     runs = (run, *others)
     require_distinct(runs)
     opened = [open_run(one, data, data_dir, model) for one in runs]
+    scores = [_scored(one, num) for one in opened] if others else []
     print_price(f"about {budget:g} s{' for each run' if others else ''} (--budget)")
     made = []
     for one, (pair, loaded, given) in zip(runs, opened, strict=True):
@@ -137,17 +135,17 @@ def diagnose(
             print(f"{'report':<20}{one / 'report.html'}")
         made.append(found)
     if others:
-        sides = [_side(*side, num) for side in zip(runs, opened, made, strict=True)]
-        print(f"\n{compare(sides)}")
+        sides = zip(map(str, runs), made, scores, strict=True)
+        print(f"\n{compare([Diagnosed(*side) for side in sides])}")
 
 
-def _side(run: Path, opened: "Opened", found: "Diagnosis", num: int) -> "Diagnosed":
-    """A run of a comparison, with what its log p(x) is about."""
-    from pyro_vae.diagnostics.comparison import Diagnosed, scored
+def _scored(opened: tuple["nn.Module", "Data", dict[str, Any]], num: int) -> "Scored":
+    """What log p(x) of a run is about, on the data of its diagnosis."""
+    from pyro_vae.diagnostics.comparison import scored
 
-    pair, loaded, given = opened
-    x, context = test_part(loaded, given, num)
-    return Diagnosed(str(run), found, scored(pair, x, *context, binarize=binarize_of(given)))
+    pair, data, given = opened
+    x, context = test_part(data, given, num)
+    return scored(pair, x, *context, binarize=binarize_of(given))
 
 
 def _other(
