@@ -121,7 +121,7 @@ def test_runs_of_other_data_are_not_compared(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("a nowhere", "there is no run 'nowhere'"),
+        ("a nowhere", "no run 'nowhere'"),
         ("a copy a", "a is given twice; give each run once"),
         ("a copy ../runs/a", "../runs/a is given twice (as a and ../runs/a)"),
         ("a copy --budget 0", "--budget must be above 0 seconds, got 0"),
