@@ -153,7 +153,8 @@ def _require_known(file: Path, options: dict[str, Any], resumed: bool) -> None:
     """Raise `UsageError` for an unknown option in a file."""
     known = [field.name for kind in (Model, Objective, Input, Settings) for field in fields(kind)]
     # A run does not record its own folder: a copy of it would write into the first one.
-    known += ["data", "num_eval_samples", "report", *(() if resumed else ("out",))]
+    known += ["data", "num_eval_samples", "report", "diagnosis_seconds"]
+    known += () if resumed else ("out",)
     for name in options:
         if name not in (*known, *_RECORDED):
             raise UsageError(f"{file}: unknown option '{name}'; {nearest(name, known)}")

@@ -2,12 +2,21 @@
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from pyro_vae.cli.app import RunFolder, UserClass, app
+from pyro_vae.cli.diagnosis import (
+    ROWS,
+    diagnose_run,
+    print_price,
+    require_distinct,
+    require_seconds,
+    verdict_lines,
+)
 from pyro_vae.cli.run import (
     binarize_of,
-    context_of,
     load_of_run,
     measure_run,
     open_run,
@@ -19,9 +28,10 @@ from pyro_vae.cli.run import (
 from pyro_vae.training.settings import EngineName
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from pyro_vae.data.split import Data
+    from pyro_vae.diagnostics.comparison import Scored
 
 
 @app.command
@@ -60,8 +70,8 @@ def evaluate(
 @app.command
 def diagnose(
     run: RunFolder,
-    *,
-    num: int = 1000,
+    *others: Annotated[Path, Parameter(help="Further runs, to compare with the first one.")],
+    num: int = ROWS,
     budget: float = 200.0,
     data: str | None = None,
     other: str | None = None,
@@ -73,12 +83,15 @@ def diagnose(
 ) -> None:
     """Check whether the inference of a run can be believed; write metrics, figures and the report.
 
+    Several runs, such as those of several seeds, are diagnosed one after another. A table then
+    compares their verdicts and their log p(x).
+
     Parameters
     ----------
     num
         Number of test data.
     budget
-        Time limit in seconds. The result names the checks for which there was no time.
+        Time limit in seconds for each run. The result names the checks for which there was no time.
     data
         Data to use instead of those of training: a name or a file, as for train.
     other
@@ -93,55 +106,58 @@ def diagnose(
     report
         Write report.html again.
     """
-    from pyro_vae.cli.score import ids_of  # here, so that the commands keep their order in --help
-    from pyro_vae.diagnostics.diagnosis import diagnose as run_diagnose
-    from pyro_vae.plots import canvas
-    from pyro_vae.runs import files as run_files
-    from pyro_vae.runs import metrics as run_metrics
+    from pyro_vae.diagnostics.comparison import Diagnosed, compare
 
     require_positive("num", num)
-    pair, loaded, given = open_run(run, data, data_dir, model)
-    x, context = test_part(loaded, given, num)
-    outliers = None
-    if other is not None:
-        rows, others = test_part(load_of_run(run, given, other, data_dir), given, num)
-        outliers = (rows, *others)
-    found = run_diagnose(
-        pair,
-        x,
-        *context,
-        other=outliers,
-        # The guide of global latents belongs to the training data of the run.
-        train=(loaded.train.x, *context_of(given, loaded, loaded.train)) if data is None else None,
-        budget=budget,
-        binarize=binarize_of(given),
-        engine=engine,
-        seed=seed,
-    )
-    seen = _seen(run, loaded) if data is not None else {}
-    record = {"data": loaded.name, "model": run_metrics.fingerprint(pair)} | seen | found.as_dict()
-    if "log_likelihood" in found.results:
-        worst = found.worst()
-        if "vocabulary" in given:
-            record["worst_data"] = canvas.lines([("", x[worst])], given["vocabulary"])
-        elif loaded.files or loaded.table or loaded.cells:
-            record["worst_data"] = _named(ids_of(loaded, loaded.test), worst.tolist())
-    for name, figure in found.figures.items():
-        with run_files.atomic(run / run_files.FIGURES / f"{run_files.DIAGNOSIS}{name}.png") as file:
-            file.write(canvas.png(figure))
-    metrics = run_metrics.read_metrics(run)
-    run_files.write_json(run / run_files.METRICS, metrics | {"diagnostics": record})
-    if report:
-        report_run(run, pair, loaded, given)
-    print(found)
-    if report:
-        print(f"\n{'report':<20}{run / 'report.html'}")
+    require_seconds("budget", budget)
+    runs = (run, *others)
+    require_distinct(runs)
+    opened = [open_run(one, data, data_dir, model) for one in runs]
+    scores = [_scored(one, num) for one in opened] if others else []
+    print_price(f"about {budget:g} s{' for each run' if others else ''} (--budget)")
+    made = []
+    for one, (pair, loaded, given) in zip(runs, opened, strict=True):
+        found = diagnose_run(
+            one,
+            pair,
+            loaded,
+            given,
+            num=num,
+            budget=budget,
+            engine=engine,
+            seed=seed,
+            own=data is None,
+            more=_seen(one, loaded) if data is not None else None,
+            other=None if other is None else _other(one, given, other, data_dir, num),
+        )
+        if others:
+            print(f"\n{one}", *verdict_lines(found), sep="\n")
+        else:
+            print(found, end="\n\n" if report else "\n")
+        if report:
+            report_run(one, pair, loaded, given)
+            print(f"{'report':<20}{one / 'report.html'}")
+        made.append(found)
+    if others:
+        sides = zip(map(str, runs), made, scores, strict=True)
+        print(f"\n{compare([Diagnosed(*side) for side in sides])}")
 
 
-def _named(ids: dict[str, list[Any]], rows: list[int]) -> str:
-    """The ids of rows, by the row numbers that the pictures show."""
-    ((name, known),) = ids.items()
-    return "\n".join([f"row     {name}", *(f"{row:<8}{known[row]}" for row in rows)])
+def _scored(opened: tuple["nn.Module", "Data", dict[str, Any]], num: int) -> "Scored":
+    """What log p(x) of a run is about, on the data of its diagnosis."""
+    from pyro_vae.diagnostics.comparison import scored
+
+    pair, data, given = opened
+    x, context = test_part(data, given, num)
+    return scored(pair, x, *context, binarize=binarize_of(given))
+
+
+def _other(
+    run: Path, given: dict[str, Any], name: str, data_dir: Path | None, num: int
+) -> tuple["Tensor", ...]:
+    """Out-of-distribution data, as the pair of a run receives them."""
+    x, context = test_part(load_of_run(run, given, name, data_dir), given, num)
+    return (x, *context)
 
 
 def _current_findings(run: Path, pair: "nn.Module") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pyro_vae.cli.config_file import (
     require_typed_class,
     run_of,
 )
+from pyro_vae.cli.diagnosis import SECONDS, diagnose_trained, require_seconds
 from pyro_vae.cli.input import Input, named_data, reject_ignored_by_data
 from pyro_vae.cli.job import make_job, told
 from pyro_vae.cli.make_pair import require_groups
@@ -48,6 +49,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     report: bool = True,
+    diagnosis_seconds: float | None = None,
     config: Path | None = None,
 ) -> None:
     """Fit a pair to data, evaluate it on test data, and write a run folder with a report.
@@ -69,6 +71,9 @@ def train(
         Replace the run in the run folder.
     report
         Write report.html.
+    diagnosis_seconds
+        Time limit in seconds of a diagnosis of the inference, which the report shows first; 0 turns
+        it off. The default is 10, or 0 with --no-report. diagnose does it with more time.
     config
         JSON file of options, or the config.json of a run. Options on the command line override it.
     """
@@ -77,6 +82,8 @@ def train(
 
     del config  # `read_options` has already added the options of this file.
     require_positive("num_eval_samples", num_eval_samples)
+    budget = (SECONDS if report else 0.0) if diagnosis_seconds is None else diagnosis_seconds
+    require_seconds("diagnosis_seconds", budget, "at least 0")
     run = out or run_of(data)
     recorded = recorded_options(run) if resume else {}
     require_recorded(run, recorded, model.model)
@@ -109,6 +116,8 @@ def train(
     if holes := missing_entries(loaded):
         print(f"{'missing entries':<20}{holes}, which the likelihood leaves out")
     measure_run(run, job.pair, loaded, job.given, num_eval_samples, job.settings.engine)
+    if budget:
+        diagnose_trained(run, job.pair, loaded, job.given, budget, job.settings.engine)
     if report:
         report_run(run, job.pair, loaded, job.given)
         print(f"{'report':<20}{run / 'report.html'}")

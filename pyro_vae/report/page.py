@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae.diagnostics.diagnosis import KINDS, REASONS
+from pyro_vae.diagnostics.verdict import PARTS
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import metrics as run_metrics
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: #222; background: #fff }
+       color: #222; background: #fff; overflow-wrap: break-word }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse } td { padding: .15rem 1.2rem .15rem 0; vertical-align: top }
-td + td { font-variant-numeric: tabular-nums } img { max-width: 100% } pre { white-space: pre-wrap }
-p { color: #555 }
+td + td { font-variant-numeric: tabular-nums } img { max-width: 100% }
+pre { font-size: 13px; overflow-x: auto } ul { margin: .2rem 0; padding-left: 1.4rem }
+p { color: #555 } p b { color: #222 }
 """
 
 _WORDS = {
@@ -88,16 +90,59 @@ _NUMBERS = {
 }
 
 
-def shown_diagnostics(run: Path, found: dict[str, Any] | None) -> str:
-    """The findings of `diagnose` as a part of the page, with the summary first."""
+def shown_verdict(found: dict[str, Any] | None) -> str:
+    """What `diagnose` found, as the first part of the page: the parts at fault, then the rest."""
     if found is None:
         return ""
     lines = ["<h2>Can the inference be believed?</h2>"]
     for kind, title in KINDS.items():
-        words = [part["words"] for part in found["findings"] if part["kind"] == kind]
-        if words:
-            told = html.escape("; ".join(dict.fromkeys(words)))
-            lines.append(f"<p><b>{title}:</b> {told}.</p>")
+        told = _faults(found) if kind == "fault" else _findings(found, kind)
+        if told:
+            lines.append(f"<p><b>{title}:</b></p><ul>{''.join(told)}</ul>")
+    return f"{''.join(lines)}<p>{html.escape(_price(found))}</p>"
+
+
+def _findings(found: dict[str, Any], kind: str) -> list[str]:
+    words = [part["words"] for part in found["findings"] if part["kind"] == kind]
+    return [f"<li>{html.escape(one)}.</li>" for one in dict.fromkeys(words)]
+
+
+def _faults(found: dict[str, Any]) -> list[str]:
+    """Each part at fault, with what to try and its evidence; each sign is told once."""
+    faults, before = [], set[str]()
+    for blame in found.get("blamed", ()):
+        name = html.escape(PARTS.get(blame["part"], (blame["part"],))[0])
+        size = "" if blame["nats"] is None else f" ({blame['nats']:.2f} nats per example)"
+        signs = {sign["words"]: None for sign in blame["evidence"]}
+        new = [html.escape(words) for words in signs if words not in before]
+        new += ["the evidence of the parts above"] if len(new) < len(signs) else []
+        before |= set(signs)
+        evidence = "".join(f"<li>{words}</li>" for words in new)
+        advice = html.escape(blame["next"])
+        faults.append(f"<li><b>{name}</b>{size}. Try {advice}.<ul>{evidence}</ul></li>")
+    if not faults and "blamed" in found and found["tables"]:  # version 0.1.0 blamed no part
+        faults = ["<li>no part, as far as the diagnostics have checked</li>"]
+    return faults
+
+
+def _price(found: dict[str, Any]) -> str:
+    """How long the diagnosis took, on how many data, and how many diagnostics lacked time."""
+    if not {"seconds", "budget", "num_examples"} <= set(found):
+        return ""  # written by an earlier version
+    took, lacking = sum(found["seconds"].values()), len(found["left_out"])
+    words = f"The diagnosis took {took:.0f} s (budget {found['budget']:g} s), with at most "
+    words += f"{found['num_examples']} test data."
+    if lacking:
+        words += f" For lack of time, {lacking} diagnostics did not run or not at full size: "
+        words += "pyro-vae diagnose gives them more."
+    return words
+
+
+def shown_diagnostics(run: Path, found: dict[str, Any] | None) -> str:
+    """The table and the figures of each diagnostic as a part of the page."""
+    if found is None:
+        return ""
+    lines = ["<h2>Diagnostics</h2>"]
     if found.get("worst_data"):
         lines.append("<p>The data with the least reliable log p(x):</p>")
         lines.append(f"<pre>{html.escape(found['worst_data'])}</pre>")
@@ -110,15 +155,18 @@ def shown_diagnostics(run: Path, found: dict[str, Any] | None) -> str:
         picture = "".join(
             _picture(what, path.read_bytes()) for what, path in paths.items() if path.exists()
         )
-        notes = "".join(f"\nnote: {note}" for note in found["notes"].get(name, []))
+        notes = [f"note: {note}" for note in found["notes"].get(name, [])]
+        told = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
         lines.append(
             f"<details{' open' if picture else ''}><summary>{html.escape(name)}</summary>"
-            f"{picture}<pre>{html.escape(table + notes)}</pre></details>"
+            f"{picture}<pre>{html.escape(table)}</pre>{told}</details>"
         )
-    for title, reasons in REASONS.items():
-        for name, why in found[reasons].items():
-            lines.append(f"<p>{html.escape(f'{name} {title}: {why}')}</p>")
-    return "".join(lines)
+    missing = [
+        f"<li>{html.escape(f'{name} {title}: {why}')}</li>"
+        for title, reasons in REASONS.items()
+        for name, why in found[reasons].items()
+    ]
+    return "".join([*lines, f"<ul>{''.join(missing)}</ul>" if missing else ""])
 
 
 def whole_page(
@@ -128,9 +176,10 @@ def whole_page(
     remarks: Sequence[str],
     model: str,
     figures: dict[str, bytes | str],
-    believed: str,
+    verdict: str,
+    diagnostics: str,
 ) -> str:
-    """The page of a run: numbers, findings of `diagnose`, figures and configuration."""
+    """The page of a run: verdict, numbers, figures, diagnostics and configuration."""
     numbers = "".join(
         f"<tr><td>{label}</td><td>{_number(metrics[name])}</td></tr>"
         for name, label in _NUMBERS.items()
@@ -151,12 +200,13 @@ def whole_page(
     settings = html.escape(json.dumps(config, indent=2))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"{run_metrics.model_mark(model)}<title>{html.escape(title)}</title>"
         f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
         f"<p>{html.escape(config['pair']['class'].rpartition(':')[2])} trained on "
         f"{html.escape(trained)}, model {model[:12]}. "
         f"All bounds, likelihoods and KL are in nats per example, on test data.</p>{said}"
-        f"<table>{numbers}</table>{believed}{pictures}"
+        f"{verdict}<h2>Numbers</h2><table>{numbers}</table>{pictures}{diagnostics}"
         f"<h2>Configuration</h2><details><summary>config.json</summary><pre>{settings}</pre>"
         f"</details></body></html>\n"
     )

@@ -16,7 +16,7 @@ from pyro_vae.pairs import enumeration
 from pyro_vae.pairs.template import missing_context, template
 from pyro_vae.pairs.threads import alone
 from pyro_vae.plots import canvas, pictures
-from pyro_vae.report.page import shown_diagnostics, whole_page
+from pyro_vae.report.page import shown_diagnostics, shown_verdict, whole_page
 from pyro_vae.report.tables import table_parts
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
@@ -66,7 +66,8 @@ def write_report(
     metrics, remarks = _current(run_metrics.read_metrics(run), model)
     with _well_formed(run):
         vocabulary = (config.get("train") or {}).get("vocabulary")
-        believed = shown_diagnostics(run, metrics.get("diagnostics"))
+        verdict = shown_verdict(metrics.get("diagnostics"))
+        diagnostics = shown_diagnostics(run, metrics.get("diagnostics"))
     figures = {
         name: made if isinstance(made, str) else canvas.png(made)
         for name, made in _figures(run, pair, x, context, labels, metrics, vocabulary, ids, seed)
@@ -76,7 +77,9 @@ def write_report(
             with run_files.atomic(run / run_files.FIGURES / f"{name}.png") as file:
                 file.write(made)
     with _well_formed(run):
-        page = whole_page(run.resolve().name, config, metrics, remarks, model, figures, believed)
+        page = whole_page(
+            run.resolve().name, config, metrics, remarks, model, figures, verdict, diagnostics
+        )
     with run_files.atomic(run / run_files.REPORT) as file:
         file.write(page.encode(errors="xmlcharrefreplace"))
     return run / run_files.REPORT
@@ -87,7 +90,9 @@ def _well_formed(run: Path) -> Iterator[None]:
     """Raise `UsageError` if a file of the run does not have its format."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError) as error:
+    except UsageError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(
             f"{run / run_files.METRICS} or {run_files.CONFIG} does not have its format: "
             f"{type(error).__name__}: {first_line(error)}"

@@ -140,7 +140,7 @@ def complaint(words, capsys):
     return err
 
 
-TABLE = "table.npy --batch-size 8 --epochs 2 --num-eval-samples 2"
+TABLE = "table.npy --batch-size 8 --epochs 2 --num-eval-samples 2 --diagnosis-seconds 0"
 
 COMMANDS = {
     "unknown command": ("trian digits", ["trian", "train"]),

@@ -126,7 +126,7 @@ def test_a_scalar_latent_is_one_unit(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     command(
         "train digits --model scalar:Scalar --engine eager --epochs 1 "
-        "--num-eval-samples 5 --out run"
+        "--num-eval-samples 5 --diagnosis-seconds 0 --out run"
     )
     metrics = read(tmp_path / "run" / "metrics.json")
     assert len(metrics["kl_by_unit"]["b"]) == 1

@@ -10,7 +10,10 @@ from cli_helpers import command, read
 
 import pyro_vae as pv
 
-SHORT = "--epochs 2 --num-eval-samples 21 --latent-dim 2 --hidden 8 --engine eager"
+SHORT = (
+    "--epochs 2 --num-eval-samples 21 --latent-dim 2 --hidden 8 --engine eager "
+    "--diagnosis-seconds 0"
+)
 
 
 def write(path, n=60, seed=0):

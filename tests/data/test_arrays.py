@@ -182,7 +182,8 @@ def test_a_run_with_an_extreme_test_row_has_metrics_and_a_report(tmp_path, monke
     extreme = x[:20].copy()
     extreme[4, 3] = 1e25
     np.savez("data.npz", x_train=x, x_test=extreme)
-    options = "--likelihood gaussian --epochs 1 --batch-size 20 --num-eval-samples 2"
+    options = "--likelihood gaussian --epochs 1 --batch-size 20 --num-eval-samples 2 "
+    options += "--diagnosis-seconds 0"
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)  # the command line prints the warning
         main(["train", "data.npz", *options.split()])

@@ -47,7 +47,7 @@ def test_a_file_that_is_not_music_is_rejected(tmp_path, content):
 
 
 TRAIN = ("--model", "deep-markov", "--epochs", 1, "--hidden", 4, "--latent-dim", 2)
-TRAIN += ("--engine", "eager", "--num-eval-samples", 2)
+TRAIN += ("--engine", "eager", "--num-eval-samples", 2, "--diagnosis-seconds", 0)
 
 
 def test_the_command_line_works_with_music(chorales, tmp_path):

@@ -88,6 +88,8 @@ TRAIN = (
     "eager",
     "--batch-size",
     8,
+    "--diagnosis-seconds",
+    0,
 )
 
 

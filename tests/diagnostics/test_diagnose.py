@@ -346,7 +346,7 @@ def cheap(monkeypatch):
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "digits"
-    words = f"train digits --out {run} --epochs 2 --latent-dim 2 --hidden 8"
+    words = f"train digits --out {run} --epochs 2 --latent-dim 2 --hidden 8 --diagnosis-seconds 0"
     main([*words.split(), "--num-eval-samples", "2", "--engine", "eager"])
     return run
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("always:.*findings of diagnose for other
 
 TRAIN = (
     "--likelihood gaussian --latent-dim 2 --hidden 8 --batch-size 32 --engine eager "
-    "--num-eval-samples 2"
+    "--num-eval-samples 2 --diagnosis-seconds 0"
 )
 
 
@@ -183,7 +183,7 @@ class Tags(html.parser.HTMLParser):
 
 ALLOWED = {
     *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "b", "table", "tr", "td"),
-    *("details", "summary", "pre", "img", "code"),
+    *("details", "summary", "pre", "img", "code", "ul", "li"),
 }
 
 
