@@ -341,7 +341,11 @@ class _Climb:
             found.findings += [one for one in told if isinstance(one, Finding)]
             found.signs += [one for one in told if isinstance(one, Sign)]
             for title, figure in study.figures.items():
-                found.figures[title] = figure(self.result)
+                try:
+                    found.figures[title] = figure(self.result)
+                except Exception as error:  # a picture is no reason to lose the findings
+                    self.notes[f"'{title}' cannot be drawn: {first_line(error)}"] = None
+                    continue
                 found.pictures.setdefault(name, []).append(title)
         if self.notes:
             found.notes[name] = list(self.notes)

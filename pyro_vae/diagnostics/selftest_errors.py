@@ -92,7 +92,7 @@ def sample_size_checks() -> Iterator[Check]:
     yield check_of("effective sample size of weights", share, truth, 0.01)
     for correlation in (0.5, -0.3):
         chains = _chains(correlation)
-        share = chains.effective_sample_size.mean() / 1000
+        share = chains.effective_sample_size.mean() / 4000
         truth = (1 - correlation) / (1 + correlation)
         words = f"effective sample size, autocorrelation {correlation}"
         yield check_of(words, share, truth, 0.06 * truth)
@@ -101,8 +101,8 @@ def sample_size_checks() -> Iterator[Check]:
 
 
 def _chains(correlation: float) -> Posterior:
-    """Four chains of 250 draws of a standard normal with this autocorrelation, 100 times."""
-    noise = torch.randn(250, 4, 100, 2, dtype=torch.float64)
+    """Four chains of 1,000 draws of a standard normal with this autocorrelation, 100 times."""
+    noise = torch.randn(1000, 4, 100, 2, dtype=torch.float64)
     draws = [noise[0]]
     for step in noise[1:]:
         draws.append(correlation * draws[-1] + (1 - correlation**2) ** 0.5 * step)

@@ -297,6 +297,20 @@ def test_an_error_of_any_kind_is_reported_and_the_rest_runs(monkeypatch):
     assert "note: mind the gap" in str(found)
 
 
+def test_a_figure_that_cannot_be_drawn_is_a_note(monkeypatch):
+    def drawn(result):
+        raise ValueError("autodetected range is not finite")
+
+    def made(bench):
+        return Study("one", 1, [Rung(0, lambda: 3)], figures={"bars": drawn})
+
+    monkeypatch.setattr(diagnosis, "STUDIES", [made])
+    found = pv.diagnose(linear_gaussian(), torch.zeros(4, 6), progress=False)
+    assert found.results == {"one": 3}
+    assert not found.figures
+    assert found.notes["one"] == ["'bars' cannot be drawn: autodetected range is not finite"]
+
+
 def test_rows_are_reported_by_their_own_numbers(monkeypatch):
     pair = LinearGaussian(linear_gaussian(20, 12).weight.detach(), 0.5, spread=0.5)
     x = data(pair, 40)
