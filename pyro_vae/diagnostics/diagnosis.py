@@ -343,7 +343,7 @@ class _Climb:
             for title, figure in study.figures.items():
                 try:
                     found.figures[title] = figure(self.result)
-                except Exception as error:  # a picture is no reason to lose the findings
+                except Exception as error:  # without a picture the findings remain
                     self.notes[f"'{title}' cannot be drawn: {first_line(error)}"] = None
                     continue
                 found.pictures.setdefault(name, []).append(title)

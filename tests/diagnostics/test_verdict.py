@@ -150,6 +150,22 @@ def test_annealing_above_reliable_weights_is_missing_mass(by, error, bad, missin
     assert (signs.missing_mass(results) is not None) == missing
 
 
+def test_annealing_above_weights_whose_guide_is_off_at_the_data_is_not_missing_mass():
+    results = {"annealing": annealed(0.5), "log_likelihood": weights(error=0.01)}
+    assert signs.missing_mass(results | {"local_calibration": moments()})
+    assert signs.missing_mass(results | {"local_calibration": moments(ratio=0.6)}) is None
+
+
+@pytest.mark.parametrize(("error", "missing"), [(0.2, True), (0.3, False)])
+def test_the_bias_of_weights_is_not_missing_mass(error, missing):
+    """Weights of relative error 0.3 are 0.045 too low, or more if their tails are heavy."""
+    results = {"annealing": annealed(0.2), "log_likelihood": weights(error=error)}
+    found = signs.annealed_difference(results)
+    assert (found[0] > 0.1 + 3 * error**2 / 2) == missing
+    results["log_likelihood"].standard_errors[:20] = 0.0  # the rows that are compared have none
+    assert (signs.missing_mass(results) is not None) == missing
+
+
 def test_annealing_above_unreliable_rows_alone_is_not_missing_mass():
     found = annealed()
     found.per_datum[:2] += 5.0
