@@ -6,8 +6,8 @@ import json
 import math
 import os
 import pickle
-import stat
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pyro_vae.data.sizes import read_bytes, require_memory
 from pyro_vae.errors import UsageError, warn
 from pyro_vae.runs import checksums
 from pyro_vae.runs.temporary import flush_folder, require_no_link, temporary
@@ -88,16 +89,23 @@ def read_checkpoint(run: Path) -> dict[str, Any]:
         return older
 
 
+_DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, AttributeError, IndexError, TypeError)
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     content = read_bytes(path)
     # torch writes zip archives; another file could be an old pickle.
     if content.startswith(b"PK\x03\x04"):
         checksums.require_sealed(content, path)
         try:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                require_memory(sum(part.file_size for part in archive.infolist()), str(path))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except UsageError:
+            raise
+        except (*_DAMAGED, RuntimeError, EOFError, ValueError, KeyError) as error:
             raise UsageError(
                 f"{path} is damaged or holds more than tensors and numbers: it was not "
                 "loaded, and no code in it was run"
@@ -130,10 +138,9 @@ def read_json(path: Path) -> Any:
     """Read JSON; raise a `UsageError` that names the file if it is not valid."""
     content = read_bytes(path)
     try:
-        found = json.loads(content)
+        return _mapped(json.loads(content), lambda v: float(v) if v in _NAMED.values() else v)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is cut short or not valid JSON ({error})") from error
-    return _mapped(found, lambda v: float(v) if v in _NAMED.values() else v)
 
 
 _NAMED = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}
@@ -200,17 +207,3 @@ def atomic(path: Path, proved: Callable[[Path], Any] = lambda part: None) -> Ite
         flush_folder(path.parent)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def read_bytes(path: Path) -> bytes:
-    """Read a file; raise `UsageError` if it is missing, cannot be read or is not a plain file."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(descriptor, "rb") as file:  # a pipe without a writer does not block
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UsageError(f"{path} must be a plain file, but it is a pipe or a device")
-            return file.read()
-    except FileNotFoundError:
-        raise UsageError(f"{path} is missing") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.data.sizes import read_bytes
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs.arrays import DIVISOR, recorded_divisor
 from pyro_vae.pairs.guide import trace_guide
@@ -47,11 +48,11 @@ from pyro_vae.runs.files import (
     ROWS,
     TENSORBOARD,
     atomic,
-    read_bytes,
     read_json,
     write_json,
 )
 from pyro_vae.runs.lock import writing
+from pyro_vae.runs.memory import WithinMemory
 from pyro_vae.runs.metrics import mark_report
 from pyro_vae.runs.temporary import require_no_link
 from pyro_vae.runs.tensors import distinct, fill, state_dict
@@ -105,6 +106,13 @@ def load(run: str | Path, pair: nn.Module | type[nn.Module] | None = None) -> nn
         return _load(Path(run), pair)
 
 
+_UNBUILT = (
+    *(KeyError, TypeError, AttributeError, ValueError, RuntimeError, ImportError),
+    *(IndexError, ArithmeticError, MemoryError),
+)
+"""What parts raise whose arguments are not as they should be."""
+
+
 def _load(run: Path, pair: nn.Module | type[nn.Module] | None) -> nn.Module:
     config = read_config(run)
     given, (state, recipe_of_model) = (
@@ -112,10 +120,11 @@ def _load(run: Path, pair: nn.Module | type[nn.Module] | None) -> nn.Module:
         checksums.open_tensor_file(read_bytes(run / MODEL), run / MODEL),
     )
     try:
-        pair = _rebuilt(run, config, given)
+        with WithinMemory(str(run / CONFIG)):
+            pair = _rebuilt(run, config, given)
     except UsageError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ImportError) as error:
+    except _UNBUILT as error:
         raise UsageError(
             f"{run / CONFIG} does not describe a pair that can be built: {type(error).__name__}: "
             f"{first_line(error)}"
@@ -245,7 +254,10 @@ def versions() -> dict[str, str]:
 def _declare(pair: nn.Module, spec: Any, path: Path) -> None:
     """Run a pair once on rows of these shapes, so that it declares its adopted parameters."""
     try:
-        batch = [torch.zeros(2, *shape, dtype=_DTYPES[kind]) for shape, kind in spec]
+        with WithinMemory(str(path)):
+            batch = [torch.zeros(2, *shape, dtype=_DTYPES[kind]) for shape, kind in spec]
+    except UsageError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UsageError(
             f"{path} describes a batch that cannot be created: {first_line(error)}"

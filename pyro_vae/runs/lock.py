@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pyro_vae.data.sizes import read_bytes
 from pyro_vae.errors import UsageError, warn
-from pyro_vae.runs.files import read_bytes
 from pyro_vae.runs.temporary import fcntl, sweep
 
 LOCK = ".lock"
@@ -38,22 +38,23 @@ def writing(run: Path | None) -> Iterator[None]:
     finally:
         if descriptor is not None:
             _release(run, descriptor)
-        if created:
-            with suppress(OSError):  # nothing was written if the folder is empty
-                run.rmdir()
+        with suppress(OSError):  # a folder with a run is not empty, and stays
+            for folder in created:
+                folder.rmdir()
 
 
-def _create(run: Path) -> bool:
-    """Create a folder; False if it exists."""
+def _create(run: Path) -> list[Path]:
+    """Create a folder and its parents; return those that did not exist, the innermost first."""
     if os.path.isdir(run):
-        return False
+        return []
     if os.path.exists(run):
         raise UsageError(f"{run} must be a folder, but it is a file")
+    missing = [folder for folder in (run, *run.parents) if not os.path.isdir(folder)]
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"the folder {run} cannot be created: {error.strerror}") from error
-    return True
+    return missing
 
 
 def _lock(run: Path) -> int | None:

@@ -174,7 +174,7 @@ def device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(name)
-        torch.empty(0, device=chosen)
+        torch.empty(1, device=chosen).cpu()  # "meta" has no data
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
             f"device '{name}' is not available here ({str(error).splitlines()[0][:100]}); "
