@@ -113,7 +113,8 @@ def opened(path: Path, mode: str = "r") -> Iterator[Any]:
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     try:
-        with h5py.File(path, mode) as file:
+        # A file that is changed is a temporary one, which `runs.temporary` has locked already.
+        with h5py.File(path, mode, locking=None if mode == "r" else False) as file:
             yield file
     except UsageError:
         raise

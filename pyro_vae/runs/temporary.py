@@ -32,18 +32,18 @@ def temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     The file is locked while it is open, so that `sweep` knows that its writer lives.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(part, flags, 0o666)  # O_EXCL follows no link
-    try:
-        with os.fdopen(descriptor, "r+b") as file:
+    with open(part, "x+b") as file:  # "x" follows no link
+        try:
             if fcntl is not None:
                 with suppress(OSError):  # a file system without locks
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _keep_permissions(path, part)
             yield file, part
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        finally:
+            with suppress(OSError):  # a full disk cannot hold the rest
+                file.close()
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 def _keep_permissions(path: Path, part: Path) -> None:
