@@ -80,7 +80,7 @@ def test_damaged_arrays(name, tmp_path):
         (np.savez if name == "plain.npz" else np.savez_compressed)(path, x=x)
     content, generator = path.read_bytes(), random.Random(0)
     refusals = 0
-    for _ in range(300):
+    for _ in range(120):
         damaged = bytearray(content)
         for _ in range(generator.choice((1, 3))):
             byte = generator.choice((generator.randrange(256), *b"()[]{},:'0123456789\n L"))
@@ -91,7 +91,7 @@ def test_damaged_arrays(name, tmp_path):
             refusals += 1
             assert message.startswith(str(path))
             assert "\n" not in message
-    assert refusals > 200
+    assert refusals > 80
 
 
 READ_ONLY = pytest.mark.skipif(
