@@ -76,7 +76,7 @@ def read_checkpoint(run: Path) -> dict[str, Any]:
     """Read the state of training, which has only tensors and plain values.
 
     If the last checkpoint is damaged or missing, this reads the older one, with a warning. Raises
-    `UsageError` if there is no other.
+    `UsageError` if neither can be read.
     """
     try:
         return _read_state(run / CHECKPOINT)

@@ -96,7 +96,8 @@ class TrainState:
     The training loop changes the counts and the results. ``parameters``, ``optimizer``, ``engine``
     and ``generators`` are copies, because the originals live in torch and in the pair.
 
-    >>> state = TrainState({}, {}, {}, "eager", {}, {}, batches=3)
+    >>> now = rng.state()
+    >>> state = TrainState({"settings": {}}, {}, {}, "eager", now, now, batches=3)
     >>> TrainState.of_checkpoint(state.to_checkpoint(), Path("checkpoint.pt")) == state
     True
     """
