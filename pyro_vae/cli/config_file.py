@@ -12,6 +12,7 @@ from cyclopts.config import Dict as ConfigDict
 
 from pyro_vae.cli.input import Input
 from pyro_vae.cli.options import Model, Objective, reject_ignored
+from pyro_vae.data.sizes import read_bytes
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.training.settings import Settings
 
@@ -138,9 +139,9 @@ def run_of(data: str) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     """The options in a JSON file, which may be the config.json of a run."""
     try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}") from error
+        content = json.loads(read_bytes(file))
+    except UsageError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{file} is not valid JSON ({error})") from error
     options = content.get("train", content) if isinstance(content, dict) else None

@@ -117,8 +117,9 @@ def _with_context(model: Model, data: "Data") -> Model:
 
 def _seeded_pair(model: Model, data: "Data", settings: Settings, standardize: bool) -> "nn.Module":
     from pyro_vae.pairs.rng import seeded
+    from pyro_vae.runs.memory import WithinMemory
 
-    with seeded(settings.seed):
+    with seeded(settings.seed), WithinMemory("the configuration"):
         return make_pair(model, data, standardize, settings.mask_rate > 0)
 
 

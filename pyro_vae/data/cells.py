@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_vae.data.files import require_observed_rows
 from pyro_vae.data.schema import Column, Schema, read_schema, whole_schema
+from pyro_vae.data.sizes import available_memory
 from pyro_vae.data.split import Data
 from pyro_vae.data.table_files import arrow
 from pyro_vae.data.tables import Table, schema_of
@@ -112,7 +113,8 @@ def opened(path: Path, mode: str = "r") -> Iterator[Any]:
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     try:
-        with h5py.File(path, mode) as file:
+        # A file that is changed is a temporary one, which `runs.temporary` has locked already.
+        with h5py.File(path, mode, locking=None if mode == "r" else False) as file:
             yield file
     except UsageError:
         raise
@@ -194,16 +196,6 @@ def _require_memory(shape: tuple[int, ...], path: Path) -> None:
             f"{have / 2**30:.1f} GiB of memory are free: select genes (for example with "
             "scanpy.pp.highly_variable_genes) or cells"
         )
-
-
-def available_memory() -> int:
-    """The bytes of memory that are free, or a large number where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 2**62
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(found[0]) if found else 2**62
 
 
 def _counts(element: Any, shape: tuple[int, int], path: Path) -> Tensor:

@@ -1,11 +1,14 @@
 """Read data from files: .npy and .npz arrays, text and music."""
 
+import lzma
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from tokenize import TokenError
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from pyro_vae.data.groups import in_groups
 from pyro_vae.data.music import Piece, piano_rolls, read_pieces
+from pyro_vae.data.sizes import require_memory
 from pyro_vae.data.split import Data, Split, shuffled, three_ways
 from pyro_vae.data.text import as_tokens, vocabulary_of
 from pyro_vae.errors import UsageError, nearest
@@ -56,10 +60,13 @@ def load_file(path: Path, group: str | None = None) -> Data:
         raise UsageError(f"{path} must be a .npy, .npz, .txt or .json file")
     try:
         with open(path, "rb") as file:
+            _require_declared(file, path)
             loaded: Any = np.load(file, allow_pickle=False)
             plain = isinstance(loaded, np.ndarray)
             arrays = {"x": loaded} if plain else {key: loaded[key] for key in loaded.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except UsageError:
+        raise
+    except (*UNREADABLE, *_DAMAGED) as error:
         raise UsageError(
             f"{path} is not a {path.suffix} file of plain arrays without pickles "
             f"({' '.join(str(error).split())[:90]})"
@@ -95,6 +102,40 @@ def load_file(path: Path, group: str | None = None) -> Data:
     if "validation" not in splits:
         splits["train"], splits["validation"] = shuffled(splits["train"], (5, 1))
     return Data(path.stem, splits["train"], splits["validation"], splits["test"])
+
+
+_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, SyntaxError, TokenError, MemoryError)
+"""What NumPy raises for damaged headers and archives."""
+
+
+def _require_declared(file: BinaryIO, path: Path) -> None:
+    """Compare what the headers of a file declare with its size and the memory."""
+    if path.suffix == ".npy" or not zipfile.is_zipfile(file):
+        file.seek(0)
+        require_memory(_declared(file, path.stat().st_size, path), str(path))
+    else:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            require_memory(sum(member.file_size for member in members), f"{path}, unpacked,")
+            for member in members:
+                with archive.open(member) as content:
+                    _declared(content, member.file_size, path)
+    file.seek(0)
+
+
+def _declared(content: Any, size: int, path: Path) -> int:
+    """The bytes that the header of an array declares, which the rest of its file must hold."""
+    version = np.lib.format.read_magic(content)
+    one = version == (1, 0)  # later versions differ only in the letters of names
+    read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+    shape, _, kind = read(content)
+    need, held = math.prod(shape) * kind.itemsize, size - content.tell()
+    if need > held and not kind.hasobject:  # NumPy rejects objects, which are pickles
+        raise UsageError(
+            f"{path} is cut short or damaged: its header declares {need} bytes of shape {shape}, "
+            f"but the file holds {held}"
+        )
+    return need
 
 
 def _ids(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -233,10 +234,10 @@ def _read(path: Path, key: str) -> _Decoded | None:
 def _write(path: Path, key: str, decoded: _Decoded) -> None:
     """Write a cache, which gets its name only when it is complete."""
     about = json.dumps({"unreadable": decoded.unreadable, "sizes": decoded.sizes})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # "x" follows no link
             np.savez(file, key=np.array(key), about=np.array(about), x=decoded.x)
             file.flush()
             os.fsync(file.fileno())

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from pyro_vae.data.sizes import read_bytes
 from pyro_vae.errors import UsageError
 
 Piece: TypeAlias = Sequence[Sequence[float]]
@@ -28,8 +29,10 @@ def read_pieces(path: Path) -> dict[str, list[Piece]]:
     Raises `UsageError` for a file that cannot be read or has another format.
     """
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        content = json.loads(read_bytes(path))
+    except UsageError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as JSON ({error})") from error
     if isinstance(content, dict) and "valid" in content:
         content["validation"] = content.pop("valid")

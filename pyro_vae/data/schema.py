@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from pyro_vae.data.sizes import read_bytes
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.parts.columns import CIRCULAR, CODED, KINDS, Columns
 
@@ -151,10 +152,8 @@ def read_schema(path: str | Path) -> dict[str, dict[str, Any]]:
     """
     path = Path(path)
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        found = tomllib.loads(read_bytes(path).decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not valid TOML ({first_line(error)})") from error
     columns = found.get("columns")
     if not isinstance(columns, dict) or not all(isinstance(c, dict) for c in columns.values()):

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pyro_vae.data.sizes import read_bytes
 from pyro_vae.errors import UsageError, first_line
 
 FILES = (".csv", ".tsv", ".parquet", ".feather", ".arrow")
@@ -94,7 +95,7 @@ def _read_csv(path: Path) -> Any:
     csv = arrow("pyarrow.csv")
     own = "\t" if path.suffix == ".tsv" else ","
     table = csv.read_csv(
-        io.BytesIO(path.read_bytes()),
+        io.BytesIO(read_bytes(path)),
         parse_options=csv.ParseOptions(delimiter=own, newlines_in_values=True),
         convert_options=csv.ConvertOptions(null_values=list(MISSING), strings_can_be_null=True),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pyro_vae.data.sizes import read_bytes
 from pyro_vae.errors import UsageError
 
 END = "\n"
@@ -62,8 +63,8 @@ def read_lines(path: Path) -> list[str]:
     Raises `UsageError` for a file that cannot be read as UTF-8.
     """
     try:
-        content = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
+        content = read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise UsageError(f"{path} cannot be read as UTF-8 text ({error})") from error
     lines = dict.fromkeys(line.strip() for line in content.splitlines())
     return [line for line in lines if line]

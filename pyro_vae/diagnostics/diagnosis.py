@@ -23,6 +23,7 @@ from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
+from pyro_vae.pairs.rng import require_seed
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import latents
 from pyro_vae.pairs.threads import alone
@@ -192,6 +193,7 @@ def diagnose(
     """
     if not budget > 0:
         raise UsageError(f"must be above 0 seconds, got {budget}", argument="budget")
+    require_seed(seed)
     batch = _prepared(pair, x, context, binarize)
     order = torch.randperm(len(batch[0]), generator=torch.Generator().manual_seed(seed))
     shuffled = tuple(tensor[order.to(tensor.device)] for tensor in batch)

@@ -1,5 +1,6 @@
 """Random generators: seed, save and restore them."""
 
+import operator
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyro_vae.errors import UsageError
 from pyro_vae.pairs.threads import alone
 
 
@@ -25,11 +27,22 @@ def seeded(seed: int) -> Iterator[None]:
     >>> bool(a == b)
     True
     """
+    require_seed(seed)
     with kept():
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         yield
+
+
+def require_seed(seed: Any) -> None:
+    """Raise `UsageError` for a seed that torch's generators do not take."""
+    try:
+        sound = 0 <= operator.index(seed) < 2**63
+    except TypeError:
+        sound = False
+    if not sound:
+        raise UsageError(f"must be a whole number from 0 to 2^63 - 1, got {seed}", argument="seed")
 
 
 @contextmanager
@@ -52,6 +65,16 @@ def state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
     }
+
+
+def is_state(saved: Any) -> bool:
+    """Whether `restore` takes this value; the generators stay as they are."""
+    try:
+        with kept():
+            restore(saved)
+    except (TypeError, KeyError, ValueError, IndexError, AttributeError, RuntimeError):
+        return False
+    return True
 
 
 def restore(saved: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,10 +15,15 @@ from typing import Any
 
 import torch
 
-from pyro_vae.errors import UsageError
+from pyro_vae.data.sizes import read_bytes, require_memory
+from pyro_vae.errors import UsageError, warn
 from pyro_vae.runs import checksums
+from pyro_vae.runs.temporary import flush_folder, require_no_link, temporary
 
 CONFIG, MODEL, CHECKPOINT = "config.json", "model.safetensors", "checkpoint.pt"
+
+OLDER = "checkpoint-older.pt"
+"""The checkpoint before the last one."""
 
 ROWS = "rows.safetensors"
 
@@ -43,39 +49,74 @@ ARRAYS = (
 
 
 def write_checkpoint(run: Path, state: Mapping[str, Any]) -> None:
-    """Write the state of training into checkpoint.pt, with its checksum."""
+    """Write the state of training into checkpoint.pt, with its checksum.
+
+    The last checkpoint is kept as checkpoint-older.pt. It gets this name only after the new file
+    is on the disk, was read again and matched its checksum.
+    """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    with atomic(run / CHECKPOINT) as file:
+
+    def proved(part: Path) -> None:
+        checksums.require_sealed(read_bytes(part), run / CHECKPOINT)
+        _keep_older(run)
+
+    with atomic(run / CHECKPOINT, proved) as file:
         file.write(checksums.sealed_archive(buffer.getvalue()))
+
+
+def _keep_older(run: Path) -> None:
+    """Keep the last checkpoint as the older one, unless it is damaged."""
+    with suppress(UsageError):
+        checksums.require_sealed(read_bytes(run / CHECKPOINT), run / CHECKPOINT)
+        os.replace(run / CHECKPOINT, run / OLDER)
 
 
 def read_checkpoint(run: Path) -> dict[str, Any]:
     """Read the state of training, which has only tensors and plain values.
 
-    Raises `UsageError` for a file that is damaged or has anything else.
+    If the last checkpoint is damaged or missing, this reads the older one, with a warning. Raises
+    `UsageError` if neither can be read.
     """
-    content = read_bytes(run / CHECKPOINT)
+    try:
+        return _read_state(run / CHECKPOINT)
+    except UsageError as error:
+        try:
+            older = _read_state(run / OLDER)
+        except UsageError:
+            raise error from None
+        warn(f"{error}; {run / OLDER}, the checkpoint before it, was read in its place")
+        return older
+
+
+_DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, AttributeError, IndexError, TypeError)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    content = read_bytes(path)
     # torch writes zip archives; another file could be an old pickle.
     if content.startswith(b"PK\x03\x04"):
-        checksums.require_sealed(content, run / CHECKPOINT)
+        checksums.require_sealed(content, path)
         try:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                require_memory(sum(part.file_size for part in archive.infolist()), str(path))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except UsageError:
+            raise
+        except (*_DAMAGED, RuntimeError, EOFError, ValueError, KeyError) as error:
             raise UsageError(
-                f"{run / CHECKPOINT} is damaged or holds more than tensors and numbers: it was not "
+                f"{path} is damaged or holds more than tensors and numbers: it was not "
                 "loaded, and no code in it was run"
             ) from error
         if not isinstance(state, dict):
-            raise UsageError(f"{run / CHECKPOINT} is not a checkpoint of a run")
+            raise UsageError(f"{path} is not a checkpoint of a run")
         return state
     if b"PK\x03\x04".startswith(content[:4]):
-        raise UsageError(f"{run / CHECKPOINT} is cut short")
+        raise UsageError(f"{path} is cut short")
     raise UsageError(
-        f"{run / CHECKPOINT} is not a checkpoint of a run: it was not loaded, and no code in it "
-        "was run"
+        f"{path} is not a checkpoint of a run: it was not loaded, and no code in it was run"
     )
 
 
@@ -97,10 +138,9 @@ def read_json(path: Path) -> Any:
     """Read JSON; raise a `UsageError` that names the file if it is not valid."""
     content = read_bytes(path)
     try:
-        found = json.loads(content)
+        return _mapped(json.loads(content), lambda v: float(v) if v in _NAMED.values() else v)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is cut short or not valid JSON ({error})") from error
-    return _mapped(found, lambda v: float(v) if v in _NAMED.values() else v)
 
 
 _NAMED = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}
@@ -142,31 +182,28 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Any]:
+def atomic(path: Path, proved: Callable[[Path], Any] = lambda part: None) -> Iterator[Any]:
     """A binary file that gets its name only when it is complete and on the disk.
 
-    Raises `UsageError` if it cannot be written.
+    A replaced file keeps its permissions. A link in place of the file is replaced, not followed.
+
+    Arguments:
+        proved: is called with the complete file before the file gets its name.
+
+    Raises `UsageError` if the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        if path.parent.name == FIGURES:
+            require_no_link(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with temporary(path) as (file, part):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            proved(part)
+            if os.name == "nt":  # Windows does not rename an open file
+                file.close()
+            os.replace(part, path)
+        flush_folder(path.parent)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def read_bytes(path: Path) -> bytes:
-    """Read a file; raise `UsageError` if it is missing or cannot be read."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise UsageError(f"{path} is missing") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error

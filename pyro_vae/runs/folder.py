@@ -3,6 +3,7 @@
 config.json         how to rebuild the pair and repeat the run, versions, checksums of the data
 model.safetensors   parameters and buffers of the pair, best on validation data
 checkpoint.pt       the last state of training, see `pyro_vae.training.fit`
+checkpoint-older.pt the state before it
 rows.safetensors    a hash of each row used in training, see `pyro_vae.runs.held_out_rows`
 history.csv         one row for each epoch
 metrics.json        the results of `evaluate` and `diagnose`
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.data.sizes import read_bytes
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs.arrays import DIVISOR, recorded_divisor
 from pyro_vae.pairs.guide import trace_guide
@@ -41,15 +43,18 @@ from pyro_vae.runs.files import (
     HISTORY,
     METRICS,
     MODEL,
+    OLDER,
     REPORT,
     ROWS,
     TENSORBOARD,
     atomic,
-    read_bytes,
     read_json,
     write_json,
 )
+from pyro_vae.runs.lock import writing
+from pyro_vae.runs.memory import WithinMemory
 from pyro_vae.runs.metrics import mark_report
+from pyro_vae.runs.temporary import require_no_link
 from pyro_vae.runs.tensors import distinct, fill, state_dict
 
 
@@ -72,8 +77,9 @@ def save(pair: nn.Module, run: str | Path, config: Mapping[str, Any] | None = No
     3
     """
     run = Path(run)
-    write_config(pair, run, config or {})
-    write_model(run, state_dict(pair))
+    with writing(run):
+        write_config(pair, run, config or {})
+        write_model(run, state_dict(pair))
     return run
 
 
@@ -100,6 +106,13 @@ def load(run: str | Path, pair: nn.Module | type[nn.Module] | None = None) -> nn
         return _load(Path(run), pair)
 
 
+_UNBUILT = (
+    *(KeyError, TypeError, AttributeError, ValueError, RuntimeError, ImportError),
+    *(IndexError, ArithmeticError, MemoryError),
+)
+"""What parts raise whose arguments are not as they should be."""
+
+
 def _load(run: Path, pair: nn.Module | type[nn.Module] | None) -> nn.Module:
     config = read_config(run)
     given, (state, recipe_of_model) = (
@@ -107,10 +120,11 @@ def _load(run: Path, pair: nn.Module | type[nn.Module] | None) -> nn.Module:
         checksums.open_tensor_file(read_bytes(run / MODEL), run / MODEL),
     )
     try:
-        pair = _rebuilt(run, config, given)
+        with WithinMemory(str(run / CONFIG)):
+            pair = _rebuilt(run, config, given)
     except UsageError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ImportError) as error:
+    except _UNBUILT as error:
         raise UsageError(
             f"{run / CONFIG} does not describe a pair that can be built: {type(error).__name__}: "
             f"{first_line(error)}"
@@ -193,33 +207,36 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def start(run: Path, overwrite: bool = False) -> None:
     """Prepare a folder for a new run; with ``overwrite``, delete the files of an earlier run.
 
-    Raises `UsageError` if the folder already holds a run, or cannot be created.
+    Raises `UsageError` if the folder already holds a run, or a file cannot be deleted.
     """
-    files = [CONFIG, MODEL, CHECKPOINT, HISTORY, METRICS, REPORT]
-    held = [name for name in files if os.path.exists(run / name)]
-    if os.path.exists(run) and not run.is_dir():
-        raise UsageError(f"{run} must be a folder, but it is a file")
+    files = [CONFIG, MODEL, OLDER, CHECKPOINT, HISTORY, METRICS, REPORT]
+    held = [name for name in files if os.path.lexists(run / name)]
     if held and not overwrite:
         raise UsageError(
             f"{run} already holds a run ({held[0]}): choose another folder, or pass `resume` to "
             "continue this run or `overwrite` to replace it"
         )
-    for name in (*held, *((ROWS, *ARRAYS) if held else ())):
-        (run / name).unlink(missing_ok=True)
-    if held and (run / FIGURES).is_dir():
-        for figure in (run / FIGURES).glob("*.png"):
-            figure.unlink()
-    if held and (run / TENSORBOARD).is_dir():
-        shutil.rmtree(run / TENSORBOARD)
+    for name in (FIGURES, TENSORBOARD):
+        require_no_link(run / name)
+    if not held:
+        return
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        _delete(run, [*held, ROWS, *ARRAYS])
     except OSError as error:
-        raise UsageError(f"the folder {run} cannot be created: {error.strerror}") from error
+        raise UsageError(f"{run} cannot be overwritten: {error.strerror or error}") from error
+
+
+def _delete(run: Path, names: list[str]) -> None:
+    """Delete the files of a run, its figures and its TensorBoard history."""
+    for path in (*(run / name for name in names), *(run / FIGURES).glob("*.png")):
+        path.unlink(missing_ok=True)
+    if (run / TENSORBOARD).is_dir():
+        shutil.rmtree(run / TENSORBOARD)
 
 
 def begun(run: Path) -> bool:
     """Whether a run ended before its first checkpoint, so that it must start again."""
-    held = [name for name in (MODEL, CHECKPOINT, HISTORY) if os.path.exists(run / name)]
+    held = [name for name in (MODEL, CHECKPOINT, OLDER, HISTORY) if os.path.exists(run / name)]
     return not held and os.path.exists(run / CONFIG)
 
 
@@ -237,7 +254,10 @@ def versions() -> dict[str, str]:
 def _declare(pair: nn.Module, spec: Any, path: Path) -> None:
     """Run a pair once on rows of these shapes, so that it declares its adopted parameters."""
     try:
-        batch = [torch.zeros(2, *shape, dtype=_DTYPES[kind]) for shape, kind in spec]
+        with WithinMemory(str(path)):
+            batch = [torch.zeros(2, *shape, dtype=_DTYPES[kind]) for shape, kind in spec]
+    except UsageError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UsageError(
             f"{path} describes a batch that cannot be created: {first_line(error)}"

@@ -22,6 +22,7 @@ from pyro_vae.pairs.threads import alone
 from pyro_vae.runs import description, held_out_rows
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
+from pyro_vae.runs.lock import writing
 from pyro_vae.training.elbo import require_weighable
 from pyro_vae.training.history import Epoch, History
 from pyro_vae.training.job import job_in_words, require_same
@@ -114,44 +115,47 @@ def fit(
         raise UsageError(fault)
     _require_parts(objective, beta, learning_rate_schedule, optimizer)
     require_free(pair)
-    state = _saved(folder) if folder is not None and resume else None
-    pair.to(device(chosen.device))
-    objective, beta = _with_recipe(pair, chosen.epochs, objective, beta)
-    require_weighable(objective, beta)
-    x, context = spread(pair, x, context)
-    data = training_data(pair, (x, context), validation, objective, binarize, chosen)
-    job = job_in_words(pair, data, beta, learning_rate_schedule, optimizer, binarize)
-    if folder is not None and state is not None:
-        require_same(state, pair, job, folder / run_files.CHECKPOINT)
-    elif folder is not None:
-        if not resume:
-            run_folder.start(folder, overwrite)
-        own_words = {"pair": description.recipe(pair), **(config or {})}
-        run_folder.write_config(pair, folder, {**job, **own_words})
-        held_out_rows.write_rows(folder, {"train": x, "validation": _first(pair, validation)})
-    fault = range_fault(pair, data.rows, data.prepare) if state is None else None
-    if fault is not None:
-        warnings.warn(fault, stacklevel=3)
-    done = 0 if state is None else len(state.epochs) * data.steps + state.batches
-    shown = bar(progress, chosen.epochs * data.steps, "fit", initial=done)
-    with claimed(pair), shown, ExitStack() as own:
-        own.enter_context(own_state(pair))
-        own.enter_context(seeded(chosen.seed))
-        run = assembled(
-            pair,
-            data,
-            beta,
-            learning_rate_schedule,
-            optimizer,
-            job,
-            folder,
-            fault,
-            shown,
-            on_epoch,
-        )
-        history = train(run, first_state(run) if state is None else resumed(run, state), own)
-        held_out_rows.remember(pair, x if _has_globals(pair, data) else None)
-        return history
+    if folder is not None and resume:
+        run_folder.read_config(folder)
+    with writing(folder):
+        state = _saved(folder) if folder is not None and resume else None
+        pair.to(device(chosen.device))
+        objective, beta = _with_recipe(pair, chosen.epochs, objective, beta)
+        require_weighable(objective, beta)
+        x, context = spread(pair, x, context)
+        data = training_data(pair, (x, context), validation, objective, binarize, chosen)
+        job = job_in_words(pair, data, beta, learning_rate_schedule, optimizer, binarize)
+        if folder is not None and state is not None:
+            require_same(state, pair, job, folder / run_files.CHECKPOINT)
+        elif folder is not None:
+            if not resume:
+                run_folder.start(folder, overwrite)
+            own_words = {"pair": description.recipe(pair), **(config or {})}
+            run_folder.write_config(pair, folder, {**job, **own_words})
+            held_out_rows.write_rows(folder, {"train": x, "validation": _first(pair, validation)})
+        fault = range_fault(pair, data.rows, data.prepare) if state is None else None
+        if fault is not None:
+            warnings.warn(fault, stacklevel=3)
+        done = 0 if state is None else len(state.epochs) * data.steps + state.batches
+        shown = bar(progress, chosen.epochs * data.steps, "fit", initial=done)
+        with claimed(pair), shown, ExitStack() as own:
+            own.enter_context(own_state(pair))
+            own.enter_context(seeded(chosen.seed))
+            run = assembled(
+                pair,
+                data,
+                beta,
+                learning_rate_schedule,
+                optimizer,
+                job,
+                folder,
+                fault,
+                shown,
+                on_epoch,
+            )
+            history = train(run, first_state(run) if state is None else resumed(run, state), own)
+            held_out_rows.remember(pair, x if _has_globals(pair, data) else None)
+            return history
 
 
 def _has_globals(pair: nn.Module, data: TrainingData) -> bool:
@@ -170,7 +174,7 @@ def device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(name)
-        torch.empty(0, device=chosen)
+        torch.empty(1, device=chosen).cpu()  # "meta" has no data
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
             f"device '{name}' is not available here ({str(error).splitlines()[0][:100]}); "
@@ -215,7 +219,6 @@ def _require_choices(
 
 def _saved(folder: Path) -> TrainState | None:
     """Return the state of a run's checkpoint; None if the run has no checkpoint yet."""
-    run_folder.read_config(folder)
     if run_folder.begun(folder):
         return None
     saved = run_files.read_checkpoint(folder)

@@ -53,12 +53,14 @@ def train(run: TrainingRun, state: TrainState, own: ExitStack) -> History:
             if time.monotonic() - written > run.settings.checkpoint_seconds:
                 write(run, state)
                 written = time.monotonic()
-    _warn(run, run.alarm.over())
-    _warn_of_validation(state)
-    write(run, state)
-    if state.best is not None:
-        run.pair.load_state_dict(state.best, strict=False)
-    run.pair.eval()
+        _warn(run, run.alarm.over())
+        _warn_of_validation(state)
+        write(run, state)
+        if state.best is not None:
+            run.pair.load_state_dict(state.best, strict=False)
+        run.pair.eval()
+        if stop:  # during the last validation or the last writing
+            _say_complete(run)
     return _history(run, state)
 
 
@@ -156,6 +158,11 @@ def _interrupt(run: TrainingRun, state: TrainState) -> None:
     raise Interrupted(
         f"stopped in {state.where}; resume with --resume (resume=True) on {run.folder}"
     )
+
+
+def _say_complete(run: TrainingRun) -> None:
+    kept = "the pair has the result" if run.folder is None else f"{run.folder} has the result"
+    raise Interrupted(f"stopped after the last epoch; training is complete, and {kept}")
 
 
 def _warn(run: TrainingRun, sites: Sequence[str]) -> None:

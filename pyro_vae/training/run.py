@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import rng
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.scope import registered
@@ -129,7 +130,14 @@ def resumed(run: TrainingRun, state: TrainState) -> TrainState:
     """Put pair, optimizer, engine, alarm and generators into the state of a checkpoint."""
     path = cast(Path, run.folder) / run_files.CHECKPOINT
     run_tensors.fill(run.pair, state.parameters, path)
-    run.optimizer.set_state(state.optimizer)
+    if state.batches > run.data.steps:
+        raise UsageError(f"{path} is in step {state.batches} of {run.data.steps} in an epoch")
+    try:
+        run.optimizer.set_state(state.optimizer)
+    except (TypeError, KeyError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise UsageError(
+            f"{path} has the state of another optimizer ({first_line(error)})"
+        ) from error
     for epoch in state.epochs:
         run.alarm.heard(epoch)
     if run.settings.engine == state.job["settings"].get("engine"):

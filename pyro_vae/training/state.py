@@ -1,5 +1,6 @@
 """The state of a training run. A checkpoint holds this state and nothing else."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -7,7 +8,10 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from pyro_vae.errors import UsageError
+from pyro_vae.pairs import rng
 from pyro_vae.training.history import Epoch, is_finite
+from pyro_vae.training.settings import ENGINES
+from pyro_vae.training.validation import Bound
 
 Sums: TypeAlias = dict[str, dict[str, float]]
 """Sums over an epoch, by the kind of number and by site."""
@@ -18,6 +22,73 @@ def no_sums() -> Sums:
     return {kind: {} for kind in ("loss", "norm", "reconstruction", "kl")}
 
 
+def _are_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
+
+
+def _is_job(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("settings"), dict):
+        return False
+    words = [value[name] for name in value if name != "settings"]
+    return all(each is None or isinstance(each, str) for each in words)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_epoch(value: Any) -> bool:
+    """Whether these are the fields of an `Epoch`, as `Epoch.plain` gives them."""
+    if not isinstance(value, (list, tuple)) or len(value) != len(Epoch._fields):
+        return False
+    epoch = Epoch(*value)
+    numbers = epoch._replace(kl={}, validation=None)
+    bound = epoch.validation
+    return (
+        all(_is_number(v) for v in numbers if v not in (None, {}))
+        and _are_numbers(epoch.kl)
+        and (bound is None or _is_bound(bound))
+    )
+
+
+def _is_bound(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == len(Bound._fields)
+        and all(_is_number(each) or _are_numbers(each) for each in value)
+        and isinstance(Bound(*value).kl, dict)
+    )
+
+
+_SOUND: dict[str, Callable[[Any], bool]] = {
+    "job": _is_job,
+    "parameters": _are_tensors,
+    "best": lambda value: value is None or _are_tensors(value),
+    "optimizer": lambda value: isinstance(value, dict),
+    "engine": lambda value: value in ENGINES,
+    **dict.fromkeys(("generators", "generators_of_epoch"), rng.is_state),
+    "epochs": lambda value: isinstance(value, list) and all(map(_is_epoch, value)),
+    **dict.fromkeys(("best_epoch", "batches", "examples"), _is_count),
+    "sums": lambda value: (
+        isinstance(value, dict)
+        and value.keys() == no_sums().keys()
+        and all(map(_are_numbers, value.values()))
+    ),
+    "seconds": _is_number,
+}
+"""Whether the value of each field has the type and form that the loop needs."""
+
+
 @dataclass
 class TrainState:
     """Everything that a checkpoint holds.
@@ -25,7 +96,8 @@ class TrainState:
     The training loop changes the counts and the results. ``parameters``, ``optimizer``, ``engine``
     and ``generators`` are copies, because the originals live in torch and in the pair.
 
-    >>> state = TrainState({}, {}, {}, "eager", {}, {}, batches=3)
+    >>> now = rng.state()
+    >>> state = TrainState({"settings": {}}, {}, {}, "eager", now, now, batches=3)
     >>> TrainState.of_checkpoint(state.to_checkpoint(), Path("checkpoint.pt")) == state
     True
     """
@@ -67,6 +139,9 @@ class TrainState:
             if _key(name) not in plain:
                 raise UsageError(f"{path} lacks '{_key(name)}': it is not a checkpoint of a run")
         own = {name: plain[_key(name)] for name in names}
+        for name, value in own.items():
+            if not _SOUND[name](value):
+                raise UsageError(f"{path} has an unexpected '{_key(name)}', so it is not read")
         return cls(**own | {"epochs": [Epoch.of(epoch) for epoch in plain["epochs"]]})
 
     @property

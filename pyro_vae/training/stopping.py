@@ -30,15 +30,21 @@ def summary_writer() -> Any:
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """Yield a list that SIGINT or SIGTERM fills, so that training can end after its step."""
+    """Yield a list that SIGINT or SIGTERM fills, so that training can end after its step.
+
+    A second signal stops at once: it raises `Interrupted` wherever the program is.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    before = {
-        number: signal.signal(number, lambda received, _: caught.append(received))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def hear(received: int, _: Any) -> None:
+        caught.append(received)
+        if len(caught) > 1:
+            raise Interrupted("stopped at once by a second signal; the last checkpoint is kept")
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:

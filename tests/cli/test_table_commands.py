@@ -149,7 +149,7 @@ def test_another_run_in_the_folder_leaves_no_schema(run):
         ("train {csv} --likelihood gaussian", "--likelihood does not apply to people, a table"),
         ("train {csv} --standardize", "--standardize does not apply to tables"),
         ("train {csv} --prior vamp", "--prior vamp does not apply to tables"),
-        ("train {csv} --columns {none}", "cannot read"),
+        ("train {csv} --columns {none}", "none.toml is missing"),
         ("train digits --columns {none}", "--columns applies only to tables; 'digits' is not"),
         ("train {folder}/absent.csv", "absent.csv: no such file"),
         ("score {run} --part half", "--part must be train, validation, test or all, got 'half'"),

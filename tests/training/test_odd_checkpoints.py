@@ -1,0 +1,157 @@
+"""A checkpoint with another content than training writes is refused in one line."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from bad_input_helpers import binary, refused, small
+
+import pyro_vae as pv
+from pyro_vae.pairs import rng
+from pyro_vae.runs import files as run_files
+
+OPTIONS = {"batch_size": 4, "engine": "eager", "progress": False, "validation": binary()}
+
+ODD = [None, {}, [], "x", 7.5, -3, torch.zeros(3), [[1, 2]], {"a": None}]
+
+SOUND = {
+    "best": [None],
+    "epochs": [[]],
+    "seconds": [7.5, -3],
+}
+"""Odd values that are possible: no validation data, no complete epoch, any number."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    run = tmp_path_factory.mktemp("trained") / "run"
+    pv.fit(small(), binary(), out=run, epochs=1, **OPTIONS)
+    (run / "checkpoint-older.pt").unlink()
+    return run
+
+
+def resume(run):
+    return pv.fit(small(), binary(), out=run, epochs=2, resume=True, **OPTIONS)
+
+
+def odd(run, **changes):
+    state = run_files.read_checkpoint(run)
+    (run / "checkpoint.pt").unlink()
+    run_files.write_checkpoint(run, state | changes)
+
+
+KEYS = [
+    *("job", "pair", "optimizer", "engine", "generators", "generators_of_epoch", "epochs"),
+    *("best", "best_epoch", "batches", "examples", "sums", "seconds"),
+]
+
+
+def test_all_keys_are_tested(trained):
+    assert sorted(KEYS) == sorted(run_files.read_checkpoint(trained))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_odd_values_are_refused(key, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    for value in ODD:
+        if not any(value is each or str(value) == str(each) for each in SOUND.get(key, [])):
+            odd(run, **{key: value})
+            refused(lambda: resume(run), str(run / "checkpoint.pt"))
+
+
+def test_odd_fields_of_an_epoch_are_refused(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (epoch,) = run_files.read_checkpoint(run)["epochs"]
+    assert len(epoch) == 10
+    for at in range(len(epoch)):
+        for value in ("x", [1.0], {"z": "x"}):
+            odd(run, epochs=[[*epoch[:at], value, *epoch[at + 1 :]]])
+            refused(lambda: resume(run), str(run / "checkpoint.pt"), "epochs")
+    odd(run, epochs=[epoch[:9]])
+    refused(lambda: resume(run), str(run / "checkpoint.pt"), "epochs")
+
+
+def test_a_step_after_the_end_of_an_epoch_is_refused(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    odd(run, batches=7)
+    refused(lambda: resume(run), str(run / "checkpoint.pt"), "step 7 of 2")
+
+
+def test_odd_generators_leave_those_of_the_caller(trained, tmp_path):
+    before = rng.state()
+    state = run_files.read_checkpoint(trained)["generators"]
+    assert rng.is_state(state)
+    assert not rng.is_state(state | {"numpy": None})
+    assert not rng.is_state(state | {"torch": state["torch"][:-1]})
+    after = rng.state()
+    assert torch.equal(before["torch"], after["torch"])
+    assert before["python"] == after["python"]
+
+
+@pytest.mark.parametrize("seed", [2**64, 2**63, -1, 1.5, "1"])
+def test_a_seed_that_generators_do_not_take(seed):
+    refused(lambda: pv.sample(small(), 2, seed=seed), "seed must be a whole number from 0 to 2^63")
+    refused(lambda: pv.diagnose(small(), binary(), seed=seed), "seed must be a whole number")
+
+
+def test_the_greatest_seed():
+    assert pv.sample(small(), 2, seed=2**63 - 1).shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["meta", "lazy", "nonsense", "cpu:-1"])
+def test_a_device_without_data(name):
+    refused(lambda: pv.fit(small(), binary(), epochs=1, device=name, **OPTIONS), f"'{name}'")
+
+
+# A disk without space: a limit on the size of files
+
+
+def limited(size, work):
+    """Run in a process whose files have at most this size; return its message of one line."""
+    import resource
+
+    read, out = os.pipe()
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        try:
+            work()
+            os.write(out, b"done")
+        except pv.UsageError as error:
+            os.write(out, str(error).encode())
+        except BaseException as error:
+            os.write(out, f"traceback {error!r}".encode())
+        finally:
+            os._exit(0)
+    os.close(out)
+    os.waitpid(child, 0)
+    with os.fdopen(read) as words:
+        return words.read()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("size", [0, 100, 1700, 5000, 9000])
+def test_a_full_disk_is_one_line_and_the_last_run_loads(size, trained, tmp_path):
+    """Each size is too small for another file, from the lock to the checkpoint."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = pv.load(run).state_dict()
+    message = limited(size, lambda: resume(run))
+    assert str(run) in message
+    assert "cannot be written" in message
+    assert "\n" not in message
+    for name, value in pv.load(run).state_dict().items():
+        assert torch.equal(value, before[name])
+    assert len(run_files.read_checkpoint(run)["epochs"]) == 1
+    assert len(resume(run)) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_full_disk_while_exporting(tmp_path):
+    work = lambda: pv.export(small(), tmp_path / "e", binary(), formats=["torch"])  # noqa: E731
+    message = limited(1000, work)
+    assert "cannot be written" in message
+    assert "\n" not in message
+    assert not [name for name in os.listdir(tmp_path / "e") if name.endswith((".pt2", ".part"))]
