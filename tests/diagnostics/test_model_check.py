@@ -87,12 +87,12 @@ def test_dependence_of_residuals_has_its_closed_form():
 def test_a_difference_is_standard_normal_under_equal_distributions():
     torch.manual_seed(0)
     off = []
-    for seed in range(60):
+    for seed in range(30):
         rows = torch.randn(200, 3).double()
         off += [d.deviations for d in difference(scale_statistics, rows[:100], rows[100:], seed)]
     off = torch.tensor(off)
-    assert abs(off.mean()) < 0.3
-    assert 0.8 < off.std() < 1.25
+    assert abs(off.mean()) < 0.4
+    assert 0.75 < off.std() < 1.3
 
 
 def test_at_most_thirty_columns_are_compared():
