@@ -1,9 +1,8 @@
-"""Cells: counts of genes from AnnData files (.h5ad).
+"""Cells: counts of genes from AnnData files (.h5ad) and stores (.zarr).
 
-The files are read with h5py, so that only what is used is read, and no code of the file runs."""
+Only what is used is read, with h5py or zarr, and no code of the file runs."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data.cell_stores import opened, require_whole, strings
 from pyro_vae.data.files import require_observed_rows
 from pyro_vae.data.schema import Column, Schema, read_schema, whole_schema
 from pyro_vae.data.split import Data
@@ -19,9 +19,6 @@ from pyro_vae.data.table_files import arrow
 from pyro_vae.data.tables import Table, schema_of
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs.arrays import as_tensor
-
-FILE = ".h5ad"
-"""The ending of AnnData files."""
 
 ROLES = ("context", "label", "group", "split")
 """The roles that a column of obs can have."""
@@ -79,7 +76,7 @@ def read_cells(
     """Read the counts of an AnnData file, which become a dense array of float32.
 
     Arguments:
-        path: a .h5ad file.
+        path: a .h5ad file, or a .zarr store, which is a folder.
         columns: the roles of columns of obs, as `pyro_vae.read_table` takes them: context, label,
             group or split.
         layer: the layer with the counts; the default is X.
@@ -98,27 +95,6 @@ def read_cells(
         table = _obs_table(path, file, _roles(columns, batch, recorded))
         x = _counts(_found(file, path, layer), (len(table.ids), len(names)), path)
     return Cells(replace(table, x=x), names)
-
-
-@contextmanager
-def opened(path: Path, mode: str = "r") -> Iterator[Any]:
-    """An AnnData file as HDF5; raise `UsageError` if it cannot be read, or without h5py."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise UsageError(
-            ".h5ad files need h5py, which is not installed; run pip install 'pyro-vae[anndata]'"
-        ) from error
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
-    try:
-        with h5py.File(path, mode) as file:
-            yield file
-    except UsageError:
-        raise
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        words = first_line(error)[:120]
-        raise UsageError(f"{path} cannot be read as a .h5ad file ({words})") from error
 
 
 def _found(file: Any, path: Path, layer: str | None) -> Any:
@@ -148,16 +124,18 @@ def _form(element: Any, path: Path) -> str:
 def _index(file: Any, name: str, path: Path) -> list[str]:
     """The names of the rows of obs or var."""
     if name not in file:
-        raise UsageError(f"{path} has no {name}, so it is not a complete .h5ad file")
+        raise UsageError(f"{path} has no {name}, so it is not a complete {path.suffix} file")
     _form(file[name], path)
-    return list(map(str, _column(file[name][file[name].attrs["_index"]], path).to_pylist()))
+    names = file[name][file[name].attrs["_index"]]
+    require_whole(names, path)
+    return list(map(str, _column(names, path).to_pylist()))
 
 
 def _column(element: Any, path: Path) -> Any:
     """A column of obs or var as an Arrow array, with nulls for missing values."""
     pa, form = arrow(), _form(element, path)
     if form == "string-array":
-        return pa.array(element.asstr()[:].tolist(), pa.string())
+        return pa.array(strings(element).tolist(), pa.string())
     if form == "array":
         return pa.array(element[:], from_pandas=True)
     if form == "categorical":
@@ -167,7 +145,7 @@ def _column(element: Any, path: Path) -> Any:
         return pa.DictionaryArray.from_arrays(number, categories, ordered=ordered)
     if form.startswith("nullable-"):
         values, hidden = element["values"], element["mask"][:]
-        plain = values.asstr()[:] if form == "nullable-string-array" else values[:]
+        plain = strings(values) if form == "nullable-string-array" else values[:]
         return pa.array(plain, mask=hidden)
     raise UsageError(f"{element.name} of {path} has the form '{form}', which is not supported")
 
@@ -227,7 +205,10 @@ def _sparse(element: Any, form: str, path: Path) -> Any:
     """A sparse matrix in rows, whose indices are inside its shape."""
     from scipy import sparse
 
-    parts = tuple(element[name][:] for name in ("data", "indices", "indptr"))
+    arrays = [element[name] for name in ("data", "indices", "indptr")]
+    for array in arrays:
+        require_whole(array, path)
+    parts = tuple(array[:] for array in arrays)
     shape = tuple(int(size) for size in element.attrs["shape"])
     try:
         matrix = getattr(sparse, form)(parts, shape=shape)
@@ -280,7 +261,7 @@ def _roles(
         return whole_schema(recorded["columns"])
     if isinstance(columns, Schema):
         raise UsageError(
-            "must be roles by the name of a column of obs for a .h5ad file", argument="columns"
+            "must be roles by the name of a column of obs for cells", argument="columns"
         )
     roles = dict(read_schema(columns) if isinstance(columns, str | Path) else columns or {})
     return roles | ({} if batch is None else {batch: {"kind": "categorical", "role": "context"}})
