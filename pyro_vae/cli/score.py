@@ -247,8 +247,8 @@ def _all_cells(data: "Data", part: str | None, source: str, out: Path) -> str:
     """The part of a copy of a .h5ad file: all cells."""
     if ".zarr" in (out.suffix, Path(source).suffix):
         raise UsageError(
-            f"must be a .npz, .csv, .parquet or .feather file, because codes are not written into "
-            f".zarr stores; got {out}",
+            "must be a .npz, .csv, .parquet or .feather file, because codes are not written into "
+            f"copies of .zarr stores; got {out}",
             argument="out",
         )
     if data.cells is None:

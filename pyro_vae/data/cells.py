@@ -190,12 +190,15 @@ def _counts(element: Any, shape: tuple[int, int], path: Path) -> Tensor:
     form = _form(element, path)
     if form not in ("array", "csr_matrix", "csc_matrix"):
         raise UsageError(f"{path}: the counts must be a matrix of numbers (cells, genes)")
-    matrix = element if form == "array" else _sparse(element, form, path)
-    if matrix.shape != shape or matrix.dtype.kind not in "biuf":
+    is_dense = form == "array"
+    declared = tuple(map(int, element.shape if is_dense else element.attrs["shape"]))
+    numbers = element if is_dense else element["data"]
+    if declared != shape or numbers.dtype.kind not in "biuf":
         raise UsageError(
             f"{path}: the counts must be a matrix of numbers of shape {shape}, for obs and var; "
-            f"got {matrix.dtype} of shape {matrix.shape}"
+            f"got {numbers.dtype} of shape {declared}"
         )
+    matrix = element if is_dense else _sparse(element, form, path)
     x = as_tensor(_dense(matrix, path), str(path), missing=True)
     require_observed_rows(x, path)
     return x
