@@ -58,8 +58,8 @@ TABLE_DEFAULTS: dict[str, Any] = {
 """The defaults for tables, which are small: docs/benchmarks.md shows what they reach."""
 
 
-CELLS = ".h5ad"
-"""`pyro_vae.data.cells.FILE`, without importing it."""
+CELLS = (".h5ad", ".zarr")
+"""`pyro_vae.data.cell_stores.ENDINGS`, without importing it."""
 
 CELLS_DEFAULTS: dict[str, Any] = {"likelihood": "negative-binomial"}
 """The defaults for cells, whose counts vary more than those of a Poisson distribution."""
@@ -73,11 +73,11 @@ def data_defaults(app: App, commands: tuple[str, ...], arguments: Any) -> None:
     named = _by_name(arguments)
     data = [token.value for token in named["data"].tokens]
     ending = Path(data[-1]).suffix if data else ""
-    if ending not in (*TABLES, CELLS):
+    if ending not in (*TABLES, *CELLS):
         return
     kinds = [token.value for token in named["model"].tokens]
     kind = kinds[-1] if kinds else "vae"
-    if ending == CELLS:
+    if ending in CELLS:
         new, what, left_out = CELLS_DEFAULTS, "cells", tuple(CELLS_DEFAULTS) if ":" in kind else ()
     else:
         new, what = TABLE_DEFAULTS, "tables"

@@ -29,7 +29,7 @@ class Input:
     columns
         For a table: TOML file with a table [columns.NAME] for each column to change, and the
         entries kind, role, categories and period. schema.toml of a run is such a file. For a .h5ad
-        file: the roles of columns of obs, which are context, label, group or split.
+        file or .zarr store: the roles of columns of obs, which are context, label, group or split.
     standardize
         Scale real-valued data inside the pair, by constants that are saved with it. The default is
         yes for rows (n, d) with a Gaussian or Student-t likelihood, unless --scale is a number.
@@ -37,9 +37,10 @@ class Input:
         Maximum width of a row of text in characters, including the end symbol. Longer docstrings
         are left out; longer lines of a file are cut.
     layer
-        For a .h5ad file: layer with the counts. The default is X.
+        For a .h5ad file or .zarr store: layer with the counts. The default is X.
     batch
-        For a .h5ad file: column of obs with the batch, on which the pair becomes conditional.
+        For a .h5ad file or .zarr store: column of obs with the batch, on which the pair becomes
+        conditional.
     group
         Column of a table, or array of a .npz file, with the id of the group of each row. Whole
         groups are the data, and are never split between training and test data.

@@ -180,7 +180,7 @@ def load_of_run(
         raise UsageError(f"{run} does not record its data; name them with --data")
     if (run / SCHEMA).is_file():
         return load_data(name, columns=schema_of_run(run), group=given.get("group"))
-    if "cells" in given and Path(name).suffix == CELLS:
+    if "cells" in given and Path(name).suffix in CELLS:
         return _cells_of_run(run, given, name)
     folder = data_dir or given.get("data_dir")
     vocabulary, length = given.get("vocabulary"), given.get("length", Input.length)

@@ -213,8 +213,8 @@ def encode(
 
     path = out or run / "codes.npz"
     pair, loaded, given = open_run(run, data, None, model, part)
-    if path.suffix == CELLS:
-        part = _all_cells(loaded, part)
+    if path.suffix in CELLS:
+        part = _all_cells(loaded, part, str(data or given["data"]), path)
     split = chosen_part(loaded, data, part)
     context = context_of(given, loaded, split)
     by_row: dict[str, Any] = {}
@@ -229,7 +229,7 @@ def encode(
         by_row["labels"] = split.labels.numpy()
     if split.members is not None:
         by_row["members"] = split.members.numpy()
-    if path.suffix == CELLS:
+    if path.suffix in CELLS:
         print(_with_codes(data or given["data"], by_row, path))
         return
     if path.suffix == ".npz":
@@ -243,8 +243,14 @@ def encode(
     print(written(columns, path))
 
 
-def _all_cells(data: "Data", part: str | None) -> str:
+def _all_cells(data: "Data", part: str | None, source: str, out: Path) -> str:
     """The part of a copy of a .h5ad file: all cells."""
+    if ".zarr" in (out.suffix, Path(source).suffix):
+        raise UsageError(
+            "must be a .npz, .csv, .parquet or .feather file, because codes are not written into "
+            f"copies of .zarr stores; got {out}",
+            argument="out",
+        )
     if data.cells is None:
         raise UsageError(f"can be a .h5ad file only for such data, got {data.name}", argument="out")
     if part not in (None, "all"):

@@ -59,8 +59,8 @@ def train(
     data
         Name of a data set (digits, docstrings, shapes, mnist, fashion-mnist, kmnist, emnist,
         omniglot, cifar10, svhn), or path of a file: a table (.csv, .tsv, .parquet, .feather),
-        cells (.h5ad), arrays (.npy, .npz), lines of text (.txt) or music (.json), or a folder of
-        images.
+        cells (.h5ad, .zarr), arrays (.npy, .npz), lines of text (.txt) or music (.json), or a
+        folder of images.
     out
         Run folder to write. The default is runs/DATA.
     num_eval_samples

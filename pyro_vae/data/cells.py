@@ -1,9 +1,8 @@
-"""Cells: counts of genes from AnnData files (.h5ad).
+"""Cells: counts of genes from AnnData files (.h5ad) and stores (.zarr).
 
-The files are read with h5py, so that only what is used is read, and no code of the file runs."""
+Only what is used is read, with h5py or zarr, and no code of the file runs."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data.cell_stores import opened, require_whole, strings
 from pyro_vae.data.files import require_observed_rows
 from pyro_vae.data.schema import Column, Schema, read_schema, whole_schema
 from pyro_vae.data.sizes import available_memory
@@ -20,9 +20,6 @@ from pyro_vae.data.table_files import arrow
 from pyro_vae.data.tables import Table, schema_of
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs.arrays import as_tensor
-
-FILE = ".h5ad"
-"""The ending of AnnData files."""
 
 ROLES = ("context", "label", "group", "split")
 """The roles that a column of obs can have."""
@@ -80,7 +77,7 @@ def read_cells(
     """Read the counts of an AnnData file, which become a dense array of float32.
 
     Arguments:
-        path: a .h5ad file.
+        path: a .h5ad file, or a .zarr store, which is a folder.
         columns: the roles of columns of obs, as `pyro_vae.read_table` takes them: context, label,
             group or split.
         layer: the layer with the counts; the default is X.
@@ -101,6 +98,7 @@ def read_cells(
     return Cells(replace(table, x=x), names)
 
 
+<<<<<<< HEAD
 @contextmanager
 def opened(path: Path, mode: str = "r") -> Iterator[Any]:
     """An AnnData file as HDF5; raise `UsageError` if it cannot be read, or without h5py."""
@@ -123,6 +121,8 @@ def opened(path: Path, mode: str = "r") -> Iterator[Any]:
         raise UsageError(f"{path} cannot be read as a .h5ad file ({words})") from error
 
 
+=======
+>>>>>>> h-14z
 def _found(file: Any, path: Path, layer: str | None) -> Any:
     """The element of the file with the counts."""
     layers = list(file["layers"]) if "layers" in file else []
@@ -150,16 +150,18 @@ def _form(element: Any, path: Path) -> str:
 def _index(file: Any, name: str, path: Path) -> list[str]:
     """The names of the rows of obs or var."""
     if name not in file:
-        raise UsageError(f"{path} has no {name}, so it is not a complete .h5ad file")
+        raise UsageError(f"{path} has no {name}, so it is not a complete {path.suffix} file")
     _form(file[name], path)
-    return list(map(str, _column(file[name][file[name].attrs["_index"]], path).to_pylist()))
+    names = file[name][file[name].attrs["_index"]]
+    require_whole(names, path)
+    return list(map(str, _column(names, path).to_pylist()))
 
 
 def _column(element: Any, path: Path) -> Any:
     """A column of obs or var as an Arrow array, with nulls for missing values."""
     pa, form = arrow(), _form(element, path)
     if form == "string-array":
-        return pa.array(element.asstr()[:].tolist(), pa.string())
+        return pa.array(strings(element).tolist(), pa.string())
     if form == "array":
         return pa.array(element[:], from_pandas=True)
     if form == "categorical":
@@ -169,7 +171,7 @@ def _column(element: Any, path: Path) -> Any:
         return pa.DictionaryArray.from_arrays(number, categories, ordered=ordered)
     if form.startswith("nullable-"):
         values, hidden = element["values"], element["mask"][:]
-        plain = values.asstr()[:] if form == "nullable-string-array" else values[:]
+        plain = strings(values) if form == "nullable-string-array" else values[:]
         return pa.array(plain, mask=hidden)
     raise UsageError(f"{element.name} of {path} has the form '{form}', which is not supported")
 
@@ -204,12 +206,15 @@ def _counts(element: Any, shape: tuple[int, int], path: Path) -> Tensor:
     form = _form(element, path)
     if form not in ("array", "csr_matrix", "csc_matrix"):
         raise UsageError(f"{path}: the counts must be a matrix of numbers (cells, genes)")
-    matrix = element if form == "array" else _sparse(element, form, path)
-    if matrix.shape != shape or matrix.dtype.kind not in "biuf":
+    is_dense = form == "array"
+    declared = tuple(map(int, element.shape if is_dense else element.attrs["shape"]))
+    numbers = element if is_dense else element["data"]
+    if declared != shape or numbers.dtype.kind not in "biuf":
         raise UsageError(
             f"{path}: the counts must be a matrix of numbers of shape {shape}, for obs and var; "
-            f"got {matrix.dtype} of shape {matrix.shape}"
+            f"got {numbers.dtype} of shape {declared}"
         )
+    matrix = element if is_dense else _sparse(element, form, path)
     x = as_tensor(_dense(matrix, path), str(path), missing=True)
     require_observed_rows(x, path)
     return x
@@ -219,7 +224,10 @@ def _sparse(element: Any, form: str, path: Path) -> Any:
     """A sparse matrix in rows, whose indices are inside its shape."""
     from scipy import sparse
 
-    parts = tuple(element[name][:] for name in ("data", "indices", "indptr"))
+    arrays = [element[name] for name in ("data", "indices", "indptr")]
+    for array in arrays:
+        require_whole(array, path)
+    parts = tuple(array[:] for array in arrays)
     shape = tuple(int(size) for size in element.attrs["shape"])
     try:
         matrix = getattr(sparse, form)(parts, shape=shape)
@@ -272,7 +280,7 @@ def _roles(
         return whole_schema(recorded["columns"])
     if isinstance(columns, Schema):
         raise UsageError(
-            "must be roles by the name of a column of obs for a .h5ad file", argument="columns"
+            "must be roles by the name of a column of obs for cells", argument="columns"
         )
     roles = dict(read_schema(columns) if isinstance(columns, str | Path) else columns or {})
     return roles | ({} if batch is None else {batch: {"kind": "categorical", "role": "context"}})

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data.cells import FILE as CELLS
+from pyro_vae.data.cell_stores import ENDINGS as CELLS
 from pyro_vae.data.cells import read_cells
 from pyro_vae.data.files import UNREADABLE, load_file, load_music, load_text
 from pyro_vae.data.grouped_tables import grouped
@@ -60,7 +60,7 @@ def load_data(
               becomes floats in [0, 1]. Sequences have the shape (n, steps, d). They need
               ``lengths`` (n,) if their lengths differ;
             - ``.csv``, ``.tsv``, ``.parquet``, ``.feather``: a table, see `pyro_vae.read_table`;
-            - ``.h5ad``: cells with the counts of their genes, see `pyro_vae.data.cells`;
+            - ``.h5ad``, ``.zarr``: cells with the counts of their genes, see `pyro_vae.data.cells`;
             - ``.txt``: one datum in each line;
             - ``.json``: music, see `pyro_vae.data.music`.
 
@@ -74,7 +74,8 @@ def load_data(
         vocabulary: for text, the character of each token. Rows then have exactly the width
             ``length``. The default is all characters that occur in the text.
         columns: for a table, changes of its schema, as `pyro_vae.read_table` takes them. For a
-            ``.h5ad`` file, the roles of columns of its obs: context, label, group or split.
+            ``.h5ad`` file or a ``.zarr`` store, the roles of columns of its obs: context, label,
+            group or split.
         group: the column of a table, or the array of a ``.npz`` file, with the id of the group of
             each row. The data are then whole groups, see `pyro_vae.data.groups.in_groups`.
         image_size: for a folder, one number, or height and width. The default is the size of most
@@ -83,8 +84,10 @@ def load_data(
             has color.
         crop: for a folder, scale an image to cover the size, and cut off what is outside; False
             stretches the image instead.
-        layer: for a ``.h5ad`` file, the layer with the counts. The default is X.
-        batch: for a ``.h5ad`` file, the column of obs that becomes context, in one-hot rows.
+        layer: for a ``.h5ad`` file or a ``.zarr`` store, the layer with the counts. The default
+            is X.
+        batch: for a ``.h5ad`` file or a ``.zarr`` store, the column of obs that becomes context,
+            in one-hot rows.
 
     Raises `UsageError` for an unknown name, and for a file that cannot be read or has other arrays.
 
@@ -96,26 +99,24 @@ def load_data(
         raise UsageError(
             f"needs a table or a .npz file with group ids, got {name}", argument="group"
         )
-    if path.suffix == ".zarr":
-        raise UsageError(
-            f"{name}: zarr stores are not read; write the cells as an .h5ad file, by "
-            "anndata.read_zarr(store).write_h5ad(file)"
-        )
-    if name not in NAMES and path.is_dir() and columns is None:
+    folder = path.is_dir() and path.suffix not in CELLS
+    if name not in NAMES and folder and columns is None:
         return load_images(path, image_options(image_size, color, crop), _root(data_dir))
     if image_size is not None or color is not None or not crop:
         given = "image_size" if image_size is not None else "crop" if color is None else "color"
         raise UsageError(f"applies only to a folder of images, got {name}", argument=given)
     for option, value in (("layer", layer), ("batch", batch)):
-        if value is not None and path.suffix != CELLS:
-            raise UsageError(f"applies only to .h5ad files, got {name}", argument=option)
+        if value is not None and path.suffix not in CELLS:
+            raise UsageError(
+                f"applies only to .h5ad files and .zarr stores, got {name}", argument=option
+            )
     if name == "docstrings":
         return load_text(name, docstrings(length), length, vocabulary)
     if path.suffix in TABLES:
         if group is not None:
             return grouped(path, columns, group)
         return read_table(path, columns).split()
-    if path.suffix == CELLS:
+    if path.suffix in CELLS:
         return read_cells(path, columns, layer, batch).split()
     if columns is not None:
         raise UsageError(f"applies only to tables; '{name}' is not a table", argument="columns")
@@ -134,7 +135,8 @@ def load_data(
         return _torchvision(name, _root(data_dir))
     raise UsageError(
         f"unknown data set or file '{name}'; {nearest(name, NAMES)} "
-        "(or pass a folder of images, or a .csv, .parquet, .h5ad, .npy, .npz, .txt or .json file)"
+        "(or pass a folder of images, a .zarr store, or a .csv, .parquet, .h5ad, .npy, .npz, .txt "
+        "or .json file)"
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_vae.data.cells import opened
+from pyro_vae.data.cell_stores import opened
 from pyro_vae.errors import UsageError
 from pyro_vae.runs.files import atomic
 

@@ -113,7 +113,7 @@ BAD = {
     "group": (lambda p: pv.load_data(write_cells(p), group="donor"), "needs a table"),
     "layer of a table": (
         lambda p: pv.load_data("digits", layer="raw"),
-        "applies only to .h5ad files, got digits",
+        "applies only to .h5ad files and .zarr stores, got digits",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Data frames of polars, and zarr stores, which are refused in words."""
+"""Data frames of polars."""
 
 import pytest
 import torch
@@ -34,9 +34,3 @@ def test_a_frame_of_polars_is_the_table_of_its_file(tmp_path):
     assert back.columns == frame.columns
     assert back["town"].to_list() == frame["town"].to_list()
     assert back["age"].to_list() == frame["age"].to_list()
-
-
-def test_a_zarr_store_is_refused_in_words(tmp_path):
-    (tmp_path / "cells.zarr").mkdir()
-    with pytest.raises(pv.UsageError, match=r"zarr stores are not read; write .* \.h5ad"):
-        pv.load_data(tmp_path / "cells.zarr")
