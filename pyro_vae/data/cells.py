@@ -98,31 +98,6 @@ def read_cells(
     return Cells(replace(table, x=x), names)
 
 
-<<<<<<< HEAD
-@contextmanager
-def opened(path: Path, mode: str = "r") -> Iterator[Any]:
-    """An AnnData file as HDF5; raise `UsageError` if it cannot be read, or without h5py."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise UsageError(
-            ".h5ad files need h5py, which is not installed; run pip install 'pyro-vae[anndata]'"
-        ) from error
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
-    try:
-        # A file that is changed is a temporary one, which `runs.temporary` has locked already.
-        with h5py.File(path, mode, locking=None if mode == "r" else False) as file:
-            yield file
-    except UsageError:
-        raise
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        words = first_line(error)[:120]
-        raise UsageError(f"{path} cannot be read as a .h5ad file ({words})") from error
-
-
-=======
->>>>>>> h-14z
 def _found(file: Any, path: Path, layer: str | None) -> Any:
     """The element of the file with the counts."""
     layers = list(file["layers"]) if "layers" in file else []
