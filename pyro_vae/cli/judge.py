@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pyro_vae.data.split import Data
-    from pyro_vae.diagnostics.comparison import Scored
+    from pyro_vae.diagnostics.comparison import ScoredRows
 
 
 @app.command
@@ -143,7 +143,7 @@ def diagnose(
         print(f"\n{compare([Diagnosed(*side) for side in sides])}")
 
 
-def _scored(opened: tuple["nn.Module", "Data", dict[str, Any]], num: int) -> "Scored":
+def _scored(opened: tuple["nn.Module", "Data", dict[str, Any]], num: int) -> "ScoredRows":
     """What log p(x) of a run is about, on the data of its diagnosis."""
     from pyro_vae.diagnostics.comparison import scored
 

@@ -30,7 +30,7 @@ VISIBLE = 0.001
 """The smallest number that the table shows."""
 
 
-class Scored(NamedTuple):
+class ScoredRows(NamedTuple):
     """What log p(x) of a pair is about. Two values can be compared only if these are equal."""
 
     rows: Tensor
@@ -42,7 +42,7 @@ class Scored(NamedTuple):
 
 
 @alone()
-def scored(pair: nn.Module, x: Rows, *context: Any, binarize: str = "dynamic") -> Scored:
+def scored(pair: nn.Module, x: Rows, *context: Any, binarize: str = "dynamic") -> ScoredRows:
     """Return what log p(x) of a pair is about, for held-out data as `diagnose` takes them."""
     rows, prepare = held_rows(pair, x, context, binarize)
     batches = [prepare(batch) for batch in rows.batches(1000)]
@@ -52,7 +52,7 @@ def scored(pair: nn.Module, x: Rows, *context: Any, binarize: str = "dynamic") -
         few = tuple(part[:2] for part in batches[0])
         sites = observed(trace_model(pair, few, trace_guide(pair, few)))
     kinds = tuple(kind for site in sites.values() for kind in _discrete(site["fn"]))
-    return Scored(first, torch.stack(others, 1) if others else first[:, None][:, :0], kinds)
+    return ScoredRows(first, torch.stack(others, 1) if others else first[:, None][:, :0], kinds)
 
 
 def _discrete(fn: Any) -> list[bool]:
@@ -71,7 +71,7 @@ class Diagnosed(NamedTuple):
 
     name: str
     found: Diagnosis
-    scored: Scored
+    scored: ScoredRows
 
 
 @dataclass(frozen=True)

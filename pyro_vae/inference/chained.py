@@ -35,7 +35,7 @@ class Chained(NamedTuple):
     r_hat: Tensor
     """The largest of the units of each row, (n,)."""
     reliable: Tensor
-    """Whether the chains of each row agree and none diverged, (n,)."""
+    """Whether the chains of each row agree, none diverged, and 400 draws are effective, (n,)."""
 
     @property
     def pareto_k(self) -> Tensor:
@@ -69,7 +69,7 @@ def chained_parts(pair: nn.Module, batch: Batch, num_samples: int, seed: int) ->
             batch[0].new_full((number, len(rows)), 1 / number, dtype=torch.double),
             least[rows].double(),
             found.r_hat.nan_to_num(1.0).amax(1)[rows].double(),
-            found.agrees[rows],
+            (found.agrees & ~found.too_few_draws)[rows],
         )
 
 

@@ -67,13 +67,13 @@ class Imputation:
     do not agree. It is NaN for the other methods."""
     reliable: Tensor
     """Whether the imputation of each row is reliable, booleans (n,): Pareto k is at most 0.7, or
-    the chains agree and none diverged. True for a complete row."""
+    chains agree, none diverged, and at least 400 draws are effective. True for a complete row."""
 
     def __str__(self) -> str:
         rows = self.missing.flatten(1).any(1)
         bad = int((~self.reliable).sum())
         size = self.effective_sample_size[rows].median() if rows.any() else torch.tensor(torch.nan)
-        fault = "R-hat over 1.01" if self.method == "nuts" else "Pareto k over 0.7"
+        fault = "chains apart or short" if self.method == "nuts" else "Pareto k over 0.7"
         lines = [
             ("missing entries", f"{int(self.missing.sum())} in {int(rows.sum())} rows"),
             ("draws", f"{len(self.draws)}"),

@@ -27,7 +27,7 @@ Label = str | int
 """A plate, or the number that Pyro gives to an enumerated site."""
 
 
-class Factor(NamedTuple):
+class LogFactor(NamedTuple):
     """A log density without dimensions of size 1."""
 
     values: Tensor
@@ -42,11 +42,11 @@ class Factor(NamedTuple):
         return [dim for dim in self.dims if isinstance(dim, int)]
 
 
-class Step(NamedTuple):
+class SumStep(NamedTuple):
     """The elimination of one site, from the sum of the factors that depend on it."""
 
     site: int
-    joint: Factor
+    joint: LogFactor
 
 
 def label(frame: Any) -> str:
@@ -61,7 +61,7 @@ def plates_of(site: Site) -> dict[int, str]:
     return {f.dim: label(f) for f in site["cond_indep_stack"] if f.vectorized}
 
 
-def factor(site: Site, term: Tensor) -> Factor:
+def factor(site: Site, term: Tensor) -> LogFactor:
     """A log density of a site as a factor."""
     plates = plates_of(site)
     labels: dict[int, Label] = {**enumerated_ids(site), **plates}
@@ -73,12 +73,12 @@ def factor(site: Site, term: Tensor) -> Factor:
                 f"{dim}, which belongs neither to a plate nor to an enumerated site: declare the "
                 "dimensions to the right of the plates as event dimensions with .to_event(1)"
             )
-    return Factor(term.squeeze(), tuple(labels[dim] for dim in dims), frozenset(plates.values()))
+    return LogFactor(term.squeeze(), tuple(labels[dim] for dim in dims), frozenset(plates.values()))
 
 
 def eliminate(
-    factors: Iterable[Factor], over: Iterable[int], plates: Mapping[int, frozenset[str]]
-) -> tuple[list[Factor], list[Step]]:
+    factors: Iterable[LogFactor], over: Iterable[int], plates: Mapping[int, frozenset[str]]
+) -> tuple[list[LogFactor], list[SumStep]]:
     """Sum over some enumerated sites; returns the factors that remain, and the steps.
 
     Arguments:
@@ -96,14 +96,16 @@ def eliminate(
         left = [part for part in left if site not in part.dims]
         if own:
             joint = joined([_summed_to(part, plates[site], plates) for part in own])
-            steps.append(Step(site, joint))
+            steps.append(SumStep(site, joint))
             at = joint.dims.index(site)
             rest = (*joint.dims[:at], *joint.dims[at + 1 :])
-            left.append(Factor(joint.values.logsumexp(at), rest, plates[site]))
+            left.append(LogFactor(joint.values.logsumexp(at), rest, plates[site]))
     return left, steps
 
 
-def _next(waiting: set[int], left: Sequence[Factor], plates: Mapping[int, frozenset[str]]) -> int:
+def _next(
+    waiting: set[int], left: Sequence[LogFactor], plates: Mapping[int, frozenset[str]]
+) -> int:
     """The next site: of the sites in the most plates, the one that depends on the fewest others."""
     deepest = max(len(plates[site]) for site in waiting)
     others: dict[int, set[int]] = {s: set() for s in sorted(waiting) if len(plates[s]) == deepest}
@@ -114,7 +116,9 @@ def _next(waiting: set[int], left: Sequence[Factor], plates: Mapping[int, frozen
     return min(others, key=lambda site: len(others[site]))
 
 
-def _summed_to(part: Factor, to: frozenset[str], plates: Mapping[int, frozenset[str]]) -> Factor:
+def _summed_to(
+    part: LogFactor, to: frozenset[str], plates: Mapping[int, frozenset[str]]
+) -> LogFactor:
     """Sum a factor over the plates that are not in ``to``."""
     extra = [dim for dim in part.dims if isinstance(dim, str) and dim not in to]
     if extra and any(not plates[site] <= to for site in part.sites):
@@ -127,38 +131,38 @@ def _summed_to(part: Factor, to: frozenset[str], plates: Mapping[int, frozenset[
     return without(part, extra)
 
 
-def without(part: Factor, extra: Sequence[Label]) -> Factor:
+def without(part: LogFactor, extra: Sequence[Label]) -> LogFactor:
     """A factor summed over some of its dimensions."""
     at = [part.dims.index(dim) for dim in extra]
     kept = tuple(dim for dim in part.dims if dim not in extra)
     values = part.values.sum(at) if at else part.values
-    return Factor(values, kept, part.plates - set(extra))
+    return LogFactor(values, kept, part.plates - set(extra))
 
 
-def joined(factors: Sequence[Factor]) -> Factor:
+def joined(factors: Sequence[LogFactor]) -> LogFactor:
     """The sum of factors, which keeps all of their dimensions."""
     dims = tuple(dict.fromkeys(dim for part in factors for dim in part.dims))
     values = [aligned(part, dims) for part in factors]
     total = sum(values[1:], values[0])
-    return Factor(total, dims, frozenset().union(*(part.plates for part in factors)))
+    return LogFactor(total, dims, frozenset().union(*(part.plates for part in factors)))
 
 
-def aligned(part: Factor, dims: Sequence[Label]) -> Tensor:
+def aligned(part: LogFactor, dims: Sequence[Label]) -> Tensor:
     """The values of a factor with these dimensions, of size 1 where it does not have them."""
     order = sorted(range(len(part.dims)), key=lambda i: dims.index(part.dims[i]))
     sizes = dict(zip(part.dims, part.values.shape, strict=True))
     return part.values.permute(order).reshape([sizes.get(dim, 1) for dim in dims])
 
 
-def total(factors: Sequence[Factor], keep: Sequence[str]) -> Tensor:
+def total(factors: Sequence[LogFactor], keep: Sequence[str]) -> Tensor:
     """The sum of factors over all plates except ``keep``, which are its dimensions, in order."""
     parts = [without(part, [dim for dim in part.dims if dim not in keep]) for part in factors]
     return aligned(joined(parts), keep)
 
 
-def draw(steps: Sequence[Step]) -> dict[int, Factor]:
+def draw(steps: Sequence[SumStep]) -> dict[int, LogFactor]:
     """Draw the eliminated sites jointly; the values of a factor are the numbers of its values."""
-    drawn: dict[int, Factor] = {}
+    drawn: dict[int, LogFactor] = {}
     for site, joint in reversed(steps):
         for other in joint.sites:
             if other != site:
@@ -166,11 +170,11 @@ def draw(steps: Sequence[Step]) -> dict[int, Factor]:
         dims = tuple(dim for dim in joint.dims if dim != site)
         logits = aligned(joint, (*dims, site))
         found = torch.distributions.Categorical(logits=logits).sample()
-        drawn[site] = Factor(found, dims, joint.plates)
+        drawn[site] = LogFactor(found, dims, joint.plates)
     return drawn
 
 
-def _taken(part: Factor, site: int, index: Factor) -> Factor:
+def _taken(part: LogFactor, site: int, index: LogFactor) -> LogFactor:
     """A factor at given values of one of its sites."""
     own = [dim for dim in part.dims if dim != site]
     dims = tuple(dict.fromkeys([*own, *index.dims]))
@@ -178,4 +182,4 @@ def _taken(part: Factor, site: int, index: Factor) -> Factor:
     shape = torch.broadcast_shapes(values.shape[:-1], at.shape)
     values = values.expand(*shape, values.shape[-1])
     taken = values.gather(-1, at.expand(shape)[..., None]).squeeze(-1)
-    return Factor(taken, dims, part.plates | index.plates)
+    return LogFactor(taken, dims, part.plates | index.plates)

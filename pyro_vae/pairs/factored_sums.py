@@ -22,7 +22,7 @@ from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.elimination import (
     DATA,
     SAMPLES,
-    Factor,
+    LogFactor,
     aligned,
     draw,
     eliminate,
@@ -74,7 +74,7 @@ def probabilities(model: Trace, guide: Trace) -> dict[str, Tensor]:
     """r of each latent that only the model has, of shape (values, *plates), given a guide trace."""
     own, factors, plates = _posterior(model, guide)
 
-    def evidence(given: Mapping[str, Factor]) -> Tensor:
+    def evidence(given: Mapping[str, LogFactor]) -> Tensor:
         return total(eliminate(given.values(), plates, plates)[0], ())
 
     found = _derivatives(evidence, factors)
@@ -88,11 +88,13 @@ def draws(model: Trace, guide: Trace) -> dict[str, Tensor]:
     """
     own, factors, plates = _posterior(model, guide)
     drawn = draw(eliminate(factors.values(), plates, plates)[1])
-    first = Factor(torch.zeros((), dtype=torch.long), (), frozenset())  # of a site with one value
+    first = LogFactor(
+        torch.zeros((), dtype=torch.long), (), frozenset()
+    )  # of a site with one value
     return {name: _laid_out(drawn.get(_number(site), first), site) for name, site in own.items()}
 
 
-class Bound:
+class FactoredBound:
     """The terms of the ELBO of two traces, each with its expectation under the enumerated sites.
 
     The expectations are sums over the data, without the scales of the sites. The densities of m and
@@ -151,11 +153,11 @@ class Bound:
         """The KL of all of m together, of r from the prior."""
         return sum(self.depending.values(), torch.zeros(())) - self.evidence
 
-    def _evidence(self, joint: Mapping[str, Factor]) -> Tensor:
+    def _evidence(self, joint: Mapping[str, LogFactor]) -> Tensor:
         left, _ = eliminate(joint.values(), self._over, self.plates)
         return sum((self._mean(part) for part in left), torch.zeros(()))
 
-    def _mean(self, part: Factor) -> Tensor:
+    def _mean(self, part: LogFactor) -> Tensor:
         """The mean of a term under q(e|x), summed over its plates."""
         if not part.sites:
             return part.values.sum()
@@ -170,7 +172,7 @@ class Bound:
 
 def _posterior(
     model: Trace, guide: Trace
-) -> tuple[dict[str, Site], dict[str, Factor], dict[int, frozenset[str]]]:
+) -> tuple[dict[str, Site], dict[str, LogFactor], dict[int, frozenset[str]]]:
     """m, and the factors of p(x, z, m), with the plates of m."""
     own, plates = enumerated(model), _plates(model, guide)
     sites = {n: site for n, site in (latents(model) | scored(model)).items() if is_local(site)}
@@ -179,8 +181,8 @@ def _posterior(
 
 
 def _derivatives(
-    evidence: Callable[[Mapping[str, Factor]], Tensor], factors: Mapping[str, Factor]
-) -> dict[str, Factor]:
+    evidence: Callable[[Mapping[str, LogFactor]], Tensor], factors: Mapping[str, LogFactor]
+) -> dict[str, LogFactor]:
     """The derivatives of the evidence with respect to the values of each factor."""
     if not factors:
         return {}
@@ -223,7 +225,7 @@ def _plates(*traces: Trace) -> dict[int, frozenset[str]]:
     return {_number(site): frozenset(plates_of(site).values()) for site in sites}
 
 
-def _factor(site: Site, term: Tensor, plates: Mapping[int, frozenset[str]]) -> Factor:
+def _factor(site: Site, term: Tensor, plates: Mapping[int, frozenset[str]]) -> LogFactor:
     """A term as a factor. Raises `UsageError` if it depends on a site of a plate around neither."""
     found = factor(site, term)
     for other in found.sites:
@@ -244,7 +246,7 @@ def _require_part_of_p(site: Site) -> None:
         )
 
 
-def _laid_out(part: Factor, site: Site, lead: tuple[int, ...] = ()) -> Tensor:
+def _laid_out(part: LogFactor, site: Site, lead: tuple[int, ...] = ()) -> Tensor:
     """Values with the leading enumerated sites, then the plates of a site at their dimensions.
 
     Values are summed over other enumerated sites.

@@ -301,7 +301,7 @@ def _layout(model: Trace, guide: Trace) -> tuple[list[int], dict[str, int]]:
 
 def _means(model: Trace, guide: Trace) -> Terms:
     """The terms of the ELBO if the sums are factored: each is a mean, summed over the data."""
-    bound = factored_sums.Bound(model, guide)
+    bound = factored_sums.FactoredBound(model, guide)
     found = bound.free | bound.depending
     seen = {name for name, site in sample_sites(model).items() if site["is_observed"]}
     return Terms(

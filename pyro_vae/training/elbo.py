@@ -13,7 +13,7 @@ from pyro_vae.compat import FakeTensor
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.data_plate import is_local
-from pyro_vae.pairs.factored_sums import Bound, is_factored
+from pyro_vae.pairs.factored_sums import FactoredBound, is_factored
 from pyro_vae.pairs.pair import Batch, Site
 from pyro_vae.pairs.sites import data_plates, latents, observed, sample_sites
 
@@ -121,7 +121,7 @@ def _factored_loss(model: Trace, guide: Trace) -> Any:
     If all sites that depend on m have the scale of m, it needs only their evidence log Z. Otherwise
     the evidence is split into log p of these sites and the KL of m.
     """
-    bound, loss = Bound(model, guide), 0.0
+    bound, loss = FactoredBound(model, guide), 0.0
     in_model, in_guide = sample_sites(model), sample_sites(guide)
     for name, term in bound.free.items():
         loss = loss - term * in_model[name]["scale"]

@@ -63,7 +63,7 @@ SPOILED = [
     ),
     (
         "pyro_vae.inference.weighted",
-        "log_guide",
+        "by_datum",
         lambda term: term + 0.1,
         "a class and a place",
         "log p(x) of score, a class and a place",

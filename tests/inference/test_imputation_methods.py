@@ -48,11 +48,11 @@ def test_nuts_has_the_exact_posterior_and_reports_its_chains():
     assert within(found, pair, x[[0, 2]], 1, 0.6)
     assert bool(found.r_hat[0].isnan())
     assert 0.9 < float(found.r_hat[1]) < 1.1
-    assert bool(found.reliable[1]) == bool(found.r_hat[1] <= 1.01)
+    assert found.reliable.tolist() == [True, False]  # 120 draws are too few, whatever R-hat is
+    assert "chains apart or short" in str(found)
     assert bool(found.pareto_k[1].isnan())
     assert found.pareto_k[0] == 0
     assert 20 < float(found.effective_sample_size[1]) <= 120
-    assert "R-hat over 1.01" in str(found)
 
 
 def test_unreliable_rows_name_the_method_to_try():

@@ -16,7 +16,9 @@ def test_scores_are_the_log_likelihood(name):
     pair, batch = make(name), rows(name, 3)
     found = pv.score(pair, *batch, num_samples=4000)
     want = pv.log_likelihood(pair, *batch, num_samples=4000)
-    assert found.log_likelihood.tolist() == pytest.approx(want.per_datum.tolist(), abs=0.35)
+    off = (found.log_likelihood - want.per_datum).abs()
+    steady = (found.pareto_k <= 0.7) & (want.pareto_k <= 0.7)
+    assert bool((off < torch.where(steady, 0.35, 0.8)).all())
 
 
 def test_an_imputation_weighs_the_classes():

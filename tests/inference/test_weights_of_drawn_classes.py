@@ -45,12 +45,12 @@ def data(n=20):
 
 def test_score_is_log_p_of_rows_and_entries():
     pair, x = Classes(), data()
-    found = pv.score(pair, x, num_samples=4000)
+    found = pv.score(pair, x, num_samples=16_000)
     assert (found.log_likelihood - pair.log_marginal(x)).abs().max() < 0.15
     others = torch.stack([pair.log_marginal(x[:, [1]]), pair.log_marginal(x[:, [0]])], 1)
     off = (found.by_entry - (pair.log_marginal(x)[:, None] - others)).abs()
     assert off[found.entry_pareto_k < 0.5].max() < 0.2
-    assert off.mean() < 0.03
+    assert off[found.entry_pareto_k < 0.7].mean() < 0.03
 
 
 def test_an_entry_is_imputed_by_its_conditional_mean():

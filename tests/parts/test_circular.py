@@ -81,7 +81,7 @@ def test_an_imputation_near_the_end_of_the_circle_is_not_at_its_middle():
     family = likelihood()
     vae = pv.VAE.mlp((2,), 1, (4,), family)
     vae = pv.VAE(vae.encoder, pv.Factor(Midnight(), family, (2,)), vae.prior)
-    found = pv.impute(vae, torch.tensor([[torch.nan, 2.0]]), draws=50, num_samples=4000)
+    found = pv.impute(vae, torch.tensor([[torch.nan, 2.0]]), draws=50, num_samples=16_000)
     assert min(float(found.mean[0, 0]), 24 - float(found.mean[0, 0])) < 0.2
     assert bool(((found.draws[..., 0] >= 0) & (found.draws[..., 0] < 24)).all())
     width = stats.vonmises.ppf(0.95, 1.0) * 24 / (2 * pi)  # the concentration of an output of 0
