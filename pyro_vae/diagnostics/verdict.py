@@ -240,7 +240,7 @@ def _on_model(results: Mapping[str, Any], parts: set[str]) -> list[Finding]:
     if found.marginal_p != found.marginal_p:
         words = "the model: too few rows have reliable importance weights"
         return [Finding("unchecked", words, "model")]
-    words = f"the model: data do not differ from the model's own data in {', '.join(what)}"
+    words = f"the model: no difference of data and own data was found in {', '.join(what)}"
     return [Finding("trust", f"{words} ({len(found.log_likelihood)} data)", "model")]
 
 

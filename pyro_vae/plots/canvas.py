@@ -28,7 +28,7 @@ def literal(text: str) -> str:
     >>> literal("$z$")
     '\\\\$z\\\\$'
     """
-    return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text).replace("$", r"\$")
 
 
 def grid(rows: Sequence[tuple[str, Tensor]], title: str) -> "Figure":

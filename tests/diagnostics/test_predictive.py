@@ -16,6 +16,7 @@ from pyro_vae.diagnostics import figures as diagnostic_figures
 from pyro_vae.diagnostics.outliers import Scores, _auroc
 from pyro_vae.diagnostics.predictive import STATISTICS
 from pyro_vae.pairs.rng import seeded
+from pyro_vae.plots import canvas
 from pyro_vae.training.check import require
 
 QUIET = {"progress": False}
@@ -281,3 +282,8 @@ def test_other_data_may_be_a_tensor():
     settings = {"regret": False, "num_samples": 30, "seed": 4, **QUIET}
     one = pv.outlier_scores(pair, x, other=other, reference=x, **settings)
     assert one.auroc == pv.outlier_scores(pair, x, other=(other,), **settings).auroc
+
+
+def test_the_labels_of_a_picture_keep_their_lines():
+    assert canvas.literal("row 3\nmean") == "row 3\nmean"
+    assert canvas.literal("a\tb\x00$") == "a?b?\\$"
