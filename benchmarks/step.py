@@ -148,7 +148,15 @@ def ours(
 ) -> Callable[[], object]:
     vae = make()
     optimizer = Optimizer(torch.optim.Adam, dict(vae.named_parameters()), 1e-3)
-    loss = Engine(vae, Trace_ELBO(), engine, precision=precision, declare=False)
+    loss = Engine(
+        vae,
+        Trace_ELBO(),
+        engine,
+        precision=precision,
+        declare=False,
+        noise=True,
+        optimizer=optimizer,
+    )
     svi = Step(vae.model, vae.guide, optimizer, loss)
 
     def step() -> object:

@@ -8,9 +8,9 @@ Tried: `tests/test_compat.py` passes with torch 2.6.0 and Pyro 1.9.1, and with t
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.distributions.util import scale_and_mask, sum_rightmost
@@ -26,8 +26,10 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "DispatchMode",
     # What tensors are while `make_fx` traces.
     "FakeTensor",
     # What a node of a graph calls.
@@ -248,8 +250,13 @@ def leaf_of(node: Any) -> Tensor | None:
 
 # The optimizer
 
+DispatchMode = TorchDispatchMode
+"""Sees every operation inside its context. ``TorchFunctionMode`` sees only calls from Python, and
+so not the draws that a distribution makes inside torch."""
+
 fused_adam_ = torch._fused_adam_
-"""The kernel that ``torch.optim.Adam(fused=True)`` calls."""
+fused_adamw_ = torch._fused_adamw_
+"""The kernels that ``torch.optim.Adam(fused=True)`` and ``AdamW(fused=True)`` call."""
 
 
 def has_step_hooks(optimizer: Any) -> bool:
@@ -289,16 +296,27 @@ def has_values(tensor: Tensor) -> bool:
 
 
 def compile_graph(
-    graph: torch.fx.GraphModule, examples: Sequence[Tensor]
+    graph: torch.fx.GraphModule,
+    examples: Sequence[Tensor],
+    decompositions: Mapping[OpOverload, Callable[..., Any]],
 ) -> Callable[..., list[Tensor]]:
-    """A graph as compiled by Inductor, whose public face, torch.compile, would trace once more."""
-    import torch._inductor
+    """A graph as compiled by Inductor, whose public face, torch.compile, would trace once more.
+
+    Arguments:
+        decompositions: formulas for operations, in addition to those of Inductor.
+    """
+    import torch._inductor.config
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
 
     # The generators are those of the eager step, so that the draws are the same.
-    options = {"fallback_random": True}
+    options: dict[str, Any] = {"fallback_random": True}
     if REORDERS:
         options["reorder_for_locality"] = False
-    return torch._inductor.compile(graph, list(examples), options=options)
+    with torch._inductor.config.patch(options):
+        table = {**select_decomp_table(), **decompositions}
+        compiled = compile_fx(graph, list(examples), decompositions=table)
+    return cast(Callable[..., list[Tensor]], compiled)
 
 
 # Errors that have no type of their own

@@ -3,9 +3,9 @@
 The engine is a Pyro ``ELBO`` that runs another ELBO. Any ``pyro.infer.SVI`` accepts it.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import pyro
 import torch
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from pyro_vae.compat import get_trace, zero_grads
 from pyro_vae.errors import NotTraceable, warn
 from pyro_vae.pairs import data_plate
+from pyro_vae.pairs.noise import Draws, SiteNoise, new_key
 from pyro_vae.pairs.pair import Batch
+from pyro_vae.training.adam import FusedAdam
 from pyro_vae.training.kl_weight import KLWeight
+from pyro_vae.training.optimizer import Optimizer
 from pyro_vae.training.recording import ELBOParts, recorded, surrogate
 from pyro_vae.training.settings import require_engine
 from pyro_vae.training.tracing import Graphs, Named, fall_back
@@ -40,6 +43,8 @@ class Step(SVI):
         self.engine = loss
 
     def step(self, *batch: Tensor) -> Any:
+        if self.engine.whole_step(self.model, self.guide, batch):
+            return self.engine.numbers[0]
         with poutine.trace(param_only=True) as capture:
             loss = self.loss_and_grads(self.model, self.guide, *batch)
         sites: Any = capture.trace.nodes.values()
@@ -67,6 +72,11 @@ class Engine(ELBO):
         declare: make every parameter a site that SVI sees. An optimizer that knows its parameters,
             such as `pyro_vae.training.optimizer.Optimizer`, does not need this.
         say: shows a few words before a wait of several seconds.
+        noise: draw the values of sample sites, and binarize, by `pyro_vae.pairs.noise`. A compiled
+            graph computes this noise in its own kernels. Each step has a new key, which is drawn
+            from torch's generator. By default all draws use torch's generator, as in stock Pyro.
+        optimizer: compiled graphs contain its update, if it is Adam or AdamW on a CPU. Only `Step`
+            runs such graphs.
 
     The attribute ``beta`` is the weight on the KL, a number or a tensor. Set it between steps. The
     engine assumes that everything else outside the pair which model and guide use stays constant.
@@ -96,6 +106,8 @@ class Engine(ELBO):
         num_data: int | None = None,
         declare: bool = True,
         say: Callable[[str], None] = lambda words: None,
+        noise: bool = False,
+        optimizer: Optimizer | None = None,
     ) -> None:
         objective = objective or Trace_ELBO()
         super().__init__(num_particles=objective.num_particles)
@@ -110,7 +122,9 @@ class Engine(ELBO):
         self.names: list[tuple[str, str]] = []
         self.numbers = torch.zeros(0)
         self._programs: tuple[Any, Any] = (None, None)
+        self.noise, self.optimizer = noise, optimizer
         self._graphs: Graphs | None = None
+        self._whole: Graphs | None = None
         self._beta = torch.zeros(())
 
     def _get_trace(self, *args: Any) -> Any:
@@ -129,8 +143,8 @@ class Engine(ELBO):
             except NotTraceable as error:
                 self._become_eager(error)
         weight = self._weight(self.beta, batch)
-        with self._autocast(batch):
-            loss = self.objective.loss_and_grads(weight(model), weight(guide), *self.prepare(batch))
+        with self._autocast(batch), self._noise(batch) as prepare:
+            loss = self.objective.loss_and_grads(weight(model), weight(guide), *prepare(batch))
         gradients = [p.grad for p in self.pair.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         total = torch.as_tensor(loss, dtype=torch.float64, device=norm.device)
@@ -143,17 +157,44 @@ class Engine(ELBO):
             parameter.grad = None  # eager gradients would be added to those of a graph
         warn(fall_back(self.pair, "trained", error))
 
+    def whole_step(self, model: Any, guide: Any, batch: Batch) -> bool:
+        """Take a step, update included, as one compiled graph; return whether there is one.
+
+        Raises ``FloatingPointError`` if the gradient is not finite. Then nothing was updated.
+        """
+        if self.engine != "compiled" or self.optimizer is None or len(batch[0]) < self.batch_size:
+            return False
+        if self._graphs is None or self._programs != (model, guide):
+            self._start(model, guide)
+        adam = self.optimizer.for_graphs()
+        if self._whole is None or adam is None:
+            return False
+        numbers = torch.tensor([float(self.beta), *adam.numbers()], dtype=self._beta.dtype)
+        try:
+            found = self._whole.found(numbers, *batch)
+        except NotTraceable:
+            self._whole = None
+            return False
+        if not found.graph.compiled:
+            cast(Graphs, self._graphs).can_compile = self._whole.can_compile
+            self._whole = None
+            return False
+        results = found()
+        self._require_inside(results)
+        ((_, names), self.numbers), *_ = results.items()
+        self.names = list(names)
+        self.optimizer.stepped(self.numbers[1])
+        return True
+
     def _replay(self, model: Any, guide: Any, batch: Batch) -> Tensor:
-        graphs = self._graphs
-        if graphs is None or self._programs != (model, guide):
-            graphs = self._graphs = self._new_graphs(model, guide)
+        if self._graphs is None or self._programs != (model, guide):
+            self._start(model, guide)
+        graphs = cast(Graphs, self._graphs)
         self._beta.fill_(self.beta)
         found = graphs(self._beta, *(t.to(self._beta.device) for t in batch))
         if self.engine == "auto":
             self.engine = self._choice(graphs.first_operations)
-        for (kind, name), value in found.items():
-            if kind == "outside" and value.item():
-                raise ValueError(f"site '{name}' observes values outside its support")
+        self._require_inside(found)
         for i, parameter in enumerate(graphs.trained()):
             parameter.grad = found.get(("gradient", i))
             if self.declare:
@@ -161,22 +202,54 @@ class Engine(ELBO):
         self._keep({key: value for key, value in found.items() if key[0] in NUMBERS})
         return self.numbers[0]
 
-    def _new_graphs(self, model: Any, guide: Any) -> Graphs:
+    def _require_inside(self, found: Named) -> None:
+        for (kind, name), value in found.items():
+            if kind == "outside" and value.item():
+                raise ValueError(f"site '{name}' observes values outside its support")
+
+    def _start(self, model: Any, guide: Any) -> None:
+        """Prepare the graphs of these programs."""
         self._programs = (model, guide)
         like = next(self.pair.parameters())
         self._beta = torch.zeros((), dtype=like.dtype, device=like.device)
         tolerance = 1e-5 if self.precision == "float32" else 2e-2
         function = self._function(model, guide)
-        return Graphs(self.pair, function, self._compiles, tolerance, self.say)
+        self._graphs = Graphs(self.pair, function, self._compiles, tolerance, self.say)
+        adam = self.optimizer.for_graphs() if self.optimizer and not like.is_cuda else None
+        self._whole = None
+        if adam is not None:
+            whole = self._whole_function(function, adam)
+            self._whole = Graphs(
+                self.pair, whole, lambda *_: True, tolerance, self.say, adam.held, updates=True
+            )
+
+    def _whole_function(
+        self, function: Callable[..., Named], adam: FusedAdam
+    ) -> Callable[..., Named]:
+        """Return a function that also updates the parameters, and has no gradients as results."""
+
+        def whole(numbers: Tensor, *batch: Tensor) -> Named:
+            found = function(numbers[0], *batch)
+            trained = [p for p in self.pair.parameters() if p.requires_grad]
+            if any(("gradient", i) not in found for i in range(len(trained))):
+                raise NotTraceable("a parameter has no gradient")
+            gradients = [found.pop(("gradient", i)) for i in range(len(trained))]
+            kept = {key: found.pop(key) for key in list(found) if key[0] in NUMBERS}
+            norm = kept["norm", ""] = _norm(gradients)
+            gradients = cast(Optimizer, self.optimizer).clipped(gradients, norm)
+            adam.update(trained, gradients, norm, numbers[1:])
+            return {("numbers", tuple(kept)): torch.stack(list(kept.values())), **found}
+
+        return whole
 
     def _function(self, model: Any, guide: Any) -> Callable[..., Named]:
         """Return a function from the weight on the KL and a minibatch to all results of a step."""
 
         def function(beta: Tensor, *batch: Tensor) -> Named:
             weight = self._weight(beta, batch)
-            with self._autocast(batch):
+            with self._autocast(batch), self._noise(batch) as prepare:
                 loss, differentiable = surrogate(
-                    self.objective, weight(model), weight(guide), self.prepare(batch)
+                    self.objective, weight(model), weight(guide), prepare(batch)
                 )
                 trained = [p for p in self.pair.parameters() if p.requires_grad]
                 gradients = torch.autograd.grad(differentiable, trained, allow_unused=True)
@@ -199,6 +272,21 @@ class Engine(ELBO):
         self.parts.clear(share)
         return KLWeight(beta, share)
 
+    @contextmanager
+    def _noise(self, batch: Sequence[Tensor]) -> Iterator[Callable[[Sequence[Tensor]], Batch]]:
+        """Draw the noise of a step as ``noise`` says, and give the preparation of a minibatch."""
+        if not self.noise:
+            yield self.prepare
+            return
+        draws = Draws(new_key(self._beta.device))
+
+        def prepare(batch: Sequence[Tensor]) -> Batch:
+            with draws:
+                return self.prepare(batch)
+
+        with SiteNoise(draws):
+            yield prepare
+
     def _keep(self, numbers: dict[tuple[str, str], Tensor]) -> None:
         # The stack is a copy. A captured graph writes each step's results to the same memory.
         self.names, self.numbers = list(numbers), torch.stack(list(numbers.values()))
@@ -217,7 +305,13 @@ class Engine(ELBO):
 
     def _compiles(self, inputs: Sequence[Tensor], operations: int) -> bool:
         full = len(inputs[1]) >= self.batch_size
-        return full and self._choice(operations) == "compiled"
+        return full and self._whole is None and self._choice(operations) == "compiled"
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the global norm. Sums over one dimension are cheaper in Inductor than over all."""
+    squares = [(g * g).sum(0).sum() for g in gradients]
+    return torch.stack(squares).sum().sqrt()
 
 
 def _sums(loss: Tensor, norm: Tensor, parts: ELBOParts) -> dict[tuple[str, str], Tensor]:

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -10,8 +9,8 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pyro_vae.compat import fused_adam_, has_step_hooks
 from pyro_vae.errors import UsageError, first_line
+from pyro_vae.training.adam import FusedAdam
 
 
 class Optimizer(PyroOptim):
@@ -55,7 +54,7 @@ class Optimizer(PyroOptim):
         self.torch_optimizer = _made(constructor, list(self.parameters.values()), options)
         self._known = {id(p) for p in self.parameters.values()}
         self.norm = torch.zeros(())
-        self._adam: _FusedAdam | None = None
+        self._adam: FusedAdam | None = None
 
     @property
     def gradient_norm(self) -> float:
@@ -90,16 +89,35 @@ class Optimizer(PyroOptim):
         if not (norm.is_cuda and fused) and not math.isfinite(norm.item()):
             raise FloatingPointError("the gradient is not finite")
         if self.clip_norm is not None:
-            # Not in place: in a graph, two parameters may share one tensor as their gradient.
-            scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            gradients = [(gradient * scale).to(gradient.dtype) for gradient in gradients]
+            gradients = self.clipped(gradients, norm)
             for parameter, gradient in zip(present, gradients, strict=True):
                 parameter.grad = gradient
         if fused is not None:
             fused.step(gradients, norm)
         else:
             self._step()
-            self._adam = _FusedAdam.of(self.torch_optimizer, present)
+            self._adam = FusedAdam.of(self.torch_optimizer, present)
+
+    def for_graphs(self) -> "FusedAdam | None":
+        """Return the update of all parameters that a compiled step can contain, or None."""
+        if self._adam is None or not self._adam.serves(list(self.parameters.values())):
+            self._adam = FusedAdam.of(self.torch_optimizer, list(self.parameters.values()))
+        return self._adam
+
+    def stepped(self, norm: Tensor) -> None:
+        """Count a step that a compiled graph took, unless its gradient is not finite."""
+        self.norm = norm
+        if not math.isfinite(norm.item()):
+            raise FloatingPointError("the gradient is not finite")
+        cast(FusedAdam, self._adam).count += 1
+
+    def clipped(self, gradients: list[Tensor], norm: Tensor) -> list[Tensor]:
+        """Return the gradients, scaled so that their global norm is at most ``clip_norm``."""
+        if self.clip_norm is None:
+            return gradients
+        # Not in place: in a graph, two parameters may share one tensor as their gradient.
+        scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        return [(gradient * scale).to(gradient.dtype) for gradient in gradients]
 
     def _step(self) -> None:
         try:
@@ -153,66 +171,3 @@ def name_of(part: Any) -> str:
     if isinstance(part, (str, int, float, type(None))):
         return repr(part)
     return getattr(part, "__name__", None) or f"an instance of {type(part).__name__}"
-
-
-class _FusedAdam:
-    """The step of a fused ``torch.optim.Adam`` on its own state, without its Python code.
-
-    ``torch.optim.Optimizer.step`` collects and groups the state again in each step. For small
-    networks this takes as long as the update itself.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
-        self.params, self.group = params, optimizer.param_groups[0]
-        states = [optimizer.state[p] for p in params]
-        self.averages = [state["exp_avg"] for state in states]
-        self.squares = [state["exp_avg_sq"] for state in states]
-        # The step counts become views of one tensor, so one operation increases all of them.
-        self.count = torch.stack([state["step"] for state in states])
-        self.steps = list(self.count.unbind())
-        for state, step in zip(states, self.steps, strict=True):
-            state["step"] = step
-
-    @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> "_FusedAdam | None":
-        """Return one for this optimizer; None unless it is a fused Adam without extra options."""
-        group, *others = optimizer.param_groups
-        hooked = has_step_hooks(optimizer)
-        if type(optimizer) is not torch.optim.Adam or others or hooked or not group["fused"]:
-            return None
-        special = ("amsgrad", "differentiable", "capturable", "decoupled_weight_decay")
-        if any(group.get(name) for name in special) or isinstance(group["lr"], Tensor):
-            return None
-        if len({(p.dtype, p.device) for p in params}) > 1:
-            return None
-        return cls(optimizer, params)
-
-    def serves(self, params: list[Tensor]) -> bool:
-        """Whether these are exactly the parameters that it steps."""
-        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
-
-    @torch.no_grad()
-    def step(self, gradients: list[Tensor], norm: Tensor) -> None:
-        """Update with the kernel of torch's own step, unless the norm is not finite."""
-        group, unusable = self.group, None
-        beta1, beta2 = group["betas"]
-        self.count += 1
-        if norm.is_cuda:
-            unusable = torch.isfinite(norm).logical_not().float()
-            self.count -= unusable
-        fused_adam_(
-            self.params,
-            gradients,
-            self.averages,
-            self.squares,
-            [],
-            self.steps,
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=group["maximize"],
-            found_inf=unusable,
-        )

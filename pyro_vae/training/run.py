@@ -78,7 +78,7 @@ def assembled(
     settings, typed = data.settings, cast(Pair, pair)
     trained = {name: p for name, p in pair.named_parameters() if p.requires_grad}
     optimizer = Optimizer(constructor, trained, settings.learning_rate, settings.clip_norm)
-    engine = _engine(pair, data, shown.set_postfix_str)
+    engine = _engine(pair, data, optimizer, shown.set_postfix_str)
     return TrainingRun(
         pair=pair,
         data=data,
@@ -96,7 +96,9 @@ def assembled(
     )
 
 
-def _engine(pair: nn.Module, data: TrainingData, say: Callable[[str], None]) -> Engine:
+def _engine(
+    pair: nn.Module, data: TrainingData, optimizer: Optimizer, say: Callable[[str], None]
+) -> Engine:
     settings = data.settings
     size = data.rows.batch_size(cast(int, settings.batch_size))
     return Engine(
@@ -110,6 +112,8 @@ def _engine(pair: nn.Module, data: TrainingData, say: Callable[[str], None]) -> 
         num_data=data.rows.num_data,
         declare=False,
         say=say,
+        noise=True,
+        optimizer=optimizer,
     )
 
 

@@ -26,6 +26,7 @@ from pyro_vae.pairs import rng
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.scope import scope
 from pyro_vae.training.captured import runner
+from pyro_vae.training.decompositions import DECOMPOSITIONS
 from pyro_vae.training.tidying import tidy
 
 Named: TypeAlias = dict[Any, Tensor]
@@ -42,6 +43,18 @@ class Graph(NamedTuple):
     run: Callable[[list[Tensor], Sequence[Tensor]], Named]
     operations: int
     """The number of operations that the trace has."""
+    compiled: bool = False
+
+
+class Found(NamedTuple):
+    """A graph together with its inputs."""
+
+    graph: Graph
+    values: list[Tensor]
+    inputs: Sequence[Tensor]
+
+    def __call__(self) -> Named:
+        return self.graph.run(self.values, self.inputs)
 
 
 class Graphs:
@@ -55,6 +68,9 @@ class Graphs:
         tolerance: the greatest relative difference between a graph and the function. Rounding
             causes it, and under autocast the casts that eager code keeps and a graph repeats.
         say: shows a few words before a compilation.
+        held: further tensors that the function uses and changes, by name.
+        updates: whether the function updates the trained parameters. Then the comparison leaves
+            them out, because an optimizer can enlarge differences of rounding.
 
     A new graph is made if a shape, a type, ``training``, or any number or flag of a module of the
     pair differs from those of the existing graphs. Before its first use, each graph is compared
@@ -71,12 +87,14 @@ class Graphs:
         compiles: Callable[[Sequence[Tensor], int], bool],
         tolerance: float = 1e-5,
         say: Callable[[str], None] = lambda words: None,
+        held: dict[str, Tensor] | None = None,
+        updates: bool = False,
     ) -> None:
         self.pair, self.function, self.compiles = pair, function, compiles
-        self.tolerance, self.say = tolerance, say
+        self.tolerance, self.say, self.updates = tolerance, say, updates
         self.graphs: dict[Any, Graph] = {}
-        self._can_compile = True
-        self._places: list[tuple[dict[str, Any], str]] = []
+        self.can_compile = True
+        self._places: list[tuple[dict[str, Any], str]] = [(held or {}, name) for name in held or {}]
         self._settings: list[tuple[dict[str, Any], str]] = []
         known: set[int] = set()
         self._parameters: list[tuple[dict[str, Any], str]] = []
@@ -93,6 +111,10 @@ class Graphs:
                         self._settings.append((cast(dict[str, Any], held), name))
 
     def __call__(self, *inputs: Tensor) -> Named:
+        return self.found(*inputs)()
+
+    def found(self, *inputs: Tensor) -> "Found":
+        """Return the graph for these inputs, ready to run; make it if it does not exist."""
         inputs = tuple(tensor.contiguous() for tensor in inputs)
         values = [held[name] for held, name in self._places]
         settings = [held.get(name) for held, name in self._settings]
@@ -111,7 +133,7 @@ class Graphs:
             with poutine.block(), self._unchanged():  # trial runs must not change anything
                 graph = self._make(values, inputs)
             self.graphs[key] = graph
-        return graph.run(values, inputs)
+        return Found(graph, values, inputs)
 
     @property
     def first_operations(self) -> int:
@@ -166,10 +188,10 @@ class Graphs:
         replay = _named(runner(graph, values, inputs), names)
         _require_same(eager, self._left(lambda: replay(values, inputs), values), self.tolerance)
         operations = sum(node.op == "call_function" for node in graph.graph.nodes)
-        run = replay
-        if self._can_compile and self.compiles(inputs, operations):
-            run = self._compiled(graph, names, values, inputs, eager) or replay
-        return Graph(run, operations)
+        run = None
+        if self.can_compile and self.compiles(inputs, operations):
+            run = self._compiled(graph, names, values, inputs, eager)
+        return Graph(run or replay, operations, compiled=run is not None)
 
     def _compiled(
         self,
@@ -187,7 +209,7 @@ class Graphs:
             _require_same(eager, self._left(lambda: compiled(values, inputs), values), 0.1)
             return compiled
         except Exception as error:  # no compiler, or an operation that Inductor does not support
-            self._can_compile = False
+            self.can_compile = False
             why = f"{type(error).__name__}: {first_line(error)[:200]}"
             if isinstance(error, NotTraceable):
                 why = "its draws or values would differ from those of the pair"
@@ -244,9 +266,11 @@ class Graphs:
         kept = [value.detach().clone() for value in values]
         with scope(self.pair):
             found = run()
+        updated = set(map(id, self.trained())) if self.updates else ()
         left = [
             (f"{name}, tensor {i}", held[name].detach().clone())
             for i, (held, name) in enumerate(self._places)
+            if id(held[name]) not in updated
         ]
         self._put(values)
         rng.restore(generators)
@@ -311,13 +335,33 @@ def _in_words(name: Any) -> str:
 
 
 def _named(run: Callable[..., Any], names: list[Any]) -> Callable[..., Named]:
+    aliases = _Aliases()
+
     def named(values: list[Tensor], inputs: Sequence[Tensor]) -> Named:
         # The kernel of an LSTM keeps the values for its backward pass only if gradients are on.
         with torch.enable_grad():
-            found = run(*(value.detach() for value in values), *inputs)
+            found = run(*aliases(values), *inputs)
         return dict(zip(names, found, strict=True))
 
     return named
+
+
+class _Aliases:
+    """Detached aliases of tensors, which are made anew only if a tensor or its memory changes.
+
+    Detaching takes 1 µs for each tensor. That is long for the step of a small network.
+    """
+
+    def __init__(self) -> None:
+        self.of: list[tuple[Tensor, int, Tensor]] = []
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        if len(self.of) != len(tensors) or any(
+            tensor is not known or tensor.data_ptr() != memory
+            for tensor, (known, memory, _) in zip(tensors, self.of, strict=True)
+        ):
+            self.of = [(tensor, tensor.data_ptr(), tensor.detach()) for tensor in tensors]
+        return [alias for _, _, alias in self.of]
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float, scale: float) -> bool:
@@ -374,4 +418,5 @@ def _quiet() -> Iterator[None]:
 
 def _compile(graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Any]:
     with torch.no_grad(), _quiet():
-        return compat.compile_graph(graph, [tensor.detach() for tensor in examples])
+        plain = [tensor.detach() for tensor in examples]
+        return compat.compile_graph(graph, plain, DECOMPOSITIONS)
