@@ -5,7 +5,7 @@ BIN = .venv/bin
 OLDEST = .venv-oldest/bin
 PROSE = README.md CONTRIBUTING.md CHANGELOG.md docs examples benchmarks pyro_vae tests
 
-.PHONY: train test test-oldest lint clean
+.PHONY: train test test-oldest lint docs clean
 
 train: .venv/installed
 	$(BIN)/pyro-vae train digits --out runs/digits --overwrite \
@@ -29,6 +29,10 @@ lint: .venv/installed-test
 	$(BIN)/lint-imports
 	$(BIN)/codespell $(PROSE)
 
+# The site, in build/site. Warnings are errors, and each link within the site must have a target.
+docs: .venv/installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet --jobs auto docs build/site
+
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, found " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
@@ -40,6 +44,10 @@ lint: .venv/installed-test
 .venv/installed-test: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@ .venv/installed
+
+.venv/installed-docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
 
 .venv-oldest/installed: pyproject.toml tests/oldest.txt
 	$(PYTHON) -m venv .venv-oldest
