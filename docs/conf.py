@@ -43,6 +43,7 @@ python_maximum_signature_line_length = 88
 add_module_names = False
 
 html_theme = "furo"
+pygments_style, pygments_dark_style = "friendly", "github-dark"
 html_title = f"pyro_vae {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

@@ -1,6 +1,6 @@
 """The API reference: each public name once, in the page of its folder, with links to it.
 
-A line ``@names FOLDER`` in a page of api/ stands for the public names that `pyro_vae/FOLDER/`
+A line ``@names FOLDER`` of a page in api/ becomes the public names that `pyro_vae/FOLDER/`
 holds, and for the classes that these names return. A page may also name further objects by their
 full names. A name in single backticks of a docstring, and ``pv.NAME`` in a page, become links.
 """
@@ -15,6 +15,7 @@ from docutils import nodes
 from docutils.parsers.rst.states import Inliner
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.ext.napoleon import Config, GoogleDocstring, NumpyDocstring
 from sphinx.transforms import SphinxTransform
 
@@ -85,9 +86,9 @@ def _directive(name: str, value: Any) -> str:
 
 
 def _page_of(folder: str) -> str:
-    """The directives of the names of a folder: what a user calls, then what calls return."""
-    named = {f"pyro_vae.{name}": value for name, value in PUBLIC.items()}
-    parts = [_directive(name, v) for name, v in named.items() if _folder(v) == folder]
+    """The directives of the names of a folder: functions, classes, then what functions return."""
+    named = sorted(PUBLIC.items(), key=lambda item: inspect.isclass(item[1]))
+    parts = [_directive(f"pyro_vae.{name}", v) for name, v in named if _folder(v) == folder]
     returned = [_directive(name, v) for name, v in sorted(RESULTS.items()) if _folder(v) == folder]
     if returned:
         parts += ["Results\n-------\n", *returned]
@@ -97,6 +98,11 @@ def _page_of(folder: str) -> str:
 def _fill(app: Sphinx, page: str, source: list[str]) -> None:
     if page.startswith("api/"):
         source[0] = re.sub(r"(?m)^@names (\w+)$", lambda match: _page_of(match[1]), source[0])
+
+
+def _outdated(app: Sphinx, env: BuildEnvironment, *changes: set[str]) -> list[str]:
+    """Read the reference anew each time: public names change without a change of its pages."""
+    return [page for page in env.found_docs if page.startswith("api/")]
 
 
 def _target(text: str) -> str | None:
@@ -157,5 +163,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_role("name", _backticks)
     app.connect("autodoc-process-docstring", _docstring)
     app.connect("source-read", _fill)
+    app.connect("env-get-outdated", _outdated)
     app.add_transform(LinkNames)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
