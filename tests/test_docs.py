@@ -1,4 +1,4 @@
-"""The Python blocks of README.md and docs/ run, one page after another as a reader would.
+"""The Python blocks of README.md, AGENTS.md and docs/ run, one page after another as a reader would.
 
 They run as they are printed, but for their size: `pyro_vae.load_data` gives the first rows of each
 part, `pyro_vae.fit` trains for one epoch, by the eager engine where a block names no other, and
@@ -17,7 +17,7 @@ from small_programs import short, small
 import pyro_vae as pv
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def named(page):

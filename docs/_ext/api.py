@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, ForwardRef, get_args
 
 from docutils import nodes
@@ -46,15 +47,17 @@ def _read(hint: Any, module: str) -> Any:
 
 
 def _hints(value: Any) -> Iterator[Any]:
-    """What a function returns; or the fields of a record, and what its properties return."""
+    """What a function returns; of a class its fields, its arguments, and what properties return."""
     own = inspect.get_annotations(value)
     if not inspect.isclass(value):
         yield own.get("return")
         return
     yield from own.values()
-    for member in vars(value).values():
-        if isinstance(member, property):
-            yield from _hints(member.fget)
+    for name, member in vars(value).items():
+        if isinstance(member, property | cached_property):
+            yield from _hints(member.fget if isinstance(member, property) else member.func)
+        elif name == "__init__":
+            yield from inspect.get_annotations(member).values()
 
 
 def _returned(value: Any) -> list[type]:
