@@ -31,7 +31,7 @@ lint: .venv/installed-test
 
 # The site, in build/site. Warnings are errors, and each link within the site must have a target.
 docs: .venv/installed-docs
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/site
+	$(BIN)/python -m sphinx --fail-on-warning --nitpicky --quiet docs build/site
 
 # The wheel and the sdist, in dist.
 package: .venv/installed-test

@@ -1,4 +1,4 @@
-"""The Python blocks of README.md, AGENTS.md and docs/ run, one page after another as a reader would.
+"""The Python blocks of README.md, AGENTS.md and docs/ run, a page after another as a reader would.
 
 They run as they are printed, but for their size: `pyro_vae.load_data` gives the first rows of each
 part, `pyro_vae.fit` trains for one epoch, by the eager engine where a block names no other, and
