@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 OLDEST = .venv-oldest/bin
-PROSE = README.md CONTRIBUTING.md CHANGELOG.md docs examples benchmarks pyro_vae tests
+PROSE = README.md AGENTS.md CONTRIBUTING.md CHANGELOG.md SECURITY.md docs examples benchmarks pyro_vae tests
 
-.PHONY: train test test-oldest lint clean
+.PHONY: train test test-oldest lint docs package try-package clean
 
 train: .venv/installed
 	$(BIN)/pyro-vae train digits --out runs/digits --overwrite \
@@ -29,6 +29,25 @@ lint: .venv/installed-test
 	$(BIN)/lint-imports
 	$(BIN)/codespell $(PROSE)
 
+# The site, in build/site. Warnings are errors, and each link within the site must have a target.
+docs: .venv/installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --nitpicky --quiet docs build/site
+
+# The wheel and the sdist, in dist.
+package: .venv/installed-test
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+
+# Both install into an empty environment, and the estimators are right there. This needs minutes.
+try-package: package
+	rm -rf .venv-package
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	.venv-package/bin/pyro-vae selftest
+	.venv-package/bin/python -m pip uninstall --quiet --yes pyro-vae
+	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check dist/*.tar.gz
+	.venv-package/bin/pyro-vae selftest
+
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, found " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
@@ -41,6 +60,10 @@ lint: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@ .venv/installed
 
+.venv/installed-docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
 .venv-oldest/installed: pyproject.toml tests/oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	$(OLDEST)/python -m pip install --quiet --disable-pip-version-check \
@@ -48,4 +71,4 @@ lint: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest runs
+	rm -rf .venv .venv-oldest .venv-package build dist runs

@@ -1,4 +1,4 @@
-"""When the alarm for posterior collapse warns: the figure of docs/collapse.md.
+"""When the alarm for posterior collapse warns: the figure of docs/diagnostics/collapse.md.
 
     python benchmarks/collapse.py [--out docs/figures/collapse.png]
 

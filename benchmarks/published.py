@@ -6,7 +6,7 @@
 Each row is a run folder under runs/published. If a row was stopped (Ctrl-C, a kill), the program
 continues it. It stores the results in result.json. ``--epochs`` makes a shorter run in a separate
 folder, labeled by its epochs. ``--table`` prints all results, and ``--curves FILE`` draws them, for
-docs/benchmarks.md.
+docs/benchmarks/index.md.
 
 Other rows have their own scripts: pyro_example.py, semisupervised.py, missing_data.py.
 

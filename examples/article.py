@@ -4,7 +4,8 @@
     python examples/article.py --data-dir DIR [--epochs 5]      # MNIST, with the article's sizes
 
 The loss is sum ||x - x'||^2 / (2 N) + beta KL, with N the images of the minibatch. It is the
-negative ELBO of a Gaussian likelihood of scale 1, less a constant: docs/article.md says more.
+negative ELBO of a Gaussian likelihood of scale 1, less a constant:
+docs/benchmarks/article.md says more.
 
 Expect, on the digits, errors of 74 thousandths with the loss as it is (beta = 1), where every
 reconstruction is the mean digit, and of 16 with beta = 0.02. Without the KL the codes spread to 3.4

@@ -3,7 +3,8 @@
     python examples/autoencoder_vae_gan.py [--epochs 200] [--seeds 1]
 
 All models have the same decoder, the same 1257 digits and the same number of decoder steps.
-docs/autoencoders-and-gans.md explains the numbers of the table and shows them for three seeds.
+docs/concepts/autoencoders-and-gans.md explains the numbers of the table and shows them for three
+seeds.
 
 Expect: coverage of held-out digits by draws from N(0, I) of about 0.66 for the VAE, 0.78 for the
 GAN and 0.02 for the autoencoder, which reconstructs better than the VAE. log p(x) is about 36 nats

@@ -1,4 +1,4 @@
-"""The Python blocks of README.md and docs/ run, one page after another as a reader would.
+"""The Python blocks of README.md, AGENTS.md and docs/ run, a page after another as a reader would.
 
 They run as they are printed, but for their size: `pyro_vae.load_data` gives the first rows of each
 part, `pyro_vae.fit` trains for one epoch, by the eager engine where a block names no other, and
@@ -17,7 +17,11 @@ from small_programs import short, small
 import pyro_vae as pv
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def named(page):
+    return str(page.relative_to(ROOT).with_suffix("")).removeprefix("docs/")
 
 
 def blocks(page):
@@ -39,7 +43,7 @@ def _small(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=named)
 @pytest.mark.usefixtures("_small")
 @pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:DeprecationWarning")
 def test_the_blocks_of_a_page_run(page):

@@ -42,12 +42,12 @@ def test_every_likelihood_is_found():
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda kind: kind.__name__)
 def test_a_likelihood_is_everywhere(family, in_pairs):
-    """In the public names, the command line, the lists of the tests, and docs/vae.md."""
+    """In the public names, the command line, the lists of the tests, and docs/models/vae.md."""
     assert family.__name__ in pv.__all__
     assert family in {type(make_likelihood(Model(likelihood=name))) for name in NAMES}
     assert family in {type(build()) for build in EVERY.values()}
     assert family in in_pairs
-    assert re.search(rf"^\| `{family.__name__}\b", (DOCS / "vae.md").read_text(), re.M)
+    assert re.search(rf"^\| `{family.__name__}\b", (DOCS / "models/vae.md").read_text(), re.M)
 
 
 def studies_of(module):
@@ -70,8 +70,8 @@ def names():
 
 
 def rows_of(name):
-    """The rows of a study in the table of tools of docs/diagnostics.md."""
-    rows = (DOCS / "diagnostics.md").read_text().splitlines()
+    """The rows of a study in the table of tools of docs/diagnostics/index.md."""
+    rows = (DOCS / "diagnostics/index.md").read_text().splitlines()
     return [row for row in rows if row.startswith(f"| `{name}` |")]
 
 
@@ -80,7 +80,7 @@ def test_every_study_is_documented(names):
 
 
 def test_every_part_and_every_tool_of_the_verdict_is_in_its_page():
-    page = (DOCS / "verdict.md").read_text()
+    page = (DOCS / "diagnostics/verdict.md").read_text()
     assert all(f"| `{part}` |" in page for part in verdict.PARTS)
     assert all(f"`{tool}`" in page for tool in [*signs.GUIDE_TOOLS, "gaps", "annealing"])
     assert all(f"`{tool}`" in page for tool in ("model_check", "predictive_check", "kl_parts"))

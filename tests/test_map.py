@@ -1,4 +1,4 @@
-"""The maps of the folders in CONTRIBUTING.md and docs/design.md are those of the package."""
+"""The maps of the folders in CONTRIBUTING.md and docs/design/index.md are those of the package."""
 
 import re
 from pathlib import Path
@@ -8,9 +8,9 @@ PACKAGE = ROOT / "pyro_vae"
 
 
 def listed():
-    """The modules that docs/design.md lists, by folder."""
+    """The modules that docs/design/index.md lists, by folder."""
     rows = re.findall(
-        r"^\| `(\w+)/` \| [^|]*: ([\w, ]+) \|$", (ROOT / "docs/design.md").read_text(), re.M
+        r"^\| `(\w+)/` \| [^|]*: ([\w, ]+) \|$", (ROOT / "docs/design/index.md").read_text(), re.M
     )
     return {folder: modules.split(", ") for folder, modules in rows}
 

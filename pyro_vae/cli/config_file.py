@@ -55,7 +55,7 @@ TABLE_DEFAULTS: dict[str, Any] = {
     "epochs": 400,
     "batch_size": 32,
 }
-"""The defaults for tables, which are small: docs/benchmarks.md shows what they reach."""
+"""The defaults for tables, which are small: docs/benchmarks/index.md shows what they reach."""
 
 
 CELLS = (".h5ad", ".zarr")

@@ -51,7 +51,7 @@ UNKNOWN = (
 
 ADVICE = (
     "a guide in which local latents depend on the global ones, q(w) q(z | x, w), or a richer q(w) "
-    "(docs/global-latents.md)"
+    "(docs/models/global-latents.md)"
 )
 
 

@@ -1,6 +1,7 @@
 """The verdict: which part of a pair is at fault, by how many nats, and what to try next.
 
-The rules are in docs/verdict.md, and `tests/diagnostics/test_verdict.py` holds each of them.
+The rules are in docs/diagnostics/verdict.md, and `tests/diagnostics/test_verdict.py` holds each
+of them.
 """
 
 from collections.abc import Mapping, Sequence

@@ -106,9 +106,9 @@ def impute(
 
     Arguments:
         pair: any pair that masks missing entries. They are NaN in x or, if x is an array without
-            NaN, the entries that a mask of the model hides (docs/missing-values.md). If the model
-            has a latent site ``x_unobserved`` beside its site ``x``, the entries are the draws of
-            this latent.
+            NaN, the entries that a mask of the model hides (docs/how-to/missing-values.md). If the
+            model has a latent site ``x_unobserved`` beside its site ``x``, the entries are this
+            latent's draws.
         x, context: the data, as `pyro_vae.log_likelihood` takes them.
         method: "importance" uses the guide of the pair as proposal. "refine" first refines the
             guide for each row with missing entries (`pyro_vae.refine`). "nuts" draws the latents of

@@ -96,7 +96,7 @@ def fit(
     to an uninterrupted one.
 
     A warning reports a latent site whose posterior has collapsed, or whose KL is negative. A
-    negative KL means that model and guide disagree (docs/collapse.md).
+    negative KL means that model and guide disagree (docs/diagnostics/collapse.md).
 
     Raises `UsageError` for data or a pair that cannot be trained, `NonFiniteError` if a loss or a
     gradient is not finite, and `Interrupted` (a ``KeyboardInterrupt``) after Ctrl-C or SIGTERM.

@@ -73,7 +73,9 @@ class History:
     if no bound is finite."""
     stopped_early: bool
     collapsed: tuple[str, ...] = ()
-    """Latent sites whose posterior had collapsed when training ended; see docs/collapse.md."""
+    """Latent sites whose posterior had collapsed when training ended.
+
+    docs/diagnostics/collapse.md shows what to try."""
     inconsistent: tuple[str, ...] = ()
     """Latent sites whose KL was negative when training ended. Model and guide disagree about
     them."""

@@ -1,4 +1,4 @@
-"""What each study says by itself on both sides of each of its limits (docs/verdict.md)."""
+"""What each study says by itself on both sides of its limits (docs/diagnostics/verdict.md)."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Each rule of docs/verdict.md on both sides of its limit, and what a summary never says."""
+"""Each rule of docs/diagnostics/verdict.md on both sides of its limit, and what is never said."""
 
 from itertools import product
 

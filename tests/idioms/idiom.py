@@ -43,7 +43,7 @@ class Idiom:
     """A way of writing a model in Pyro, and what the tools do with it."""
 
     name: str
-    """The first cell of its row in docs/idioms.md."""
+    """The first cell of its row in docs/models/idioms.md."""
     make: Callable[[], nn.Module]
     """Makes the pair. Its method ``log_p(*batch)`` is log p(x) of each datum, computed without
     pyro_vae: in closed form, by a sum, or by quadrature. A pair without it has no log p(x)."""

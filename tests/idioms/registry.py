@@ -1,4 +1,4 @@
-"""All idioms, and the page docs/idioms.md: ``python tests/idioms/registry.py`` writes it."""
+"""All idioms, and the page docs/models/idioms.md: ``python tests/idioms/registry.py`` writes it."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ IDIOMS = [
     *pairs_global.IDIOMS,
 ]
 
-PAGE = Path(__file__).parents[2] / "docs" / "idioms.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models" / "idioms.md"
 
 HEAD = """# Pyro idioms
 
@@ -64,7 +64,7 @@ def _refused(idiom: Idiom) -> str:
 
 
 def page() -> str:
-    """Return the text of docs/idioms.md."""
+    """Return the text of docs/models/idioms.md."""
     rows = [
         f"| {idiom.name} | {_works(idiom)} | {idiom.needs} | {_refused(idiom)} |"
         for idiom in IDIOMS
