@@ -14,6 +14,7 @@ def tarp_study(bench: Bench) -> Study:
         return tarp(
             bench.pair,
             bench.batch[1:],
+            missing=bench.missing,
             num_simulations=simulations,
             num_draws=draws,
             seed=bench.seed,
