@@ -299,11 +299,20 @@ class _Climb:
         self.seconds += _now() - start
 
     def _fits(self, left: float) -> list[int]:
+        """Return the sizes that are expected to fit.
+
+        After one run, the part of its time that grows with size is not known. So a size beyond the
+        next one must fit even if all of this time grows.
+        """
         rungs = self.study.rungs
         if not self.known:
             return [0] if rungs[0].cost <= left else []
         larger = range(self.at + 1, len(rungs))
-        return [i for i in larger if _predicted(self.known, rungs[i].cost) <= left]
+        fits = [i for i in larger if _predicted(self.known, rungs[i].cost) <= left]
+        if len(self.known) > 1:
+            return fits
+        cost, seconds = self.known[0]
+        return [i for i in fits if i == larger[0] or seconds * rungs[i].cost <= left * cost]
 
     def _run(self, rung: Rung) -> None:
         start = _now()
