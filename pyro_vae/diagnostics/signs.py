@@ -87,8 +87,7 @@ def _of_ranks(found: Any) -> list[Sign]:
     """Effect sizes of the ranks: they see a bias that the coverage of intervals does not show."""
     mean, spread = found.score_means, found.score_deviations
     far = mean.abs() > SHIFT + ERRORS * found.score_mean_errors
-    wide, narrow = spread < 1 / SCALE, spread > SCALE
-    off = (wide | narrow) & ((spread - 1).abs() > ERRORS * found.score_deviation_errors)
+    off = (spread - 1).abs() > ERRORS * found.score_deviation_errors
     off &= spread.log().abs() > log(SCALE) + found.score_deviation_errors
     densities = torch.tensor([name in (JOINT, LIKELIHOOD) for name in found.names])
     signs = []

@@ -83,7 +83,8 @@ class Refined(nn.Module):
         offsets: the offsets of all rows, by location.
 
     The batch of this pair is the batch of the original pair, followed by the row numbers, a tensor
-    of integers. Raises `UsageError` for a batch without them.
+    of integers. Raises `UsageError` for a batch without them. It has no ``template``: the offsets
+    belong to the refined rows, so tools that simulate data, such as `calibration`, do not apply.
     """
 
     def __init__(self, pair: nn.Module, offsets: Mapping[Location, Tensor]) -> None:
@@ -107,10 +108,6 @@ class Refined(nn.Module):
         }
         with _Moved(own):
             return cast(Pair, self.pair).guide(*given)
-
-    def template(self, n: int) -> Batch:
-        """Return a batch of n rows with the right shapes; its values have no meaning."""
-        return (*cast(Any, self.pair).template(n), torch.zeros(n, dtype=torch.long))
 
 
 @alone()

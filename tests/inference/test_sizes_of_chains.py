@@ -1,0 +1,45 @@
+"""Effective sample sizes of chains that do not move, that alternate, and that have ties."""
+
+from math import log10
+
+import arviz
+import pytest
+import torch
+from scipy.stats import f
+
+from pyro_vae.inference.chain_measures import bulk_draws, r_hat_limit, tail_draws
+from pyro_vae.inference.pareto import threshold
+
+
+def test_chains_that_do_not_move_have_one_draw_in_the_bulk_and_all_in_the_tails():
+    still = torch.zeros(4, 100, 2).double()
+    assert bulk_draws(still).tolist() == [1, 1]
+    # The share of draws below a quantile is known without error.
+    assert tail_draws(still).tolist() == [400, 400]
+
+
+def test_tails_of_draws_with_ties_are_those_of_another_library():
+    generator = torch.Generator().manual_seed(0)
+    x = (1.5 * torch.randn(4, 300, 3, generator=generator).double()).cumsum(1) % 12
+    x = x.round()
+    data = arviz.convert_to_dataset({"x": x.numpy()})
+    theirs = torch.from_numpy(arviz.ess(data, method="tail")["x"].values.copy())
+    torch.testing.assert_close(tail_draws(x), theirs, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize(("chains", "tests"), [(2, 1), (4, 1), (4, 6)])
+def test_the_limit_of_r_hat_is_a_quantile_of_f(chains, tests):
+    """Draws that alternate are worth n log10(n) of n independent ones, the most that counts.
+
+    The limit has a probability of 1 % / tests above it for M = 2 chains halves of n draws.
+    """
+    n = 50
+    x = torch.tensor([1.0, -1.0]).double().repeat(n)[None, :, None].expand(chains, 2 * n, 1)
+    quantile = f.isf(0.01 / tests, 2 * chains - 1, 2 * chains * n**0.5)
+    wanted = (1 + quantile / (n * log10(n))) ** 0.5
+    assert r_hat_limit(x, tests).item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_threshold_of_one_and_two_weights():
+    assert threshold(1) == 0
+    assert threshold(2) == pytest.approx(1 - 1 / log10(2))
