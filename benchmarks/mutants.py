@@ -186,6 +186,10 @@ MEMORY = "how much is computed at once changes no result"
 INFINITE = "the shape of a tail with so few weights is set to infinity"
 ROUNDING = "the change is below the rounding of the sums"
 EQUIVALENT = [
+    Equivalent("signs", "if abs(mean) / SHIFT >", "Gt to GtE", REAL),
+    Equivalent("signs", '"low" if mean > 0', "Gt to GtE", "a unit of mean 0 is not told"),
+    Equivalent("verdict", "default=0.0", "0.0 to 1", "without sizes nothing is compared"),
+    Equivalent("chain_measures", "apart.isnan(), apart, -1.0", "1.0 to ", "any negative number"),
     Equivalent("signs", "far = mean.abs() >", "Gt to GtE", REAL),
     Equivalent("signs", "off = (spread - 1).abs() >", "Gt to GtE", REAL),
     Equivalent("signs", "off &= spread.log().abs() >", "Gt to GtE", REAL),

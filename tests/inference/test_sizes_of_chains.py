@@ -7,7 +7,12 @@ import pytest
 import torch
 from scipy.stats import f
 
-from pyro_vae.inference.chain_measures import bulk_draws, r_hat_limit, tail_draws
+from pyro_vae.inference.chain_measures import (
+    bulk_draws,
+    largest_difference,
+    r_hat_limit,
+    tail_draws,
+)
 from pyro_vae.inference.pareto import threshold
 
 
@@ -34,10 +39,24 @@ def test_the_limit_of_r_hat_is_a_quantile_of_f(chains, tests):
     The limit has a probability of 1 % / tests above it for M = 2 chains halves of n draws.
     """
     n = 50
-    x = torch.tensor([1.0, -1.0]).double().repeat(n)[None, :, None].expand(chains, 2 * n, 1)
+    x = torch.tensor([1.0, -1.0]).double().repeat(n)
+    x = x[None, :, None, None].expand(chains, 2 * n, 2, 3)
     quantile = f.isf(0.01 / tests, 2 * chains - 1, 2 * chains * n**0.5)
     wanted = (1 + quantile / (n * log10(n))) ** 0.5
-    assert r_hat_limit(x, tests).item() == pytest.approx(wanted, rel=1e-6)
+    torch.testing.assert_close(r_hat_limit(x, tests), torch.full((2, 3), wanted).double())
+
+
+def test_the_error_of_a_correlation_does_not_depend_on_units():
+    generator = torch.Generator().manual_seed(0)
+    chains = torch.randn(4, 200, 3, 2, generator=generator).double()
+    guide = torch.randn(800, 3, 2, generator=generator).double()
+    apart = torch.tensor([[1.0, 0.3], [0.3, 1.0]]).double().expand(3, 2, 2)
+    _, wanted = largest_difference(apart, chains, guide)
+    # Each side has a variance of 1 / 800.
+    torch.testing.assert_close(wanted, torch.full((3,), 0.05).double(), rtol=0.15, atol=0)
+    by, shift = torch.tensor([3.0, 0.2]).double(), torch.tensor([5.0, -7.0]).double()
+    _, found = largest_difference(apart, shift + by * chains, shift + by * guide)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_the_threshold_of_one_and_two_weights():
