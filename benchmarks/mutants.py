@@ -186,6 +186,10 @@ MEMORY = "how much is computed at once changes no result"
 INFINITE = "the shape of a tail with so few weights is set to infinity"
 ROUNDING = "the change is below the rounding of the sums"
 EQUIVALENT = [
+    Equivalent("signs", "return value > limit", "Gt to GtE", REAL),
+    Equivalent("verdict", "<= TOGETHER", "LtE to Lt", REAL),
+    Equivalent("verdict", "isinstance(found, Annealing)", "side 1", "then other is None, too"),
+    Equivalent("chain_measures", "correction=0", "0 to 1", "a factor of 1 - 1 / draws"),
     Equivalent("signs", "if abs(mean) / SHIFT >", "Gt to GtE", REAL),
     Equivalent("signs", '"low" if mean > 0', "Gt to GtE", "a unit of mean 0 is not told"),
     Equivalent("verdict", "default=0.0", "0.0 to 1", "without sizes nothing is compared"),

@@ -144,7 +144,7 @@ def _of_moments(found: Any) -> list[Sign]:
 
 
 def _over(value: Tensor, limit: float, error: Tensor) -> Tensor:
-    return (value > limit + ERRORS * error.nan_to_num(torch.inf)).nan_to_num(False)
+    return value > limit + ERRORS * error.nan_to_num(torch.inf)
 
 
 def _of_weights(found: Any) -> list[Sign]:
@@ -159,8 +159,6 @@ def _of_weights(found: Any) -> list[Sign]:
 def _of_chains(found: Any) -> list[Sign]:
     """Guide against NUTS; only data whose chains agree and have enough draws count."""
     sound = found.agrees & ~found.too_few_draws
-    if not bool(sound.any()):
-        return []
     size = found.bulk_effective_sample_size.nan_to_num(torch.inf).amin(1)
     error = size[sound].clamp(max=1e6).rsqrt()[:, None]
     signs = []

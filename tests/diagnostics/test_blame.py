@@ -388,7 +388,7 @@ def test_the_correlation_that_is_most_off_is_named():
         moments(),
         names=("a", "b", "c"),
         pairs=((0, 1), (0, 2), (1, 2)),
-        correlation=torch.tensor([torch.nan, 0.2, -0.4]).double().expand(N, 3),
+        correlation=torch.tensor([torch.nan, 0.1, -0.4]).double().expand(N, 3),
         correlation_errors=torch.zeros(N, 3).double(),
     )
     assert told(local_calibration=found) == [
@@ -428,7 +428,7 @@ def test_a_unit_that_no_row_judges_says_nothing():
 # Chains
 
 
-def drawn(posterior=0.0, guide=0.0, apart=0.0, scales=(1.0, 1.0), shifts=(0.0, 0.0), draws=1000):
+def drawn(posterior=0.0, guide=0.0, apart=0.0, scales=(1.0, 1.0), shifts=(0.0, 0.0), diverged=0):
     """Draws of two data with these correlations; ``apart`` is between the chains of datum 0."""
     generator = torch.Generator().manual_seed(1)
 
@@ -437,17 +437,18 @@ def drawn(posterior=0.0, guide=0.0, apart=0.0, scales=(1.0, 1.0), shifts=(0.0, 0
         second = by * z[..., 0] + (1 - by**2) ** 0.5 * z[..., 1]
         return torch.stack([z[..., 0], second], -1)
 
-    z = correlated((4, draws, 2), posterior)
+    z = correlated((4, 1000, 2), posterior)
     z[:, :, 0] += apart * torch.arange(4).double()[:, None, None]
-    q = correlated((4 * draws, 2), guide)
+    q = correlated((4000, 2), guide)
     q = torch.tensor(shifts)[:, None] + torch.tensor(scales)[:, None] * q
-    return compared({"z": z}, {"z": q}, torch.zeros(2))
+    return compared({"z": z}, {"z": q}, torch.tensor([diverged, 0]))
 
 
 def test_chains_that_disagree_do_not_judge():
     shifts = (2.0, 0.0)
     assert told(nuts=drawn(shifts=shifts)) != []
     assert told(nuts=drawn(shifts=shifts, apart=1.0)) == []
+    assert told(nuts=drawn(shifts=shifts, diverged=1)) == []
     (words,) = told(nuts=drawn(shifts=(0.0, -2.0), apart=1.0))
     assert words.startswith("against NUTS, its mean is off by 2.0")
 

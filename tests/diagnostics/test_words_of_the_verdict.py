@@ -191,6 +191,24 @@ FINDINGS = [
         ],
     ),
     (
+        {"log_likelihood": weights(error=0.0), "annealing": annealed(-0.2)},
+        [
+            (
+                "trust",
+                "log p(x) = -10.000 ± 0.000 nats per example (200 data) by importance weights",
+                "log p(x)",
+            ),
+            ("trust", "the ELBO is 0.00 nats per example below log p(x) (200 data)", "ELBO"),
+            (
+                "doubt",
+                "annealing at 100 temperatures: importance weights give a higher bound (by 0.20 ± "
+                "0.00 nats, on 20 data)",
+                "annealing",
+            ),
+            ("next", "annealing with more temperatures or more time", "annealing"),
+        ],
+    ),
+    (
         {"gaps": gaps(), "calibration": ranks(), "local_calibration": moments()},
         [
             (
@@ -217,6 +235,21 @@ FINDINGS = [
         [("unchecked", "the model: too few rows have reliable importance weights", "model")],
     ),
 ]
+
+
+def test_what_is_said_if_the_guide_misses_a_part_of_the_posterior():
+    results = {"log_likelihood": weights(gap=2.0), "annealing": annealed(0.5)}
+    (blame,), found = verdict.findings(results, torch.arange(1000, 2000))
+    assert [tuple(finding) for finding in found] == [
+        ("fault", blame.words, "family"),
+        (
+            "doubt",
+            f"log p(x) by importance weights, {VALUE}: it is too low, since the guide misses a "
+            "part of the posterior",
+            "log p(x)",
+        ),
+        ("doubt", AS_LOG_P, "ELBO"),
+    ]
 
 
 @pytest.mark.parametrize(("results", "told"), FINDINGS)

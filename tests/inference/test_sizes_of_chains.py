@@ -5,11 +5,12 @@ from math import log10
 import arviz
 import pytest
 import torch
-from scipy.stats import f
+from scipy.stats import f, norm
 
 from pyro_vae.inference.chain_measures import (
     bulk_draws,
     largest_difference,
+    normal_scores,
     r_hat_limit,
     tail_draws,
 )
@@ -57,6 +58,16 @@ def test_the_error_of_a_correlation_does_not_depend_on_units():
     by, shift = torch.tensor([3.0, 0.2]).double(), torch.tensor([5.0, -7.0]).double()
     _, found = largest_difference(apart, shift + by * chains, shift + by * guide)
     torch.testing.assert_close(found, wanted)
+
+
+def test_scores_are_normal_quantiles_of_ranks_of_each_unit():
+    draws = torch.tensor([[3.0, 1.0], [2.0, 3.0]]).double()
+    quantiles = [(rank - 0.375) / 4.25 for rank in (3.5, 1.0, 2.0, 3.5)]  # ties share a rank
+    wanted = torch.tensor(norm.ppf(quantiles)).reshape(2, 2)
+    torch.testing.assert_close(normal_scores(draws), wanted)
+    x = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(0))
+    scores = normal_scores(x)
+    torch.testing.assert_close(normal_scores(x.reshape(2, 50, 2, 3)), scores.reshape(2, 50, 2, 3))
 
 
 def test_the_threshold_of_one_and_two_weights():
