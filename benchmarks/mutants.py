@@ -186,6 +186,12 @@ MEMORY = "how much is computed at once changes no result"
 INFINITE = "the shape of a tail with so few weights is set to infinity"
 ROUNDING = "the change is below the rounding of the sums"
 EQUIVALENT = [
+    Equivalent("chain_measures", "if number > 1", "1 to 2", "split chains are at least two"),
+    Equivalent("chain_measures", "within > 1e-12", "Gt to GtE", ROUNDING),
+    Equivalent("chain_measures", "within > 1e-12", "1e-12 to", ROUNDING),
+    Equivalent("chain_measures", "counted = (pairs > 0)", "Gt to GtE", REAL),
+    Equivalent("signs", "clamp(max=1e6)", "1000000.0 to ", "chains are shorter"),
+    Equivalent("verdict", "other[0] > 0", "Gt to GtE", "a difference of 0 is not told"),
     Equivalent("signs", "return value > limit", "Gt to GtE", REAL),
     Equivalent("verdict", "<= TOGETHER", "LtE to Lt", REAL),
     Equivalent("verdict", "isinstance(found, Annealing)", "side 1", "then other is None, too"),
@@ -395,8 +401,8 @@ def _functions(space: Any) -> Iterator[types.FunctionType]:
 class Runner:
     """A plugin of pytest that collects the tests of a module once, and runs them on each mutant."""
 
-    def __init__(self, name: str, sample: int | None) -> None:
-        self.name, self.target, self.sample = name, TARGETS[name], sample
+    def __init__(self, name: str, sample: int | None, only: list[int] | None) -> None:
+        self.name, self.target, self.sample, self.only = name, TARGETS[name], sample, only
         self.failed = False
         self.counts = [0, 0, 0]
         """Killed, equivalent and surviving mutants."""
@@ -429,7 +435,7 @@ class Runner:
             else random.Random(12).sample(range(number), self.sample)
         )
         for i, mutant in enumerate(mutants(self.target)):
-            if i in some:
+            if i in some and (self.only is None or mutant.line in self.only):
                 yield lines[mutant.line - 1].strip(), mutant
 
     def _try(self, line: str, mutant: Mutant) -> None:
@@ -460,9 +466,9 @@ class Runner:
         os._exit(1)
 
 
-def run(name: str, sample: int | None) -> list[int]:
+def run(name: str, sample: int | None, only: list[int] | None) -> list[int]:
     """Try the mutants of a module; return the numbers of killed, equivalent and surviving ones."""
-    runner = Runner(name, sample)
+    runner = Runner(name, sample, only)
     options = ["-n", "0", "-p", "no:cacheprovider", "--tb=no"]
     pytest.main([*options, *TARGETS[name].tests], plugins=[runner])
     return runner.counts
@@ -472,9 +478,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("modules", nargs="*", default=list(TARGETS), choices=[*TARGETS, []])
     parser.add_argument("--sample", type=int, help="number of mutants of each module")
+    parser.add_argument("--lines", type=int, nargs="*", help="only mutants of these lines")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tried = functools.partial(run, sample=options.sample)
+    tried = functools.partial(run, sample=options.sample, only=options.lines)
     counts = {name: tried(name) for name in options.modules}
     print(f"{'module':<20}{'mutants':>9}{'killed':>9}{'equivalent':>12}{'survived':>10}")
     for name, found in counts.items():

@@ -9,6 +9,7 @@ from scipy.stats import f, norm
 
 from pyro_vae.inference.chain_measures import (
     bulk_draws,
+    effective_draws,
     largest_difference,
     normal_scores,
     r_hat_limit,
@@ -73,3 +74,31 @@ def test_scores_are_normal_quantiles_of_ranks_of_each_unit():
 def test_the_threshold_of_one_and_two_weights():
     assert threshold(1) == 0
     assert threshold(2) == pytest.approx(1 - 1 / log10(2))
+
+
+def by_hand(chains):
+    """Geyer's estimate for chains (M, n), one lag after the other."""
+    m, n = chains.shape
+    off = chains - chains.mean(1, keepdim=True)
+    lags = [(off[:, : n - t] * off[:, t:]).sum(1).mean().item() / n for t in range(n)]
+    within = lags[0] * n / (n - 1)
+    total = lags[0] + chains.mean(1).var().item()
+    rho = [1.0, *(1 - (within - lag) / total for lag in lags[1:])]
+    tau, least = -1.0, float("inf")
+    for even, odd in zip(rho[::2], rho[1::2], strict=False):
+        if even + odd <= 0:
+            tau += max(even, 0.0)
+            break
+        least = min(least, even + odd)
+        tau += 2 * least
+    return m * n / max(tau, 1 / log10(m * n))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+def test_the_size_of_short_chains_by_hand(scale):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 12, 60, generator=generator).double()
+    x = x + 0.5 * torch.randn(2, 12, 60, generator=generator).double().cumsum(1)
+    halves = torch.cat([x[:, :6], x[:, 6:]])
+    wanted = torch.tensor([by_hand(halves[..., i]) for i in range(60)]).double()
+    torch.testing.assert_close(effective_draws(scale * x), wanted, rtol=1e-6, atol=0)
