@@ -462,14 +462,15 @@ def test_chains_that_disagree_do_not_judge():
 
 def test_a_correlation_that_both_have_is_not_off():
     assert told(nuts=drawn(posterior=0.6, guide=0.6)) == []
-    assert told(nuts=drawn(posterior=0.6, guide=-0.6)) == [
-        "against NUTS, a correlation is off by 1.21"
-    ]
+    (words,) = told(nuts=drawn(posterior=0.6, guide=-0.6))
+    assert words.startswith("against NUTS, a correlation is off by ")
+    assert number_in(words) == pytest.approx(1.2, abs=0.05)
 
 
 def test_the_scale_that_is_most_off_is_told():
     (words,) = told(nuts=drawn(scales=(1.5, 0.5, 1.0)))
-    assert words == "against NUTS, its scale is 0.49 times the posterior's"
+    assert words.startswith("against NUTS, its scale is ")
+    assert number_in(words) == pytest.approx(0.5, abs=0.03)
 
 
 # A part of the posterior that the guide misses
