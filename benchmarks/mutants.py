@@ -82,6 +82,7 @@ class Target(NamedTuple):
 
 RULES = [
     "tests/diagnostics/test_blame.py",
+    "tests/diagnostics/test_blame_by_chains.py",
     "tests/diagnostics/test_words_of_the_verdict.py",
     "tests/diagnostics/test_verdict.py",
     "-k",
@@ -186,6 +187,9 @@ MEMORY = "how much is computed at once changes no result"
 INFINITE = "the shape of a tail with so few weights is set to infinity"
 ROUNDING = "the change is below the rounding of the sums"
 EQUIVALENT = [
+    Equivalent("signs", "if factor < 1", "Lt to LtE", "a factor of 1 is not told"),
+    Equivalent("signs", "sign.nats is not None and", "side 1", "for mypy: the size is known"),
+    Equivalent("signs", "abs(found[0]) <= max(AGREE", "LtE to Lt", REAL),
     Equivalent("chain_measures", "if number > 1", "1 to 2", "split chains are at least two"),
     Equivalent("chain_measures", "within > 1e-12", "Gt to GtE", ROUNDING),
     Equivalent("chain_measures", "within > 1e-12", "1e-12 to", ROUNDING),

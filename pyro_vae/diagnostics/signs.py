@@ -274,7 +274,7 @@ def _of_scale(found: Any) -> list[Sign]:
         words = f"the likelihood is too {side}: residuals are {factor:.2f} times its scale"
         signs.append(Sign("likelihood scale", "model_check", words, found.scale_nats))
     for what, each in ((found.row_scale, "row"), (found.column_scale, "element")):
-        if what is not None and what.deviations > DEVIATIONS and what.value > NATS:
+        if what is not None and what.deviations > DEVIATIONS:
             words = f"the scale of residuals differs by {each} more than the likelihood allows"
             signs.append(Sign("likelihood scale", "model_check", words, what.value))
     return [sign for sign in signs if sign.nats is not None and sign.nats > NATS]

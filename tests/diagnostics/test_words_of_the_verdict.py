@@ -98,7 +98,7 @@ SIGNS = [
             ("decoder", "residuals still depend on the codes", 0.1),
         ],
     ),
-    ("model_check", checked(p=5e-5), [("decoder", DIFFER)]),
+    ("model_check", checked(p=4.6e-5), [("decoder", DIFFER)]),
     (
         "train_gap",
         trained(0.1, 0.02),
