@@ -261,6 +261,21 @@ def held_rows(
     return rows, prepare
 
 
+ROWS_AT_ONCE = 1000
+"""Number of rows that are prepared at a time."""
+
+
+def joined(rows: Source, prepare: Preparation) -> Batch:
+    """All rows as one prepared batch."""
+    parts = [prepare(part) for part in rows.batches(ROWS_AT_ONCE)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def whole(pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str = "dynamic") -> Batch:
+    """All held-out rows that the caller passed, as one prepared batch."""
+    return joined(*held_rows(pair, x, context, binarize))
+
+
 def require_masks(pair: nn.Module, rows: Source, prepare: Preparation) -> None:
     """Compare the masks of model and guide on all rows in memory, or on the first of a stream."""
     with seeded(0):

@@ -22,7 +22,7 @@ from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
-from pyro_vae.pairs.simulation import simulate
+from pyro_vae.pairs.simulation import choose_rows, simulate
 from pyro_vae.pairs.sites import latents, observed
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.traces import Given, trace
@@ -42,6 +42,7 @@ def calibration(
     pair: nn.Module,
     context: Sequence[Any] = (),
     *,
+    missing: Tensor | None = None,
     num_simulations: int = 2000,
     num_draws: int = 99,
     test_quantities: Mapping[str, Quantity] | None = None,
@@ -62,6 +63,8 @@ def calibration(
     Arguments:
         pair: any pair with ``template(n)``.
         context: context tensors for a conditional pair; each simulation draws one of their rows.
+        missing: booleans (n, *data_shape), such as ``x.isnan()`` of your data. Each simulation
+            hides the entries of one of its rows, which is also the row of the context.
         num_simulations: number of simulated data, at least 100.
         num_draws: L for each simulated datum, at least 19.
         test_quantities: functions by name. Each takes the latents (a dictionary from sites to
@@ -76,11 +79,13 @@ def calibration(
 
     **The test does not cover real data.** If they differ from the model's own data, the encoder was
     trained on other data than the test uses. A guide that passes does not show that the model is
-    good. Simulated rows are complete, so the test does not cover rows with missing entries (NaN),
-    and ``left_out`` says so. Masks in the context apply.
+    good. With ``missing``, entries are missing independently of their values, given the context, so
+    the guide is tested on holes of these shapes, and not on the reasons why entries are missing.
+    Without it, simulated rows are complete, and ``left_out`` says so. Masks in the context apply.
 
-    Raises `UsageError` for a pair without a template or with latents that are not local, and for a
-    model whose observations do not fit into the batch.
+    Raises `UsageError` for a pair without a template or with latents that are not local, for a
+    model whose observations do not fit into the batch, and for ``missing`` with a pair that scores
+    NaN as data.
     Talts et al., 2018 (https://arxiv.org/abs/1804.06788); Modrák et al., 2023
     (https://arxiv.org/abs/2211.02383); the bands: Säilynoja, Bürkner & Vehtari, 2022
     (https://arxiv.org/abs/2103.10522).
@@ -101,7 +106,7 @@ def calibration(
     quantities = dict(test_quantities or {})
     parts: list[Tensor] = []
     with using(pair, seed), bar(progress, num_simulations, "calibration", delay=2) as shown:
-        simulated = _Simulated(pair, context, num_draws, quantities)
+        simulated = _Simulated(pair, context, missing, num_draws, quantities)
         for start in range(0, num_simulations, simulated.rows):
             n = min(simulated.rows, num_simulations - start)
             parts.append(simulated.ranks(n))
@@ -136,20 +141,24 @@ class _Simulated:
         self,
         pair: nn.Module,
         context: Sequence[Any],
+        missing: Tensor | None,
         num_draws: int,
         quantities: Mapping[str, Quantity],
     ) -> None:
         self.pair, self.num_draws, self.quantities = pair, num_draws, quantities
         self.context = [as_tensor(part, f"context {i}") for i, part in enumerate(context, 1)]
-        if len({len(part) for part in self.context}) > 1:
-            lengths = ", ".join(str(len(part)) for part in self.context)
-            raise UsageError(f"the context tensors have {lengths} rows; they must match")
+        self.missing = missing
+        given = self.context if missing is None else [*self.context, missing]
+        if len({len(part) for part in given}) > 1:
+            lengths = ", ".join(str(len(part)) for part in given)
+            what = "the context tensors" if missing is None else "the context and missing"
+            raise UsageError(f"{what} have {lengths} rows; they must match")
         batch, truth = self._simulate(2)
         guide = latents(trace_guide(pair, batch))
         self.sites = ranked(guide, truth)
         self.left_out = dict.fromkeys(truth.keys() - guide.keys(), "the guide does not draw it")
         self.left_out |= dict.fromkeys(guide.keys() - truth.keys(), "the model does not have it")
-        if masks.takes_missing(pair, batch):
+        if missing is None and masks.takes_missing(pair, batch):
             self.left_out["rows with missing entries"] = "simulated rows are complete"
         self.nesting, self.vectorized, widest = structure(pair, batch)
         self.rows = max(1, CELLS // (widest * (num_draws if self.vectorized else 1)))
@@ -194,9 +203,8 @@ class _Simulated:
         return value.movedim(-1 - self.event_dims[name], leading)
 
     def _simulate(self, n: int) -> tuple[Batch, dict[str, Tensor]]:
-        rows = len(self.context[0]) if self.context else 1
-        chosen = torch.randint(rows, (n,))
-        return simulate(self.pair, n, tuple(part[chosen] for part in self.context))
+        context, missing = choose_rows(n, tuple(self.context), self.missing)
+        return simulate(self.pair, n, context, missing)
 
     def _draw(self, batch: Batch, truth: dict[str, Tensor]) -> _ScoredDraws:
         """Draw from the guide: in one pass if the pair allows it, otherwise one draw at a time."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data.preparation import held_rows
+from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows, parts
 from pyro_vae.diagnostics import verdict
 from pyro_vae.diagnostics.global_studies import judge_globals, judge_local, limited
@@ -194,17 +194,17 @@ def diagnose(
     if not budget > 0:
         raise UsageError(f"must be above 0 seconds, got {budget}", argument="budget")
     require_seed(seed)
-    batch = _prepared(pair, x, context, binarize)
+    batch = whole(pair, x, context, binarize)
     order = torch.randperm(len(batch[0]), generator=torch.Generator().manual_seed(seed))
     shuffled = tuple(tensor[order.to(tensor.device)] for tensor in batch)
     others = None if other is None else parts(other)
-    strangers = None if others is None else _prepared(pair, others[0], others[1:], binarize)
+    strangers = None if others is None else whole(pair, others[0], others[1:], binarize)
     end = _now() + budget
     costs = _pass_seconds(pair, shuffled, seed)
     shared, local = _latents(pair, batch)
     fitted = None
     if train is not None:
-        fitted = _prepared(pair, parts(train)[0], parts(train)[1:], binarize)
+        fitted = whole(pair, parts(train)[0], parts(train)[1:], binarize)
     elif shared and held_out_rows.fitted_to(pair, x):
         fitted = batch
     bench = Bench(pair, shuffled, order, seed, engine, *costs, strangers, fitted, shared)
@@ -227,12 +227,6 @@ def diagnose(
         climb.tell(found)
     found.judge(shared, local)
     return found
-
-
-def _prepared(pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str) -> Batch:
-    rows, prepare = held_rows(pair, x, context, binarize)
-    prepared = [prepare(batch) for batch in rows.batches(1000)]
-    return tuple(torch.cat(column) for column in zip(*prepared, strict=True))
 
 
 def _latents(pair: nn.Module, batch: Batch) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -305,11 +299,20 @@ class _Climb:
         self.seconds += _now() - start
 
     def _fits(self, left: float) -> list[int]:
+        """Return the sizes that are expected to fit.
+
+        After one run, the part of its time that grows with size is not known. So a size beyond the
+        next one must fit even if all of this time grows.
+        """
         rungs = self.study.rungs
         if not self.known:
             return [0] if rungs[0].cost <= left else []
         larger = range(self.at + 1, len(rungs))
-        return [i for i in larger if _predicted(self.known, rungs[i].cost) <= left]
+        fits = [i for i in larger if _predicted(self.known, rungs[i].cost) <= left]
+        if len(self.known) > 1:
+            return fits
+        cost, seconds = self.known[0]
+        return [i for i in fits if i == larger[0] or seconds * rungs[i].cost <= left * cost]
 
     def _run(self, rung: Rung) -> None:
         start = _now()

@@ -7,6 +7,7 @@ from pyro_vae.diagnostics.loo_pit import LooPit, loo_pit
 from pyro_vae.diagnostics.power_scaling import PowerScaling, power_scaling
 from pyro_vae.diagnostics.study import Bench, Rung, Study, sizes
 from pyro_vae.diagnostics.tarp import Tarp, tarp
+from pyro_vae.inference.moment_matching import ROUNDS
 
 
 def tarp_study(bench: Bench) -> Study:
@@ -14,6 +15,7 @@ def tarp_study(bench: Bench) -> Study:
         return tarp(
             bench.pair,
             bench.batch[1:],
+            missing=bench.missing,
             num_simulations=simulations,
             num_draws=draws,
             seed=bench.seed,
@@ -31,7 +33,9 @@ def power_scaling_study(bench: Bench) -> Study:
         )
 
     wanted = sizes(bench, (50, 100), (200, 200), (1000, 500))
-    rungs = [Rung(bench.draws(4, n, k), partial(run, n, k)) for n, k in wanted]
+    # The draws of every row are moved and stretched, in up to ROUNDS rounds, before they count.
+    passes = 4 + 2 * ROUNDS
+    rungs = [Rung(bench.draws(passes, n, k), partial(run, n, k)) for n, k in wanted]
     return Study("power_scaling", 1, rungs)
 
 

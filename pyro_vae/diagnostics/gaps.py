@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data.preparation import Preparation, held_rows
+from pyro_vae.data.preparation import Preparation, held_rows, joined
 from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import at_one_draw
@@ -273,8 +273,7 @@ def _whole(pair: nn.Module, held: Source, prepare: Preparation) -> Batch:
     few = prepare(held.first(2))
     if not global_latents(pair, few):
         return few
-    parts = [prepare(part) for part in held.batches(BLOCK)]
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return joined(held, prepare)
 
 
 def _weights(pair: nn.Module, batch: Batch, num_samples: int, seed: int) -> Tensor:

@@ -1,31 +1,22 @@
 """Draws of the guide at rows of data, as vectors, and at simulated data with their true latents."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data.preparation import held_rows
-from pyro_vae.data.sources import Rows
 from pyro_vae.diagnostics.local_moments import Units
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import CELLS
-from pyro_vae.inference.passes import ROWS_AT_ONCE, in_chunks
+from pyro_vae.inference.passes import in_chunks
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.particles import Particles
-from pyro_vae.pairs.simulation import simulate
+from pyro_vae.pairs.simulation import choose_rows, simulate
 
 MOMENT_DRAWS = 64
 """Draws that give the guide's moments at a row; they are not used otherwise."""
-
-
-def whole(pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str) -> Batch:
-    """All rows as one prepared batch."""
-    rows, prepare = held_rows(pair, x, context, binarize)
-    parts = [prepare(part) for part in rows.batches(ROWS_AT_ONCE)]
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 class GuideRows(NamedTuple):
@@ -71,14 +62,21 @@ class SimulatedRows:
         number: the number of simulated data.
         context: rows of context; each simulation draws one of them.
         tool: the name of the caller, for errors.
+        missing: as in `calibration`.
 
     Call this within `using`. Raises `UsageError` for global latents, and if the guide and the model
     do not share a local latent with moments.
     """
 
-    def __init__(self, pair: nn.Module, number: int, context: Batch, tool: str) -> None:
-        rows = torch.randint(len(context[0]), (number,)) if context else None
-        self.batch, latents = simulate(pair, number, tuple(part[rows] for part in context))
+    def __init__(
+        self,
+        pair: nn.Module,
+        number: int,
+        context: Batch,
+        tool: str,
+        missing: Tensor | None = None,
+    ) -> None:
+        self.batch, latents = simulate(pair, number, *choose_rows(number, context, missing))
         if names := global_latents(pair, self.batch):
             raise UsageError(f"{tool} needs a pair without global latents, got {', '.join(names)}")
         self.particles = Particles(pair, self.batch)

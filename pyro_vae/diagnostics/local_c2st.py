@@ -12,9 +12,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from torch import Tensor, nn
 
+from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows
-from pyro_vae.diagnostics.guide_rows import GuideRows, SimulatedRows, guide_rows, whole
+from pyro_vae.diagnostics.guide_rows import GuideRows, SimulatedRows, guide_rows
 from pyro_vae.errors import UsageError
+from pyro_vae.pairs.masks import missing_entries
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.particles import Particles
 from pyro_vae.pairs.progress import bar
@@ -168,7 +170,7 @@ def _drawn(
     pair: nn.Module, real: Batch, number: int, draws: int
 ) -> tuple[Tensor, GuideRows, GuideRows]:
     """True latents of simulated data (1, number, units), the guide there, and at real data."""
-    made = SimulatedRows(pair, number, real[1:], "local_c2st")
+    made = SimulatedRows(pair, number, real[1:], "local_c2st", missing_entries(real[0]))
     observed = guide_rows(Particles(pair, real), made.units, real, draws)
     return made.truth, made.guide(1), observed
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows
-from pyro_vae.diagnostics.guide_rows import whole
 from pyro_vae.diagnostics.local_moments import Compared, Units, compared
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import at_one_draw

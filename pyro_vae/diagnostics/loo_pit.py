@@ -6,8 +6,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows
-from pyro_vae.diagnostics.guide_rows import whole
 from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.pareto import threshold
 from pyro_vae.inference.scoring import by_entry, log_prob_of

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data.preparation import held_rows
+from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows
 from pyro_vae.diagnostics.model_sides import Side, through_inference
 from pyro_vae.diagnostics.two_samples import (
@@ -23,6 +23,7 @@ from pyro_vae.diagnostics.two_samples import (
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.weighted import require_samples
+from pyro_vae.pairs.masks import missing_entries
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
@@ -199,11 +200,10 @@ def model_check(
     True
     """
     require_samples(num_samples)
-    rows, prepare = held_rows(pair, x, context, binarize)
-    if len(rows) < LEAST_ROWS:
-        raise UsageError(f"model_check needs at least {LEAST_ROWS} rows of data, got {len(rows)}")
-    parts = [prepare(part) for part in rows.batches(1000)]
-    batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    batch = whole(pair, x, context, binarize)
+    if len(batch[0]) < LEAST_ROWS:
+        got = len(batch[0])
+        raise UsageError(f"model_check needs at least {LEAST_ROWS} rows of data, got {got}")
     pair, given = at_one_draw(pair, batch, seed)
     with using(pair, seed):
         own, truth = _own_data(pair, batch)
@@ -218,11 +218,7 @@ def model_check(
 def _own_data(pair: nn.Module, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
     """Return as many rows that the model draws, with the same context and the same holes, and the
     latents that generated them."""
-    own, truth = simulate(pair, len(batch[0]), batch[1:])
-    x = batch[0]
-    if x.is_floating_point() and bool(x.isnan().any()):
-        own = (torch.where(x.isnan(), torch.nan, own[0]), *own[1:])
-    return own, truth
+    return simulate(pair, len(batch[0]), batch[1:], missing_entries(batch[0]))
 
 
 def _more(data: Tensor, own: Tensor) -> bool:

@@ -87,8 +87,7 @@ def _of_ranks(found: Any) -> list[Sign]:
     """Effect sizes of the ranks: they see a bias that the coverage of intervals does not show."""
     mean, spread = found.score_means, found.score_deviations
     far = mean.abs() > SHIFT + ERRORS * found.score_mean_errors
-    wide, narrow = spread < 1 / SCALE, spread > SCALE
-    off = (wide | narrow) & ((spread - 1).abs() > ERRORS * found.score_deviation_errors)
+    off = (spread - 1).abs() > ERRORS * found.score_deviation_errors
     off &= spread.log().abs() > log(SCALE) + found.score_deviation_errors
     densities = torch.tensor([name in (JOINT, LIKELIHOOD) for name in found.names])
     signs = []
@@ -145,7 +144,7 @@ def _of_moments(found: Any) -> list[Sign]:
 
 
 def _over(value: Tensor, limit: float, error: Tensor) -> Tensor:
-    return (value > limit + ERRORS * error.nan_to_num(torch.inf)).nan_to_num(False)
+    return value > limit + ERRORS * error.nan_to_num(torch.inf)
 
 
 def _of_weights(found: Any) -> list[Sign]:
@@ -160,8 +159,6 @@ def _of_weights(found: Any) -> list[Sign]:
 def _of_chains(found: Any) -> list[Sign]:
     """Guide against NUTS; only data whose chains agree and have enough draws count."""
     sound = found.agrees & ~found.too_few_draws
-    if not bool(sound.any()):
-        return []
     size = found.bulk_effective_sample_size.nan_to_num(torch.inf).amin(1)
     error = size[sound].clamp(max=1e6).rsqrt()[:, None]
     signs = []
@@ -277,7 +274,7 @@ def _of_scale(found: Any) -> list[Sign]:
         words = f"the likelihood is too {side}: residuals are {factor:.2f} times its scale"
         signs.append(Sign("likelihood scale", "model_check", words, found.scale_nats))
     for what, each in ((found.row_scale, "row"), (found.column_scale, "element")):
-        if what is not None and what.deviations > DEVIATIONS and what.value > NATS:
+        if what is not None and what.deviations > DEVIATIONS:
             words = f"the scale of residuals differs by {each} more than the likelihood allows"
             signs.append(Sign("likelihood scale", "model_check", words, what.value))
     return [sign for sign in signs if sign.nats is not None and sign.nats > NATS]

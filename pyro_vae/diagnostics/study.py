@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from pyro_vae.pairs.masks import missing_entries
 from pyro_vae.pairs.pair import Batch
 
 if TYPE_CHECKING:
@@ -89,6 +90,11 @@ class Bench(NamedTuple):
     def some(self, number: int) -> Batch:
         """Return the first rows."""
         return tuple(tensor[:number] for tensor in self.batch)
+
+    @property
+    def missing(self) -> Tensor | None:
+        """Which entries of x are missing, or None if no entry is."""
+        return missing_entries(self.batch[0])
 
     @property
     def settings(self) -> dict[str, Any]:

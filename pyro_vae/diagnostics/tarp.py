@@ -93,6 +93,7 @@ def tarp(
     pair: nn.Module,
     context: Sequence[Any] = (),
     *,
+    missing: Tensor | None = None,
     num_simulations: int = 2000,
     num_draws: int = 99,
     level: float = 0.05,
@@ -111,6 +112,7 @@ def tarp(
     Arguments:
         pair: any pair with ``template(n)`` and without global latents.
         context: context tensors for a conditional pair; each simulation draws one of their rows.
+        missing: the missing entries of rows of data, as in `calibration`.
         num_simulations: number of simulated data, at least 100.
         num_draws: L for each simulated datum, at least 19.
         level: the probability that an exact guide is rejected.
@@ -135,7 +137,7 @@ def tarp(
         raise UsageError(f"must be between 0 and 1, got {level}", argument="level")
     given = tuple(as_tensor(part, f"context {i}") for i, part in enumerate(context, 1))
     with using(pair, seed):
-        made = SimulatedRows(pair, num_simulations, given, "tarp")
+        made = SimulatedRows(pair, num_simulations, given, "tarp", missing)
         rows = made.guide(num_draws)
         center, scale = made.truth[0].mean(0), made.truth[0].std(0).clamp(min=SMALLEST)
         reference = center + scale * _references(rows, len(center))

@@ -27,7 +27,9 @@ PARTS: dict[str, tuple[str, str]] = {
     "globals": ("the guide of global latents", ADVICE),
     "encoder": (
         "the encoder",
-        "longer training or a larger encoder; if only some rows are wrong, look at their inputs",
+        "a larger encoder, fitted to training data and many draws of the model "
+        "(pyro_vae.refit_guide), or pyro_vae.refine for the rows that you analyze; if only some "
+        "rows are wrong, look at their inputs",
     ),
     "family": (
         "the family of the guide",
@@ -42,7 +44,10 @@ PARTS: dict[str, tuple[str, str]] = {
         "the model: its decoder or its structure",
         "a larger decoder, more latents, or KL warm-up and free bits if latents have collapsed",
     ),
-    "data": ("too little data", "more data, a smaller model, or early stopping"),
+    "data": (
+        "too little data",
+        "more data, or a smaller model if log p(x) of held-out data rises with it",
+    ),
 }
 """The parts that can be at fault, in words, and what to try next."""
 
@@ -127,7 +132,7 @@ def of_globals(found: Finding) -> Blame:
 def _size(blame: Blame) -> float:
     if any(sign.kind == "mass" for sign in blame.evidence):
         return float("inf")  # no tool can tell how much the guide misses
-    return -1.0 if blame.nats is None else blame.nats
+    return float("-inf") if blame.nats is None else blame.nats
 
 
 def _guide_blames(results: Mapping[str, Any]) -> list[Blame]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data.preparation import held_rows
+from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import GivenGlobals, pools
@@ -202,9 +202,7 @@ def global_weights(
     for name, value, least in (("num_draws", num_draws, LEAST), ("num_samples", num_samples, 1)):
         if value < least:
             raise UsageError(f"must be at least {least}, got {value}", argument=name)
-    rows, prepare = held_rows(pair, x, context, binarize)
-    parts = [prepare(part) for part in rows.batches(1000)]
-    batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    batch = whole(pair, x, context, binarize)
     names = _weighable(pair, batch)
     with using(pair, seed), bar(progress, num_draws, "global latents", delay=2) as shown:
         evidence = _Evidence(pair, batch, names, num_samples)

@@ -8,7 +8,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
 
-from pyro_vae.data.preparation import held_rows
+from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.chains import PER_UNIT, STARTS, compared, energy
@@ -86,9 +86,7 @@ def nuts(
     ):
         if value < least:
             raise UsageError(f"must be at least {least}, got {value}", argument=name)
-    rows, prepare = held_rows(pair, x, context, binarize)
-    parts = [prepare(batch) for batch in rows.batches(len(rows))]
-    batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    batch = whole(pair, x, context, binarize)
     engine = "traced" if require_engine(engine) == "auto" else engine
     lengths = num_draws, warmup, num_chains
     if global_latents(pair, batch):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data.preparation import Preparation, held_rows
+from pyro_vae.data.preparation import Preparation, held_rows, joined
 from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.inference.given_globals import draw_globals, pools
@@ -165,8 +165,7 @@ def _drawn(
                 f"must name global or group latents, got '{name}'; {nearest(name, names)}",
                 argument="from_prior",
             )
-    parts = [prepare(batch) for batch in rows.batches(ROWS_AT_ONCE)]
-    batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    batch = joined(rows, prepare)
     with using(pair, seed), bar(progress, draws, "posterior", delay=2) as shown:
         return joint_draws(pair, batch, draws, from_prior, shown.update)
 

@@ -13,11 +13,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
-from pyro_vae.data.preparation import held_rows
+from pyro_vae.data.preparation import held_rows, joined
 from pyro_vae.data.sources import Arrays, Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import LogLikelihood, all_log_weights, estimate
 from pyro_vae.inference.pareto import LEAST
+from pyro_vae.inference.passes import in_chunks
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.pair import Batch, Pair, Site
 from pyro_vae.pairs.progress import bar
@@ -82,7 +83,8 @@ class Refined(nn.Module):
         offsets: the offsets of all rows, by location.
 
     The batch of this pair is the batch of the original pair, followed by the row numbers, a tensor
-    of integers. Raises `UsageError` for a batch without them.
+    of integers. Raises `UsageError` for a batch without them. It has no ``template``: the offsets
+    belong to the refined rows, so tools that simulate data, such as `calibration`, do not apply.
     """
 
     def __init__(self, pair: nn.Module, offsets: Mapping[Location, Tensor]) -> None:
@@ -106,10 +108,6 @@ class Refined(nn.Module):
         }
         with _Moved(own):
             return cast(Pair, self.pair).guide(*given)
-
-    def template(self, n: int) -> Batch:
-        """Return a batch of n rows with the right shapes; its values have no meaning."""
-        return (*cast(Any, self.pair).template(n), torch.zeros(n, dtype=torch.long))
 
 
 @alone()
@@ -164,8 +162,8 @@ def refine(
         if value < 1:
             raise UsageError(f"must be at least 1, got {value}", argument=name)
     rows, prepare = held_rows(pair, x, context, binarize)
-    parts = [prepare(batch) for batch in rows.batches(REFINED_ROWS)]
-    batch = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    batch = joined(rows, prepare)
+    parts = list(in_chunks(batch, REFINED_ROWS))
     whole = (*batch, torch.arange(len(batch[0]), device=batch[0].device))
     _require_refinable(pair, tuple(part[:2] for part in parts[0]))
     ready = replace(prepare, binarize=False, whole=True)
@@ -173,10 +171,10 @@ def refine(
     with frozen(pair), seeded(seed), bar(progress, steps * len(parts), "refine", 2) as shown:
         ascent = _Ascent(pair, parts[0], num_particles, steps, engine)
         found = [ascent(block, learning_rate, shown.update) for block in parts]
-    joined = {place: torch.cat([own[place] for own in found], place.dim) for place in found[0]}
+    moved = {place: torch.cat([own[place] for own in found], place.dim) for place in found[0]}
     draws = max(LEAST, min(steps * num_particles, COMPARED_DRAWS))  # at most the cost of the steps
-    better = _better(*_gains(pair, Refined(pair, joined), whole, draws, seed + 2))
-    refined = Refined(pair, {place: _kept(joined[place], place, better) for place in joined})
+    better = _better(*_gains(pair, Refined(pair, moved), whole, draws, seed + 2))
+    refined = Refined(pair, {place: _kept(moved[place], place, better) for place in moved})
     after = estimate(refined, Arrays(whole), ready, num_samples, seed, engine, False)
     return Refinement(before, after, refined, whole)
 
@@ -193,7 +191,7 @@ def _gains(
 ) -> tuple[Tensor, Tensor]:
     """Return the gain of each datum's ELBO and its standard error, (n,), from shared draws."""
     found = []
-    for batch in zip(*(part.split(REFINED_ROWS) for part in whole), strict=True):
+    for batch in in_chunks(whole, REFINED_ROWS):
         weights = []
         for one, rows in ((refined, batch), (pair, batch[:-1])):
             with using(one, seed), torch.no_grad():

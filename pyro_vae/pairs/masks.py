@@ -66,6 +66,12 @@ def takes_missing(pair: nn.Module, batch: Batch) -> bool:
     return scores_missing(pair, (x, *batch[1:]))
 
 
+def missing_entries(x: Tensor) -> Tensor | None:
+    """Which entries of x are missing (NaN), or None if no entry is."""
+    found = x.isnan()
+    return found if bool(found.any()) else None
+
+
 def hidden_as_nan(site: Site) -> Tensor:
     """A site's value, with NaN for entries that a mask hides; unchanged if it hides nothing."""
     counts = scored(site)

@@ -2,6 +2,7 @@
 
 from typing import cast
 
+import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
@@ -16,12 +17,15 @@ from pyro_vae.pairs.template import template
 from pyro_vae.pairs.traces import Given, trace
 
 
-def simulate(pair: nn.Module, number: int, context: Batch = ()) -> tuple[Batch, dict[str, Tensor]]:
+def simulate(
+    pair: nn.Module, number: int, context: Batch = (), missing: Tensor | None = None
+) -> tuple[Batch, dict[str, Tensor]]:
     """A batch drawn from the model, and the latents that generated it, by site.
 
     Arguments:
         number: the number of rows.
         context: the context tensors; the default is the context of the template.
+        missing: which entries of x become NaN after the draw, booleans (number, *data_shape).
 
     Raises `UsageError` if the draws cannot be written into a batch, because an observed value is
     not a function of the batch, or if the masks of a latent differ between model and guide.
@@ -42,8 +46,40 @@ def simulate(pair: nn.Module, number: int, context: Batch = ()) -> tuple[Batch, 
                 f"the draws of the model at site '{name}' cannot be written into a batch: the "
                 "value that the site observes must be a tensor of the batch"
             )
+    if missing is not None:
+        batch = _hidden(pair, batch, missing)
     masks.require(pair, [batch])
     return batch, values
+
+
+def choose_rows(number: int, context: Batch, missing: Tensor | None) -> tuple[Batch, Tensor | None]:
+    """The context and the missing entries of rows that are drawn at random."""
+    given = context if missing is None else (*context, missing)
+    if any(not len(part) for part in given):
+        raise UsageError("the context and the missing entries need at least 1 row, got 0")
+    chosen = torch.randint(len(given[0]) if given else 1, (number,))
+    some = tuple(part[chosen.to(part.device)] for part in given)
+    return (some, None) if missing is None else (some[:-1], some[-1])
+
+
+def _hidden(pair: nn.Module, batch: Batch, missing: Tensor) -> Batch:
+    """The batch with NaN for missing entries; the pair must leave them out."""
+    x = batch[0]
+    if missing.dtype != torch.bool or missing.shape != x.shape:
+        shape = ", ".join(map(str, ("n", *x.shape[1:])))
+        raise UsageError(
+            f"must be booleans of shape ({shape}), got {missing.dtype} of shape "
+            f"({', '.join(map(str, ('n', *missing.shape[1:])))})",
+            argument="missing",
+        )
+    hidden = (torch.where(missing.to(x.device), torch.nan, x), *batch[1:])
+    if not x.is_floating_point() or not masks.scores_missing(pair, hidden):
+        raise UsageError(
+            "needs a likelihood that leaves out missing entries, such as "
+            "pyro_vae.Missing(pyro_vae.Gaussian) or pyro_vae.Columns",
+            argument="missing",
+        )
+    return hidden
 
 
 def _with_draws(batch: list[Tensor], drawn: Trace) -> list[Tensor]:
