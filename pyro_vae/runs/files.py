@@ -27,6 +27,9 @@ OLDER = "checkpoint-older.pt"
 
 ROWS = "rows.safetensors"
 
+NONFINITE = "nonfinite.npz"
+"""The minibatch at which training stopped, because its numbers were not finite."""
+
 HISTORY, METRICS, FIGURES, REPORT = "history.csv", "metrics.json", "figures", "report.html"
 
 TENSORBOARD = "tensorboard"

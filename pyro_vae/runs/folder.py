@@ -4,6 +4,7 @@ config.json         how to rebuild the pair and repeat the run, versions, checks
 model.safetensors   parameters and buffers of the pair, best on validation data
 checkpoint.pt       the last state of training, see `pyro_vae.training.fit`
 checkpoint-older.pt the state before it
+nonfinite.npz       the minibatch at which training stopped, if its numbers were not finite
 rows.safetensors    a hash of each row used in training, see `pyro_vae.runs.held_out_rows`
 history.csv         one row for each epoch
 metrics.json        the results of `evaluate` and `diagnose`
@@ -43,6 +44,7 @@ from pyro_vae.runs.files import (
     HISTORY,
     METRICS,
     MODEL,
+    NONFINITE,
     OLDER,
     REPORT,
     ROWS,
@@ -221,7 +223,7 @@ def start(run: Path, overwrite: bool = False) -> None:
     if not held:
         return
     try:
-        _delete(run, [*held, ROWS, *ARRAYS])
+        _delete(run, [*held, ROWS, NONFINITE, *ARRAYS])
     except OSError as error:
         raise UsageError(f"{run} cannot be overwritten: {error.strerror or error}") from error
 

@@ -45,7 +45,8 @@ class Step(SVI):
         sites: Any = capture.trace.nodes.values()
         params = {site["value"].unconstrained() for site in sites}
         params = {parameter for parameter in params if parameter.requires_grad}
-        self.optim(params, norm=self.engine.numbers[1])
+        total, norm = self.engine.numbers[:2]
+        self.optim(params, norm=norm + 0 * total)  # a loss that is not finite moves no parameter
         zero_grads(params)
         return loss
 

@@ -18,7 +18,10 @@ from pyro_vae.training.rows import TrainingData
 from pyro_vae.training.schedules import Schedule, present_names
 from pyro_vae.training.state import TrainState
 
-MAY_CHANGE = {"epochs", "patience", "checkpoint_seconds", "tensorboard", "engine"}
+MAY_CHANGE = {
+    *("epochs", "patience", "checkpoint_seconds", "tensorboard", "engine"),
+    *("on_nonfinite", "skip_limit"),
+}
 """The settings that a resumed run may change."""
 
 

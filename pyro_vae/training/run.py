@@ -47,8 +47,8 @@ class TrainingRun:
     """The progress bar."""
     on_epoch: tuple[Callable[[Epoch], Any], ...]
     """Functions that see each epoch."""
-    unread: list[tuple[list[tuple[str, str]], Tensor]] = field(default_factory=list)
-    """Names and values of the numbers that still wait on the device."""
+    unread: list[tuple[list[tuple[str, str]], Tensor, Any]] = field(default_factory=list)
+    """Names and values of the numbers that still wait on the device, and their steps."""
 
     @property
     def settings(self) -> Settings:
