@@ -19,11 +19,11 @@ from pyro_vae.runs import tensors as run_tensors
 from pyro_vae.training.history import Epoch, History, is_better
 from pyro_vae.training.history import is_finite as is_finite_bound
 from pyro_vae.training.loggers import TensorBoard
+from pyro_vae.training.nonfinite import bad_parameter, stop_at_parameter
 from pyro_vae.training.ownership import own_state
 from pyro_vae.training.pace import Pace
 from pyro_vae.training.run import TrainingRun, write
 from pyro_vae.training.state import TrainState, no_sums
-from pyro_vae.training.nonfinite import bad_parameter, stop_at_parameter
 from pyro_vae.training.step import read, step
 from pyro_vae.training.stopping import Interrupted, signals
 from pyro_vae.training.validation import Bound, bound
@@ -35,7 +35,7 @@ def train(run: TrainingRun, state: TrainState, own: ExitStack) -> History:
     Arguments:
         own: holds the run's parameter store and generators, which it puts away for other threads.
     """
-    pace = Pace(run.settings.checkpoint_seconds)
+    pace = Pace(run.settings.checkpoint_seconds, len(state.epochs))
     with signals() as stop, _board(run) as board:
         seen_by = (*run.on_epoch, *board)
         if not state.epochs and not state.batches:

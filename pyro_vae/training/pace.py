@@ -1,6 +1,5 @@
 """When training writes its next checkpoint."""
 
-import math
 import time
 
 MIDWAY_SECONDS = 10.0
@@ -14,15 +13,18 @@ class Pace:
     """The times of the checkpoints of a run.
 
     A checkpoint contains the whole history, so n checkpoints of n epochs would take time in
-    proportion to n squared. Therefore epoch n > `FLAT` has a checkpoint only n / `FLAT` epochs after
-    the last one, or `MIDWAY_SECONDS` after it if that is earlier. The time by epoch stays flat.
+    proportion to n squared. Therefore epoch n > `FLAT` has a checkpoint only n / `FLAT` epochs
+    after the last one, or `MIDWAY_SECONDS` after it if that is earlier. The time by epoch stays
+    flat.
 
     Arguments:
         seconds: the shortest time between two checkpoints.
+        epochs: the number of complete epochs.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.last, self.epochs = seconds, -math.inf, 0
+    def __init__(self, seconds: float, epochs: int = 0) -> None:
+        self.seconds = seconds
+        self.wrote(epochs)
 
     def wrote(self, epochs: int) -> None:
         """Take note of a checkpoint after so many epochs."""
