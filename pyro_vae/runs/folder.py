@@ -41,6 +41,7 @@ from pyro_vae.runs.files import (
     CHECKPOINT,
     CONFIG,
     FIGURES,
+    FORMAT,
     HISTORY,
     METRICS,
     MODEL,
@@ -48,6 +49,7 @@ from pyro_vae.runs.files import (
     OLDER,
     REPORT,
     ROWS,
+    SEALED,
     TENSORBOARD,
     atomic,
     read_json,
@@ -153,7 +155,6 @@ def _load(run: Path, pair: nn.Module | type[nn.Module] | None) -> nn.Module:
 def write_config(pair: nn.Module, run: Path, config: Mapping[str, Any]) -> None:
     """Write config.json: how to rebuild the pair, versions, and the entries of the caller."""
     content = {
-        "format": 1,
         "pair": recipe(pair),
         "adopted_batch": adopted_batch(pair),
         DIVISOR: recorded_divisor(pair),
@@ -170,7 +171,7 @@ def read_config(run: Path) -> dict[str, Any]:
         known = nearest(run.name, sorted(path.parent.name for path in near))
         raise UsageError(f"there is no run '{run}'" + (f"; {known}" if known else ""))
     config = read_json(run / CONFIG)
-    if not isinstance(config, dict) or config.get("format") != 1:
+    if not isinstance(config, dict) or config.get(FORMAT) not in (1, SEALED):
         raise UsageError(f"{run / CONFIG} is not the configuration of a run of this version")
     return config
 

@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from pyro_vae.data.sizes import read_bytes
@@ -15,6 +16,9 @@ LOCK = ".lock"
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
+_OWN: ContextVar[frozenset[tuple[int, int, int]]] = ContextVar("own folders", default=frozenset())
+"""The folders that this thread is writing: process, device and inode."""
+
 _HELD: set[int] = set()
 """The descriptors of the locks of this process."""
 
@@ -22,6 +26,8 @@ _HELD: set[int] = set()
 @contextmanager
 def writing(run: Path | None) -> Iterator[None]:
     """Be the only writer of a run folder, which is created if it does not exist.
+
+    A block inside this block, in the same thread, has the same lock.
 
     The system releases the lock when the process ends, however it ends. Then temporary files of
     the dead process are swept. Raises `UsageError`, which names the other process, if the folder
@@ -31,11 +37,18 @@ def writing(run: Path | None) -> Iterator[None]:
         yield
         return
     created = _create(run)
+    found = os.stat(run)
+    own = (os.getpid(), found.st_dev, found.st_ino)
+    if own in _OWN.get():
+        yield
+        return
     descriptor = _lock(run)
+    token = _OWN.set(_OWN.get() | {own})
     try:
         sweep(run)
         yield
     finally:
+        _OWN.reset(token)
         if descriptor is not None:
             _release(run, descriptor)
         with suppress(OSError):  # a folder with a run is not empty, and stays
