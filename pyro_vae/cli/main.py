@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from cyclopts import CycloptsError
@@ -65,16 +65,19 @@ def _names_class(values: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def _folder_locked(command: Callable[..., Any], values: Mapping[str, Any]) -> Iterator[None]:
-    """Be the only writer of the run folder of a command, until all its results are written."""
+    """Be the only writer of the run folders of a command, until all its results are written."""
     from pyro_vae.runs.lock import writing
 
-    run, exists = values.get("run"), True
+    runs = [values["run"], *values.get("others", ())] if "run" in values else []
     if command is _train.train:
-        run = values.get("out") or run_of(values["data"])
-        exists = values.get("resume", False)  # training creates a folder, and resuming does not
+        runs = [values.get("out") or run_of(values["data"])]
     elif values.get("out") is not None:
-        run = None
-    with writing(None if run is None or (exists and not run.is_dir()) else run):
+        runs = []
+    creates = command is _train.train and not values.get("resume")
+    with ExitStack() as locks:
+        for run in dict.fromkeys(runs):
+            if creates or run.is_dir():  # other commands report a folder that does not exist
+                locks.enter_context(writing(run))
         yield
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from pyro_vae.data.sizes import read_bytes, require_memory
+from pyro_vae.data.temporary import flush_folder, require_no_link, temporary
 from pyro_vae.errors import UsageError, warn
 from pyro_vae.runs import checksums
-from pyro_vae.runs.temporary import flush_folder, require_no_link, temporary
 
 CONFIG, MODEL, CHECKPOINT = "config.json", "model.safetensors", "checkpoint.pt"
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.data.sizes import read_bytes
+from pyro_vae.data.temporary import require_no_link
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs.arrays import DIVISOR, recorded_divisor
 from pyro_vae.pairs.guide import trace_guide
@@ -58,7 +59,6 @@ from pyro_vae.runs.files import (
 from pyro_vae.runs.lock import writing
 from pyro_vae.runs.memory import WithinMemory
 from pyro_vae.runs.metrics import mark_report
-from pyro_vae.runs.temporary import require_no_link
 from pyro_vae.runs.tensors import distinct, fill, state_dict
 
 

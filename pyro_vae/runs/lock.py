@@ -9,8 +9,8 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from pyro_vae.data.sizes import read_bytes
+from pyro_vae.data.temporary import fcntl, sweep
 from pyro_vae.errors import UsageError, warn
-from pyro_vae.runs.temporary import fcntl, sweep
 
 LOCK = ".lock"
 

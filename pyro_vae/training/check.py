@@ -305,3 +305,11 @@ def nonfinite_rows(pair: nn.Module, batch: Sequence[Tensor]) -> tuple[str | None
         except Exception:
             return found[0] if found else (None, [])
         return found[0] if found else (None, [])
+
+
+def bad_parameter(pair: nn.Module) -> str | None:
+    """Return the name of the first parameter that is not finite, or None."""
+    for name, parameter in pair.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return name
+    return None

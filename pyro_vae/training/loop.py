@@ -16,10 +16,11 @@ from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.traces import BadNumbers
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import tensors as run_tensors
+from pyro_vae.training.check import bad_parameter
 from pyro_vae.training.history import Epoch, History, is_better
 from pyro_vae.training.history import is_finite as is_finite_bound
 from pyro_vae.training.loggers import TensorBoard
-from pyro_vae.training.nonfinite import bad_parameter, stop_at_parameter
+from pyro_vae.training.nonfinite import stop_at_parameter
 from pyro_vae.training.ownership import own_state
 from pyro_vae.training.pace import Pace
 from pyro_vae.training.run import TrainingRun, write
@@ -104,7 +105,7 @@ def _end_epoch(run: TrainingRun, state: TrainState) -> None:
     run.data.rows.require_length(state.examples)
     read(run, state)
     began = time.perf_counter()
-    if (name := bad_parameter(run)) is not None:
+    if (name := bad_parameter(run.pair)) is not None:
         stop_at_parameter(run, state, name)
     measured = _measured(run, state)
     better = is_better(measured, state.best_bound)

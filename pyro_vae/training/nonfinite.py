@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from pyro_vae.errors import warn
 from pyro_vae.pairs import rng
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.runs.files import NONFINITE, atomic
-from pyro_vae.training.check import nonfinite_rows
+from pyro_vae.training.check import bad_parameter, nonfinite_rows
 from pyro_vae.training.run import TrainingRun, write_model
 from pyro_vae.training.state import TrainState
 from pyro_vae.training.stopping import NonFiniteError
@@ -101,14 +101,6 @@ def stop_at_parameter(run: TrainingRun, state: TrainState, name: str) -> NoRetur
     _stop(run, state, state.batches, _Cause(words, _remedy(run, None), None, (), None), None)
 
 
-def bad_parameter(run: TrainingRun) -> str | None:
-    """Return the name of the first parameter that is not finite, or None."""
-    for name, parameter in run.pair.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            return name
-    return None
-
-
 def _stop(
     run: TrainingRun,
     state: TrainState,
@@ -118,7 +110,7 @@ def _stop(
     told: str = "",
 ) -> NoReturn:
     """Restore the last good parameters, and raise `NonFiniteError` with cause and remedy."""
-    if bad_parameter(run) is not None:
+    if bad_parameter(run.pair) is not None:
         run.pair.load_state_dict(state.best or state.parameters, strict=False)
     kept = _save(run, cause)
     if run.folder is not None:
@@ -149,7 +141,7 @@ def _cause(
     words = f"the {what} is not finite"
     if site:
         words += f" at site '{site}'"
-    if (name := bad_parameter(run)) is not None:
+    if (name := bad_parameter(run.pair)) is not None:
         words += f"; parameter '{name}' is not finite"
     elif what == "gradient" and (name := _bad_gradient(run)):
         words += f" for parameter '{name}'"
@@ -203,7 +195,9 @@ def _save(run: TrainingRun, cause: _Cause) -> str:
     if run.folder is None or cause.batch is None:
         return ""
     x, *context = [_array(tensor) for tensor in cause.batch]
-    arrays = {"x": x} | {f"context_{i}": value for i, value in enumerate(context, 1)}
+    arrays: dict[str, Any] = {"x": x} | {
+        f"context_{i}": value for i, value in enumerate(context, 1)
+    }
     arrays["bad"] = np.isin(np.arange(len(x)), cause.bad)
     if cause.numbers is not None:
         arrays["row"] = np.array(cause.numbers)
