@@ -108,11 +108,13 @@ def child(work: Callable[[], Any], seconds: float = HANG_SECONDS, at: float | No
         os.close(read)
         _report(out, work)
     os.close(out)
-    ends = time.monotonic() + (seconds if at is None else at)
+    left, now = seconds if at is None else at, time.monotonic()
     done, status, used = os.wait4(process, os.WNOHANG)
-    while not done and time.monotonic() < ends:
-        time.sleep(0.002)
+    while not done and left > 0:
+        time.sleep(min(0.002, left))
         done, status, used = os.wait4(process, os.WNOHANG)
+        left -= min(time.monotonic() - now, 0.05)  # a pause of all processes does not count
+        now = time.monotonic()
     if not done:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
@@ -173,7 +175,7 @@ JOBS: list[dict[str, Any]] = [
         ("traced", "cycles", "linear", None, "fixed"),
         ("traced", "warm-up", "linear", 3, "fixed"),
         ("compiled", "warm-up", "cosine", 3, "dynamic"),
-        ("compiled", "none", "linear", None, "fixed"),
+        ("traced", "none", "linear", None, "dynamic"),
         ("auto", "cycles", "none", None, "dynamic"),
     ]
 ]
@@ -212,6 +214,32 @@ def train(job: dict[str, Any], run: Path, **options: Any) -> None:
         )
 
 
+def apart(
+    job: int, run: Path, resume: bool = False, inside: int = 0, at: float | None = None
+) -> str:
+    """Train in a process that was not forked, which Inductor needs; the result is that of `child`."""
+    words = [sys.executable, __file__, "--job", str(job), str(run), str(int(resume)), str(inside)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()  # the imports do not count
+    try:
+        said = process.communicate(timeout=600 if at is None else at)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return "killed"
+    return "killed" if process.returncode == -signal.SIGKILL else said.strip() or "no answer"
+
+
+def job_apart(job: int, run: Path, resume: bool, inside: int) -> None:
+    """The process of `apart`."""
+    print("imported", flush=True)
+    if inside:
+        kill_inside_writes(inside)
+    train(JOBS[job], run, **{"resume": True} if resume else {})
+    print("done", flush=True)
+
+
 def result(run: Path) -> tuple[Any, ...]:
     """Everything that a run ends with, except its times."""
     state = run_files.read_checkpoint(run)
@@ -247,34 +275,45 @@ def kills(record: Record, folder: Path, arguments: argparse.Namespace) -> None:
         if str(number) in record.found.get("kills", {}):
             continue
         if at not in wholes:
-            began, run = time.monotonic(), folder / f"whole-{at}"
-            said = child(partial(train, JOBS[at], run), seconds=600)
-            assert said == "done", said
-            wholes[at] = result(run), time.monotonic() - began
+            run, seconds = folder / f"whole-{at}", 0.0
+            for _ in range(2):  # the second time, the graph of Inductor is in its cache
+                shutil.rmtree(run, ignore_errors=True)
+                began = time.monotonic()
+                said = trained(at, run)
+                seconds = time.monotonic() - began
+                assert said == "done", said
+            wholes[at] = result(run), seconds
         inside = number % 6 == 5
-        record.attempt(
-            "kills",
-            str(number),
-            lambda at=at, n=number, inside=inside: kill(  # type: ignore[misc]
-                JOBS[at], folder / f"killed-{n}", wholes[at], n, inside
-            ),
-        )
+        work = partial(kill, at, folder / f"killed-{number}", wholes[at], number, inside)
+        record.attempt("kills", str(number), work)
 
 
-def kill(
-    job: dict[str, Any], run: Path, whole: tuple[tuple[Any, ...], float], seed: int, inside: bool
-) -> Any:
+def trained(
+    job: int, run: Path, resume: bool = False, inside: int = 0, at: float | None = None
+) -> str:
+    """Train in another process; kill it inside the n-th write, or after so many seconds."""
+    if JOBS[job]["engine"] == "compiled":
+        return apart(job, run, resume, inside, at)
+
+    def work() -> None:
+        if inside:
+            kill_inside_writes(inside)
+        train(JOBS[job], run, **{"resume": True} if resume else {})
+
+    return child(work, seconds=600, at=at)
+
+
+def kill(job: int, run: Path, whole: tuple[tuple[Any, ...], float], seed: int, inside: bool) -> Any:
     """Kill a run once, resume it, and compare it with the uninterrupted run."""
     draw = random.Random(seed)
-    if inside:  # each checkpoint, with model and history, flushes six times and renames four times
-        number = draw.randint(8, 10 * EPOCHS)
-        said = child(lambda: (kill_inside_writes(number), train(job, run))[1], seconds=600)
+    if inside:  # each checkpoint, with model and history, has about ten flushes and renamings
+        said = trained(job, run, inside=draw.randint(8, 10 * EPOCHS))
     else:
-        said = child(partial(train, job, run), at=draw.uniform(0.0, whole[1]))
+        said = trained(job, run, at=draw.uniform(0.0, whole[1]))
     if said not in ("killed", "done"):
         return said
     begun = (run / "config.json").exists()
-    again = child(partial(train, job, run, resume=begun), seconds=600)
+    again = trained(job, run, resume=begun)
     if again != "done":
         return f"not resumed: {again}"
     same = result(run) == whole[0]
@@ -452,24 +491,24 @@ def hostile(record: Record, folder: Path, arguments: argparse.Namespace) -> None
         code = pickle.dumps(Touch(marker))
         attempt(
             f"pickle {name}", lambda run, name=name, code=code: (run / name).write_bytes(code), read
-        )  # type: ignore[misc]
+        )
         legacy = io.BytesIO()
         torch.save(Touch(marker), legacy)
         attempt(
             f"torch pickle {name}",
             lambda run, name=name, of=legacy: (run / name).write_bytes(of.getvalue()),
             read,
-        )  # type: ignore[misc]
+        )
         attempt(
             f"huge json {name}", lambda run, name=name: (run / name).write_bytes(b"[" * 2**20), read
-        )  # type: ignore[misc]
-        attempt(f"bomb {name}", lambda run, name=name: bomb(run / name, "data.pkl"), read)  # type: ignore[misc]
-        attempt(f"huge tensors {name}", lambda run, name=name: huge_tensors(run / name), read)  # type: ignore[misc]
+        )
+        attempt(f"bomb {name}", lambda run, name=name: bomb(run / name, "data.pkl"), read)
+        attempt(f"huge tensors {name}", lambda run, name=name: huge_tensors(run / name), read)
         attempt(
             f"pipe {name}",
             lambda run, name=name: ((run / name).unlink(), os.mkfifo(run / name)),
             read,
-        )  # type: ignore[misc]
+        )
     data: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "huge npy": ("x.npy", huge_array),
         "huge npz": ("x.npz", lambda path: _zipped(path, "x.npy", huge_array(path))),
@@ -493,8 +532,8 @@ def hostile(record: Record, folder: Path, arguments: argparse.Namespace) -> None
         ]
         attempt(
             f"data {key}",
-            lambda run, file=file, make=make: make(run / file),  # type: ignore[misc]
-            lambda run, words=words: command_line(words),  # type: ignore[misc]
+            lambda run, file=file, make=make: make(run / file),
+            lambda run, words=words: command_line(words),
         )
     for key, changes in {
         "huge": {"arguments": {"hidden": [10**9]}},
@@ -954,7 +993,12 @@ def main() -> None:
     parser.add_argument("--tool-seconds", type=float, default=600.0, help="limit for each tool")
     parser.add_argument("--epochs", type=int, default=20_000)
     parser.add_argument("--table", action="store_true", help="print the table and stop")
+    parser.add_argument("--job", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.job:
+        job, run, *rest = arguments.job
+        job_apart(int(job), Path(run), bool(int(rest[0])), int(rest[1]))
+        return
     record = Record(arguments.out)
     if arguments.table:
         print(table(record.found))
