@@ -487,7 +487,7 @@ def hostile(record: Record, folder: Path, arguments: argparse.Namespace) -> None
             read = lambda run: (
                 (run / "checkpoint-older.pt").unlink(),
                 run_files.read_checkpoint(run),
-            )  # noqa: E731
+            )
         code = pickle.dumps(Touch(marker))
         attempt(
             f"pickle {name}", lambda run, name=name, code=code: (run / name).write_bytes(code), read
