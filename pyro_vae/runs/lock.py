@@ -115,8 +115,9 @@ def _is_current(descriptor: int, run: Path) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+    with suppress(OSError):  # a full disk still has a lock, which does not name its holder
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
 
 
 def _holder(run: Path) -> str:

@@ -33,7 +33,7 @@ def sound(tmp_path_factory):
     pair = small()
     pv.fit(pair, binary(), validation=binary(), out=run, epochs=3, **OPTIONS)
     write_metrics(run, pair, {"elbo": -1.25, "active_units": {"z": 2}})
-    schema = Schema((Column("a", "real"), Column("b", "real")))
+    schema = Schema((Column("a"), Column("b")))
     (run / "schema.toml").write_bytes(schema.to_file())
     return run
 
