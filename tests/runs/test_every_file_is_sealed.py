@@ -99,10 +99,10 @@ def test_a_history_without_epochs(tmp_path):
 
 
 def test_a_checkpoint_of_a_later_version_is_refused(run):
-    (run / "checkpoint-older.pt").unlink()
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     assert state["format"] == 2
     run_files.write_checkpoint(run, state | {"format": 3})
+    (run / "checkpoint-older.pt").unlink()
     refused(lambda: run_files.read_checkpoint(run), "format 3", "later version")
 
 

@@ -69,6 +69,11 @@ def in_training(good, bad):
     return value
 
 
+def saved_rows(path):
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
 def extreme(row, value=1e30, x=X):
     x = x.clone()
     x[row, -1] = value
@@ -188,7 +193,7 @@ def test_the_rows_are_those_of_the_data(cells, options, tmp_path):
         x[row, 1] = value
     with pytest.raises(NonFiniteError) as caught:
         pv.fit(Pair(), x, CONTEXT, out=tmp_path / "run", **FAST | options)
-    saved = np.load(tmp_path / "run" / "nonfinite.npz", allow_pickle=False)
+    saved = saved_rows(tmp_path / "run" / "nonfinite.npz")
     bad = saved["row"][saved["bad"]].tolist()
     assert set(bad) <= set(cells)
     assert bad
@@ -205,7 +210,7 @@ def test_rows_of_a_stream_have_their_place_in_the_epoch(tmp_path):
     loader = DataLoader(TensorDataset(extreme(6)), batch_size=4)
     message = refused(lambda: pv.fit(Pair(), loader, out=tmp_path / "run", **FAST), "row 6 of the")
     assert "step 2" in message
-    assert np.load(tmp_path / "run" / "nonfinite.npz")["bad"].tolist() == [
+    assert saved_rows(tmp_path / "run" / "nonfinite.npz")["bad"].tolist() == [
         False,
         False,
         True,
@@ -254,7 +259,7 @@ def test_left_out_minibatches_do_not_count(tmp_path):
     options = SKIP | {"epochs": 1, "learning_rate": 1e-30, "out": tmp_path / "run"}
     with pytest.warns(UserWarning, match="row 9 of"):
         history = pv.fit(pair, x, **options)
-    left_out = np.load(tmp_path / "run" / "nonfinite.npz")["row"]
+    left_out = saved_rows(tmp_path / "run" / "nonfinite.npz")["row"]
     assert len(left_out) == 4
     kept = np.setdiff1d(np.arange(16), left_out)
     expected = NORMAL(mean, 1.0).log_prob(x[kept]).sum() / 12
