@@ -41,6 +41,7 @@ def job_in_words(
         "learning_rate_schedule": in_words(learning_rate_schedule),
         "optimizer": in_words(optimizer),
         "binarize": binarize,
+        "source": type(data.rows).__name__,
         "data": _checksum(data.rows),
         "validation": None if data.held is None else _checksum(data.held[0]),
         "pair": json.dumps(description.recipe(pair), sort_keys=True),
