@@ -679,7 +679,7 @@ def fuzzed(target: str, sound: Path, place: Path, draw: random.Random) -> None:
     """Read a changed file, or run the command line with changed options."""
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(sound, place)
-    resource.setrlimit(resource.RLIMIT_CPU, (HANG_SECONDS, HANG_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(HANG_SECONDS), int(HANG_SECONDS)))
     warnings.simplefilter("ignore")
     out = ["--out", str(place / "out"), "--no-report", "--epochs", "1", "--num-eval-samples", "2"]
     table = sound.parent / "table.csv"
