@@ -4,18 +4,19 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from cyclopts import CycloptsError
 
 from pyro_vae.cli.app import app
+from pyro_vae.cli.config_file import run_of
 from pyro_vae.cli.make_pair import current_folder
 from pyro_vae.cli.options import Model
 from pyro_vae.errors import UsageError
 
 # isort: off
-from pyro_vae.cli import train as _train  # noqa: F401  (this adds its command, and so do the next ones)
+from pyro_vae.cli import train as _train
 from pyro_vae.cli import judge as _judge  # noqa: F401
 from pyro_vae.cli import score as _score  # noqa: F401
 from pyro_vae.cli import use as _use  # noqa: F401
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
         # A class of the user's own may import modules that are next to it whenever it runs.
         here = current_folder() if _names_class(bound.arguments) else nullcontext()
-        with here, _warnings_as_lines():
+        with here, _warnings_as_lines(), _folder_locked(command, bound.arguments):
             command(*bound.args, **bound.kwargs)
     except UsageError as error:
         _fail(error.spelled(_spell(words)))
@@ -60,6 +61,24 @@ def _names_class(values: Mapping[str, Any]) -> bool:
     """Whether the values of a command name a class of the user's own, module:Class."""
     model = values.get("model")
     return ":" in (model.model if isinstance(model, Model) else model or "")
+
+
+@contextmanager
+def _folder_locked(command: Callable[..., Any], values: Mapping[str, Any]) -> Iterator[None]:
+    """Be the only writer of the run folders of a command, until all its results are written."""
+    from pyro_vae.runs.lock import writing
+
+    runs = [values["run"], *values.get("others", ())] if "run" in values else []
+    if command is _train.train:
+        runs = [values.get("out") or run_of(values["data"])]
+    elif values.get("out") is not None:
+        runs = []
+    creates = command is _train.train and not values.get("resume")
+    with ExitStack() as locks:
+        for run in dict.fromkeys(runs):
+            if creates or run.is_dir():  # other commands report a folder that does not exist
+                locks.enter_context(writing(run))
+        yield
 
 
 @contextmanager

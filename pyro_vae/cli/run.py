@@ -230,7 +230,7 @@ def write_schema(run: Path, data: "Data") -> None:
     from pyro_vae.runs.files import atomic
 
     with atomic(run / SCHEMA) as file:
-        file.write(data.schema.to_toml().encode())
+        file.write(data.schema.to_file())
 
 
 def test_part(data: "Data", given: dict[str, Any], n: int) -> tuple["Tensor", list["Tensor"]]:

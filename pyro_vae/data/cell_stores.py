@@ -99,7 +99,7 @@ def _file(path: Path, mode: Mode) -> Iterator[Any]:
         raise _not_installed(FILE, "h5py", "anndata") from error
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
-    # A file that is changed is a temporary one, which `runs.temporary` has locked already.
+    # A file that is changed is a temporary one, which `data.temporary` has locked already.
     with h5py.File(path, mode, locking=None if mode == "r" else False) as file:
         yield file
 

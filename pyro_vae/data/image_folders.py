@@ -3,10 +3,8 @@
 import hashlib
 import json
 import os
-import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 
 from pyro_vae.data.image_files import ENDINGS, FORMATS, as_array, open_image, upright_size
 from pyro_vae.data.split import Data, Split, shuffled, taken, three_ways
+from pyro_vae.data.temporary import flush_folder, sweep, temporary
 from pyro_vae.errors import UsageError, first_line, warn
 from pyro_vae.pairs.progress import bar
 
@@ -234,19 +233,19 @@ def _read(path: Path, key: str) -> _Decoded | None:
 def _write(path: Path, key: str, decoded: _Decoded) -> None:
     """Write a cache, which gets its name only when it is complete."""
     about = json.dumps({"unreadable": decoded.unreadable, "sizes": decoded.sizes})
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:  # "x" follows no link
+        sweep(path.parent)
+        with temporary(path) as (file, part):
             np.savez(file, key=np.array(key), about=np.array(about), x=decoded.x)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if os.name == "nt":  # Windows does not rename an open file
+                file.close()
+            os.replace(part, path)
+        flush_folder(path.parent)
     except OSError as error:
         warn(f"the decoded images cannot be kept in {path.parent} ({error.strerror or error})")
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 class _Failures:

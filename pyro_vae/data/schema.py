@@ -1,5 +1,6 @@
 """The schema of a table: what each column holds, and what it is used for."""
 
+import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -125,6 +126,11 @@ class Schema:
             known[name] = _changed(known[name], change)
         return Schema(tuple(known.values()))
 
+    def to_file(self) -> bytes:
+        """The schema as TOML for a run folder, with a checksum in its first line."""
+        body = self.to_toml().encode()
+        return _seal(body) + b"\n" + body
+
     def to_toml(self) -> str:
         """The schema as TOML, which `read_schema` and ``--columns`` take."""
         return "\n".join(_toml(column) for column in self.columns)
@@ -164,8 +170,21 @@ def read_schema(path: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def stored_schema(path: Path) -> Schema:
-    """Read the whole schema that `Schema.to_toml` wrote."""
+    """Read the whole schema of a run, which `Schema.to_file` or `Schema.to_toml` wrote.
+
+    Raises `UsageError` if it does not match its checksum; files of version 0.1.0 have none.
+    """
+    if (content := read_bytes(path)).startswith(b"#"):
+        seal, _, body = content.partition(b"\n")
+        if seal != _seal(body):
+            raise UsageError(
+                f"{path} is cut short, damaged or edited: it does not match its checksum (sha256)"
+            )
     return whole_schema(read_schema(path))
+
+
+def _seal(body: bytes) -> bytes:
+    return f"# sha256 {hashlib.sha256(body).hexdigest()}".encode()
 
 
 def whole_schema(columns: Mapping[str, Any]) -> Schema:

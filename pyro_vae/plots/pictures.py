@@ -32,12 +32,13 @@ def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
         ("elbo", "ELBO", "nats per example"),
         ("reconstruction", "reconstruction", "nats per example"),
         ("kl", "KL", "nats per example"),
-        ("gradient_norm", "gradient norm", "mean over the epoch"),
+        ("gradient_norm", "gradient norm", "mean over the epoch, and greatest"),
     ]
     for axis, (column, title, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for name, label, color in (
             (column, "train", BLUE),
             (f"validation_{column}", "validation", ORANGE),
+            (f"{column}_max", "greatest of a step", GRAY),
         ):
             if name in history:
                 values = np.asarray(history[name], float)

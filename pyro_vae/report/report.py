@@ -1,6 +1,5 @@
 """Write the report of a run: its figures, and one HTML file that contains them."""
 
-import csv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from pyro_vae.report.tables import table_parts
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
 from pyro_vae.runs import metrics as run_metrics
+from pyro_vae.runs.history_file import read_history
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,7 +134,8 @@ def _figures(
     seed: int,
 ) -> list[tuple[str, "Figure | str"]]:
     made: list[tuple[str, Figure | str]] = []
-    history = _history(run / run_files.HISTORY)
+    path = run / run_files.HISTORY
+    history = read_history(path) if path.exists() else {}
     if history:
         made.append(("curves", pictures.curves(history)))
     if vocabulary is not None:
@@ -219,16 +220,3 @@ def _contexts(context: Sequence[Tensor], labels: Tensor | None) -> list[Tensor]:
         return [part[:6] for part in context]
     rows = [int((labels == label).nonzero()[0]) for label in labels.unique()[:10]]
     return [part[rows] for part in context]
-
-
-def _history(path: Path) -> dict[str, list[float]]:
-    if not path.exists():
-        return {}
-    try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        if rows and "epoch" not in rows[0]:
-            raise ValueError("no epochs")
-        return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise UsageError(f"{path} is cut short or not a table of numbers") from error

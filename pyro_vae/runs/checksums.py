@@ -6,6 +6,7 @@ version 0.1.0 have no checksum and are read without it.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -101,3 +102,31 @@ def require_sealed(content: bytes, path: Path) -> None:
         whole = content[-_ZIP_END_LENGTH:].startswith(_ZIP_END) and content.endswith(b"\0\0")
     if not whole:
         raise UsageError(f"{path} is cut short or damaged: it does not match its checksum")
+
+
+_JSON_END = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n\}\n')
+
+
+def sealed_json(content: bytes) -> bytes:
+    """A JSON object, as ``json.dumps(indent=2)`` writes it, with the SHA-256 of its text.
+
+    >>> print(sealed_json(b'{\\n  "a": 1\\n}\\n').decode()[:40])
+    {
+      "a": 1,
+      "sha256": "10efbc6abd
+    """
+    body = content.removesuffix(b"\n}\n")
+    return body + f',\n  "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+
+
+def require_sealed_json(content: bytes, path: Path) -> None:
+    """Raise `UsageError` if a JSON file differs from what `sealed_json` made."""
+    body, end = content[:-_JSON_LENGTH], content[-_JSON_LENGTH:]
+    found = _JSON_END.fullmatch(end)
+    if found is None or found[1].decode() != hashlib.sha256(body).hexdigest():
+        raise UsageError(
+            f"{path} is cut short, damaged or edited: it does not match its checksum (sha256)"
+        )
+
+
+_JSON_LENGTH = len(',\n  "sha256": ""\n}\n') + 64

@@ -1,6 +1,5 @@
 """Write the files of a run folder atomically, and read them without unpickling."""
 
-import csv
 import io
 import json
 import math
@@ -8,7 +7,7 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 
 from pyro_vae.data.sizes import read_bytes, require_memory
+from pyro_vae.data.temporary import flush_folder, require_no_link, temporary
 from pyro_vae.errors import UsageError, warn
 from pyro_vae.runs import checksums
-from pyro_vae.runs.temporary import flush_folder, require_no_link, temporary
 
 CONFIG, MODEL, CHECKPOINT = "config.json", "model.safetensors", "checkpoint.pt"
 
@@ -26,6 +25,9 @@ OLDER = "checkpoint-older.pt"
 """The checkpoint before the last one."""
 
 ROWS = "rows.safetensors"
+
+NONFINITE = "nonfinite.npz"
+"""The minibatch at which training stopped, because its numbers were not finite."""
 
 HISTORY, METRICS, FIGURES, REPORT = "history.csv", "metrics.json", "figures", "report.html"
 
@@ -55,7 +57,7 @@ def write_checkpoint(run: Path, state: Mapping[str, Any]) -> None:
     is on the disk, was read again and matched its checksum.
     """
     buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
+    torch.save({FORMAT: SEALED, **state}, buffer)
 
     def proved(part: Path) -> None:
         checksums.require_sealed(read_bytes(part), run / CHECKPOINT)
@@ -112,6 +114,7 @@ def _read_state(path: Path) -> dict[str, Any]:
             ) from error
         if not isinstance(state, dict):
             raise UsageError(f"{path} is not a checkpoint of a run")
+        require_format(state.pop(FORMAT, 1), path)  # checkpoints of 0.1.0 have no format
         return state
     if b"PK\x03\x04".startswith(content[:4]):
         raise UsageError(f"{path} is cut short")
@@ -120,27 +123,50 @@ def _read_state(path: Path) -> dict[str, Any]:
     )
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically.
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, with a seal.
 
     JSON has no numbers that are not finite. They become the strings "Infinity", "-Infinity" and
     "NaN", and `read_json` converts them back.
     """
+    own = {name: value for name, value in content.items() if name not in (FORMAT, _SHA256)}
+    ready = json_ready({FORMAT: SEALED, **own})
+    text = json.dumps(ready, indent=2, default=str, allow_nan=False)
     with atomic(path) as file:
-        file.write(
-            (
-                json.dumps(json_ready(content), indent=2, default=str, allow_nan=False) + "\n"
-            ).encode()
+        file.write(checksums.sealed_json(f"{text}\n".encode()))
+
+
+FORMAT, SEALED = "format", 2
+"""The key of the version of a file, which is 1 in files of version 0.1.0, and now 2."""
+
+_SHA256 = "sha256"
+
+
+def require_format(found: Any, path: Path) -> None:
+    """Raise `UsageError` for a file with another version than 1 and the present one."""
+    if found not in (1, SEALED):
+        raise UsageError(
+            f"{path} has format {found!r}, and this version reads formats 1 and {SEALED}: the file "
+            "is damaged, or a later version of pyro_vae wrote it"
         )
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; raise a `UsageError` that names the file if it is not valid."""
+    """Read JSON; raise a `UsageError` that names the file if it is damaged or not valid.
+
+    The content of a sealed file has its version as "format", but not its seal.
+    """
     content = read_bytes(path)
     try:
-        return _mapped(json.loads(content), lambda v: float(v) if v in _NAMED.values() else v)
+        read = _mapped(json.loads(content), lambda v: float(v) if v in _NAMED.values() else v)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is cut short or not valid JSON ({error})") from error
+    if isinstance(read, dict) and (FORMAT in read or _SHA256 in read):
+        require_format(read.get(FORMAT), path)
+        if read.get(FORMAT) != 1 or _SHA256 in read:  # files of 0.1.0 have no seal
+            checksums.require_sealed_json(content, path)
+        read.pop(_SHA256, None)
+    return read
 
 
 _NAMED = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}
@@ -167,18 +193,6 @@ def _mapped(content: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(content, (list, tuple)):
         return [_mapped(value, change) for value in content]
     return change(content)
-
-
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows with the same columns as CSV, atomically."""
-    rows = list(rows)
-    text = io.StringIO(newline="")
-    if rows:
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    with atomic(path) as file:
-        file.write(text.getvalue().encode())
 
 
 @contextmanager

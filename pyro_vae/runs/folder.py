@@ -4,6 +4,7 @@ config.json         how to rebuild the pair and repeat the run, versions, checks
 model.safetensors   parameters and buffers of the pair, best on validation data
 checkpoint.pt       the last state of training, see `pyro_vae.training.fit`
 checkpoint-older.pt the state before it
+nonfinite.npz       the minibatch at which training stopped, if its numbers were not finite
 rows.safetensors    a hash of each row used in training, see `pyro_vae.runs.held_out_rows`
 history.csv         one row for each epoch
 metrics.json        the results of `evaluate` and `diagnose`
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.data.sizes import read_bytes
+from pyro_vae.data.temporary import require_no_link
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs.arrays import DIVISOR, recorded_divisor
 from pyro_vae.pairs.guide import trace_guide
@@ -40,12 +42,15 @@ from pyro_vae.runs.files import (
     CHECKPOINT,
     CONFIG,
     FIGURES,
+    FORMAT,
     HISTORY,
     METRICS,
     MODEL,
+    NONFINITE,
     OLDER,
     REPORT,
     ROWS,
+    SEALED,
     TENSORBOARD,
     atomic,
     read_json,
@@ -54,7 +59,6 @@ from pyro_vae.runs.files import (
 from pyro_vae.runs.lock import writing
 from pyro_vae.runs.memory import WithinMemory
 from pyro_vae.runs.metrics import mark_report
-from pyro_vae.runs.temporary import require_no_link
 from pyro_vae.runs.tensors import distinct, fill, state_dict
 
 
@@ -151,7 +155,6 @@ def _load(run: Path, pair: nn.Module | type[nn.Module] | None) -> nn.Module:
 def write_config(pair: nn.Module, run: Path, config: Mapping[str, Any]) -> None:
     """Write config.json: how to rebuild the pair, versions, and the entries of the caller."""
     content = {
-        "format": 1,
         "pair": recipe(pair),
         "adopted_batch": adopted_batch(pair),
         DIVISOR: recorded_divisor(pair),
@@ -168,7 +171,7 @@ def read_config(run: Path) -> dict[str, Any]:
         known = nearest(run.name, sorted(path.parent.name for path in near))
         raise UsageError(f"there is no run '{run}'" + (f"; {known}" if known else ""))
     config = read_json(run / CONFIG)
-    if not isinstance(config, dict) or config.get("format") != 1:
+    if not isinstance(config, dict) or config.get(FORMAT) not in (1, SEALED):
         raise UsageError(f"{run / CONFIG} is not the configuration of a run of this version")
     return config
 
@@ -221,7 +224,7 @@ def start(run: Path, overwrite: bool = False) -> None:
     if not held:
         return
     try:
-        _delete(run, [*held, ROWS, *ARRAYS])
+        _delete(run, [*held, ROWS, NONFINITE, *ARRAYS])
     except OSError as error:
         raise UsageError(f"{run} cannot be overwritten: {error.strerror or error}") from error
 

@@ -5,15 +5,19 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from pyro_vae.data.sizes import read_bytes
+from pyro_vae.data.temporary import fcntl, sweep
 from pyro_vae.errors import UsageError, warn
-from pyro_vae.runs.temporary import fcntl, sweep
 
 LOCK = ".lock"
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+_OWN: ContextVar[frozenset[tuple[int, int, int]]] = ContextVar("own folders", default=frozenset())
+"""The folders that this thread is writing: process, device and inode."""
 
 _HELD: set[int] = set()
 """The descriptors of the locks of this process."""
@@ -23,6 +27,8 @@ _HELD: set[int] = set()
 def writing(run: Path | None) -> Iterator[None]:
     """Be the only writer of a run folder, which is created if it does not exist.
 
+    A block inside this block, in the same thread, has the same lock.
+
     The system releases the lock when the process ends, however it ends. Then temporary files of
     the dead process are swept. Raises `UsageError`, which names the other process, if the folder
     has a writer.
@@ -31,11 +37,18 @@ def writing(run: Path | None) -> Iterator[None]:
         yield
         return
     created = _create(run)
+    found = os.stat(run)
+    own = (os.getpid(), found.st_dev, found.st_ino)
+    if own in _OWN.get():
+        yield
+        return
     descriptor = _lock(run)
+    token = _OWN.set(_OWN.get() | {own})
     try:
         sweep(run)
         yield
     finally:
+        _OWN.reset(token)
         if descriptor is not None:
             _release(run, descriptor)
         with suppress(OSError):  # a folder with a run is not empty, and stays
@@ -102,8 +115,9 @@ def _is_current(descriptor: int, run: Path) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+    with suppress(OSError):  # a full disk still has a lock, which does not name its holder
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
 
 
 def _holder(run: Path) -> str:

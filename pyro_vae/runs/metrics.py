@@ -8,7 +8,7 @@ from torch import nn
 
 from pyro_vae.errors import UsageError
 from pyro_vae.runs import checksums
-from pyro_vae.runs.files import METRICS, REPORT, atomic, read_json, write_json
+from pyro_vae.runs.files import FORMAT, METRICS, REPORT, atomic, read_json, write_json
 from pyro_vae.runs.tensors import state_dict
 
 
@@ -25,6 +25,8 @@ def write_metrics(run: str | Path, pair: nn.Module, metrics: Mapping[str, Any]) 
 def read_metrics(run: Path) -> dict[str, Any]:
     """Read metrics.json. The result is empty if the file does not exist."""
     metrics = read_json(run / METRICS) if (run / METRICS).exists() else {}
+    if isinstance(metrics, dict):
+        metrics.pop(FORMAT, None)
     kinds = {"kl_by_unit": dict, "active_units": dict, "diagnostics": dict, "model": str}
     sound = isinstance(metrics, dict) and all(
         isinstance(metrics.get(name), (kind, type(None))) for name, kind in kinds.items()

@@ -32,7 +32,7 @@ from pyro_vae.pairs.model import trace_model as run_model
 from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import adopt, evaluation_mode, scope
-from pyro_vae.pairs.sites import factors, latents, log_prob, sample_sites
+from pyro_vae.pairs.sites import by_datum, factors, latents, log_prob, sample_sites
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.traces import trace
 from pyro_vae.pairs.weights import structure
@@ -279,21 +279,37 @@ def _objective(
     return []
 
 
-def explain_nonfinite(pair: nn.Module, batch: Sequence[Tensor]) -> str | None:
-    """Return the first site whose log density is not finite on this batch, or None."""
+def nonfinite_rows(pair: nn.Module, batch: Sequence[Tensor]) -> tuple[str | None, list[int]]:
+    """Return the first site whose log density is not finite on this batch, and its rows.
+
+    The rows are positions in the batch. They are empty if all densities are finite, or if the site
+    is not local.
+    """
     with scope(pair), torch.no_grad(), pyro.validation_enabled(False):
-        found: list[str] = []
+        found: list[tuple[str, list[int]]] = []
 
         class Watch(poutine.messenger.Messenger):
             def _pyro_post_sample(self, msg: Any) -> None:
                 if site_is_subsample(msg) or found:
                     return
-                if not bool(torch.isfinite(log_prob(msg)).all()):
-                    found.append(msg["name"])
+                density = log_prob(msg)
+                if not bool(torch.isfinite(density).all()):
+                    local = is_local(msg) and density.dim() > 0
+                    bad = by_datum(density, particles=False).isfinite().logical_not()
+                    rows = bad.nonzero().flatten().tolist() if local else []
+                    found.append((msg["name"], rows))
 
         try:
             with Watch():
                 run_model(pair, batch, run_guide(pair, batch))
         except Exception:
-            return found[0] if found else None
-        return found[0] if found else None
+            return found[0] if found else (None, [])
+        return found[0] if found else (None, [])
+
+
+def bad_parameter(pair: nn.Module) -> str | None:
+    """Return the name of the first parameter that is not finite, or None."""
+    for name, parameter in pair.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return name
+    return None

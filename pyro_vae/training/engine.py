@@ -50,7 +50,8 @@ class Step(SVI):
         sites: Any = capture.trace.nodes.values()
         params = {site["value"].unconstrained() for site in sites}
         params = {parameter for parameter in params if parameter.requires_grad}
-        self.optim(params, norm=self.engine.numbers[1])
+        total, norm = self.engine.numbers[:2]
+        self.optim(params, norm=norm + 0 * total)  # a loss that is not finite moves no parameter
         zero_grads(params)
         return loss
 
@@ -160,7 +161,7 @@ class Engine(ELBO):
     def whole_step(self, model: Any, guide: Any, batch: Batch) -> bool:
         """Take a step, update included, as one compiled graph; return whether there is one.
 
-        Raises ``FloatingPointError`` if the gradient is not finite. Then nothing was updated.
+        Raises ``FloatingPointError`` if loss or gradient are not finite. Then nothing was updated.
         """
         if self.engine != "compiled" or self.optimizer is None or len(batch[0]) < self.batch_size:
             return False
@@ -183,7 +184,7 @@ class Engine(ELBO):
         self._require_inside(results)
         ((_, names), self.numbers), *_ = results.items()
         self.names = list(names)
-        self.optimizer.stepped(self.numbers[1])
+        self.optimizer.stepped(self.numbers[1] + 0 * self.numbers[0])
         return True
 
     def _replay(self, model: Any, guide: Any, batch: Batch) -> Tensor:
@@ -237,7 +238,8 @@ class Engine(ELBO):
             kept = {key: found.pop(key) for key in list(found) if key[0] in NUMBERS}
             norm = kept["norm", ""] = _norm(gradients)
             gradients = cast(Optimizer, self.optimizer).clipped(gradients, norm)
-            adam.update(trained, gradients, norm, numbers[1:])
+            # A loss that is not finite moves no parameter.
+            adam.update(trained, gradients, norm + 0 * kept["loss", ""], numbers[1:])
             return {("numbers", tuple(kept)): torch.stack(list(kept.values())), **found}
 
         return whole

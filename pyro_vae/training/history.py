@@ -27,6 +27,10 @@ class Epoch(NamedTuple):
     gradient_norm: float
     """Global norm of the gradient before clipping, averaged over the steps of the epoch."""
     seconds: float
+    gradient_norm_max: float = math.nan
+    """The greatest of these norms; NaN in epochs of version 0.1.0, which did not record it."""
+    skipped: int = 0
+    """Number of minibatches that were left out because their numbers were not finite."""
 
     @classmethod
     def of(cls, plain: Sequence[Any]) -> "Epoch":
@@ -59,6 +63,8 @@ class Epoch(NamedTuple):
             "beta": self.beta,
             "learning_rate": self.learning_rate,
             "gradient_norm": self.gradient_norm,
+            "gradient_norm_max": self.gradient_norm_max,
+            "skipped": self.skipped,
             "seconds": self.seconds,
         }
 
@@ -105,8 +111,13 @@ def is_finite(measured: Bound | None) -> bool:
     return measured is not None and math.isfinite(measured.bound)
 
 
-def best_epoch(validation: Sequence[Bound | None]) -> int:
-    """Return the number of the first epoch with the greatest finite bound, else of the last."""
-    bounds = [m.bound if m is not None and is_finite(m) else None for m in validation]
-    finite = [bound for bound in bounds if bound is not None]
-    return 1 + bounds.index(max(finite)) if finite else len(bounds)
+def is_better(measured: Bound | None, best: Bound | None) -> bool:
+    """Whether an epoch is the best so far: its bound is greater, or there is no finite bound yet.
+
+    Arguments:
+        measured: the bound of the epoch.
+        best: the bound of the best epoch before it.
+    """
+    if best is None or not is_finite(best):
+        return True
+    return measured is not None and is_finite(measured) and measured.bound > best.bound

@@ -18,7 +18,10 @@ from pyro_vae.training.rows import TrainingData
 from pyro_vae.training.schedules import Schedule, present_names
 from pyro_vae.training.state import TrainState
 
-MAY_CHANGE = {"epochs", "patience", "checkpoint_seconds", "tensorboard", "engine"}
+MAY_CHANGE = {
+    *("epochs", "patience", "checkpoint_seconds", "tensorboard", "engine"),
+    *("on_nonfinite", "skip_limit"),
+}
 """The settings that a resumed run may change."""
 
 
@@ -38,6 +41,7 @@ def job_in_words(
         "learning_rate_schedule": in_words(learning_rate_schedule),
         "optimizer": in_words(optimizer),
         "binarize": binarize,
+        "source": type(data.rows).__name__,
         "data": _checksum(data.rows),
         "validation": None if data.held is None else _checksum(data.held[0]),
         "pair": json.dumps(description.recipe(pair), sort_keys=True),

@@ -16,13 +16,16 @@ from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.traces import BadNumbers
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import tensors as run_tensors
-from pyro_vae.training.history import Epoch, History, best_epoch
+from pyro_vae.training.check import bad_parameter
+from pyro_vae.training.history import Epoch, History, is_better
 from pyro_vae.training.history import is_finite as is_finite_bound
 from pyro_vae.training.loggers import TensorBoard
+from pyro_vae.training.nonfinite import stop_at_parameter
 from pyro_vae.training.ownership import own_state
+from pyro_vae.training.pace import Pace
 from pyro_vae.training.run import TrainingRun, write
 from pyro_vae.training.state import TrainState, no_sums
-from pyro_vae.training.step import is_finite, read, step, stop_nonfinite
+from pyro_vae.training.step import read, step
 from pyro_vae.training.stopping import Interrupted, signals
 from pyro_vae.training.validation import Bound, bound
 
@@ -33,26 +36,30 @@ def train(run: TrainingRun, state: TrainState, own: ExitStack) -> History:
     Arguments:
         own: holds the run's parameter store and generators, which it puts away for other threads.
     """
-    written = -math.inf
+    pace = Pace(run.settings.checkpoint_seconds, len(state.epochs))
     with signals() as stop, _board(run) as board:
         seen_by = (*run.on_epoch, *board)
         if not state.epochs and not state.batches:
             write(run, state)
-            written = time.monotonic()
+            pace.wrote(0)
         while not _is_over(run, state):
             for batch in _remaining(run, state):
                 step(run, state, batch)
                 _show(run, state)
                 if stop:
                     _interrupt(run, state)
+                if pace.is_due_within():
+                    read(run, state)
+                    write(run, state)
+                    pace.wrote(len(state.epochs))
                 if threads.waited_for():
                     _give_way(run, own)
             _end_epoch(run, state)
             _warn(run, run.alarm.heard(state.epochs[-1]))
             _report(run, state, seen_by)
-            if time.monotonic() - written > run.settings.checkpoint_seconds:
+            if pace.is_due_after(len(state.epochs)):
                 write(run, state)
-                written = time.monotonic()
+                pace.wrote(len(state.epochs))
         _warn(run, run.alarm.over())
         _warn_of_validation(state)
         write(run, state)
@@ -98,13 +105,13 @@ def _end_epoch(run: TrainingRun, state: TrainState) -> None:
     run.data.rows.require_length(state.examples)
     read(run, state)
     began = time.perf_counter()
-    if not is_finite(run):
-        stop_nonfinite(run, state, "value of a parameter", {})
+    if (name := bad_parameter(run.pair)) is not None:
+        stop_at_parameter(run, state, name)
     measured = _measured(run, state)
+    better = is_better(measured, state.best_bound)
     state.epochs.append(_epoch(run, state, measured, began))
-    best = best_epoch([epoch.validation for epoch in state.epochs])
-    if best == len(state.epochs):
-        state.best_epoch = best
+    if better:
+        state.best_epoch = len(state.epochs)
         state.best = run_tensors.state_dict(run.pair) if measured is not None else None
     state.batches, state.examples, state.sums, state.seconds = 0, 0, no_sums(), 0.0
     state.generators_of_epoch = rng.state()
@@ -112,7 +119,8 @@ def _end_epoch(run: TrainingRun, state: TrainState) -> None:
 
 
 def _epoch(run: TrainingRun, state: TrainState, measured: Bound | None, began: float) -> Epoch:
-    sums, n = state.sums, state.examples
+    sums, skipped = state.sums, state.sums["skipped"]
+    n = state.examples - skipped.get("examples", 0)
     reconstruction = sum(sums["reconstruction"].values()) / n
     kl = {name: value / n for name, value in sums["kl"].items()}
     return Epoch(
@@ -124,8 +132,10 @@ def _epoch(run: TrainingRun, state: TrainState, measured: Bound | None, began: f
         validation=measured,
         beta=float(run.engine.beta),
         learning_rate=run.optimizer.learning_rate,
-        gradient_norm=sums["norm"][""] / state.batches,
+        gradient_norm=sums["norm"][""] / (state.batches - skipped.get("steps", 0)),
         seconds=state.seconds + time.perf_counter() - began,
+        gradient_norm_max=sums["greatest"].get("norm", math.nan),
+        skipped=int(skipped.get("steps", 0)),
     )
 
 

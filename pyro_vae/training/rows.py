@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import pyro
 from pyro.infer import ELBO
 from torch import nn
 
@@ -74,8 +75,10 @@ def training_data(
         require_masks(pair, rows, plain)
         rows, prepare = _prepared(pair, rows, binarize)
         prepare = masking(pair, prepare, rows.first(16), settings.mask_rate)
-        units = collapse.units(pair, plain(rows.first(500)))
-        objective, are_kl = objective or elbo(pair, first), collapse.are_kl(pair, first)
+        # Training itself names the rows whose numbers are not finite.
+        with pyro.validation_enabled(False):
+            units = collapse.units(pair, plain(rows.first(500)))
+            objective, are_kl = objective or elbo(pair, first), collapse.are_kl(pair, first)
         held = None
         if validation is not None:
             held = _validation_rows(pair, parts(validation), rows, binarize)

@@ -16,6 +16,7 @@ from pyro_vae.pairs.scope import registered
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
 from pyro_vae.runs import tensors as run_tensors
+from pyro_vae.runs.history_file import write_history
 from pyro_vae.training.collapse import CollapseAlarm
 from pyro_vae.training.engine import Engine, Step
 from pyro_vae.training.history import Epoch
@@ -47,8 +48,8 @@ class TrainingRun:
     """The progress bar."""
     on_epoch: tuple[Callable[[Epoch], Any], ...]
     """Functions that see each epoch."""
-    unread: list[tuple[list[tuple[str, str]], Tensor]] = field(default_factory=list)
-    """Names and values of the numbers that still wait on the device."""
+    unread: list[tuple[list[tuple[str, str]], Tensor, Any]] = field(default_factory=list)
+    """Names and values of the numbers that still wait on the device, and their steps."""
 
     @property
     def settings(self) -> Settings:
@@ -169,4 +170,4 @@ def write_model(run: TrainingRun, state: TrainState) -> None:
     """Write the best model so far, and the history."""
     folder = cast(Path, run.folder)
     run_folder.write_model(folder, state.best or run_tensors.state_dict(run.pair))
-    run_files.write_csv(folder / run_files.HISTORY, [epoch.row() for epoch in state.epochs])
+    write_history(folder / run_files.HISTORY, [epoch.row() for epoch in state.epochs])

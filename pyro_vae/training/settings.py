@@ -50,7 +50,13 @@ class Settings:
         (traced), or as that graph compiled (compiled). "auto" traces, and compiles if the
         remaining steps repay the compilation.
     checkpoint_seconds
-        Shortest time between two checkpoints, which are written at the end of an epoch.
+        Shortest time between two checkpoints. They are written at the ends of epochs, and within an
+        epoch after the longer of this time and 10 seconds.
+    on_nonfinite
+        What to do with a minibatch whose loss or gradient is not finite: stop training (stop), or
+        leave the minibatch out (skip).
+    skip_limit
+        Greatest number of minibatches that --on-nonfinite skip leaves out in an epoch.
     tensorboard
         Also write the history for TensorBoard.
     """
@@ -66,10 +72,12 @@ class Settings:
     mask_rate: float = 0.0
     engine: EngineName = "auto"
     checkpoint_seconds: float = 30.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    skip_limit: int = 10
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patience"):
+        for name in ("epochs", "batch_size", "patience", "skip_limit"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise UsageError(
@@ -90,6 +98,10 @@ class Settings:
         if self.precision not in ("float32", "bfloat16"):
             raise UsageError(
                 f"must be float32 or bfloat16, got '{self.precision}'", argument="precision"
+            )
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise UsageError(
+                f"must be stop or skip, got '{self.on_nonfinite}'", argument="on_nonfinite"
             )
         require_engine(self.engine)
 

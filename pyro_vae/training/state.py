@@ -19,7 +19,14 @@ Sums: TypeAlias = dict[str, dict[str, float]]
 
 def no_sums() -> Sums:
     """Return the sums at the start of an epoch."""
-    return {kind: {} for kind in ("loss", "norm", "reconstruction", "kl")}
+    return {kind: {} for kind in ("loss", "norm", "reconstruction", "kl", *_LATER)}
+
+
+_FORMER_FIELDS = 10
+"""Number of fields of an epoch of version 0.1.0."""
+
+_LATER = ("greatest", "skipped")
+"""Numbers of an epoch that checkpoints of version 0.1.0 lack."""
 
 
 def _are_tensors(value: Any) -> bool:
@@ -49,7 +56,10 @@ def _are_numbers(value: Any) -> bool:
 
 def _is_epoch(value: Any) -> bool:
     """Whether these are the fields of an `Epoch`, as `Epoch.plain` gives them."""
-    if not isinstance(value, (list, tuple)) or len(value) != len(Epoch._fields):
+    if not isinstance(value, (list, tuple)) or len(value) not in (
+        _FORMER_FIELDS,
+        len(Epoch._fields),
+    ):
         return False
     epoch = Epoch(*value)
     numbers = epoch._replace(kl={}, validation=None)
@@ -81,7 +91,7 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("best_epoch", "batches", "examples"), _is_count),
     "sums": lambda value: (
         isinstance(value, dict)
-        and value.keys() == no_sums().keys()
+        and value.keys() | set(_LATER) == no_sums().keys()
         and all(map(_are_numbers, value.values()))
     ),
     "seconds": _is_number,
@@ -142,7 +152,10 @@ class TrainState:
         for name, value in own.items():
             if not _SOUND[name](value):
                 raise UsageError(f"{path} has an unexpected '{_key(name)}', so it is not read")
-        return cls(**own | {"epochs": [Epoch.of(epoch) for epoch in plain["epochs"]]})
+        if own["best_epoch"] > len(own["epochs"]):
+            raise UsageError(f"{path} has an unexpected 'best_epoch', so it is not read")
+        epochs = [Epoch.of(epoch) for epoch in plain["epochs"]]
+        return cls(**own | {"epochs": epochs, "sums": no_sums() | own["sums"]})
 
     @property
     def where(self) -> str:
@@ -151,9 +164,15 @@ class TrainState:
 
     def has_run_out(self, patience: int | None) -> bool:
         """Whether the validation bound has not improved for ``patience`` epochs."""
-        measured = [epoch.validation for epoch in self.epochs]
-        improved = self.best_epoch if any(is_finite(bound) for bound in measured) else 0
-        return patience is not None and len(self.epochs) - improved >= patience
+        if patience is None:
+            return False
+        improved = self.best_epoch if self.best_epoch and is_finite(self.best_bound) else 0
+        return len(self.epochs) - improved >= patience
+
+    @property
+    def best_bound(self) -> Bound | None:
+        """The validation bound of the best epoch; None before the first epoch."""
+        return self.epochs[self.best_epoch - 1].validation if self.best_epoch else None
 
 
 def _key(name: str) -> str:

@@ -2,18 +2,18 @@
 
 import math
 import time
-from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from pyro_vae.compat import lacks_variance
-from pyro_vae.data.ranges import CURE, extreme
+from pyro_vae.data.sources import Arrays
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs.pair import Batch
-from pyro_vae.training.check import explain_nonfinite
-from pyro_vae.training.run import TrainingRun, write_model
+from pyro_vae.training.check import nonfinite_rows
+from pyro_vae.training.nonfinite import Taken, meet
+from pyro_vae.training.run import TrainingRun
 from pyro_vae.training.state import TrainState
-from pyro_vae.training.stopping import NonFiniteError
 
 UNREAD = {"cpu": 1, "cuda": 50}
 """How many steps' numbers may wait on a device. Each reading waits for the GPU."""
@@ -25,95 +25,70 @@ def step(run: TrainingRun, state: TrainState, batch: Batch) -> None:
     epoch = len(state.epochs) + state.examples / len(run.data.rows)
     run.engine.beta = run.beta(epoch)
     run.optimizer.learning_rate = run.settings.learning_rate * run.rate(epoch)
+    wait = UNREAD.get(run.data.prepare.device.type, 1)
+    buffers = _buffers(run)
+    if buffers:
+        wait = 1  # a minibatch that is left out must leave no trace in them
+    # Rows in memory are found again by their numbers, so that a GPU does not keep many minibatches.
+    kept = None if wait > 1 and isinstance(run.data.rows, Arrays) else batch
+    taken = Taken(state.batches + 1, state.examples, kept)
     state.batches += 1
     state.examples += len(batch[0])
-    wait = UNREAD.get(run.data.prepare.device.type, 1)
     try:
         run.svi.step(*batch)
     except FloatingPointError:
         wait = 1  # the gradient is not finite; the reading below names the site
     except (ValueError, IndexError) as error:  # IndexError: a label beyond the pair's classes
-        _stop(run, state, batch, error)
-    run.unread.append((run.engine.names, run.engine.numbers))
-    if len(run.unread) >= wait:
-        read(run, state, batch)
+        _explain(run, state, batch, error)
+        meet(run, state, "loss", taken, {}, error)
+        _restore(buffers)
+        return
+    run.unread.append((run.engine.names, run.engine.numbers, taken))
+    if len(run.unread) >= wait and read(run, state):
+        _restore(buffers)
     state.seconds += time.perf_counter() - began
 
 
-def read(run: TrainingRun, state: TrainState, batch: Batch | None = None) -> None:
+def _buffers(run: TrainingRun) -> list[tuple[Tensor, Tensor]]:
+    """Return the buffers of the pair with copies, if a minibatch may be left out."""
+    if run.settings.on_nonfinite == "stop":
+        return []
+    return [(buffer, buffer.detach().clone()) for buffer in run.pair.buffers()]
+
+
+def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, before in buffers:
+        buffer.copy_(before)
+
+
+def read(run: TrainingRun, state: TrainState) -> bool:
     """Read the numbers that wait on the device, and add them to the sums.
 
-    Raises `NonFiniteError` if a loss or a gradient is not finite; ``batch`` helps to explain it.
+    Returns whether a minibatch was left out. Raises `NonFiniteError` if a loss or a gradient is not
+    finite, unless the settings leave out such minibatches.
     """
     unread = list(run.unread)
     run.unread.clear()
     if not unread:
-        return
-    rows = torch.stack([numbers for _, numbers in unread]).tolist()
-    for (names, _), row in zip(unread, rows, strict=True):
+        return False
+    rows = torch.stack([numbers for _, numbers, _ in unread]).tolist()
+    left_out = False
+    for (names, _, taken), row in zip(unread, rows, strict=True):
         numbers = dict(zip(names, row, strict=True))
         loss, norm = numbers["loss", ""], numbers["norm", ""]
         if not math.isfinite(loss + norm):
-            what = "gradient" if math.isfinite(loss) else "loss"
-            stop_nonfinite(run, state, what, numbers, batch)
+            meet(run, state, "gradient" if math.isfinite(loss) else "loss", taken, numbers)
+            left_out = True
+            continue
         for (kind, name), value in numbers.items():
             state.sums[kind][name] = state.sums[kind].get(name, 0.0) + value
+        greatest = state.sums["greatest"]
+        greatest["norm"] = max(norm, greatest.get("norm", 0.0))
+    return left_out
 
 
-def is_finite(run: TrainingRun) -> bool:
-    """Whether all parameters of the pair are finite."""
-    return all(bool(torch.isfinite(p).all()) for p in run.pair.parameters())
-
-
-def stop_nonfinite(
-    run: TrainingRun,
-    state: TrainState,
-    what: str,
-    numbers: dict[tuple[str, str], float],
-    batch: Batch | None = None,
-    cause: Exception | None = None,
-) -> NoReturn:
-    """Restore the last good parameters, and raise `NonFiniteError` with the site and a remedy.
-
-    Arguments:
-        what: the value that is not finite.
-        numbers: the numbers of the step.
-        batch: the minibatch of the step, if it is known.
-    """
-    site = _first_bad_site(run, numbers, batch)
-    if not is_finite(run):
-        run.pair.load_state_dict(state.best or state.parameters, strict=False)
-    kept = ""
-    if run.folder is not None:
-        # The checkpoint stays unchanged, since optimizer and generators have moved on.
-        write_model(run, state)
-        kept = f"; the last good model is in {run.folder}"
-    where = f" at site '{site}'" if site else ""
-    raise NonFiniteError(
-        f"training stopped in {state.where}: the {what} is not finite{where}{kept}; "
-        f"{_remedy(run, batch)}"
-    ) from cause
-
-
-def _first_bad_site(
-    run: TrainingRun, numbers: dict[tuple[str, str], float], batch: Batch | None
-) -> str | None:
-    for wanted in ("kl", "reconstruction"):
-        for (kind, name), value in numbers.items():
-            if kind == wanted and not math.isfinite(value):
-                return name
-    return None if batch is None else explain_nonfinite(run.pair, run.data.prepare(batch))
-
-
-def _remedy(run: TrainingRun, batch: Batch | None) -> str:
-    outlier = None if batch is None else extreme(run.data.prepare(batch)[0])
-    if outlier is not None:
-        return f"{outlier}: leave out such rows, or {CURE}"
-    return run.fault or "a smaller `learning_rate` or `clip_norm` may help"
-
-
-def _stop(run: TrainingRun, state: TrainState, batch: Batch, error: Exception) -> NoReturn:
-    """Raise `UsageError` for an error of the pair's programs."""
+def _explain(run: TrainingRun, state: TrainState, batch: Batch, error: Exception) -> None:
+    """Raise `UsageError` for an error of the pair's programs, unless its numbers are the cause."""
     if isinstance(error, UsageError):
         raise UsageError(first_line(error)) from None
     if len(batch[0]) == 1 and lacks_variance(error):
@@ -122,7 +97,6 @@ def _stop(run: TrainingRun, state: TrainState, batch: Batch, error: Exception) -
             "of a minibatch with one row; choose a `batch_size` that leaves no single row of "
             f"{len(run.data.rows)} at the end, or pass a DataLoader with drop_last=True"
         ) from error
-    if explain_nonfinite(run.pair, run.data.prepare(batch)) is not None:
-        stop_nonfinite(run, state, "loss", {}, batch, error)
-    said = " ".join(" ".join(str(error).splitlines()[:2]).split())[:300]
-    raise UsageError(f"training stopped in {state.where}: {said}") from error
+    if nonfinite_rows(run.pair, run.data.prepare(batch))[0] is None:
+        said = " ".join(" ".join(str(error).splitlines()[:2]).split())[:300]
+        raise UsageError(f"training stopped in {state.where}: {said}") from error

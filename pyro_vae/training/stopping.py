@@ -10,7 +10,15 @@ from pyro_vae.errors import UsageError
 
 
 class NonFiniteError(UsageError):
-    """A loss or a gradient is not finite. The message names the site."""
+    """A loss, a gradient or a parameter is not finite. The message names the site and the rows.
+
+    The attribute ``rows`` has the numbers of the rows at fault in the training data, counted from
+    0; it is None if the data are a stream, or if a parameter is at fault.
+    """
+
+    def __init__(self, message: str, rows: tuple[int, ...] | None = None) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 class Interrupted(KeyboardInterrupt):

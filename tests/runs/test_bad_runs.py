@@ -23,6 +23,7 @@ from bad_input_helpers import (
 from pyro.infer import TraceMeanField_ELBO
 
 import pyro_vae as pv
+from pyro_vae.runs import files as run_files
 
 # Output folders
 
@@ -267,7 +268,7 @@ def test_a_pickle_is_rejected_and_never_executed(name, read, write, run, tmp_pat
 def edit_config(run, edit):
     content = json.loads((run / "config.json").read_text())
     edit(content)
-    (run / "config.json").write_text(json.dumps(content))
+    run_files.write_json(run / "config.json", content)
 
 
 def arguments(config):
@@ -323,7 +324,6 @@ CONFIGS = {
     "no such module": lambda config: config["pair"].update({"class": "pyro_vae.nothing:VAE"}),
     "no such class": lambda config: config["pair"].update({"class": "pyro_vae.models.vae:VEA"}),
     "no class": lambda config: config["pair"].update({"class": "pyro_vae.cli:main"}),
-    "another format": lambda config: config.update(format=2),
     "an impossible batch": lambda config: config.update(adopted_batch=[[[4], "system"]]),
 }
 
@@ -332,3 +332,9 @@ CONFIGS = {
 def test_an_invalid_configuration_is_named(edit, run):
     edit_config(run, edit)
     refused(lambda: pv.load(run), "config.json")
+
+
+def test_another_format_is_named(run):
+    text = (run / "config.json").read_text()
+    (run / "config.json").write_text(text.replace('"format": 2', '"format": 3'))
+    refused(lambda: pv.load(run), "config.json", "format 3", "later version")

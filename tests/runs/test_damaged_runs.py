@@ -126,9 +126,11 @@ def test_a_configuration_that_no_longer_fits_the_weights_is_rejected(tmp_path):
     pair = pv.VAE.mlp((4,), latent_dim=2, likelihood=pv.Gaussian(0.5))
     pv.save(pair, tmp_path)
     pv.load(tmp_path)
-    text = (tmp_path / "config.json").read_text()
+    config = run_folder.read_config(tmp_path)
+    text = json.dumps(config)
     assert text.count("0.5") == 1
-    (tmp_path / "config.json").write_text(text.replace("0.5", "0.7"))
+    edited = json.loads(text.replace("0.5", "0.7"))
+    run_files.write_json(tmp_path / "config.json", edited)  # an edit with a right checksum
     with pytest.raises(UsageError, match="describes another pair"):
         pv.load(tmp_path)
 

@@ -31,7 +31,7 @@ def bounded():
 def edited(run, change):
     config = json.loads((run / "config.json").read_text())
     change(config)
-    (run / "config.json").write_text(json.dumps(config))
+    run_files.write_json(run / "config.json", config)
 
 
 def wide(config):

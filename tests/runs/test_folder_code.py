@@ -15,6 +15,8 @@ from pyro_vae.cli.main import main
 from pyro_vae.cli.make_pair import user_class
 from pyro_vae.errors import UsageError
 from pyro_vae.runs import description
+from pyro_vae.runs import files as run_files
+from pyro_vae.runs import folder as run_folder
 
 SHORT = "--epochs 1 --num-eval-samples 2 --engine eager --no-report"
 
@@ -110,7 +112,7 @@ HOSTILE = {
 )
 def test_a_file_that_names_a_class_is_rejected_and_imports_nothing(content, line, here, capsys):
     (here / "run").mkdir()
-    (here / "run" / "config.json").write_text(json.dumps(content))
+    run_files.write_json(here / "run" / "config.json", content)
     complaint(line, capsys)
     assert not (here / "marker").exists()
     assert "spy" not in sys.modules
@@ -157,7 +159,7 @@ def test_a_run_cannot_choose_another_output_folder(here, capsys):
     main(line.split())
     content = json.loads((here / "run/config.json").read_text())
     content["train"]["out"] = str(here / "victim")
-    (here / "run/config.json").write_text(json.dumps(content))
+    run_files.write_json(here / "run/config.json", content)
     assert "'out'" in complaint("train x.npy --resume --epochs 2 --out=run", capsys)
     assert not (here / "victim").exists()
 
@@ -185,7 +187,7 @@ def test_only_public_parts_are_built_and_nothing_else_is_imported(name, here, mo
     pv.save(pv.VAE.mlp((4,), latent_dim=2), here / "run")
     content = json.loads((here / "run/config.json").read_text())
     content["pair"]["arguments"]["prior"] = {"class": name, "arguments": {}}
-    (here / "run/config.json").write_text(json.dumps(content))
+    run_files.write_json(here / "run/config.json", content)
     before = set(sys.modules)
     with pytest.raises(UsageError) as caught:
         pv.load(here / "run")
@@ -199,7 +201,7 @@ def test_another_name_than_that_of_a_number_type_is_rejected(kind, tmp_path):
     pv.save(pv.VAE.mlp((4,), latent_dim=2), tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     content["adopted_batch"] = [[[4], kind]]
-    (tmp_path / "config.json").write_text(json.dumps(content))
+    run_files.write_json(tmp_path / "config.json", content)
     model = tmp_path / "model.safetensors"
     safetensors.torch.save_file(safetensors.torch.load_file(model), model)  # as in 0.1.0
     with pytest.raises(UsageError, match="a batch that cannot be created"):
@@ -245,7 +247,7 @@ def test_a_folder_of_0_1_0_loads_and_is_resumed(tmp_path):
     pv.fit(straight, x, epochs=3, **options)
     pv.fit(part, x, epochs=1, out=tmp_path, **options)
     (tmp_path / "rows.safetensors").unlink()
-    text = (tmp_path / "config.json").read_text()
+    text = json.dumps(run_folder.read_config(tmp_path) | {"format": 1})
     (tmp_path / "config.json").write_text(old_names(text))
     model = tmp_path / "model.safetensors"
     safetensors.torch.save_file(safetensors.torch.load_file(model), model)

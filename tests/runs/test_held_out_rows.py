@@ -10,6 +10,7 @@ import torch
 import pyro_vae as pv
 from pyro_vae.cli.main import main
 from pyro_vae.data.datasets import load_data
+from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
 from pyro_vae.runs import held_out_rows
 
@@ -42,7 +43,7 @@ def here(shelf, tmp_path, monkeypatch):
     folder = shutil.copytree(shelf, tmp_path / "here")
     config = json.loads((folder / "run/config.json").read_text())
     config["train"]["data"] = "data.npz"
-    (folder / "run/config.json").write_text(json.dumps(config))
+    run_files.write_json(folder / "run/config.json", config)
     monkeypatch.chdir(folder)
     return folder
 
@@ -223,7 +224,7 @@ def test_a_line_appended_to_a_text_is_detected(tmp_path, capsys):
 def test_a_run_of_0_1_0_has_no_record_and_is_evaluated_without_it(here):
     config = json.loads((here / "run/config.json").read_text())
     del config["split"]
-    (here / "run/config.json").write_text(json.dumps(config))
+    run_files.write_json(here / "run/config.json", config)
     (here / "run/rows.safetensors").unlink()
     np.savez(here / "data.npz", **appended(arrays()))
     main(["evaluate", "run", "--num-samples", "2"])

@@ -9,7 +9,8 @@ import torch
 from bad_input_helpers import binary, refused, small, snapshot
 
 import pyro_vae as pv
-from pyro_vae.runs import lock, temporary
+from pyro_vae.data import temporary
+from pyro_vae.runs import lock
 
 pytestmark = pytest.mark.skipif(temporary.fcntl is None, reason="needs fcntl")
 

@@ -21,6 +21,7 @@ from pyro_vae.inference.encoding import encode
 from pyro_vae.plots import canvas
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import metrics as run_metrics
+from pyro_vae.runs.history_file import read_history, write_history
 
 pytestmark = pytest.mark.filterwarnings("always:.*findings of diagnose for other weights")
 
@@ -38,7 +39,7 @@ def shelf(tmp_path_factory):
     main(f"train {folder}/x.npy --out {folder}/run --epochs 1 {TRAIN}".split())
     config = json.loads((folder / "run/config.json").read_text())
     config["train"]["data"] = "x.npy"
-    (folder / "run/config.json").write_text(json.dumps(config))
+    run_files.write_json(folder / "run/config.json", config)
     return folder
 
 
@@ -147,7 +148,8 @@ def test_resuming_from_the_shell_evaluates_again(here):
 
 def test_metrics_of_0_1_0_are_shown_with_a_remark(here):
     content = metrics(here)
-    del content["model"]
+    for name in ("model", "format", "sha256"):
+        del content[name]
     (here / "metrics.json").write_text(json.dumps(content))
     main(["report", "run"])
     assert f"{content['elbo']:.4g}" in shown(here)
@@ -230,24 +232,21 @@ def test_text_of_the_configuration_and_the_folder_name_is_escaped(here):
     config = json.loads((here / "config.json").read_text())
     config["train"] |= {"data": EVIL, "note": EVIL}
     config |= {EVIL: [EVIL], "versions": {EVIL: EVIL}}
-    (here / "config.json").write_text(json.dumps(config))
+    run_files.write_json(here / "config.json", config)
     pair, x = pv.load(here), pv.load_data("x.npy").test.x
     here = here.rename(here.with_name("<b onclick=alert(1)>run"))
     pv.write_report(here, pair, x)
     clean(shown(here))
     config["pair"]["class"] = f"evil:{EVIL}"
-    (here / "config.json").write_text(json.dumps(config))
+    run_files.write_json(here / "config.json", config)
     pv.write_report(here, pair, x)
     clean(shown(here))
 
 
 def test_columns_of_the_history_are_escaped(here):
-    import csv
-
-    with open(here / "history.csv", newline="") as file:
-        row = next(csv.DictReader(file))
-    row |= {"kl_" + EVIL.replace("\ud800", "").replace("\x00", ""): "1.0"}
-    run_files.write_csv(here / "history.csv", [row])
+    row = {name: values[0] for name, values in read_history(here / "history.csv").items()}
+    row |= {"kl_" + EVIL.replace("\ud800", "").replace("\x00", ""): 1.0}
+    write_history(here / "history.csv", [row])
     main(["report", "run"])
     clean(shown(here))
 
@@ -327,7 +326,7 @@ def test_metrics_of_another_format_give_an_error_in_one_line(content, here, caps
 def test_options_of_another_format_give_an_error_in_one_line(given, here, capsys):
     config = json.loads((here / "config.json").read_text())
     config["train"] = given
-    (here / "config.json").write_text(json.dumps(config))
+    run_files.write_json(here / "config.json", config)
     for command in ("evaluate", "report", "sample"):
         capsys.readouterr()
         if (given, command) == ({"data_dir": ["a"]}, "sample"):

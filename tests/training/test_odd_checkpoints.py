@@ -63,13 +63,20 @@ def test_odd_values_are_refused(key, trained, tmp_path):
 def test_odd_fields_of_an_epoch_are_refused(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     (epoch,) = run_files.read_checkpoint(run)["epochs"]
-    assert len(epoch) == 10
+    assert len(epoch) == 12
     for at in range(len(epoch)):
         for value in ("x", [1.0], {"z": "x"}):
             odd(run, epochs=[[*epoch[:at], value, *epoch[at + 1 :]]])
             refused(lambda: resume(run), str(run / "checkpoint.pt"), "epochs")
-    odd(run, epochs=[epoch[:9]])
-    refused(lambda: resume(run), str(run / "checkpoint.pt"), "epochs")
+    for length in (9, 11):
+        odd(run, epochs=[epoch[:length]])
+        refused(lambda: resume(run), str(run / "checkpoint.pt"), "epochs")
+
+
+def test_a_best_epoch_that_does_not_exist_is_refused(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    odd(run, best_epoch=2)
+    refused(lambda: resume(run), str(run / "checkpoint.pt"), "best_epoch")
 
 
 def test_a_step_after_the_end_of_an_epoch_is_refused(trained, tmp_path):

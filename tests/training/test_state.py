@@ -50,7 +50,8 @@ def test_the_format_is_that_of_0_1_0():
     old = run_files.read_checkpoint(OLD)
     state = TrainState.of_checkpoint(old, OLD)
     assert state.to_checkpoint().keys() == old.keys()
-    assert kinds(state.to_checkpoint()["epochs"]) == kinds(old["epochs"])
+    former = [epoch[:10] for epoch in state.to_checkpoint()["epochs"]]
+    assert former == [list(epoch) for epoch in old["epochs"]]  # later fields come after these
     assert len(dataclasses.fields(TrainState)) == len(old)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.plots.pictures import curves
-from pyro_vae.training.history import best_epoch
+from pyro_vae.training.history import is_better
 from pyro_vae.training.validation import Bound
 
 FAST = {"batch_size": 16, "engine": "eager", "progress": False}
@@ -97,5 +97,14 @@ def test_patience_ends_where_no_epoch_has_a_bound():
     ],
 )
 def test_the_best_epoch(found, best):
-    assert best_epoch([Bound(value, value, value, {}) for value in found]) == best
-    assert best_epoch([None] * len(found)) == len(found)
+    assert best_of([Bound(value, value, value, {}) for value in found]) == best
+    assert best_of([None] * len(found)) == len(found)
+
+
+def best_of(measured):
+    """The number of the last epoch that was better than the best one before it."""
+    best, number = None, 0
+    for i, bound in enumerate(measured):
+        if is_better(bound, best):
+            best, number = bound, i + 1
+    return number

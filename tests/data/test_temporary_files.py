@@ -10,7 +10,8 @@ import torch
 from bad_input_helpers import binary, refused, small, snapshot
 
 import pyro_vae as pv
-from pyro_vae.runs import files, temporary
+from pyro_vae.data import temporary
+from pyro_vae.runs import files
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="links and permissions")
 

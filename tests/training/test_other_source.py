@@ -1,0 +1,27 @@
+"""A run is not resumed on another kind of data."""
+
+import pytest
+from bad_input_helpers import binary, refused, small
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_vae as pv
+
+OPTIONS = {"batch_size": 4, "engine": "eager", "progress": False}
+
+KINDS = {
+    "tensor": lambda: binary(),
+    "data set": lambda: TensorDataset(binary()),
+    "loader": lambda: DataLoader(TensorDataset(binary()), batch_size=4),
+}
+
+
+@pytest.mark.parametrize("first", ["tensor", "loader"])
+def test_another_kind_of_source_is_refused(first, tmp_path):
+    run = tmp_path / "run"
+    pv.fit(small(), KINDS[first](), out=run, epochs=1, **OPTIONS)
+    before = (run / "checkpoint.pt").read_bytes()
+    other = "loader" if first == "tensor" else "tensor"
+    resumed = {"out": run, "epochs": 2, "resume": True, **OPTIONS}
+    refused(lambda: pv.fit(small(), KINDS[other](), **resumed), "another source", str(run))
+    assert (run / "checkpoint.pt").read_bytes() == before
+    assert len(pv.fit(small(), KINDS[first](), **resumed)) == 2
