@@ -4,7 +4,7 @@
     python benchmarks/faults.py --table
 
 Each attempt is recorded in --out (JSON) as soon as it is finished, so the same command continues
-after a break. `--table` prints the table of docs/reliability-of-runs.md from this file.
+after a break. `--table` prints the table of docs/how-to/reliability-of-runs.md from this file.
 
 kills       a process is killed (SIGKILL) at random instants, and every sixth one inside a write;
             then the run is resumed and compared, bit by bit, with an uninterrupted run

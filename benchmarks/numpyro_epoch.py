@@ -1,0 +1,220 @@
+"""An epoch of MNIST: `pyro_vae.fit` and NumPyro's compiled epoch, in turns.
+
+    python -m venv JAX && JAX/bin/pip install numpyro
+    python benchmarks/numpyro_epoch.py --data-dir DIR --jax-python JAX/bin/python [--epochs 8]
+
+NumPyro runs each epoch as one jitted ``lax.scan`` over ``svi.update``, with no Python for each
+step; this is its fastest form. Both programs do the same work: a Bernoulli VAE, Adam at 1e-3, the
+rows of each minibatch gathered from 8-bit data, and binarization where a setting has it. Each
+contender is a process of its own, and they alternate after each epoch, so other load on the machine
+affects both. The first two epochs (compilation) do not count. The last column is the training ELBO
+of the last epoch, in nats per example.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+SETTINGS = {
+    "784-400-50, batch 256, softplus, gray": ((400,), 50, 256, "softplus", False),
+    "784-128-64-20, batch 32, ReLU, binarized": ((128, 64), 20, 32, "relu", True),
+    "784-200-200-50, batch 100, tanh, binarized": ((200, 200), 50, 100, "tanh", True),
+}
+FITS = {"fit": "float32", "fit, bf16": "bfloat16"}
+SKIPPED = 2
+
+
+def turn(seconds: float) -> None:
+    """Report an epoch and wait for the next turn."""
+    print(f"seconds {seconds}", flush=True)
+    sys.stdin.readline()
+
+
+def fit(data: str, epochs: int, setting: str, precision: str) -> None:
+    import numpy as np
+    import torch
+
+    import pyro_vae as pv
+
+    warnings.filterwarnings("ignore", message="gr[ae]y intensities")  # intended, see above
+    hidden, latent_dim, batch_size, activation, binarized = SETTINGS[setting]
+    kinds = {"softplus": torch.nn.Softplus, "relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}
+    torch.manual_seed(0)
+    vae = pv.VAE.mlp((784,), latent_dim=latent_dim, hidden=hidden, activation=kinds[activation])
+    began = [time.perf_counter()]
+
+    def took(_: object) -> None:
+        turn(time.perf_counter() - began[0])
+        began[0] = time.perf_counter()
+
+    history = pv.fit(
+        vae,
+        torch.from_numpy(np.load(data)),
+        epochs=epochs,
+        batch_size=batch_size,
+        binarize="dynamic" if binarized else "none",
+        engine="compiled",
+        precision=precision,
+        on_epoch=[took],
+        progress=False,
+    )
+    print(f"elbo {history['elbo'][-1]}", flush=True)
+
+
+def numpyro(data: str, epochs: int, setting: str) -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import numpyro
+    import numpyro.distributions as dist
+    from jax import lax, random
+    from numpyro.infer import SVI, Trace_ELBO
+
+    hidden, latent_dim, batch_size, activation, binarized = SETTINGS[setting]
+    activate = {"softplus": jax.nn.softplus, "relu": jax.nn.relu, "tanh": jnp.tanh}[activation]
+    rows = jnp.asarray(np.load(data))
+    steps = len(rows) // batch_size
+
+    def network(name: str, x: Any, widths: list[int]) -> Any:
+        for i, (a, b) in enumerate(pairwise(widths)):
+
+            def start(key: Any, a: int = a, b: int = b) -> Any:
+                return random.uniform(key, (a, b), minval=-1, maxval=1) / a**0.5
+
+            weight = numpyro.param(f"{name}.weight{i}", start)
+            x = x @ weight + numpyro.param(f"{name}.bias{i}", jnp.zeros(b))
+            x = activate(x) if i < len(widths) - 2 else x
+        return x
+
+    def model(x: Any) -> None:
+        with numpyro.plate("data", len(x)):
+            standard = dist.Normal(jnp.zeros((len(x), latent_dim)), 1.0).to_event(1)
+            z = numpyro.sample("z", standard)
+            logits = network("decoder", z, [latent_dim, *hidden[::-1], 784])
+            likelihood = dist.BernoulliLogits(logits, validate_args=False).to_event(1)
+            numpyro.sample("x", likelihood, obs=x)
+
+    def guide(x: Any) -> None:
+        h = network("encoder", x, [784, *hidden, 2 * latent_dim])
+        with numpyro.plate("data", len(x)):
+            scale = jnp.exp(0.5 * h[:, latent_dim:])
+            numpyro.sample("z", dist.Normal(h[:, :latent_dim], scale).to_event(1))
+
+    svi = SVI(model, guide, numpyro.optim.Adam(1e-3), Trace_ELBO())
+    state = svi.init(random.PRNGKey(0), rows[:batch_size].astype(jnp.float32) / 255)
+
+    @jax.jit
+    def epoch(state: Any, key: Any, rows: Any) -> Any:
+        order = random.permutation(key, len(rows))[: steps * batch_size]
+
+        def step(carry: Any, index: Any) -> Any:
+            state, key = carry
+            x = rows[index].astype(jnp.float32) / 255
+            if binarized:
+                key, own = random.split(key)
+                x = (random.uniform(own, x.shape) < x).astype(jnp.float32)
+            state, loss = svi.update(state, x)
+            return (state, key), loss
+
+        (state, _), losses = lax.scan(step, (state, key), order.reshape(steps, batch_size))
+        return state, losses.mean()
+
+    key = random.PRNGKey(1)
+    for _ in range(epochs):
+        began = time.perf_counter()
+        key, own = random.split(key)
+        state, loss = epoch(state, own, rows)
+        loss = float(loss)
+        turn(time.perf_counter() - began)
+    print(f"elbo {-loss / batch_size}", flush=True)
+
+
+def work(name: str, data: str, epochs: int, setting: str) -> None:
+    """Run one contender in its own process."""
+    sys.stdin.readline()
+    if name == "NumPyro":
+        numpyro(data, epochs, setting)
+    else:
+        fit(data, epochs, setting, FITS[name])
+
+
+def answer(worker: subprocess.Popen, key: str) -> float:
+    for line in worker.stdout:
+        if line.startswith(key):
+            return float(line.split()[1])
+    raise SystemExit(f"a contender ended without printing '{key}'")
+
+
+def measured(setting: str, options: argparse.Namespace, data: Path) -> dict[str, list[float]]:
+    """Return the seconds of each epoch of each contender; print them and the ELBOs."""
+    words = [__file__, "--data", str(data), "--epochs", str(options.epochs), "--setting", setting]
+    workers = {
+        name: subprocess.Popen(
+            [options.jax_python if name == "NumPyro" else sys.executable, *words, "--work", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("NumPyro", *FITS)
+    }
+    times: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(options.epochs):
+        for name, worker in workers.items():
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+            times[name].append(answer(worker, "seconds"))
+    for name, worker in workers.items():
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+        elbo = answer(worker, "elbo")
+        worker.communicate()
+        low, middle, high = statistics.quantiles(times[name][SKIPPED:], n=4)
+        print(
+            f"| {setting} | {name} | {middle:.2f} ({low:.2f} to {high:.2f}) | {elbo:.2f} |",
+            flush=True,
+        )
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", help="MNIST in torchvision's layout")
+    parser.add_argument("--jax-python", help="the Python of an environment with NumPyro")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--settings", nargs="+", type=int, default=range(len(SETTINGS)))
+    for hidden in ("--work", "--data", "--setting"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work, options.data, options.epochs, options.setting)
+        return
+    import numpy as np
+    from torchvision import datasets
+
+    print("| setting | | seconds for an epoch (quartiles) | training ELBO |\n" + "| --- " * 4 + "|")
+    ratios: dict[str, list[float]] = {name: [] for name in FITS}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "mnist.npy"
+        np.save(data, datasets.MNIST(options.data_dir, train=True).data.reshape(-1, 784).numpy())
+        for number in options.settings:
+            times = measured(list(SETTINGS)[number], options, data)
+            for name in FITS:
+                pairs = zip(times["NumPyro"], times[name], strict=True)
+                ratios[name].append(statistics.median([a / b for a, b in list(pairs)[SKIPPED:]]))
+    ratios["best precision"] = [max(both) for both in zip(*ratios.values(), strict=True)]
+    for name, found in ratios.items():
+        mean = prod(found) ** (1 / len(found))
+        shown = ", ".join(f"{value:.2f}" for value in found)
+        print(f"NumPyro ÷ {name}: {shown}; geometric mean {mean:.2f}")
+
+
+if __name__ == "__main__":
+    main()
