@@ -75,6 +75,8 @@ def require_same(state: TrainState, pair: nn.Module, job: dict[str, Any], path: 
 
 def _require_same_settings(was: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     for name, value in was.items():
+        if name not in now:
+            raise UsageError(f"{path} has an unknown setting '{name[:50]}', so it is not read")
         if name not in MAY_CHANGE and now[name] != value:
             raise UsageError(
                 f"{path} was made with `{name}` = {value}, got {now[name]}; a resumed run keeps "
