@@ -12,7 +12,8 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_vae.data.sources import Arrays, Rows, Source, Stream, mixed_eight_bit, source
+from pyro_vae.data.sources import Arrays, Rows, Source, Stream, source
+from pyro_vae.data.streams import mixed_eight_bit
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import DIVISOR, as_context, recorded_divisor

@@ -1,6 +1,5 @@
 """The training loop: epochs, steps, checkpoints and interruption."""
 
-import itertools
 import math
 import time
 import warnings
@@ -11,6 +10,7 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
+from pyro_vae.data.order import Place
 from pyro_vae.pairs import fold_plan, rng, threads
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.traces import BadNumbers
@@ -81,16 +81,10 @@ def _history(run: TrainingRun, state: TrainState) -> History:
 
 
 def _remaining(run: TrainingRun, state: TrainState) -> Iterator[Batch]:
-    """Yield the remaining minibatches of this epoch, in the order of its generators."""
-    now = rng.state()
-    rng.restore(state.generators_of_epoch)
+    """Yield the remaining minibatches of this epoch, in the order of the epoch."""
     run.pair.train()
-    batches = iter(run.data.rows.batches(run.batch_size, shuffle=True))
-    if state.batches:
-        for _ in itertools.islice(batches, state.batches):
-            pass
-        rng.restore(now)
-    yield from batches
+    place = Place(run.settings.seed, len(state.epochs), state.batches, run.team)
+    yield from run.data.rows.epoch(run.batch_size, place)
 
 
 def _end_epoch(run: TrainingRun, state: TrainState) -> None:
@@ -107,7 +101,6 @@ def _end_epoch(run: TrainingRun, state: TrainState) -> None:
         state.best_epoch = best
         state.best = run_tensors.state_dict(run.pair) if measured is not None else None
     state.batches, state.examples, state.sums, state.seconds = 0, 0, no_sums(), 0.0
-    state.generators_of_epoch = rng.state()
     state.parameters = run_tensors.state_dict(run.pair)
 
 

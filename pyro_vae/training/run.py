@@ -12,6 +12,7 @@ from tqdm import tqdm
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import rng
 from pyro_vae.pairs.pair import Pair
+from pyro_vae.pairs.processes import ALONE, Team
 from pyro_vae.pairs.scope import registered
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
@@ -47,6 +48,8 @@ class TrainingRun:
     """The progress bar."""
     on_epoch: tuple[Callable[[Epoch], Any], ...]
     """Functions that see each epoch."""
+    team: Team = ALONE
+    """The processes that share the run."""
     unread: list[tuple[list[tuple[str, str]], Tensor]] = field(default_factory=list)
     """Names and values of the numbers that still wait on the device."""
 
@@ -115,14 +118,12 @@ def _engine(pair: nn.Module, data: TrainingData, say: Callable[[str], None]) -> 
 
 def first_state(run: TrainingRun) -> TrainState:
     """Return the state of a run before its first step."""
-    generators = rng.state()
     return TrainState(
         job=run.job,
         parameters=run_tensors.state_dict(run.pair),
         optimizer=run.optimizer.get_state(),
         engine=run.engine.engine,
-        generators=generators,
-        generators_of_epoch=generators,
+        generators=rng.state(),
     )
 
 
