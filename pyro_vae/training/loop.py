@@ -20,7 +20,9 @@ from pyro_vae.training.history import Epoch, History, best_epoch
 from pyro_vae.training.history import is_finite as is_finite_bound
 from pyro_vae.training.loggers import TensorBoard
 from pyro_vae.training.ownership import own_state
-from pyro_vae.training.run import TrainingRun, write
+from pyro_vae.training.processes import average_buffers, merged
+from pyro_vae.training.run import TrainingRun, exchange_of, write
+from pyro_vae.training.shared_step import shared_step
 from pyro_vae.training.state import TrainState, no_sums
 from pyro_vae.training.step import is_finite, read, step, stop_nonfinite
 from pyro_vae.training.stopping import Interrupted, signals
@@ -33,24 +35,28 @@ def train(run: TrainingRun, state: TrainState, own: ExitStack) -> History:
     Arguments:
         own: holds the run's parameter store and generators, which it puts away for other threads.
     """
-    written = -math.inf
+    written, exchange = -math.inf, exchange_of(run)
     with signals() as stop, _board(run) as board:
-        seen_by = (*run.on_epoch, *board)
+        seen_by = (*run.on_epoch, *board) if run.team.first else ()
         if not state.epochs and not state.batches:
             write(run, state)
             written = time.monotonic()
         while not _is_over(run, state):
             for batch in _remaining(run, state):
-                step(run, state, batch)
+                stopped: Any = stop
+                if exchange is None:
+                    step(run, state, batch)
+                else:
+                    stopped = shared_step(run, state, batch, exchange, bool(stop))
                 _show(run, state)
-                if stop:
+                if stopped:
                     _interrupt(run, state)
                 if threads.waited_for():
                     _give_way(run, own)
             _end_epoch(run, state)
             _warn(run, run.alarm.heard(state.epochs[-1]))
-            _report(run, state, seen_by)
-            if time.monotonic() - written > run.settings.checkpoint_seconds:
+            due = time.monotonic() - written > run.settings.checkpoint_seconds
+            if _reported(run, state, seen_by, due):
                 write(run, state)
                 written = time.monotonic()
         _warn(run, run.alarm.over())
@@ -91,7 +97,9 @@ def _end_epoch(run: TrainingRun, state: TrainState) -> None:
     """Measure the epoch, keep its parameters if it is the best, and start the next one."""
     run.data.rows.require_length(state.examples)
     read(run, state)
+    state.sums = merged(run.team.gather(lambda: state.sums))
     began = time.perf_counter()
+    average_buffers(run.pair, run.team)
     if not is_finite(run):
         stop_nonfinite(run, state, "value of a parameter", {})
     measured = _measured(run, state)
@@ -127,7 +135,7 @@ def _measured(run: TrainingRun, state: TrainState) -> Bound | None:
     if run.data.held is None:
         return None
     try:
-        return bound(run.pair, *run.data.held, run.data.objective)
+        return bound(run.pair, *run.data.held, run.data.objective, team=run.team)
     except BadNumbers:
         return Bound(math.nan, math.nan, math.nan, dict.fromkeys(state.sums["kl"], math.nan))
 
@@ -144,13 +152,13 @@ def _give_way(run: TrainingRun, own: ExitStack) -> None:
 
 
 def _interrupt(run: TrainingRun, state: TrainState) -> None:
-    if run.folder is None:
-        raise Interrupted(f"stopped in {state.where}; a run without a folder cannot be resumed")
+    if run.folder is None and run.team.first:
+        how = "a run without a folder cannot be resumed"
+    else:
+        how = f"resume with --resume (resume=True) on {run.folder}"
     read(run, state)
     write(run, state)
-    raise Interrupted(
-        f"stopped in {state.where}; resume with --resume (resume=True) on {run.folder}"
-    )
+    raise Interrupted(f"stopped in {state.where}; {how}")
 
 
 def _say_complete(run: TrainingRun) -> None:
@@ -189,7 +197,7 @@ def _show(run: TrainingRun, state: TrainState) -> None:
 
 @contextmanager
 def _board(run: TrainingRun) -> Iterator[list[Callable[[Epoch], Any]]]:
-    if not run.settings.tensorboard:
+    if not run.settings.tensorboard or not run.team.first:
         yield []
         return
     with TensorBoard(cast(Path, run.folder) / run_files.TENSORBOARD) as board:
@@ -197,11 +205,34 @@ def _board(run: TrainingRun) -> Iterator[list[Callable[[Epoch], Any]]]:
 
 
 def _report(run: TrainingRun, state: TrainState, seen_by: Sequence[Callable[[Epoch], Any]]) -> None:
-    """Show the last epoch to each of these functions; an error keeps the epoch."""
-    try:
-        for see in seen_by:
-            with rng.kept():
-                see(state.epochs[-1])
-    except BaseException:
+    """Show the last epoch to each of these functions."""
+    for see in seen_by:
+        with rng.kept():
+            see(state.epochs[-1])
+
+
+def _reported(
+    run: TrainingRun, state: TrainState, seen_by: Sequence[Callable[[Epoch], Any]], due: bool
+) -> bool:
+    """Whether the first process says that a checkpoint is due; it also shows the epoch.
+
+    An error keeps the epoch, and ends all processes.
+    """
+    failures: list[BaseException] = []
+
+    def report() -> tuple[bool, bool]:
+        try:
+            _report(run, state, seen_by)
+        except BaseException as error:
+            failures.append(error)
+        return due, bool(failures)
+
+    def fail() -> None:
+        for failure in failures:
+            raise failure
+
+    now, failed = run.team.from_first(report)
+    if failed:
         write(run, state)
-        raise
+        run.team.together(fail)
+    return now

@@ -56,6 +56,8 @@ class Optimizer(PyroOptim):
         self._known = {id(p) for p in self.parameters.values()}
         self.norm = torch.zeros(())
         self._adam: _FusedAdam | None = None
+        self.exchange: Callable[[], Tensor] | None = None
+        """With several processes: adds up their gradients, and returns the global norm."""
 
     @property
     def gradient_norm(self) -> float:
@@ -80,6 +82,8 @@ class Optimizer(PyroOptim):
                 "the pair declared a parameter after its first step; declare every pyro.param in "
                 "each call of model and guide"
             )
+        if self.exchange is not None:
+            norm = self.exchange()
         present = [p for p in self.parameters.values() if p.grad is not None]
         gradients = cast(list[Tensor], [p.grad for p in present])
         if not gradients:

@@ -22,9 +22,7 @@ UNREAD = {"cpu": 1, "cuda": 50}
 def step(run: TrainingRun, state: TrainState, batch: Batch) -> None:
     """Take one step of SVI, and add its numbers to the state."""
     began = time.perf_counter()
-    epoch = len(state.epochs) + state.examples / len(run.data.rows)
-    run.engine.beta = run.beta(epoch)
-    run.optimizer.learning_rate = run.settings.learning_rate * run.rate(epoch)
+    begin(run, state)
     state.batches += 1
     state.examples += len(batch[0])
     wait = UNREAD.get(run.data.prepare.device.type, 1)
@@ -33,11 +31,18 @@ def step(run: TrainingRun, state: TrainState, batch: Batch) -> None:
     except FloatingPointError:
         wait = 1  # the gradient is not finite; the reading below names the site
     except (ValueError, IndexError) as error:  # IndexError: a label beyond the pair's classes
-        _stop(run, state, batch, error)
+        explain_stop(run, state, batch, error)
     run.unread.append((run.engine.names, run.engine.numbers))
     if len(run.unread) >= wait:
         read(run, state, batch)
     state.seconds += time.perf_counter() - began
+
+
+def begin(run: TrainingRun, state: TrainState) -> None:
+    """Set the weight on the KL and the learning rate of a step."""
+    epoch = len(state.epochs) + state.examples / len(run.data.rows)
+    run.engine.beta = run.beta(epoch)
+    run.optimizer.learning_rate = run.settings.learning_rate * run.rate(epoch)
 
 
 def read(run: TrainingRun, state: TrainState, batch: Batch | None = None) -> None:
@@ -112,7 +117,7 @@ def _remedy(run: TrainingRun, batch: Batch | None) -> str:
     return run.fault or "a smaller `learning_rate` or `clip_norm` may help"
 
 
-def _stop(run: TrainingRun, state: TrainState, batch: Batch, error: Exception) -> NoReturn:
+def explain_stop(run: TrainingRun, state: TrainState, batch: Batch, error: Exception) -> NoReturn:
     """Raise `UsageError` for an error of the pair's programs."""
     if isinstance(error, UsageError):
         raise UsageError(first_line(error)) from None

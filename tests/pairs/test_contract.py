@@ -11,8 +11,8 @@ from pairs import ALL, ENUMERATED, GLOBAL, LIKELIHOODS, OURS, UNORDERED, Params,
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 
 import pyro_vae as pv
-from pyro_vae.data.preparation import Preparation
 from pyro_vae.data.order import Place
+from pyro_vae.data.preparation import Preparation
 from pyro_vae.data.sources import Arrays
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.rng import seeded

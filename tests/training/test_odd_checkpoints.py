@@ -17,10 +17,11 @@ ODD = [None, {}, [], "x", 7.5, -3, torch.zeros(3), [[1, 2]], {"a": None}]
 
 SOUND = {
     "best": [None],
-    **dict.fromkeys(("epochs", "more_generators"), [[]]),
+    "epochs": [[]],
+    "more_generators": [[]],
     "seconds": [7.5, -3],
 }
-"""Odd values that are possible: no validation data, no complete epoch or other process, any number."""
+"""Odd values that are possible: no validation data, epoch or other process, and any number."""
 
 
 @pytest.fixture(scope="module")
