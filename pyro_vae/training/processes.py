@@ -38,12 +38,18 @@ class Exchange:
     def begin(self, rows: int, stop: bool) -> None:
         """Start a step of so many rows in this process; ``stop`` asks all processes to stop."""
         self.rows, self.stop, self.failed, self.done = rows, stop, False, False
+        if not rows:
+            self.clear()
+
+    def clear(self) -> None:
+        """Remove the gradients, as SVI does after a step."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def fail(self) -> None:
         """Tell the other processes, which wait for the gradients, that this one has failed."""
         self.failed = True
-        for parameter in self.parameters:
-            parameter.grad = None
+        self.clear()
         self()
 
     @torch.no_grad()

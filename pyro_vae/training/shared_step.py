@@ -30,6 +30,7 @@ def shared_step(
             run.svi.step(*batch)
         else:
             run.optimizer([])
+            exchange.clear()
     except FloatingPointError:
         pass  # the norm below says so in every process
     except Exception as error:

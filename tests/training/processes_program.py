@@ -14,8 +14,8 @@ from pyro_vae.pairs.processes import here
 
 OPTIONS = {"engine": "eager", "progress": False, "batch_size": 8, "learning_rate": 1e-2}
 
-X = (torch.arange(21 * 4).reshape(21, 4) * 0.37).sin()
-NOISE = (torch.arange(21 * 2).reshape(21, 2) * 0.91).cos()
+X = (torch.arange(17 * 4).reshape(17, 4) * 0.37).sin()
+NOISE = (torch.arange(17 * 2).reshape(17, 2) * 0.91).cos()
 
 
 class FixedNoise(dist.Normal):
