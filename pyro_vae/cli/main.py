@@ -12,6 +12,7 @@ from cyclopts import CycloptsError
 from pyro_vae.cli.app import app
 from pyro_vae.cli.make_pair import current_folder
 from pyro_vae.cli.options import Model
+from pyro_vae.cli.processes import is_elsewhere, shared
 from pyro_vae.errors import UsageError
 
 # isort: off
@@ -32,9 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
         # A class of the user's own may import modules that are next to it whenever it runs.
         here = current_folder() if _names_class(bound.arguments) else nullcontext()
-        with here, _warnings_as_lines():
+        with here, _warnings_as_lines(), shared(command.__name__):
             command(*bound.args, **bound.kwargs)
     except UsageError as error:
+        if is_elsewhere(error):
+            sys.exit(2)
         _fail(error.spelled(_spell(words)))
     except CycloptsError as error:
         _fail(str(error))

@@ -110,7 +110,7 @@ def fit(
     2
     """
     chosen, folder = Settings.of(settings), None if out is None else Path(out)
-    resume, overwrite = _after_restart(folder, resume, overwrite)
+    resume, overwrite = after_restart(folder, resume, overwrite)
     _require_choices(folder, resume, overwrite, chosen)
     if chosen.patience is not None and validation is None:
         raise UsageError("needs validation data: pass `validation`", argument="patience")
@@ -174,7 +174,7 @@ def fit(
             return history
 
 
-def _after_restart(folder: Path | None, resume: bool, overwrite: bool) -> tuple[bool, bool]:
+def after_restart(folder: Path | None, resume: bool, overwrite: bool) -> tuple[bool, bool]:
     """Whether to resume and to overwrite: after torchrun restarts the processes, a run goes on."""
     if folder is None or not restarts() or not (folder / run_files.CONFIG).exists():
         return resume, overwrite

@@ -5,7 +5,8 @@ from math import exp, log
 import pytest
 import torch
 
-from pyro_vae.inference.datum_weights import _shapes, weighed
+from pyro_vae.inference import datum_weights
+from pyro_vae.inference.datum_weights import _shapes
 from pyro_vae.inference.importance import LogLikelihood, _error_of_mean
 
 LOGS = torch.tensor([[0.0, -3.0], [1.0, -1.0], [-2.0, -1.5], [0.5, 0.0], [3.0, -9.0]]).double()
