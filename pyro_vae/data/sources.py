@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_vae.data import holes
+from pyro_vae.data.disk import DiskArray, rows_of
 from pyro_vae.data.order import Place, order
 from pyro_vae.data.padding import without_padding
+from pyro_vae.data.stored import Stored
 from pyro_vae.data.streams import Stream, by_name
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.arrays import as_tensor, require_finite, with_holes
@@ -23,7 +25,7 @@ from pyro_vae.pairs.pair import Batch, Pair, placement
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.template import missing_context
 
-Rows: TypeAlias = "Tensor | np.ndarray | Dataset | DataLoader"
+Rows: TypeAlias = "Tensor | np.ndarray | DiskArray | Dataset | DataLoader"
 
 
 class Arrays:
@@ -92,14 +94,14 @@ def _binary(intensities: Tensor) -> Tensor:
     return torch.where(hidden, torch.nan, drawn) if bool(hidden.any()) else drawn.bool()
 
 
-Source: TypeAlias = "Arrays | Stream"
+Source: TypeAlias = "Arrays | Stream | Stored"
 
 
 def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) -> Source:
     """Make a source of minibatches from rows and their context.
 
     Arguments:
-        x: data (n, *data_shape), a ``Dataset`` or a ``DataLoader``; or, instead of x and context,
+        x: data (n, *data_shape), in memory or on disk; a ``Dataset`` or a ``DataLoader``; or, instead of x and context,
             a dictionary by the names of the model's arguments, or a tuple.
         context: arrays with n rows.
         pair: the pair that uses the rows; its type and its `template` determine what is checked.
@@ -112,6 +114,10 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
     if isinstance(x, (Dataset, DataLoader)) and not isinstance(x, Tensor):
         width = len(pair.template(1)) if hasattr(pair, "template") else None  # type: ignore
         return Stream(x, width, dtype, pair)
+    stored = x if isinstance(x, DiskArray) else rows_of(x)
+    if stored is not None:
+        more = [as_stored(value, f"context {i}", dtype) for i, value in enumerate(context, 1)]
+        return Stored([stored, *more], dtype, pair)
     data = as_tensor(x if pair is None else with_holes(x), "x", finite=False)
     if not context and pair is not None:
         context = missing_context(pair, len(data))
@@ -131,6 +137,13 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
     if pair is not None and (fault := holes.unseen(pair, tensors)):
         raise UsageError(fault)
     return Arrays(tensors)
+
+
+def as_stored(value: Any, name: str, dtype: torch.dtype | None) -> DiskArray | Tensor:
+    """An array beside x on disk: on disk too if it is large, else a tensor."""
+    if isinstance(value, DiskArray):
+        return value
+    return rows_of(value, name) or as_tensor(value, name, dtype)
 
 
 def spread(pair: nn.Module | None, x: Any, context: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:

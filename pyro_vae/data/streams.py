@@ -28,7 +28,35 @@ from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.rng import apart, derived
 
 
-class Stream:
+class Arriving:
+    """Minibatches that are checked when they are read, because nobody has seen all rows before."""
+
+    def __init__(self, dtype: torch.dtype | None, pair: nn.Module | None) -> None:
+        self.dtype, self.pair = dtype, pair
+        self.greatest: int | None = None
+        """The largest value that 8-bit data may have; None for an unlimited range."""
+        self.serves = False
+        """Whether x had missing entries (NaN), which the pair leaves out."""
+
+    def require_served(self, pair: nn.Module, batch: Batch, row: int) -> None:
+        """Raise `UsageError` for missing entries of x that the pair cannot use."""
+        told = None if self.serves else holes.unserved(pair, batch, row)
+        if told := told or holes.unseen(pair, batch, row):
+            raise UsageError(told)
+        self.serves = self.serves or len(holes.rows(batch[0])) > 0
+
+    def require_sound(self, item: Any, name: str, row: int) -> None:
+        if not isinstance(item, Tensor):
+            raise UsageError(f"the data set must give tensors, got {type(item).__name__}")
+        if fault := plain_fault(item):
+            raise UsageError(f"{name} {fault}")
+        missing = name == "x" and self.pair is not None
+        require_finite(item, name, self.dtype, row, " of the epoch", missing=missing)
+        if name == "x" and self.greatest is not None and int(item.max()) > self.greatest:
+            raise UsageError(mixed_eight_bit(int(item.max())))
+
+
+class Stream(Arriving):
     """A torch ``Dataset`` or ``DataLoader`` as a source of minibatches.
 
     Its length is the number of rows of an epoch. ``num_data`` is the number of different rows over
@@ -42,11 +70,8 @@ class Stream:
         dtype: torch.dtype | None = None,
         pair: nn.Module | None = None,
     ) -> None:
-        self.rows, self.width, self.dtype, self.pair = rows, width, dtype, pair
-        self.greatest: int | None = None
-        """The largest value that 8-bit data may have; None for an unlimited range."""
-        self.serves = False
-        """Whether x had missing entries (NaN), which the pair leaves out."""
+        super().__init__(dtype, pair)
+        self.rows, self.width = rows, width
         _require_plain_items(rows)
         _require_whole(rows)
         self.length, self.num_data, self.exact = _lengths(rows)
@@ -127,28 +152,11 @@ class Stream:
             batch = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
             batch = batch[: self.width]
             for i, item in enumerate(batch):
-                self._require_sound(item, f"context {i}" if i else "x", row)
+                self.require_sound(item, f"context {i}" if i else "x", row)
             if self.pair is not None:
-                self._require_served(self.pair, batch, row)
+                self.require_served(self.pair, batch, row)
             row += len(batch[0])
             yield batch
-
-    def _require_served(self, pair: nn.Module, batch: Batch, row: int) -> None:
-        """Raise `UsageError` for missing entries of x that the pair cannot use."""
-        told = None if self.serves else holes.unserved(pair, batch, row)
-        if told := told or holes.unseen(pair, batch, row):
-            raise UsageError(told)
-        self.serves = self.serves or len(holes.rows(batch[0])) > 0
-
-    def _require_sound(self, item: Any, name: str, row: int) -> None:
-        if not isinstance(item, Tensor):
-            raise UsageError(f"the data set must give tensors, got {type(item).__name__}")
-        if fault := plain_fault(item):
-            raise UsageError(f"{name} {fault}")
-        missing = name == "x" and self.pair is not None
-        require_finite(item, name, self.dtype, row, " of the epoch", missing=missing)
-        if name == "x" and self.greatest is not None and int(item.max()) > self.greatest:
-            raise UsageError(mixed_eight_bit(int(item.max())))
 
     @staticmethod
     def _collated(loader: DataLoader) -> Iterator[Any]:
