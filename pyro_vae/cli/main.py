@@ -36,11 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with here, _warnings_as_lines(), shared(command.__name__):
             command(*bound.args, **bound.kwargs)
     except UsageError as error:
-        if is_elsewhere(error):
-            sys.exit(2)
-        _fail(error.spelled(_spell(words)))
+        _fail(error.spelled(_spell(words)), is_elsewhere(error))
     except CycloptsError as error:
-        _fail(str(error))
+        _fail(str(error), is_elsewhere(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -81,6 +79,8 @@ def _warnings_as_lines() -> Iterator[None]:
         yield
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, told: bool = False) -> None:
+    if told:
+        sys.exit(2)
     print(f"pyro-vae: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -59,7 +59,9 @@ def _quiet(silent: bool) -> Iterator[None]:
         yield
 
 
-def is_elsewhere(error: UsageError) -> bool:
-    """Whether another process prints this error."""
+def is_elsewhere(error: Exception) -> bool:
+    """Whether another process prints this error: all of them read the same command line."""
+    if "torch" not in sys.modules:
+        return int(os.environ.get("RANK") or 0) > 0
     module = sys.modules.get("pyro_vae.pairs.processes")
     return module is not None and isinstance(error, module.ElsewhereError)

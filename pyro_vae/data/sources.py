@@ -101,8 +101,8 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
     """Make a source of minibatches from rows and their context.
 
     Arguments:
-        x: data (n, *data_shape), in memory or on disk; a ``Dataset`` or a ``DataLoader``; or, instead of x and context,
-            a dictionary by the names of the model's arguments, or a tuple.
+        x: data (n, *data_shape), in memory or on disk; a ``Dataset`` or a ``DataLoader``; or,
+            instead of x and context, a dictionary by the names of the model's arguments or a tuple.
         context: arrays with n rows.
         pair: the pair that uses the rows; its type and its `template` determine what is checked.
 

@@ -128,8 +128,9 @@ class Stream(Arriving):
         rows, row = self.rows, place.batches * batch_size
         if isinstance(rows, (DataLoader, IterableDataset)):
             return self._replayed(batch_size, place)
-        index = order(place.seed, place.epoch, len(self))[row:].split(batch_size)
-        return self._indexed([place.team.of(part).tolist() for part in index], row)
+        index = order(place.seed, place.epoch, len(self))
+        parts = (index[start : start + batch_size] for start in range(row, len(self), batch_size))
+        return self._indexed([place.team.of(part).tolist() for part in parts], row)
 
     def _indexed(self, parts: list[list[int]], row: int) -> Iterator[Batch]:
         # With a generator of its own, the loader does not draw from the caller's. A part without

@@ -114,6 +114,15 @@ def start_alike(pair: nn.Module, job: dict[str, Any], rows: Source, seed: int, t
     with rng.seeded(seed):
         first = [tensor.cpu() for tensor in rows.first(16)]
     jobs = team.gather(lambda: (job, first))
+    team.together(lambda: _require_alike(jobs))
+    team.together(lambda: _require_rows(job["settings"]["batch_size"], team))
+    tensors = team.from_first(lambda: [t.detach().cpu() for t in pair.state_dict().values()])
+    with torch.no_grad():
+        for own, value in zip(pair.state_dict().values(), tensors, strict=True):
+            own.copy_(value)
+
+
+def _require_alike(jobs: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
     for rank, (other, few) in enumerate(jobs):
         differ = [name for name, value in other.items() if value != jobs[0][0].get(name)]
         if not differ and not _same(few, jobs[0][1]):
@@ -123,11 +132,6 @@ def start_alike(pair: nn.Module, job: dict[str, Any], rows: Source, seed: int, t
                 f"process {rank} has another {differ[0]} than process 0: give the same data and "
                 "settings to each process, which then takes its part of each minibatch"
             )
-    _require_rows(job["settings"]["batch_size"], team)
-    tensors = team.from_first(lambda: [t.detach().cpu() for t in pair.state_dict().values()])
-    with torch.no_grad():
-        for own, value in zip(pair.state_dict().values(), tensors, strict=True):
-            own.copy_(value)
 
 
 def _same(some: list[Tensor], others: list[Tensor]) -> bool:
