@@ -10,6 +10,7 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
+from pyro_vae.data.order import order
 from pyro_vae.pairs.processes import here
 
 OPTIONS = {"engine": "eager", "progress": False, "batch_size": 8, "learning_rate": 1e-2}
@@ -95,7 +96,7 @@ class Items(TensorDataset):
 
 
 class Fails(nn.Module):
-    """A pair that fails on some rows in its model."""
+    """A pair that fails in one process in training."""
 
     def __init__(self, bad):
         super().__init__()
@@ -147,11 +148,13 @@ def weights(pair):
 
 def failures():
     """The errors of runs that cannot go on; the next run works again."""
-    rank = here_rank()
+    rank, extreme = here_rank(), X.clone()
+    extreme[order(0, 0, len(X))[7]] = 1e30  # the second process has this row in its first step
     return {
         "model": message(lambda: pv.fit(Fails(1), X, epochs=1, **OPTIONS)),
         "data": message(lambda: pv.fit(make(), X + rank, epochs=1, **OPTIONS)),
         "small": message(lambda: pv.fit(make(), X, epochs=1, **OPTIONS | {"batch_size": 1})),
+        "nan": message(lambda: pv.fit(make(), extreme, epochs=1, **OPTIONS)),
         "callback": message(lambda: pv.fit(make(), X, epochs=1, on_epoch=[broken], **OPTIONS)),
     }
 
