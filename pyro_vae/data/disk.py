@@ -5,6 +5,7 @@ process, so the rows of a file are read and not mapped.
 """
 
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,9 +126,9 @@ def rows_of(value: Any, name: str = "x") -> DiskArray | None:
     size = max(1, BLOCK_BYTES // max(1, value.itemsize if value.ndim == 1 else _row_bytes(value)))
     chunk = getattr(value, "chunks", None)
     size = size if not chunk else -(-size // chunk[0]) * chunk[0]
-    blocks = np.arange(-(-len(value) // size))
+    blocks = np.arange(-(-value.shape[0] // size))
     where = str(getattr(value, "filename", None) or name)
-    return DiskArray(reader, len(value), size, blocks, tuple(value.shape[1:]), dtype, where)
+    return DiskArray(reader, value.shape[0], size, blocks, tuple(value.shape[1:]), dtype, where)
 
 
 def in_memory(x: Any) -> bool:
@@ -158,7 +159,7 @@ def _of_map(array: np.memmap) -> Callable[[int, int], np.ndarray] | None:
     return _Rows(Path(array.filename), root.offset + ahead, tuple(array.shape), array.dtype)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Rows:
     """Reads rows of a file without mapping it into memory."""
 
@@ -168,15 +169,15 @@ class _Rows:
     dtype: np.dtype
 
     def __post_init__(self) -> None:
-        self.file = open(self.path, "rb")  # noqa: SIM115 (it stays open as long as the array)
-        self.size = os.fstat(self.file.fileno()).st_size
+        self.descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
         row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         found = np.empty((stop - start, *self.shape[1:]), self.dtype)
         view, at = memoryview(found.reshape(-1).view(np.uint8)), self.offset + start * row
         while len(view):
-            done = os.preadv(self.file.fileno(), [view], at)
+            done = os.preadv(self.descriptor, [view], at)
             if done <= 0:
                 raise UsageError(f"{self.path} is cut short: row {start} cannot be read")
             view, at = view[done:], at + done
