@@ -45,13 +45,13 @@ class Arriving:
             raise UsageError(told)
         self.serves = self.serves or len(holes.rows(batch[0])) > 0
 
-    def require_sound(self, item: Any, name: str, row: int) -> None:
+    def require_sound(self, item: Any, name: str, row: int, of: str = " of the epoch") -> None:
         if not isinstance(item, Tensor):
             raise UsageError(f"the data set must give tensors, got {type(item).__name__}")
         if fault := plain_fault(item):
             raise UsageError(f"{name} {fault}")
         missing = name == "x" and self.pair is not None
-        require_finite(item, name, self.dtype, row, " of the epoch", missing=missing)
+        require_finite(item, name, self.dtype, row, of, missing=missing)
         if name == "x" and self.greatest is not None and int(item.max()) > self.greatest:
             raise UsageError(mixed_eight_bit(int(item.max())))
 
