@@ -78,7 +78,7 @@ def speed(rounds: int) -> None:
     print(f"ratio of the best {max(found[2]) / max(found[1]):.2f}")
 
 
-KILL_ROWS, KILL_EPOCHS, KILL_BATCH = 300, 12, 16
+KILL_ROWS, KILL_EPOCHS, KILL_BATCH = 300, 40, 16
 
 
 class Noted(torch.utils.data.Dataset):
@@ -109,7 +109,7 @@ def killed(folder: Path) -> None:
         out=folder / "run",
         engine="eager",
         progress=False,
-        on_epoch=[lambda epoch: time.sleep(0.2)],
+        on_epoch=[lambda epoch: time.sleep(0.3)],
         **options,
     )
 

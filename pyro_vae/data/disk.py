@@ -175,7 +175,7 @@ class _Rows:
     def __call__(self, start: int, stop: int) -> np.ndarray:
         row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         found = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        view, at = memoryview(found.reshape(-1).view(np.uint8)), self.offset + start * row
+        view, at = memoryview(found.reshape(-1).view(np.uint8).data), self.offset + start * row
         while len(view):
             done = os.preadv(self.descriptor, [view], at)
             if done <= 0:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -140,8 +140,8 @@ def _in_blocks(path: Path, x: DiskArray) -> Data:
         raise UsageError(f"{path} has {len(x.blocks)} blocks of rows, but needs at least 10")
     order = torch.randperm(len(x.blocks), generator=torch.Generator().manual_seed(0)).numpy()
     ends = [len(order) * share // 10 for share in (0, 7, 8, 10)]
-    parts = [Split(x.part(order[a:b])) for a, b in pairwise(ends)]  # type: ignore[arg-type]
-    return Data(path.stem, *parts)
+    train, validation, test = (Split(cast(Any, x.part(order[a:b]))) for a, b in pairwise(ends))
+    return Data(path.stem, train, validation, test)
 
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, SyntaxError, TokenError, MemoryError)

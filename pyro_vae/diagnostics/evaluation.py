@@ -203,8 +203,18 @@ def evaluate(
     team = here()
     with single():
         return _evaluated(
-            *(pair, (x, context), labels, train, train_labels),
-            *(num_samples, binarize, batch_size, seed, engine, progress, team),
+            pair,
+            (x, context),
+            labels,
+            train,
+            train_labels,
+            num_samples,
+            binarize,
+            batch_size,
+            seed,
+            engine,
+            progress,
+            team,
         )
 
 
