@@ -27,10 +27,14 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def both(folder):
     """The results of two processes."""
-    folder, port = tmp_path_factory.mktemp("processes"), free_port()
-    running = []
+    running, port = [], free_port()
     for rank in range(2):
         own = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         env = os.environ | own | {"MASTER_PORT": port, "PYTHONPATH": str(PROGRAM.parents[2])}
@@ -83,6 +87,27 @@ def test_a_resumed_run_is_bit_identical(both):
         whole, parts = found["resumed"]
         assert torch.equal(whole, parts)
     assert torch.equal(both[0]["resumed"], both[1]["resumed"])
+
+
+@pytest.mark.usefixtures("both")
+def test_another_number_of_processes_may_resume(folder):
+    pair, options = program.make(), program.OPTIONS | {"out": folder / "parts", "resume": True}
+    with pytest.warns(UserWarning, match="of 2 processes and 1 continue it: the order of the rows"):
+        history = pv.fit(pair, program.X, epochs=4, **options)
+    assert len(history) == 4
+    history = pv.fit(pair, program.X, epochs=5, **options)  # one process wrote it, and no warning
+    assert len(history) == 5
+
+
+def test_a_restart_by_torchrun_resumes(tmp_path, monkeypatch):
+    options = program.OPTIONS | {"out": tmp_path / "run", "overwrite": True}
+    whole, parts = program.make(), program.make()
+    pv.fit(whole, program.X, epochs=2, **program.OPTIONS)
+    pv.fit(parts, program.X, epochs=1, **options)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    pv.fit(program.make(), program.X, epochs=2, **options)
+    parts = pv.load(tmp_path / "run")
+    assert torch.equal(program.weights(whole), program.weights(parts))
 
 
 def test_running_means_are_the_same_in_all_processes(both):
