@@ -13,6 +13,7 @@ from pyro_vae.cli.app import app
 from pyro_vae.cli.config_file import run_of
 from pyro_vae.cli.make_pair import current_folder
 from pyro_vae.cli.options import Model
+from pyro_vae.cli.processes import is_elsewhere, shared
 from pyro_vae.errors import UsageError
 
 # isort: off
@@ -33,12 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
         # A class of the user's own may import modules that are next to it whenever it runs.
         here = current_folder() if _names_class(bound.arguments) else nullcontext()
-        with here, _warnings_as_lines(), _folder_locked(command, bound.arguments):
+        with (
+            here,
+            _warnings_as_lines(),
+            shared(command.__name__),
+            _folder_locked(command, bound.arguments),
+        ):
             command(*bound.args, **bound.kwargs)
     except UsageError as error:
-        _fail(error.spelled(_spell(words)))
+        _fail(error.spelled(_spell(words)), is_elsewhere(error))
     except CycloptsError as error:
-        _fail(str(error))
+        _fail(str(error), is_elsewhere(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -97,6 +103,8 @@ def _warnings_as_lines() -> Iterator[None]:
         yield
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, told: bool = False) -> None:
+    if told:
+        sys.exit(2)
     print(f"pyro-vae: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

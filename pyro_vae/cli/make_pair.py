@@ -160,6 +160,7 @@ def _make_mixture(config: Model, common: dict[str, Any]) -> tuple[Any, nn.Module
 
 
 def _make_vamp(config: Model, encoder: nn.Module, data: Data, context: Sequence[Any]) -> nn.Module:
+    from pyro_vae.data.disk import sampled
     from pyro_vae.parts.priors import VampPrior
 
     if context:
@@ -169,7 +170,9 @@ def _make_vamp(config: Model, encoder: nn.Module, data: Data, context: Sequence[
     if data.table is not None:
         raise UsageError("--prior vamp does not apply to tables, whose categories have no gradient")
     whole = config.likelihood in COUNTS
-    return VampPrior.of_data(encoder, data.train.x, components=config.components, whole=whole)
+    return VampPrior.of_data(
+        encoder, sampled(data.train.x), components=config.components, whole=whole
+    )
 
 
 def plain_dim(latent_dim: Sequence[int]) -> int | tuple[int, ...]:

@@ -27,7 +27,9 @@ def in_color(data: Any) -> bool:
     """Whether the data are 8-bit images with several channels."""
     import torch
 
-    x = data.train.x
+    from pyro_vae.data.disk import sampled
+
+    x = sampled(data.train.x)
     shape = data.shape if data.train.members is None else data.shape[1:]
     channels = len(shape) == 3 and shape[0] in (3, 4)
     return channels and x.dtype == torch.uint8 and int(x.max()) > 1
@@ -35,7 +37,9 @@ def in_color(data: Any) -> bool:
 
 def binarized(config: Model, data: Any) -> bool:
     """Whether a Bernoulli likelihood meets intensities other than black and white."""
-    x = data.train.x
+    from pyro_vae.data.disk import sampled
+
+    x = sampled(data.train.x)
     if config.likelihood != "bernoulli" or data.schema is not None or data.vocabulary is not None:
         return False
     white = 255 if not x.is_floating_point() and int(x.max()) > 1 else 1
@@ -82,10 +86,11 @@ def made_for_data(
 
     Raises `UsageError` for options of the likelihood that tables ignore.
     """
+    from pyro_vae.data.disk import sampled
     from pyro_vae.parts.missing import Missing
     from pyro_vae.parts.standardized import Standardized
 
-    x = data.train.x
+    x = sampled(data.train.x)
     if data.schema is not None:
         return data.schema.likelihood(x if data.table is not None else x[data.train.members >= 0])
     if standardize:
@@ -94,8 +99,10 @@ def made_for_data(
 
 
 def missing_entries(data: Any) -> int:
-    """The number of entries of the data that are NaN."""
-    parts = (data.train.x, data.validation.x, data.test.x)
+    """The number of entries of the data that are NaN, in a sample of rows on disk."""
+    from pyro_vae.data.disk import sampled
+
+    parts = map(sampled, (data.train.x, data.validation.x, data.test.x))
     return sum(int(part.isnan().sum()) for part in parts if part.is_floating_point())
 
 

@@ -33,6 +33,7 @@ def measure_run(
     """
     from pyro_vae.data.split import part_of
     from pyro_vae.diagnostics.evaluation import evaluate as measure
+    from pyro_vae.pairs.processes import here
     from pyro_vae.runs import metrics as run_metrics
 
     split = data.test if part == "test" else part_of(data, part)
@@ -53,7 +54,8 @@ def measure_run(
     members = _by_member(result.log_likelihood, split) if given.get("group") else {}
     named = {"data": data.name} | ({} if part == "test" else {"part": part})
     metrics = named | result.as_dict() | members | dict(kept or {})
-    run_metrics.write_metrics(run, pair, metrics)
+    if here().first:
+        run_metrics.write_metrics(run, pair, metrics)
     print(result)
     for value in members.values():
         print(f"{'log p(x) by member':<20}{value:.3f}")

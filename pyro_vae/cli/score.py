@@ -210,6 +210,7 @@ def encode(
         posterior means of each local latent in obsm["X_SITE"], for example obsm["X_z"].
     """
     from pyro_vae.inference import encoding
+    from pyro_vae.pairs.processes import here
 
     path = out or run / "codes.npz"
     pair, loaded, given = open_run(run, data, None, model, part)
@@ -225,6 +226,8 @@ def encode(
             kept |= {f"{name}_{what}": code.cpu().numpy() for name, code in found.items()}
         if what == "mean" and shared:
             others["global_latents"] = list(shared)
+    if not here().first:
+        return
     if split.labels is not None:
         by_row["labels"] = split.labels.numpy()
     if split.members is not None:

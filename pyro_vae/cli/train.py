@@ -1,7 +1,7 @@
 """The command that trains a pair."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,32 +77,26 @@ def train(
     config
         JSON file of options, or the config.json of a run. Options on the command line override it.
     """
-    from pyro_vae.data.datasets import load_data
+    from pyro_vae.pairs.processes import here, single
     from pyro_vae.runs.held_out_rows import split_checksums
+    from pyro_vae.training.fit import after_restart
 
     del config  # `read_options` has already added the options of this file.
     require_positive("num_eval_samples", num_eval_samples)
     budget = (SECONDS if report else 0.0) if diagnosis_seconds is None else diagnosis_seconds
     require_seconds("diagnosis_seconds", budget, "at least 0")
     run = out or run_of(data)
-    recorded = recorded_options(run) if resume else {}
-    require_recorded(run, recorded, model.model)
-    require_groups(model.model, source.group)
-    columns: Any = source.columns
-    if resume and (run / "schema.toml").is_file():
-        columns = _same_schema(run, source.columns)
-    loaded = load_data(data, source.data_dir, source.length, columns=columns, **named_data(source))
-    reject_ignored_by_data(source, loaded)
-    if resume:
-        require_split(run, loaded)
+    team = here()
+    resume, overwrite = after_restart(run, resume, overwrite)
+    loaded = team.together(lambda: _loaded(data, run, model, source, resume))
     if loaded.schema is not None:
         print(loaded.schema, end="\n\n")
     if loaded.cells is not None and loaded.cells.schema.columns:
         print(loaded.cells.schema, end="\n\n")
-    job = make_job(data, loaded, model, objective, source, settings)
+    job = team.together(lambda: make_job(data, loaded, model, objective, source, settings))
     for title, words in told(loaded, model):
         print(f"{title:<20}{words}")
-    with _schema_kept(run, loaded):
+    with _schema_kept(run, loaded) if team.first else nullcontext():
         job.fit(
             out=run,
             resume=resume,
@@ -116,11 +110,31 @@ def train(
     if holes := missing_entries(loaded):
         print(f"{'missing entries':<20}{holes}, which the likelihood leaves out")
     measure_run(run, job.pair, loaded, job.given, num_eval_samples, job.settings.engine)
-    if budget:
-        diagnose_trained(run, job.pair, loaded, job.given, budget, job.settings.engine)
-    if report:
-        report_run(run, job.pair, loaded, job.given)
-        print(f"{'report':<20}{run / 'report.html'}")
+    if not team.first:
+        return
+    with single():
+        if budget:
+            diagnose_trained(run, job.pair, loaded, job.given, budget, job.settings.engine)
+        if report:
+            report_run(run, job.pair, loaded, job.given)
+            print(f"{'report':<20}{run / 'report.html'}")
+
+
+def _loaded(data: str, run: Path, model: Model, source: Input, resume: bool) -> "Data":
+    """The data of a command; a resumed run must have the same data and kind of pair."""
+    from pyro_vae.data.datasets import load_data
+
+    recorded = recorded_options(run) if resume else {}
+    require_recorded(run, recorded, model.model)
+    require_groups(model.model, source.group)
+    columns: Any = source.columns
+    if resume and (run / "schema.toml").is_file():
+        columns = _same_schema(run, source.columns)
+    loaded = load_data(data, source.data_dir, source.length, columns=columns, **named_data(source))
+    reject_ignored_by_data(source, loaded)
+    if resume:
+        require_split(run, loaded)
+    return loaded
 
 
 def _same_schema(run: Path, columns: Path | None) -> Any:

@@ -6,14 +6,17 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data import disk
+from pyro_vae.data.disk import DiskArray, rows_of
 from pyro_vae.data.groups import in_groups
 from pyro_vae.data.music import Piece, piano_rolls, read_pieces
 from pyro_vae.data.sizes import require_memory
@@ -59,6 +62,8 @@ def load_file(path: Path, group: str | None = None) -> Data:
     if path.suffix not in (".npy", ".npz"):
         raise UsageError(f"{path} must be a .npy, .npz, .txt or .json file")
     try:
+        if group is None and (large := _on_disk(path)) is not None:
+            return _in_blocks(path, large)
         with open(path, "rb") as file:
             _require_declared(file, path)
             loaded: Any = np.load(file, allow_pickle=False)
@@ -102,6 +107,41 @@ def load_file(path: Path, group: str | None = None) -> Data:
     if "validation" not in splits:
         splits["train"], splits["validation"] = shuffled(splits["train"], (5, 1))
     return Data(path.stem, splits["train"], splits["validation"], splits["test"])
+
+
+def _on_disk(path: Path) -> DiskArray | None:
+    """The rows or images of a large .npy file, which stay on disk; None for other files."""
+    if path.suffix != ".npy" or path.stat().st_size < disk.LEAST_BYTES:
+        return None
+    with open(path, "rb") as file:
+        _declared(file, path.stat().st_size, path)
+    found = rows_of(np.load(path, mmap_mode="r", allow_pickle=False))
+    if found is None:
+        return None
+    if not len(found):
+        raise UsageError(f"{path} is empty: it holds an array of shape {tuple(found.shape)}")
+    if len(found.row) == 1:
+        return found
+    if len(found.row) == 2:
+        return replace(found, row=(1, *found.row))
+    if len(found.row) == 3 and found.row[0] in (1, 3, 4):
+        return found
+    if len(found.row) == 3 and found.row[2] in (1, 3, 4):
+        return replace(found, row=(found.row[2], *found.row[:2]), last=True)
+    raise _odd_shape(path, found.shape)
+
+
+def _in_blocks(path: Path, x: DiskArray) -> Data:
+    """Split an array on disk 70 : 10 : 20 by its blocks, so that each part is read in blocks.
+
+    Rows that follow each other stay together in one part, as far as blocks go.
+    """
+    if len(x.blocks) < 10:
+        raise UsageError(f"{path} has {len(x.blocks)} blocks of rows, but needs at least 10")
+    order = torch.randperm(len(x.blocks), generator=torch.Generator().manual_seed(0)).numpy()
+    ends = [len(order) * share // 10 for share in (0, 7, 8, 10)]
+    train, validation, test = (Split(cast(Any, x.part(order[a:b]))) for a, b in pairwise(ends))
+    return Data(path.stem, train, validation, test)
 
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, SyntaxError, TokenError, MemoryError)
@@ -202,9 +242,13 @@ def _images(array: np.ndarray, path: Path, missing: bool = False) -> Tensor:
         return x
     if x.dim() == 4 and x.shape[3] in (1, 3, 4):
         return x.permute(0, 3, 1, 2).contiguous()
-    raise UsageError(
+    raise _odd_shape(path, x.shape)
+
+
+def _odd_shape(path: Path, shape: Sequence[int]) -> UsageError:
+    return UsageError(
         f"{path}: expected rows (n, d), gray images (n, height, width) or images (n, channels, "
-        f"height, width), got an array of shape {tuple(x.shape)}"
+        f"height, width), got an array of shape {tuple(shape)}"
     )
 
 

@@ -12,7 +12,8 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_vae.data.sources import Arrays, Rows, Source, Stream, mixed_eight_bit, source
+from pyro_vae.data.sources import Arrays, Rows, Source, source
+from pyro_vae.data.streams import mixed_eight_bit
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import DIVISOR, as_context, recorded_divisor
@@ -192,7 +193,7 @@ def _with_eight_bit(
             "used as they are" if whole else "treated as 8-bit intensities k/255, as in training"
         )
         warnings.warn(f"x is uint8 with only the values 0 and 1: they are {taken}", stacklevel=2)
-    if whole and isinstance(rows, Stream):
+    if whole and not isinstance(rows, Arrays):
         rows.greatest = 1
     return replace(plain, whole=whole)
 
@@ -202,7 +203,7 @@ def record_divisor(pair: nn.Module, rows: Source, prepare: Preparation) -> None:
 
     A few rows are not enough to find it: a nearly black image may have only the values 0 and 1.
     """
-    x = rows.first(256)[0] if isinstance(rows, Stream) else rows.tensors[0]
+    x = rows.tensors[0] if isinstance(rows, Arrays) else rows.first(256)[0]
     if x.dtype == torch.uint8 and recorded_divisor(pair) is None and bool(x.any()):
         setattr(pair, DIVISOR, 1 if prepare.whole else 255)
 

@@ -19,6 +19,7 @@ from pyro_vae.pairs.arrays import as_labels
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.formatting import with_error
 from pyro_vae.pairs.moments import is_category, is_discrete, mean
+from pyro_vae.pairs.processes import Team, here, single
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import latents, observed, same_order, sample_sites, site_kl
 from pyro_vae.pairs.threads import alone
@@ -199,7 +200,40 @@ def evaluate(
     """
     if num_samples < 1:
         raise UsageError(f"must be at least 1, got {num_samples}", argument="num_samples")
-    rows, prepare = held_rows(pair, x, context, binarize)
+    team = here()
+    with single():
+        return _evaluated(
+            pair,
+            (x, context),
+            labels,
+            train,
+            train_labels,
+            num_samples,
+            binarize,
+            batch_size,
+            seed,
+            engine,
+            progress,
+            team,
+        )
+
+
+def _evaluated(
+    pair: nn.Module,
+    data: tuple[Rows, tuple[Any, ...]],
+    labels: Any,
+    train: Any,
+    train_labels: Any,
+    num_samples: int,
+    binarize: str,
+    batch_size: int,
+    seed: int,
+    engine: str,
+    progress: bool,
+    team: Team,
+) -> Evaluation:
+    """Do what `evaluate` says; several processes share the two estimates over rows."""
+    rows, prepare = team.together(lambda: held_rows(pair, *data, binarize))
     given = None if train is None else parts(train)
     known = None if given is None else held_rows(pair, given[0], given[1:], binarize)
     if labels is not None:
@@ -207,12 +241,12 @@ def evaluate(
     if train_labels is not None and known is not None:
         train_labels = _labels_of(known[0], train_labels, "train")
     objective = elbo(pair, prepare(rows.first(2)), PARTICLES)
-    measured = bound(pair, rows, prepare, objective, batch_size, seed)
+    measured = bound(pair, rows, prepare, objective, batch_size, seed, team)
     few = prepare(rows.first(2))
     points, factors = fold_plan.plan(pair, few), folding.factors_of(pair, few)
     likelihood = None
     if not points.local_points:
-        likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress)
+        likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress, team)
         _warn_of_rows(rows, prepare, likelihood.per_datum, batch_size)
     units, codes, moves, dims = _units(pair, rows, prepare, batch_size, seed)
     scores = LabelScores()

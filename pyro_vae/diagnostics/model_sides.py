@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.importance import STEADY, relative_error
+from pyro_vae.inference.datum_weights import relative_error
+from pyro_vae.inference.importance import STEADY
 from pyro_vae.inference.pareto import threshold
 from pyro_vae.inference.weighted import Weighted, weighted_parts
 from pyro_vae.pairs import masks

@@ -12,7 +12,8 @@ from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.annealing_path import AnnealingPath, AnnealingSettings
-from pyro_vae.inference.importance import CELLS, COMPILED_CELLS, relative_error, unnormalized
+from pyro_vae.inference.datum_weights import relative_error
+from pyro_vae.inference.importance import CELLS, COMPILED_CELLS, unnormalized
 from pyro_vae.inference.joint import Joint
 from pyro_vae.pairs.folding import factors_of
 from pyro_vae.pairs.formatting import with_error

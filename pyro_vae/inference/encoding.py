@@ -13,6 +13,8 @@ from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.moments import is_category
 from pyro_vae.pairs.pair import Site
+from pyro_vae.pairs.processes import Team, here, single
+from pyro_vae.pairs.rng import derived
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_first, latents
 from pyro_vae.pairs.threads import alone
@@ -65,10 +67,38 @@ def encode_parts(
     """Return the results of `encode` for local latents, and for global and group latents."""
     if what not in ("mean", "scale", "draw"):
         raise UsageError(f"must be 'mean', 'scale' or 'draw', got '{what}'", argument="what")
+    team = here()
+    with single():
+        parts = team.gather(lambda: _encoded(pair, x, context, what, binarize, seed, team))
     found: dict[str, list[Tensor]] = {}
+    for i in range(len(parts[0][0])):
+        for batches, _ in parts:
+            for name, value in batches[i].items() if i < len(batches) else ():
+                found.setdefault(name, []).append(value)
+    return {name: torch.cat(values) for name, values in found.items()}, parts[0][1]
+
+
+def _encoded(
+    pair: nn.Module,
+    x: Rows,
+    context: Sequence[Any],
+    what: str,
+    binarize: str,
+    seed: int,
+    team: Team,
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Return the local latents of each minibatch of this process, and those that all share.
+
+    Every process encodes the first minibatch, which shows the latents that all rows share.
+    """
+    batches: list[dict[str, Tensor]] = []
     shared: dict[str, Site] = {}
     with using(pair, seed):
-        for batch in prepared_batches(pair, x, context, binarize):
+        for i, batch in enumerate(prepared_batches(pair, x, context, binarize)):
+            if i and i % team.count != team.rank:
+                continue
+            found: dict[str, Tensor] = {}
+            batches.append(found)
             # All batches have the same global latents.
             with Given({name: site["value"] for name, site in shared.items()}):
                 guide = guide_of(pair, batch, what != "draw")
@@ -76,13 +106,15 @@ def encode_parts(
                 if not is_local(site):
                     shared.setdefault(name, site)
                 elif (value := _wanted(site, what)) is not None:
-                    found.setdefault(name, []).append(data_first(value, site).detach())
+                    found[name] = data_first(value, site).detach()
             if what != "scale":
                 for name, value in summed_out(pair, batch, guide, what == "mean").items():
-                    found.setdefault(name, []).append(value)
+                    found[name] = value
+            if i == 0 and not team.first:
+                batches.clear()
+                torch.manual_seed(derived(seed, "process", team.rank))
         own = {name: _wanted(site, what) for name, site in shared.items()}
-    local = {name: torch.cat(parts) for name, parts in found.items()}
-    return local, {name: value.detach() for name, value in own.items() if value is not None}
+    return batches, {name: value.detach() for name, value in own.items() if value is not None}
 
 
 def _wanted(site: Site, what: str) -> Tensor | None:

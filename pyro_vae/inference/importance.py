@@ -1,8 +1,8 @@
 """Estimates of log p(x) by importance sampling, with the guide as proposal."""
 
-from collections.abc import Callable
-from math import isfinite, log
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from math import isfinite
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,22 @@ from torch import Tensor, nn
 from pyro_vae.data.preparation import Preparation, held_rows
 from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.pareto import LEAST, Greatest, shape_of_greatest, tail_length, threshold
+from pyro_vae.inference.datum_weights import Weighed, weighed
+from pyro_vae.inference.pareto import LEAST, threshold
 from pyro_vae.pairs import fold_plan, folding
 from pyro_vae.pairs.formatting import with_error
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
+from pyro_vae.pairs.processes import ALONE, Team, here, single
 from pyro_vae.pairs.progress import bar
+from pyro_vae.pairs.rng import derived
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.weights import log_weights, log_weights_alone, structure
 from pyro_vae.training.settings import require_engine
 from pyro_vae.training.tracing import Named, traced
+
+T = TypeVar("T")
 
 STEADY = 0.01
 """Weights whose relative standard deviation is at most this give log p(x) whatever their tail."""
@@ -220,8 +225,10 @@ def log_likelihood(
     """
     if num_samples < 1:
         raise UsageError(f"must be at least 1, got {num_samples}", argument="num_samples")
-    rows, prepare = held_rows(pair, x, context, binarize)
-    return estimate(pair, rows, prepare, num_samples, seed, engine, progress)
+    team = here()
+    with single():
+        rows, prepare = team.together(lambda: held_rows(pair, x, context, binarize))
+        return estimate(pair, rows, prepare, num_samples, seed, engine, progress, team)
 
 
 def estimate(
@@ -232,11 +239,48 @@ def estimate(
     seed: int,
     engine: str,
     progress: bool,
+    team: Team = ALONE,
 ) -> LogLikelihood:
-    """Compute `log_likelihood` of rows that are already checked and binarized."""
+    """Compute `log_likelihood` of rows that are already checked and binarized.
+
+    Arguments:
+        team: the processes that share the minibatches. All of them get the same result.
+    """
     require_engine(engine)
-    found: list[_Weighed] = []
+    parts = team.gather(
+        lambda: _weigh(pair, rows, prepare, num_samples, seed, engine, progress, team)
+    )
+    whole = Weighed(*map(torch.cat, zip(*_in_order(parts), strict=True)))
     with using(pair, seed):
+        first = prepare(next(iter(rows.batches(2))))
+        shared, terms = bool(global_latents(pair, first)), folding.factors_of(pair, first)
+        modes = fold_plan.known(pair).modes
+    if modes and num_samples >= LEAST:
+        # A Delta omits values of a discrete latent, and more samples never find them.
+        whole = whole._replace(pareto_k=torch.full_like(whole.pareto_k, torch.inf))
+    return LogLikelihood(
+        value=whole.per_datum.mean().item(),
+        standard_error=_error_of_mean(whole.standard_errors, shared),
+        num_samples=num_samples,
+        elbo=whole.elbo_per_datum.mean().item(),
+        elbo_standard_error=_error_of_mean(whole.elbo_standard_errors, shared),
+        factors=terms,
+        **whole._asdict(),
+    )
+
+
+def _weigh(
+    pair: nn.Module,
+    rows: Source,
+    prepare: Preparation,
+    num_samples: int,
+    seed: int,
+    engine: str,
+    progress: bool,
+    team: Team,
+) -> list[Weighed]:
+    """Compute the estimates of the minibatches of this process."""
+    with using(pair, derived(seed, "process", team.rank)):
         first = prepare(next(iter(rows.batches(2))))
         nesting, vectorized, widest = structure(pair, first)
         batch_size = max(1, min(500, len(rows), CELLS // (widest * min(SAMPLES, num_samples))))
@@ -248,26 +292,18 @@ def estimate(
             if len(rows) * num_samples * widest >= COMPILED_CELLS:
                 engine = "compiled"
         sums = _sums(pair, nesting, vectorized, engine, chunk * batch_size)
-        with bar(progress, len(rows), "log p(x)") as shown:
-            for batch in rows.batches(batch_size):
-                found.append(_weighed(sums, prepare(batch), num_samples, chunk))
-                shown.update(len(batch[0]))
-        shared = bool(global_latents(pair, first))
-        terms = folding.factors_of(pair, first)
-        modes = fold_plan.known(pair).modes
-    weighed = _Weighed(*map(torch.cat, zip(*found, strict=True)))
-    if modes and num_samples >= LEAST:
-        # A Delta omits values of a discrete latent, and more samples never find them.
-        weighed = weighed._replace(pareto_k=torch.full_like(weighed.pareto_k, torch.inf))
-    return LogLikelihood(
-        value=weighed.per_datum.mean().item(),
-        standard_error=_error_of_mean(weighed.standard_errors, shared),
-        num_samples=num_samples,
-        elbo=weighed.elbo_per_datum.mean().item(),
-        elbo_standard_error=_error_of_mean(weighed.elbo_standard_errors, shared),
-        factors=terms,
-        **weighed._asdict(),
-    )
+        found = []
+        with bar(progress and team.first, len(rows), "log p(x)") as shown:
+            for batch in team.own(rows.batches(batch_size)):
+                found.append(weighed(sums, prepare(batch), num_samples, chunk))
+                shown.update(team.count * len(batch[0]))
+        return found
+
+
+def _in_order(parts: list[list[T]]) -> Iterator[T]:
+    """The results of all minibatches, of which each process took one after another."""
+    for i in range(len(parts[0])):
+        yield from (part[i] for part in parts if i < len(part))
 
 
 def _error_of_mean(errors: Tensor, shared: bool) -> float:
@@ -328,72 +364,3 @@ def _sums(
         return (graph if whole else function)(draws, *batch)
 
     return run
-
-
-class _Weighed(NamedTuple):
-    """The fields of `LogLikelihood` that have an entry for each datum, of shape (n,)."""
-
-    per_datum: Tensor
-    standard_errors: Tensor
-    effective_sample_size: Tensor
-    elbo_per_datum: Tensor
-    elbo_standard_errors: Tensor
-    pareto_k: Tensor
-    infinite_weights: Tensor
-
-
-def _weighed(sums: Callable[..., Named], batch: Batch, num_samples: int, chunk: int) -> _Weighed:
-    """Compute the estimates of each datum of a batch from chunks of samples."""
-    n = len(batch[0])
-    first = torch.full((n,), -torch.inf, dtype=torch.float64)
-    second, least = first.clone(), -first
-    logs, squared_logs, infinite = (torch.zeros_like(first) for _ in range(3))
-    greatest = Greatest(tail_length(num_samples) + 1)
-    for start in range(0, num_samples, chunk):
-        found = sums(batch[0].new_empty(min(chunk, num_samples - start)), *batch)
-        first = torch.logaddexp(first, found["weights"].cpu())
-        second = torch.logaddexp(second, found["squares"].cpu())
-        logs += found["logs"].cpu()
-        squared_logs += found["squared logs"].cpu()
-        log_weights = found["log weights"].cpu()
-        infinite += (~(log_weights < torch.inf)).sum(0)
-        greatest.add(log_weights)
-        least = torch.minimum(least, log_weights.amin(0))
-    ratio = torch.exp(second - 2 * first)  # sum w^2 / (sum w)^2, at least 1/K
-    errors = relative_error(ratio, num_samples)
-    elbo = logs / num_samples
-    spread = (squared_logs / num_samples - elbo.square()).clamp(min=0)
-    if num_samples == 1:
-        spread = torch.full_like(spread, torch.nan)
-    elbo_errors = (spread / max(1, num_samples - 1)).sqrt()
-    shapes = torch.full_like(first, torch.nan)
-    if num_samples >= LEAST:
-        kind = batch[0].dtype if batch[0].is_floating_point() else torch.get_default_dtype()
-        shapes = _shapes(greatest.values(), least, torch.finfo(kind).eps)
-    return _Weighed(
-        per_datum=first - log(num_samples),
-        standard_errors=errors,
-        effective_sample_size=1 / ratio,
-        elbo_per_datum=elbo,
-        elbo_standard_errors=elbo_errors,
-        pareto_k=shapes,
-        infinite_weights=infinite.long(),
-    )
-
-
-def relative_error(ratio: Tensor, number: int) -> Tensor:
-    r"""Return the standard error of the mean of K weights, relative to that mean.
-
-    It is :math:`\sqrt{\tfrac{K}{K - 1} (r - \tfrac1K)}` with :math:`r = \sum w^2 / (\sum w)^2`,
-    and NaN for one weight, which gives no error.
-    """
-    if number == 1:
-        return torch.full_like(ratio, torch.nan)
-    return ((ratio - 1 / number).clamp(min=0) * number / (number - 1)).sqrt()
-
-
-def _shapes(greatest: Tensor, least: Tensor, rounding: float) -> Tensor:
-    """Return the shapes of the tails of log weights; 0 if the weights differ only by rounding."""
-    spread, size = greatest[:, 0] - least, greatest[:, 0].abs().clamp(min=1)
-    constant = torch.isfinite(size) & (spread <= 100 * rounding * size)
-    return torch.where(constant, 0.0, shape_of_greatest(greatest))

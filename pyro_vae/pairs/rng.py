@@ -35,6 +35,39 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def derived(seed: int, what: str, number: int) -> int:
+    """A seed for one of several independent streams of draws; number 0 keeps the seed itself.
+
+    >>> derived(5, "process", 0), derived(5, "process", 1) == derived(5, "process", 2)
+    (5, False)
+    """
+    if number == 0:
+        return seed
+    words = [seed, number, *what.encode()]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+_END = object()
+
+
+def apart(items: Iterator[Any], seed: int) -> Iterator[Any]:
+    """The items of an iterator, whose draws use generators of their own.
+
+    The items of a loader may draw, and so does the start of a loader. They do not change the
+    generators of the caller, and the same seed gives the same items again.
+    """
+    with seeded(seed):
+        own = state()
+    while True:
+        with kept():
+            restore(own)
+            item = next(items, _END)
+            own = state()
+        if item is _END:
+            return
+        yield item
+
+
 def require_seed(seed: Any) -> None:
     """Raise `UsageError` for a seed that torch's generators do not take."""
     try:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.data.disk import in_memory, sampled
 from pyro_vae.errors import UsageError
 from pyro_vae.runs import checksums
 from pyro_vae.runs import files as run_files
@@ -33,7 +34,7 @@ def split_checksums(data: "Data") -> dict[str, str]:
 
 
 def _checksum(split: "Split") -> str:
-    held = {k: v for k, v in split._asdict().items() if v is not None and k != "rows"}
+    held = {k: sampled(v) for k, v in split._asdict().items() if v is not None and k != "rows"}
     return checksums.fingerprint(held)
 
 
@@ -80,7 +81,7 @@ def row_hashes(x: Any) -> Tensor:
 
 def write_rows(run: Path, parts: Mapping[str, Any]) -> None:
     """Record the hashes of the training and validation rows that are in memory."""
-    held = {k: row_hashes(x) for k, x in parts.items() if isinstance(x, (Tensor, np.ndarray))}
+    held = {k: row_hashes(x) for k, x in parts.items() if in_memory(x)}
     if held:
         run_folder.write_tensors(run / run_files.ROWS, held)
 
@@ -95,7 +96,7 @@ def count_seen(run: Path, x: Tensor) -> int | None:
 
 def remember(pair: nn.Module, x: Any) -> None:
     """Remember the training rows of a pair, if they are in memory."""
-    if isinstance(x, (Tensor, np.ndarray)):
+    if in_memory(x):
         _FITTED[pair] = _sum(row_hashes(x))
     else:
         _FITTED.pop(pair, None)
@@ -103,7 +104,7 @@ def remember(pair: nn.Module, x: Any) -> None:
 
 def fitted_to(pair: nn.Module, x: Any) -> bool | None:
     """Whether a pair was fitted to exactly these rows, in any order; None if nobody knows."""
-    if pair not in _FITTED or not isinstance(x, (Tensor, np.ndarray)):
+    if pair not in _FITTED or not in_memory(x):
         return None
     return _FITTED[pair] == _sum(row_hashes(x))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_vae.compat import site_is_subsample
 from pyro_vae.data.preparation import plain_preparation
-from pyro_vae.data.sources import by_name
+from pyro_vae.data.streams import by_name
 from pyro_vae.errors import UsageError, first_line, users_line
 from pyro_vae.pairs import enumeration, fold_plan, folding, masks
 from pyro_vae.pairs.arrays import as_tensor

@@ -16,6 +16,7 @@ from pyro_vae.data.sources import Arrays, Rows, parts, spread
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.contract import no_pair
 from pyro_vae.pairs.model import global_latents
+from pyro_vae.pairs.processes import here, local_device, restarts, single
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.threads import alone
@@ -29,6 +30,7 @@ from pyro_vae.training.job import job_in_words, require_same
 from pyro_vae.training.loop import train
 from pyro_vae.training.optimizer import NEEDED, name_of
 from pyro_vae.training.ownership import claimed, own_state, require_free
+from pyro_vae.training.processes import another_number, noise_seed, start_alike
 from pyro_vae.training.rows import TrainingData, training_data
 from pyro_vae.training.run import assembled, first_state, resumed
 from pyro_vae.training.schedules import Schedule
@@ -108,6 +110,7 @@ def fit(
     2
     """
     chosen, folder = Settings.of(settings), None if out is None else Path(out)
+    resume, overwrite = after_restart(folder, resume, overwrite)
     _require_choices(folder, resume, overwrite, chosen)
     if chosen.patience is not None and validation is None:
         raise UsageError("needs validation data: pass `validation`", argument="patience")
@@ -115,32 +118,46 @@ def fit(
         raise UsageError(fault)
     _require_parts(objective, beta, learning_rate_schedule, optimizer)
     require_free(pair)
+    team = here()
+    if team.count > 1 and chosen.on_nonfinite == "skip":
+        raise UsageError("'skip' needs one process", argument="on_nonfinite")
+    folder = folder if team.first else None
     if folder is not None and resume:
         run_folder.read_config(folder)
-    with writing(folder):
-        state = _saved(folder) if folder is not None and resume else None
-        pair.to(device(chosen.device))
+    with single(), writing(folder):
+        state = team.from_first(lambda: _saved(folder) if folder and resume else None)
+        pair.to(local_device() or device(chosen.device))
         objective, beta = _with_recipe(pair, chosen.epochs, objective, beta)
         require_weighable(objective, beta)
         x, context = spread(pair, x, context)
-        data = training_data(pair, (x, context), validation, objective, binarize, chosen)
+        data = team.together(
+            lambda: training_data(pair, (x, context), validation, objective, binarize, chosen)
+        )
         job = job_in_words(pair, data, beta, learning_rate_schedule, optimizer, binarize)
-        if folder is not None and state is not None:
-            require_same(state, pair, job, folder / run_files.CHECKPOINT)
-        elif folder is not None:
-            if not resume:
-                run_folder.start(folder, overwrite)
-            own_words = {"pair": description.recipe(pair), **(config or {})}
-            run_folder.write_config(pair, folder, {**job, **own_words})
-            held_out_rows.write_rows(folder, {"train": x, "validation": _first(pair, validation)})
+        start_alike(pair, job, data.rows, chosen.seed, team)
+
+        def begin() -> None:
+            if state is not None:
+                require_same(state, pair, job, (folder or Path()) / run_files.CHECKPOINT)
+            elif folder is not None:
+                if not resume:
+                    run_folder.start(folder, overwrite)
+                own_words = {"pair": description.recipe(pair), **(config or {})}
+                run_folder.write_config(pair, folder, {**job, **own_words})
+                held = {"train": x, "validation": _first(pair, validation)}
+                held_out_rows.write_rows(folder, held)
+
+        team.together(begin)
         fault = range_fault(pair, data.rows, data.prepare) if state is None else None
         if fault is not None:
             warnings.warn(fault, stacklevel=3)
+        if state is not None and (changed := another_number(state, team)):
+            warnings.warn(changed, stacklevel=3)
         done = 0 if state is None else len(state.epochs) * data.steps + state.batches
-        shown = bar(progress, chosen.epochs * data.steps, "fit", initial=done)
+        shown = bar(progress and team.first, chosen.epochs * data.steps, "fit", initial=done)
         with claimed(pair), shown, ExitStack() as own:
             own.enter_context(own_state(pair))
-            own.enter_context(seeded(chosen.seed))
+            own.enter_context(seeded(noise_seed(chosen.seed, team)))
             run = assembled(
                 pair,
                 data,
@@ -152,10 +169,18 @@ def fit(
                 fault,
                 shown,
                 on_epoch,
+                team,
             )
             history = train(run, first_state(run) if state is None else resumed(run, state), own)
             held_out_rows.remember(pair, x if _has_globals(pair, data) else None)
             return history
+
+
+def after_restart(folder: Path | None, resume: bool, overwrite: bool) -> tuple[bool, bool]:
+    """Whether to resume and to overwrite: after torchrun restarts the processes, a run goes on."""
+    if folder is None or not restarts() or not (folder / run_files.CONFIG).exists():
+        return resume, overwrite
+    return True, False
 
 
 def _has_globals(pair: nn.Module, data: TrainingData) -> bool:

@@ -11,6 +11,7 @@ from pyro.infer import ELBO
 from torch import nn
 
 from pyro_vae.data.sources import Arrays, Source
+from pyro_vae.data.stored import Stored
 from pyro_vae.errors import UsageError
 from pyro_vae.runs import checksums, description
 from pyro_vae.runs import tensors as run_tensors
@@ -99,4 +100,6 @@ def _in_present_names(name: str, was: str) -> str:
 
 
 def _checksum(rows: Source) -> str | None:
+    if isinstance(rows, Stored):
+        return checksums.checksum(rows.sample())
     return checksums.checksum(rows.tensors) if isinstance(rows, Arrays) else None

@@ -1,6 +1,5 @@
 """The training loop: epochs, steps, checkpoints and interruption."""
 
-import itertools
 import math
 import time
 import warnings
@@ -11,6 +10,7 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
+from pyro_vae.data.order import Place
 from pyro_vae.pairs import fold_plan, rng, threads
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.traces import BadNumbers
@@ -23,7 +23,9 @@ from pyro_vae.training.loggers import TensorBoard
 from pyro_vae.training.nonfinite import stop_at_parameter
 from pyro_vae.training.ownership import own_state
 from pyro_vae.training.pace import Pace
-from pyro_vae.training.run import TrainingRun, write
+from pyro_vae.training.processes import average_buffers, merged
+from pyro_vae.training.run import TrainingRun, exchange_of, write
+from pyro_vae.training.shared_step import shared_step
 from pyro_vae.training.state import TrainState, no_sums
 from pyro_vae.training.step import read, step
 from pyro_vae.training.stopping import Interrupted, signals
@@ -36,19 +38,23 @@ def train(run: TrainingRun, state: TrainState, own: ExitStack) -> History:
     Arguments:
         own: holds the run's parameter store and generators, which it puts away for other threads.
     """
-    pace = Pace(run.settings.checkpoint_seconds, len(state.epochs))
+    pace, exchange = Pace(run.settings.checkpoint_seconds, len(state.epochs)), exchange_of(run)
     with signals() as stop, _board(run) as board:
-        seen_by = (*run.on_epoch, *board)
+        seen_by = (*run.on_epoch, *board) if run.team.first else ()
         if not state.epochs and not state.batches:
             write(run, state)
             pace.wrote(0)
         while not _is_over(run, state):
             for batch in _remaining(run, state):
-                step(run, state, batch)
+                stopped: Any = stop
+                if exchange is None:
+                    step(run, state, batch)
+                else:
+                    stopped = shared_step(run, state, batch, exchange, bool(stop))
                 _show(run, state)
-                if stop:
+                if stopped:
                     _interrupt(run, state)
-                if pace.is_due_within():
+                if exchange is None and pace.is_due_within():
                     read(run, state)
                     write(run, state)
                     pace.wrote(len(state.epochs))
@@ -56,8 +62,7 @@ def train(run: TrainingRun, state: TrainState, own: ExitStack) -> History:
                     _give_way(run, own)
             _end_epoch(run, state)
             _warn(run, run.alarm.heard(state.epochs[-1]))
-            _report(run, state, seen_by)
-            if pace.is_due_after(len(state.epochs)):
+            if _reported(run, state, seen_by, pace.is_due_after(len(state.epochs))):
                 write(run, state)
                 pace.wrote(len(state.epochs))
         _warn(run, run.alarm.over())
@@ -88,23 +93,19 @@ def _history(run: TrainingRun, state: TrainState) -> History:
 
 
 def _remaining(run: TrainingRun, state: TrainState) -> Iterator[Batch]:
-    """Yield the remaining minibatches of this epoch, in the order of its generators."""
-    now = rng.state()
-    rng.restore(state.generators_of_epoch)
+    """Yield the remaining minibatches of this epoch, in the order of the epoch."""
     run.pair.train()
-    batches = iter(run.data.rows.batches(run.batch_size, shuffle=True))
-    if state.batches:
-        for _ in itertools.islice(batches, state.batches):
-            pass
-        rng.restore(now)
-    yield from batches
+    place = Place(run.settings.seed, len(state.epochs), state.batches, run.team)
+    yield from run.data.rows.epoch(run.batch_size, place)
 
 
 def _end_epoch(run: TrainingRun, state: TrainState) -> None:
     """Measure the epoch, keep its parameters if it is the best, and start the next one."""
     run.data.rows.require_length(state.examples)
     read(run, state)
+    state.sums = merged(run.team.gather(lambda: state.sums))
     began = time.perf_counter()
+    average_buffers(run.pair, run.team)
     if (name := bad_parameter(run.pair)) is not None:
         stop_at_parameter(run, state, name)
     measured = _measured(run, state)
@@ -114,7 +115,6 @@ def _end_epoch(run: TrainingRun, state: TrainState) -> None:
         state.best_epoch = len(state.epochs)
         state.best = run_tensors.state_dict(run.pair) if measured is not None else None
     state.batches, state.examples, state.sums, state.seconds = 0, 0, no_sums(), 0.0
-    state.generators_of_epoch = rng.state()
     state.parameters = run_tensors.state_dict(run.pair)
 
 
@@ -144,7 +144,7 @@ def _measured(run: TrainingRun, state: TrainState) -> Bound | None:
     if run.data.held is None:
         return None
     try:
-        return bound(run.pair, *run.data.held, run.data.objective)
+        return bound(run.pair, *run.data.held, run.data.objective, team=run.team)
     except BadNumbers:
         return Bound(math.nan, math.nan, math.nan, dict.fromkeys(state.sums["kl"], math.nan))
 
@@ -161,13 +161,13 @@ def _give_way(run: TrainingRun, own: ExitStack) -> None:
 
 
 def _interrupt(run: TrainingRun, state: TrainState) -> None:
-    if run.folder is None:
-        raise Interrupted(f"stopped in {state.where}; a run without a folder cannot be resumed")
+    if run.folder is None and run.team.first:
+        how = "a run without a folder cannot be resumed"
+    else:
+        how = f"resume with --resume (resume=True) on {run.folder}"
     read(run, state)
     write(run, state)
-    raise Interrupted(
-        f"stopped in {state.where}; resume with --resume (resume=True) on {run.folder}"
-    )
+    raise Interrupted(f"stopped in {state.where}; {how}")
 
 
 def _say_complete(run: TrainingRun) -> None:
@@ -206,7 +206,7 @@ def _show(run: TrainingRun, state: TrainState) -> None:
 
 @contextmanager
 def _board(run: TrainingRun) -> Iterator[list[Callable[[Epoch], Any]]]:
-    if not run.settings.tensorboard:
+    if not run.settings.tensorboard or not run.team.first:
         yield []
         return
     with TensorBoard(cast(Path, run.folder) / run_files.TENSORBOARD) as board:
@@ -214,11 +214,34 @@ def _board(run: TrainingRun) -> Iterator[list[Callable[[Epoch], Any]]]:
 
 
 def _report(run: TrainingRun, state: TrainState, seen_by: Sequence[Callable[[Epoch], Any]]) -> None:
-    """Show the last epoch to each of these functions; an error keeps the epoch."""
-    try:
-        for see in seen_by:
-            with rng.kept():
-                see(state.epochs[-1])
-    except BaseException:
+    """Show the last epoch to each of these functions."""
+    for see in seen_by:
+        with rng.kept():
+            see(state.epochs[-1])
+
+
+def _reported(
+    run: TrainingRun, state: TrainState, seen_by: Sequence[Callable[[Epoch], Any]], due: bool
+) -> bool:
+    """Whether the first process says that a checkpoint is due; it also shows the epoch.
+
+    An error keeps the epoch, and ends all processes.
+    """
+    failures: list[BaseException] = []
+
+    def report() -> tuple[bool, bool]:
+        try:
+            _report(run, state, seen_by)
+        except BaseException as error:
+            failures.append(error)
+        return due, bool(failures)
+
+    def fail() -> None:
+        for failure in failures:
+            raise failure
+
+    now, failed = run.team.from_first(report)
+    if failed:
         write(run, state)
-        raise
+        run.team.together(fail)
+    return now

@@ -4,17 +4,16 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data.order import Place
 from pyro_vae.data.ranges import CURE, extreme
 from pyro_vae.data.sources import Arrays
 from pyro_vae.errors import warn
-from pyro_vae.pairs import rng
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.runs.files import NONFINITE, atomic
 from pyro_vae.training.check import bad_parameter, nonfinite_rows
@@ -167,14 +166,12 @@ def _bad_gradient(run: TrainingRun) -> str | None:
 
 
 def _numbers(run: TrainingRun, state: TrainState, taken: Taken) -> tuple[int, ...] | None:
-    """Return the numbers of the rows of a step, from the generators at the start of the epoch."""
+    """Return the numbers of the rows of a step in the data, from the order of the epoch."""
     rows = run.data.rows
     if not isinstance(rows, Arrays):
         return None
-    with rng.kept():
-        rng.restore(state.generators_of_epoch)
-        order = Arrays([torch.arange(len(rows))]).batches(run.batch_size, shuffle=True)
-        (numbers,) = next(islice(order, taken.step - 1, None))
+    place = Place(run.settings.seed, len(state.epochs), taken.step - 1, run.team)
+    (numbers,) = next(Arrays([torch.arange(len(rows))]).epoch(run.batch_size, place))
     return tuple(numbers.tolist())
 
 

@@ -55,6 +55,8 @@ class Optimizer(PyroOptim):
         self._known = {id(p) for p in self.parameters.values()}
         self.norm = torch.zeros(())
         self._adam: FusedAdam | None = None
+        self.exchange: Callable[[], Tensor] | None = None
+        """With several processes: adds up their gradients, and returns the global norm."""
 
     @property
     def gradient_norm(self) -> float:
@@ -79,6 +81,8 @@ class Optimizer(PyroOptim):
                 "the pair declared a parameter after its first step; declare every pyro.param in "
                 "each call of model and guide"
             )
+        if self.exchange is not None:
+            norm = self.exchange()
         present = [p for p in self.parameters.values() if p.grad is not None]
         gradients = cast(list[Tensor], [p.grad for p in present])
         if not gradients:
@@ -100,6 +104,8 @@ class Optimizer(PyroOptim):
 
     def for_graphs(self) -> "FusedAdam | None":
         """Return the update of all parameters that a compiled step can contain, or None."""
+        if self.exchange is not None:  # gradients are added up outside of the graph
+            return None
         if self._adam is None or not self._adam.serves(list(self.parameters.values())):
             self._adam = FusedAdam.of(self.torch_optimizer, list(self.parameters.values()))
         return self._adam

@@ -19,6 +19,7 @@ from pyro_vae.data.preparation import (
     require_masks,
 )
 from pyro_vae.data.sources import Arrays, Rows, Source, parts, source
+from pyro_vae.data.streams import Stream
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.training import collapse
@@ -88,7 +89,7 @@ def training_data(
 def _require_enough(rows: Source, settings: Settings) -> None:
     if len(rows) < 2:
         raise UsageError(f"training needs at least 2 rows of data, got {len(rows)}")
-    if isinstance(rows, Arrays) and len(rows) < cast(int, settings.batch_size):
+    if not isinstance(rows, Stream) and len(rows) < cast(int, settings.batch_size):
         raise UsageError(
             f"must be at most {len(rows)}, the number of rows of the data, got "
             f"{settings.batch_size}",
@@ -100,6 +101,11 @@ def _prepared(pair: nn.Module, rows: Source, binarize: str) -> tuple[Source, Pre
     prepare = preparation(pair, rows, binarize)
     record_divisor(pair, rows, prepare)
     if prepare.binarize and binarize == "fixed":
+        if not isinstance(rows, Arrays):
+            raise UsageError(
+                "can be fixed only for arrays in memory: use dynamic, or binarize the data",
+                argument="binarize",
+            )
         rows, prepare = held_out(rows, prepare)
     if binarize == "none" and preparation(pair, rows).binarize:
         warnings.warn(

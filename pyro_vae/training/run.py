@@ -12,6 +12,7 @@ from tqdm import tqdm
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import rng
 from pyro_vae.pairs.pair import Pair
+from pyro_vae.pairs.processes import ALONE, Team
 from pyro_vae.pairs.scope import registered
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
@@ -21,10 +22,11 @@ from pyro_vae.training.collapse import CollapseAlarm
 from pyro_vae.training.engine import Engine, Step
 from pyro_vae.training.history import Epoch
 from pyro_vae.training.optimizer import Optimizer
+from pyro_vae.training.processes import Exchange, merged, restore_generators
 from pyro_vae.training.rows import TrainingData
 from pyro_vae.training.schedules import Schedule
 from pyro_vae.training.settings import Settings
-from pyro_vae.training.state import TrainState
+from pyro_vae.training.state import Sums, TrainState, no_sums
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class TrainingRun:
     """The progress bar."""
     on_epoch: tuple[Callable[[Epoch], Any], ...]
     """Functions that see each epoch."""
+    team: Team = ALONE
+    """The processes that share the run."""
     unread: list[tuple[list[tuple[str, str]], Tensor, Any]] = field(default_factory=list)
     """Names and values of the numbers that still wait on the device, and their steps."""
 
@@ -58,6 +62,14 @@ class TrainingRun:
     @property
     def batch_size(self) -> int:
         return cast(int, self.settings.batch_size)
+
+
+def exchange_of(run: "TrainingRun") -> Exchange | None:
+    """Let the optimizer add up the gradients of all processes, if the run has several."""
+    if run.team.count == 1:
+        return None
+    run.optimizer.exchange = made = Exchange(list(run.optimizer.parameters.values()))
+    return made
 
 
 def assembled(
@@ -71,6 +83,7 @@ def assembled(
     fault: str | None,
     shown: tqdm,
     on_epoch: Sequence[Callable[[Epoch], Any]],
+    team: Team = ALONE,
 ) -> TrainingRun:
     """Make the optimizer, the engine, SVI and the alarm of a run.
 
@@ -79,7 +92,7 @@ def assembled(
     settings, typed = data.settings, cast(Pair, pair)
     trained = {name: p for name, p in pair.named_parameters() if p.requires_grad}
     optimizer = Optimizer(constructor, trained, settings.learning_rate, settings.clip_norm)
-    engine = _engine(pair, data, optimizer, shown.set_postfix_str)
+    engine = _engine(pair, data, optimizer, shown.set_postfix_str, team)
     return TrainingRun(
         pair=pair,
         data=data,
@@ -94,11 +107,16 @@ def assembled(
         fault=fault,
         shown=shown,
         on_epoch=tuple(on_epoch),
+        team=team,
     )
 
 
 def _engine(
-    pair: nn.Module, data: TrainingData, optimizer: Optimizer, say: Callable[[str], None]
+    pair: nn.Module,
+    data: TrainingData,
+    optimizer: Optimizer,
+    say: Callable[[str], None],
+    team: Team,
 ) -> Engine:
     settings = data.settings
     size = data.rows.batch_size(cast(int, settings.batch_size))
@@ -108,7 +126,7 @@ def _engine(
         settings.engine,
         prepare=data.prepare,
         precision=settings.precision,
-        batch_size=size,
+        batch_size=max(1, size // team.count),
         steps=settings.epochs * (len(data.rows) // size),
         num_data=data.rows.num_data,
         declare=False,
@@ -120,20 +138,18 @@ def _engine(
 
 def first_state(run: TrainingRun) -> TrainState:
     """Return the state of a run before its first step."""
-    generators = rng.state()
     return TrainState(
         job=run.job,
         parameters=run_tensors.state_dict(run.pair),
         optimizer=run.optimizer.get_state(),
         engine=run.engine.engine,
-        generators=generators,
-        generators_of_epoch=generators,
+        generators=rng.state(),
     )
 
 
 def resumed(run: TrainingRun, state: TrainState) -> TrainState:
     """Put pair, optimizer, engine, alarm and generators into the state of a checkpoint."""
-    path = cast(Path, run.folder) / run_files.CHECKPOINT
+    path = (run.folder or Path()) / run_files.CHECKPOINT
     run_tensors.fill(run.pair, state.parameters, path)
     if state.batches > run.data.steps:
         raise UsageError(f"{path} is in step {state.batches} of {run.data.steps} in an epoch")
@@ -147,20 +163,29 @@ def resumed(run: TrainingRun, state: TrainState) -> TrainState:
         run.alarm.heard(epoch)
     if run.settings.engine == state.job["settings"].get("engine"):
         run.engine.engine = state.engine
-    rng.restore(state.generators)
-    return replace(state, job=run.job)
+    restore_generators(state, run.settings.seed, run.team)
+    own = state.sums if run.team.first else no_sums()
+    return replace(state, job=run.job, sums=own)
 
 
 def write(run: TrainingRun, state: TrainState) -> None:
     """Write the checkpoint, the best model and the history into the run folder, if there is one."""
+    saved = run.team.gather(lambda: (rng.state(), state.sums))
+    run.team.together(lambda: _write(run, state, saved))
+
+
+def _write(run: TrainingRun, state: TrainState, saved: list[tuple[dict[str, Any], Sums]]) -> None:
     if run.folder is None:
         return
+    generators, *more = [generators for generators, _ in saved]
     now = replace(
         state,
         parameters=run_tensors.state_dict(run.pair),
         optimizer=run.optimizer.get_state(),
         engine=run.engine.engine,
-        generators=rng.state(),
+        generators=generators,
+        more_generators=more,
+        sums=merged([sums for _, sums in saved]),
     )
     run_files.write_checkpoint(run.folder, now.to_checkpoint())
     write_model(run, state)

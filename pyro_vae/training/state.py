@@ -86,7 +86,8 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
     "best": lambda value: value is None or _are_tensors(value),
     "optimizer": lambda value: isinstance(value, dict),
     "engine": lambda value: value in ENGINES,
-    **dict.fromkeys(("generators", "generators_of_epoch"), rng.is_state),
+    "generators": rng.is_state,
+    "more_generators": lambda value: isinstance(value, list) and all(map(rng.is_state, value)),
     "epochs": lambda value: isinstance(value, list) and all(map(_is_epoch, value)),
     **dict.fromkeys(("best_epoch", "batches", "examples"), _is_count),
     "sums": lambda value: (
@@ -107,7 +108,7 @@ class TrainState:
     and ``generators`` are copies, because the originals live in torch and in the pair.
 
     >>> now = rng.state()
-    >>> state = TrainState({"settings": {}}, {}, {}, "eager", now, now, batches=3)
+    >>> state = TrainState({"settings": {}}, {}, {}, "eager", now, batches=3)
     >>> TrainState.of_checkpoint(state.to_checkpoint(), Path("checkpoint.pt")) == state
     True
     """
@@ -119,9 +120,9 @@ class TrainState:
     optimizer: dict[str, Any]
     engine: str
     generators: dict[str, Any]
-    """The random generators at the last checkpoint."""
-    generators_of_epoch: dict[str, Any]
-    """The random generators at the start of the epoch. They repeat its order of minibatches."""
+    """The random generators of the first process at the last checkpoint."""
+    more_generators: list[dict[str, Any]] = field(default_factory=list)
+    """Those of the other processes."""
     epochs: list[Epoch] = field(default_factory=list)
     """The complete epochs."""
     best: dict[str, Tensor] | None = None
@@ -144,6 +145,7 @@ class TrainState:
     @classmethod
     def of_checkpoint(cls, plain: dict[str, Any], path: Path) -> "TrainState":
         """Return the state that `to_checkpoint` gave. Errors name ``path``."""
+        plain = _present(plain, path)
         names = [f.name for f in fields(cls)]
         for name in names:
             if _key(name) not in plain:
@@ -173,6 +175,20 @@ class TrainState:
     def best_bound(self) -> Bound | None:
         """The validation bound of the best epoch; None before the first epoch."""
         return self.epochs[self.best_epoch - 1].validation if self.best_epoch else None
+
+
+def _present(plain: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint in the present form, from one of 0.1.0, which had the order of its epoch."""
+    if "generators_of_epoch" not in plain:
+        return plain
+    if plain.get("batches"):
+        raise UsageError(
+            f"{path} is from version 0.1.0 and within an epoch, whose order of rows later versions "
+            "do not have: continue this epoch with 0.1.0, or train again (overwrite)"
+        )
+    return {name: value for name, value in plain.items() if name != "generators_of_epoch"} | {
+        "more_generators": []
+    }
 
 
 def _key(name: str) -> str:

@@ -22,9 +22,7 @@ UNREAD = {"cpu": 1, "cuda": 50}
 def step(run: TrainingRun, state: TrainState, batch: Batch) -> None:
     """Take one step of SVI, and add its numbers to the state."""
     began = time.perf_counter()
-    epoch = len(state.epochs) + state.examples / len(run.data.rows)
-    run.engine.beta = run.beta(epoch)
-    run.optimizer.learning_rate = run.settings.learning_rate * run.rate(epoch)
+    begin(run, state)
     wait = UNREAD.get(run.data.prepare.device.type, 1)
     buffers = _buffers(run)
     if buffers:
@@ -39,7 +37,7 @@ def step(run: TrainingRun, state: TrainState, batch: Batch) -> None:
     except FloatingPointError:
         wait = 1  # the gradient is not finite; the reading below names the site
     except (ValueError, IndexError) as error:  # IndexError: a label beyond the pair's classes
-        _explain(run, state, batch, error)
+        explain_error(run, state, batch, error)
         meet(run, state, "loss", taken, {}, error)
         _restore(buffers)
         return
@@ -59,6 +57,13 @@ def _buffers(run: TrainingRun) -> list[tuple[Tensor, Tensor]]:
 def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
     for buffer, before in buffers:
         buffer.copy_(before)
+
+
+def begin(run: TrainingRun, state: TrainState) -> None:
+    """Set the weight on the KL and the learning rate of a step."""
+    epoch = len(state.epochs) + state.examples / len(run.data.rows)
+    run.engine.beta = run.beta(epoch)
+    run.optimizer.learning_rate = run.settings.learning_rate * run.rate(epoch)
 
 
 def read(run: TrainingRun, state: TrainState) -> bool:
@@ -87,7 +92,7 @@ def read(run: TrainingRun, state: TrainState) -> bool:
     return left_out
 
 
-def _explain(run: TrainingRun, state: TrainState, batch: Batch, error: Exception) -> None:
+def explain_error(run: TrainingRun, state: TrainState, batch: Batch, error: Exception) -> None:
     """Raise `UsageError` for an error of the pair's programs, unless its numbers are the cause."""
     if isinstance(error, UsageError):
         raise UsageError(first_line(error)) from None

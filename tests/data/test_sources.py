@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
+from pyro_vae.data.order import Place
 from pyro_vae.data.sources import Arrays, source
 from pyro_vae.errors import UsageError
 
@@ -53,7 +54,7 @@ def test_batches_hold_each_row_once(kind, n, size, shuffle):
         loader = DataLoader(dataset, batch_size=size, shuffle=shuffle)
         given = source(dataset if kind == "dataset" else loader)
     assert len(given) == n
-    batches = list(given.batches(size, shuffle=shuffle))
+    batches = list(given.epoch(size, Place(0, 0)) if shuffle else given.batches(size))
     assert [len(x) for x, _ in batches] == [size] * (n // size) + [n % size] * (n % size > 0)
     index = torch.cat([i for _, i in batches])
     assert index.sort().values.tolist() == list(range(n))
@@ -66,8 +67,8 @@ def test_shuffling_differs_by_epoch_and_follows_the_seed():
     arrays = Arrays([torch.arange(50)])
 
     def order(seed):
-        torch.manual_seed(seed)
-        return [torch.cat([x for (x,) in arrays.batches(7, shuffle=True)]) for _ in range(2)]
+        places = [Place(seed, epoch) for epoch in range(2)]
+        return [torch.cat([x for (x,) in arrays.epoch(7, place)]) for place in places]
 
     (first, second), (again, _), (other, _) = order(0), order(0), order(1)
     assert torch.equal(first, again)

@@ -5,7 +5,9 @@ from math import exp, log
 import pytest
 import torch
 
-from pyro_vae.inference.importance import LogLikelihood, _error_of_mean, _shapes, _weighed
+from pyro_vae.inference import datum_weights
+from pyro_vae.inference.datum_weights import _shapes
+from pyro_vae.inference.importance import LogLikelihood, _error_of_mean
 
 LOGS = torch.tensor([[0.0, -3.0], [1.0, -1.0], [-2.0, -1.5], [0.5, 0.0], [3.0, -9.0]]).double()
 
@@ -26,7 +28,7 @@ def weighed(logs, chunk):
             "squared logs": some.square().sum(0),
         }
 
-    return _weighed(sums, (torch.zeros(logs.shape[1], 1).double(),), len(logs), chunk)
+    return datum_weights.weighed(sums, (torch.zeros(logs.shape[1], 1).double(),), len(logs), chunk)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])

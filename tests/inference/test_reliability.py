@@ -15,7 +15,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.diagnostics import figures as diagnostic_figures
-from pyro_vae.inference.importance import _shapes, relative_error
+from pyro_vae.inference.datum_weights import _shapes, relative_error
 from pyro_vae.inference.pareto import Greatest, pareto_shape, tail_length, threshold
 from pyro_vae.pairs.rng import seeded
 

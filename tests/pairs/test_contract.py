@@ -11,6 +11,7 @@ from pairs import ALL, ENUMERATED, GLOBAL, LIKELIHOODS, OURS, UNORDERED, Params,
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 
 import pyro_vae as pv
+from pyro_vae.data.order import Place
 from pyro_vae.data.preparation import Preparation
 from pyro_vae.data.sources import Arrays
 from pyro_vae.pairs.model import global_latents
@@ -149,7 +150,7 @@ def stock_training(pair, batch, steps_seed, objective, epochs=3, batch_size=16):
     with seeded(steps_seed):
         for _ in range(epochs):
             total = 0.0
-            for part in Arrays(batch).batches(batch_size, shuffle=True):
+            for part in Arrays(batch).epoch(batch_size, Place(0, 0)):
                 total += svi.step(*part)
             losses.append(-total / len(batch[0]))
     return losses

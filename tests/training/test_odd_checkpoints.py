@@ -18,9 +18,10 @@ ODD = [None, {}, [], "x", 7.5, -3, torch.zeros(3), [[1, 2]], {"a": None}]
 SOUND = {
     "best": [None],
     "epochs": [[]],
+    "more_generators": [[]],
     "seconds": [7.5, -3],
 }
-"""Odd values that are possible: no validation data, no complete epoch, any number."""
+"""Odd values that are possible: no validation data, epoch or other process, and any number."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def odd(run, **changes):
 
 
 KEYS = [
-    *("job", "pair", "optimizer", "engine", "generators", "generators_of_epoch", "epochs"),
+    *("job", "pair", "optimizer", "engine", "generators", "more_generators", "epochs"),
     *("best", "best_epoch", "batches", "examples", "sums", "seconds"),
 ]
 

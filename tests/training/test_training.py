@@ -15,6 +15,7 @@ from pairs import make, rows
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
+from pyro_vae.data.order import Place
 from pyro_vae.data.sources import Arrays
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
@@ -186,14 +187,14 @@ def test_every_example_counts_with_a_smaller_last_minibatch():
     class Counting(Arrays):
         seen = 0
 
-        def batches(self, batch_size, shuffle=False):
-            for batch in super().batches(batch_size, shuffle):
+        def epoch(self, batch_size, place):
+            for batch in super().epoch(batch_size, place):
                 Counting.seen += len(batch[0])
                 yield batch
 
     (x,) = rows("bernoulli", 37)
     source = Counting([x])
-    assert sum(len(batch[0]) for batch in source.batches(16, shuffle=True)) == 37
+    assert sum(len(batch[0]) for batch in source.epoch(16, Place(0, 0))) == 37
     # One epoch at a tiny learning rate: the training ELBO is that of all 37 rows.
     pair = make("bernoulli")
     history = pv.fit(

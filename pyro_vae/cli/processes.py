@@ -1,0 +1,67 @@
+"""Commands under torchrun: the first process prints and writes, and all share the work."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+from pyro_vae.errors import UsageError
+
+SHARED = ("train", "evaluate", "encode")
+"""The commands whose work several processes share."""
+
+
+@contextmanager
+def shared(command: str) -> Iterator[None]:
+    """Join the processes that torchrun has started, if there are several.
+
+    Raises `UsageError` for a command that runs in one process.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) < 2:
+        yield
+        return
+    if command not in SHARED:
+        raise UsageError(
+            f"{command} runs in one process, so start it without torchrun; several processes can "
+            f"share {', '.join(SHARED)}"
+        )
+    from torch import distributed
+
+    _join()
+    try:
+        with _quiet(distributed.get_rank() > 0):
+            yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def _join() -> None:
+    """Join the process group: NCCL if each process of a node can have a GPU, else gloo."""
+    import torch
+    from torch import distributed
+
+    place, beside = (int(os.environ.get(f"LOCAL_{name}") or 0) for name in ("RANK", "WORLD_SIZE"))
+    gpus = torch.cuda.device_count() >= max(1, beside)
+    if gpus:
+        torch.cuda.set_device(place)
+    distributed.init_process_group("nccl" if gpus else "gloo")
+
+
+@contextmanager
+def _quiet(silent: bool) -> Iterator[None]:
+    """Print neither results nor warnings, if the process is to be silent."""
+    if not silent:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def is_elsewhere(error: Exception) -> bool:
+    """Whether another process prints this error: all of them read the same command line."""
+    if "torch" not in sys.modules:
+        return int(os.environ.get("RANK") or 0) > 0
+    module = sys.modules.get("pyro_vae.pairs.processes")
+    return module is not None and isinstance(error, module.ElsewhereError)

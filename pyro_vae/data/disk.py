@@ -1,0 +1,184 @@
+"""Arrays on disk that are read by rows: .npy files that are mapped into memory, zarr and HDF5.
+
+Only the rows that are asked for are read into memory. A mapped page counts as memory of the
+process, so the rows of a file are read and not mapped.
+"""
+
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.errors import UsageError
+
+LEAST_BYTES = 2**30
+"""Smaller arrays on disk are loaded into memory, where the order of an epoch mixes all rows."""
+
+BLOCK_BYTES = 2**18
+"""About the size of a block: rows that are read together."""
+
+
+@dataclass(frozen=True)
+class DiskArray:
+    """Rows (n, ...) of an array on disk: all of them, or some of its blocks.
+
+    It has the ``shape`` and the ``dtype`` of a tensor. ``array[rows]`` reads rows into memory.
+    """
+
+    read: Callable[[int, int], np.ndarray]
+    """Reads the rows from one number up to another one, as an array of the file's row shape."""
+    rows_of_file: int
+    block: int
+    """The number of rows of a block."""
+    blocks: np.ndarray
+    """The numbers of the blocks of the file that belong to this array, in order. Only the last
+    block of the file may be short, and it is the last one here."""
+    row: tuple[int, ...]
+    """The shape of a row."""
+    dtype: torch.dtype
+    name: str
+    last: bool = False
+    """Whether images have their channels last in the file; here they are first."""
+
+    def __len__(self) -> int:
+        if not len(self.blocks):
+            return 0
+        short = min(self.block, self.rows_of_file - int(self.blocks[-1]) * self.block)
+        return (len(self.blocks) - 1) * self.block + short
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self), *self.row))
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def dim(self) -> int:
+        return 1 + len(self.row)
+
+    def read_block(self, number: int) -> Tensor:
+        """The rows of a block of this array, by its number here."""
+        first = int(self.blocks[number]) * self.block
+        found = self.read(first, min(first + self.block, self.rows_of_file))
+        rows = torch.from_numpy(np.ascontiguousarray(found, found.dtype.newbyteorder("=")))
+        if self.last:
+            rows = rows.permute(0, 3, 1, 2).contiguous()
+        return rows.reshape(len(rows), *self.row)
+
+    def between(self, start: int, stop: int) -> Tensor:
+        """Rows that follow each other."""
+        first, past = start // self.block, -(-stop // self.block)
+        parts = [self.read_block(number) for number in range(first, past)]
+        if not parts:
+            return torch.empty((0, *self.row), dtype=self.dtype)
+        return torch.cat(parts)[start - first * self.block : stop - first * self.block]
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        if isinstance(rows, slice) and rows.step in (None, 1):
+            start, stop, _ = rows.indices(len(self))
+            return self.between(start, max(start, stop))
+        numbers = torch.arange(len(self))[rows].reshape(-1).tolist()
+        found = [self.between(number, number + 1) for number in numbers]
+        return torch.cat(found) if found else self.between(0, 0)
+
+    def sample(self) -> Tensor:
+        """The rows of at most 64 evenly spaced blocks."""
+        numbers = np.unique(np.linspace(0, len(self.blocks) - 1, 64).astype(int))
+        return torch.cat([self.read_block(int(number)) for number in numbers])
+
+    def part(self, blocks: np.ndarray) -> "DiskArray":
+        """Some of the blocks of this array, by their numbers here; they keep the file's order."""
+        return replace(self, blocks=np.sort(self.blocks[blocks]))
+
+    def split(self, size: int) -> Any:
+        """Read the rows in parts of this size, one after another."""
+        return (self.between(i, min(i + size, len(self))) for i in range(0, len(self), size))
+
+
+def rows_of(value: Any, name: str = "x") -> DiskArray | None:
+    """A large array on disk as a `DiskArray`; None for any other value, which fits into memory.
+
+    Arguments:
+        value: a ``numpy.memmap``, or an array of zarr or h5py.
+
+    Raises `UsageError` for an array whose rows are not numbers.
+    """
+    mapped = isinstance(value, np.memmap)
+    module = type(value).__module__.partition(".")[0]
+    if not (mapped or module in ("zarr", "h5py")) or getattr(value, "ndim", 0) < 1:
+        return None
+    if value.dtype.kind not in "biuf" or value.size * value.dtype.itemsize < LEAST_BYTES:
+        return None
+    reader = _of_map(value) if mapped else lambda start, stop: np.asarray(value[start:stop])
+    if reader is None:
+        return None
+    dtype = torch.from_numpy(np.empty(0, value.dtype.newbyteorder("="))).dtype
+    size = max(1, BLOCK_BYTES // max(1, value.itemsize if value.ndim == 1 else _row_bytes(value)))
+    chunk = getattr(value, "chunks", None)
+    size = size if not chunk else -(-size // chunk[0]) * chunk[0]
+    blocks = np.arange(-(-value.shape[0] // size))
+    where = str(getattr(value, "filename", None) or name)
+    return DiskArray(reader, value.shape[0], size, blocks, tuple(value.shape[1:]), dtype, where)
+
+
+def in_memory(x: Any) -> bool:
+    """Whether x is an array in memory, and not one on disk, a data set or a loader."""
+    return isinstance(x, (Tensor, np.ndarray)) and rows_of(x) is None
+
+
+def sampled(x: Any) -> Any:
+    """The rows of a tensor, or a sample of the rows of an array on disk."""
+    return x.sample() if isinstance(x, DiskArray) else x
+
+
+def _row_bytes(value: Any) -> int:
+    return int(np.prod(value.shape[1:])) * value.dtype.itemsize
+
+
+def _of_map(array: np.memmap) -> Callable[[int, int], np.ndarray] | None:
+    """A function that reads rows of a mapped file; None if its rows do not lie one after another.
+
+    A private map ("c") may have been changed in memory, so it is not read from its file.
+    """
+    root: Any = array
+    while isinstance(root.base, np.memmap):
+        root = root.base
+    if not array.flags.c_contiguous or array.mode == "c" or array.filename is None:
+        return None
+    ahead = array.__array_interface__["data"][0] - root.__array_interface__["data"][0]
+    return _Rows(Path(array.filename), root.offset + ahead, tuple(array.shape), array.dtype)
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Reads rows of a file without mapping it into memory."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __post_init__(self) -> None:
+        self.descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        found = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        view, at = memoryview(found.reshape(-1).view(np.uint8).data), self.offset + start * row
+        while len(view):
+            done = os.preadv(self.descriptor, [view], at)
+            if done <= 0:
+                raise UsageError(f"{self.path} is cut short: row {start} cannot be read")
+            view, at = view[done:], at + done
+        return found

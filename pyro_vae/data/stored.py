@@ -1,0 +1,197 @@
+"""Arrays on disk as a source of minibatches: rows are read by index, and a thread reads ahead.
+
+An epoch reads blocks of rows in a random order, some blocks at a time, and shuffles the rows of
+these blocks together: see `pyro_vae.data.order`. So the memory in use is small and does not grow.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.data.disk import DiskArray
+from pyro_vae.data.order import Place, Window, order, windows
+from pyro_vae.data.streams import Arriving
+from pyro_vae.errors import UsageError
+from pyro_vae.pairs.pair import Batch
+
+WINDOW_BLOCKS = 128
+"""The number of blocks whose rows are shuffled together, about 32 MiB of x."""
+
+
+class _Read(NamedTuple):
+    """Minibatches that have been read, and whether x has a missing entry in them."""
+
+    batches: list[Batch]
+    holes: bool
+    start: int
+
+
+class Stored(Arriving):
+    """Rows of x on disk, with context on disk or in memory.
+
+    Arguments:
+        arrays: x, which is a `DiskArray`, and its context.
+    """
+
+    def __init__(
+        self,
+        arrays: Sequence[DiskArray | Tensor],
+        dtype: torch.dtype | None = None,
+        pair: nn.Module | None = None,
+    ) -> None:
+        super().__init__(dtype, pair)
+        x = arrays[0]
+        assert isinstance(x, DiskArray)
+        self.arrays, self.x = tuple(arrays), x
+        if not len(x):
+            raise UsageError(f"x is empty: got an array of shape {tuple(x.shape)}")
+        for i, array in enumerate(arrays[1:], 1):
+            if len(array) != len(x):
+                raise UsageError(
+                    f"context {i} has {len(array)} rows but x has {len(x)}; they must match"
+                )
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def num_data(self) -> int:
+        """The number of different data, over which the KL of global latents is shared."""
+        return len(self)
+
+    def batch_size(self, batch_size: int) -> int:
+        """The number of rows of a full minibatch if the caller asks for ``batch_size``."""
+        return batch_size
+
+    def steps(self, batch_size: int) -> int:
+        """The number of minibatches of an epoch."""
+        return -(-len(self) // batch_size)
+
+    def require_length(self, counted: int) -> None:
+        """Do nothing: the number of rows on disk is known."""
+
+    def first(self, n: int) -> Batch:
+        """Evenly spaced rows, at most n, because the first rows of a file may be alike."""
+        index = torch.linspace(0, len(self) - 1, min(n, len(self)), dtype=torch.float64).long()
+        found = tuple(array[index] for array in self.arrays)
+        for i, part in enumerate(found):
+            if part.is_floating_point() and not bool(part.isfinite().all()):
+                for row, value in zip(index.tolist(), part.split(1), strict=True):
+                    self.require_sound(value, f"context {i}" if i else "x", row, "")
+        return found
+
+    def sample(self) -> list[Tensor]:
+        """Rows that stand for all data in a checksum, and the number of all rows."""
+        arrays = [a.sample() if isinstance(a, DiskArray) else a for a in self.arrays]
+        return [torch.tensor([len(self)]), *arrays]
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Minibatches of unprepared rows, in their order."""
+        at_once = max(1, WINDOW_BLOCKS * self.x.block // batch_size) * batch_size
+        starts = range(0, len(self), at_once)
+        parts = (self._between(start, min(start + at_once, len(self))) for start in starts)
+        return self._served(_read(parts, batch_size, 0))
+
+    def epoch(self, batch_size: int, place: Place) -> Iterator[Batch]:
+        """This process's part of each remaining minibatch of an epoch, in a random order."""
+        done = place.batches * batch_size
+        for batch in self._served(_read(self._shuffled(place, done), batch_size, done)):
+            yield tuple(place.team.of(part) for part in batch)
+
+    def _shuffled(self, place: Place, done: int) -> Iterator[Batch]:
+        """The shuffled rows of one window after another, without the first ``done`` rows."""
+        found = windows(place.seed, place.epoch, len(self), self.x.block, WINDOW_BLOCKS)
+        for window in found:
+            if window.start + window.length <= done:
+                continue
+            mixed = order(place.seed, place.epoch, window.length, window.number)
+            mixed = mixed[max(0, done - window.start) :]
+            yield tuple(part[mixed] for part in self._blocks(window))
+
+    def _blocks(self, window: Window) -> Batch:
+        size = self.x.block
+        spans = [(b * size, min((b + 1) * size, len(self))) for b in map(int, window.blocks)]
+        parts = [self._between(*span) for span in spans]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _between(self, start: int, stop: int) -> Batch:
+        return tuple(
+            a.between(start, stop) if isinstance(a, DiskArray) else a[start:stop]
+            for a in self.arrays
+        )
+
+    def _served(self, found: Iterator[_Read]) -> Iterator[Batch]:
+        """Minibatches that are read ahead and checked; only this thread may run the pair."""
+        for read in _ahead(self._sound(found)):
+            row = read.start
+            for batch in read.batches:
+                if read.holes and self.pair is not None:
+                    self.require_served(self.pair, batch, row)
+                row += len(batch[0])
+                yield batch
+
+    def _sound(self, found: Iterator[_Read]) -> Iterator[_Read]:
+        for read in found:
+            row = read.start
+            for batch in read.batches:
+                for i, part in enumerate(batch):
+                    self.require_sound(part, f"context {i}" if i else "x", row)
+                row += len(batch[0])
+            x = [batch[0] for batch in read.batches if batch[0].is_floating_point()]
+            yield read._replace(holes=any(bool(part.isnan().any()) for part in x))
+
+
+def _read(parts: Iterator[Batch], size: int, start: int) -> Iterator[_Read]:
+    """Cut parts of any length into minibatches; rows at the end of a part go to the next one."""
+    rest: Batch | None = None
+    for part in parts:
+        whole = part if rest is None else tuple(map(torch.cat, zip(rest, part, strict=True)))
+        n = len(whole[0])
+        full = n - n % size
+        cut = [tuple(t[i : i + size] for t in whole) for i in range(0, full, size)]
+        yield _Read(cut, False, start)
+        start += full
+        rest = tuple(t[full:].clone() for t in whole) if full < n else None
+    if rest is not None:
+        yield _Read([rest], False, start)
+
+
+_END = object()
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The items of an iterator, which a thread makes while the caller uses the item before."""
+    found: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(1)
+    stopped = threading.Event()
+
+    def put(item: Any, error: BaseException | None = None) -> None:
+        while not stopped.is_set():
+            try:
+                return found.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stopped.is_set():
+                    return
+            put(_END)
+        except BaseException as error:
+            put(_END, error)
+
+    thread = threading.Thread(target=work, name="pyro_vae reads ahead", daemon=True)
+    thread.start()
+    try:
+        while (item := found.get())[0] is not _END:
+            yield item[0]
+        if item[1] is not None:
+            raise item[1]
+    finally:
+        stopped.set()
+        thread.join()

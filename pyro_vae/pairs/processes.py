@@ -1,0 +1,139 @@
+"""The processes that torchrun started for one task, and what they tell each other.
+
+All processes run the same program on the same data, and each does a part of the work. Whatever one
+of them tells the others is told in `Team.gather`. It also tells that a process failed, so that an
+error of one process ends all of them and none of them waits forever.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from pyro_vae.errors import UsageError, first_line
+
+T = TypeVar("T")
+
+
+class ElsewhereError(UsageError):
+    """Another process stopped with an error, which it reports itself."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that share a task, and the place of this process among them.
+
+    >>> Team(rank=1, count=2).of(torch.arange(5))
+    tensor([3, 4])
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The rows of a minibatch that this process takes; the first process has the most."""
+        n = len(rows)
+        return rows[-(-n * self.rank // self.count) : -(-n * (self.rank + 1) // self.count)]
+
+    def own(self, items: Iterable[T]) -> Iterator[T]:
+        """The items that this process takes, for example minibatches: one of each ``count``."""
+        return islice(items, self.rank, None, self.count)
+
+    def gather(self, work: Callable[[], T]) -> list[T]:
+        """Do some work in every process, and return the results of all processes.
+
+        If it fails in a process, that process raises its error and the others `ElsewhereError`.
+        """
+        if self.count == 1:
+            return [work()]
+        failure: Exception | None = None
+        try:
+            mine = (work(), None)
+        except Exception as error:
+            failure, mine = error, (None, first_line(error))  # type: ignore[assignment]
+        found: list[Any] = [None] * self.count
+        with lost():
+            dist.all_gather_object(found, mine)
+        failed = [(rank, words) for rank, (_, words) in enumerate(found) if words is not None]
+        if not failed:
+            return [result for result, _ in found]
+        rank, words = failed[0]
+        if rank == self.rank and failure is not None:
+            raise failure
+        raise ElsewhereError(f"process {rank} of {self.count} stopped: {words}") from failure
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do some work in every process, and return the result of this one; see `gather`."""
+        results: list[T] = []
+        self.gather(lambda: results.append(work()))
+        return results[0]
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """Do some work in the first process, and return its result in every process."""
+        found: Any = self.gather(lambda: work() if self.first else None)
+        return found[0]
+
+
+ALONE = Team()
+
+
+@contextmanager
+def lost() -> Iterator[None]:
+    """Raise `UsageError` if another process has gone."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"another process of this run has ended or does not answer ({first_line(error)[:120]})"
+        ) from error
+
+
+_SINGLE: list[None] = []
+"""An entry for each block of `single` that is active."""
+
+
+def here() -> Team:
+    """The processes of the group that torch.distributed has started, or this process alone.
+
+    Within `single`, it is this process alone.
+    """
+    if _SINGLE or not dist.is_available() or not dist.is_initialized():
+        return ALONE
+    return Team(dist.get_rank(), dist.get_world_size())
+
+
+@contextmanager
+def single() -> Iterator[None]:
+    """Let every tool work in this process alone, because the others do not call it.
+
+    `pyro_vae.fit` and the other tools that share their work do it while they run. So a function in
+    ``on_epoch``, or another thread, does not wait for other processes.
+    """
+    _SINGLE.append(None)
+    try:
+        yield
+    finally:
+        _SINGLE.pop()
+
+
+def restarts() -> int:
+    """How often torchrun has restarted the processes after one of them ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def local_device() -> torch.device | None:
+    """The GPU of this process; None if the processes do not use GPUs."""
+    if here() == ALONE or "nccl" not in str(dist.get_backend()):
+        return None
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
