@@ -92,6 +92,8 @@ class Noted(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> torch.Tensor:
         print(i, file=self.log, flush=True)
+        if restarts() < int(os.environ["KILLS"]):
+            time.sleep(0.01)  # until all kills have happened, an epoch takes some seconds
         return torch.sin(torch.arange(4.0) * (i + 1))
 
 
@@ -109,7 +111,6 @@ def killed(folder: Path) -> None:
         out=folder / "run",
         engine="eager",
         progress=False,
-        on_epoch=[lambda epoch: time.sleep(0.3)],
         **options,
     )
 
@@ -120,6 +121,7 @@ def kills(number: int) -> None:
     for times in (0, number):
         with tempfile.TemporaryDirectory() as name:
             folder, done = Path(name), 0
+            os.environ["KILLS"] = str(times)
             running = torchrun(2, ["killed", name], restarts=number)
             while running.poll() is None:
                 time.sleep(0.5 + draws.random())
