@@ -120,17 +120,19 @@ def kills(number: int) -> None:
     draws, weights = random.Random(0), []
     for times in (0, number):
         with tempfile.TemporaryDirectory() as name:
-            folder, done = Path(name), 0
+            folder, done, last = Path(name), 0, -1
             os.environ["KILLS"] = str(times)
-            running = torchrun(2, ["killed", name], restarts=number)
+            running = torchrun(2, ["killed", name], restarts=2 * number)
             while running.poll() is None:
                 time.sleep(0.5 + draws.random())
-                pids = sorted(folder.glob(f"rows-{done}-*.pid"))
+                found = sorted(folder.glob("rows-*-?.pid"))
+                newest = max((int(path.name.split("-")[1]) for path in found), default=-1)
+                pids = sorted(folder.glob(f"rows-{newest}-*.pid"))
                 trained = (folder / "run" / "history.csv").exists()
-                if done < times and len(pids) == 2 and trained:
+                if done < times and newest > last and len(pids) == 2 and trained:
                     time.sleep(draws.random())
                     os.kill(int(draws.choice(pids).read_text()), signal.SIGKILL)
-                    done += 1
+                    done, last = done + 1, newest
             assert running.returncode == 0, f"torchrun ended with {running.returncode}"
             assert done == times, f"killed only {done} times"
             pair = pv.load(folder / "run")
