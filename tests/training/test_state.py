@@ -57,7 +57,7 @@ def test_the_format_differs_from_that_of_0_1_0_in_the_generators_of_an_epoch():
 
 def test_a_checkpoint_of_0_1_0_within_an_epoch_is_refused():
     old = run_files.read_checkpoint(OLD) | {"batches": 2}
-    with pytest.raises(UsageError, match="is from version .* and within an epoch, whose order"):
+    with pytest.raises(UsageError, match=r"is from version .* and within an epoch, whose order"):
         TrainState.of_checkpoint(old, OLD)
 
 
