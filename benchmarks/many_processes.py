@@ -92,6 +92,8 @@ class Noted(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> torch.Tensor:
         print(i, file=self.log, flush=True)
+        if restarts() < int(os.environ["KILLS"]):
+            time.sleep(0.01)  # until all kills have happened, an epoch takes some seconds
         return torch.sin(torch.arange(4.0) * (i + 1))
 
 
@@ -109,7 +111,6 @@ def killed(folder: Path) -> None:
         out=folder / "run",
         engine="eager",
         progress=False,
-        on_epoch=[lambda epoch: time.sleep(0.3)],
         **options,
     )
 
@@ -119,16 +120,19 @@ def kills(number: int) -> None:
     draws, weights = random.Random(0), []
     for times in (0, number):
         with tempfile.TemporaryDirectory() as name:
-            folder, done = Path(name), 0
-            running = torchrun(2, ["killed", name], restarts=number)
+            folder, done, last = Path(name), 0, -1
+            os.environ["KILLS"] = str(times)
+            running = torchrun(2, ["killed", name], restarts=2 * number)
             while running.poll() is None:
                 time.sleep(0.5 + draws.random())
-                pids = sorted(folder.glob(f"rows-{done}-*.pid"))
+                found = sorted(folder.glob("rows-*-?.pid"))
+                newest = max((int(path.name.split("-")[1]) for path in found), default=-1)
+                pids = sorted(folder.glob(f"rows-{newest}-*.pid"))
                 trained = (folder / "run" / "history.csv").exists()
-                if done < times and len(pids) == 2 and trained:
+                if done < times and newest > last and len(pids) == 2 and trained:
                     time.sleep(draws.random())
                     os.kill(int(draws.choice(pids).read_text()), signal.SIGKILL)
-                    done += 1
+                    done, last = done + 1, newest
             assert running.returncode == 0, f"torchrun ended with {running.returncode}"
             assert done == times, f"killed only {done} times"
             pair = pv.load(folder / "run")

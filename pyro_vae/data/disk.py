@@ -156,11 +156,11 @@ def _of_map(array: np.memmap) -> Callable[[int, int], np.ndarray] | None:
     if not array.flags.c_contiguous or array.mode == "c" or array.filename is None:
         return None
     ahead = array.__array_interface__["data"][0] - root.__array_interface__["data"][0]
-    return _Rows(Path(array.filename), root.offset + ahead, tuple(array.shape), array.dtype)
+    return _PlainFile(Path(array.filename), root.offset + ahead, tuple(array.shape), array.dtype)
 
 
 @dataclass(eq=False)
-class _Rows:
+class _PlainFile:
     """Reads rows of a file without mapping it into memory."""
 
     path: Path

@@ -22,7 +22,7 @@ WINDOW_BLOCKS = 128
 """The number of blocks whose rows are shuffled together, about 32 MiB of x."""
 
 
-class _Read(NamedTuple):
+class _Portion(NamedTuple):
     """Minibatches that have been read, and whether x has a missing entry in them."""
 
     batches: list[Batch]
@@ -124,7 +124,7 @@ class Stored(Arriving):
             for a in self.arrays
         )
 
-    def _served(self, found: Iterator[_Read]) -> Iterator[Batch]:
+    def _served(self, found: Iterator[_Portion]) -> Iterator[Batch]:
         """Minibatches that are read ahead and checked; only this thread may run the pair."""
         for read in _ahead(self._sound(found)):
             row = read.start
@@ -134,18 +134,25 @@ class Stored(Arriving):
                 row += len(batch[0])
                 yield batch
 
-    def _sound(self, found: Iterator[_Read]) -> Iterator[_Read]:
+    def _sound(self, found: Iterator[_Portion]) -> Iterator[_Portion]:
         for read in found:
-            row = read.start
+            row, holes = read.start, False
             for batch in read.batches:
                 for i, part in enumerate(batch):
+                    if self._is_finite(part):
+                        continue
                     self.require_sound(part, f"context {i}" if i else "x", row)
+                    holes = holes or (i == 0 and bool(part.isnan().any()))
                 row += len(batch[0])
-            x = [batch[0] for batch in read.batches if batch[0].is_floating_point()]
-            yield read._replace(holes=any(bool(part.isnan().any()) for part in x))
+            yield read._replace(holes=holes)
+
+    def _is_finite(self, part: Tensor) -> bool:
+        """Whether one pass shows that all values are finite: their sum is; else look closer."""
+        kept = part.dtype in (self.dtype, torch.float32)
+        return part.is_floating_point() and kept and bool(part.sum().isfinite())
 
 
-def _read(parts: Iterator[Batch], size: int, start: int) -> Iterator[_Read]:
+def _read(parts: Iterator[Batch], size: int, start: int) -> Iterator[_Portion]:
     """Cut parts of any length into minibatches; rows at the end of a part go to the next one."""
     rest: Batch | None = None
     for part in parts:
@@ -153,11 +160,11 @@ def _read(parts: Iterator[Batch], size: int, start: int) -> Iterator[_Read]:
         n = len(whole[0])
         full = n - n % size
         cut = [tuple(t[i : i + size] for t in whole) for i in range(0, full, size)]
-        yield _Read(cut, False, start)
+        yield _Portion(cut, False, start)
         start += full
         rest = tuple(t[full:].clone() for t in whole) if full < n else None
     if rest is not None:
-        yield _Read([rest], False, start)
+        yield _Portion([rest], False, start)
 
 
 _END = object()

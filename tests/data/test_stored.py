@@ -169,7 +169,7 @@ def test_a_file_that_is_cut_short_is_refused(mapped, tmp_path):
 
 def test_fixed_binarization_needs_memory(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((40, 3), np.float32))
-    with pytest.raises(UsageError, match="binarize can be fixed only"):
+    with pytest.raises(UsageError, match=r"binarize can be fixed only"):
         pv.fit(
             pv.VAE.mlp((3,), likelihood=pv.Bernoulli),
             np.load(tmp_path / "x.npy", mmap_mode="r"),

@@ -13,6 +13,7 @@ from pairs import make, rows
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.errors import UsageError
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import registered, scope
 from pyro_vae.runs import files as run_files
@@ -46,13 +47,19 @@ def test_a_checkpoint_is_the_state_and_nothing_else(tmp_path):
         assert torch.equal(again["pair"][name], value)
 
 
-def test_the_format_is_that_of_0_1_0():
+def test_the_format_differs_from_that_of_0_1_0_in_the_generators_of_an_epoch():
     old = run_files.read_checkpoint(OLD)
     state = TrainState.of_checkpoint(old, OLD)
-    assert state.to_checkpoint().keys() == old.keys()
+    assert state.to_checkpoint().keys() ^ old.keys() == {"more_generators", "generators_of_epoch"}
     former = [epoch[:10] for epoch in state.to_checkpoint()["epochs"]]
     assert former == [list(epoch) for epoch in old["epochs"]]  # later fields come after these
     assert len(dataclasses.fields(TrainState)) == len(old)
+
+
+def test_a_checkpoint_of_0_1_0_within_an_epoch_is_refused():
+    old = run_files.read_checkpoint(OLD) | {"batches": 2}
+    with pytest.raises(UsageError, match=r"is from version .* and within an epoch, whose order"):
+        TrainState.of_checkpoint(old, OLD)
 
 
 class Varying(nn.Module):
