@@ -74,7 +74,7 @@ def report_run(run: Path, pair: "nn.Module", data: "Data", given: dict[str, Any]
     ids, known = None, data.table or data.cells
     if known is not None and data.test.rows is not None:
         ids = [known.ids[row] for row in data.test.rows[:2000].tolist()]
-    write_report(run, pair, x, *context, labels=labels, ids=ids)
+    write_report(pair, x, *context, run=run, labels=labels, ids=ids)
 
 
 def split_of(config: dict[str, Any]) -> dict[str, Any]:

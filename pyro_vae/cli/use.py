@@ -60,10 +60,10 @@ def sample(
     conditional = "label" in given.get("condition", ())
     context, parents = _asked(run, given, num, label, model)
     if label is None or conditional:
-        images = generation.sample(pair, num, context, means=means, seed=seed)
+        images = generation.sample(pair, num, *context, means=means, seed=seed)
     else:
         values = _of_class(run, pair, num, label)
-        images = generation.decode(pair, values, context, means=means, seed=seed)
+        images = generation.decode(pair, values, *context, means=means, seed=seed)
     if (run / SCHEMA).is_file():
         table = _table(schema_of_run(run), images)
         if parents is not None and len(table) == num:

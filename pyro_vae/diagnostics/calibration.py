@@ -17,7 +17,7 @@ from pyro_vae.diagnostics.ranks import ranked, ranks_of
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import CELLS
 from pyro_vae.pairs import enumeration, masks, summing
-from pyro_vae.pairs.arrays import as_tensor
+from pyro_vae.pairs.arrays import as_tensor, each_context
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.progress import bar
@@ -40,8 +40,7 @@ Quantity: TypeAlias = Callable[[dict[str, Tensor], Tensor], Tensor]
 @alone()
 def calibration(
     pair: nn.Module,
-    context: Sequence[Any] = (),
-    *,
+    *context: Any,
     num_simulations: int = 2000,
     num_draws: int = 99,
     test_quantities: Mapping[str, Quantity] | None = None,
@@ -61,7 +60,7 @@ def calibration(
 
     Arguments:
         pair: any pair with ``template(n)``.
-        context: context tensors for a conditional pair; each simulation draws one of their rows.
+        context: the context tensors of a conditional pair; each simulation draws one of their rows.
         num_simulations: number of simulated data, at least 100.
         num_draws: L for each simulated datum, at least 19.
         test_quantities: functions by name. Each takes the latents (a dictionary from sites to
@@ -101,7 +100,7 @@ def calibration(
     quantities = dict(test_quantities or {})
     parts: list[Tensor] = []
     with using(pair, seed), bar(progress, num_simulations, "calibration", delay=2) as shown:
-        simulated = _Simulated(pair, context, num_draws, quantities)
+        simulated = _Simulated(pair, each_context(context), num_draws, quantities)
         for start in range(0, num_simulations, simulated.rows):
             n = min(simulated.rows, num_simulations - start)
             parts.append(simulated.ranks(n))

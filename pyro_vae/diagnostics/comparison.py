@@ -17,6 +17,7 @@ from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.moments import is_discrete
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import observed
 from pyro_vae.pairs.threads import alone
 from pyro_vae.parts.columns import ByColumn
@@ -124,6 +125,8 @@ class Spread:
     error: float
     """Standard error of the difference, from the differences of single rows."""
 
+    _repr_html_ = shown_html
+
     def __str__(self) -> str:
         words = f"log p(x) on the same {self.num_examples} rows has a standard deviation of "
         words += f"{self.between:.3f} nats per example between runs; a run reports an error of "
@@ -169,6 +172,8 @@ class Comparison:
                 "The verdicts agree: no part is at fault, as far as the diagnostics have checked."
             )
         return f"The verdicts agree. At fault in all runs: {', '.join(counts)}."
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         lines = [*_table(self.rows), ""]

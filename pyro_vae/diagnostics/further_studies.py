@@ -13,7 +13,7 @@ def tarp_study(bench: Bench) -> Study:
     def run(simulations: int, draws: int) -> Tarp:
         return tarp(
             bench.pair,
-            bench.batch[1:],
+            *bench.batch[1:],
             num_simulations=simulations,
             num_draws=draws,
             seed=bench.seed,

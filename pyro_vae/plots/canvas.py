@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,25 +9,15 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data.text import as_text
+from pyro_vae.pairs.figures import BLUE, FONT, literal, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-BLUE, ORANGE, GRAY = "#1f6f8b", "#d1603d", "#8a8a8a"
 
 
 def is_picture(x: Tensor) -> bool:
     """Whether data can be shown as pictures: (n, channels, height, width) with 1 or 3 channels."""
     return x.dim() == 4 and x.shape[1] in (1, 3)
-
-
-def literal(text: str) -> str:
-    """Escape text of a run, such as the name of a site, so that matplotlib reads no formulas in it.
-
-    >>> literal("$z$")
-    '\\\\$z\\\\$'
-    """
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text).replace("$", r"\$")
 
 
 def grid(rows: Sequence[tuple[str, Tensor]], title: str) -> "Figure":
@@ -46,8 +35,8 @@ def grid(rows: Sequence[tuple[str, Tensor]], title: str) -> "Figure":
         for axis, image in zip(line, [] if tiled else images, strict=False):
             axis.plot(image.detach().cpu().float().flatten(), color=BLUE, linewidth=0.8)
         place, words = line[0].transAxes, literal(label)
-        line[0].text(-0.01, 0.5, words, transform=place, ha="right", va="center", fontsize=8)
-    figure.suptitle(literal(title), fontsize=10)
+        line[0].text(-0.01, 0.5, words, transform=place, ha="right", va="center", fontsize=FONT)
+    figure.suptitle(literal(title), fontsize=FONT)
     return figure
 
 
@@ -83,15 +72,6 @@ def intensity(x: Tensor) -> Tensor:
     return x / 255 if x.dtype == torch.uint8 and int(x.max()) > 1 else x
 
 
-def padded(values: np.ndarray) -> tuple[float, float]:
-    """The limits of an axis for these values, with a margin of 5 % of their range."""
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return 0.0, 1.0
-    margin = 0.05 * (values.max() - values.min()) or 0.1
-    return float(values.min() - margin), float(values.max() + margin)
-
-
 def _strip(images: Tensor, columns: int) -> np.ndarray:
     """Pictures side by side on white, as an array (height, width, 3)."""
     n, _, height, width = images.shape
@@ -102,10 +82,3 @@ def _strip(images: Tensor, columns: int) -> np.ndarray:
     for i, array in enumerate(arrays):
         strip[:, i * (width + gap) : i * (width + gap) + width] = array.transpose(1, 2, 0)
     return strip
-
-
-def new_figure(width: float, height: float) -> "Figure":
-    """A figure of this size in inches, which does not use the state of pyplot."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, ceil(10 * height) / 10), dpi=130, layout="constrained")

@@ -9,60 +9,11 @@ from torch import Tensor, nn
 
 from pyro_vae.inference.encoding import encode_parts
 from pyro_vae.inference.generation import decode, hidden, interpolate, reconstruct, sample, traverse
-from pyro_vae.plots.canvas import (
-    BLUE,
-    GRAY,
-    ORANGE,
-    alike,
-    grid,
-    intensity,
-    literal,
-    new_figure,
-    padded,
-)
+from pyro_vae.pairs.figures import BLUE, FONT, GRAY, literal, new_figure
+from pyro_vae.plots.canvas import alike, grid, intensity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
-    """ELBO, reconstruction, KL and gradient norm by epoch, from the columns of history.csv."""
-    figure = new_figure(9, 5.2)
-    panels = [
-        ("elbo", "ELBO", "nats per example"),
-        ("reconstruction", "reconstruction", "nats per example"),
-        ("kl", "KL", "nats per example"),
-        ("gradient_norm", "gradient norm", "mean over the epoch"),
-    ]
-    for axis, (column, title, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for name, label, color in (
-            (column, "train", BLUE),
-            (f"validation_{column}", "validation", ORANGE),
-        ):
-            if name in history:
-                values = np.asarray(history[name], float)
-                axis.plot(history["epoch"], values, color=color, label=label, linewidth=1.3)
-                if column != "gradient_norm":
-                    # The large range of the first epochs would hide the rest of the curve.
-                    low, high = axis.get_ylim() if name != column else (np.inf, -np.inf)
-                    settled = values[len(values) // 20 :]
-                    axis.set_ylim(min(low, *padded(settled)), max(high, *padded(settled)))
-                else:
-                    axis.set_yscale("log")
-        if "validation_bound" in history:
-            bounds = np.asarray(history["validation_bound"], float)
-            finite = np.where(np.isfinite(bounds), bounds, -np.inf)
-            # If no bound is finite, training keeps the last epoch.
-            at = int(finite.argmax()) if np.isfinite(bounds).any() else -1
-            best = history["epoch"][at]
-            axis.axvline(best, color=GRAY, linewidth=0.8, linestyle=":", label="kept epoch")
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("epoch", fontsize=8)
-        axis.set_ylabel(unit, fontsize=8)
-        axis.tick_params(labelsize=7)
-        if axis.get_legend_handles_labels()[1] and column != "gradient_norm":
-            axis.legend(fontsize=7, frameon=False)
-    return figure
 
 
 def kl_by_unit(kl: Mapping[str, Sequence[float]]) -> "Figure":
@@ -75,11 +26,11 @@ def kl_by_unit(kl: Mapping[str, Sequence[float]]) -> "Figure":
         heights = np.where(np.isfinite(heights), heights, 0.0)  # a bar has a finite height
         order = np.argsort(heights)[::-1]
         axis.bar(range(len(order)), heights[order], color=BLUE)
-        axis.set_xticks(range(len(order)), [str(unit) for unit in order], fontsize=7)
-        axis.set_xlabel(f"unit of {literal(site)}", fontsize=8)
-        axis.set_ylabel("KL, nats per example", fontsize=8)
-        axis.tick_params(labelsize=7)
-    figure.suptitle("KL by unit: a unit near zero has collapsed", fontsize=10)
+        axis.set_xticks(range(len(order)), [str(unit) for unit in order], fontsize=FONT)
+        axis.set_xlabel(f"unit of {literal(site)}", fontsize=FONT)
+        axis.set_ylabel("KL, nats per example", fontsize=FONT)
+        axis.tick_params(labelsize=FONT)
+    figure.suptitle("KL by unit: a unit near zero has collapsed", fontsize=FONT)
     return figure
 
 
@@ -112,12 +63,12 @@ def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
     if labels is not None and int(labels.max()) < 10:
         handles, names = shown.legend_elements()
         axis.legend(
-            handles, names, fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+            handles, names, fontsize=FONT, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
         )
-    axis.set_xlabel(words[0], fontsize=8)
-    axis.set_ylabel(words[1], fontsize=8)
-    axis.tick_params(labelsize=7)
-    axis.set_title(f"posterior means of {literal(site)}", fontsize=10)
+    axis.set_xlabel(words[0], fontsize=FONT)
+    axis.set_ylabel(words[1], fontsize=FONT)
+    axis.tick_params(labelsize=FONT)
+    axis.set_title(f"posterior means of {literal(site)}", fontsize=FONT)
     return figure
 
 
@@ -135,7 +86,7 @@ def samples(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = (), seed: in
             (
                 f"context {i}",
                 alike(
-                    sample(pair, 10, [part[i : i + 1] for part in context], means=True, seed=seed),
+                    sample(pair, 10, *(part[i : i + 1] for part in context), means=True, seed=seed),
                     x,
                 ),
             )
@@ -163,7 +114,7 @@ def by_value(
     rows = [
         (
             f"{latent} = {i}",
-            alike(decode(pair, {latent: value.expand(10, *value.shape)}, one, seed=seed), x),
+            alike(decode(pair, {latent: value.expand(10, *value.shape)}, *one, seed=seed), x),
         )
         for i, value in enumerate(values)
     ]

@@ -3,9 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pyro_vae.pairs.frames import installed_pandas
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.training.validation import Bound
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Epoch(NamedTuple):
@@ -94,8 +99,24 @@ class History:
             f"{what} {last.elbo:.3f} in the last, stopped early: {self.stopped_early})"
         )
 
+    _repr_html_ = shown_html
+
     def __len__(self) -> int:
         return len(self.epochs)
+
+    def to_frame(self) -> Any:
+        """Return a pandas frame with a row for each epoch and the columns of history.csv.
+
+        Raises `UsageError` if pandas is not installed.
+        """
+        rows = [epoch.row() for epoch in self.epochs]
+        return installed_pandas("to_frame").DataFrame(rows).set_index("epoch")
+
+    def plot(self) -> "Figure":
+        """Return a figure of ELBO, reconstruction, KL and gradient norm by epoch."""
+        from pyro_vae.training.curves import curves
+
+        return curves({name: self[name] for name in self.epochs[0].row()})
 
 
 def is_finite(measured: Bound | None) -> bool:

@@ -133,7 +133,7 @@ def test_python_reads_names_of_python():
     pair = pv.VAE.mlp((4,), latent_dim=2, hidden=(8,), posterior=pv.FullRankNormal())
     x = torch.rand(8, 4).round()
     objective = pv.TotalCorrelationELBO(8)
-    (error,) = pv.check(pair, x, objective).errors
+    (error,) = pv.check(pair, x, objective=objective).errors
     assert error.endswith("use Trace_ELBO")
     with pytest.raises(pv.UsageError) as caught:
         pv.fit(pair, x, objective=objective, epochs=1, batch_size=4, progress=False)
