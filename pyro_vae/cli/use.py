@@ -278,6 +278,6 @@ def _write(
         print(run / f"{name}.txt", text, sep="\n\n")
         return
     with run_files.atomic(run / run_files.FIGURES / f"{name}.png") as file:
-        file.write(canvas.png(canvas.grid(rows, name)))
+        file.write(canvas.png(canvas.grid(rows)))
     print(run / f"{name}.npy")
     print(run / run_files.FIGURES / f"{name}.png")

@@ -30,28 +30,30 @@ def kl_by_unit(kl: Mapping[str, Sequence[float]]) -> "Figure":
         axis.set_xlabel(f"unit of {literal(site)}", fontsize=FONT)
         axis.set_ylabel("KL, nats per example", fontsize=FONT)
         axis.tick_params(labelsize=FONT)
-    figure.suptitle("KL by unit: a unit near zero has collapsed", fontsize=FONT)
     return figure
 
 
-def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
-    """Codes (n, d) in the plane of their first two principal components, colored by label."""
-    from sklearn.decomposition import PCA
+WITH_ERRORS = 150
+"""The largest number of codes whose posterior standard deviations are drawn."""
 
-    figure = new_figure(5.6, 4.8)
+
+def latent_plane(
+    codes: Tensor, labels: Tensor | None, site: str, scales: Tensor | None = None
+) -> "Figure":
+    """Codes (n, d) in the plane of their first two principal components, colored by label.
+
+    Bars show one posterior standard deviation of the units, ``scales`` (n, d), along each axis.
+    """
+    figure = new_figure(6.6, 5)
     axis = figure.subplots()
-    points = codes.reshape(len(codes), -1).double().numpy()
-    words = [f"{literal(site)}[0]", f"{literal(site)}[1]"]
-    if points.shape[1] == 1:
-        points = np.column_stack([points, np.zeros(len(points))])
-        words[1] = ""
-    elif points.shape[1] > 2:
-        pca = PCA(2).fit(points)
-        points = pca.transform(points)
-        words = [
-            f"principal component {i + 1} ({100 * share:.0f} % of variance)"
-            for i, share in enumerate(pca.explained_variance_ratio_)
-        ]
+    points, directions, words = _plane(codes.reshape(len(codes), -1).double().numpy(), site)
+    if scales is not None:
+        squares = scales.reshape(len(scales), -1).double().numpy() ** 2
+        errors = np.sqrt(squares @ (directions**2).T)
+        some = np.linspace(0, len(points) - 1, min(len(points), WITH_ERRORS)).astype(int)
+        axis.errorbar(
+            *points[some].T, *errors[some].T[::-1], fmt="none", ecolor=GRAY, alpha=0.3, zorder=0
+        )
     shown = axis.scatter(
         points[:, 0],
         points[:, 1],
@@ -68,15 +70,32 @@ def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
     axis.set_xlabel(words[0], fontsize=FONT)
     axis.set_ylabel(words[1], fontsize=FONT)
     axis.tick_params(labelsize=FONT)
-    axis.set_title(f"posterior means of {literal(site)}", fontsize=FONT)
     return figure
+
+
+def _plane(codes: np.ndarray, site: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Codes as points (n, 2), the two directions (2, d) of the plane, and what they are."""
+    from sklearn.decomposition import PCA
+
+    d = codes.shape[1]
+    if d == 1:
+        points = np.column_stack([codes, np.zeros(len(codes))])
+        return points, np.array([[1.0], [0.0]]), [literal(site), ""]
+    if d == 2:
+        return codes, np.eye(2), [f"{literal(site)}[0]", f"{literal(site)}[1]"]
+    pca = PCA(2).fit(codes)
+    words = [
+        f"principal component {i + 1} of {literal(site)} ({100 * share:.0f} % of variance)"
+        for i, share in enumerate(pca.explained_variance_ratio_)
+    ]
+    return pca.transform(codes), pca.components_, words
 
 
 def reconstructions(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = ()) -> "Figure":
     """Data without the entries that the model masks, and their reconstructions below."""
     again = alike(reconstruct(pair, x, *context), x)
     data = torch.where(hidden(pair, x, *context), torch.nan, intensity(x))
-    return grid([("data", data), ("reconstruction", again)], "reconstructions")
+    return grid([("data", data), ("reconstruction", again)])
 
 
 def samples(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = (), seed: int = 0) -> "Figure":
@@ -92,10 +111,10 @@ def samples(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = (), seed: in
             )
             for i in range(len(context[0]))
         ]
-        return grid(rows, "samples (means) by context")
+        return grid(rows)
     images = alike(sample(pair, 48, means=True, seed=seed), x)
     rows = [("", part) for part in images.split(12)]
-    return grid(rows, "samples (means)")
+    return grid(rows)
 
 
 def by_value(
@@ -118,7 +137,7 @@ def by_value(
         )
         for i, value in enumerate(values)
     ]
-    return grid(rows, f"samples (means) by {latent}")
+    return grid(rows)
 
 
 def traversals(
@@ -128,7 +147,7 @@ def traversals(
     values = np.linspace(-3, 3, 11).tolist()
     images = alike(traverse(pair, x, *context, values=values, units=units, latent=latent), x)
     rows = [(f"{latent}[{unit}]", line) for unit, line in zip(units, images, strict=True)]
-    return grid(rows, "traversals: one unit at a time from -3 to 3")
+    return grid(rows)
 
 
 def interpolations(
@@ -140,10 +159,16 @@ def interpolations(
         ("", torch.cat([intensity(a)[None].to(line), line, intensity(b)[None].to(line)]))
         for a, line, b in zip(start, lines, end, strict=True)
     ]
-    return grid(rows, "interpolations between the data at both ends")
+    return grid(rows)
 
 
 def codes(pair: nn.Module, x: Tensor, context: Sequence[Tensor]) -> tuple[str, Tensor]:
     """The local latent with the most units and its codes; a continuous site comes first."""
     found, _ = encode_parts(pair, x, context)
     return max(found.items(), key=lambda item: (item[1].is_floating_point(), item[1][0].numel()))
+
+
+def scales(pair: nn.Module, x: Tensor, context: Sequence[Tensor], site: str) -> Tensor | None:
+    """The posterior standard deviations of the codes of a site, if it is continuous."""
+    found = encode_parts(pair, x, context, "scale")[0].get(site)
+    return None if found is None else found.cpu()

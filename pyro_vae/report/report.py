@@ -143,8 +143,7 @@ def _figures(
     if (run / SCHEMA).is_file():
         if x.dim() == 2:  # not for groups of rows
             made += table_parts(pair, stored_schema(run / SCHEMA), x, context, ids, seed)
-        site, codes = pictures.codes(pair, x, context)
-        made.append(("latent", pictures.latent_plane(codes.cpu(), labels, site)))
+        made.append(("latent", _plane(pair, x, context, labels)))
         kl = _kl_by_unit(metrics)
         return [*made, ("kl", pictures.kl_by_unit(kl))] if kl else made
     few = [part[:12] for part in context]
@@ -172,10 +171,19 @@ def _figures(
             ends = [part[:n] for part in context]
             lines = pictures.interpolations(pair, x[:n], x[n : 2 * n], ends)
             made.append(("interpolations", lines))
-        made.append(("latent", pictures.latent_plane(codes.cpu(), labels, site)))
+        made.append(("latent", _plane(pair, x, context, labels)))
     if kl:
         made.append(("kl", pictures.kl_by_unit(kl)))
     return made
+
+
+def _plane(
+    pair: nn.Module, x: Tensor, context: Sequence[Tensor], labels: Tensor | None
+) -> "Figure":
+    site, codes = pictures.codes(pair, x, context)
+    scales = pictures.scales(pair, x, context, site) if codes.is_floating_point() else None
+    same = scales is not None and scales.shape == codes.shape
+    return pictures.latent_plane(codes.cpu(), labels, site, scales if same else None)
 
 
 def _texts(
@@ -196,8 +204,7 @@ def _texts(
         ("reconstructions", canvas.lines(rows, vocabulary, across=True)),
         ("interpolations", canvas.lines([("", line) for line in between], vocabulary)),
     ]
-    site, codes = pictures.codes(pair, x, context)
-    made.append(("latent", pictures.latent_plane(codes.cpu(), None, site)))
+    made.append(("latent", _plane(pair, x, context, None)))
     if kl := _kl_by_unit(metrics):
         made.append(("kl", pictures.kl_by_unit(kl)))
     return made

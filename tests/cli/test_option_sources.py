@@ -97,8 +97,7 @@ def test_a_file_cannot_name_a_class(run, capsys):
 
 
 ERRORS = {
-    "train digits --empty-latent-dim": "--latent-dim must have at least one number, got none",
-    "train digits --network conv --empty-channels": "--channels must have at least one number",
+    "train digits --hidden 8 wide": "--hidden must be whole numbers or none, got 8 wide",
     "train digits --hidden 8 0": "--hidden must be at least 1, got 8 0",
     "train digits --num-samples 0": "--num-samples must be at least 1, got 0",
     "train digits --beta -1": "--beta must be at least 0, got -1",
