@@ -95,7 +95,7 @@ class Gaussian(Family):
                     argument=name,
                 )
         self.scale, self.learned, self.bounds = scale, learned, tuple(bounds)
-        self.offset = 0.0 if start == 1.0 else unbounded_scale(start, *bounds)
+        self.start = start
         if learned:
             self.raw_scale = nn.Parameter(torch.tensor(unbounded_scale(scale or 1.0, *bounds)))
 
@@ -107,7 +107,8 @@ class Gaussian(Family):
         if self.learned:
             scale = bounded_scale(self.raw_scale, *self.bounds)
         elif predicted:
-            scale = bounded_scale(predicted[0] + self.offset, *self.bounds)
+            offset = 0.0 if self.start == 1 else unbounded_scale(self.start, *self.bounds)
+            scale = bounded_scale(predicted[0] + offset, *self.bounds)
         else:
             scale = torch.full_like(loc[..., :1], cast(float, self.scale))
         return dist.Normal(loc, scale, validate_args=False).to_event(len(shape))

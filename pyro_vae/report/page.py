@@ -20,7 +20,8 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse } td { padding: .15rem 1.2rem .15rem 0; vertical-align: top }
 td + td { font-variant-numeric: tabular-nums }
 img { max-width: 100%; height: auto }
-pre { font-size: 13px; overflow-x: auto } pre.text { white-space: pre-wrap } ul { margin: .2rem 0; padding-left: 1.4rem }
+pre { font-size: 13px; overflow-x: auto } pre.text { white-space: pre-wrap }
+ul { margin: .2rem 0; padding-left: 1.4rem }
 p { color: #555 } p b { color: #222 }
 """
 
