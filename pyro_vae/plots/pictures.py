@@ -33,7 +33,7 @@ def kl_by_unit(kl: Mapping[str, Sequence[float]]) -> "Figure":
     return figure
 
 
-WITH_ERRORS = 150
+WITH_ERRORS = 60
 """The largest number of codes whose posterior standard deviations are drawn."""
 
 
@@ -52,7 +52,12 @@ def latent_plane(
         errors = np.sqrt(squares @ (directions**2).T)
         some = np.linspace(0, len(points) - 1, min(len(points), WITH_ERRORS)).astype(int)
         axis.errorbar(
-            *points[some].T, *errors[some].T[::-1], fmt="none", ecolor=GRAY, alpha=0.3, zorder=0
+            *points[some].T,
+            *errors[some].T[::-1],
+            fmt="none",
+            ecolor=GRAY,
+            elinewidth=0.6,
+            zorder=0,
         )
     shown = axis.scatter(
         points[:, 0],
