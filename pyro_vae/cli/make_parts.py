@@ -17,7 +17,8 @@ def with_likelihood(config: Model, data: Any) -> Model:
     """The configuration with the default likelihood of these data, if it names none.
 
     Binarization would destroy color, so 8-bit color images get a likelihood of their gray levels.
-    Whole numbers that are not 8-bit are counts, and numbers outside of 0 to 1 are real values.
+    In rows (n, d), whole numbers that are not 8-bit are counts, and others outside of 0 to 1 are
+    real values.
     """
     if config.likelihood is not None or ":" in config.model:
         return config
@@ -32,7 +33,8 @@ def _usual(data: Any) -> str:
     if in_color(data):
         return "discretized-logistic"
     known = x[~x.isnan()]
-    if str(x.dtype) == "torch.uint8" or not len(known) or (known.min() >= 0 and known.max() <= 1):
+    bits = not len(known) or bool(known.min() >= 0 and known.max() <= 1)
+    if bits or str(x.dtype) == "torch.uint8" or len(data.shape) != 1:
         return "bernoulli"
     whole = not x.is_floating_point() or bool((known == known.round()).all())
     return "negative-binomial" if whole and known.min() >= 0 else "gaussian"
