@@ -36,8 +36,9 @@ def _usual(data: Any) -> str:
     bits = not len(known) or bool(known.min() >= 0 and known.max() <= 1)
     if bits or str(x.dtype) == "torch.uint8" or len(data.shape) != 1:
         return "bernoulli"
-    whole = not x.is_floating_point() or bool((known == known.round()).all())
-    return "negative-binomial" if whole and known.min() >= 0 else "gaussian"
+    if x.is_floating_point():  # floats from 0 to 255 may be intensities, which are refused in words
+        return "bernoulli" if known.min() >= 0 and known.max() <= 255 else "gaussian"
+    return "negative-binomial" if known.min() >= 0 else "gaussian"
 
 
 def in_color(data: Any) -> bool:

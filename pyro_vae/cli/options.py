@@ -56,8 +56,8 @@ class Model:
         Normalize hidden layers, for --model hierarchical.
     likelihood
         Family of the likelihood p(x | z). The default is discretized-logistic for 8-bit color
-        images, negative-binomial for other whole numbers above 1, gaussian for values outside of
-        0 to 1, and bernoulli for other data. The columns of a table determine theirs.
+        images, negative-binomial for integers above 1 in rows, gaussian for rows of floats below
+        0 or above 255, and bernoulli for other data. The columns of a table determine theirs.
     scale
         Standard deviation of a Gaussian likelihood: predicted by the network (predicted), one
         learned parameter (learned), or a number.
