@@ -2,7 +2,7 @@
 
 All processes run the same program on the same data, and each does a part of the work. Whatever one
 of them tells the others is told in `Team.gather`. It also tells that a process failed, so that an
-error of one process ends all of them and none of them waits forever.
+error of one process ends all of them, and no process waits forever.
 """
 
 import os

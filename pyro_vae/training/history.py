@@ -155,7 +155,7 @@ def is_finite(measured: Bound | None) -> bool:
 
 
 def is_better(measured: Bound | None, best: Bound | None) -> bool:
-    """Whether an epoch is the best so far: its bound is greater, or there is no finite bound yet.
+    """Whether an epoch is the best so far: its bound is greater, or no bound was finite so far.
 
     Arguments:
         measured: the bound of the epoch.
