@@ -10,11 +10,15 @@ if TYPE_CHECKING:
 def baseline_of(data: "Data", split: "Split", given: dict[str, Any]) -> "Baseline | None":
     """The baseline that fits the kind of these data; None if they have no simple one.
 
-    Rows with context, groups, text and counts have none.
+    Rows with context, groups, text, counts and arrays on disk have none.
     """
+    from torch import Tensor
+
     from pyro_vae.diagnostics import baseline
 
     train, held = data.train, split
+    if not isinstance(train.x, Tensor):  # an array on disk
+        return None
     conditional = bool(given.get("condition") or given.get("library_size"))
     if conditional or train.lengths is not None or data.vocabulary is not None:
         return None

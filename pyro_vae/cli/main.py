@@ -73,7 +73,7 @@ def _names_class(values: Mapping[str, Any]) -> bool:
 @contextmanager
 def _folder_locked(command: Callable[..., Any], values: Mapping[str, Any]) -> Iterator[None]:
     """Be the only writer of the run folders of a command, until all its results are written."""
-    from pyro_vae.runs.lock import writing
+    from pyro_vae.runs.lock import reserved
 
     runs = [values["run"], *values.get("others", ())] if "run" in values else []
     if command is _train.train:
@@ -84,7 +84,7 @@ def _folder_locked(command: Callable[..., Any], values: Mapping[str, Any]) -> It
     with ExitStack() as locks:
         for run in dict.fromkeys(runs):
             if creates or run.is_dir():  # other commands report a folder that does not exist
-                locks.enter_context(writing(run))
+                locks.enter_context(reserved(run))
         yield
 
 

@@ -58,15 +58,15 @@ def _swapped(x: Tensor) -> Tensor:
     return _high(x, 32) | (x << 32)
 
 
-class Draws(DispatchMode):
+class CounterDraws(DispatchMode):
     """Replaces draws from torch's generator inside its context by functions of a key.
 
     These are uniform, normal, exponential, Cauchy and Bernoulli draws of floating-point types. All
     other draws, and draws with a generator of their own, still use the generators of torch.
 
-    >>> with Draws(torch.tensor(12345)):
+    >>> with CounterDraws(torch.tensor(12345)):
     ...     a = torch.rand(3)
-    >>> with Draws(torch.tensor(12345)):
+    >>> with CounterDraws(torch.tensor(12345)):
     ...     b = torch.rand(3)
     >>> bool((a == b).all())
     True
@@ -111,9 +111,9 @@ class Draws(DispatchMode):
 
 
 class SiteNoise(Messenger):
-    """Draws the values of sample sites with `Draws`. A program's other draws are as before."""
+    """Draws the values of sample sites. A program's other draws are as before."""
 
-    def __init__(self, draws: Draws) -> None:
+    def __init__(self, draws: CounterDraws) -> None:
         super().__init__()
         self.draws = draws
 
@@ -123,7 +123,7 @@ class SiteNoise(Messenger):
                 msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
 
 
-Made = Callable[[Draws, Sequence[int], torch.dtype], Tensor]
+Made = Callable[[CounterDraws, Sequence[int], torch.dtype], Tensor]
 
 
 def _serves(dtype: Any) -> bool:
@@ -133,7 +133,7 @@ def _serves(dtype: Any) -> bool:
 def _factory(made: Made) -> Callable[..., Any]:
     """For ``rand`` and ``randn``."""
 
-    def replaced(draws: Draws, size: Sequence[int], **options: Any) -> Tensor | None:
+    def replaced(draws: CounterDraws, size: Sequence[int], **options: Any) -> Tensor | None:
         dtype = options.get("dtype") or torch.get_default_dtype()
         return made(draws, size, dtype) if _serves(dtype) else None
 
@@ -143,59 +143,63 @@ def _factory(made: Made) -> Callable[..., Any]:
 def _like(made: Made) -> Callable[..., Any]:
     """For ``rand_like`` and ``randn_like``."""
 
-    def replaced(draws: Draws, x: Tensor, **options: Any) -> Tensor | None:
+    def replaced(draws: CounterDraws, x: Tensor, **options: Any) -> Tensor | None:
         dtype = options.get("dtype") or x.dtype
         return made(draws, x.shape, dtype) if _serves(dtype) else None
 
     return replaced
 
 
-def _uniform_(draws: Draws, x: Tensor, low: float = 0, high: float = 1, **_: Any) -> Tensor | None:
+def _uniform_(
+    draws: CounterDraws, x: Tensor, low: float = 0, high: float = 1, **_: Any
+) -> Tensor | None:
     if not _serves(x.dtype):
         return None
     return x.copy_(draws.uniform(x.shape, x.dtype) * (high - low) + low)
 
 
-def _normal_(draws: Draws, x: Tensor, mean: float = 0, std: float = 1, **_: Any) -> Tensor | None:
+def _normal_(
+    draws: CounterDraws, x: Tensor, mean: float = 0, std: float = 1, **_: Any
+) -> Tensor | None:
     if not _serves(x.dtype):
         return None
     return x.copy_(draws.normal(x.shape, x.dtype) * std + mean)
 
 
-def _exponential_(draws: Draws, x: Tensor, rate: float = 1, **_: Any) -> Tensor | None:
+def _exponential_(draws: CounterDraws, x: Tensor, rate: float = 1, **_: Any) -> Tensor | None:
     if not _serves(x.dtype):
         return None
     return x.copy_((1 - draws.uniform(x.shape, x.dtype)).log() / -rate)
 
 
-def _cauchy_(draws: Draws, x: Tensor, median: float = 0, scale: float = 1, **_: Any) -> Any:
+def _cauchy_(draws: CounterDraws, x: Tensor, median: float = 0, scale: float = 1, **_: Any) -> Any:
     if not _serves(x.dtype):
         return None
     return x.copy_((math.pi * (draws.uniform(x.shape, x.dtype) - 0.5)).tan() * scale + median)
 
 
-def _normal(draws: Draws, mean: Any, std: Any = 1.0, **_: Any) -> Tensor | None:
+def _normal(draws: CounterDraws, mean: Any, std: Any = 1.0, **_: Any) -> Tensor | None:
     shape = torch.broadcast_shapes(*(t.shape for t in (mean, std) if isinstance(t, Tensor)))
     like = mean if isinstance(mean, Tensor) else std
     return mean + std * draws.normal(shape, like.dtype) if _serves(like.dtype) else None
 
 
-def _bernoulli(draws: Draws, p: Tensor, **_: Any) -> Tensor | None:
+def _bernoulli(draws: CounterDraws, p: Tensor, **_: Any) -> Tensor | None:
     if not _serves(p.dtype):
         return None
     return (draws.uniform(p.shape, p.dtype) < p).to(p.dtype)
 
 
-def _bernoulli_(draws: Draws, x: Tensor, p: Any = 0.5, **_: Any) -> Tensor:
+def _bernoulli_(draws: CounterDraws, x: Tensor, p: Any = 0.5, **_: Any) -> Tensor:
     like = p.dtype if isinstance(p, Tensor) else torch.float32
     return x.copy_(draws.uniform(x.shape, like) < p)
 
 
 REPLACED: dict[Any, Callable[..., Tensor | None]] = {
-    aten.rand.default: _factory(Draws.uniform),
-    aten.randn.default: _factory(Draws.normal),
-    aten.rand_like.default: _like(Draws.uniform),
-    aten.randn_like.default: _like(Draws.normal),
+    aten.rand.default: _factory(CounterDraws.uniform),
+    aten.randn.default: _factory(CounterDraws.normal),
+    aten.rand_like.default: _like(CounterDraws.uniform),
+    aten.randn_like.default: _like(CounterDraws.normal),
     aten.uniform_.default: _uniform_,
     aten.normal_.default: _normal_,
     aten.exponential_.default: _exponential_,
@@ -207,4 +211,4 @@ REPLACED: dict[Any, Callable[..., Tensor | None]] = {
     aten.bernoulli_.float: _bernoulli_,
     aten.bernoulli_.Tensor: _bernoulli_,
 }
-"""The operations that `Draws` replaces. A function that returns None leaves its operation alone."""
+"""What `CounterDraws` replaces. A function that returns None leaves its operation alone."""

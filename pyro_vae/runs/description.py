@@ -1,6 +1,7 @@
 """Describe a pair as JSON by its class, its parts and their arguments, and build it again."""
 
 import inspect
+import json
 import re
 from importlib import import_module
 from typing import Any
@@ -142,7 +143,17 @@ def _path(kind: type) -> str:
 def renamed(recipe: str) -> str:
     """Replace the names of parts of version 0.1.0 in a recipe by their present names.
 
+    An argument that these parts did not have gets its default.
+
     >>> renamed('{"class": "pyro_vae.models.vae:VAE"}')
     '{"class": "pyro_vae:VAE"}'
     """
-    return re.sub(r'"pyro_vae\.[\w.]+:(?=\w+")', '"pyro_vae:', recipe)
+    present = re.sub(r'"pyro_vae\.[\w.]+:(?=\w+")', '"pyro_vae:', recipe)
+    return json.dumps(json.loads(present, object_hook=_completed), sort_keys=True)
+
+
+def _completed(found: dict[str, Any]) -> dict[str, Any]:
+    arguments = found.get("arguments")
+    if found.get("class") == "pyro_vae:Gaussian" and isinstance(arguments, dict):
+        arguments.setdefault("start", 1.0)
+    return found

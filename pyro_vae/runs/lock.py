@@ -17,7 +17,7 @@ LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 _OWN: ContextVar[frozenset[tuple[int, int, int]]] = ContextVar("own folders", default=frozenset())
-"""The folders that this thread is writing: process, device and inode."""
+"""The folders that this thread has reserved: process, device and inode."""
 
 _HELD: set[int] = set()
 """The descriptors of the locks of this process."""
@@ -26,8 +26,6 @@ _HELD: set[int] = set()
 @contextmanager
 def writing(run: Path | None) -> Iterator[None]:
     """Be the only writer of a run folder, which is created if it does not exist.
-
-    A block inside this block, in the same thread, has the same lock.
 
     The system releases the lock when the process ends, however it ends. Then temporary files of
     the dead process are swept. Raises `UsageError`, which names the other process, if the folder
@@ -39,21 +37,35 @@ def writing(run: Path | None) -> Iterator[None]:
     created = _create(run)
     found = os.stat(run)
     own = (os.getpid(), found.st_dev, found.st_ino)
-    if own in _OWN.get():
-        yield
+    if own in _OWN.get():  # inside `reserved`; a further writer inside this block is refused
+        token = _OWN.set(_OWN.get() - {own})
+        try:
+            yield
+        finally:
+            _OWN.reset(token)
         return
     descriptor = _lock(run)
-    token = _OWN.set(_OWN.get() | {own})
     try:
         sweep(run)
         yield
     finally:
-        _OWN.reset(token)
         if descriptor is not None:
             _release(run, descriptor)
         with suppress(OSError):  # a folder with a run is not empty, and stays
             for folder in created:
                 folder.rmdir()
+
+
+@contextmanager
+def reserved(run: Path) -> Iterator[None]:
+    """Be the only writer of a run folder for several blocks of `writing`, one after another."""
+    with writing(run):
+        found = os.stat(run)
+        token = _OWN.set(_OWN.get() | {(os.getpid(), found.st_dev, found.st_ino)})
+        try:
+            yield
+        finally:
+            _OWN.reset(token)
 
 
 def _create(run: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_vae.compat import get_trace, zero_grads
 from pyro_vae.errors import NotTraceable, warn
 from pyro_vae.pairs import data_plate
-from pyro_vae.pairs.noise import Draws, SiteNoise, new_key
+from pyro_vae.pairs.noise import CounterDraws, SiteNoise, new_key
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.training.adam import FusedAdam
 from pyro_vae.training.kl_weight import KLWeight
@@ -280,7 +280,7 @@ class Engine(ELBO):
         if not self.noise:
             yield self.prepare
             return
-        draws = Draws(new_key(self._beta.device))
+        draws = CounterDraws(new_key(self._beta.device))
 
         def prepare(batch: Sequence[Tensor]) -> Batch:
             with draws:

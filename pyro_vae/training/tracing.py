@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isfinite
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -27,34 +27,12 @@ from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.scope import scope
 from pyro_vae.training.captured import runner
 from pyro_vae.training.decompositions import DECOMPOSITIONS
+from pyro_vae.training.graph import Found, Graph, Named, named
 from pyro_vae.training.tidying import tidy
-
-Named: TypeAlias = dict[Any, Tensor]
-"""The results of a graph, by name."""
 
 MOST_GRAPHS = 32
 """How many graphs are kept, one for each combination of shapes and settings. A pair that needs more
 is not static enough for graphs."""
-
-
-class Graph(NamedTuple):
-    """A graph that can run."""
-
-    run: Callable[[list[Tensor], Sequence[Tensor]], Named]
-    operations: int
-    """The number of operations that the trace has."""
-    compiled: bool = False
-
-
-class Found(NamedTuple):
-    """A graph together with its inputs."""
-
-    graph: Graph
-    values: list[Tensor]
-    inputs: Sequence[Tensor]
-
-    def __call__(self) -> Named:
-        return self.graph.run(self.values, self.inputs)
 
 
 class Graphs:
@@ -185,7 +163,7 @@ class Graphs:
             rng.restore(generators)
         if drew:
             raise NotTraceable("it draws from Python's or NumPy's generators, not from torch's")
-        replay = _named(runner(graph, values, inputs), names)
+        replay = named(runner(graph, values, inputs), names)
         _require_same(eager, self._left(lambda: replay(values, inputs), values), self.tolerance)
         operations = sum(node.op == "call_function" for node in graph.graph.nodes)
         run = None
@@ -204,7 +182,7 @@ class Graphs:
         """Return the compiled graph. If it is not usable, warn, and do not compile again."""
         self.say("compiling the step")
         try:
-            compiled = _named(_compile(graph, [*values, *inputs]), names)
+            compiled = named(_compile(graph, [*values, *inputs]), names)
             # Fused kernels round differently, most of all in bfloat16. A wrong graph is far off.
             _require_same(eager, self._left(lambda: compiled(values, inputs), values), 0.1)
             return compiled
@@ -332,36 +310,6 @@ def _require_same(
 
 def _in_words(name: Any) -> str:
     return " ".join(map(str, name)).strip() if isinstance(name, tuple) else str(name)
-
-
-def _named(run: Callable[..., Any], names: list[Any]) -> Callable[..., Named]:
-    aliases = _Aliases()
-
-    def named(values: list[Tensor], inputs: Sequence[Tensor]) -> Named:
-        # The kernel of an LSTM keeps the values for its backward pass only if gradients are on.
-        with torch.enable_grad():
-            found = run(*aliases(values), *inputs)
-        return dict(zip(names, found, strict=True))
-
-    return named
-
-
-class _Aliases:
-    """Detached aliases of tensors, which are made anew only if a tensor or its memory changes.
-
-    Detaching takes 1 µs for each tensor. That is long for the step of a small network.
-    """
-
-    def __init__(self) -> None:
-        self.of: list[tuple[Tensor, int, Tensor]] = []
-
-    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
-        if len(self.of) != len(tensors) or any(
-            tensor is not known or tensor.data_ptr() != memory
-            for tensor, (known, memory, _) in zip(tensors, self.of, strict=True)
-        ):
-            self.of = [(tensor, tensor.data_ptr(), tensor.detach()) for tensor in tensors]
-        return [alias for _, _, alias in self.of]
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float, scale: float) -> bool:

@@ -45,7 +45,7 @@ ADVICE = {
     "globals": (
         "the guide of global latents",
         "a guide in which local latents depend on the global ones, q(w) q(z | x, w), or a richer "
-        "q(w) (docs/global-latents.md)",
+        "q(w) (docs/models/global-latents.md)",
     ),
     "encoder": (
         "the encoder",

@@ -153,7 +153,7 @@ def test_discrete_latents_are_ranked_with_ties_broken_and_others_summed_out():
     assert "too high" in wrong.failures["k"]
     pair, x = Discrete(), torch.randn(5, 1, generator=torch.Generator().manual_seed(0)).double()
     with using(pair, 0):
-        simulated = _Simulated(pair, (), 19, {})
+        simulated = _Simulated(pair, (), None, 19, {})
         for k in (0, 1):
             value = {"k": torch.full((5,), float(k)).double()}
             scored = simulated._scored((x,), value, None)

@@ -56,9 +56,9 @@ def missing(n=50, share=0.4):
     return torch.rand(n, WIDTH, generator=torch.Generator().manual_seed(0)) < share
 
 
-def checked(pair, holes, **more):
+def checked(pair, holes, *context, **more):
     settings = {"num_simulations": 1000, "num_draws": 39, "progress": False}
-    return pv.calibration(pair, missing=holes, **settings | more)
+    return pv.calibration(pair, *context, missing=holes, **settings | more)
 
 
 def test_the_exact_guide_of_partly_observed_rows_passes():
@@ -89,7 +89,7 @@ def test_nothing_observed_leaves_the_prior():
 
 def test_the_holes_are_those_of_the_row_that_gives_the_context():
     holes = missing()
-    found = checked(Counted(), holes, context=(holes.sum(1),), num_simulations=200)
+    found = checked(Counted(), holes, holes.sum(1), num_simulations=200)
     assert len(found.ranks) == 200
 
 
@@ -124,4 +124,4 @@ def test_holes_that_do_not_fit_are_refused(pair, holes, words):
 
 def test_context_and_holes_are_of_the_same_rows():
     with pytest.raises(pv.UsageError, match="the context and missing have 40, 50 rows"):
-        checked(Counted(), missing(), context=(torch.zeros(40, dtype=torch.long),))
+        checked(Counted(), missing(), torch.zeros(40, dtype=torch.long))

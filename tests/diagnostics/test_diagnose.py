@@ -372,6 +372,7 @@ def test_the_command(digits, capsys):
     shown = capsys.readouterr().out
     metrics = json.loads((digits / "metrics.json").read_bytes())
     found = metrics.pop("diagnostics")
+    assert metrics.pop("sha256") != before.pop("sha256")
     assert metrics == before
     assert " ".join(found["summary"].split()) in " ".join(shown.split())
     assert found["num_examples"] == 40

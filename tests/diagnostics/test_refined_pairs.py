@@ -26,10 +26,10 @@ def test_refinement_removes_the_fault_of_the_encoder_at_the_refined_rows():
 @pytest.mark.parametrize(
     "tool",
     [
-        lambda pair, batch: pv.calibration(pair, batch[1:], progress=False),
+        lambda pair, batch: pv.calibration(pair, *batch[1:], progress=False),
         lambda pair, batch: pv.model_check(pair, *batch, progress=False),
-        lambda pair, batch: pv.tarp(pair, batch[1:]),
-        lambda pair, batch: pv.sandwich(pair, 10, batch[1:], progress=False),
+        lambda pair, batch: pv.tarp(pair, *batch[1:]),
+        lambda pair, batch: pv.sandwich(pair, *batch[1:], num_examples=10, progress=False),
         lambda pair, batch: pv.local_c2st(pair, *batch, progress=False),
     ],
 )

@@ -69,7 +69,7 @@ SPOILED = [
         "log p(x) of score, a class and a place",
     ),
     (
-        "pyro_vae.inference.importance",
+        "pyro_vae.inference.datum_weights",
         "_shapes",
         lambda shapes: shapes - 0.3,
         "a heavy tail",

@@ -48,7 +48,7 @@ MISUSES = {
     "sample none": (lambda: pv.sample(small(), 0), ["n must be at least 1, got 0"]),
     "sample without template": (lambda: pv.sample(Pair(), 3), ["Pair", "template(n)"]),
     "context too much": (
-        lambda: pv.sample(small(), 3, [torch.rand(3, 2)]),
+        lambda: pv.sample(small(), 3, torch.rand(3, 2)),
         ["0 context", "got 1"],
     ),
     "context too little": (
@@ -56,11 +56,11 @@ MISUSES = {
         ["1 context", "got 0"],
     ),
     "context too wide": (
-        lambda: pv.sample(small(context_shapes=[(2,)]), 3, [torch.rand(3, 5)]),
+        lambda: pv.sample(small(context_shapes=[(2,)]), 3, torch.rand(3, 5)),
         ["(2,)", "(3, 5)"],
     ),
     "context too long": (
-        lambda: pv.sample(small(context_shapes=[(2,)]), 3, [torch.rand(4, 2)]),
+        lambda: pv.sample(small(context_shapes=[(2,)]), 3, torch.rand(4, 2)),
         ["3 rows", "(4, 2)"],
     ),
     "unknown data site": (lambda: pv.sample(small(), 3, site="y"), ["'y'", "x"]),

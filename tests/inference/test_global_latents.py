@@ -11,9 +11,10 @@ from pairs import make, rows
 
 import pyro_vae as pv
 from pyro_vae.diagnostics.global_figures import global_marginals
-from pyro_vae.inference import inference_data, joint_nuts
+from pyro_vae.inference import joint_nuts
 from pyro_vae.inference.chains import compared
 from pyro_vae.inference.given_globals import at_one_draw
+from pyro_vae.pairs import frames
 
 # encode
 
@@ -97,7 +98,7 @@ def test_without_pandas_there_is_one_line(monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(inference_data, "import_module", missing)
+    monkeypatch.setattr(frames, "import_module", missing)
     with pytest.raises(pv.UsageError, match="run pip install pandas"):
         pv.posterior(Nested(), *data(3), draws=2).to_pandas()
 

@@ -15,6 +15,7 @@ from pyro_vae.data.order import Place
 from pyro_vae.data.preparation import Preparation
 from pyro_vae.data.sources import Arrays
 from pyro_vae.pairs.model import global_latents
+from pyro_vae.pairs.noise import CounterDraws, SiteNoise, new_key
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.training.check import check
 from pyro_vae.training.validation import bound
@@ -151,7 +152,8 @@ def stock_training(pair, batch, steps_seed, objective, epochs=3, batch_size=16):
         for _ in range(epochs):
             total = 0.0
             for part in Arrays(batch).epoch(batch_size, Place(0, 0)):
-                total += svi.step(*part)
+                with SiteNoise(CounterDraws(new_key())):
+                    total += svi.step(*part)
             losses.append(-total / len(batch[0]))
     return losses
 

@@ -11,7 +11,9 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.data.order import order
 from pyro_vae.errors import UsageError
+from pyro_vae.pairs.noise import CounterDraws, SiteNoise, new_key
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import registered
 from pyro_vae.training.optimizer import Optimizer
@@ -87,9 +89,10 @@ def test_fit_takes_the_steps_of_stock_svi(kind, objective, engine):
     losses = []
     with pyro.get_param_store().scope(), seeded(1), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found non-auxiliary vars in guide but not model")
-        for _ in range(8):
-            rows = torch.randperm(N)
-            losses.append(svi.step(*(tensor[rows] for tensor in batch)))
+        for epoch in range(8):
+            rows = order(1, epoch, N)
+            with SiteNoise(CounterDraws(new_key())):
+                losses.append(svi.step(*(tensor[rows] for tensor in batch)))
     assert history["objective"] == pytest.approx([-loss / N for loss in losses], rel=1e-5)
     for name, value in stock.named_parameters():
         assert torch.allclose(pair.get_parameter(name), value, atol=1e-5), name

@@ -1,5 +1,6 @@
 """What each tool makes of masked data and masked latents."""
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,6 +13,7 @@ import pyro_vae as pv
 from pyro_vae.diagnostics import figures as diagnostic_figures
 from pyro_vae.inference.generation import hidden
 from pyro_vae.plots import pictures
+from pyro_vae.plots.canvas import MOST_CURVES
 
 
 def test_holes_give_log_p_of_what_is_seen():
@@ -216,7 +218,8 @@ def test_tools_work_with_obs_mask():
 def test_figures_show_what_is_seen():
     pair, (x, seen) = Holes(), holes(12)
     figure = pictures.reconstructions(pair, x, (seen,))
-    for i, axis in enumerate(figure.axes[:12]):
+    some = np.linspace(0, 11, MOST_CURVES).astype(int)
+    for i, axis in zip(some, figure.axes, strict=False):
         shown = torch.as_tensor(axis.lines[0].get_ydata())
         wanted = torch.where(seen[i], x[i].float(), torch.nan)
         torch.testing.assert_close(shown, wanted, equal_nan=True)

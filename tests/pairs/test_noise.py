@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pyro_vae.pairs.noise import Draws, SiteNoise, bits, new_key
+from pyro_vae.pairs.noise import CounterDraws, SiteNoise, bits, new_key
 from pyro_vae.pairs.rng import seeded
 
 N = 200_000
@@ -46,7 +46,7 @@ def test_bits_are_those_of_the_published_algorithm():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_uniform_draws_are_uniform(dtype):
     for key in keys(3):
-        u = Draws(key).uniform((N,), dtype)
+        u = CounterDraws(key).uniform((N,), dtype)
         assert u.min() >= 0
         assert u.max() < 1
         assert stats.kstest(u.double().numpy(), "uniform").pvalue > 1e-4
@@ -55,7 +55,7 @@ def test_uniform_draws_are_uniform(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_normal_draws_are_normal(dtype):
     for key in keys(3):
-        z = Draws(key).normal((N,), dtype).double()
+        z = CounterDraws(key).normal((N,), dtype).double()
         assert stats.kstest(z.numpy(), "norm").pvalue > 1e-4
         for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
             spread = math.sqrt(math.prod(range(1, 2 * power, 2)) / N)
@@ -73,7 +73,7 @@ def test_each_bit_is_fair_and_uncorrelated_with_the_next_draw():
 
 
 def test_neighboring_pairs_fill_the_square_evenly():
-    u = Draws(keys(1)[0]).uniform((2 * N,), torch.float32).view(N, 2)
+    u = CounterDraws(keys(1)[0]).uniform((2 * N,), torch.float32).view(N, 2)
     cells = (u * 32).long()
     counts = torch.bincount(cells[:, 0] * 32 + cells[:, 1], minlength=1024)
     assert stats.chisquare(counts.numpy()).pvalue > 1e-4
@@ -91,7 +91,7 @@ def test_birthday_spacings():
 
 
 def test_keys_steps_and_sites_are_independent():
-    draws = [Draws(key) for key in keys(2)]
+    draws = [CounterDraws(key) for key in keys(2)]
     rows = torch.stack([d.normal((N,), torch.float32) for d in draws for _ in range(2)])
     correlation = torch.corrcoef(rows) - torch.eye(4)
     assert correlation.abs().max() < 5 / math.sqrt(N)
@@ -121,7 +121,7 @@ FAMILIES = [
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: type(f).__name__)
 def test_distributions_draw_from_their_law_without_torchs_generator(family):
     before = torch.get_rng_state()
-    with Draws(torch.tensor(987654321987654321)):
+    with CounterDraws(torch.tensor(987654321987654321)):
         x = family.sample((20_000,))
     assert torch.equal(torch.get_rng_state(), before)
     assert stats.kstest(family.cdf(x).double().numpy(), "uniform").pvalue > 1e-4
@@ -129,7 +129,7 @@ def test_distributions_draw_from_their_law_without_torchs_generator(family):
 
 def test_bernoulli_draws_have_their_probability():
     p = torch.full((N,), 0.3)
-    with Draws(torch.tensor(77777777777777777)):
+    with CounterDraws(torch.tensor(77777777777777777)):
         drawn = [torch.bernoulli(p), dist.Bernoulli(p).sample(), torch.empty(N).bernoulli_(0.3)]
     for x in drawn:
         assert set(x.unique().tolist()) == {0.0, 1.0}
@@ -139,11 +139,11 @@ def test_bernoulli_draws_have_their_probability():
 def test_other_draws_keep_torchs_generator():
     with seeded(1):
         expected = dist.Gamma(2.0, 1.0).sample((5,)), torch.randperm(9)
-    with seeded(1), Draws(torch.tensor(5)):
+    with seeded(1), CounterDraws(torch.tensor(5)):
         found = dist.Gamma(2.0, 1.0).sample((5,)), torch.randperm(9)
     assert all(map(torch.equal, expected, found))
     own = torch.Generator().manual_seed(4)
-    with Draws(torch.tensor(5)):
+    with CounterDraws(torch.tensor(5)):
         drawn = torch.randn(4, generator=own)
     assert torch.equal(drawn, torch.randn(4, generator=torch.Generator().manual_seed(4)))
 
@@ -154,12 +154,12 @@ def test_only_the_sites_of_a_program_draw_from_the_key():
 
     found = []
     for seed in (1, 2):
-        with seeded(seed), SiteNoise(Draws(torch.tensor(5))):
+        with seeded(seed), SiteNoise(CounterDraws(torch.tensor(5))):
             found.append(program())
     assert found[0][0] == found[1][0]
     assert found[0][1] != found[1][1]
 
 
 def test_an_observed_site_keeps_its_value():
-    with SiteNoise(Draws(torch.tensor(5))):
+    with SiteNoise(CounterDraws(torch.tensor(5))):
         assert pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(2.5)) == 2.5

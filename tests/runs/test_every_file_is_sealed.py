@@ -110,4 +110,4 @@ def test_a_checkpoint_of_a_later_version_is_refused(run):
 def test_a_pipe_in_place_of_the_history_does_not_hang(run):
     (run / "history.csv").unlink()
     os.mkfifo(run / "history.csv")
-    refused(lambda: pv.write_report(run, pv.load(run), binary()), "must be a plain file")
+    refused(lambda: pv.write_report(pv.load(run), binary(), run=run), "must be a plain file")

@@ -193,7 +193,17 @@ def clean(page):
     tags = Tags()
     tags.feed(page)
     assert tags.tags <= ALLOWED
-    assert tags.attributes <= {"lang", "charset", "name", "content", "alt", "src", "open", "class"}
+    assert tags.attributes <= {
+        "lang",
+        "charset",
+        "name",
+        "content",
+        "alt",
+        "src",
+        "open",
+        "class",
+        "width",
+    }
     for source in re.findall(r"<img[^>]* src=\"([^\"]*)", page):
         assert source.startswith("data:image/png;base64,")
     return page
