@@ -40,7 +40,8 @@ def used(page: Any) -> None:
           const box = view.canvas_view.el.getBoundingClientRect();
           const at = i => [view.frame.x_scale.compute(source.get('across')[i]) + box.x,
                            view.frame.y_scale.compute(source.get('up')[i]) + box.y];
-          return [at(3), at(11)];
+          const n = source.get("across").length;
+          return [at(Math.min(3, n - 1)), at(Math.min(11, n - 2))];
         }"""
     )
     page.mouse.move(*places[0])

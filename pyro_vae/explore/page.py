@@ -7,18 +7,15 @@ from typing import Any
 
 from bokeh.core.templates import FILE
 from bokeh.document import Document
-from bokeh.models import (
-    Column,
-    ColumnDataSource,
+from bokeh.models import Column, ColumnDataSource, HoverTool, TapTool
+from bokeh.models.widgets import (
     DataTable,
     Div,
-    HoverTool,
     NumberFormatter,
     Select,
     Slider,
     StringFormatter,
     TableColumn,
-    TapTool,
     Toggle,
 )
 from bokeh.plotting import figure
@@ -44,6 +41,8 @@ class Page:
     view: View
     cards: Cards
     title: str
+    steps: int = 300
+    """The number of steps of a refinement."""
     prefix: str = ""
     """The path of the page, with its token."""
 
@@ -90,7 +89,7 @@ class Session:
         self.head = _words(words.head(page.title, self.view))
         self.legend, self.datum, self.change, self.moved = (_words("") for _ in range(4))
         self.shared = _words(words.shared(self.view))
-        sites = [(str(i), one.site) for i, one in enumerate(self.view.levels)]
+        sites: list[Any] = [(str(i), one.site) for i, one in enumerate(self.view.levels)]
         self.chosen = Select(title="latent", options=sites, value="0", sizing_mode="stretch_width")
         self.across = Select(title="horizontal axis", sizing_mode="stretch_width")
         self.up = Select(title="vertical axis", sizing_mode="stretch_width")
@@ -98,6 +97,7 @@ class Session:
         hold = "draw the other latents from the model"
         self.free = Toggle(label=hold, visible=len(self.view.levels) > 1)
         self.sliders = Column(sizing_mode="stretch_width")
+        self.knobs: list[Slider] = []
         self.plane = self._plane()
         self.table = DataTable(
             source=self.source,
@@ -143,7 +143,7 @@ class Session:
         plane.toolbar.logo = None
         points = plane.scatter(
             "across", "up", source=self.source, size=6, color="color", alpha=0.8,
-            selection_line_color="black", selection_line_width=2, nonselection_alpha=0.5,
+            selection_line_color="black", nonselection_alpha=0.5,
         )  # fmt: skip
         plane.segment("x0", "y0", "x1", "y1", source=self.moves, line_width=2, line_color="black")
         plane.scatter(
@@ -175,13 +175,13 @@ class Session:
         return lambda: None if self.filling else do()
 
     def _show_level(self) -> None:
-        names = list(self.level.axes.items())
+        names: list[Any] = list(self.level.axes.items())
         self.point = 0
         self.across.options = self.up.options = names
         self.across.value = self.up.value = names[0][0]
         if len(names) > 1:
             self.up.value = names[1][0]
-        kinds = self._colors()
+        kinds: list[Any] = self._colors()
         self.color.options = kinds
         if self.color.value not in kinds:
             self.color.value = kinds[0]
@@ -256,9 +256,10 @@ class Session:
         member = member_of(self.level, self.point)
         self.datum.text = words.datum(self.view, int(self.level.rows[self.point]), member, card)
         self.change.text = '<p class="faint">Click a point to refine its posterior.</p>'
-        self.sliders.children = [self._slider(unit) for unit in self._units()]
-        self.moved.text = "" if self.sliders.children else "The latent is discrete."
-        if self.sliders.children:
+        self.knobs = [self._slider(unit) for unit in self._units()]
+        self.sliders.children = list(self.knobs)
+        self.moved.text = "" if self.knobs else "The latent is discrete."
+        if self.knobs:
             self._move()
 
     def _units(self) -> list[int]:
@@ -287,7 +288,7 @@ class Session:
         code = self.level.codes[self.point]
         units = {
             start + unit: slider.value
-            for unit, slider in zip(self._units(), self.sliders.children, strict=True)
+            for unit, slider in zip(self._units(), self.knobs, strict=True)
             if slider.value != code[unit].item()
         }
         row = int(self.level.rows[self.point])
@@ -308,19 +309,23 @@ class Session:
         self.moves.data = {name: [] for name in ("x0", "y0", "x1", "y1")}
         self.change.text = '<p class="faint">Refining…</p>'
         # The page shows the datum first, and the refinement after it.
-        self.document.add_timeout_callback(partial(self._refine, self.point), 30)
+        self.document.add_timeout_callback(partial(self._refine, self.number, self.point), 30)
 
-    def _refine(self, point: int) -> None:
-        if point != self.point:
+    def _refine(self, number: int, point: int) -> None:
+        """Refine the posterior of a datum, unless another one has been chosen since."""
+        if (number, point) != (self.number, self.point):
             return
         row, level = int(self.level.rows[point]), self.level
         try:
-            found = self.view.refined(row)
+            found = self.view.refined(row, steps=self.page.steps)
         except UsageError as error:
             self.change.text = words.error(first_line(error))
             return
         made = {"guide": found.reconstructions[0], "refined": found.reconstructions[1]}
-        self.change.text = words.change(found, self.page.compared(level, point, made))
+        sizes = self.view.held.sizes
+        size = None if sizes is None else int(sizes[row])
+        card = self.page.compared(level, point, made)
+        self.change.text = words.change(found, card, size)
         self.moves.data = self._line(level, point, [means[level.site] for means in found.means])
 
     def _line(self, level: Level, point: int, means: list[Tensor]) -> dict[str, list[float]]:
@@ -350,7 +355,7 @@ def _words(text: str) -> Div:
 
 def _width(title: str, values: list[Any]) -> int:
     """The width of a column of the table in pixels: that of its first values."""
-    longest = max(len(title), *(len(str(value)[:24]) for value in values[:50] if value == value), 9)
+    longest = max([9, len(title), *(len(str(one)) for one in values[:50] if isinstance(one, str))])
     return 20 + 7 * min(longest, 24)
 
 

@@ -1,11 +1,11 @@
 """The server of the page: on the loopback address, behind a random token, without writing."""
 
 import secrets
+import socket
 from typing import Any
 
 from bokeh.server.server import BaseServer
 from bokeh.server.tornado import BokehTornado
-from bokeh.server.util import bind_sockets
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
 from tornado.ioloop import IOLoop
@@ -79,17 +79,20 @@ class Server:
         if not 0 <= port <= 65535:
             raise UsageError(f"must be from 0 to 65535, got {port}", argument="port")
         try:
-            sockets, self.port = bind_sockets(HOST, port)
+            listening = socket.create_server((HOST, port))
         except OSError as error:
             raise UsageError(
                 f"{port} cannot be used ({error.strerror}); --port 0 picks a free one",
                 argument="port",
             ) from error
+        listening.setblocking(False)
+        self.port: int = listening.getsockname()[1]
         self.token = secrets.token_urlsafe(32)
+        self.page = page
         page.prefix = f"/{self.token}"
         application = Gate(self.token, page, self.port)
         http = HTTPServer(application)
-        http.add_sockets(sockets)
+        http.add_sockets([listening])
         self._server = BaseServer(IOLoop.current(), application, http)
         self._server.start()
 

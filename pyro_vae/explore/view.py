@@ -11,11 +11,11 @@ from pyro_vae.diagnostics.evaluation import evaluate
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.explore.levels import Level, levels
 from pyro_vae.inference.encoding import encode_parts
-from pyro_vae.inference.generation import reconstruct, require_inside, supports
+from pyro_vae.inference.generation import reconstruct, require_inside, supports_of
+from pyro_vae.inference.given_globals import pools
 from pyro_vae.inference.importance import LogLikelihood, log_likelihood
-from pyro_vae.inference.passes import generate, latent_values, prepared_batches
+from pyro_vae.inference.passes import generate, prepared_batches
 from pyro_vae.inference.refinement import refine
-from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.scope import using
 from pyro_vae.plots.canvas import alike
 
@@ -56,6 +56,8 @@ class View:
     pair: nn.Module
     held: Held
     levels: list[Level]
+    means: dict[str, Tensor]
+    """The posterior means of each local latent, (n, *event_shape)."""
     shared: dict[str, tuple[Tensor, Tensor | None]]
     """The means and scales of global and group latents, by site."""
     reconstructions: Tensor
@@ -84,21 +86,26 @@ class View:
         x, context = self._one(row)
         with using(self.pair, seed):
             (batch,) = prepared_batches(self.pair, x, context, self.held.binarize, at_once=True)
-            given = latent_values(self.pair, batch, True)
-            code = given[site].flatten().clone()
-            for unit, value in units.items():
-                code[unit] = value
-            given[site] = code.reshape(given[site].shape)
-            require_inside(site, supports(self.pair, batch).get(site), given[site])
-            if not hold:
-                kept = {site, *global_latents(self.pair, batch)}
-                given = {name: value for name, value in given.items() if name in kept}
+            code = self._code(row, site, units)
+            require_inside(site, supports_of(self.pair, batch).get(site), code)
+            held = self.means if hold else {}
+            given = {name: mean[row : row + 1] for name, mean in held.items()} | {site: code}
+            given |= {name: mean for name, (mean, _) in self.shared.items()}
             made = generate(self.pair, batch, given, True, None)
         return alike(made, x)[0].cpu()
+
+    def _code(self, row: int, site: str, units: Mapping[int, float]) -> Tensor:
+        """The code of a datum (1, *event_shape) with some units changed."""
+        code = self.means[site][row : row + 1].clone()
+        flat = code.view(-1)
+        for unit, value in units.items():
+            flat[unit] = value
+        return code
 
     def refined(self, row: int, num_samples: int = 500, steps: int = 300, seed: int = 0) -> Change:
         """Refine the posterior of one datum (see `pyro_vae.refine`), and return what changes."""
         x, context = self._one(row)
+        self._require_alone()
         found = refine(
             self.pair,
             x,
@@ -130,6 +137,17 @@ class View:
             (made[0], made[1]),
         )
 
+    def _require_alone(self) -> None:
+        """Raise `UsageError` if the guide of one datum depends on the others."""
+        few = [one[:4] for one in (self.held.x, *self.held.context)]
+        (batch,) = prepared_batches(self.pair, few[0], few[1:], self.held.binarize, at_once=True)
+        with using(self.pair, 0):
+            if pools(self.pair, batch):
+                raise UsageError(
+                    "the guide infers a global latent from all data together, so the posterior of "
+                    "one datum cannot be refined by itself; pyro_vae.refine takes all data"
+                )
+
     def _one(self, row: int) -> tuple[Tensor, list[Tensor]]:
         part = slice(row, row + 1)
         return self.held.x[part], [one[part] for one in self.held.context]
@@ -153,6 +171,7 @@ def view(pair: nn.Module, held: Held, num_samples: int = 200, progress: bool = F
         pair,
         held,
         levels(means, scales, _kl(pair, held, notes), held.sizes, members),
+        means,
         {name: (mean, shared_scales.get(name)) for name, mean in shared_means.items()},
         made.cpu(),
         _scored(pair, held, num_samples, progress, notes),

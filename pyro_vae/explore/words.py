@@ -3,6 +3,7 @@
 import html
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from pyro_vae.explore.view import Change, View
@@ -13,7 +14,7 @@ h1 { font-size: 1.25rem; margin: .8rem 0 .2rem; overflow-wrap: anywhere }
 h2 { font-size: 1rem; margin: .6rem 0 .3rem } p { margin: .2rem 0; color: #555 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .1rem .9rem .1rem 0; text-align: right; font-weight: 400 }
-th { color: #555 } td:first-child { text-align: left }
+td, th { white-space: nowrap } th { color: #555 } td:first-child { text-align: left }
 .chip { display: inline-block; margin-right: .8rem; white-space: nowrap }
 .dot { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .3rem }
 .bar { display: inline-block; width: 8rem; height: .7rem; border-radius: 3px;
@@ -29,11 +30,14 @@ def head(title: str, view: View) -> str:
     """What the page shows."""
     name = html.escape(type(view.pair).__name__)
     sites = ", ".join(html.escape(one.site) for one in view.levels)
+    what = "data" if view.held.sizes is None else "groups"
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in view.notes)
+    if view.held.sizes is not None:
+        notes += "<p>A datum is a group. Its members are shown one after the other.</p>"
     return (
-        f"<h1>{html.escape(title)}</h1><p>{name}; latents {sites}; {len(view.held.x)} data. Hover "
-        "over a point to see its datum and its reconstruction. Click it to refine its approximate "
-        f"posterior. All bounds are in nats per example.</p>{notes}"
+        f"<h1>{html.escape(title)}</h1><p>{name}; latents {sites}; {len(view.held.x)} {what}. "
+        "Hover over a point to see its datum and its reconstruction. Click it to refine its "
+        f"approximate posterior. All bounds are in nats per example.</p>{notes}"
     )
 
 
@@ -47,8 +51,12 @@ def datum(view: View, row: int, member: int | None, card: str) -> str:
     return f"<h2>Datum {html.escape(view.ids[row])}{member_of}</h2><p>{', '.join(told)}</p>{card}"
 
 
-def change(found: Change, card: str) -> str:
-    """What a refinement changed: bounds, and each unit of the code."""
+def change(found: Change, card: str, size: int | None = None) -> str:
+    """What a refinement changed: bounds, and each unit of the code.
+
+    Arguments:
+        size: the number of members that count, if the datum is a group.
+    """
     before, after = found.before, found.after
     gain = after.elbo - before.elbo
     error = (before.elbo_standard_error**2 + after.elbo_standard_error**2) ** 0.5
@@ -63,7 +71,7 @@ def change(found: Change, card: str) -> str:
     bounds = _table(
         ["", "guide", "refined"], [(name, f"{a:.3f}", f"{b:.3f}") for name, a, b in rows]
     )
-    units = _table(["mean ± scale", "guide", "refined"], _units(found))
+    units = _table(["mean ± scale", "guide", "refined"], _units(found, size))
     return f"<h2>Refined posterior</h2><p>{verdict}</p>{bounds}{units}{card}"
 
 
@@ -71,18 +79,20 @@ def _flat(values: dict[str, Tensor]) -> list[Tensor]:
     return [value.flatten() for value in values.values()]
 
 
-def _units(found: Change) -> list[tuple[str, str, str]]:
-    """The units that move most, with their means and scales."""
+def _units(found: Change, size: int | None) -> list[tuple[str, str, str]]:
+    """The units that move most, with their means and scales; padding is left out."""
     moves = []
     for site, old in found.means[0].items():
-        new = found.means[1][site]
-        gaps = (new.double() - old.double()).abs().flatten().tolist()
-        for unit, gap in enumerate(gaps):
+        gaps = (found.means[1][site].double() - old.double()).abs()[0]
+        if size is not None and gaps.dim() > 1 and size >= 0:
+            gaps = gaps[:size]
+        for unit, place in enumerate(np.ndindex(*gaps.shape)):
             both = [
                 _mean_and_scale(found.means[i][site], found.scales[i].get(site), unit)
                 for i in (0, 1)
             ]
-            moves.append((gap, (f"{site}[{unit}]", both[0], both[1])))
+            name = f"{site}[{', '.join(map(str, place))}]" if place else site
+            moves.append((gaps[place].item(), (name, both[0], both[1])))
     moves.sort(key=lambda move: -move[0])
     listed = [line for _, line in moves[:MOST_UNITS]]
     more = len(moves) - len(listed)

@@ -219,7 +219,7 @@ def interpolate(
         (other,) = prepared_batches(pair, end, context, binarize, at_once=True)
         first, last = (latent_values(pair, part, True) for part in (batch, other))
         shared = global_latents(pair, batch)
-        real = [name for name, of in supports(pair, batch).items() if not of.is_discrete]
+        real = [name for name, of in supports_of(pair, batch).items() if not of.is_discrete]
         frames = []
         for t in torch.linspace(0, 1, steps).tolist():
             values = {
@@ -268,7 +268,7 @@ def traverse(
         shared = global_latents(pair, batch)
         given = latent_values(pair, batch, True)
         codes = {name: value for name, value in given.items() if name not in shared}
-        supports = supports(pair, batch)
+        supports = supports_of(pair, batch)
         real = [name for name in codes if name in supports and not supports[name].is_discrete]
         if not codes:
             raise UsageError(
@@ -331,7 +331,7 @@ def _placed(
     return placed
 
 
-def supports(pair: nn.Module, batch: Batch) -> dict[str, Any]:
+def supports_of(pair: nn.Module, batch: Batch) -> dict[str, Any]:
     """The support of each latent of the model, by site."""
     found = latents(trace(cast(Pair, pair).model, batch))
     return {name: support_of(site["fn"]) for name, site in found.items()}
