@@ -3,9 +3,10 @@
     pip install playwright            # and Chromium, from your system
     python docs/look_explorer.py runs/digits [--out build/looks] [--browser /usr/bin/chromium]
 
-It opens the page of a run, on a wide and on a phone-sized window, hovers over a point, clicks it,
-moves a slider, and chooses each latent. The page must ask only its own server for anything, must
-not be wider than its window, and must print no error. It writes screenshots for you to look at.
+It opens the page of a run, on a wide and on a phone-sized window, clicks a point, moves a slider,
+hovers over another point, and chooses each latent. The page must ask only its own server for
+anything, must not be wider than its window, and must print no error. It writes screenshots for you
+to look at.
 """
 
 import argparse
@@ -27,27 +28,34 @@ def started(run: Path) -> tuple[subprocess.Popen[str], str]:
     return server, server.stdout.readline().strip()
 
 
-def used(page: Any) -> None:
-    """Hover over a point in the middle of the plane, click it, and move the first slider."""
-    plane = page.locator(".bk-Figure").first
-    plane.scroll_into_view_if_needed()
-    places = page.evaluate(
-        """() => {
-          const document_ = Bokeh.documents[0];
-          const plane = document_.get_model_by_name('plane');
+def place(page: Any, row: int) -> tuple[float, float]:
+    """Where a point of the plane is in the window, after scrolling to the plane."""
+    page.locator(".bk-Figure").first.scroll_into_view_if_needed()
+    x, y = page.evaluate(
+        """row => {
+          const plane = Bokeh.documents[0].get_model_by_name('plane');
           const view = Bokeh.index.find_one_by_id(plane.id);
           const source = plane.renderers[0].data_source;
+          const at = Math.min(row, source.get('across').length - 1);
           const box = view.canvas_view.el.getBoundingClientRect();
-          const at = i => [view.frame.x_scale.compute(source.get('across')[i]) + box.x,
-                           view.frame.y_scale.compute(source.get('up')[i]) + box.y];
-          const n = source.get("across").length;
-          return [at(Math.min(3, n - 1)), at(Math.min(11, n - 2))];
-        }"""
+          return [view.frame.x_scale.compute(source.get('across')[at]) + box.x,
+                  view.frame.y_scale.compute(source.get('up')[at]) + box.y];
+        }""",
+        row,
     )
-    page.mouse.move(*places[0])
-    page.mouse.click(*places[0])
+    return x, y
+
+
+def used(page: Any) -> None:
+    """Click a point, move the first slider, and hover over another point."""
+    page.mouse.click(*place(page, 3))
     page.wait_for_timeout(6000)
-    page.mouse.move(*places[1])
+    handle = page.locator(".noUi-handle").first
+    handle.focus()
+    for _ in range(8):
+        handle.press("ArrowRight")
+    page.wait_for_timeout(2500)
+    page.mouse.move(*place(page, 11))
     page.wait_for_timeout(1500)
 
 
@@ -64,6 +72,13 @@ def faults_of(page: Any, address: str, out: Path, name: str) -> list[str]:
     page.screenshot(path=out / f"{name}.png", full_page=True)
     used(page)
     page.screenshot(path=out / f"{name}-clicked.png", full_page=True)
+    said += [] if page.get_by_text("from the code of the datum").count() else ["no slider moved"]
+    said += [] if page.get_by_text("Refined posterior").count() else ["nothing was refined"]
+    latents = page.locator("select").first.locator("option").all_inner_texts()
+    for latent in latents[1:]:
+        page.locator("select").first.select_option(label=latent)
+        page.wait_for_timeout(2500)
+        page.screenshot(path=out / f"{name}-{latent}.png", full_page=True)
     width = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
     faults = [f"{width} pixels wider than the window"] if width > 0 else []
     own = address.rpartition("/")[0].replace("http", "")

@@ -48,7 +48,8 @@ def datum(view: View, row: int, member: int | None, card: str) -> str:
     if view.likelihood is not None:
         value, k = view.likelihood.per_datum[row].item(), view.likelihood.pareto_k[row].item()
         told += [f"log p(x) {value:.2f}", f"Pareto k {k:.2f}"]
-    return f"<h2>Datum {html.escape(view.ids[row])}{member_of}</h2><p>{', '.join(told)}</p>{card}"
+    what = "Datum" if view.held.sizes is None else "Group"
+    return f"<h2>{what} {html.escape(view.ids[row])}{member_of}</h2><p>{', '.join(told)}</p>{card}"
 
 
 def change(found: Change, card: str, size: int | None = None) -> str:
