@@ -20,7 +20,7 @@ from pyro_vae.errors import UsageError
 if TYPE_CHECKING:
     from pyro_vae.data.split import Data, Split
     from pyro_vae.explore.server import Server
-    from pyro_vae.explore.view import Held
+    from pyro_vae.explore.view import HeldOut
 
 
 @app.command
@@ -89,15 +89,15 @@ def serve(
     return Server(Page(shown, cards, run.resolve().name), port)
 
 
-def held_of(data: "Data", given: dict[str, Any], split: "Split", num: int) -> "Held":
+def held_of(data: "Data", given: dict[str, Any], split: "Split", num: int) -> "HeldOut":
     """At most this many rows of a part, with their context, ids and labels."""
     from pyro_vae.explore.levels import thinned
-    from pyro_vae.explore.view import Held
+    from pyro_vae.explore.view import HeldOut
 
     kept = thinned(len(split.x), num)
     ((_, ids),) = ids_of(data, split).items()
     labels = None if split.labels is None else split.labels[kept].tolist()
-    return Held(
+    return HeldOut(
         split.x[kept],
         [one[kept] for one in context_of(given, data, split)],
         [ids[row] for row in kept.tolist()],

@@ -20,8 +20,8 @@ from pyro_vae.pairs.scope import using
 from pyro_vae.plots.canvas import alike
 
 
-class Held(NamedTuple):
-    """Held-out data, and what is known about them."""
+class HeldOut(NamedTuple):
+    """HeldOut-out data, and what is known about them."""
 
     x: Tensor
     context: Sequence[Tensor] = ()
@@ -54,7 +54,7 @@ class View:
     """
 
     pair: nn.Module
-    held: Held
+    held: HeldOut
     levels: list[Level]
     means: dict[str, Tensor]
     """The posterior means of each local latent, (n, *event_shape)."""
@@ -153,7 +153,7 @@ class View:
         return self.held.x[part], [one[part] for one in self.held.context]
 
 
-def view(pair: nn.Module, held: Held, num_samples: int = 200, progress: bool = False) -> View:
+def view(pair: nn.Module, held: HeldOut, num_samples: int = 200, progress: bool = False) -> View:
     """Encode, reconstruct and score the data.
 
     Raises `UsageError` for no data, and for a pair without local latents.
@@ -164,7 +164,7 @@ def view(pair: nn.Module, held: Held, num_samples: int = 200, progress: bool = F
     means, shared_means = encode_parts(pair, held.x, held.context, "mean", held.binarize)
     scales, shared_scales = encode_parts(pair, held.x, held.context, "scale", held.binarize)
     if not means:
-        raise UsageError(f"{type(pair).__name__} has no local latent, so there is no plane to show")
+        raise UsageError(f"{type(pair).__name__} has no local latent, so it has no plane to show")
     made = alike(reconstruct(pair, held.x, *held.context, binarize=held.binarize), held.x)
     members = None if held.sizes is None else held.x.shape[1]
     return View(
@@ -179,7 +179,7 @@ def view(pair: nn.Module, held: Held, num_samples: int = 200, progress: bool = F
     )
 
 
-def _kl(pair: nn.Module, held: Held, notes: list[str]) -> dict[str, list[float]]:
+def _kl(pair: nn.Module, held: HeldOut, notes: list[str]) -> dict[str, list[float]]:
     """The KL of each unit by site; none if the pair does not define it."""
     try:
         found = evaluate(pair, held.x, *held.context, num_samples=1, binarize=held.binarize)
@@ -190,7 +190,7 @@ def _kl(pair: nn.Module, held: Held, notes: list[str]) -> dict[str, list[float]]
 
 
 def _scored(
-    pair: nn.Module, held: Held, num_samples: int, progress: bool, notes: list[str]
+    pair: nn.Module, held: HeldOut, num_samples: int, progress: bool, notes: list[str]
 ) -> LogLikelihood | None:
     """log p(x) and Pareto k of each datum; None with a note if the pair does not define them."""
     try:

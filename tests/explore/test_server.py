@@ -17,7 +17,7 @@ from pyro_vae.errors import UsageError
 from pyro_vae.explore.cards import Cards
 from pyro_vae.explore.page import Page, Session
 from pyro_vae.explore.server import Server
-from pyro_vae.explore.view import Held, view
+from pyro_vae.explore.view import HeldOut, view
 
 
 @contextmanager
@@ -59,7 +59,9 @@ def get(address, **headers):
 def page():
     torch.manual_seed(0)
     pair = pv.HierarchicalVAE.mlp((5,), latent_dim=(4, 2), hidden=(8,), likelihood=pv.Gaussian)
-    held = Held(torch.randn(9, 5), ids=[f"<row {i}>" for i in range(9)], labels=list("aabbccabc"))
+    held = HeldOut(
+        torch.randn(9, 5), ids=[f"<row {i}>" for i in range(9)], labels=list("aabbccabc")
+    )
     return Page(view(pair, held, num_samples=30), Cards(), "A run <of> mine", steps=5)
 
 
@@ -191,7 +193,7 @@ def test_a_click_on_another_datum_replaces_the_first(page):
 
 def test_a_discrete_latent_has_no_sliders():
     pair = pv.MixtureVAE.mlp((4,), 3, latent_dim=2, hidden=(4,))
-    session, _ = opened(Page(view(pair, Held(torch.ones(6, 4)), 30), Cards(), "run"))
+    session, _ = opened(Page(view(pair, HeldOut(torch.ones(6, 4)), 30), Cards(), "run"))
     discrete = [i for i, level in enumerate(session.view.levels) if not level.movable]
     session.chosen.value = str(discrete[0])
     assert session.moved.text == "The latent is discrete."

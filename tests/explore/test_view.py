@@ -7,11 +7,11 @@ from pairs import make, rows
 
 import pyro_vae as pv
 from pyro_vae.errors import UsageError
-from pyro_vae.explore.view import Held, view
+from pyro_vae.explore.view import HeldOut, view
 
 
 def of(pair, x, *context, **more):
-    return view(pair, Held(x, context, **more), num_samples=30)
+    return view(pair, HeldOut(x, context, **more), num_samples=30)
 
 
 @pytest.fixture(scope="module")
