@@ -57,6 +57,8 @@ def explore(
     """
     require_positive("num", num)
     require_positive("num_samples", num_samples)
+    if not 0 <= port <= 65535:
+        raise UsageError(f"must be from 0 to 65535, got {port}", argument="port")
     _require_bokeh()
     server = serve(run, data, part, num, num_samples, port, model)
     print(f"{server.address}\nCtrl-C ends the page.", flush=True)

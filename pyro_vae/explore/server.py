@@ -70,14 +70,12 @@ class Server:
 
     Arguments:
         page: the page.
-        port: the port, or 0 for a free one.
+        port: the port, from 0 to 65535; 0 is a free one.
 
     Raises `UsageError` if the port is taken.
     """
 
     def __init__(self, page: Page, port: int = 0) -> None:
-        if not 0 <= port <= 65535:
-            raise UsageError(f"must be from 0 to 65535, got {port}", argument="port")
         try:
             listening = socket.create_server((HOST, port))
         except OSError as error:

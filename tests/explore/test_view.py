@@ -136,18 +136,13 @@ def test_members_of_groups_are_points():
 
 
 ANY = [
-    "bernoulli",
-    "flows",
     "hierarchical",
-    "bottom-up",
     "conditional-prior",
-    "convolutional",
     "text",
     "deep-markov",
     "multilevel",
     "semi-supervised",
     "mixture",
-    "registered",
     "params",
     "bags",
     "weights",
