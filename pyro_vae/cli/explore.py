@@ -37,8 +37,8 @@ def explore(
 ) -> None:
     """Open a page in your browser: the latent plane, data, sliders, refinement, and a table.
 
-    The page is served on 127.0.0.1 only, at an address with a random token, until Ctrl-C. Nothing
-    is written.
+    The page is served on 127.0.0.1 only, at an address with a random token, until Ctrl-C. It
+    writes nothing into the run folder.
 
     Parameters
     ----------
