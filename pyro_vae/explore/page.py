@@ -222,7 +222,15 @@ class Session:
         found = ["label"] if self.view.held.labels is not None else []
         found += ["Pareto k", "log p(x)"] if self.view.likelihood is not None else []
         found += ["group"] if self.level.members is not None else []
-        return [*found, "one color"]
+        return [*found, *self._classes(), "one color"]
+
+    def _classes(self) -> dict[str, list[str]]:
+        """The most probable class of each datum, for each discrete latent of one unit."""
+        return {
+            f"latent {one.site}": [f"{value:g}" for value in one.codes[:, 0].tolist()]
+            for one in self.view.levels
+            if not one.movable and one.members is None and one.codes.shape[1] == 1
+        }
 
     def _place(self) -> None:
         """Put the points where the axes say."""
@@ -245,6 +253,9 @@ class Session:
             made = colors.by_pareto_k(found.pareto_k.cpu()[rows])
         elif self.color.value == "log p(x)" and found is not None:
             made = colors.by_number(found.per_datum.cpu()[rows], "log p(x)")
+        elif self.color.value in self._classes():
+            classes = self._classes()[self.color.value]
+            made = colors.by_label([classes[row] for row in rows.tolist()])
         else:
             made = colors.plain(len(rows))
         self.source.data = {**self.source.data, "color": made[0]}

@@ -206,10 +206,16 @@ def test_a_click_on_another_datum_replaces_the_first(page):
     assert "Refining" in session.change.text
 
 
-def test_a_discrete_latent_has_no_sliders():
+def test_a_discrete_latent_colors_the_points_and_has_no_sliders():
+    torch.manual_seed(0)
     pair = pv.MixtureVAE.mlp((4,), 3, latent_dim=2, hidden=(4,))
-    session, _ = opened(Page(view(pair, HeldOut(torch.ones(6, 4)), 30), Cards(), "run"))
-    discrete = [i for i, level in enumerate(session.view.levels) if not level.movable]
-    session.chosen.value = str(discrete[0])
+    shown = view(pair, HeldOut(torch.rand(20, 4).round()), 30)
+    session, _ = opened(Page(shown, Cards(), "run"))
+    session.color.value = "latent k"
+    classes = pv.predict(pair, shown.held.x).argmax(-1)
+    colors = session.source.data["color"]
+    assert len(set(colors)) == len(classes.unique())
+    assert len(set(zip(colors, classes.tolist(), strict=True))) == len(classes.unique())
+    session.chosen.value = str([level.site for level in shown.levels].index("k"))
     assert session.moved.text == "The latent is discrete."
     assert not session.knobs
