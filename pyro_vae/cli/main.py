@@ -25,6 +25,7 @@ from pyro_vae.cli import use as _use  # noqa: F401
 from pyro_vae.cli import soundness as _soundness  # noqa: F401
 from pyro_vae.cli import export as _export  # noqa: F401
 from pyro_vae.cli import tune as _tune  # noqa: F401
+from pyro_vae.cli import explore as _explore
 # isort: on
 
 
@@ -78,8 +79,8 @@ def _folder_locked(command: Callable[..., Any], values: Mapping[str, Any]) -> It
     runs = [values["run"], *values.get("others", ())] if "run" in values else []
     if command is _train.train:
         runs = [values.get("out") or run_of(values["data"])]
-    elif values.get("out") is not None:
-        runs = []
+    elif values.get("out") is not None or command is _explore.explore:
+        runs = []  # these do not write into the folder
     creates = command is _train.train and not values.get("resume")
     with ExitStack() as locks:
         for run in dict.fromkeys(runs):

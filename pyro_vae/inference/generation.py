@@ -220,7 +220,7 @@ def interpolate(
         (other,) = prepared_batches(pair, end, context, binarize, at_once=True)
         first, last = (latent_values(pair, part, True) for part in (batch, other))
         shared = global_latents(pair, batch)
-        real = [name for name, of in _supports(pair, batch).items() if not of.is_discrete]
+        real = [name for name, of in supports_of(pair, batch).items() if not of.is_discrete]
         frames = []
         for t in torch.linspace(0, 1, steps).tolist():
             values = {
@@ -269,7 +269,7 @@ def traverse(
         shared = global_latents(pair, batch)
         given = latent_values(pair, batch, True)
         codes = {name: value for name, value in given.items() if name not in shared}
-        supports = _supports(pair, batch)
+        supports = supports_of(pair, batch)
         real = [name for name in codes if name in supports and not supports[name].is_discrete]
         if not codes:
             raise UsageError(
@@ -293,7 +293,7 @@ def traverse(
             torch.tensor(values, dtype=moved.dtype).repeat(len(units)).to(moved.device)
         )
         moved = moved.reshape(n, *codes[chosen].shape[1:])
-        _require_inside(chosen, supports.get(chosen), moved)
+        require_inside(chosen, supports.get(chosen), moved)
         wide = {name: code.expand(n, *code.shape[1:]) for name, code in codes.items()}
         wide[chosen] = moved.to(codes[chosen].dtype)
         wide |= {name: given[name] for name in shared}
@@ -327,13 +327,13 @@ def _placed(
     return placed
 
 
-def _supports(pair: nn.Module, batch: Batch) -> dict[str, Any]:
+def supports_of(pair: nn.Module, batch: Batch) -> dict[str, Any]:
     """The support of each latent of the model, by site."""
     found = latents(trace(cast(Pair, pair).model, batch))
     return {name: support_of(site["fn"]) for name, site in found.items()}
 
 
-def _require_inside(name: str, support: Any, values: Tensor) -> None:
+def require_inside(name: str, support: Any, values: Tensor) -> None:
     """Raise `UsageError` if values are outside the support of a latent."""
     if support is not None and not bool(support.check(values).all()):
         raise UsageError(

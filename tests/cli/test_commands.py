@@ -79,6 +79,7 @@ def test_the_commands():
         "selftest",
         "export",
         "tune",
+        "explore",
     ]
 
 

@@ -1,0 +1,1 @@
+"""A page in a browser that shows the latents of a pair, datum by datum."""
