@@ -13,7 +13,8 @@ from torch import Tensor
 from pyro_vae.data.schema import Schema
 from pyro_vae.data.table_values import frame_of
 from pyro_vae.data.text import as_text
-from pyro_vae.plots.canvas import BLUE, ORANGE, intensity, is_picture
+from pyro_vae.pairs.figures import ORANGE
+from pyro_vae.plots.canvas import BLUE, intensity, is_picture
 
 WIDTH = 300
 """The width of a card in pixels."""
