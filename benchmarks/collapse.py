@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.plots.canvas import BLUE, GRAY, ORANGE, new_figure
+from pyro_vae.pairs.figures import BLUE, GRAY, ORANGE, new_figure
 from pyro_vae.training.collapse import CollapseAlarm, units
 
 

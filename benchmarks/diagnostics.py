@@ -51,8 +51,8 @@ def refitted(pair: pv.VAE, posterior: pv.Family, data: Data, run: Path) -> nn.Mo
     network.layers[-1], network.outputs = wider, wider.out_features
     return pv.refit_guide(
         pair,
-        pv.Factor(network, posterior, shape),
         data.train.x,
+        posterior=pv.Factor(network, posterior, shape),
         validation=data.validation.x,
         epochs=EPOCHS,
         batch_size=100,
@@ -115,7 +115,12 @@ def calibration(pair: nn.Module) -> tuple[dict[str, Any], Any]:
 
 
 def sandwich(pair: nn.Module) -> tuple[dict[str, Any], Any]:
-    result = pv.sandwich(pair, IMAGES["sandwich"], num_chains=CHAINS, num_temperatures=TEMPERATURES)
+    result = pv.sandwich(
+        pair,
+        num_examples=IMAGES["sandwich"],
+        num_chains=CHAINS,
+        num_temperatures=TEMPERATURES,
+    )
     print(result)
     return result.as_dict(), None
 

@@ -8,7 +8,7 @@ after a break. `--table` prints the table of docs/how-to/reliability-of-runs.md 
 
 kills       a process is killed (SIGKILL) at random instants, and every sixth one inside a write;
             then the run is resumed and compared, bit by bit, with an uninterrupted run
-damage      each file of a run is cut at random lengths, and single bits are flipped; then it is read
+damage      each file of a run is cut at random lengths or a bit is flipped; then it is read
 hostile     pickles, huge declared shapes, archives that expand without bound, paths in names
 fuzz        random changes of files, of config.json, of --config and of options
 full-disk   a run is resumed, saved, exported and used on a disk with a few KB left
@@ -217,7 +217,7 @@ def train(job: dict[str, Any], run: Path, **options: Any) -> None:
 def apart(
     job: int, run: Path, resume: bool = False, inside: int = 0, at: float | None = None
 ) -> str:
-    """Train in a process that was not forked, which Inductor needs; the result is that of `child`."""
+    """Train in a process that was not forked, which Inductor needs, like `child`."""
     words = [sys.executable, __file__, "--job", str(job), str(run), str(int(resume)), str(inside)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -464,6 +464,12 @@ def huge_tensors(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
 
 
+def only_checkpoint(run: Path) -> Any:
+    """Read a checkpoint that has no older one to fall back on."""
+    (run / "checkpoint-older.pt").unlink()
+    return run_files.read_checkpoint(run)
+
+
 def hostile(record: Record, folder: Path, arguments: argparse.Namespace) -> None:
     sound, marker = made_run(folder), folder / "executed"
     place = folder / "hostile"
@@ -484,10 +490,7 @@ def hostile(record: Record, folder: Path, arguments: argparse.Namespace) -> None
 
     for name, read in READERS.items():
         if name == "checkpoint.pt":  # without an older one to fall back on
-            read = lambda run: (
-                (run / "checkpoint-older.pt").unlink(),
-                run_files.read_checkpoint(run),
-            )
+            read = only_checkpoint
         code = pickle.dumps(Touch(marker))
         attempt(
             f"pickle {name}", lambda run, name=name, code=code: (run / name).write_bytes(code), read
@@ -756,7 +759,7 @@ DISK_COMMANDS: dict[str, list[str]] = {
         "--no-report",
         "--num-eval-samples",
         "2",
-    ],  # fmt: skip
+    ],
 }
 
 
@@ -896,8 +899,17 @@ def epochs(record: Record, folder: Path, arguments: argparse.Namespace) -> None:
             sizes.append(resident())
 
         shutil.rmtree(folder / "long", ignore_errors=True)
-        pv.fit(vae, DATA[:32].round(), epochs=arguments.epochs, batch_size=32, engine="traced",
-               checkpoint_seconds=0.0, out=folder / "long", progress=False, on_epoch=[see])  # fmt: skip
+        pv.fit(
+            vae,
+            DATA[:32].round(),
+            epochs=arguments.epochs,
+            batch_size=32,
+            engine="traced",
+            checkpoint_seconds=0.0,
+            out=folder / "long",
+            progress=False,
+            on_epoch=[see],
+        )
         tenth = len(times) // 10
         spans = [times[i + tenth - 1] - times[i] for i in range(0, len(times) - tenth + 1, tenth)]
         return json.dumps({
@@ -965,8 +977,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         if isinstance(one, dict):
             spans = one["ms_by_epoch"]
             words = f"{spans[1]} ms by epoch at the start, {spans[-1]} ms at the end; "
-            row("epochs with a checkpoint each", one["epochs"], one["epochs"] * (spans[-1] < 1.5 * spans[1]),
-                f"{words}{one['kib_by_epoch']} KiB by epoch")  # fmt: skip
+            flat = one["epochs"] * (spans[-1] < 1.5 * spans[1])
+            words += f"{one['kib_by_epoch']} KiB by epoch"
+            row("epochs with a checkpoint each", one["epochs"], flat, words)
     return "\n".join(rows)
 
 

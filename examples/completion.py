@@ -106,7 +106,7 @@ def main() -> None:
         ("network", whole(average, quadrant)),
     ]
     for seed in range(5):
-        drawn = pv.sample(vae, 10, [quadrant], means=True, seed=seed)
+        drawn = pv.sample(vae, 10, quadrant, means=True, seed=seed)
         rows.append((f"draw {seed + 1}", whole(drawn, quadrant)))
     rows.append(("truth", whole(missing, quadrant)))
     options.out.write_bytes(canvas.png(canvas.grid(rows, "completions of a quadrant")))

@@ -54,7 +54,7 @@ def main() -> None:
     )
     print(result)
     wanted = torch.arange(500) % 10
-    drawn = pv.sample(vae, 500, [pv.one_hot(wanted, 10)], means=True, seed=0)
+    drawn = pv.sample(vae, 500, pv.one_hot(wanted, 10), means=True, seed=0)
     judge = LogisticRegression(max_iter=2000)
     judge.fit(digits.train.x.flatten(1).numpy() / 255, digits.train.labels.numpy())
     taken = torch.from_numpy(judge.predict(drawn.flatten(1).numpy()))

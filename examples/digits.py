@@ -53,7 +53,7 @@ def main() -> None:
         train_labels=digits.train.labels,
     )
     print(result)
-    report = pv.write_report(options.out, vae, digits.test.x, labels=digits.test.labels)
+    report = pv.write_report(vae, digits.test.x, run=options.out, labels=digits.test.labels)
     print(f"pictures: {report}")
 
 

@@ -45,7 +45,7 @@ def main() -> None:
     families = {"diagonal": pv.DiagonalNormal, "full-rank": pv.FullRankNormal, "flow": flow}
     common |= {"hidden": HIDDEN, "learning_rate_schedule": pv.CosineSchedule(options.epochs)}
     guides = {"as trained": vae} | {
-        name: pv.refit_guide(vae, family, x, validation=digits.validation.x, **common)
+        name: pv.refit_guide(vae, x, posterior=family, validation=digits.validation.x, **common)
         for name, family in families.items()
     }
     num_samples = options.num_samples

@@ -66,7 +66,7 @@ def main() -> None:
         counts(part.x) for part in (digits.train, digits.validation, digits.test)
     )
     pair = Ink()
-    print(pv.check(pair, (train[:16],)))
+    print(pv.check(pair, train[:16]))
     pv.fit(pair, train, validation=validation, epochs=options.epochs, batch_size=64)
     print(pv.evaluate(pair, test))
     boldness = pv.encode(pair, test)["log_b"]

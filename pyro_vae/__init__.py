@@ -145,6 +145,16 @@ def _listed() -> dict[str, str]:
     }
 
 
+def _import_progress_bars() -> None:
+    """Import tqdm.auto, which Pyro uses, without its request for ipywidgets: a bar can be text."""
+    if "IPython" in sys.modules:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            import_module("tqdm.auto")
+
+
+_import_progress_bars()
+
 _WHERE = _listed()
 
 __all__ = sorted(_WHERE)

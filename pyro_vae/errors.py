@@ -133,9 +133,9 @@ def active_line(until: str) -> str:
     return ""
 
 
-def warn(message: str) -> None:
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn about the line of the user's that called the library."""
     frame, level = inspect.currentframe(), 1
     while frame is not None and frame.f_back is not None and not is_users(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)

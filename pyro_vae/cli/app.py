@@ -5,7 +5,12 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-Flat = Parameter(name="*")
+from pyro_vae.cli.groups import DATA, INFERENCE, MODEL, TRAINING
+
+FROM_DATA, FROM_MODEL, FROM_INFERENCE, FROM_TRAINING = (
+    Parameter(name="*", group=group) for group in (DATA, MODEL, INFERENCE, TRAINING)
+)
+"""The fields of a dataclass as options, in this group of the help."""
 
 RunFolder = Annotated[Path, Parameter(help="Run folder.")]
 
@@ -18,10 +23,10 @@ def _default(value: Any) -> str | None:
     """A default as a user types it. If the default is None, the help text explains it."""
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
-    return None if value is None else str(value)
+    return None if value is None or value is False else str(value)
 
 
-MANY = Parameter(consume_multiple=True, show_default=_default)
+MANY = Parameter(consume_multiple=True, show_default=_default, negative_iterable=())
 
 app = App(
     name="pyro-vae",
@@ -30,3 +35,4 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
+app.register_install_completion_command()

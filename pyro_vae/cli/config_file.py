@@ -43,7 +43,9 @@ def read_options(app: App, commands: tuple[str, ...], arguments: Any) -> None:
         return
     options = _read(file)
     _require_known(file, options, resumed)
-    kept = {name: value for name, value in options.items() if name not in _RECORDED}
+    kept = {
+        name: value for name, value in options.items() if name not in (*_RECORDED, *_empty(options))
+    }
     # The library's own JSON configuration reads a path that is known before the words are parsed.
     ConfigDict({"train": kept}, source=str(file))(app, commands, arguments)
 
@@ -148,6 +150,15 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise UsageError(f"{file} must hold a JSON object of options")
     return options
+
+
+def _empty(options: dict[str, Any]) -> list[str]:
+    """The names of empty lists, which are the default of all such options but the widths."""
+    empty = [name for name, value in options.items() if value == [] and name != "hidden"]
+    for name in empty:
+        if getattr(Model, name, ()) != ():
+            raise UsageError("must have at least one number, got none", argument=name)
+    return empty
 
 
 def _require_known(file: Path, options: dict[str, Any], resumed: bool) -> None:

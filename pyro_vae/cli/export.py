@@ -31,6 +31,6 @@ def export(
     x, context = test_part(loaded, given, 32)
     folder = out or run / "export"
     for path in exporting.export(
-        pair, folder, x, *context, formats=formats, binarize=binarize_of(given)
+        pair, x, *context, folder=folder, formats=formats, binarize=binarize_of(given)
     ):
         print(path)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from pyro_vae.cli.groups import OF_LIKELIHOOD
 from pyro_vae.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Input:
 
     data_dir: Path | None = None
     group: str | None = None
-    binarize: Literal["dynamic", "fixed", "none"] = "dynamic"
+    binarize: Annotated[Literal["dynamic", "fixed", "none"], OF_LIKELIHOOD] = "dynamic"
     columns: Path | None = None
     layer: str | None = None
     batch: str | None = None

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from pyro_vae.training.history import History
 
 
+_CHOSEN = {
+    "discretized-logistic": "color images",
+    "gaussian": "real values",
+    "negative-binomial": "counts",
+}
+"""Why a likelihood is the default of some arrays."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A pair, its data, and the options of its training."""
@@ -104,8 +112,8 @@ def told(data: "Data", model: Model) -> Iterator[tuple[str, str]]:
         more = len(data.classes) - len(labels)
         yield "labels", ", ".join([*labels, f"{more} more"] if more else labels)
     chosen = with_likelihood(model, data).likelihood
-    if model.likelihood is None and chosen == "discretized-logistic":
-        yield "likelihood", "discretized-logistic, for color images (--likelihood to change)"
+    if model.likelihood is None and chosen in _CHOSEN:
+        yield "likelihood", f"{chosen}, for {_CHOSEN[chosen]} (--likelihood to change)"
 
 
 def _with_context(model: Model, data: "Data") -> Model:

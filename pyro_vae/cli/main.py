@@ -20,6 +20,7 @@ from pyro_vae.errors import UsageError
 from pyro_vae.cli import train as _train
 from pyro_vae.cli import judge as _judge  # noqa: F401
 from pyro_vae.cli import score as _score  # noqa: F401
+from pyro_vae.cli import about as _about  # noqa: F401
 from pyro_vae.cli import use as _use  # noqa: F401
 from pyro_vae.cli import soundness as _soundness  # noqa: F401
 from pyro_vae.cli import export as _export  # noqa: F401

@@ -17,10 +17,28 @@ def with_likelihood(config: Model, data: Any) -> Model:
     """The configuration with the default likelihood of these data, if it names none.
 
     Binarization would destroy color, so 8-bit color images get a likelihood of their gray levels.
+    In rows (n, d), whole numbers that are not 8-bit are counts, and others outside of 0 to 1 are
+    real values.
     """
     if config.likelihood is not None or ":" in config.model:
         return config
-    return replace(config, likelihood="discretized-logistic" if in_color(data) else "bernoulli")
+    if data.schema is None and data.vocabulary is None and config.model != "deep-markov":
+        return replace(config, likelihood=_usual(data))
+    return replace(config, likelihood="bernoulli")
+
+
+def _usual(data: Any) -> Any:
+    """The usual likelihood of arrays: by their type and range."""
+    x = data.train.x
+    if in_color(data):
+        return "discretized-logistic"
+    known = x[~x.isnan()]
+    bits = not len(known) or bool(known.min() >= 0 and known.max() <= 1)
+    if bits or str(x.dtype) == "torch.uint8" or len(data.shape) != 1:
+        return "bernoulli"
+    if x.is_floating_point():  # floats from 0 to 255 may be intensities, which are refused in words
+        return "bernoulli" if known.min() >= 0 and known.max() <= 255 else "gaussian"
+    return "negative-binomial" if known.min() >= 0 else "gaussian"
 
 
 def in_color(data: Any) -> bool:
@@ -93,9 +111,30 @@ def made_for_data(
     x = sampled(data.train.x)
     if data.schema is not None:
         return data.schema.likelihood(x if data.table is not None else x[data.train.members >= 0])
+    if config.likelihood == "gaussian" and not standardize:
+        likelihood = _started(likelihood, config, x)
     if standardize:
         likelihood = Standardized(likelihood, data.shape).standardize(x)
     return Missing(likelihood) if masked or missing_entries(data) else likelihood
+
+
+def _started(likelihood: Any, config: Model, x: Any) -> Any:
+    """A Gaussian whose learned or predicted scale starts at that of the data.
+
+    The start is the standard deviation of the entries around the mean of their column.
+    """
+    from pyro_vae.parts.likelihoods import Gaussian
+    from pyro_vae.plots.canvas import intensity
+
+    if config.scale not in ("learned", "predicted"):
+        return likelihood
+    values = intensity(x).double()
+    spread = (values - values.nanmean(0)).square().nanmean().sqrt().item()
+    low, high = Gaussian().bounds
+    start = min(max(spread, 2 * low), high / 2)
+    if config.scale == "learned":
+        return Gaussian(start, learned=True)
+    return Gaussian(start=start)
 
 
 def missing_entries(data: Any) -> int:

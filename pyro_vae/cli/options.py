@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pyro_vae.cli.groups import NONE, OF_INFERENCE, OF_LIKELIHOOD, OF_TRAINING, WIDTHS
 from pyro_vae.errors import UsageError
 
 COUNTS = ("poisson", "negative-binomial", "zero-inflated-negative-binomial")
@@ -36,7 +37,8 @@ class Model:
         the data upwards. For --model multilevel: the dimensions of z and of the groups' u.
     hidden
         Widths of the hidden layers of the encoder, from the data inwards. The decoder uses them in
-        reverse order. For text and --model deep-markov: the width of each network, one number.
+        reverse order. none makes linear networks without hidden layers. For text and --model
+        deep-markov: the width of each network, one number.
     embedding_dim
         Width of the embedding of a character, for text.
     word_dropout
@@ -54,7 +56,8 @@ class Model:
         Normalize hidden layers, for --model hierarchical.
     likelihood
         Family of the likelihood p(x | z). The default is discretized-logistic for 8-bit color
-        images, and bernoulli for other data. The columns of a table determine theirs.
+        images, negative-binomial for integers above 1 in rows, gaussian for rows of floats below
+        0 or above 255, and bernoulli for other data. The columns of a table determine theirs.
     scale
         Standard deviation of a Gaussian likelihood: predicted by the network (predicted), one
         learned parameter (learned), or a number.
@@ -90,15 +93,15 @@ class Model:
     model: str = "vae"
     network: Literal["auto", "mlp", "conv", "recurrent"] = "auto"
     latent_dim: tuple[int, ...] = (20,)
-    hidden: tuple[int, ...] = (128, 64)
+    hidden: Annotated[tuple[int, ...], WIDTHS] = (128, 64)
     embedding_dim: int = 32
     word_dropout: float = 0.0
     channels: tuple[int, ...] = (32, 64)
     blocks: int = 0
     activation: Literal["relu", "leaky-relu", "elu", "silu", "softplus", "tanh", "glu"] = "relu"
-    guide: Literal["top-down", "bottom-up"] = "top-down"
+    guide: Annotated[Literal["top-down", "bottom-up"], OF_INFERENCE] = "top-down"
     normalize: bool = True
-    likelihood: (
+    likelihood: Annotated[
         Literal[
             "bernoulli",
             "continuous-bernoulli",
@@ -111,13 +114,15 @@ class Model:
             "negative-binomial",
             "zero-inflated-negative-binomial",
         ]
-        | None
-    ) = None
-    scale: str = "predicted"
-    logistics: int = 10
-    library_size: bool = False
-    posterior: Literal[
-        "diagonal-normal", "full-rank-normal", "low-rank-normal", "iaf", "spline"
+        | None,
+        OF_LIKELIHOOD,
+    ] = None
+    scale: Annotated[str, OF_LIKELIHOOD] = "predicted"
+    logistics: Annotated[int, OF_LIKELIHOOD] = 10
+    library_size: Annotated[bool, OF_LIKELIHOOD] = False
+    posterior: Annotated[
+        Literal["diagonal-normal", "full-rank-normal", "low-rank-normal", "iaf", "spline"],
+        OF_INFERENCE,
     ] = "diagonal-normal"
     prior: Literal["standard-normal", "gaussian-mixture", "flow", "vamp", "conditional"] = (
         "standard-normal"
@@ -252,7 +257,9 @@ class Objective:
     beta: float = 1.0
     warm_up: Literal["none", "linear", "cyclical"] | None = None
     warm_up_epochs: float = 10.0
-    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    learning_rate_schedule: Annotated[Literal["constant", "linear", "cosine"], OF_TRAINING] = (
+        "constant"
+    )
 
     def __post_init__(self) -> None:
         _reject_ignored_fields(self)
@@ -351,7 +358,7 @@ def option_of(name: str) -> str:
 def in_words(value: Any) -> str:
     """A value as a user types it.
 
-    >>> in_words((128, 64)), in_words("iaf")
-    ('128 64', 'iaf')
+    >>> in_words((128, 64)), in_words(()), in_words("iaf")
+    ('128 64', 'none', 'iaf')
     """
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) or NONE if isinstance(value, tuple) else str(value)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_vae.cli.baseline import baseline_of, in_words
 from pyro_vae.cli.config_file import CELLS
 from pyro_vae.cli.input import Input
 from pyro_vae.cli.make_pair import make_user_pair, plain_dim
@@ -53,10 +54,14 @@ def measure_run(
     )
     members = _by_member(result.log_likelihood, split) if given.get("group") else {}
     named = {"data": data.name} | ({} if part == "test" else {"part": part})
-    metrics = named | result.as_dict() | members | dict(kept or {})
+    simple = baseline_of(data, split, given) if apart else None
+    beside = {} if simple is None else {"baseline": simple._asdict()}
+    metrics = named | result.as_dict() | members | beside | dict(kept or {})
     if here().first:
         run_metrics.write_metrics(run, pair, metrics)
     print(result)
+    if simple is not None:
+        print(f"{'baseline':<20}{in_words(simple, result.log_likelihood)}")
     for value in members.values():
         print(f"{'log p(x) by member':<20}{value:.3f}")
 
@@ -76,7 +81,7 @@ def report_run(run: Path, pair: "nn.Module", data: "Data", given: dict[str, Any]
     ids, known = None, data.table or data.cells
     if known is not None and data.test.rows is not None:
         ids = [known.ids[row] for row in data.test.rows[:2000].tolist()]
-    write_report(run, pair, x, *context, labels=labels, ids=ids)
+    write_report(pair, x, *context, run=run, labels=labels, ids=ids)
 
 
 def split_of(config: dict[str, Any]) -> dict[str, Any]:

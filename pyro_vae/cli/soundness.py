@@ -42,7 +42,7 @@ def check(
     pair = make_pair(Model(model=model, condition=condition), loaded)
     given = {"condition": condition, "num_classes": loaded.num_classes}
     x, context = loaded.train.x[:16], context_of(given, loaded, loaded.train)
-    found = run_check(pair, (x, *(part[:16] for part in context)))
+    found = run_check(pair, x, *(part[:16] for part in context))
     if found.errors:
         raise UsageError("; ".join(found.errors))
     print(found)

@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pyro_vae.cli.app import Flat, app
+from pyro_vae.cli.app import FROM_DATA, FROM_INFERENCE, FROM_MODEL, FROM_TRAINING, app
 from pyro_vae.cli.config_file import (
     data_defaults,
     read_options,
@@ -14,6 +14,7 @@ from pyro_vae.cli.config_file import (
     run_of,
 )
 from pyro_vae.cli.diagnosis import SECONDS, diagnose_trained, require_seconds
+from pyro_vae.cli.groups import OF_DATA, OF_OUTPUT
 from pyro_vae.cli.input import Input, named_data, reject_ignored_by_data
 from pyro_vae.cli.job import make_job, told
 from pyro_vae.cli.make_pair import require_groups
@@ -38,19 +39,19 @@ if TYPE_CHECKING:
 
 @app.command(config=(read_options, data_defaults, require_typed_class, reject_typed_ignored))
 def train(
-    data: str,
+    data: Annotated[str, OF_DATA],
     *,
-    out: Path | None = None,
-    model: Annotated[Model, Flat] = Model(),  # noqa: B008
-    objective: Annotated[Objective, Flat] = Objective(),  # noqa: B008
-    source: Annotated[Input, Flat] = Input(),  # noqa: B008
-    settings: Annotated[Settings, Flat] = Settings(),  # noqa: B008
-    num_eval_samples: int = 500,
-    resume: bool = False,
-    overwrite: bool = False,
-    report: bool = True,
-    diagnosis_seconds: float | None = None,
-    config: Path | None = None,
+    out: Annotated[Path | None, OF_OUTPUT] = None,
+    model: Annotated[Model, FROM_MODEL] = Model(),  # noqa: B008
+    objective: Annotated[Objective, FROM_INFERENCE] = Objective(),  # noqa: B008
+    source: Annotated[Input, FROM_DATA] = Input(),  # noqa: B008
+    settings: Annotated[Settings, FROM_TRAINING] = Settings(),  # noqa: B008
+    num_eval_samples: Annotated[int, OF_OUTPUT] = 500,
+    resume: Annotated[bool, OF_OUTPUT] = False,
+    overwrite: Annotated[bool, OF_OUTPUT] = False,
+    report: Annotated[bool, OF_OUTPUT] = True,
+    diagnosis_seconds: Annotated[float | None, OF_OUTPUT] = None,
+    config: Annotated[Path | None, OF_DATA] = None,
 ) -> None:
     """Fit a pair to data, evaluate it on test data, and write a run folder with a report.
 
@@ -97,11 +98,16 @@ def train(
     for title, words in told(loaded, model):
         print(f"{title:<20}{words}")
     with _schema_kept(run, loaded) if team.first else nullcontext():
-        job.fit(
+        history = job.fit(
             out=run,
             resume=resume,
             overwrite=overwrite,
             config={"train": job.given, "split": split_checksums(loaded)},
+        )
+    if history.improving is not None:
+        print(
+            f"{'epochs':<20}the validation bound still improved, by {history.improving:.3f} nats "
+            "in the last tenth of the epochs: train longer (--epochs)"
         )
     if job.standardized:
         print(f"{'standardized':<20}inside the pair (--no-standardize to change)")

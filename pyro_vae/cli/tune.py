@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pyro_vae.cli.app import Flat, app
+from pyro_vae.cli.app import FROM_DATA, FROM_INFERENCE, FROM_MODEL, FROM_TRAINING, app
 from pyro_vae.cli.config_file import (
     data_defaults,
     reject_typed_ignored,
@@ -50,10 +50,10 @@ def tune(
     ),
     storage: Path | None = None,
     report: bool = False,
-    model: Annotated[Model, Flat] = Model(),  # noqa: B008
-    objective: Annotated[Objective, Flat] = Objective(),  # noqa: B008
-    source: Annotated[Input, Flat] = Input(),  # noqa: B008
-    settings: Annotated[Settings, Flat] = Settings(),  # noqa: B008
+    model: Annotated[Model, FROM_MODEL] = Model(),  # noqa: B008
+    objective: Annotated[Objective, FROM_INFERENCE] = Objective(),  # noqa: B008
+    source: Annotated[Input, FROM_DATA] = Input(),  # noqa: B008
+    settings: Annotated[Settings, FROM_TRAINING] = Settings(),  # noqa: B008
 ) -> None:
     """Search for the options with the best validation bound, by Optuna.
 

@@ -60,10 +60,10 @@ def sample(
     conditional = "label" in given.get("condition", ())
     context, parents = _asked(run, given, num, label, model)
     if label is None or conditional:
-        images = generation.sample(pair, num, context, means=means, seed=seed)
+        images = generation.sample(pair, num, *context, means=means, seed=seed)
     else:
         values = _of_class(run, pair, num, label)
-        images = generation.decode(pair, values, context, means=means, seed=seed)
+        images = generation.decode(pair, values, *context, means=means, seed=seed)
     if (run / SCHEMA).is_file():
         table = _table(schema_of_run(run), images)
         if parents is not None and len(table) == num:
@@ -278,6 +278,6 @@ def _write(
         print(run / f"{name}.txt", text, sep="\n\n")
         return
     with run_files.atomic(run / run_files.FIGURES / f"{name}.png") as file:
-        file.write(canvas.png(canvas.grid(rows, name)))
+        file.write(canvas.png(canvas.grid(rows)))
     print(run / f"{name}.npy")
     print(run / run_files.FIGURES / f"{name}.png")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae.data.sizes import read_bytes
 from pyro_vae.errors import UsageError, first_line, nearest
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.parts.columns import CIRCULAR, CODED, KINDS, Columns
 
 Value: TypeAlias = "str | int | float | bool"
@@ -134,6 +135,8 @@ class Schema:
     def to_toml(self) -> str:
         """The schema as TOML, which `read_schema` and ``--columns`` take."""
         return "\n".join(_toml(column) for column in self.columns)
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         rows = [("column", "kind", "role", "categories")]

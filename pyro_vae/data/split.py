@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import UsageError
+from pyro_vae.pairs.showing import shown_html
+
+PARTS = ("training", "validation", "test")
 
 
 class Split(NamedTuple):
@@ -31,7 +34,7 @@ class Split(NamedTuple):
     groups."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Data:
     """A data set in three parts, each row in one part."""
 
@@ -54,6 +57,21 @@ class Data:
     summary: str = ""
     """What was done to the images of a folder, in one line."""
 
+    def __repr__(self) -> str:
+        sizes = [len(part.x) for part in (self.train, self.validation, self.test)]
+        few = [f"{size:,} {part} rows" for size, part in zip(sizes, PARTS, strict=True)]
+        holes = sum(int(part.x.isnan().sum()) for part in (self.train, self.validation, self.test))
+        told = [
+            f"{self.name}: {', '.join(few)}, each {_in_words(self.train.x)}",
+            f"{self.num_classes} classes" if self.num_classes else "",
+            _context_in_words(self.train),
+            f"{holes:,} missing entries" if holes else "",
+            self.summary,
+        ]
+        return "; ".join(filter(None, told))
+
+    _repr_html_ = shown_html
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one datum."""
@@ -65,6 +83,23 @@ class Data:
         labels = [split.labels for split in (self.train, self.validation, self.test)]
         held = (part for part in labels if part is not None and len(part))
         return max((int(part.max()) + 1 for part in held), default=0)
+
+
+def _in_words(x: Tensor) -> str:
+    """The shape, the type and the range of rows.
+
+    >>> _in_words(torch.tensor([[0, 1], [2, 3]]))
+    'of shape (2,), int64 from 0 to 3'
+    """
+    known = x[~x.isnan()]
+    kind = str(x.dtype).removeprefix("torch.")
+    bounds = f" from {known.min().item():.4g} to {known.max().item():.4g}" if len(known) else ""
+    return f"of shape {tuple(x.shape[1:])}, {kind}{bounds}"
+
+
+def _context_in_words(split: Split) -> str:
+    given = split.context
+    return "" if given is None else f"context of shape {tuple(given.shape[1:])}"
 
 
 def three_ways(name: str, whole: Split, what: str = "rows") -> Data:

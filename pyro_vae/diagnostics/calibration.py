@@ -17,7 +17,7 @@ from pyro_vae.diagnostics.ranks import ranked, ranks_of
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import CELLS
 from pyro_vae.pairs import enumeration, masks, summing
-from pyro_vae.pairs.arrays import as_tensor
+from pyro_vae.pairs.arrays import as_tensor, each_context
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.progress import bar
@@ -40,8 +40,7 @@ Quantity: TypeAlias = Callable[[dict[str, Tensor], Tensor], Tensor]
 @alone()
 def calibration(
     pair: nn.Module,
-    context: Sequence[Any] = (),
-    *,
+    *context: Any,
     missing: Tensor | None = None,
     num_simulations: int = 2000,
     num_draws: int = 99,
@@ -62,7 +61,7 @@ def calibration(
 
     Arguments:
         pair: any pair with ``template(n)``.
-        context: context tensors for a conditional pair; each simulation draws one of their rows.
+        context: the context tensors of a conditional pair; each simulation draws one of their rows.
         missing: booleans (n, *data_shape), such as ``x.isnan()`` of your data. Each simulation
             hides the entries of one of its rows, which is also the row of the context.
         num_simulations: number of simulated data, at least 100.
@@ -106,7 +105,7 @@ def calibration(
     quantities = dict(test_quantities or {})
     parts: list[Tensor] = []
     with using(pair, seed), bar(progress, num_simulations, "calibration", delay=2) as shown:
-        simulated = _Simulated(pair, context, missing, num_draws, quantities)
+        simulated = _Simulated(pair, each_context(context), missing, num_draws, quantities)
         for start in range(0, num_simulations, simulated.rows):
             n = min(simulated.rows, num_simulations - start)
             parts.append(simulated.ranks(n))

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows
 from pyro_vae.diagnostics.diagnosis import Diagnosis
-from pyro_vae.pairs.formatting import with_error
+from pyro_vae.inference.importance import LogLikelihood
+from pyro_vae.pairs.formatting import aligned, with_error
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.moments import is_discrete
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import observed
 from pyro_vae.pairs.threads import alone
 from pyro_vae.parts.columns import ByColumn
@@ -124,6 +126,8 @@ class Spread:
     error: float
     """Standard error of the difference, from the differences of single rows."""
 
+    _repr_html_ = shown_html
+
     def __str__(self) -> str:
         words = f"log p(x) on the same {self.num_examples} rows has a standard deviation of "
         words += f"{self.between:.3f} nats per example between runs; a run reports an error of "
@@ -170,6 +174,8 @@ class Comparison:
             )
         return f"The verdicts agree. At fault in all runs: {', '.join(counts)}."
 
+    _repr_html_ = shown_html
+
     def __str__(self) -> str:
         lines = [*_table(self.rows), ""]
         if not all(row.reliable for row in self.rows if row.log_likelihood is not None):
@@ -212,22 +218,45 @@ def _row(run: Diagnosed, ran: Sequence[str]) -> RunRow:
 
 def _not_comparable(runs: Sequence[Diagnosed]) -> str | None:
     """Return why log p(x) of the runs is not about the same thing, or was not measured."""
-    first = runs[0]
-    for run in runs:
-        weighed = run.found.results.get("log_likelihood")
-        if weighed is None:
-            return f"{run.name} has no log p(x) by importance weights"
-        if weighed.factors:
-            return f"p(x) of {run.name} is not normalized, because its model has factors"
-        if not isfinite(weighed.value):
-            return f"log p(x) of {run.name} is not finite"
-        if not torch.equal(run.scored.rows, first.scored.rows):
-            return f"{first.name} and {run.name} have different test rows"
-        if not torch.equal(run.scored.context, first.scored.context):
-            return f"{first.name} and {run.name} receive different context"
-        if run.scored.discrete != first.scored.discrete:
-            return f"one of {first.name} and {run.name} gives a density, the other a probability"
+    measured = [
+        Measured(run.name, run.found.results.get("log_likelihood"), run.scored) for run in runs
+    ]
+    if why := why_not(measured):
+        return why
     return None if len(_common(runs)) > 1 else "the runs have scored fewer than two common rows"
+
+
+class Measured(NamedTuple):
+    """log p(x) of a run, and what it is about."""
+
+    name: str
+    estimate: LogLikelihood | None
+    scored: ScoredRows
+
+
+def why_not(runs: Sequence[Measured]) -> str | None:
+    """Return why log p(x) of the runs cannot be compared; None if it can."""
+    first = runs[0]
+    for name, estimate, about in runs:
+        if estimate is None:
+            return f"{name} has no log p(x) by importance weights"
+        if estimate.factors:
+            return f"p(x) of {name} is not normalized, because its model has factors"
+        if not isfinite(estimate.value):
+            return f"log p(x) of {name} is not finite"
+        if not torch.equal(about.rows, first.scored.rows):
+            return f"{first.name} and {name} have different test rows"
+        if not torch.equal(about.context, first.scored.context):
+            return f"{first.name} and {name} receive different context"
+        if about.discrete != first.scored.discrete:
+            return f"one of {first.name} and {name} gives a density, the other a probability"
+    return None
+
+
+def paired(high: Tensor, low: Tensor) -> tuple[float, float]:
+    """Return the mean difference of values (n,) of the same rows, and its standard error."""
+    differences = (high - low).double()
+    return differences.mean().item(), (differences.std() / len(differences) ** 0.5).item()
 
 
 def _common(runs: Sequence[Diagnosed]) -> list[int]:
@@ -247,15 +276,15 @@ def _spread(runs: Sequence[Diagnosed], rows: Sequence[RunRow]) -> Spread:
     values = torch.tensor([[_by_row(run)[i] for i in common] for run in runs]).double()
     means, errors = values.mean(1), torch.tensor([row.error or 0.0 for row in rows])
     high, low = int(means.argmax()), int(means.argmin())
-    differences = values[high] - values[low]
+    difference, error = paired(values[high], values[low])
     return Spread(
         num_examples=len(common),
         between=means.std().item(),
         reported=errors.square().mean().sqrt().item(),
         highest=rows[high].name,
         lowest=rows[low].name,
-        difference=differences.mean().item(),
-        error=(differences.std() / len(common) ** 0.5).item(),
+        difference=difference,
+        error=error,
     )
 
 
@@ -265,12 +294,7 @@ HEAD: tuple[str, ...] = ("run", "at fault (nats)", "log p(x)", "ELBO", "gap", "a
 
 def _table(rows: Sequence[RunRow]) -> list[str]:
     """Return the lines of the table, with columns as wide as their entries."""
-    cells = [HEAD, *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    ]
+    return aligned([HEAD, *map(_cells, rows)])
 
 
 def _cells(row: RunRow) -> tuple[str, ...]:

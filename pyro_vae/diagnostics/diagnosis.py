@@ -25,6 +25,7 @@ from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import require_seed
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import latents
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.weights import log_weights, structure
@@ -136,6 +137,8 @@ class Diagnosis:
             "notes": self.notes,
             "pictures": self.pictures,
         }
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         lines = [fill(line, 100, subsequent_indent="  ") for line in self.summary.split("\n")]

@@ -21,6 +21,7 @@ from pyro_vae.pairs.formatting import with_error
 from pyro_vae.pairs.moments import is_category, is_discrete, mean
 from pyro_vae.pairs.processes import Team, here, single
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import latents, observed, same_order, sample_sites, site_kl
 from pyro_vae.pairs.threads import alone
 from pyro_vae.parts.sequences import elements
@@ -105,6 +106,8 @@ class Evaluation:
         if self.num_samples == 1:
             return f"{found}, 1 sample, which gives no error"
         return f"{found}, {self.num_samples} samples"
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         active = ", ".join(

@@ -17,18 +17,8 @@ from pyro_vae.inference.annealing import Sandwich
 from pyro_vae.inference.generation import hidden, reconstruct
 from pyro_vae.inference.importance import LogLikelihood
 from pyro_vae.inference.nuts import Moments, Posterior
-from pyro_vae.plots.canvas import (
-    BLUE,
-    GRAY,
-    ORANGE,
-    _strip,
-    alike,
-    grid,
-    intensity,
-    is_picture,
-    literal,
-    new_figure,
-)
+from pyro_vae.pairs.figures import BLUE, FONT, GRAY, ORANGE, literal, new_figure
+from pyro_vae.plots.canvas import _strip, alike, grid, intensity, is_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,11 +48,12 @@ def reliability(
     over = int((estimate.pareto_k > estimate.k_threshold).sum())
     infinite = len(estimate.pareto_k) - len(k)
     axis.set_title(
-        f"{over} of {len(x)} data over {estimate.k_threshold:.2f}, {infinite} infinite", fontsize=9
+        f"{over} of {len(x)} data over {estimate.k_threshold:.2f}, {infinite} infinite",
+        fontsize=FONT,
     )
-    axis.set_xlabel("Pareto k of the weights", fontsize=8)
-    axis.set_ylabel("number of data", fontsize=8)
-    axis.tick_params(labelsize=7)
+    axis.set_xlabel("Pareto k of the weights", fontsize=FONT)
+    axis.set_ylabel("number of data", fontsize=FONT)
+    axis.tick_params(labelsize=FONT)
     shown = intensity(x[worst])
     axes = below.subplots(1, len(worst), squeeze=False)[0]
     numbers = torch.arange(len(x)) if rows is None else rows
@@ -72,8 +63,8 @@ def reliability(
             axis.imshow(_strip(image[None], 1), vmin=0, vmax=1, interpolation="nearest")
         else:
             axis.plot(image.detach().cpu().float().flatten(), color=BLUE, linewidth=0.8)
-        axis.set_title(f"row {numbers[row]}\nk {estimate.pareto_k[row]:.2f}", fontsize=7)
-    below.suptitle("least reliable", fontsize=9)
+        axis.set_title(f"row {numbers[row]}\nk {estimate.pareto_k[row]:.2f}", fontsize=FONT)
+    below.suptitle("least reliable", fontsize=FONT)
     return figure
 
 
@@ -99,14 +90,14 @@ def gap_bars(found: Gaps) -> "Figure":
         label = f"{name}: {gap.value:.2f} ± {gap.standard_error:.2f}"
         right.hist(values, bins=40, histtype="step", color=color, label=label)
         base = base + height
-    left.set_xlabel("data, sorted by the sum", fontsize=8)
-    left.set_ylabel("nats", fontsize=8)
-    left.set_title("log p(x) - ELBO", fontsize=9)
-    right.set_xlabel("nats", fontsize=8)
-    right.set_ylabel("number of data", fontsize=8)
-    right.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.25))
+    left.set_xlabel("data, sorted by the sum", fontsize=FONT)
+    left.set_ylabel("nats", fontsize=FONT)
+    left.set_title("log p(x) - ELBO", fontsize=FONT)
+    right.set_xlabel("nats", fontsize=FONT)
+    right.set_ylabel("number of data", fontsize=FONT)
+    right.legend(fontsize=FONT, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.25))
     for axis in (left, right):
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=FONT)
     return figure
 
 
@@ -133,9 +124,9 @@ def calibration_bands(found: Calibration, number: int = 7) -> "Figure":
         )
         axis.plot(found.points, found.differences[:, which], color=color, linewidth=1.2)
         words = failures.get(name, "uniform").removeprefix("draws are ").replace(" and ", ",\n")
-        axis.set_title(f"{literal(name)}\n{words}", fontsize=7)
-        axis.set_xlabel("rank / (draws + 1)", fontsize=7)
-        axis.tick_params(labelsize=6)
+        axis.set_title(f"{literal(name)}\n{words}", fontsize=FONT)
+        axis.set_xlabel("rank / (draws + 1)", fontsize=FONT)
+        axis.tick_params(labelsize=FONT)
     _coverage(axes[len(shown)], found)
     for axis in axes[len(shown) + 1 :]:
         axis.remove()
@@ -150,9 +141,9 @@ def _coverage(axis: Any, found: Calibration) -> None:
     for name, shares in zip(found.names, found.coverage.numpy(), strict=True):
         color = ORANGE if name in failures else BLUE
         axis.plot(nominal, shares, color=color, linewidth=0.8, marker=".", markersize=4)
-    axis.set_title("coverage", fontsize=7)
-    axis.set_xlabel("central interval", fontsize=7)
-    axis.tick_params(labelsize=6)
+    axis.set_title("coverage", fontsize=FONT)
+    axis.set_xlabel("central interval", fontsize=FONT)
+    axis.tick_params(labelsize=FONT)
 
 
 def bounds(found: Sandwich) -> "Figure":
@@ -179,15 +170,15 @@ def bounds(found: Sandwich) -> "Figure":
     )
     axis.axhline(0, color="black", linewidth=0.8)
     axis.axhline(found.gap, color=ORANGE, linewidth=1, linestyle="--", label="mean")
-    axis.set_xlabel("simulated data, sorted by gap", fontsize=8)
-    axis.set_ylabel("upper minus lower bound, nats", fontsize=8)
-    axis.tick_params(labelsize=7)
-    axis.legend(fontsize=7, frameon=False)
+    axis.set_xlabel("simulated data, sorted by gap", fontsize=FONT)
+    axis.set_ylabel("upper minus lower bound, nats", fontsize=FONT)
+    axis.tick_params(labelsize=FONT)
+    axis.legend(fontsize=FONT, frameon=False)
     lower = found.lower
     axis.set_title(
         f"{lower.num_temperatures} temperatures, {lower.num_chains} chains: mean gap "
         f"{found.gap:.3f} ± {found.gap_standard_error:.3f} nats",
-        fontsize=9,
+        fontsize=FONT,
     )
     return figure
 
@@ -219,11 +210,11 @@ def posteriors(result: Posterior, number: int = 4, rows: Tensor | None = None) -
             ("guide", ORANGE, result.guide_moments),
         ):
             axis.plot(*_ellipse(moments, row, [first, second]), color, linewidth=1.2, label=name)
-        axis.set_xlabel(literal(result.units[first]), fontsize=8)
-        axis.set_ylabel(literal(result.units[second]), fontsize=8)
-        axis.set_title(f"row {numbers[row]}: {apart[row, first]:.2f} nats", fontsize=8)
-        axis.tick_params(labelsize=6)
-    figure.axes[0].legend(fontsize=7, frameon=False)
+        axis.set_xlabel(literal(result.units[first]), fontsize=FONT)
+        axis.set_ylabel(literal(result.units[second]), fontsize=FONT)
+        axis.set_title(f"row {numbers[row]}: {apart[row, first]:.2f} nats", fontsize=FONT)
+        axis.tick_params(labelsize=FONT)
+    figure.axes[0].legend(fontsize=FONT, frameon=False)
     return figure
 
 
@@ -250,9 +241,9 @@ def predictive_statistics(found: PredictiveCheck) -> "Figure":
             axis.hist(found.whole[:, i].numpy(), bins=20, color=BLUE)
             axis.axvline(found.whole_observed[i].item(), color=ORANGE, linewidth=1.5)
             p = f"p {found.whole_p_values[name]:.3f}"
-        axis.set_title(f"{literal(name)}\n{p}", fontsize=8)
+        axis.set_title(f"{literal(name)}\n{p}", fontsize=FONT)
         axis.locator_params(axis="x", nbins=4)
-        axis.tick_params(labelsize=6)
+        axis.tick_params(labelsize=FONT)
     return figure
 
 
@@ -310,11 +301,11 @@ def outlier_histograms(found: OutlierScores) -> "Figure":
         for scores, color, label in zip(kept, (BLUE, ORANGE), ("x", "other"), strict=False):
             axis.hist(scores.numpy(), bins=bins, color=color, alpha=0.6, label=label, density=True)
         area = "" if found.auroc is None else f"\nAUROC {found.auroc[name]:.3f}"
-        axis.set_title(name + area, fontsize=8)
-        axis.set_xlabel("nats", fontsize=7)
+        axis.set_title(name + area, fontsize=FONT)
+        axis.set_xlabel("nats", fontsize=FONT)
         axis.set_yticks([])
-        axis.tick_params(labelsize=6)
-    axis.legend(fontsize=7, frameon=False)
+        axis.tick_params(labelsize=FONT)
+    axis.legend(fontsize=FONT, frameon=False)
     return figure
 
 

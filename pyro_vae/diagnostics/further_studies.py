@@ -14,7 +14,7 @@ def tarp_study(bench: Bench) -> Study:
     def run(simulations: int, draws: int) -> Tarp:
         return tarp(
             bench.pair,
-            bench.batch[1:],
+            *bench.batch[1:],
             missing=bench.missing,
             num_simulations=simulations,
             num_draws=draws,

@@ -18,6 +18,7 @@ from pyro_vae.inference.refinement import CLEAR, COMPARED_DRAWS, Refinement, ref
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.threads import alone
 
 BLOCK = 500
@@ -125,6 +126,9 @@ class Gaps(NamedTuple):
 
     def _not_finite(self) -> int:
         return int((~torch.isfinite(self.inference.per_datum)).sum())
+
+    def _repr_html_(self) -> str:
+        return shown_html(self)
 
     def __str__(self) -> str:
         lines = [

@@ -16,7 +16,7 @@ from pyro_vae.diagnostics.ranks import ranks_of
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import draw_globals, pools
 from pyro_vae.inference.inference_data import unit_names
-from pyro_vae.pairs.arrays import as_tensor
+from pyro_vae.pairs.arrays import as_tensor, each_context
 from pyro_vae.pairs.formatting import in_words
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents
@@ -34,8 +34,7 @@ from pyro_vae.training.fit import fit
 @alone()
 def global_calibration(
     pair: nn.Module,
-    context: Sequence[Any] = (),
-    *,
+    *context: Any,
     num_examples: int = 100,
     num_simulations: int = LEAST_SIMULATIONS,
     num_draws: int = 99,
@@ -55,7 +54,7 @@ def global_calibration(
 
     Arguments:
         pair: any pair with ``template(n)`` and global or group latents.
-        context: context tensors for a conditional pair; every simulation uses all their rows.
+        context: the context tensors of a conditional pair; every simulation uses all their rows.
         num_examples: n, the number of rows of each simulation, without context.
         num_simulations: number of simulations, each with one fit; at least 100.
         num_draws: L, at least 19.
@@ -83,7 +82,9 @@ def global_calibration(
     ):
         if value < least:
             raise UsageError(f"must be at least {least}, got {value}", argument=name)
-    given = tuple(as_tensor(part, f"context {i}") for i, part in enumerate(context, 1))
+    given = tuple(
+        as_tensor(part, f"context {i}") for i, part in enumerate(each_context(context), 1)
+    )
     n = len(given[0]) if given else num_examples
     names = global_latents(pair, template(pair, n, given))
     if not names:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inference.joint_nuts import JointPosterior
-from pyro_vae.plots.canvas import GRAY, ORANGE, literal, new_figure
+from pyro_vae.pairs.figures import FONT, GRAY, ORANGE, literal, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,14 +38,14 @@ def global_marginals(result: JointPosterior, number: int = 8) -> "Figure":
             axis.hist(draws.numpy(), bins=bins, density=True, color=color, label=name, **style)
         axis.set_xlim(float(low), float(high) + 1e-9)
         axis.set_title(
-            f"shift {found.shift[0, i]:.2f}, scale {found.scale_ratio[0, i]:.2f}", fontsize=8
+            f"shift {found.shift[0, i]:.2f}, scale {found.scale_ratio[0, i]:.2f}", fontsize=FONT
         )
-        axis.set_xlabel(literal(found.units[i]), fontsize=8)
+        axis.set_xlabel(literal(found.units[i]), fontsize=FONT)
         axis.set_yticks([])
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=FONT)
     for axis in axes[len(shown) :]:
         axis.remove()
-    axes[0].legend(fontsize=7, frameon=False)
+    axes[0].legend(fontsize=FONT, frameon=False)
     return figure
 
 

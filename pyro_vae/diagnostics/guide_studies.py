@@ -89,7 +89,7 @@ def calibration_study(bench: Bench) -> Study:
     def run(simulations: int, draws: int) -> Calibration:
         return calibration(
             bench.pair,
-            bench.batch[1:],
+            *bench.batch[1:],
             missing=bench.missing,
             num_simulations=simulations,
             num_draws=draws,
@@ -133,8 +133,8 @@ def sandwich_study(bench: Bench) -> Study:
     def run(rows: int, temperatures: int, chains: int) -> Sandwich:
         return sandwich(
             bench.pair,
-            rows,
-            bench.some(rows)[1:],
+            *bench.some(rows)[1:],
+            num_examples=rows,
             num_temperatures=temperatures,
             num_chains=chains,
             seed=bench.seed,

@@ -17,6 +17,7 @@ from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.pair import Batch, Site
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import factorizes, latents, sample_sites
 from pyro_vae.pairs.threads import alone
 from pyro_vae.training.bounds import log_aggregate
@@ -95,6 +96,8 @@ class KLParts:
             "aggregate_kl_lower": self.aggregate_kl_lower,
             "saturated": self.saturated,
         }
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         upper = self.mutual_information_upper.value

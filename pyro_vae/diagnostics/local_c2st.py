@@ -21,6 +21,7 @@ from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.particles import Particles
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.threads import alone
 
 MOST_INPUTS = 8
@@ -70,6 +71,8 @@ class LocalC2ST:
             "rows_with_p_at_most_0.05": int((self.p_values <= 0.05).sum()),
             "accuracy": self.accuracy,
         }
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         few = int((self.p_values <= 0.05).sum())

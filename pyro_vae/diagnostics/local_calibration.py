@@ -19,6 +19,7 @@ from pyro_vae.pairs.formatting import with_error
 from pyro_vae.pairs.particles import Particles
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.threads import alone
 
 
@@ -133,6 +134,8 @@ class LocalCalibration:
                 for key, part in ((name, average[0]), (f"{name}_standard_error", average[1]))
             },
         }
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         columns = (self.mean_shift, self.rms_shift, self.scale_ratio)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyro_vae.diagnostics.loo_pit import INTERVALS, LooPit
-from pyro_vae.plots.canvas import BLUE, GRAY, ORANGE, new_figure
+from pyro_vae.pairs.figures import BLUE, FONT, GRAY, ORANGE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,12 +25,12 @@ def loo_pit_bars(found: LooPit) -> "Figure":
     counts = torch.histc(pit.clamp(0, 1), BINS, 0, 1) / len(pit) * BINS
     left.bar([(i + 0.5) / BINS for i in range(BINS)], counts.tolist(), 1 / BINS, color=BLUE)
     left.axhline(1, color=ORANGE, linewidth=1)
-    left.set_title("LOO-PIT of the entries", fontsize=9)
-    left.set_xlabel("1 everywhere if the model is right", fontsize=8)
+    left.set_title("LOO-PIT of the entries", fontsize=FONT)
+    left.set_xlabel("1 everywhere if the model is right", fontsize=FONT)
     right.errorbar(INTERVALS, found.coverage, 2 * found.coverage_errors, fmt="o", color=BLUE)
     right.plot((0.45, 1), (0.45, 1), color=GRAY, linewidth=1)
-    right.set_title("coverage of predictive intervals", fontsize=9)
-    right.set_xlabel("probability", fontsize=8)
+    right.set_title("coverage of predictive intervals", fontsize=FONT)
+    right.set_xlabel("probability", fontsize=FONT)
     for axis in (left, right):
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=FONT)
     return figure

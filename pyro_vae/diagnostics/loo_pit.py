@@ -16,6 +16,7 @@ from pyro_vae.pairs.moments import is_discrete
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.threads import alone
 
 INTERVALS = (0.5, 0.8, 0.9, 0.95)
@@ -84,6 +85,8 @@ class LooPit:
                 zip(map(str, INTERVALS), self.coverage_errors.tolist(), strict=True)
             ),
         }
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         lines = ["predictive interval   share of entries inside"]

@@ -27,6 +27,7 @@ from pyro_vae.pairs.masks import missing_entries
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.simulation import simulate
 from pyro_vae.pairs.threads import alone
 
@@ -116,6 +117,8 @@ class ModelCheck:
                 for name in DIFFERENCES
             },
         }
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         found = self.as_dict()

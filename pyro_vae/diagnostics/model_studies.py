@@ -14,6 +14,7 @@ from pyro_vae.diagnostics.signs import DEVIATIONS, Sign
 from pyro_vae.diagnostics.study import GAP, GRADIENT, Bench, Finding, Rung, Study, sizes
 from pyro_vae.diagnostics.uncertainty import Uncertainty, uncertainty
 from pyro_vae.inference.importance import log_likelihood
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.plots.canvas import is_picture
 from pyro_vae.training import collapse
 
@@ -91,6 +92,8 @@ class PartsBySite(dict[str, KLParts]):
     def as_dict(self) -> dict[str, Any]:
         """Return the results by site for metrics.json."""
         return {site: parts.as_dict() for site, parts in self.items()}
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         return "\n".join(f"{site}:\n{parts}" for site, parts in self.items())
@@ -221,6 +224,9 @@ class TrainGap(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """Return the difference for metrics.json."""
         return self._asdict()
+
+    def _repr_html_(self) -> str:
+        return shown_html(self)
 
     def __str__(self) -> str:
         return (

@@ -11,6 +11,7 @@ from pyro_vae.data.sources import Rows, parts
 from pyro_vae.diagnostics.predictive import finite
 from pyro_vae.inference.importance import LogLikelihood, log_likelihood
 from pyro_vae.inference.refinement import refine
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.threads import alone
 
 
@@ -57,6 +58,8 @@ class OutlierScores:
                 n = len(scores.log_likelihood)
                 found[which] = {"num_examples": n, "not_finite": bad, **means}
         return found if self.auroc is None else {**found, "auroc": self.auroc}
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         lines = [f"{'nats per example':<20}{'x':>12}{'other':>12}{'AUROC':>9}"]

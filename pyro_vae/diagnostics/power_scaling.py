@@ -20,6 +20,7 @@ from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.particles import Particles
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.threads import alone
 
 STEP = 0.01
@@ -102,6 +103,8 @@ class PowerScaling:
                 for name, column in columns.items()
             },
         }
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         record = self.as_dict()

@@ -22,6 +22,7 @@ from pyro_vae.pairs.moments import is_category, num_values
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import data_site
 from pyro_vae.pairs.threads import alone
 
@@ -153,6 +154,8 @@ class PredictiveCheck:
                 for name, observed, replicated, p, outside in rows
             },
         }
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         lines = [

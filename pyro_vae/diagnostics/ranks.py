@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.data_plate import is_local
+from pyro_vae.pairs.showing import shown_html
 
 INTERVALS = (0.5, 0.8, 0.9, 0.95)
 """Probabilities of the central intervals for which coverage is computed."""
@@ -275,6 +276,8 @@ class Calibration:
             },
             **scores,
         }
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         failures = self.failures

@@ -40,6 +40,7 @@ from pyro_vae.diagnostics.selftest_kinds import (
 from pyro_vae.errors import first_line
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import seeded
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.threads import alone
 
 
@@ -67,6 +68,8 @@ class SelfTest:
             "checks": [check._asdict() | {"passed": check.passed} for check in self.checks],
             "faults": self.faults,
         }
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         lines = [", ".join(f"{name} {version}" for name, version in self.versions.items()), ""]

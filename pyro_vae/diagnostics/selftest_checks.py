@@ -137,7 +137,7 @@ def annealing_checks() -> Iterator[Check]:
     pair, x, log_p = _exact(spread=1.3, n=10)
     found = anneal(pair, x, num_temperatures=100, num_chains=8, progress=False)
     yield check_of("annealing, a lower bound", found.value, log_p.mean(), 5 * found.standard_error)
-    both = sandwich(pair, 10, num_temperatures=100, num_chains=8, progress=False)
+    both = sandwich(pair, num_examples=10, num_temperatures=100, num_chains=8, progress=False)
     truth = pair.marginal().log_prob(both.batch[0]).mean()
     slack = 5 * both.upper.standard_error
     yield check_of("reverse annealing, an upper bound", both.upper.value, truth, slack)

@@ -1,6 +1,5 @@
 """TARP: expected coverage of all units at once, by distances to reference points."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,9 @@ from torch import Tensor, nn
 from pyro_vae.diagnostics.guide_rows import GuideRows, SimulatedRows
 from pyro_vae.diagnostics.ranks import ranks_of, simultaneous_band
 from pyro_vae.errors import UsageError
-from pyro_vae.pairs.arrays import as_tensor
+from pyro_vae.pairs.arrays import as_tensor, each_context
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.threads import alone
 
 SMALLEST = 1e-12
@@ -80,6 +80,8 @@ class Tarp:
             "largest_difference": (self.coverage - self.credibility).abs().max().item(),
         }
 
+    _repr_html_ = shown_html
+
     def __str__(self) -> str:
         largest = self.as_dict()["largest_difference"]
         return (
@@ -91,8 +93,7 @@ class Tarp:
 @alone()
 def tarp(
     pair: nn.Module,
-    context: Sequence[Any] = (),
-    *,
+    *context: Any,
     missing: Tensor | None = None,
     num_simulations: int = 2000,
     num_draws: int = 99,
@@ -111,7 +112,7 @@ def tarp(
 
     Arguments:
         pair: any pair with ``template(n)`` and without global latents.
-        context: context tensors for a conditional pair; each simulation draws one of their rows.
+        context: the context tensors of a conditional pair; each simulation draws one of their rows.
         missing: the missing entries of rows of data, as in `calibration`.
         num_simulations: number of simulated data, at least 100.
         num_draws: L for each simulated datum, at least 19.
@@ -135,7 +136,9 @@ def tarp(
             raise UsageError(f"must be at least {least}, got {value}", argument=name)
     if not 0 < level < 1:
         raise UsageError(f"must be between 0 and 1, got {level}", argument="level")
-    given = tuple(as_tensor(part, f"context {i}") for i, part in enumerate(context, 1))
+    given = tuple(
+        as_tensor(part, f"context {i}") for i, part in enumerate(each_context(context), 1)
+    )
     with using(pair, seed):
         made = SimulatedRows(pair, num_simulations, given, "tarp", missing)
         rows = made.guide(num_draws)

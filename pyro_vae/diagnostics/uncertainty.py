@@ -16,6 +16,7 @@ from pyro_vae.pairs.moments import is_category, mean
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import data_first
 from pyro_vae.pairs.threads import alone
 
@@ -65,6 +66,8 @@ class Uncertainty:
         parts = {name: getattr(self, name) for name in ("noise", "latent", "weights", "total")}
         means = {f"{name}_variance": part.mean().item() for name, part in parts.items()}
         return means | {"num_weights": self.num_weights, "num_samples": self.num_samples}
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         whole = self.total.mean().item()

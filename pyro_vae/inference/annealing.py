@@ -1,6 +1,6 @@
 """Lower and upper bounds on log p(x) by annealed importance sampling from the guide."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, isfinite, log
 from typing import Any, NamedTuple
@@ -15,11 +15,13 @@ from pyro_vae.inference.annealing_path import AnnealingPath, AnnealingSettings
 from pyro_vae.inference.datum_weights import relative_error
 from pyro_vae.inference.importance import CELLS, COMPILED_CELLS, unnormalized
 from pyro_vae.inference.joint import Joint
+from pyro_vae.pairs.arrays import each_context
 from pyro_vae.pairs.folding import factors_of
 from pyro_vae.pairs.formatting import with_error
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.simulation import simulate
 from pyro_vae.pairs.threads import alone
 from pyro_vae.training.settings import require_engine
@@ -71,6 +73,8 @@ class Annealing:
             "infinite_weights": int(self.infinite_weights.sum()),
         }
 
+    _repr_html_ = shown_html
+
     def __str__(self) -> str:
         return _table({"log p(x) ≥": self})
 
@@ -105,6 +109,8 @@ class Sandwich:
             "upper": self.upper.as_dict(),
             **{name: value if isfinite(value) else None for name, value in gap.items()},
         }
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         table = _table({"log p(x) ≥": self.lower, "log p(x) ≤": self.upper})
@@ -190,9 +196,8 @@ def anneal(
 @alone()
 def sandwich(
     pair: nn.Module,
+    *context: Any,
     num_examples: int = 100,
-    context: Sequence[Any] = (),
-    *,
     num_temperatures: int = 500,
     num_chains: int = 16,
     leapfrog_steps: int = 5,
@@ -210,9 +215,9 @@ def sandwich(
 
     Arguments:
         pair: a pair with ``template(n)``.
+        context: the context tensors of a conditional pair, with ``num_examples`` rows or with one
+            row for all.
         num_examples: number of simulated data.
-        context: context tensors of ``num_examples`` rows, or of one row for all, for a conditional
-            pair.
 
     The other arguments are those of `anneal`. Raises `UsageError` for the same reasons as
     `anneal`, for fewer than two examples, and for a model whose draws do not fit into its batch.
@@ -221,7 +226,7 @@ def sandwich(
 
     >>> import pyro_vae as pv
     >>> vae = pv.VAE.mlp((4,), latent_dim=2)
-    >>> both = sandwich(vae, 3, num_temperatures=5, num_chains=4, progress=False)
+    >>> both = sandwich(vae, num_examples=3, num_temperatures=5, num_chains=4, progress=False)
     >>> both.upper.per_datum.shape
     torch.Size([3])
     """
@@ -229,7 +234,7 @@ def sandwich(
     if num_examples < 2:
         raise UsageError(f"must be at least 2, got {num_examples}", argument="num_examples")
     with using(pair, seed):
-        batch, values = simulate(pair, num_examples, tuple(context))
+        batch, values = simulate(pair, num_examples, each_context(context))
         run = _AnnealingRun(pair, tuple(t[:2] for t in batch), settings, num_examples, engine)
         exact = run.joint.unconstrained(values, *batch)[0]
     total = num_examples * (settings.transitions + settings.num_temperatures - 1)

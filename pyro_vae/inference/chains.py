@@ -19,6 +19,7 @@ from pyro_vae.inference.chain_measures import (
     r_hat_limit,
     tail_draws,
 )
+from pyro_vae.pairs.showing import shown_html
 
 STARTS = 10
 """Draws of the prior for each chain. Chains start at the first draws with a finite density."""
@@ -199,6 +200,8 @@ class Posterior:
             "divergences": int(self.divergences.sum()),
             **{k: v.item() if bool(v.isfinite()) else None for k, v in found.items()},
         }
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         found = self.as_dict()

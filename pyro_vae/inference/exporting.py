@@ -53,9 +53,9 @@ class Exported(NamedTuple):
 @alone()
 def export(
     pair: nn.Module,
-    folder: str | Path,
     x: Rows,
     *context: Any,
+    folder: str | Path,
     formats: Sequence[str] = ("onnx", "torch"),
     binarize: str = "dynamic",
 ) -> list[Path]:
@@ -67,10 +67,10 @@ def export(
 
     Arguments:
         pair: any pair whose programs have the same operations for every datum.
+        x, context: some rows of data, as `pyro_vae.evaluate` takes them.
         folder: gets ``encoder.onnx`` and ``decoder.onnx``, the same as ``.pt2`` files for
             ``torch.export.load``, and ``config.json`` with the names, shapes and types of inputs
             and outputs.
-        x, context: some rows of data, as `pyro_vae.evaluate` takes them.
         formats: "onnx" (needs the extra ``export``), "torch" or both.
 
     Each file is loaded again and compared with the pair on 1, 5 and 17 rows: the difference is at
@@ -81,7 +81,8 @@ def export(
     >>> import tempfile, torch, pyro_vae as pv
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     vae = pv.VAE.mlp((4,), latent_dim=3)
-    ...     [path.name for path in export(vae, folder, torch.ones(5, 4), formats=["torch"])]
+    ...     paths = export(vae, torch.ones(5, 4), folder=folder, formats=["torch"])
+    >>> [path.name for path in paths]
     ['encoder.pt2', 'decoder.pt2', 'config.json']
     """
     _require_formats(formats)

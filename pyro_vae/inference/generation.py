@@ -18,7 +18,7 @@ from pyro_vae.inference.passes import (
     prepared_batches,
 )
 from pyro_vae.pairs import masks
-from pyro_vae.pairs.arrays import as_tensor
+from pyro_vae.pairs.arrays import as_tensor, each_context
 from pyro_vae.pairs.contract import run_in_words
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model, unconditioned
@@ -44,8 +44,7 @@ SHARED_DRAWS = 100
 def sample(
     pair: nn.Module,
     n: int,
-    context: Sequence[Any] = (),
-    *,
+    *context: Any,
     means: bool = False,
     site: str | None = None,
     seed: int | None = None,
@@ -59,7 +58,8 @@ def sample(
     Arguments:
         pair: a pair with ``template(n)``.
         n: number of data.
-        context: context tensors of n rows, or of one row for all data, for a conditional pair.
+        context: the context tensors of a conditional pair, with n rows or with one row for all
+            data.
         means: return the mean of each datum given its latents instead of a draw. For data that
             are classes, return the most probable class.
         site: the observed site; the first by default.
@@ -74,6 +74,7 @@ def sample(
     """
     if n < 1:
         raise UsageError(f"must be at least 1, got {n}", argument="n")
+    context = each_context(context)
     batch = template(pair, n, context)
     few = tuple(tensor[:2] for tensor in batch)
     with using(pair, seed):
@@ -93,8 +94,7 @@ def sample(
 def decode(
     pair: nn.Module,
     values: Mapping[str, Tensor],
-    context: Sequence[Any] = (),
-    *,
+    *context: Any,
     means: bool = True,
     site: str | None = None,
     seed: int = 0,
@@ -106,7 +106,7 @@ def decode(
         values: an array (n, *event_shape) for each latent site; global latents have no dimension
             n. Sites that you leave out are drawn. Global latents take the guide's means if
             ``means`` is true, and draws of the guide otherwise.
-        context: context tensors of n rows, or of one row for all data.
+        context: the context tensors, with n rows or with one row for all data.
         means: return means (see `reconstruct`) instead of draws.
         site: the observed site; the first by default.
 
@@ -124,7 +124,8 @@ def decode(
         )
     if not values:
         raise UsageError("must give at least one latent site, got none", argument="values")
-    few = template(pair, 1, tuple(part[:1] for part in _each(context)))
+    context = each_context(context)
+    few = template(pair, 1, tuple(part[:1] for part in context))
     shared = global_latents(pair, few)
     given = _placed(pair, few, values, shared)
     rows = {name: len(value) for name, value in given.items() if name not in shared}
@@ -132,7 +133,7 @@ def decode(
         raise UsageError(
             f"must have as many rows at each local latent, got {rows}", argument="values"
         )
-    sizes = rows.values() or [len(part) for part in _each(context)]
+    sizes = rows.values() or [len(part) for part in context]
     batch = template(pair, max(sizes, default=1), context)
     with using(pair, seed):
         own = _global_values(pair, batch, means, shared)
@@ -299,11 +300,6 @@ def traverse(
         repeated = tuple(tensor.expand(n, *tensor.shape[1:]) for tensor in batch)
         images = generate(pair, repeated, wide, True, site)
     return images.reshape(len(units), len(values), *images.shape[1:])
-
-
-def _each(context: Any) -> Sequence[Any]:
-    """Return the context tensors of a call that may give one of them alone."""
-    return (context,) if isinstance(context, Tensor) else context
 
 
 def _placed(

@@ -23,6 +23,7 @@ from pyro_vae.pairs.model import global_latents, trace_model
 from pyro_vae.pairs.pair import Batch, placement
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import factors, latents, log_prob
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.traces import Given
@@ -127,6 +128,8 @@ class GlobalWeights:
                 for i, unit in enumerate(self.units)
             },
         }
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         draws, k = len(self.log_weights), f"{self.pareto_k:.2f}"

@@ -20,6 +20,7 @@ from pyro_vae.pairs.processes import ALONE, Team, here, single
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import derived
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.weights import log_weights, log_weights_alone, structure
 from pyro_vae.training.settings import require_engine
@@ -49,8 +50,7 @@ class LogLikelihood(NamedTuple):
     value: float
     """Mean of the estimates over the data; in expectation a lower bound on log p(x)."""
     standard_error: float
-    """Monte Carlo standard error of ``value``, for these data. It is 0 if the guide is exact, and
-    NaN for one sample, which gives no error."""
+    """Monte Carlo standard error of ``value``, for these data; NaN for one sample."""
     num_samples: int
     """Importance samples for each datum."""
     per_datum: Tensor
@@ -104,8 +104,7 @@ class LogLikelihood(NamedTuple):
     def worst(self, number: int = 10) -> Tensor:
         """Return the indices of the data with the least reliable estimates, the worst first.
 
-        The order is by k-hat, then by standard error. Raises `UsageError` for fewer than 21
-        samples.
+        The order is by k-hat, then by standard error. It needs at least 21 samples.
         """
         self._require_tails()
         by_error = self.standard_errors.nan_to_num(torch.inf).argsort(descending=True)
@@ -140,9 +139,11 @@ class LogLikelihood(NamedTuple):
 
     @property
     def k_threshold(self) -> float:
-        """The largest k-hat for which ``num_samples`` are enough
-        (`pyro_vae.inference.pareto.threshold`)."""
+        """The largest k-hat for which ``num_samples`` are enough."""
         return threshold(self.num_samples)
+
+    def _repr_html_(self) -> str:
+        return shown_html(self)
 
     def __str__(self) -> str:
         k, n = self.pareto_k, len(self.pareto_k)
@@ -157,9 +158,9 @@ class LogLikelihood(NamedTuple):
         if self.num_samples < LEAST:
             lines.append(("Pareto k", f"needs at least {LEAST} samples"))
         else:
-            limits = {f"{self.k_threshold:.2f} (too few samples)": self.k_threshold}
-            limits = limits if self.k_threshold < 0.7 else {}
-            limits |= {"0.7 (unreliable)": 0.7, "1 (no mean)": 1.0}
+            limits = {"0.7 (unreliable)": 0.7, "1 (no mean)": 1.0}
+            if self.k_threshold < 0.7:
+                limits = {f"{self.k_threshold:.2f} (too few samples)": self.k_threshold} | limits
             lines.append(("Pareto k", f"{k.median().item():.2f} (median)"))
             lines += [
                 (f"  over {words}", f"{int((k > limit).sum())} of {n}")

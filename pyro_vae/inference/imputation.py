@@ -24,6 +24,7 @@ from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import data_first, data_site
 from pyro_vae.pairs.threads import alone
 from pyro_vae.parts.circular import circle_of, circular_mean, near
@@ -68,6 +69,8 @@ class Imputation:
     reliable: Tensor
     """Whether the imputation of each row is reliable, booleans (n,): Pareto k is at most 0.7, or
     chains agree, none diverged, and at least 400 draws are effective. True for a complete row."""
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         rows = self.missing.flatten(1).any(1)

@@ -46,16 +46,6 @@ def installed_arviz() -> ModuleType:
             ) from error
 
 
-def installed_pandas() -> ModuleType:
-    """Return the module pandas. Raises `UsageError` if pandas is not installed."""
-    try:
-        return import_module("pandas")
-    except ImportError as error:
-        raise UsageError(
-            "to_pandas needs pandas, which is not installed; run pip install pandas"
-        ) from error
-
-
 def unit_names(name: str, shape: Iterable[int]) -> list[str]:
     """Return the names of a site's units, as ArviZ writes them: z, or z[0], or z[0, 1].
 

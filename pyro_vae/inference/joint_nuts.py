@@ -16,6 +16,7 @@ from pyro_vae.pairs.formatting import in_words
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 
 MOST_NUMBERS = 5000
 """The largest number of coordinates that NUTS moves at once."""
@@ -86,6 +87,8 @@ class JointPosterior:
             "by_unit": by_unit,
             "local": None if self.local is None else self.local.as_dict(),
         }
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         found, of, by = self.shared, self.shared.moments, self.shared.guide_moments

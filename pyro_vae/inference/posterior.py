@@ -14,17 +14,18 @@ from pyro_vae.inference.given_globals import draw_globals, pools
 from pyro_vae.inference.inference_data import (
     converted,
     installed_arviz,
-    installed_pandas,
     unit_names,
 )
 from pyro_vae.inference.passes import ROWS_AT_ONCE, in_chunks, summed_out
 from pyro_vae.pairs import enumeration
 from pyro_vae.pairs.data_plate import is_local
+from pyro_vae.pairs.frames import installed_pandas
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, unconditioned
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import data_first, latents
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.traces import Given, trace
@@ -63,7 +64,7 @@ class JointDraws(Mapping[str, Tensor]):
         Columns are named as ArviZ and the R package posterior name them, from 0 on: "w", "u[1]" for
         group 1, "z[3, 0]" for unit 0 of row 3. Raises `UsageError` if pandas is missing.
         """
-        pandas = installed_pandas()
+        pandas = installed_pandas("to_pandas")
         columns: dict[str, Any] = {}
         for name, value in self.items():
             flat = value.reshape(len(value), -1).cpu().numpy().T
@@ -78,6 +79,8 @@ class JointDraws(Mapping[str, Tensor]):
         log p(x). Raises `UsageError` if ArviZ is missing.
         """
         return converted(installed_arviz(), {"posterior": self.local}, self.shared)
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         kinds = {"global or group": self.shared, "local": self.local}

@@ -80,9 +80,9 @@ class Encoders(nn.Module):
 @alone()
 def refit_guide(
     pair: nn.Module,
-    posterior: Family | type[Family] | nn.Module,
     x: Rows,
     *context: Any,
+    posterior: Family | type[Family] | nn.Module,
     hidden: Sequence[int] = (128, 64),
     activation: Callable[[], nn.Module] = nn.ReLU,
     **settings: Any,
@@ -91,9 +91,9 @@ def refit_guide(
 
     Arguments:
         pair: any pair whose latents are continuous and local.
+        x, context: the training data of the new guide.
         posterior: a family or its class; or an encoder that maps x and the context to a
             distribution over the latent, such as a `Factor` of your own network.
-        x, context: the training data of the new guide.
         hidden, activation: settings of the encoder's multilayer perceptron, if you pass a family.
         settings: the keywords of `pyro_vae.fit`.
 
@@ -103,7 +103,7 @@ def refit_guide(
 
     >>> import torch, pyro_vae as pv
     >>> vae, x = pv.VAE.mlp((4,), latent_dim=2), torch.ones(32, 4)
-    >>> other = pv.refit_guide(vae, pv.FullRankNormal, x, batch_size=16, epochs=1, progress=False)
+    >>> other = pv.refit_guide(vae, x, posterior=pv.FullRankNormal, epochs=1, progress=False)
     >>> other.pair is vae, pv.encode(other, x)["z"].shape
     (True, torch.Size([32, 2]))
     """

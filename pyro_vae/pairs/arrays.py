@@ -1,12 +1,13 @@
 """Conversion of the user's arrays to tensors, with one-line errors that say what to do."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.errors import UsageError
+from pyro_vae.errors import UsageError, warn
 
 
 def as_tensor(
@@ -132,6 +133,23 @@ def as_context(value: Tensor, dtype: torch.dtype) -> Tensor:
     if value.is_floating_point():
         return value.to(dtype)
     return value if value.dtype == torch.bool else value.long()
+
+
+def each_context(context: Sequence[Any]) -> tuple[Any, ...]:
+    """The context tensors of a call. One list of them, as in version 0.1.0, is deprecated.
+
+    >>> len(each_context((torch.ones(3), torch.ones(3, 2))))
+    2
+    """
+    first = context[0] if len(context) == 1 else None
+    if not isinstance(first, (list, tuple)) or not any(hasattr(part, "shape") for part in first):
+        return tuple(context)
+    warn(
+        "a list of context tensors is deprecated and will be rejected in the next release; pass "
+        "each tensor as an argument of its own",
+        DeprecationWarning,
+    )
+    return tuple(first)
 
 
 def plain_fault(value: Any) -> str | None:

@@ -1,5 +1,6 @@
 """Formatting of numbers as text."""
 
+from collections.abc import Sequence
 from math import isnan
 
 
@@ -10,6 +11,19 @@ def with_error(value: float, error: float, width: int = 0) -> str:
     ('-4.500 ± 0.100', '-4.500')
     """
     return f"{value:>{width}.3f}" + ("" if isnan(error) else f" ± {error:.3f}")
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, with columns as wide as their entries.
+
+    >>> aligned([("run", "ELBO"), ("first", "-3")])
+    ['run    ELBO', 'first  -3']
+    """
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
 
 
 def in_words(seconds: float) -> str:

@@ -68,10 +68,11 @@ class Gaussian(Family):
             predicts one for each element, within ``bounds``.
         learned: whether the common scale is a parameter that starts at ``scale``.
         bounds: the smallest and the largest scale, learned or predicted.
+        start: the scale where the network outputs 0, if it predicts the scale.
 
     The network outputs the means and, if ``scale`` is None, then the unbounded scales.
 
-    Raises `UsageError` if ``scale`` is not between the ``bounds``.
+    Raises `UsageError` if ``scale`` or ``start`` is not between the ``bounds``.
 
     >>> Gaussian(scale=0.5)(torch.zeros(1, 2), (2,)).log_prob(torch.zeros(1, 2))
     tensor([-0.4516])
@@ -82,16 +83,19 @@ class Gaussian(Family):
         scale: float | None = None,
         learned: bool = False,
         bounds: tuple[float, float] = (1e-3, 1e3),
+        start: float = 1.0,
     ) -> None:
         super().__init__()
         if learned and scale is None:
             scale = 1.0
-        if scale is not None and not bounds[0] < scale < bounds[1]:
-            raise UsageError(
-                f"must be positive, between {bounds[0]} and {bounds[1]}, got {scale}",
-                argument="scale",
-            )
+        for name, value in (("scale", scale), ("start", start)):
+            if value is not None and not bounds[0] < value < bounds[1]:
+                raise UsageError(
+                    f"must be positive, between {bounds[0]} and {bounds[1]}, got {value}",
+                    argument=name,
+                )
         self.scale, self.learned, self.bounds = scale, learned, tuple(bounds)
+        self.start = start
         if learned:
             self.raw_scale = nn.Parameter(torch.tensor(unbounded_scale(scale or 1.0, *bounds)))
 
@@ -103,7 +107,8 @@ class Gaussian(Family):
         if self.learned:
             scale = bounded_scale(self.raw_scale, *self.bounds)
         elif predicted:
-            scale = bounded_scale(predicted[0], *self.bounds)
+            offset = 0.0 if self.start == 1 else unbounded_scale(self.start, *self.bounds)
+            scale = bounded_scale(predicted[0] + offset, *self.bounds)
         else:
             scale = torch.full_like(loc[..., :1], cast(float, self.scale))
         return dist.Normal(loc, scale, validate_args=False).to_event(len(shape))

@@ -2,19 +2,17 @@
 
 import io
 from collections.abc import Sequence
-from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_vae.data.text import as_text
+from pyro_vae.pairs.figures import BLUE, FONT, literal, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-BLUE, ORANGE, GRAY = "#1f6f8b", "#d1603d", "#8a8a8a"
 
 
 def is_picture(x: Tensor) -> bool:
@@ -22,33 +20,57 @@ def is_picture(x: Tensor) -> bool:
     return x.dim() == 4 and x.shape[1] in (1, 3)
 
 
-def literal(text: str) -> str:
-    """Escape text of a run, such as the name of a site, so that matplotlib reads no formulas in it.
-
-    >>> literal("$z$")
-    '\\\\$z\\\\$'
-    """
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text).replace("$", r"\$")
+CELL = 0.62
+"""The width and the height of a picture in a grid, in inches."""
 
 
-def grid(rows: Sequence[tuple[str, Tensor]], title: str) -> "Figure":
+def grid(rows: Sequence[tuple[str, Tensor]], title: str = "") -> "Figure":
     """Rows of pictures with a label to the left; data that are not pictures become curves."""
-    columns = max(len(images) for _, images in rows)
-    figure = new_figure(0.75 * columns + 1.4, 0.75 * len(rows) + 0.45)
     tiled = all(is_picture(images) for _, images in rows)
-    axes = figure.subplots(len(rows), 1 if tiled else columns, squeeze=False)
-    for line, (label, images) in zip(axes, rows, strict=True):
-        for axis in line:
-            axis.set_axis_off()
-        if tiled:
-            # One picture for a whole row is drawn many times faster than one for each image.
-            line[0].imshow(_strip(images, columns), vmin=0, vmax=1, interpolation="nearest")
-        for axis, image in zip(line, [] if tiled else images, strict=False):
-            axis.plot(image.detach().cpu().float().flatten(), color=BLUE, linewidth=0.8)
-        place, words = line[0].transAxes, literal(label)
-        line[0].text(-0.01, 0.5, words, transform=place, ha="right", va="center", fontsize=8)
-    figure.suptitle(literal(title), fontsize=10)
+    figure = (_pictures if tiled else _curves)(rows)
+    if title:
+        figure.suptitle(literal(title), fontsize=FONT)
     return figure
+
+
+def _pictures(rows: Sequence[tuple[str, Tensor]]) -> "Figure":
+    columns = max(len(images) for _, images in rows)
+    figure = new_figure(CELL * columns + 1.3, CELL * len(rows) + 0.1)
+    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axis, (label, images) in zip(axes, rows, strict=True):
+        axis.set_axis_off()
+        # One picture for a whole row is drawn many times faster than one for each image.
+        axis.imshow(_strip(images, columns), vmin=0, vmax=1, interpolation="nearest")
+        _label(axis, label)
+    return figure
+
+
+MOST_CURVES = 6
+"""The largest number of curves in a row of a grid."""
+
+
+def _curves(rows: Sequence[tuple[str, Tensor]]) -> "Figure":
+    """Curves over their index, all with the same scales; axes are at the left and at the bottom."""
+    columns = min(MOST_CURVES, max(len(images) for _, images in rows))
+    figure = new_figure(1.25 * columns + 1.3, 0.9 * len(rows) + 0.5)
+    axes = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey=True)
+    for line, (label, images) in zip(axes, rows, strict=True):
+        some = np.linspace(0, len(images) - 1, min(columns, len(images))).astype(int)
+        for axis in line[len(some) :]:
+            axis.set_visible(False)
+        for axis, image in zip(line, images[some], strict=False):
+            axis.plot(image.detach().cpu().float().flatten(), color=BLUE, linewidth=0.8)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=FONT)
+            axis.locator_params(nbins=3)
+        line[0].set_ylabel(literal(label), fontsize=FONT, rotation=0, ha="right", va="center")
+    figure.supxlabel("place in the datum", fontsize=FONT)
+    return figure
+
+
+def _label(axis: Any, label: str) -> None:
+    where, words = axis.transAxes, literal(label)
+    axis.text(-0.01, 0.5, words, transform=where, ha="right", va="center", fontsize=FONT)
 
 
 def lines(rows: Sequence[tuple[str, Tensor]], vocabulary: str, across: bool = False) -> str:
@@ -83,15 +105,6 @@ def intensity(x: Tensor) -> Tensor:
     return x / 255 if x.dtype == torch.uint8 and int(x.max()) > 1 else x
 
 
-def padded(values: np.ndarray) -> tuple[float, float]:
-    """The limits of an axis for these values, with a margin of 5 % of their range."""
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return 0.0, 1.0
-    margin = 0.05 * (values.max() - values.min()) or 0.1
-    return float(values.min() - margin), float(values.max() + margin)
-
-
 def _strip(images: Tensor, columns: int) -> np.ndarray:
     """Pictures side by side on white, as an array (height, width, 3)."""
     n, _, height, width = images.shape
@@ -102,10 +115,3 @@ def _strip(images: Tensor, columns: int) -> np.ndarray:
     for i, array in enumerate(arrays):
         strip[:, i * (width + gap) : i * (width + gap) + width] = array.transpose(1, 2, 0)
     return strip
-
-
-def new_figure(width: float, height: float) -> "Figure":
-    """A figure of this size in inches, which does not use the state of pyplot."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, ceil(10 * height) / 10), dpi=130, layout="constrained")

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_vae.data.schema import Column, Schema
-from pyro_vae.plots.canvas import BLUE, ORANGE, literal, new_figure
+from pyro_vae.pairs.figures import BLUE, FONT, ORANGE, literal, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,11 +28,11 @@ def marginals(schema: Schema, x: Tensor, drawn: Tensor) -> "Figure":
     for j, column in enumerate(columns):
         both = [part[:, j][~part[:, j].isnan()].cpu().numpy() for part in (x, drawn)]
         (_bars if column.coded else _histogram)(axes[j], column, both)
-        axes[j].set_title(literal(column.name[:24]), fontsize=7)
-        axes[j].tick_params(labelsize=6)
+        axes[j].set_title(literal(column.name[:24]), fontsize=FONT)
+        axes[j].tick_params(labelsize=FONT)
         axes[j].set_yticks([])
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", fontsize=7, ncols=2)
+    figure.legend(handles, labels, loc="outside upper right", fontsize=FONT, ncols=2)
     return figure
 
 
@@ -70,8 +70,8 @@ def pairwise_plots(schema: Schema, x: Tensor, drawn: Tensor) -> "Figure | None":
             known = x[:, k][~x[:, k].isnan()].cpu().numpy()
             getattr(axis, f"set_{name}lim")(*_limits(known))
             label = literal(schema.data[k].name[:24])
-            getattr(axis, f"set_{name}label")(label, fontsize=7)
-        axis.tick_params(labelsize=6)
+            getattr(axis, f"set_{name}label")(label, fontsize=FONT)
+        axis.tick_params(labelsize=FONT)
     return figure
 
 

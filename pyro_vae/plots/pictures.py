@@ -9,61 +9,11 @@ from torch import Tensor, nn
 
 from pyro_vae.inference.encoding import encode_parts
 from pyro_vae.inference.generation import decode, hidden, interpolate, reconstruct, sample, traverse
-from pyro_vae.plots.canvas import (
-    BLUE,
-    GRAY,
-    ORANGE,
-    alike,
-    grid,
-    intensity,
-    literal,
-    new_figure,
-    padded,
-)
+from pyro_vae.pairs.figures import BLUE, FONT, GRAY, literal, new_figure
+from pyro_vae.plots.canvas import alike, grid, intensity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
-    """ELBO, reconstruction, KL and gradient norm by epoch, from the columns of history.csv."""
-    figure = new_figure(9, 5.2)
-    panels = [
-        ("elbo", "ELBO", "nats per example"),
-        ("reconstruction", "reconstruction", "nats per example"),
-        ("kl", "KL", "nats per example"),
-        ("gradient_norm", "gradient norm", "mean over the epoch, and greatest"),
-    ]
-    for axis, (column, title, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for name, label, color in (
-            (column, "train", BLUE),
-            (f"validation_{column}", "validation", ORANGE),
-            (f"{column}_max", "greatest of a step", GRAY),
-        ):
-            if name in history:
-                values = np.asarray(history[name], float)
-                axis.plot(history["epoch"], values, color=color, label=label, linewidth=1.3)
-                if column != "gradient_norm":
-                    # The large range of the first epochs would hide the rest of the curve.
-                    low, high = axis.get_ylim() if name != column else (np.inf, -np.inf)
-                    settled = values[len(values) // 20 :]
-                    axis.set_ylim(min(low, *padded(settled)), max(high, *padded(settled)))
-                else:
-                    axis.set_yscale("log")
-        if "validation_bound" in history:
-            bounds = np.asarray(history["validation_bound"], float)
-            finite = np.where(np.isfinite(bounds), bounds, -np.inf)
-            # If no bound is finite, training keeps the last epoch.
-            at = int(finite.argmax()) if np.isfinite(bounds).any() else -1
-            best = history["epoch"][at]
-            axis.axvline(best, color=GRAY, linewidth=0.8, linestyle=":", label="kept epoch")
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("epoch", fontsize=8)
-        axis.set_ylabel(unit, fontsize=8)
-        axis.tick_params(labelsize=7)
-        if axis.get_legend_handles_labels()[1] and column != "gradient_norm":
-            axis.legend(fontsize=7, frameon=False)
-    return figure
 
 
 def kl_by_unit(kl: Mapping[str, Sequence[float]]) -> "Figure":
@@ -76,32 +26,41 @@ def kl_by_unit(kl: Mapping[str, Sequence[float]]) -> "Figure":
         heights = np.where(np.isfinite(heights), heights, 0.0)  # a bar has a finite height
         order = np.argsort(heights)[::-1]
         axis.bar(range(len(order)), heights[order], color=BLUE)
-        axis.set_xticks(range(len(order)), [str(unit) for unit in order], fontsize=7)
-        axis.set_xlabel(f"unit of {literal(site)}", fontsize=8)
-        axis.set_ylabel("KL, nats per example", fontsize=8)
-        axis.tick_params(labelsize=7)
-    figure.suptitle("KL by unit: a unit near zero has collapsed", fontsize=10)
+        axis.set_xticks(range(len(order)), [str(unit) for unit in order], fontsize=FONT)
+        axis.set_xlabel(f"unit of {literal(site)}", fontsize=FONT)
+        axis.set_ylabel("KL, nats per example", fontsize=FONT)
+        axis.tick_params(labelsize=FONT)
     return figure
 
 
-def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
-    """Codes (n, d) in the plane of their first two principal components, colored by label."""
-    from sklearn.decomposition import PCA
+WITH_ERRORS = 60
+"""The largest number of codes whose posterior standard deviations are drawn."""
 
-    figure = new_figure(5.6, 4.8)
+
+def latent_plane(
+    codes: Tensor, labels: Tensor | None, site: str, scales: Tensor | None = None
+) -> "Figure":
+    """Codes (n, d) in the plane of their first two principal components, colored by label.
+
+    Bars show one posterior standard deviation of the units, ``scales`` (n, d), along each axis.
+    """
+    figure = new_figure(6.6, 5)
     axis = figure.subplots()
-    points = codes.reshape(len(codes), -1).double().numpy()
-    words = [f"{literal(site)}[0]", f"{literal(site)}[1]"]
-    if points.shape[1] == 1:
-        points = np.column_stack([points, np.zeros(len(points))])
-        words[1] = ""
-    elif points.shape[1] > 2:
-        pca = PCA(2).fit(points)
-        points = pca.transform(points)
-        words = [
-            f"principal component {i + 1} ({100 * share:.0f} % of variance)"
-            for i, share in enumerate(pca.explained_variance_ratio_)
-        ]
+    points, directions, words = _plane(codes.reshape(len(codes), -1).double().numpy(), site)
+    if scales is not None:
+        squares = scales.reshape(len(scales), -1).double().numpy() ** 2
+        errors = np.sqrt(squares @ (directions**2).T)
+        some = np.linspace(0, len(points) - 1, min(len(points), WITH_ERRORS)).astype(int)
+        axis.errorbar(
+            points[some, 0],
+            points[some, 1],
+            xerr=errors[some, 0],
+            yerr=errors[some, 1],
+            fmt="none",
+            ecolor=GRAY,
+            elinewidth=0.6,
+            zorder=0,
+        )
     shown = axis.scatter(
         points[:, 0],
         points[:, 1],
@@ -113,20 +72,37 @@ def latent_plane(codes: Tensor, labels: Tensor | None, site: str) -> "Figure":
     if labels is not None and int(labels.max()) < 10:
         handles, names = shown.legend_elements()
         axis.legend(
-            handles, names, fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+            handles, names, fontsize=FONT, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
         )
-    axis.set_xlabel(words[0], fontsize=8)
-    axis.set_ylabel(words[1], fontsize=8)
-    axis.tick_params(labelsize=7)
-    axis.set_title(f"posterior means of {literal(site)}", fontsize=10)
+    axis.set_xlabel(words[0], fontsize=FONT)
+    axis.set_ylabel(words[1], fontsize=FONT)
+    axis.tick_params(labelsize=FONT)
     return figure
+
+
+def _plane(codes: np.ndarray, site: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Codes as points (n, 2), the two directions (2, d) of the plane, and what they are."""
+    from sklearn.decomposition import PCA
+
+    d = codes.shape[1]
+    if d == 1:
+        points = np.column_stack([codes, np.zeros(len(codes))])
+        return points, np.array([[1.0], [0.0]]), [literal(site), ""]
+    if d == 2:
+        return codes, np.eye(2), [f"{literal(site)}[0]", f"{literal(site)}[1]"]
+    pca = PCA(2).fit(codes)
+    words = [
+        f"principal component {i + 1} of {literal(site)} ({100 * share:.0f} % of variance)"
+        for i, share in enumerate(pca.explained_variance_ratio_)
+    ]
+    return pca.transform(codes), pca.components_, words
 
 
 def reconstructions(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = ()) -> "Figure":
     """Data without the entries that the model masks, and their reconstructions below."""
     again = alike(reconstruct(pair, x, *context), x)
     data = torch.where(hidden(pair, x, *context), torch.nan, intensity(x))
-    return grid([("data", data), ("reconstruction", again)], "reconstructions")
+    return grid([("data", data), ("reconstruction", again)])
 
 
 def samples(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = (), seed: int = 0) -> "Figure":
@@ -136,16 +112,16 @@ def samples(pair: nn.Module, x: Tensor, context: Sequence[Tensor] = (), seed: in
             (
                 f"context {i}",
                 alike(
-                    sample(pair, 10, [part[i : i + 1] for part in context], means=True, seed=seed),
+                    sample(pair, 10, *(part[i : i + 1] for part in context), means=True, seed=seed),
                     x,
                 ),
             )
             for i in range(len(context[0]))
         ]
-        return grid(rows, "samples (means) by context")
+        return grid(rows)
     images = alike(sample(pair, 48, means=True, seed=seed), x)
     rows = [("", part) for part in images.split(12)]
-    return grid(rows, "samples (means)")
+    return grid(rows)
 
 
 def by_value(
@@ -164,11 +140,11 @@ def by_value(
     rows = [
         (
             f"{latent} = {i}",
-            alike(decode(pair, {latent: value.expand(10, *value.shape)}, one, seed=seed), x),
+            alike(decode(pair, {latent: value.expand(10, *value.shape)}, *one, seed=seed), x),
         )
         for i, value in enumerate(values)
     ]
-    return grid(rows, f"samples (means) by {latent}")
+    return grid(rows)
 
 
 def traversals(
@@ -178,7 +154,7 @@ def traversals(
     values = np.linspace(-3, 3, 11).tolist()
     images = alike(traverse(pair, x, *context, values=values, units=units, latent=latent), x)
     rows = [(f"{latent}[{unit}]", line) for unit, line in zip(units, images, strict=True)]
-    return grid(rows, "traversals: one unit at a time from -3 to 3")
+    return grid(rows)
 
 
 def interpolations(
@@ -190,10 +166,16 @@ def interpolations(
         ("", torch.cat([intensity(a)[None].to(line), line, intensity(b)[None].to(line)]))
         for a, line, b in zip(start, lines, end, strict=True)
     ]
-    return grid(rows, "interpolations between the data at both ends")
+    return grid(rows)
 
 
 def codes(pair: nn.Module, x: Tensor, context: Sequence[Tensor]) -> tuple[str, Tensor]:
     """The local latent with the most units and its codes; a continuous site comes first."""
     found, _ = encode_parts(pair, x, context)
     return max(found.items(), key=lambda item: (item[1].is_floating_point(), item[1][0].numel()))
+
+
+def scales(pair: nn.Module, x: Tensor, context: Sequence[Tensor], site: str) -> Tensor | None:
+    """The posterior standard deviations of the codes of a site, if it is continuous."""
+    found = encode_parts(pair, x, context, "scale")[0].get(site)
+    return None if found is None else found.cpu()

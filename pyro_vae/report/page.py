@@ -9,6 +9,7 @@ from typing import Any
 
 from pyro_vae.diagnostics.diagnosis import KINDS, REASONS
 from pyro_vae.diagnostics.verdict import PARTS
+from pyro_vae.pairs.figures import DPI
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import metrics as run_metrics
 
@@ -17,8 +18,10 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
        color: #222; background: #fff; overflow-wrap: break-word }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse } td { padding: .15rem 1.2rem .15rem 0; vertical-align: top }
-td + td { font-variant-numeric: tabular-nums } img { max-width: 100% }
-pre { font-size: 13px; overflow-x: auto } ul { margin: .2rem 0; padding-left: 1.4rem }
+td + td { font-variant-numeric: tabular-nums }
+img { max-width: 100%; height: auto }
+pre { font-size: 13px; overflow-x: auto } pre.text { white-space: pre-wrap }
+ul { margin: .2rem 0; padding-left: 1.4rem }
 p { color: #555 } p b { color: #222 }
 """
 
@@ -36,8 +39,8 @@ _WORDS = {
     "from -3 to 3. The units with the largest KL come first.",
     "interpolations": "Each row follows a straight line between the codes of two test data, which "
     "are at its ends.",
-    "latent": "Each point is the posterior mean of one test datum. Colors show the labels, if "
-    "there are any.",
+    "latent": "Each point is the posterior mean of one test datum. Bars are posterior standard "
+    "deviations. Colors show the labels, if there are any.",
     "kl": "The KL of a unit measures how much the unit encodes about the data. A unit with a KL "
     "near zero has collapsed.",
 }
@@ -187,6 +190,9 @@ def whole_page(
     )
     for name, value in (metrics.get("active_units") or {}).items():
         numbers += f"<tr><td>active units of {html.escape(name)}</td><td>{_number(value)}</td></tr>"
+    if simple := metrics.get("baseline"):
+        numbers += f"<tr><td>baseline log p(x), {html.escape(str(simple['name']))}</td>"
+        numbers += f"<td>{_number(simple['log_likelihood'])}</td></tr>"
     for name, why in (metrics.get("not_computed") or {}).items():
         told = html.escape(f"not computed: {why}")
         numbers += f"<tr><td>{_NUMBERS.get(name, html.escape(name))}</td><td>{told}</td></tr>"
@@ -214,13 +220,16 @@ def whole_page(
 
 def _shown(name: str, made: bytes | str) -> str:
     if isinstance(made, str):
-        return f"<p>{_TEXT_WORDS[name]}</p><pre>{html.escape(made)}</pre>"
+        kind = "" if name in ("imputations", "strangest") else ' class="text"'  # a table, or lines
+        return f"<p>{_TEXT_WORDS[name]}</p><pre{kind}>{html.escape(made)}</pre>"
     return f"<p>{_WORDS[name]}</p>{_picture(name, made)}"
 
 
 def _picture(name: str, made: bytes) -> str:
+    # All figures have the same scale, so that their text has one size.
+    wide = round(int.from_bytes(made[16:20], "big") * 96 / DPI)  # the width in the head of a PNG
     data = base64.b64encode(made).decode()
-    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{html.escape(name)}" width="{wide}" src="data:image/png;base64,{data}">'
 
 
 def _number(value: Any) -> str:

@@ -21,6 +21,7 @@ from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
 from pyro_vae.runs import metrics as run_metrics
 from pyro_vae.runs.history_file import read_history
+from pyro_vae.training.curves import curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 
 @alone()
 def write_report(
-    run: str | Path,
     pair: nn.Module,
     x: Tensor,
     *context: Tensor,
+    run: str | Path,
     labels: Tensor | None = None,
     ids: Sequence[Any] | None = None,
     seed: int = 0,
@@ -39,11 +40,11 @@ def write_report(
     """Draw the figures of a run from held-out data, and write them into report.html.
 
     Arguments:
-        run: a run folder. The report also shows its config.json, and its history.csv and
-            metrics.json if they exist.
         pair: the pair of the run.
         x: held-out data (n, *data_shape).
         context: held-out context tensors, each with n rows.
+        run: a run folder. The report also shows its config.json, and its history.csv and
+            metrics.json if they exist.
         labels: integer labels (n,) of x, for the colors.
         ids: a name for each row of x; the default is its number.
         seed: the random seed of the samples.
@@ -58,7 +59,7 @@ def write_report(
     >>> x = pv.load_data("digits").test.x[:20] / 255
     >>> vae = pv.VAE.mlp((1, 8, 8), latent_dim=2, hidden=(8,), likelihood=pv.Gaussian)
     >>> with tempfile.TemporaryDirectory() as run:
-    ...     pv.write_report(pv.save(vae, run), vae, x).name
+    ...     pv.write_report(vae, x, run=pv.save(vae, run)).name
     'report.html'
     """
     run = Path(run)
@@ -137,14 +138,13 @@ def _figures(
     path = run / run_files.HISTORY
     history = read_history(path) if path.exists() else {}
     if history:
-        made.append(("curves", pictures.curves(history)))
+        made.append(("curves", curves(history)))
     if vocabulary is not None:
         return [*made, *_texts(pair, x, context, metrics, vocabulary, seed)]
     if (run / SCHEMA).is_file():
         if x.dim() == 2:  # not for groups of rows
             made += table_parts(pair, stored_schema(run / SCHEMA), x, context, ids, seed)
-        site, codes = pictures.codes(pair, x, context)
-        made.append(("latent", pictures.latent_plane(codes.cpu(), labels, site)))
+        made.append(("latent", _plane(pair, x, context, labels)))
         kl = _kl_by_unit(metrics)
         return [*made, ("kl", pictures.kl_by_unit(kl))] if kl else made
     few = [part[:12] for part in context]
@@ -172,10 +172,19 @@ def _figures(
             ends = [part[:n] for part in context]
             lines = pictures.interpolations(pair, x[:n], x[n : 2 * n], ends)
             made.append(("interpolations", lines))
-        made.append(("latent", pictures.latent_plane(codes.cpu(), labels, site)))
+        made.append(("latent", _plane(pair, x, context, labels)))
     if kl:
         made.append(("kl", pictures.kl_by_unit(kl)))
     return made
+
+
+def _plane(
+    pair: nn.Module, x: Tensor, context: Sequence[Tensor], labels: Tensor | None
+) -> "Figure":
+    site, codes = pictures.codes(pair, x, context)
+    scales = pictures.scales(pair, x, context, site) if codes.is_floating_point() else None
+    same = scales is not None and scales.shape == codes.shape
+    return pictures.latent_plane(codes.cpu(), labels, site, scales if same else None)
 
 
 def _texts(
@@ -188,7 +197,7 @@ def _texts(
 ) -> list[tuple[str, "Figure | str"]]:
     few, half = [part[:8] for part in context], min(4, len(x) // 2)
     rows = [("data", x[:8]), ("reconstruction", reconstruct(pair, x[:8], *few))]
-    drawn = sample(pair, 20, [part[:1] for part in context], seed=seed)
+    drawn = sample(pair, 20, *(part[:1] for part in context), seed=seed)
     ends = [part[:half] for part in context]
     between = interpolate(pair, x[:half], x[half : 2 * half], *ends, steps=7)
     made: list[tuple[str, Figure | str]] = [
@@ -196,8 +205,7 @@ def _texts(
         ("reconstructions", canvas.lines(rows, vocabulary, across=True)),
         ("interpolations", canvas.lines([("", line) for line in between], vocabulary)),
     ]
-    site, codes = pictures.codes(pair, x, context)
-    made.append(("latent", pictures.latent_plane(codes.cpu(), None, site)))
+    made.append(("latent", _plane(pair, x, context, None)))
     if kl := _kl_by_unit(metrics):
         made.append(("kl", pictures.kl_by_unit(kl)))
     return made

@@ -35,7 +35,7 @@ def table_parts(
     """The figures and tables of held-out rows (n, columns), by name."""
     made: list[tuple[str, Figure | str]] = []
     some = torch.arange(1000) % len(x)
-    drawn = sample(pair, 1000, [part[some] for part in context], seed=seed)
+    drawn = sample(pair, 1000, *(part[some] for part in context), seed=seed)
     made.append(("marginals", marginals(schema, x, drawn)))
     if (pairs := pairwise_plots(schema, x, drawn)) is not None:
         made.append(("pairwise", pairs))

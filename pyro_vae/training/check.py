@@ -32,6 +32,7 @@ from pyro_vae.pairs.model import trace_model as run_model
 from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import adopt, evaluation_mode, scope
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import by_datum, factors, latents, log_prob, sample_sites
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.traces import trace
@@ -53,6 +54,8 @@ class Report:
     errors: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    _repr_html_ = shown_html
+
     def __str__(self) -> str:
         lines = [f"error: {line}" for line in self.errors] + [
             f"note: {line}" for line in self.notes
@@ -63,7 +66,8 @@ class Report:
 @alone()
 def check(
     pair: nn.Module,
-    batch: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    x: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    *context: Any,
     objective: ELBO | None = None,
 ) -> Report:
     """Run a pair once on a batch, and report each fault with its remedy.
@@ -75,23 +79,23 @@ def check(
 
     Arguments:
         pair: any ``nn.Module`` with ``model`` and ``guide``.
-        batch: the tensors that model and guide take, with at least two rows each, as a tuple or a
-            dictionary by the names of the model's arguments; or only x. 8-bit
-            intensities become floats in [0, 1], as in `pyro_vae.fit`.
+        x: the data, with at least two rows. 8-bit intensities become floats in [0, 1], as in
+            `pyro_vae.fit`. A tuple of x and context, or a dictionary by the names of the model's
+            arguments, takes the place of both.
+        context: further tensors with as many rows as x.
         objective: a Pyro ELBO.
 
     `check` trains nothing. Parameters, random generators and the parameter store stay unchanged.
 
     >>> import torch, pyro_vae as pv
-    >>> print(check(pv.VAE.mlp((4,)), (torch.ones(2, 4),)))
+    >>> print(check(pv.VAE.mlp((4,)), torch.ones(2, 4)))
     the pair is sound
     """
     if objective is not None and not isinstance(objective, ELBO):
-        raise UsageError(
-            f"must be a Pyro ELBO, got {type(objective).__name__}; pass x and its context as one "
-            "tuple, check(pair, (x, context))",
-            argument="objective",
-        )
+        raise UsageError(f"must be a Pyro ELBO, got {objective!r}", argument="objective")
+    if any(isinstance(part, ELBO) for part in context):
+        raise UsageError("pass the objective by its name: check(pair, x, objective=...)")
+    batch = (cast(Any, x), *context) if context else x
     report = _examine(pair, batch, objective)
     return replace(report, errors=tuple(str(UsageError(error)) for error in report.errors))
 

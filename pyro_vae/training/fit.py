@@ -1,10 +1,11 @@
 """`fit`: stochastic variational inference on any pair, by an explicit ``pyro.infer.SVI``."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Never, cast
 
 import torch
 from pyro.infer import ELBO
@@ -13,7 +14,7 @@ from torch import nn
 
 from pyro_vae.data.ranges import range_fault
 from pyro_vae.data.sources import Arrays, Rows, parts, spread
-from pyro_vae.errors import UsageError
+from pyro_vae.errors import UsageError, nearest
 from pyro_vae.pairs.contract import no_pair
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.processes import here, local_device, restarts, single
@@ -34,7 +35,7 @@ from pyro_vae.training.processes import another_number, noise_seed, start_alike
 from pyro_vae.training.rows import TrainingData, training_data
 from pyro_vae.training.run import assembled, first_state, resumed
 from pyro_vae.training.schedules import Schedule
-from pyro_vae.training.settings import Settings
+from pyro_vae.training.settings import EngineName, OnNonfinite, Precision, Settings
 from pyro_vae.training.state import TrainState
 from pyro_vae.training.stopping import summary_writer
 
@@ -56,7 +57,21 @@ def fit(
     progress: bool = True,
     config: Mapping[str, Any] | None = None,
     on_epoch: Sequence[Callable[[Epoch], Any]] = (),
-    **settings: Any,
+    epochs: int = 100,
+    batch_size: int | None = None,
+    learning_rate: float = 1e-3,
+    clip_norm: float | None = None,
+    patience: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: Precision = "float32",
+    mask_rate: float = 0.0,
+    engine: EngineName = "auto",
+    checkpoint_seconds: float = 30.0,
+    on_nonfinite: OnNonfinite = "stop",
+    skip_limit: int = 10,
+    tensorboard: bool = False,
+    **unknown: Never,
 ) -> History:
     r"""Fit a pair by stochastic variational inference, and leave the best parameters in it.
 
@@ -88,9 +103,22 @@ def fit(
             the loggers of `pyro_vae.training.loggers`. They may use the pair, and their random
             draws do not change training. If one raises an error, training ends; with ``out``, the
             checkpoint of this epoch is written first.
-        settings: the fields of `pyro_vae.training.settings.Settings`: epochs, batch_size,
-            learning_rate, clip_norm, patience, seed, device, precision, mask_rate, engine,
-            checkpoint_seconds, tensorboard.
+        epochs: number of passes over the training data.
+        batch_size: number of rows of a minibatch. The default is 128, or all rows if there are
+            fewer.
+        learning_rate: step size of the optimizer.
+        clip_norm: greatest global norm of the gradient. The default does not limit it.
+        patience: stop after this many epochs without a better validation bound.
+        seed: random seed of training.
+        device: "auto" is the GPU if there is one, else the CPU.
+        precision: "bfloat16" runs the networks under autocast.
+        mask_rate: probability with which an entry of the data is hidden at a visit.
+        engine: "eager" (stock Pyro), "traced", "compiled", or "auto"; see docs/how-to/engine.md.
+        checkpoint_seconds: shortest time between two checkpoints.
+        on_nonfinite: "stop", or "skip" to leave out a minibatch whose loss or gradient is not
+            finite. It then moves no parameter and no buffer.
+        skip_limit: greatest number of minibatches that "skip" leaves out in an epoch.
+        tensorboard: also write the history for TensorBoard.
 
     You choose the pair's first parameters: to repeat a run, also seed torch before you make the
     pair. All random draws of training use generators that `fit` seeds. The checkpoint keeps them,
@@ -109,7 +137,24 @@ def fit(
     >>> len(history["elbo"])
     2
     """
-    chosen, folder = Settings.of(settings), None if out is None else Path(out)
+    reject_unknown(unknown)
+    chosen = Settings(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        clip_norm=clip_norm,
+        patience=patience,
+        seed=seed,
+        device=device,
+        precision=precision,
+        mask_rate=mask_rate,
+        on_nonfinite=on_nonfinite,
+        skip_limit=skip_limit,
+        engine=engine,
+        checkpoint_seconds=checkpoint_seconds,
+        tensorboard=tensorboard,
+    )
+    folder = None if out is None else Path(out)
     resume, overwrite = after_restart(folder, resume, overwrite)
     _require_choices(folder, resume, overwrite, chosen)
     if chosen.patience is not None and validation is None:
@@ -126,7 +171,7 @@ def fit(
         run_folder.read_config(folder)
     with single(), writing(folder):
         state = team.from_first(lambda: _saved(folder) if folder and resume else None)
-        pair.to(local_device() or device(chosen.device))
+        pair.to(local_device() or torch_device(chosen.device))
         objective, beta = _with_recipe(pair, chosen.epochs, objective, beta)
         require_weighable(objective, beta)
         x, context = spread(pair, x, context)
@@ -189,10 +234,17 @@ def _has_globals(pair: nn.Module, data: TrainingData) -> bool:
     return in_memory and bool(global_latents(pair, data.prepare(data.rows.first(2))))
 
 
-def device(name: str) -> torch.device:
+def reject_unknown(unknown: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for a misspelled argument of `fit`, with the nearest name."""
+    known = [name for name in inspect.signature(fit).parameters if name != "unknown"]
+    for name in unknown:
+        raise UsageError(f"fit has no option '{name}'; {nearest(name, known)}")
+
+
+def torch_device(name: str) -> torch.device:
     """Return the torch device of this name; "auto" is the GPU if there is one.
 
-    >>> device("cpu")
+    >>> torch_device("cpu")
     device(type='cpu')
     """
     if name == "auto":

@@ -3,9 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from pyro_vae.pairs.frames import installed_pandas
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.training.validation import Bound
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+IMPROVING = 0.01
+"""The least gain, in nats per example, that is worth more epochs."""
 
 
 class Epoch(NamedTuple):
@@ -102,8 +113,40 @@ class History:
             f"{what} {last.elbo:.3f} in the last, stopped early: {self.stopped_early})"
         )
 
+    _repr_html_ = shown_html
+
     def __len__(self) -> int:
         return len(self.epochs)
+
+    @property
+    def improving(self) -> float | None:
+        """By how many nats the validation bound still improved in the last tenth of the epochs.
+
+        The mean of the last tenth of the epochs minus the mean of the tenth before, if the
+        difference is above `IMPROVING` and three of its standard errors; else None.
+        """
+        bounds = [epoch.validation.bound for epoch in self.epochs if epoch.validation is not None]
+        n = max(len(bounds) // 10, 2)
+        late, before = np.array(bounds[-n:]), np.array(bounds[-2 * n : -n])
+        if len(before) < n or not np.isfinite(bounds[-2 * n :]).all():
+            return None
+        gain = float(late.mean() - before.mean())
+        error = float(np.sqrt((late.var(ddof=1) + before.var(ddof=1)) / n))
+        return gain if gain > max(IMPROVING, 3 * error) else None
+
+    def to_frame(self) -> Any:
+        """Return a pandas frame with a row for each epoch and the columns of history.csv.
+
+        Raises `UsageError` if pandas is not installed.
+        """
+        rows = [epoch.row() for epoch in self.epochs]
+        return installed_pandas("to_frame").DataFrame(rows).set_index("epoch")
+
+    def plot(self) -> "Figure":
+        """Return a figure of ELBO, reconstruction, KL and gradient norm by epoch."""
+        from pyro_vae.training.curves import curves
+
+        return curves({name: self[name] for name in self.epochs[0].row()})
 
 
 def is_finite(measured: Bound | None) -> bool:

@@ -1,14 +1,16 @@
-"""The settings of training: the keywords of `pyro_vae.fit`. This file imports nothing heavy."""
+"""The settings of training, as `pyro_vae.fit` takes them. This file imports nothing heavy."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 from pyro_vae.errors import UsageError, nearest
 
 EngineName: TypeAlias = Literal["auto", "eager", "traced", "compiled"]
+Precision: TypeAlias = Literal["float32", "bfloat16"]
+OnNonfinite: TypeAlias = Literal["stop", "skip"]
 
 ENGINES: tuple[str, ...] = get_args(EngineName)
 
@@ -22,7 +24,7 @@ def require_engine(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How training is run: the keywords of `pyro_vae.fit`.
+    """How training is run. `pyro_vae.fit` has a keyword for each of these fields.
 
     Parameters
     ----------
@@ -68,11 +70,11 @@ class Settings:
     patience: int | None = None
     seed: int = 0
     device: str = "auto"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     mask_rate: float = 0.0
     engine: EngineName = "auto"
     checkpoint_seconds: float = 30.0
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: OnNonfinite = "stop"
     skip_limit: int = 10
     tensorboard: bool = False
 
@@ -112,18 +114,3 @@ class Settings:
         (128, 40)
         """
         return self if self.batch_size is not None else replace(self, batch_size=min(128, n))
-
-    @classmethod
-    def of(cls, keywords: dict[str, Any]) -> Settings:
-        """Return settings from keywords. An error names the nearest known keyword.
-
-        >>> Settings.of({"epoch": 3})
-        Traceback (most recent call last):
-        ...
-        pyro_vae.errors.UsageError: fit has no option 'epoch'; did you mean 'epochs'?
-        """
-        known = [field.name for field in fields(cls)]
-        for name in keywords:
-            if name not in known:
-                raise UsageError(f"fit has no option '{name}'; {nearest(name, known)}")
-        return cls(**keywords)

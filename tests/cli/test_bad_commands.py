@@ -196,7 +196,10 @@ COMMANDS = {
     "no image": ("train empty.npy", ["empty.npy", "(0, 8, 8)"]),
     "pickle": ("train pickle.npy", ["pickle.npy"]),
     "floats to 255": ("train floats.npy --batch-size 8", ["outside the support", "uint8"]),
-    "reals as bernoulli": ("train table.npy --batch-size 8", ["outside the support", "Gaussian"]),
+    "reals as bernoulli": (
+        "train table.npy --batch-size 8 --likelihood bernoulli",
+        ["outside the support", "Gaussian"],
+    ),
     "batch of more than all": (
         "train table.npy --likelihood gaussian --batch-size 43",
         ["--batch-size must be at most 42", "got 43"],

@@ -97,8 +97,7 @@ def test_a_file_cannot_name_a_class(run, capsys):
 
 
 ERRORS = {
-    "train digits --empty-latent-dim": "--latent-dim must have at least one number, got none",
-    "train digits --network conv --empty-channels": "--channels must have at least one number",
+    "train digits --hidden 8 wide": "--hidden must be whole numbers or none, got 8 wide",
     "train digits --hidden 8 0": "--hidden must be at least 1, got 8 0",
     "train digits --num-samples 0": "--num-samples must be at least 1, got 0",
     "train digits --beta -1": "--beta must be at least 0, got -1",
@@ -133,7 +132,7 @@ def test_python_reads_names_of_python():
     pair = pv.VAE.mlp((4,), latent_dim=2, hidden=(8,), posterior=pv.FullRankNormal())
     x = torch.rand(8, 4).round()
     objective = pv.TotalCorrelationELBO(8)
-    (error,) = pv.check(pair, x, objective).errors
+    (error,) = pv.check(pair, x, objective=objective).errors
     assert error.endswith("use Trace_ELBO")
     with pytest.raises(pv.UsageError) as caught:
         pv.fit(pair, x, objective=objective, epochs=1, batch_size=4, progress=False)

@@ -49,7 +49,7 @@ ENTRANCES = {
     "context of fit": lambda x: pv.fit(small(1), X, x, **FAST),
     "context of encode": lambda x: pv.encode(small(1), X, x),
     "context of sample": lambda x: pv.sample(small(1), 60, [x]),
-    "context of decode": lambda x: pv.decode(small(1), {"z": torch.zeros(60, 2)}, [x]),
+    "context of decode": lambda x: pv.decode(small(1), {"z": torch.zeros(60, 2)}, x),
     "pseudo-inputs": lambda x: pv.VampPrior.of_data(small().encoder, x),
     "codes": lambda x: pv.disentanglement_scores(x, torch.arange(60)[:, None] % 2),
 }

@@ -6,6 +6,7 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -152,9 +153,10 @@ def test_a_tuple_of_rows_is_still_x():
     assert pv.encode(pv.VAE.mlp((3,), latent_dim=2), rows)["z"].shape == (4, 2)
 
 
-def test_check_names_context_in_place_of_an_objective():
-    with pytest.raises(UsageError, match=r"objective must be a Pyro ELBO, got Tensor; pass x and "):
-        pv.check(Conditional(), *data())
+def test_check_takes_context_as_every_tool_does():
+    assert pv.check(Conditional(), *data()).errors == ()
+    with pytest.raises(UsageError, match="pass the objective by its name: check"):
+        pv.check(Conditional(), *data(), Trace_ELBO())
 
 
 @pytest.mark.parametrize("kind", [Words, Templated])

@@ -110,4 +110,4 @@ def test_a_pair_in_double_precision(kind):
     assert np.isfinite(history["validation_elbo"]).all()
     assert {parameter.dtype for parameter in pair.parameters()} == {torch.float64}
     assert pv.encode(pair, x.astype(kind), context)["z"].dtype == torch.float64
-    assert pv.sample(pair, 3, [torch.rand(3, 2)]).dtype == torch.float64
+    assert pv.sample(pair, 3, torch.rand(3, 2)).dtype == torch.float64

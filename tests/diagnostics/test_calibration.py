@@ -177,12 +177,12 @@ def test_any_pair(name):
     require(pair, batch)
     state, options = torch.get_rng_state(), {"num_simulations": 100, "num_draws": 19}
     context = () if name == "semi-supervised" else batch[1:]  # labels would be data and not context
-    found = pv.calibration(pair, context, progress=False, **options)
+    found = pv.calibration(pair, *context, progress=False, **options)
     assert torch.equal(torch.get_rng_state(), state)
     assert found.ranks.shape == (100, len(found.names))
     assert found.ranks.min() >= 0
     assert found.ranks.max() <= 19
-    again = pv.calibration(pair, context, progress=False, **options)
+    again = pv.calibration(pair, *context, progress=False, **options)
     assert torch.equal(again.ranks, found.ranks)
 
 
@@ -244,7 +244,7 @@ def test_misuse_raises_an_error_of_one_line():
     with pytest.raises(pv.UsageError, match="needs 1 context tensors, got 0"):
         pv.calibration(conditional, progress=False)
     with pytest.raises(pv.UsageError, match="have 4, 3 rows; they must match"):
-        pv.calibration(conditional, (context, context[:3]), progress=False)
+        pv.calibration(conditional, context, context[:3], progress=False)
 
 
 def test_table_record_and_figure():

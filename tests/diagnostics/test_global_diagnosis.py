@@ -199,10 +199,10 @@ def test_an_exact_amortized_guide_is_calibrated_and_needs_no_fit(monkeypatch):
     monkeypatch.setattr(global_calibration, "LEAST_SIMULATIONS", 1)
     g = torch.arange(4) % 2
     few = {"num_draws": 19, "progress": False}
-    found = pv.global_calibration(Amortized(), (g,), num_simulations=60, **few)
+    found = pv.global_calibration(Amortized(), g, num_simulations=60, **few)
     assert found.names == ("w", "u[0]", "u[1]")
     assert found.calibrated
-    narrow = pv.global_calibration(Amortized(spread=0.3), (g,), num_simulations=30, **few)
+    narrow = pv.global_calibration(Amortized(spread=0.3), g, num_simulations=30, **few)
     assert "too narrow" in narrow.failures["w"]
 
 
@@ -211,7 +211,7 @@ def test_a_table_is_fitted_again_to_each_simulation(monkeypatch, capsys):
     pair, g = Nested(), torch.arange(8) % 2
     before = [p.clone() for p in pair.parameters()]
     settings = {"epochs": 2, "batch_size": 8}
-    found = pv.global_calibration(pair, (g,), num_simulations=2, num_draws=19, **settings)
+    found = pv.global_calibration(pair, g, num_simulations=2, num_draws=19, **settings)
     assert found.ranks.shape == (2, 3)
     assert "global_calibration: 2 fits, about " in capsys.readouterr().err
     assert all(map(torch.equal, before, pair.parameters()))
@@ -251,7 +251,7 @@ def test_pairs_without_global_latents_are_sent_to_calibration():
     with pytest.raises(pv.UsageError, match=r"has no global latent; use pyro_vae\.calibration"):
         pv.global_calibration(linear_gaussian())
     with pytest.raises(pv.UsageError, match=r"use pyro_vae\.global_calibration"):
-        pv.calibration(Nested(), (torch.arange(4) % 2,), num_simulations=100, num_draws=19)
+        pv.calibration(Nested(), torch.arange(4) % 2, num_simulations=100, num_draws=19)
 
 
 # The command line

@@ -72,8 +72,8 @@ def test_coverage_of_one_unit_is_that_of_a_normal(monkeypatch):
 def test_other_pairs_record_and_misuse():
     for name in ("conditional", "multilevel", "deep-markov"):
         context = rows(name, 5)[1:]
-        found = pv.tarp(make(name), context, num_simulations=100, num_draws=19)
-        again = pv.tarp(make(name), context, num_simulations=100, num_draws=19)
+        found = pv.tarp(make(name), *context, num_simulations=100, num_draws=19)
+        again = pv.tarp(make(name), *context, num_simulations=100, num_draws=19)
         assert torch.equal(found.ranks, again.ranks)
         assert found.ranks.max() <= 19
     record = json.loads(json.dumps(found.as_dict()))

@@ -159,7 +159,7 @@ def reconstruct(idiom: Idiom, pair: nn.Module, batch: Batch) -> None:
 
 def sample(idiom: Idiom, pair: nn.Module, batch: Batch) -> None:
     number, some = 2400, some_rows(idiom)
-    made = pv.sample(pair, number, tuple(part[:1] for part in batch[1:]), site=idiom.site, seed=3)
+    made = pv.sample(pair, number, *(part[:1] for part in batch[1:]), site=idiom.site, seed=3)
     context = [part[:1].expand(some, *part.shape[1:]) for part in batch[1:]]
     with stock(pair):
         x = pair.template(some)[0].to(batch[0].dtype)
@@ -188,7 +188,7 @@ def predictive_check(idiom: Idiom, pair: nn.Module, batch: Batch) -> None:
 
 def calibration(idiom: Idiom, pair: nn.Module, batch: Batch) -> None:
     options = {"num_simulations": 100, "num_draws": 19, "level": 1e-6, "progress": False}
-    found = pv.calibration(pair, batch[1:], **options)
+    found = pv.calibration(pair, *batch[1:], **options)
     assert bool((found.ranks <= 19).all())
     assert bool((found.counts >= 100).all())
 

@@ -251,7 +251,9 @@ def test_a_pair_without_graph_and_plate_is_moved_particle_by_particle():
 def test_forward_and_reverse_bracket_the_truth(scale):
     """Ten dimensions, 1,000 temperatures; the bound of the guide is off by at least three nats."""
     pair = Spoiled(20, 10, scale)
-    both = pv.sandwich(pair, 8, num_temperatures=1000, leapfrog_steps=2, progress=False)
+    both = pv.sandwich(
+        pair, num_examples=8, num_temperatures=1000, leapfrog_steps=2, progress=False
+    )
     truth = pair.marginal().log_prob(both.batch[0]).detach()
     assert pv.log_likelihood(pair, *both.batch, num_samples=50).elbo < truth.mean() - 3
     for side in (both.lower, both.upper):
@@ -291,7 +293,7 @@ def test_weights_of_few_temperatures_have_the_right_mean():
     """w / p(x) and p(x) / w have mean 1 even if chains mix badly, because every step is exact."""
     pair = Spoiled(4, 2, 0.8)
     options = {"num_temperatures": 3, "num_chains": 1, "leapfrog_steps": 2, "progress": False}
-    both = pv.sandwich(pair, 8000, **options)
+    both = pv.sandwich(pair, num_examples=8000, **options)
     truth = pair.marginal().log_prob(both.batch[0]).detach()
     for ratio in (both.lower.per_datum - truth, truth - both.upper.per_datum):
         assert ratio.std() > 0.2
@@ -305,7 +307,7 @@ def test_weights_of_few_temperatures_have_the_right_mean():
 def test_the_gap_closes_with_the_temperatures_and_errors_are_those_over_seeds():
     pair = Spoiled(6, 3, 0.6)
     options = {"num_chains": 16, "leapfrog_steps": 2, "progress": False, "engine": "eager"}
-    few, many = (pv.sandwich(pair, 60, num_temperatures=t, **options) for t in (4, 60))
+    few, many = (pv.sandwich(pair, num_examples=60, num_temperatures=t, **options) for t in (4, 60))
     assert few.gap > 0.1
     assert abs(many.gap) < few.gap / 3
     # Weights over p(x) have the same distribution for all data, so rows replace seeds.
@@ -330,7 +332,7 @@ def test_a_mode_that_the_guide_misses_shows_in_the_gap_alone():
     """The lower bound finds half of p(x), with weights that look good; the upper one is far off."""
     pair = TwoModes(0.5)
     options = {"num_temperatures": 40, "leapfrog_steps": 3, "progress": False}
-    both = pv.sandwich(pair, 40, engine="traced", **options)
+    both = pv.sandwich(pair, num_examples=40, engine="traced", **options)
     grid = torch.arange(-15, 15, 0.01).double()[:, None]
     fit = dist.Normal(grid**2, 0.5).log_prob(both.batch[0][:, 0])
     truth = (dist.Normal(0.0, 3.0).log_prob(grid) + fit).logsumexp(0) + torch.tensor(0.01).log()
@@ -416,7 +418,9 @@ def test_infinite_weights_are_reported():
 
 def test_tables_records_and_misuse():
     pair = linear_gaussian()
-    both = pv.sandwich(pair, 3, num_temperatures=5, num_chains=2, engine="eager", progress=False)
+    both = pv.sandwich(
+        pair, num_examples=3, num_temperatures=5, num_chains=2, engine="eager", progress=False
+    )
     assert [line.split("  ")[0] for line in str(both).splitlines()] == [
         "log p(x) ≥", "log p(x) ≤", "chains", "effective chains", "acceptance", "gap"
     ]  # fmt: skip
@@ -432,7 +436,7 @@ def test_tables_records_and_misuse():
         with pytest.raises(pv.UsageError, match=f"{name} must be at least 1, got 0"):
             pv.anneal(pair, x, **{name: 0})
     with pytest.raises(pv.UsageError, match="num_examples must be at least 2, got 1"):
-        pv.sandwich(pair, 1)
+        pv.sandwich(pair, num_examples=1)
     with pytest.raises(pv.UsageError, match="all latents are summed out"):
         pv.anneal(Summed(), x)
 

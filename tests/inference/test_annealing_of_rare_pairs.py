@@ -41,7 +41,7 @@ def test_other_tools_that_trace_serve_a_pair_without_parameters():
     exact = dist.Normal(0, 1.25**0.5).log_prob(X).sum(-1)
     weighed = pv.log_likelihood(Fixed(), X, num_samples=400, engine="traced")
     assert bool((weighed.per_datum - exact).abs().le(5 * weighed.standard_errors).all())
-    both = pv.sandwich(Fixed(), 20, num_temperatures=10, num_chains=8, progress=False)
+    both = pv.sandwich(Fixed(), num_examples=20, num_temperatures=10, num_chains=8, progress=False)
     assert both.gap == pytest.approx(0, abs=5 * both.gap_standard_error)
 
 

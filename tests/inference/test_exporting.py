@@ -42,7 +42,7 @@ def test_onnx_files_give_the_closed_form_for_any_number_of_rows(tmp_path):
     import onnxruntime
 
     pair = Linear()
-    pv.export(pair, tmp_path, torch.randn(5, 3))
+    pv.export(pair, torch.randn(5, 3), folder=tmp_path)
     weight = pair.weight.detach().numpy()
     described = json.loads((tmp_path / "config.json").read_text())["parts"]
     for n in (1, 4, 300):
@@ -64,18 +64,18 @@ def test_onnx_files_give_the_closed_form_for_any_number_of_rows(tmp_path):
 def test_conditional_pairs_take_their_context(tmp_path):
     pair = pv.VAE.mlp((4,), latent_dim=2, hidden=(8,), context_shapes=((3,),))
     x, label = torch.rand(6, 4).round(), torch.eye(3)[[0, 1, 2, 0, 1, 2]]
-    pv.export(pair, tmp_path, x, label, formats=["torch"])
+    pv.export(pair, x, label, folder=tmp_path, formats=["torch"])
     loc, _ = loaded(tmp_path / "encoder.pt2")(x, label)
     torch.testing.assert_close(loc, pv.encode(pair, x, label)["z"])
     z = torch.randn(6, 2)
     (logits,) = loaded(tmp_path / "decoder.pt2")(z, label)
-    torch.testing.assert_close(logits.sigmoid(), pv.decode(pair, {"z": z}, (label,)))
+    torch.testing.assert_close(logits.sigmoid(), pv.decode(pair, {"z": z}, label))
 
 
 def test_levels_of_latents_get_the_means_of_the_levels_above(tmp_path):
     pair = pairs.ALL["hierarchical"]()
     x = pair.template(6)[0].round()
-    pv.export(pair, tmp_path, x, formats=["torch"])
+    pv.export(pair, x, folder=tmp_path, formats=["torch"])
     names = json.loads((tmp_path / "config.json").read_text())["parts"]["encoder"]["outputs"]
     found = dict(zip(names, loaded(tmp_path / "encoder.pt2")(x), strict=True))
     for name, mean in pv.encode(pair, x).items():
@@ -87,10 +87,10 @@ def test_levels_of_latents_get_the_means_of_the_levels_above(tmp_path):
 def test_global_latents_have_the_means_of_the_guide(tmp_path):
     pair = pairs.GLOBAL["bayesian"]()
     x, *context = pair.template(5)
-    pv.export(pair, tmp_path, x, *context, formats=["torch"])
+    pv.export(pair, x, *context, folder=tmp_path, formats=["torch"])
     z = torch.randn(5, *pv.encode(pair, x, *context)["z"].shape[1:])
     (logits,) = loaded(tmp_path / "decoder.pt2")(z)
-    expected = pv.decode(pair, {"z": z}, context, means=True)
+    expected = pv.decode(pair, {"z": z}, *context, means=True)
     torch.testing.assert_close(logits.sigmoid(), expected)
 
 
@@ -102,7 +102,7 @@ def test_tables_have_the_parameters_of_each_family_of_columns(tmp_path):
         likelihood=pv.Columns(["continuous", "categorical", "positive"], [0, 3, 0]),
     )
     x = torch.tensor([[1.0, 2.0, 0.5], [torch.nan, 0.0, 2.0], [0.0, torch.nan, 1.0]])
-    pv.export(pair, tmp_path, x, formats=["torch"])
+    pv.export(pair, x, folder=tmp_path, formats=["torch"])
     described = json.loads((tmp_path / "config.json").read_text())["parts"]["decoder"]["outputs"]
     z = torch.randn(5, 2)
     found = dict(zip(described, loaded(tmp_path / "decoder.pt2")(z), strict=True))
@@ -152,7 +152,7 @@ class Noisy(Linear):
 def test_programs_without_a_fixed_graph_are_refused_in_one_line(pair, words, tmp_path):
     x = torch.ones(4, 3) if isinstance(pair, Linear) else pair.template(4)[0]
     with pytest.raises(pv.UsageError, match=words) as found:
-        pv.export(pair, tmp_path, x, formats=["torch"])
+        pv.export(pair, x, folder=tmp_path, formats=["torch"])
     assert "\n" not in str(found.value)
     assert not list(tmp_path.iterdir())
 
@@ -167,7 +167,7 @@ class Autoregressive(Linear):
 
 def test_a_decoder_that_reads_the_data_is_refused(tmp_path):
     with pytest.raises(pv.UsageError, match="depends on x itself"):
-        pv.export(Autoregressive(), tmp_path, torch.ones(4, 3), formats=["torch"])
+        pv.export(Autoregressive(), torch.ones(4, 3), folder=tmp_path, formats=["torch"])
 
 
 def test_a_file_that_differs_from_the_pair_is_not_written(tmp_path, monkeypatch):
@@ -183,7 +183,7 @@ def test_a_file_that_differs_from_the_pair_is_not_written(tmp_path, monkeypatch)
 
     monkeypatch.setattr(exporting, "_torch", shifted)
     with pytest.raises(pv.UsageError, match="differs from the pair by") as found:
-        pv.export(Linear(), tmp_path, torch.randn(5, 3), formats=["torch"])
+        pv.export(Linear(), torch.randn(5, 3), folder=tmp_path, formats=["torch"])
     assert "\n" not in str(found.value)
     assert not list(tmp_path.iterdir())
 
@@ -203,10 +203,10 @@ ROWS = torch.export.Dim("rows", min=1)
 
 def test_other_formats_and_a_missing_runtime_are_refused_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(pv.UsageError, match="formats must be onnx or torch, got 'tflite'"):
-        pv.export(Linear(), tmp_path, torch.ones(4, 3), formats=["tflite"])
+        pv.export(Linear(), torch.ones(4, 3), folder=tmp_path, formats=["tflite"])
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(pv.UsageError, match=r"pip install 'pyro-vae\[export\]'"):
-        pv.export(Linear(), tmp_path, torch.ones(4, 3))
+        pv.export(Linear(), torch.ones(4, 3), folder=tmp_path)
 
 
 def test_the_command_exports_a_run(digits, tmp_path):

@@ -155,7 +155,7 @@ def test_discrete_latents_are_left_alone():
     with pytest.raises(pv.UsageError, match="no latent whose parameters can be refined"):
         pv.refine(Discrete(False), x, progress=False)
     with pytest.raises(pv.UsageError, match="'k' is discrete or not local"):
-        pv.refit_guide(Discrete(True), pv.DiagonalNormal, x)
+        pv.refit_guide(Discrete(True), x, posterior=pv.DiagonalNormal)
 
 
 def test_misuse_raises_an_error_of_one_line():
@@ -198,7 +198,7 @@ def test_another_family_is_fitted_to_a_model_that_stays(tmp_path):
     options = {"epochs": 150, "batch_size": 100, "learning_rate": 5e-2, "progress": False}
     options |= {"learning_rate_schedule": pv.CosineSchedule(150), "hidden": ()}
     with seeded(0):
-        full = pv.refit_guide(first, pv.FullRankNormal, x, **options)
+        full = pv.refit_guide(first, x, posterior=pv.FullRankNormal, **options)
     assert all(torch.equal(value, before[key]) for key, value in first.state_dict().items())
     assert all(parameter.requires_grad for parameter in first.parameters())
     assert full.pair is first
@@ -217,12 +217,12 @@ def test_a_users_encoder_and_two_latents():
     pair, (x,) = make("params"), rows("params", 32)
     require(pair, (x,))
     options = {"epochs": 2, "batch_size": 16, "engine": "eager", "progress": False}
-    both = pv.refit_guide(pair, pv.DiagonalNormal, x, hidden=(4,), **options)
+    both = pv.refit_guide(pair, x, posterior=pv.DiagonalNormal, hidden=(4,), **options)
     assert both.inference.sites == ("a", "b")
     assert pv.encode(both, x)["a"].shape == (32, 2)
     vae = make("bernoulli")
     own = pv.Factor(pv.MLP(6, (3,), 4), pv.DiagonalNormal(), (2,)).double()
-    other = pv.refit_guide(vae, own, rows("bernoulli", 32)[0], **options)
+    other = pv.refit_guide(vae, rows("bernoulli", 32)[0], posterior=own, **options)
     assert list(other.inference.encoders) == [own]
 
 
@@ -235,7 +235,13 @@ def test_a_frozen_model_stays_in_evaluation_mode():
     x = rows("bernoulli", 32)[0]
     pair.train()
     other = pv.refit_guide(
-        pair, pv.DiagonalNormal, x, epochs=2, batch_size=16, engine="eager", progress=False
+        pair,
+        x,
+        posterior=pv.DiagonalNormal,
+        epochs=2,
+        batch_size=16,
+        engine="eager",
+        progress=False,
     )
     assert all(torch.equal(value, before[key]) for key, value in pair.state_dict().items())
     assert pair.decoder.training

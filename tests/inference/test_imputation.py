@@ -122,7 +122,7 @@ def test_a_model_of_the_mask_is_sound_and_trains():
         pv.VAE.mlp((WIDTH,), 2, (8,), pv.Missing(pv.Gaussian)), known_sign=True
     ).standardize(x)
     objective = pv.ImportanceWeightedELBO(5)
-    assert pv.check(pair, (x,), objective).errors == ()
+    assert pv.check(pair, x, objective=objective).errors == ()
     history = pv.fit(pair, x, objective=objective, epochs=2, engine="eager", progress=False)
     assert not history.collapsed
     assert pv.evaluate(pair, x, num_samples=5).kl_by_site["x_unobserved"] == 0

@@ -355,8 +355,8 @@ def test_refinement_leaves_the_weights_as_they_are(name):
 def test_what_is_refused():
     pair, batch = make("bayesian"), rows("bayesian")
     for objective in (pv.ImportanceWeightedELBO(2), RenyiELBO(num_particles=2)):
-        assert "is not a local latent" in str(check(pair, batch, objective))
-    assert str(check(pair, batch, pv.FreeBitsELBO(0.1))) == "the pair is sound"
+        assert "is not a local latent" in str(check(pair, batch, objective=objective))
+    assert str(check(pair, batch, objective=pv.FreeBitsELBO(0.1))) == "the pair is sound"
     with pytest.raises(pv.UsageError, match=r"'decoder.*is not local"):
         pv.anneal(pair, *batch)
     parts = pv.kl_parts(pair, *batch)

@@ -59,13 +59,13 @@ def test_shapes_of_every_tool(name):
     pair, batch = make(name), rows(name, 7)
     x, context = batch[0], batch[1:]
     one = [part[:1] for part in context]
-    assert pv.sample(pair, 5, one).shape == (5, *x.shape[1:])
+    assert pv.sample(pair, 5, *one).shape == (5, *x.shape[1:])
     assert pv.reconstruct(pair, *batch).shape == x.shape
     codes = pv.encode(pair, *batch)
     shared = global_latents(pair, batch)
     assert all(len(code) == 7 for site, code in codes.items() if site not in shared)
     assert set(shared) <= set(codes)
-    decoded = pv.decode(pair, codes, context)
+    decoded = pv.decode(pair, codes, *context)
     assert torch.allclose(decoded, pv.reconstruct(pair, *batch))
     lines = pv.interpolate(pair, x[:3], x[3:6], *[part[:3] for part in context], steps=4)
     assert lines.shape == (3, 4, *x.shape[1:])
@@ -89,11 +89,11 @@ def test_shapes_of_every_tool(name):
 def test_sampling_is_that_of_the_prior_and_the_likelihood(name):
     pair, batch = make(name), rows(name, 7)
     one = [part[:1] for part in batch[1:]]
-    draws = pv.sample(pair, 3000, one, seed=1)
-    means = pv.sample(pair, 3000, one, means=True, seed=1)
+    draws = pv.sample(pair, 3000, *one, seed=1)
+    means = pv.sample(pair, 3000, *one, means=True, seed=1)
     error = (draws - means).double()
     assert (error.mean(0).abs() < 5 * error.std(0) / 3000**0.5 + 1e-9).all()
-    assert torch.equal(draws, pv.sample(pair, 3000, one, seed=1))
+    assert torch.equal(draws, pv.sample(pair, 3000, *one, seed=1))
 
 
 @every_pair

@@ -357,7 +357,7 @@ def test_calibration_draws_every_observed_site():
 def test_a_report_of_several_observed_sites(tmp_path):
     pair, (x, y) = Pieces(False), bits()
     pv.fit(pair, x, y, epochs=1, out=tmp_path / "run", engine="eager", progress=False)
-    page = pv.write_report(tmp_path / "run", pair, x, y)
+    page = pv.write_report(pair, x, y, run=tmp_path / "run")
     assert "Reconstructions" in page.read_text()
 
 

@@ -105,7 +105,7 @@ def test_what_needs_draws_of_a_model_with_factors_is_refused():
     for refused in (
         lambda: pv.sample(pair, 3),
         lambda: pv.calibration(pair, progress=False),
-        lambda: pv.sandwich(pair, 3, progress=False),
+        lambda: pv.sandwich(pair, num_examples=3, progress=False),
         lambda: pv.to_arviz(pair, x, progress=False),
     ):
         with pytest.raises(pv.UsageError, match="'energy', so its density is not normalized"):

@@ -165,11 +165,11 @@ def test_check_says_that_a_latent_belongs_to_groups_and_what_makes_it_slow(kind)
 
 def test_means_and_draws_of_rows_are_those_of_their_groups():
     pair, group = Groups(), torch.tensor([0, 3, 3])
-    means = pv.sample(pair, 3, (group,), means=True)
-    decoded = pv.decode(pair, {"z": [1.0, 2.0, 3.0]}, (group.numpy(),))
+    means = pv.sample(pair, 3, group, means=True)
+    decoded = pv.decode(pair, {"z": [1.0, 2.0, 3.0]}, group.numpy())
     assert torch.allclose(decoded, torch.tensor([[1.0], [2.0], [3.0]]) * pair.weight)
     assert means.shape == (3, 3)
-    drawn = pv.sample(pair, 4000, (torch.tensor([3]),), seed=0)
+    drawn = pv.sample(pair, 4000, torch.tensor([3]), seed=0)
     assert torch.allclose(drawn.mean(0), 1.5 * pair.weight, atol=0.2)
     x, group = data()
     again = pv.reconstruct(pair, x, group)
@@ -180,12 +180,12 @@ def test_means_and_draws_of_rows_are_those_of_their_groups():
 def test_decode_takes_values_of_groups():
     pair = Groups()
     u = torch.tensor([-50.0, 0.0, 0.0, 50.0])
-    drawn = pv.decode(pair, {"u": u}, (torch.tensor([0, 3, 3, 0, 0]),), means=False)
+    drawn = pv.decode(pair, {"u": u}, torch.tensor([0, 3, 3, 0, 0]), means=False)
     assert (drawn[:, 0] > 0).tolist() == [False, True, True, False, False]
     with pytest.raises(UsageError, match=r"^the value of 'u' must have shape \(4\), got \(3,\)$"):
-        pv.decode(pair, {"u": u[:3]}, (torch.tensor([0]),))
+        pv.decode(pair, {"u": u[:3]}, torch.tensor([0]))
     with pytest.raises(UsageError, match=r"^the value of 'z' must have shape \(n\), got \(3, 1\)$"):
-        pv.decode(pair, {"z": torch.zeros(3, 1)}, (torch.tensor([0, 1, 2]),))
+        pv.decode(pair, {"z": torch.zeros(3, 1)}, torch.tensor([0, 1, 2]))
 
 
 def test_a_latent_in_the_data_plate_at_another_dimension_is_refused():

@@ -106,7 +106,7 @@ def test_codes_have_the_shapes_of_the_program():
     shapes = {name: tuple(value.shape) for name, value in pv.encode(pair, *batch).items()}
     assert shapes == {"u": (6, 1), "z": (6, 3)}
     assert pv.reconstruct(pair, *batch).shape == (6, 3)
-    assert pv.sample(pair, 6, batch[1:]).shape == (6, 3)
+    assert pv.sample(pair, 6, *batch[1:]).shape == (6, 3)
 
 
 def test_the_engine_traces_a_decorated_pair():

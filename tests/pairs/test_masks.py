@@ -31,8 +31,8 @@ TOOLS = {
     "predictive_check": lambda pair, *rows: pv.predictive_check(pair, *rows, progress=False),
     "outlier_scores": lambda pair, *rows: pv.outlier_scores(pair, *rows, progress=False),
     "diagnose": lambda pair, *rows: pv.diagnose(pair, *rows, budget=0.1, progress=False),
-    "calibration": lambda pair, *rows: pv.calibration(pair, rows[1:], progress=False),
-    "sandwich": lambda pair, *rows: pv.sandwich(pair, 40, rows[1:], progress=False),
+    "calibration": lambda pair, *rows: pv.calibration(pair, *rows[1:], progress=False),
+    "sandwich": lambda pair, *rows: pv.sandwich(pair, *rows[1:], num_examples=40, progress=False),
 }
 
 

@@ -135,7 +135,9 @@ def test_annealing_through_masks_gives_log_p():
     pair, (x, live) = Latent(same, same, events=True), ragged()
     found = pv.anneal(pair, x, live, num_temperatures=30, num_chains=30, progress=False)
     torch.testing.assert_close(found.per_datum, pair.log_p(x, live), atol=0.2, rtol=0)
-    both = pv.sandwich(pair, 30, (live,), num_temperatures=30, num_chains=30, progress=False)
+    both = pv.sandwich(
+        pair, live, num_examples=30, num_temperatures=30, num_chains=30, progress=False
+    )
     assert both.gap == pytest.approx(0, abs=0.1)
 
 
@@ -183,16 +185,16 @@ class Arbitrary(Latent):
 def test_calibration_ranks_what_counts():
     live = torch.tensor([[True, True], [True, False], [True, True]])
     pair, settings = Arbitrary(same, same, events=True), {"num_draws": 19, "progress": False}
-    found = pv.calibration(pair, (live,), num_simulations=400, **settings)
+    found = pv.calibration(pair, live, num_simulations=400, **settings)
     assert found.calibrated
     assert found.names[:2] == ("z[0]", "z[1]")
     assert (found.counts[1] / 400).item() == pytest.approx(2 / 3, abs=0.1)
     assert bool(((found.coverage - torch.tensor([0.5, 0.8, 0.9, 0.95])).abs() < 0.12).all())
-    hidden = pv.calibration(pair, (live & torch.tensor([1, 0]).bool(),), **settings)
+    hidden = pv.calibration(pair, live & torch.tensor([1, 0]).bool(), **settings)
     assert hidden.left_out == {"z[1]": "it is masked in all except 0 simulations"}
     assert hidden.names[0] == "z[0]"
     wrong = Latent(same, same, events=True)  # off by 0.2, where it counts
-    assert {"z[0]", "z[1]"} <= pv.calibration(wrong, (live,), **settings).failures.keys()
+    assert {"z[0]", "z[1]"} <= pv.calibration(wrong, live, **settings).failures.keys()
 
 
 def test_tools_work_with_obs_mask():

@@ -70,7 +70,7 @@ def test_calibration_says_nothing_of_a_pair_that_takes_no_missing_entries(whole)
 
 def test_masks_in_the_context_apply_in_calibration():
     pair, (_, seen) = Holes(spread=1.0), holes(60)
-    found = pv.calibration(pair, (seen,), num_simulations=300, num_draws=39, progress=False)
+    found = pv.calibration(pair, seen, num_simulations=300, num_draws=39, progress=False)
     assert found.calibrated
     assert found.left_out == {}
 

@@ -134,7 +134,7 @@ def test_the_decoders_network_does_not_see_the_library_size():
         few.mean / few.mean.sum(-1, True), many.mean / many.mean.sum(-1, True)
     )
     assert not torch.allclose(few.mean, many.mean)
-    drawn = pv.sample(vae, 300, [label[:1], torch.tensor([[100.0]]).log()], seed=0)
+    drawn = pv.sample(vae, 300, label[:1], torch.tensor([[100.0]]).log(), seed=0)
     assert drawn.sum(-1).mean().item() == pytest.approx(100, abs=5 * (100 / 300) ** 0.5)
 
 

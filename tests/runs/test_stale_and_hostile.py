@@ -161,10 +161,10 @@ def test_a_report_in_python_describes_the_given_pair(here):
     pair, x = pv.load(here), pv.load_data("x.npy").test.x
     with torch.no_grad():
         next(pair.parameters()).mul_(2)
-    pv.write_report(here, pair, x)
+    pv.write_report(pair, x, run=here)
     assert "describe other weights" in shown(here)
     run_metrics.write_metrics(here, pair, pv.evaluate(pair, x, num_samples=2).as_dict())
-    pv.write_report(here, pair, x)
+    pv.write_report(pair, x, run=here)
     assert "describe other weights" not in shown(here)
 
 
@@ -235,11 +235,11 @@ def test_text_of_the_configuration_and_the_folder_name_is_escaped(here):
     run_files.write_json(here / "config.json", config)
     pair, x = pv.load(here), pv.load_data("x.npy").test.x
     here = here.rename(here.with_name("<b onclick=alert(1)>run"))
-    pv.write_report(here, pair, x)
+    pv.write_report(pair, x, run=here)
     clean(shown(here))
     config["pair"]["class"] = f"evil:{EVIL}"
     run_files.write_json(here / "config.json", config)
-    pv.write_report(here, pair, x)
+    pv.write_report(pair, x, run=here)
     clean(shown(here))
 
 
@@ -279,7 +279,7 @@ def test_names_of_sites_are_escaped_in_page_and_pictures(name, tmp_path):
     x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     pv.save(pair, tmp_path)
     run_metrics.write_metrics(tmp_path, pair, pv.evaluate(pair, x, num_samples=2).as_dict())
-    pv.write_report(tmp_path, pair, x, labels=torch.arange(20) % 3)
+    pv.write_report(pair, x, run=tmp_path, labels=torch.arange(20) % 3)
     clean((tmp_path / "report.html").read_text())
     assert set(encode(pair, x)) == {name}
 
@@ -364,7 +364,9 @@ USES = {
     "save": lambda run: pv.save(pv.load(run), run.parent / "copy"),
     "load_data": lambda run: pv.load_data("digits"),
     "shapes": lambda run: pv.load_data("shapes"),
-    "write_report": lambda run: pv.write_report(run, pv.load(run), pv.load_data("x.npy").test.x),
+    "write_report": lambda run: pv.write_report(
+        pv.load(run), pv.load_data("x.npy").test.x, run=run
+    ),
     "a load that fails": lambda run: refused_load(run),
 }
 

@@ -57,7 +57,7 @@ def page(shelf, found):
     """The report of a run with these findings."""
     pair, run = shelf
     run_metrics.write_metrics(run, pair, {"elbo": -1.5, "diagnostics": found})
-    return pv.write_report(run, pair, binary()).read_text()
+    return pv.write_report(pair, binary(), run=run).read_text()
 
 
 @pytest.fixture(scope="module")

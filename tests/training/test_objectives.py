@@ -164,7 +164,7 @@ def test_total_correlation_refuses_a_prior_that_depends_on_context():
     objective = pv.TotalCorrelationELBO(6)
     with pytest.raises(pv.UsageError, match=words):
         objective.loss(pair.model, pair.guide, x, context)
-    assert words in pv.check(pair, (x, context), objective).errors[0]
+    assert words in pv.check(pair, x, context, objective=objective).errors[0]
     assert objective.loss(pair.model, pair.guide, x, context[:1].expand(6, 3)) > 0
 
 

@@ -158,7 +158,7 @@ def test_a_full_disk_is_one_line_and_the_last_run_loads(size, trained, tmp_path)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_full_disk_while_exporting(tmp_path):
-    work = lambda: pv.export(small(), tmp_path / "e", binary(), formats=["torch"])  # noqa: E731
+    work = lambda: pv.export(small(), binary(), folder=tmp_path / "e", formats=["torch"])  # noqa: E731
     message = limited(1000, work)
     assert "cannot be written" in message
     assert "\n" not in message

@@ -436,7 +436,7 @@ CALLS = {
     "decode": lambda p, x, out: pv.decode(p, {"z": x[:, :2]}, means=False),
     "diagnose": lambda p, x, out: pv.diagnose(p, x, budget=1e-3, **QUIET).summary.count(":"),
     "encode": lambda p, x, out: pv.encode(p, x, what="draw"),
-    "export": lambda p, x, out: [p.name for p in pv.export(p, out, x, formats=["torch"])],
+    "export": lambda p, x, out: [p.name for p in pv.export(p, x, folder=out, formats=["torch"])],
     "evaluate": lambda p, x, out: pv.evaluate(p, x, num_samples=5),
     "fit": lambda p, x, out: fitted(p, x, out=out),
     "gaps": lambda p, x, out: pv.gaps(p, x, num_samples=21, steps=2, **EAGER),
@@ -467,7 +467,9 @@ CALLS = {
     "refine": lambda p, x, out: pv.refine(p, x, steps=2, num_samples=5, **EAGER).gain,
     "refit_guide": lambda p, x, out: refitted(p, x),
     "sample": lambda p, x, out: pv.sample(p, 5, seed=0),
-    "sandwich": lambda p, x, out: pv.sandwich(p, 4, num_temperatures=3, num_chains=2, **EAGER).gap,
+    "sandwich": lambda p, x, out: (
+        pv.sandwich(p, num_examples=4, num_temperatures=3, num_chains=2, **EAGER).gap
+    ),
     "save": lambda p, x, out: pv.save(p, out) and None,
     "score": lambda p, x, out: pv.score(p, x, num_samples=21),
     "tarp": lambda p, x, out: pv.tarp(p, num_simulations=100, num_draws=19).ranks,
@@ -478,7 +480,7 @@ CALLS = {
     "uncertainty": lambda p, x, out: pv.uncertainty(
         pv.BayesianDecoder(p), x, num_weights=2, num_samples=2, **QUIET
     ),
-    "write_report": lambda p, x, out: pv.write_report(pv.save(p, out), p, x).name,
+    "write_report": lambda p, x, out: pv.write_report(p, x, run=pv.save(p, out)).name,
 }
 
 
@@ -497,7 +499,7 @@ def calibrated(pair):
 def refitted(pair, x):
     with alone():  # the first weights of the new guide
         torch.manual_seed(3)
-        return pv.refit_guide(pair, pv.FullRankNormal, x, **SMALL)
+        return pv.refit_guide(pair, x, posterior=pv.FullRankNormal, **SMALL)
 
 
 def test_every_public_function_is_called_here():

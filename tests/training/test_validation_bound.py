@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.plots.pictures import curves
+from pyro_vae.training.curves import curves
 from pyro_vae.training.history import is_better
 from pyro_vae.training.validation import Bound
 
