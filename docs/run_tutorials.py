@@ -5,15 +5,28 @@
 A notebook is written only if all its cells ran, and their statements of what to expect were true.
 """
 
+import base64
+import io
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 TUTORIALS = Path(__file__).parent / "tutorials"
+
+
+def shrink(output: Any) -> None:
+    """Give a figure at most 128 colors, so that the repository stays small."""
+    if figure := output.get("data", {}).get("image/png"):
+        buffer = io.BytesIO()
+        image = Image.open(io.BytesIO(base64.b64decode(figure))).convert("RGB")
+        image.quantize(128).save(buffer, "png", optimize=True)
+        output.data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
 
 
 def run(script: Path) -> None:
@@ -22,6 +35,11 @@ def run(script: Path) -> None:
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
     NotebookClient(notebook, timeout=None).execute()
     for i, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code":
+            # Warnings of other libraries depend on what else is installed.
+            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
+            for output in cell.outputs:
+                shrink(output)
         cell["id"] = f"{script.stem}-{i}"  # random ones would change with each run
         cell.metadata.pop("execution", None)  # the times of day
     notebook.metadata.pop("language_info", None)
