@@ -160,7 +160,7 @@ for blame in found.blamed:
 #
 # More latents are one number here. The rows of the test data are the same, so compare the
 # differences by row: their standard error is smaller than that of each mean. **Expect** that ten
-# factors are better by 10 to 15 nats.
+# factors are better by about 6 nats.
 
 # %%
 larger = fitted(10)
