@@ -2,7 +2,7 @@
 # # Choosing a model: latent dimension, prior and guide
 #
 # After this tutorial you can choose between models by numbers that you can defend. The notebook
-# takes about two minutes of processor time.
+# takes about 150 seconds of processor time.
 #
 # Four rules:
 #
