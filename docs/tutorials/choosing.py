@@ -181,6 +181,8 @@ print(pv.log_likelihood(best, test, num_samples=NUM_SAMPLES))
 # The statements below stop the notebook if they are wrong.
 
 # %%
+assert all(one.value > one.elbo for one in scores.values())
+# The others need the sizes above.
 assert difference("2 latents", "8 latents")[0] < -0.5
 assert abs(difference("8, another seed", "8 latents")[0]) < 1.5
 assert difference("8, flow prior", "8 latents")[0] > 0

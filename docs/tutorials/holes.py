@@ -148,6 +148,10 @@ if len(unsure):
 # The statements below stop the notebook if they are wrong.
 
 # %%
+seen = holes[numbers].notna()
+assert np.allclose(filled[numbers].to_numpy()[seen], holes[numbers].to_numpy()[seen])
+assert (errors["VAE"] < errors["column mean"]).all()
+# The others need the sizes above.
 assert (errors["VAE"] < 0.75 * errors["column mean"]).all()
 assert (errors["VAE"] < 1.4 * errors["regressions"]).all()
 assert 0.84 < coverage < 0.97
