@@ -1,7 +1,7 @@
 """The code of each tutorial runs, short, and its statements of what to expect are true.
 
 The last cells of a tutorial assert what the page promises. Here the first of these statements hold
-for fewer epochs, draws and seconds. `make tutorials` checks all, with the sizes as written.
+for fewer images, epochs, draws and seconds. `make tutorials` checks all, with the sizes as written.
 """
 
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 import jupytext
 import matplotlib
 import pytest
+from small_programs import small
 
 import pyro_vae as pv
 
@@ -42,6 +43,7 @@ def shortened(code, values):
 @pytest.mark.filterwarnings("ignore")
 def test_the_statements_of_a_tutorial_are_true(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pv, "load_data", small(pv.load_data))
     matplotlib.use("agg")
     code = (TUTORIALS / f"{name}.py").read_text()
     code, *_ = code.split("# The others need the sizes above.")
