@@ -24,7 +24,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|pyro|numpy|np|pandas|matplotlib|arviz|sklearn|collections|pathlib)\..*"),
     # The same, and parts of hints, where a hint is quoted.
-    (r"py:class", r"Tensor|Dataset|DataLoader|Figure|Axes|dict\[str"),
+    (r"py:class", r"Tensor|Dataset|DataLoader|DiskArray|Figure|Axes|dict\[str"),
     (r"py:class", r"pyro_vae\.pairs\.inner_plates\.Program"),  # a type variable
 ]
 

@@ -42,7 +42,7 @@ def run(script: Path) -> None:
                 shrink(output)
         cell["id"] = f"{script.stem}-{i}"  # random ones would change with each run
         cell.metadata.pop("execution", None)  # the times of day
-    notebook.metadata.pop("language_info", None)
+    notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "python"}
     nbformat.write(notebook, script.with_suffix(".ipynb"))
 
 
