@@ -5,7 +5,7 @@ BIN = .venv/bin
 OLDEST = .venv-oldest/bin
 PROSE = README.md AGENTS.md CONTRIBUTING.md CHANGELOG.md SECURITY.md docs examples benchmarks pyro_vae tests
 
-.PHONY: train test test-oldest lint docs package try-package clean
+.PHONY: train test test-oldest lint docs tutorials package try-package clean
 
 train: .venv/installed
 	$(BIN)/pyro-vae train digits --out runs/digits --overwrite \
@@ -32,6 +32,10 @@ lint: .venv/installed-test
 # The site, in build/site. Warnings are errors, and each link within the site must have a target.
 docs: .venv/installed-docs
 	$(BIN)/python -m sphinx --fail-on-warning --nitpicky --quiet docs build/site
+
+# The notebooks of the tutorials, from the scripts beside them. This needs ten minutes.
+tutorials: .venv/installed-docs
+	$(BIN)/python docs/run_tutorials.py
 
 # The wheel and the sdist, in dist.
 package: .venv/installed-test

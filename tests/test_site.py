@@ -23,5 +23,5 @@ def test_each_page_is_in_one_table_of_contents():
         for entries in re.findall(block, path.read_text(), re.M | re.S):
             names = [line.split("<")[-1].strip(" >") for line in entries.splitlines()]
             listed += [path.parent / name for name in names if name and name[0] not in ":%"]
-    pages = [p.with_suffix("") for p in [*DOCS.rglob("*.md"), *DOCS.rglob("*.rst")]]
+    pages = [p.with_suffix("") for kind in ("md", "rst", "ipynb") for p in DOCS.rglob(f"*.{kind}")]
     assert sorted(listed) == sorted(page for page in pages if page != DOCS / "index")

@@ -108,13 +108,13 @@ def _named(ids: dict[str, list[Any]], rows: list[int]) -> str:
 
 def _write(run: Path, pair: "nn.Module", found: "Diagnosis", record: dict[str, Any]) -> None:
     """Write the figures, without those of an earlier diagnosis, and the record."""
-    from pyro_vae.plots import canvas
+    from pyro_vae.pairs.figures import png
     from pyro_vae.runs import files as run_files
     from pyro_vae.runs import metrics as run_metrics
 
     figures = run / run_files.FIGURES
     made = {
-        figures / f"{run_files.DIAGNOSIS}{name}.png": canvas.png(figure)
+        figures / f"{run_files.DIAGNOSIS}{name}.png": png(figure)
         for name, figure in found.figures.items()
     }
     for path in set(figures.glob(f"{run_files.DIAGNOSIS}*.png")) - set(made):

@@ -261,6 +261,7 @@ def _write(
     import numpy as np
     import torch
 
+    from pyro_vae.pairs.figures import png
     from pyro_vae.plots import canvas
     from pyro_vae.runs import files as run_files
 
@@ -278,6 +279,6 @@ def _write(
         print(run / f"{name}.txt", text, sep="\n\n")
         return
     with run_files.atomic(run / run_files.FIGURES / f"{name}.png") as file:
-        file.write(canvas.png(canvas.grid(rows)))
+        file.write(png(canvas.grid(rows)))
     print(run / f"{name}.npy")
     print(run / run_files.FIGURES / f"{name}.png")

@@ -1,5 +1,7 @@
 """What all figures share: size of text, colors, limits of axes, words without formulas."""
 
+import io
+from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -17,10 +19,22 @@ DPI = 130
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """A figure of this size in inches, which does not use the state of pyplot."""
+    """A figure of this size in inches, which does not use the state of pyplot.
+
+    A notebook shows it, also if pyplot was never imported.
+    """
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, ceil(10 * height) / 10), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(width, ceil(10 * height) / 10), dpi=DPI, layout="constrained")
+    vars(figure)["_repr_png_"] = partial(png, figure)
+    return figure
+
+
+def png(figure: "Figure") -> bytes:
+    """A figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def literal(text: str) -> str:

@@ -1,6 +1,5 @@
 """The shared parts of all figures: colors, grids of images, lines of text, PNG."""
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -91,13 +90,6 @@ def alike(made: Tensor, x: Tensor) -> Tensor:
         if made.shape[leading:].numel() == x.shape[1:].numel():
             return made.reshape(*made.shape[:leading], *x.shape[1:])
     return made
-
-
-def png(figure: "Figure") -> bytes:
-    """A figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def intensity(x: Tensor) -> Tensor:

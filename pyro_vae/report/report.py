@@ -12,6 +12,7 @@ from pyro_vae.data.schema import SCHEMA, stored_schema
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.inference.generation import interpolate, reconstruct, sample
 from pyro_vae.pairs import enumeration
+from pyro_vae.pairs.figures import png
 from pyro_vae.pairs.template import missing_context, template
 from pyro_vae.pairs.threads import alone
 from pyro_vae.plots import canvas, pictures
@@ -70,7 +71,7 @@ def write_report(
         verdict = shown_verdict(metrics.get("diagnostics"))
         diagnostics = shown_diagnostics(run, metrics.get("diagnostics"))
     figures = {
-        name: made if isinstance(made, str) else canvas.png(made)
+        name: made if isinstance(made, str) else png(made)
         for name, made in _figures(run, pair, x, context, labels, metrics, vocabulary, ids, seed)
     }
     for name, made in figures.items():

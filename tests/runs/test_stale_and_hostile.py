@@ -18,6 +18,7 @@ import pyro_vae as pv
 from pyro_vae.cli.main import main
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.encoding import encode
+from pyro_vae.pairs.figures import png
 from pyro_vae.plots import canvas
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import metrics as run_metrics
@@ -296,7 +297,7 @@ def test_names_of_sites_are_escaped_in_page_and_pictures(name, tmp_path):
 
 def test_a_picture_of_another_folder_is_not_shown(here):
     secret = here.parent / "secret.png"
-    secret.write_bytes(canvas.png(canvas.grid([("", torch.zeros(1, 1, 2, 2))], "secret")))
+    secret.write_bytes(png(canvas.grid([("", torch.zeros(1, 1, 2, 2))], "secret")))
     (here / "figures" / "diagnosis-..").mkdir()
     found = FINDINGS | {"pictures": {EVIL: ["../../../secret"]}}
     (here / "metrics.json").write_text(json.dumps({"diagnostics": found}))
