@@ -110,7 +110,7 @@ _JSON_END = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n\}\n')
 def sealed_json(content: bytes) -> bytes:
     """A JSON object, as ``json.dumps(indent=2)`` writes it, with the SHA-256 of its text.
 
-    >>> sealed_json(b'{\\n  "a": 1\\n}\\n')[:33]
+    >>> sealed_json(b'{\\n  "a": 1\\n}\\n')[:32]
     b'{\\n  "a": 1,\\n  "sha256": "d298ee5'
     """
     body = content.removesuffix(b"\n}\n")

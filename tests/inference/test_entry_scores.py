@@ -52,7 +52,7 @@ def test_entries_of_groups_with_holes_have_their_exact_conditional_densities():
     pv.fit(
         pair,
         *groups.batch,
-        epochs=150,
+        epochs=600,
         batch_size=8,
         learning_rate=0.02,
         engine="eager",

@@ -149,9 +149,9 @@ def stock_training(pair, batch, steps_seed, objective, epochs=3, batch_size=16):
     svi = SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 0.01}), loss=objective)
     losses = []
     with seeded(steps_seed):
-        for _ in range(epochs):
+        for epoch in range(epochs):
             total = 0.0
-            for part in Arrays(batch).epoch(batch_size, Place(0, 0)):
+            for part in Arrays(batch).epoch(batch_size, Place(steps_seed, epoch)):
                 with SiteNoise(CounterDraws(new_key())):
                     total += svi.step(*part)
             losses.append(-total / len(batch[0]))
