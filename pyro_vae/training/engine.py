@@ -126,6 +126,9 @@ class Engine(ELBO):
         self.noise, self.optimizer = noise, optimizer
         self._graphs: Graphs | None = None
         self._whole: Graphs | None = None
+        self._update: FusedAdam | None = None
+        self._refused = False
+        """Whether a step together with its update cannot be a compiled graph."""
         self._beta = torch.zeros(())
 
     def _get_trace(self, *args: Any) -> Any:
@@ -163,22 +166,25 @@ class Engine(ELBO):
 
         Raises ``FloatingPointError`` if loss or gradient are not finite. Then nothing was updated.
         """
-        if self.engine != "compiled" or self.optimizer is None or len(batch[0]) < self.batch_size:
+        full = len(batch[0]) >= self.batch_size
+        if self.engine != "compiled" or self.optimizer is None or self._refused or not full:
             return False
         if self._graphs is None or self._programs != (model, guide):
             self._start(model, guide)
         adam = self.optimizer.for_graphs()
+        if adam is not self._update:  # the optimizer has another state
+            self._start(model, guide)
         if self._whole is None or adam is None:
             return False
         numbers = torch.tensor([float(self.beta), *adam.numbers()], dtype=self._beta.dtype)
         try:
             found = self._whole.found(numbers, *batch)
         except NotTraceable:
-            self._whole = None
+            self._whole, self._refused = None, True
             return False
         if not found.graph.compiled:
             cast(Graphs, self._graphs).can_compile = self._whole.can_compile
-            self._whole = None
+            self._whole, self._refused = None, True
             return False
         results = found()
         self._require_inside(results)
@@ -217,7 +223,7 @@ class Engine(ELBO):
         function = self._function(model, guide)
         self._graphs = Graphs(self.pair, function, self._compiles, tolerance, self.say)
         adam = self.optimizer.for_graphs() if self.optimizer and not like.is_cuda else None
-        self._whole = None
+        self._whole, self._update = None, adam
         if adam is not None:
             whole = self._whole_function(function, adam)
             self._whole = Graphs(
@@ -232,14 +238,19 @@ class Engine(ELBO):
         def whole(numbers: Tensor, *batch: Tensor) -> Named:
             found = function(numbers[0], *batch)
             trained = [p for p in self.pair.parameters() if p.requires_grad]
+            if len(trained) != len(adam.params):
+                raise NotTraceable("a parameter was frozen")
             if any(("gradient", i) not in found for i in range(len(trained))):
                 raise NotTraceable("a parameter has no gradient")
             gradients = [found.pop(("gradient", i)) for i in range(len(trained))]
             kept = {key: found.pop(key) for key in list(found) if key[0] in NUMBERS}
             norm = kept["norm", ""] = _norm(gradients)
             gradients = cast(Optimizer, self.optimizer).clipped(gradients, norm)
-            # A loss that is not finite moves no parameter.
-            adam.update(trained, gradients, norm + 0 * kept["loss", ""], numbers[1:])
+            # A loss that is not finite, and a value outside its support, move no parameter.
+            sound = norm + 0 * kept["loss", ""]
+            for count in (value for (kind, _), value in found.items() if kind == "outside"):
+                sound = torch.where(count > 0, torch.nan, sound)
+            adam.update(trained, gradients, sound, numbers[1:])
             return {("numbers", tuple(kept)): torch.stack(list(kept.values())), **found}
 
         return whole

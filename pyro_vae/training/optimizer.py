@@ -83,6 +83,9 @@ class Optimizer(PyroOptim):
             )
         if self.exchange is not None:
             norm = self.exchange()
+        for p in self.parameters.values():
+            if not p.requires_grad:
+                p.grad = None  # a gradient of zero would still move it, by its average
         present = [p for p in self.parameters.values() if p.grad is not None]
         gradients = cast(list[Tensor], [p.grad for p in present])
         if not gradients:
@@ -104,7 +107,8 @@ class Optimizer(PyroOptim):
 
     def for_graphs(self) -> "FusedAdam | None":
         """Return the update of all parameters that a compiled step can contain, or None."""
-        if self.exchange is not None:  # gradients are added up outside of the graph
+        frozen = any(not p.requires_grad for p in self.parameters.values())
+        if frozen or self.exchange is not None:  # processes add up gradients outside of a graph
             return None
         if self._adam is None or not self._adam.serves(list(self.parameters.values())):
             self._adam = FusedAdam.of(self.torch_optimizer, list(self.parameters.values()))

@@ -242,20 +242,22 @@ class Graphs:
         """Return the results of a run and the tensors that it leaves in the pair; then undo it."""
         generators = rng.state()
         kept = [value.detach().clone() for value in values]
-        with scope(self.pair):
-            found = run()
-        updated = set(map(id, self.trained())) if self.updates else ()
-        left = [
-            (f"{name}, tensor {i}", held[name].detach().clone())
-            for i, (held, name) in enumerate(self._places)
-            if id(held[name]) not in updated
-        ]
-        self._put(values)
-        rng.restore(generators)
-        with torch.no_grad():
-            for value, was in zip(values, kept, strict=True):
-                if not torch.equal(value, was):
-                    value.copy_(was)
+        try:
+            with scope(self.pair):
+                found = run()
+            updated = set(map(id, self.trained())) if self.updates else ()
+            left = [
+                (f"{name}, tensor {i}", held[name].detach().clone())
+                for i, (held, name) in enumerate(self._places)
+                if id(held[name]) not in updated
+            ]
+        finally:
+            self._put(values)
+            rng.restore(generators)
+            with torch.no_grad():
+                for value, was in zip(values, kept, strict=True):
+                    if not torch.equal(value, was):
+                        value.copy_(was)
         return [*found.items(), *left]
 
 

@@ -2,6 +2,8 @@
 
 import functools
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
@@ -22,8 +24,8 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_update_in_a_graph_is_that_of_torch(name):
     with seeded(0):
-        ours = {"a": torch.randn(3, 2), "b": torch.randn(5)}
-    theirs = [p.clone().requires_grad_() for p in ours.values()]
+        ours = {"a": torch.randn(3, 2).requires_grad_(), "b": torch.randn(5).requires_grad_()}
+    theirs = [p.detach().clone().requires_grad_() for p in ours.values()]
     optimizer = Optimizer(OPTIMIZERS[name], ours, 0.05)
     torchs = OPTIMIZERS[name](theirs, lr=0.05, fused=False)
     update = optimizer.for_graphs()
@@ -47,7 +49,7 @@ def test_the_update_in_a_graph_is_that_of_torch(name):
 
 
 def test_a_norm_that_is_not_finite_changes_nothing():
-    p = {"a": torch.ones(3)}
+    p = {"a": torch.ones(3).requires_grad_()}
     optimizer = Optimizer(torch.optim.Adam, p, 0.05)
     update = optimizer.for_graphs()
     numbers = torch.tensor(update.numbers())
@@ -104,13 +106,73 @@ def test_every_engine_draws_the_same_noise():
     assert ends["eager"] == pytest.approx(ends["traced"], rel=1e-5)
 
 
-def test_a_parameter_without_a_gradient_keeps_the_update_outside(monkeypatch):
-    vae, _, _ = started("traced")
-    vae.unused = torch.nn.Parameter(torch.ones(2))
+def uncompiled(monkeypatch, vae: torch.nn.Module) -> tuple[Engine, Step]:
+    """An engine whose compiled steps run the graph as it is."""
     optimizer = Optimizer(torch.optim.Adam, dict(vae.named_parameters()), 0.05)
     engine = Engine(vae, Trace_ELBO(), "compiled", declare=False, optimizer=optimizer)
     monkeypatch.setattr("pyro_vae.compat.compile_graph", lambda graph, *_: graph.forward)
-    svi = Step(vae.model, vae.guide, optimizer, engine)
+    return engine, Step(vae.model, vae.guide, optimizer, engine)
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
+def test_a_parameter_that_is_frozen_later_stays_and_others_keep_their_own_state(monkeypatch):
+    ends = []
+    for engine_name in ("compiled", "eager"):
+        vae, _, _ = started("traced")
+        engine, svi = uncompiled(monkeypatch, vae)
+        engine.engine = engine_name
+        with seeded(3):
+            for step in range(4):
+                svi.step(torch.rand(8, 6).round())
+                if step == 1:
+                    first = next(vae.parameters())
+                    first.requires_grad_(False)
+                    kept = first.clone()
+        assert torch.equal(first, kept)
+        ends.append(torch.cat([p.detach().flatten() for p in vae.parameters()]))
+    assert torch.allclose(*ends, rtol=1e-4, atol=1e-5)
+
+
+def test_another_state_of_the_optimizer_takes_effect(monkeypatch):
+    x = torch.rand(8, 6).round()
+    ends = []
+    for again in (False, True):
+        vae, _, _ = started("traced")
+        engine, svi = uncompiled(monkeypatch, vae)
+        with seeded(3):
+            for step in range(4):
+                svi.step(x)
+                if again and step == 1:
+                    svi.optim.set_state(svi.optim.get_state())
+        assert engine._whole is not None
+        ends.append(torch.cat([p.detach().flatten() for p in vae.parameters()]))
+    assert torch.equal(*ends)
+
+
+def test_a_value_outside_the_support_moves_nothing(monkeypatch):
+    class Checked(pv.VAE):
+        def model(self, x: torch.Tensor) -> None:
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+                logits = self.decoder.network(z)
+                pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    with seeded(0):
+        plain = pv.VAE.mlp((6,), latent_dim=2, hidden=(5,))
+        vae = Checked(plain.encoder, plain.decoder, plain.prior)
+    engine, svi = uncompiled(monkeypatch, vae)
+    svi.step(torch.rand(8, 6).round())
+    assert engine._whole is not None
+    before = [p.detach().clone() for p in vae.parameters()]
+    with pytest.raises(ValueError, match="outside its support"):
+        svi.step(torch.full((8, 6), 3.0))
+    assert all(map(torch.equal, before, vae.parameters()))
+
+
+def test_a_parameter_without_a_gradient_keeps_the_update_outside(monkeypatch):
+    vae, _, _ = started("traced")
+    vae.unused = torch.nn.Parameter(torch.ones(2))
+    engine, svi = uncompiled(monkeypatch, vae)
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}
     svi.step(torch.rand(8, 6).round())
     assert engine._whole is None
