@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.pairs import figures
 from pyro_vae.plots import canvas
 
 LATENT_DIM = 8
@@ -109,7 +110,7 @@ def main() -> None:
         drawn = pv.sample(vae, 10, quadrant, means=True, seed=seed)
         rows.append((f"draw {seed + 1}", whole(drawn, quadrant)))
     rows.append(("truth", whole(missing, quadrant)))
-    options.out.write_bytes(canvas.png(canvas.grid(rows, "completions of a quadrant")))
+    options.out.write_bytes(figures.png(canvas.grid(rows, "completions of a quadrant")))
     print(options.out)
 
 

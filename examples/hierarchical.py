@@ -21,6 +21,7 @@ from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
 from pyro_vae.data.split import Data
+from pyro_vae.pairs import figures
 from pyro_vae.plots import canvas
 
 HIDDEN = (128, 64)
@@ -77,7 +78,7 @@ def main() -> None:
         print(f"{name:36}{found.elbo:9.2f}{found.log_likelihood:10.2f}   {levels}")
     figure = canvas.grid([("", row) for row in variations(pair)], "one upper level along each row")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_bytes(canvas.png(figure))
+    options.out.write_bytes(figures.png(figure))
     print(options.out)
 
 

@@ -15,7 +15,8 @@ import argparse
 import torch
 
 import pyro_vae as pv
-from pyro_vae.plots import canvas, pictures
+from pyro_vae.pairs import figures
+from pyro_vae.plots import pictures
 
 COMPONENTS = 15
 
@@ -52,7 +53,7 @@ def main() -> None:
         print(f"component {k}: {counts.sum()} digits, {counts[most]} of them {labels[most]}")
     figure = pictures.by_value(pair, digits.test.x, [], "k", torch.arange(COMPONENTS))
     with open(options.out, "wb") as file:
-        file.write(canvas.png(figure))
+        file.write(figures.png(figure))
 
 
 if __name__ == "__main__":

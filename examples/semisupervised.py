@@ -16,7 +16,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import pyro_vae as pv
-from pyro_vae.plots import canvas, pictures
+from pyro_vae.pairs import figures
+from pyro_vae.plots import pictures
 
 LABELS = 50
 
@@ -57,7 +58,7 @@ def main() -> None:
     print(f"accuracy on test digits: {result.accuracy:.1%}; plain classifier: {score:.1%}")
     print(f"expected calibration error: {result.calibration_error:.1%}")
     with open(options.out, "wb") as file:
-        file.write(canvas.png(pictures.by_value(pair, test.x, [], "y", torch.arange(10))))
+        file.write(figures.png(pictures.by_value(pair, test.x, [], "y", torch.arange(10))))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
+from pyro_vae.pairs import figures
 from pyro_vae.plots import canvas
 
 LATENT_DIM = 12
@@ -85,7 +86,7 @@ def main() -> None:
     rows = [("data", test[some, None]), *((f"path {i + 1}", end) for i, end in enumerate(ends))]
     figure = Path(options.out) / "forecast.png"
     title = "the upper half is given, the lower half is forecast"
-    figure.write_bytes(canvas.png(canvas.grid(rows, title)))
+    figure.write_bytes(figures.png(canvas.grid(rows, title)))
     print(f"pictures: {figure}")
 
 

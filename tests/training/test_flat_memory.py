@@ -1,6 +1,7 @@
 """A call of `fit` leaves nothing behind; the fast form of 1,000 calls in `benchmarks/faults.py`."""
 
 import gc
+import logging
 import weakref
 
 import pytest
@@ -17,15 +18,20 @@ def alive():
 
 
 @pytest.mark.parametrize("engine", ["eager", "traced"])
-def test_a_fit_keeps_no_objects(engine):
+def test_a_fit_keeps_no_objects(engine, monkeypatch):
     """A graph that stays would have hundreds of nodes in each call."""
     pair, x = small(), binary()
     for _ in range(2):
         pv.fit(pair, x, engine=engine, **OPTIONS)
-    before = alive()
-    for _ in range(3):
-        pv.fit(pair, x, engine=engine, **OPTIONS)
-    assert alive() - before < 3 * 30
+    growth = []
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # pytest keeps messages
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    for _ in range(3):  # a leak grows each time; other parts of the process may grow once
+        before = alive()
+        for _ in range(3):
+            pv.fit(pair, x, engine=engine, **OPTIONS)
+        growth.append(alive() - before)
+    assert min(growth) < 3 * 30
 
 
 def test_a_pair_that_was_fitted_is_freed():
