@@ -162,16 +162,16 @@ def _options(given: dict[str, Any]) -> str:
 
 def _epochs(run: Path) -> str:
     """The number of epochs, and the epoch with the best bound on validation data."""
-    import csv
+    from pyro_vae.runs import files
+    from pyro_vae.runs.history_file import read_history
 
-    path = run / "history.csv"
-    if not path.is_file():
-        return "unknown: no history.csv"
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    bounds = [float(row["validation_bound"]) for row in rows if row.get("validation_bound")]
-    best = "" if len(bounds) < len(rows) or not rows else f", best {1 + bounds.index(max(bounds))}"
-    return f"{len(rows)}{best}"
+    path = run / files.HISTORY
+    if not path.exists():
+        return f"unknown: no {files.HISTORY}"
+    history = read_history(path)
+    bounds = history.get("validation_bound")
+    best = f", best {1 + bounds.index(max(bounds))}" if bounds else ""
+    return f"{len(history.get('epoch', ()))}{best}"
 
 
 def _bound(measured: dict[str, Any]) -> str:

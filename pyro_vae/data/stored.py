@@ -85,7 +85,7 @@ class Stored(Arriving):
         return found
 
     def sample(self) -> list[Tensor]:
-        """Rows that stand for all data in a checksum, and the number of all rows."""
+        """A sample of the rows for the checksum of the data, and the number of all rows."""
         arrays = [a.sample() if isinstance(a, DiskArray) else a for a in self.arrays]
         return [torch.tensor([len(self)]), *arrays]
 

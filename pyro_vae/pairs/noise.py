@@ -2,7 +2,7 @@
 
 The generators of torch draw one number after another, and Inductor cannot fuse them. Here, each
 draw is a hash of its key and its position: the counter-based generator "squares" of Widynski (2020,
-arXiv:2004.06278, five rounds for 64 bits). Every engine and every device gives the same bits.
+arXiv:2004.06278, five rounds for 64 bits). The same key gives the same bits in every engine.
 """
 
 import math

@@ -165,7 +165,9 @@ def fit(
     require_free(pair)
     team = here()
     if team.count > 1 and chosen.on_nonfinite == "skip":
-        raise UsageError("'skip' needs one process", argument="on_nonfinite")
+        raise UsageError(
+            f"'skip' needs one process, got {team.count}; use 'stop'", argument="on_nonfinite"
+        )
     folder = folder if team.first else None
     if folder is not None and resume:
         run_folder.read_config(folder)

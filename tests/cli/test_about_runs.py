@@ -1,6 +1,8 @@
 """`info`, `compare` and `repeat`, the groups of the help, and shell completion."""
 
+import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -108,3 +110,16 @@ def test_a_shell_completes_commands_and_options(shell):
     script = app.generate_completion(shell=shell)
     assert "compare" in script
     assert "latent-dim" in script
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_info_does_not_wait_for_a_pipe_and_names_a_damaged_history(folder, tmp_path, capsys):
+    copied = shutil.copytree(folder / "a", tmp_path / "run")
+    history = copied / "history.csv"
+    history.write_bytes(history.read_bytes()[:-3])
+    for words in ("is cut short, damaged", "must be a plain file"):
+        with pytest.raises(SystemExit):
+            main(["info", str(copied)])
+        assert words in capsys.readouterr().err
+        history.unlink()
+        os.mkfifo(history)
