@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 import shutil
 
 import pyro
@@ -15,9 +16,13 @@ torch.set_num_threads(1)  # the tensors of tests are small: threads would only w
 
 @pytest.fixture(autouse=True)
 def _leaves_no_trace():
-    """A test, and so the library, leaves process-wide state as it was."""
+    """A test, and so the library, leaves process-wide state as it was.
+
+    Each test starts from one seed, so that its result does not depend on the tests before it.
+    """
     dtype = torch.get_default_dtype()
     pyro.clear_param_store()
+    pyro.set_rng_seed(int(os.environ.get("PYRO_VAE_TEST_SEED", "0")))
     yield
     assert torch.get_default_dtype() == dtype
     pyro.clear_param_store()

@@ -197,8 +197,8 @@ def model_check(
     misspecification in amortized Bayesian inference, 2021.
 
     >>> import torch, pyro_vae as pv
-    >>> vae = pv.VAE.mlp((4,), latent_dim=1)
-    >>> found = pv.model_check(vae, torch.ones(60, 4), num_samples=30, progress=False)
+    >>> vae = pv.VAE.mlp((20,), latent_dim=1)  # before training each entry is a fair coin
+    >>> found = pv.model_check(vae, torch.ones(200, 20), num_samples=30, progress=False)
     >>> bool(found.marginal_p < 0.01)  # the model never draws rows of ones only
     True
     """
