@@ -1,8 +1,6 @@
 """The Python blocks of README.md, AGENTS.md and docs/ run, a page after another as a reader would.
 
-They run as they are printed, but for their size: `pyro_vae.load_data` gives the first rows of each
-part, `pyro_vae.fit` trains for one epoch, by the eager engine where a block names no other, and
-`pyro_vae.diagnose` takes a second. A block that starts with the name of a file is that file.
+They run as they are printed, but for their size: see `small_programs`. A block that starts with the name of a file is that file.
 ```` ```python no-test ```` marks a block that does not run, and a comment in the page says why.
 """
 
@@ -12,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from mktestdocs import check_md_file, grab_code_blocks
-from small_programs import short, small
-
-import pyro_vae as pv
+from small_programs import shrink
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -28,17 +24,10 @@ def blocks(page):
     return grab_code_blocks(page.read_text(), lang="python")
 
 
-def hasty(function):
-    """`diagnose` with a second to spend."""
-    return lambda *args, **kwargs: function(*args, **kwargs | {"budget": 1.0})
-
-
 @pytest.fixture
 def _small(monkeypatch, tmp_path):
     torch.manual_seed(0)  # pages do not seed the first parameters
-    monkeypatch.setattr(pv, "load_data", small(pv.load_data))
-    monkeypatch.setattr(pv, "fit", short(pv.fit))
-    monkeypatch.setattr(pv, "diagnose", hasty(pv.diagnose))
+    shrink(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 

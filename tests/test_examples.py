@@ -5,9 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_programs import short, small
-
-import pyro_vae as pv
+from small_programs import shrink
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RUNS = {
@@ -41,8 +39,7 @@ def test_every_example_is_run():
 def test_example(name, tmp_path, monkeypatch, capsys):
     words = [word.replace("OUT", str(tmp_path / "run")) for word in RUNS[name]]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pv, "load_data", small(pv.load_data))
-    monkeypatch.setattr(pv, "fit", short(pv.fit))
+    shrink(monkeypatch)
     monkeypatch.setattr(sys, "argv", [name, *words])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert "log p(x)" in capsys.readouterr().out

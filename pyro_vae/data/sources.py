@@ -63,7 +63,7 @@ class Arrays:
         index = order(place.seed, place.epoch, len(self)).to(self.tensors[0].device)
         for start in range(place.batches * batch_size, len(self), batch_size):
             rows = place.team.of(index[start : start + batch_size])
-            yield tuple(tensor[rows] for tensor in self.tensors)
+            yield tuple(tensor.index_select(0, rows) for tensor in self.tensors)
 
     def first(self, n: int) -> Batch:
         """The first n rows, and the rows with the smallest and largest integers of the context."""
