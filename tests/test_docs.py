@@ -1,6 +1,7 @@
 """The Python blocks of README.md, AGENTS.md and docs/ run, a page after another as a reader would.
 
-They run as they are printed, but for their size: see `small_programs`. A block that starts with the name of a file is that file.
+They run as they are printed, but for their size: see `small_programs`. A block that
+starts with the name of a file is that file.
 ```` ```python no-test ```` marks a block that does not run, and a comment in the page says why.
 """
 
