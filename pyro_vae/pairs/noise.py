@@ -39,14 +39,15 @@ def bits(key: Tensor, counter: Tensor) -> Tensor:
     >>> bits(torch.tensor(0x548C9DECBCE65297), torch.arange(1, 3))
     tensor([-7762210281180045398, -3987668225389865793])
     """
+    # Inductor writes out an operand again for each of its uses, so x * x would double the kernel.
     y = counter * key
     z = y + key
-    x = _swapped(y * y + y)
-    x = _swapped(x * x + z)
-    x = _swapped(x * x + y)
-    last = x * x + z
+    x = _swapped(y.square() + y)
+    x = _swapped(x.square() + z)
+    x = _swapped(x.square() + y)
+    last = x.square() + z
     x = _swapped(last)
-    return last ^ _high(x * x + y, 32)
+    return last ^ _high(x.square() + y, 32)
 
 
 def _high(x: Tensor, shift: int) -> Tensor:
