@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from pyro.distributions.util import scale_and_mask, sum_rightmost
@@ -270,14 +270,21 @@ REORDERS = torch.__version__ < "2.14"  # by number: it is a TorchVersion
 """Whether Inductor may draw in another order than the graph that it compiles."""
 
 
-def make_graph(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
+Formulas: TypeAlias = Mapping[OpOverload, Callable[..., Any]]
+"""What replaces an operation."""
+
+
+def make_graph(
+    function: Callable[..., Any], inputs: Sequence[Tensor], formulas: Formulas | None = None
+) -> torch.fx.GraphModule:
     """The graph of a function of tensors, by ``make_fx``, the tracer below torch.compile.
 
     ``torch.export`` is public, but gives no graph of a function that calls ``autograd.grad``.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    table = dict(formulas or {})
+    return make_fx(function, table, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
 
 
 def schema(target: OpOverload) -> Any:
@@ -296,26 +303,30 @@ def has_values(tensor: Tensor) -> bool:
 
 
 def compile_graph(
-    graph: torch.fx.GraphModule,
-    examples: Sequence[Tensor],
-    decompositions: Mapping[OpOverload, Callable[..., Any]],
+    graph: torch.fx.GraphModule, examples: Sequence[Tensor], formulas: Formulas
 ) -> Callable[..., list[Tensor]]:
     """A graph as compiled by Inductor, whose public face, torch.compile, would trace once more.
 
+    Inductor keeps compiled graphs on disk, so a later process needs a second instead of ten.
+
     Arguments:
-        decompositions: formulas for operations, in addition to those of Inductor.
+        formulas: they are used in addition to those of Inductor.
     """
     import torch._inductor.config
+    from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     # The generators are those of the eager step, so that the draws are the same.
     options: dict[str, Any] = {"fallback_random": True}
     if REORDERS:
         options["reorder_for_locality"] = False
-    with torch._inductor.config.patch(options):
-        table = {**select_decomp_table(), **decompositions}
-        compiled = compile_fx(graph, list(examples), decompositions=table)
+    # Inductor cannot keep a graph on disk if it gets formulas, or if no context knows its shapes.
+    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
+    replaced = make_graph(graph, examples, formulas)
+    with torch._inductor.config.patch(options), tracing(context):
+        compiled = compile_fx(replaced, list(examples))
     return cast(Callable[..., list[Tensor]], compiled)
 
 
