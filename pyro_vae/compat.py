@@ -302,15 +302,22 @@ def has_values(tensor: Tensor) -> bool:
     return not isinstance(tensor, FakeTensor)
 
 
-def compile_graph(
+def with_formulas(
     graph: torch.fx.GraphModule, examples: Sequence[Tensor], formulas: Formulas
+) -> torch.fx.GraphModule:
+    """A graph in which Inductor's own formulas, and these, replace operations."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return make_graph(graph, examples, {**select_decomp_table(), **formulas})
+
+
+def compile_graph(
+    graph: torch.fx.GraphModule, examples: Sequence[Tensor]
 ) -> Callable[..., list[Tensor]]:
     """A graph as compiled by Inductor, whose public face, torch.compile, would trace once more.
 
-    Inductor keeps compiled graphs on disk, so a later process needs a second instead of ten.
-
-    Arguments:
-        formulas: they are used in addition to those of Inductor.
+    Inductor keeps compiled graphs on disk, so a later process needs a second instead of ten. It can
+    do this only if a context knows the shapes, and if it gets no formulas (see `with_formulas`).
     """
     import torch._inductor.config
     from torch._guards import TracingContext, tracing
@@ -322,11 +329,9 @@ def compile_graph(
     options: dict[str, Any] = {"fallback_random": True}
     if REORDERS:
         options["reorder_for_locality"] = False
-    # Inductor cannot keep a graph on disk if it gets formulas, or if no context knows its shapes.
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
-    replaced = make_graph(graph, examples, formulas)
     with torch._inductor.config.patch(options), tracing(context):
-        compiled = compile_fx(replaced, list(examples))
+        compiled = compile_fx(graph, list(examples))
     return cast(Callable[..., list[Tensor]], compiled)
 
 

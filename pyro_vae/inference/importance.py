@@ -40,7 +40,7 @@ SAMPLES = 64
 TRACED_RUNS = 20
 """From this number of chunks on, "auto" traces a graph."""
 
-COMPILED_CELLS = 5e9
+COMPILED_CELLS = 2e9
 """From this product of data, samples and dimensions on, "auto" compiles the graph."""
 
 

@@ -369,4 +369,4 @@ def _quiet() -> Iterator[None]:
 def _compile(graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Any]:
     with torch.no_grad(), _quiet():
         plain = [tensor.detach() for tensor in examples]
-        return compat.compile_graph(graph, plain, DECOMPOSITIONS)
+        return compat.compile_graph(compat.with_formulas(graph, plain, DECOMPOSITIONS), plain)
