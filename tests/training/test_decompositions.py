@@ -40,7 +40,7 @@ def test_other_types_are_left_to_inductor():
 
 
 def test_no_slow_function_remains_in_a_bernoulli_likelihood():
-    """Inductor's own formula for this likelihood contains log1p, so the order of formulas counts."""
+    """Inductor's own formula for this likelihood contains log1p."""
 
     def likelihood(x, logits):
         return [torch.nn.functional.binary_cross_entropy_with_logits(logits, x)]
