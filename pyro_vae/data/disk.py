@@ -6,7 +6,7 @@ process, so the rows of a file are read and not mapped.
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,10 @@ class DiskArray:
         numbers = torch.arange(len(self))[rows].reshape(-1).tolist()
         found = [self.between(number, number + 1) for number in numbers]
         return torch.cat(found) if found else self.between(0, 0)
+
+    def rows_in_file(self, rows: Sequence[int]) -> list[int]:
+        """The numbers in the file of rows of this array."""
+        return [int(self.blocks[n // self.block]) * self.block + n % self.block for n in rows]
 
     def sample(self) -> Tensor:
         """The rows of at most 64 evenly spaced blocks."""
