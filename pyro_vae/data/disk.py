@@ -174,9 +174,15 @@ class _PlainFile:
 
     def __post_init__(self) -> None:
         self.descriptor = os.open(self.path, os.O_RDONLY)
+        self.version = self._version()
         weakref.finalize(self, os.close, self.descriptor)
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
+        if self._version() != self.version:
+            raise UsageError(
+                f"{self.path} has been changed while it was read: start again with a file that "
+                "stays as it is"
+            )
         row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         found = np.empty((stop - start, *self.shape[1:]), self.dtype)
         view, at = memoryview(found.reshape(-1).view(np.uint8).data), self.offset + start * row
@@ -186,3 +192,8 @@ class _PlainFile:
                 raise UsageError(f"{self.path} is cut short: row {start} cannot be read")
             view, at = view[done:], at + done
         return found
+
+    def _version(self) -> tuple[int, int]:
+        """The size and the time of the last change of the file that is open."""
+        found = os.fstat(self.descriptor)
+        return found.st_size, found.st_mtime_ns
