@@ -57,6 +57,7 @@ def train(out: Path) -> None:
     join()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    assert here().count == int(os.environ.get("WORLD_SIZE", "1"))
     x = torch.rand(ROWS, WIDTH).round()
     vae = pv.VAE.mlp((WIDTH,), latent_dim=20, hidden=(400, 400))
     history = pv.fit(vae, x, epochs=EPOCHS, batch_size=BATCH, engine="traced", progress=False)

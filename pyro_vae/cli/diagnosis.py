@@ -89,7 +89,7 @@ def diagnose_run(
 
 def _worst(data: "Data", given: dict[str, Any], x: "Tensor", found: "Diagnosis") -> dict[str, str]:
     """The data whose log p(x) is least reliable, as text or by their ids, for the report."""
-    from pyro_vae.cli.score import ids_of
+    from pyro_vae.cli.row_names import ids_of
     from pyro_vae.plots import canvas
 
     worst = found.worst()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.cli.app import RunFolder, UserClass, app
+from pyro_vae.cli.row_names import ids_of
 from pyro_vae.cli.run import (
     SCHEMA,
     binarize_of,
@@ -14,7 +15,7 @@ from pyro_vae.cli.run import (
     require_positive,
     schema_of_run,
 )
-from pyro_vae.cli.score import chosen_part, ids_of
+from pyro_vae.cli.score import chosen_part
 from pyro_vae.errors import UsageError
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from pyro_vae.cli.make_objective import make_beta, make_learning_rate_schedule, 
 from pyro_vae.cli.make_pair import context_shapes, make_pair
 from pyro_vae.cli.make_parts import binarized, standardizes, with_likelihood
 from pyro_vae.cli.options import Model, Objective, reject_ignored
+from pyro_vae.cli.row_names import training_rows
 from pyro_vae.cli.run import context_of
 from pyro_vae.errors import UsageError
 from pyro_vae.training.settings import Settings
@@ -49,22 +51,25 @@ class Job:
     def fit(self, **more: Any) -> "History":
         """Fit the pair; ``more`` are further arguments of `pyro_vae.fit`."""
         from pyro_vae.training.fit import fit
+        from pyro_vae.training.nonfinite import rows_named
 
         data, given = self.data, self.given
+        name_rows = partial(training_rows, data, str(given["data"]))
         enumerated = _enumerated(self.pair, given, data)
         epochs = self.settings.epochs
-        return fit(
-            self.pair,
-            data.train.x,
-            *context_of(given, data, data.train),
-            validation=(data.validation.x, *context_of(given, data, data.validation)),
-            objective=make_objective(self.objective, len(data.train.x), enumerated),
-            beta=make_beta(self.objective),
-            learning_rate_schedule=make_learning_rate_schedule(self.objective, epochs),
-            binarize=self.source.binarize,
-            **asdict(self.settings),
-            **more,
-        )
+        with rows_named(name_rows):
+            return fit(
+                self.pair,
+                data.train.x,
+                *context_of(given, data, data.train),
+                validation=(data.validation.x, *context_of(given, data, data.validation)),
+                objective=make_objective(self.objective, len(data.train.x), enumerated),
+                beta=make_beta(self.objective),
+                learning_rate_schedule=make_learning_rate_schedule(self.objective, epochs),
+                binarize=self.source.binarize,
+                **asdict(self.settings),
+                **more,
+            )
 
 
 def make_job(

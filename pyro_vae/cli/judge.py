@@ -43,6 +43,7 @@ def evaluate(
     data_dir: Path | None = None,
     model: UserClass = None,
     num_samples: int = 500,
+    batch_size: int = 500,
     engine: EngineName = "auto",
 ) -> None:
     """Measure a run on test data: ELBO, log p(x), KL, active units, a linear probe.
@@ -58,13 +59,15 @@ def evaluate(
         Folder of the torchvision data sets.
     num_samples
         Importance samples for the log p(x) of each datum.
+    batch_size
+        Greatest number of rows in one pass.
     engine
         How to compute log p(x): with stock Pyro (eager), a traced graph (traced) or a compiled
         graph (compiled). auto chooses by the amount of work.
     """
     pair, loaded, given = open_run(run, data, data_dir, model, part)
     kept = _current_findings(run, pair) | (_seen(run, loaded, part) if data is not None else {})
-    measure_run(run, pair, loaded, given, num_samples, engine, kept, part)
+    measure_run(run, pair, loaded, given, num_samples, engine, kept, part, batch_size)
 
 
 @app.command

@@ -15,6 +15,7 @@ from pyro_vae.cli.make_pair import current_folder
 from pyro_vae.cli.options import Model
 from pyro_vae.cli.processes import is_elsewhere, shared
 from pyro_vae.errors import UsageError
+from pyro_vae.pairs.memory import told_smaller
 
 # isort: off
 from pyro_vae.cli import train as _train
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # A class of the user's own may import modules that are next to it whenever it runs.
         here = current_folder() if _names_class(bound.arguments) else nullcontext()
         with (
+            told_smaller(lambda: "fewer rows or a smaller pair need less"),
             here,
             _warnings_as_lines(),
             shared(command.__name__),

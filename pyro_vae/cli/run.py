@@ -27,6 +27,7 @@ def measure_run(
     engine: str,
     kept: Mapping[str, Any] | None = None,
     part: str = "test",
+    batch_size: int = 500,
 ) -> None:
     """Measure a part of the data, and write and print what is found.
 
@@ -48,6 +49,7 @@ def measure_run(
         train=(train.x, *context_of(given, data, train)) if apart else None,
         train_labels=train.labels if apart else None,
         num_samples=num_samples,
+        batch_size=batch_size,
         binarize=binarize_of(given),
         engine=engine,
         progress=True,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pyro_vae.cli.app import RunFolder, UserClass, app
 from pyro_vae.cli.config_file import CELLS
+from pyro_vae.cli.row_names import ids_of
 from pyro_vae.cli.run import binarize_of, context_of, open_run, require_positive
 from pyro_vae.errors import UsageError
 
@@ -274,20 +275,6 @@ def chosen_part(data: "Data", other: str | None, part: str | None) -> "Split":
     from pyro_vae.data.split import part_of
 
     return part_of(data, part or ("test" if other is None else "all"))
-
-
-def ids_of(data: "Data", split: "Split") -> dict[str, list[Any]]:
-    """The row ids of a split: those of the table, paths of images, or the numbers of the rows."""
-    if split.rows is None:
-        return {"row": list(range(len(split.x)))}
-    rows = split.rows.tolist()
-    if data.files is not None:
-        return {"files": [data.files[row] for row in rows]}
-    known = data.table or (data.cells and data.cells.table)
-    if known is None:
-        return {"row": rows}
-    ids = known.ids
-    return {known.id_name: [ids[row] for row in rows]}
 
 
 def _npz_ids(data: "Data", split: "Split") -> dict[str, Any]:

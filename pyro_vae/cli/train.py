@@ -34,6 +34,7 @@ from pyro_vae.errors import UsageError
 from pyro_vae.training.settings import Settings
 
 if TYPE_CHECKING:
+    from pyro_vae.cli.job import Job
     from pyro_vae.data.split import Data
 
 
@@ -115,7 +116,7 @@ def train(
         print(f"{'binarized':<20}intensities become 0 or 1 (--binarize, --likelihood to change)")
     if holes := missing_entries(loaded):
         print(f"{'missing entries':<20}{holes}, which the likelihood leaves out")
-    measure_run(run, job.pair, loaded, job.given, num_eval_samples, job.settings.engine)
+    _measure(run, job, num_eval_samples)
     if not team.first:
         return
     with single():
@@ -124,6 +125,21 @@ def train(
         if report:
             report_run(run, job.pair, loaded, job.given)
             print(f"{'report':<20}{run / 'report.html'}")
+
+
+def _measure(run: Path, job: "Job", num_samples: int) -> None:
+    """Evaluate the trained pair, with as many rows at once as in validation."""
+    from pyro_vae.pairs.memory import OutOfMemoryError
+
+    at_once = min(500, 4 * (job.settings.batch_size or 125))
+    words = (num_samples, job.settings.engine)
+    try:
+        measure_run(run, job.pair, job.data, job.given, *words, batch_size=at_once)
+    except OutOfMemoryError as error:
+        raise UsageError(
+            f"the memory does not suffice to evaluate {at_once} rows at once; the pair is trained: "
+            f"run pyro-vae evaluate {run} --batch-size {max(1, at_once // 2)}"
+        ) from error
 
 
 def _loaded(data: str, run: Path, model: Model, source: Input, resume: bool) -> "Data":

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.cli.app import RunFolder, UserClass, app
+from pyro_vae.cli.row_names import ids_of
 from pyro_vae.cli.run import (
     SCHEMA,
     binarize_of,
@@ -15,7 +16,7 @@ from pyro_vae.cli.run import (
     schema_of_run,
     test_part,
 )
-from pyro_vae.cli.score import as_frame, chosen_part, ids_of, written
+from pyro_vae.cli.score import as_frame, chosen_part, written
 from pyro_vae.errors import UsageError
 
 if TYPE_CHECKING:

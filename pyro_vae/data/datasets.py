@@ -15,7 +15,7 @@ from pyro_vae.data.files import UNREADABLE, load_file, load_music, load_text
 from pyro_vae.data.grouped_tables import grouped
 from pyro_vae.data.image_folders import image_options, load_images
 from pyro_vae.data.shapes import draw
-from pyro_vae.data.split import Data, Split, shuffled, three_ways
+from pyro_vae.data.split import Data, Split, three_ways, with_validation
 from pyro_vae.data.table_files import FILES as TABLES
 from pyro_vae.data.tables import read_table
 from pyro_vae.data.text import docstrings, read_lines
@@ -275,5 +275,5 @@ def _torchvision(name: str, root: Path) -> Data:
                 f"'{name}' is not in {root} and cannot be downloaded ({reason}); place "
                 f"{files} there, or use 'digits', which needs no download"
             ) from error
-    part, validation = shuffled(train, (5, 1))
+    part, validation = with_validation(train)
     return Data(name, part, validation, test)

@@ -6,7 +6,7 @@ process, so the rows of a file are read and not mapped.
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,10 @@ class DiskArray:
         found = [self.between(number, number + 1) for number in numbers]
         return torch.cat(found) if found else self.between(0, 0)
 
+    def rows_in_file(self, rows: Sequence[int]) -> list[int]:
+        """The numbers in the file of rows of this array."""
+        return [int(self.blocks[n // self.block]) * self.block + n % self.block for n in rows]
+
     def sample(self) -> Tensor:
         """The rows of at most 64 evenly spaced blocks."""
         numbers = np.unique(np.linspace(0, len(self.blocks) - 1, 64).astype(int))
@@ -170,9 +174,15 @@ class _PlainFile:
 
     def __post_init__(self) -> None:
         self.descriptor = os.open(self.path, os.O_RDONLY)
+        self.version = self._version()
         weakref.finalize(self, os.close, self.descriptor)
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
+        if self._version() != self.version:
+            raise UsageError(
+                f"{self.path} has been changed while it was read: start again with a file that "
+                "stays as it is"
+            )
         row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         found = np.empty((stop - start, *self.shape[1:]), self.dtype)
         view, at = memoryview(found.reshape(-1).view(np.uint8).data), self.offset + start * row
@@ -182,3 +192,8 @@ class _PlainFile:
                 raise UsageError(f"{self.path} is cut short: row {start} cannot be read")
             view, at = view[done:], at + done
         return found
+
+    def _version(self) -> tuple[int, int]:
+        """The size and the time of the last change of the file that is open."""
+        found = os.fstat(self.descriptor)
+        return found.st_size, found.st_mtime_ns

@@ -20,7 +20,7 @@ from pyro_vae.data.disk import DiskArray, rows_of
 from pyro_vae.data.groups import in_groups
 from pyro_vae.data.music import Piece, piano_rolls, read_pieces
 from pyro_vae.data.sizes import require_memory
-from pyro_vae.data.split import Data, Split, shuffled, three_ways
+from pyro_vae.data.split import Data, Split, three_ways, with_validation
 from pyro_vae.data.text import as_tokens, vocabulary_of
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.pairs.arrays import as_tensor
@@ -105,7 +105,7 @@ def load_file(path: Path, group: str | None = None) -> Data:
     if group is not None:
         splits = in_groups(splits, _ids(arrays, splits, group, path))
     if "validation" not in splits:
-        splits["train"], splits["validation"] = shuffled(splits["train"], (5, 1))
+        splits["train"], splits["validation"] = with_validation(splits["train"])
     return Data(path.stem, splits["train"], splits["validation"], splits["test"])
 
 

@@ -65,6 +65,11 @@ class Arrays:
             rows = place.team.of(index[start : start + batch_size])
             yield tuple(tensor.index_select(0, rows) for tensor in self.tensors)
 
+    def numbers(self, batch_size: int, place: Place) -> Tensor:
+        """The numbers of the rows of this process's part of the next minibatch."""
+        index, start = order(place.seed, place.epoch, len(self)), place.batches * batch_size
+        return place.team.of(index[start : start + batch_size])
+
     def first(self, n: int) -> Batch:
         """The first n rows, and the rows with the smallest and largest integers of the context."""
         kept = list(range(min(n, len(self))))

@@ -28,7 +28,8 @@ class Split(NamedTuple):
     factors: Tensor | None = None
     """The index of the value of each known factor, integers (n, factors), for drawn data."""
     rows: Tensor | None = None
-    """The number of each row in the data before they are split, integers (n,)."""
+    """The number of each row in the data before they are split, integers (n,); in the training data
+    of a source with test data of its own."""
     members: Tensor | None = None
     """The row of the file of each member, integers (n, members), -1 for padding, if rows are
     groups."""
@@ -136,8 +137,17 @@ def part_of(data: Data, name: str) -> Split:
             return found
         return taken(found, found.rows.argsort())
     columns = zip(*parts.values(), strict=True)
-    whole = Split(*(None if c[0] is None else torch.cat(list(c)) for c in columns))  # type: ignore
+    whole = Split(*(torch.cat(list(c)) if _known(c) else None for c in columns))  # type: ignore
     return whole if whole.rows is None else taken(whole, whole.rows.argsort())
+
+
+def _known(column: Sequence[Tensor | None]) -> bool:
+    return all(part is not None for part in column)
+
+
+def with_validation(train: Split) -> list[Split]:
+    """Training and validation data: a random sixth of these rows becomes validation data."""
+    return shuffled(train._replace(rows=torch.arange(len(train.x))), (5, 1))
 
 
 def taken(split: Split, rows: Tensor) -> Split:

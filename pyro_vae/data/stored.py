@@ -102,21 +102,35 @@ class Stored(Arriving):
         for batch in self._served(_read(self._shuffled(place, done), batch_size, done)):
             yield tuple(place.team.of(part) for part in batch)
 
+    def numbers(self, batch_size: int, place: Place) -> Tensor:
+        """The numbers of the rows of this process's part of the next minibatch."""
+        found = torch.empty(0, dtype=torch.long)
+        for window, mixed in self._orders(place, place.batches * batch_size):
+            rows = torch.cat([torch.arange(*span) for span in self._spans(window)])
+            found = torch.cat([found, rows[mixed]])
+            if len(found) >= batch_size:
+                break
+        return place.team.of(found[:batch_size])
+
     def _shuffled(self, place: Place, done: int) -> Iterator[Batch]:
         """The shuffled rows of one window after another, without the first ``done`` rows."""
+        for window, mixed in self._orders(place, done):
+            parts = [self._between(*span) for span in self._spans(window)]
+            yield tuple(torch.cat(part)[mixed] for part in zip(*parts, strict=True))
+
+    def _orders(self, place: Place, done: int) -> Iterator[tuple[Window, Tensor]]:
+        """Each window with the order of its rows, without the first ``done`` rows of all."""
         found = windows(place.seed, place.epoch, len(self), self.x.block, WINDOW_BLOCKS)
         for window in found:
             if window.start + window.length <= done:
                 continue
             mixed = order(place.seed, place.epoch, window.length, window.number)
-            mixed = mixed[max(0, done - window.start) :]
-            yield tuple(part[mixed] for part in self._blocks(window))
+            yield window, mixed[max(0, done - window.start) :]
 
-    def _blocks(self, window: Window) -> Batch:
+    def _spans(self, window: Window) -> list[tuple[int, int]]:
+        """The rows of each block of a window: the first one, and the one after the last."""
         size = self.x.block
-        spans = [(b * size, min((b + 1) * size, len(self))) for b in map(int, window.blocks)]
-        parts = [self._between(*span) for span in spans]
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
+        return [(b * size, min((b + 1) * size, len(self))) for b in map(int, window.blocks)]
 
     def _between(self, start: int, stop: int) -> Batch:
         return tuple(

@@ -22,6 +22,7 @@ from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model
 from pyro_vae.pairs.pair import Batch
+from pyro_vae.pairs.processes import single
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import require_seed
 from pyro_vae.pairs.scope import using
@@ -152,6 +153,7 @@ class Diagnosis:
 
 
 @alone()
+@single()  # the sizes depend on the time, so processes could not share a study
 def diagnose(
     pair: nn.Module,
     x: Rows,
@@ -185,6 +187,8 @@ def diagnose(
         budget: time in seconds. A diagnostic whose smallest size does not fit is left out.
         binarize, seed, engine: as in `pyro_vae.evaluate`.
         progress: show a bar.
+
+    Several processes (torchrun) do not share it: each process that calls it does all of the work.
 
     Returns a summary in words, the result of each diagnostic, and figures. Raises `UsageError` if
     ``budget`` is not positive.

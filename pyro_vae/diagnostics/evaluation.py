@@ -18,6 +18,7 @@ from pyro_vae.pairs import enumeration, fold_plan, folding, folds, masks, summin
 from pyro_vae.pairs.arrays import as_labels
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.formatting import with_error
+from pyro_vae.pairs.memory import smaller, told_smaller
 from pyro_vae.pairs.moments import is_category, is_discrete, mean
 from pyro_vae.pairs.processes import Team, here, single
 from pyro_vae.pairs.scope import using
@@ -201,10 +202,11 @@ def evaluate(
     >>> result.num_examples, result.elbo <= result.log_likelihood + 1
     (8, True)
     """
-    if num_samples < 1:
-        raise UsageError(f"must be at least 1, got {num_samples}", argument="num_samples")
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise UsageError(f"must be at least 1, got {value}", argument=name)
     team = here()
-    with single():
+    with single(), told_smaller(lambda: smaller(batch_size)):
         return _evaluated(
             pair,
             (x, context),
@@ -249,7 +251,8 @@ def _evaluated(
     points, factors = fold_plan.plan(pair, few), folding.factors_of(pair, few)
     likelihood = None
     if not points.local_points:
-        likelihood = estimate(pair, rows, prepare, num_samples, seed, engine, progress, team)
+        given_engine = (engine, progress, team, batch_size)
+        likelihood = estimate(pair, rows, prepare, num_samples, seed, *given_engine)
         _warn_of_rows(rows, prepare, likelihood.per_datum, batch_size)
     units, codes, moves, dims = _units(pair, rows, prepare, batch_size, seed)
     scores = LabelScores()

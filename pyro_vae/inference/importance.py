@@ -14,6 +14,7 @@ from pyro_vae.inference.datum_weights import Weighed, weighed
 from pyro_vae.inference.pareto import LEAST, threshold
 from pyro_vae.pairs import fold_plan, folding
 from pyro_vae.pairs.formatting import with_error
+from pyro_vae.pairs.memory import smaller, told_smaller
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.processes import ALONE, Team, here, single
@@ -195,6 +196,7 @@ def log_likelihood(
     seed: int = 0,
     engine: str = "auto",
     progress: bool = False,
+    batch_size: int = 500,
 ) -> LogLikelihood:
     r"""Estimate log p(x) by importance sampling, with the guide as proposal.
 
@@ -210,6 +212,8 @@ def log_likelihood(
         binarize, seed: as in `pyro_vae.evaluate`.
         engine: "eager", "traced", "compiled" or "auto", as in `pyro_vae.fit`.
         progress: show a bar.
+        batch_size: greatest number of rows in one pass. Memory is proportional to it, because rows
+            and draws of a pass are limited together.
 
     Global latents w, such as the weights of a decoder, are drawn with z, and the weights are
     :math:`p(x, z|w)/q(z|x)`. The estimate is then that of the posterior predictive density
@@ -224,12 +228,13 @@ def log_likelihood(
     >>> pv.log_likelihood(pv.VAE.mlp((4,)), torch.ones(8, 4), num_samples=100).per_datum.shape
     torch.Size([8])
     """
-    if num_samples < 1:
-        raise UsageError(f"must be at least 1, got {num_samples}", argument="num_samples")
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise UsageError(f"must be at least 1, got {value}", argument=name)
     team = here()
-    with single():
+    with single(), told_smaller(lambda: smaller(batch_size)):
         rows, prepare = team.together(lambda: held_rows(pair, x, context, binarize))
-        return estimate(pair, rows, prepare, num_samples, seed, engine, progress, team)
+        return estimate(pair, rows, prepare, num_samples, seed, engine, progress, team, batch_size)
 
 
 def estimate(
@@ -241,15 +246,17 @@ def estimate(
     engine: str,
     progress: bool,
     team: Team = ALONE,
+    at_once: int = 500,
 ) -> LogLikelihood:
     """Compute `log_likelihood` of rows that are already checked and binarized.
 
     Arguments:
         team: the processes that share the minibatches. All of them get the same result.
+        at_once: the greatest number of rows in one pass.
     """
     require_engine(engine)
     parts = team.gather(
-        lambda: _weigh(pair, rows, prepare, num_samples, seed, engine, progress, team)
+        lambda: _weigh(pair, rows, prepare, num_samples, seed, engine, progress, team, at_once)
     )
     whole = Weighed(*map(torch.cat, zip(*_in_order(parts), strict=True)))
     with using(pair, seed):
@@ -279,13 +286,16 @@ def _weigh(
     engine: str,
     progress: bool,
     team: Team,
+    at_once: int,
 ) -> list[Weighed]:
     """Compute the estimates of the minibatches of this process."""
     with using(pair, derived(seed, "process", team.rank)):
         first = prepare(next(iter(rows.batches(2))))
         nesting, vectorized, widest = structure(pair, first)
-        batch_size = max(1, min(500, len(rows), CELLS // (widest * min(SAMPLES, num_samples))))
-        chunk = max(1, CELLS // (widest * batch_size)) if vectorized else 1
+        cells = CELLS * min(at_once, 500) // 500
+        most = min(at_once, len(rows), cells // (widest * min(SAMPLES, num_samples)))
+        batch_size = max(1, most)
+        chunk = max(1, cells // (widest * batch_size)) if vectorized else 1
         chunk = min(chunk, num_samples)
         runs = -(-len(rows) // batch_size) * -(-num_samples // chunk)
         if engine == "auto":

@@ -13,6 +13,7 @@ from pyro_vae.errors import UsageError, first_line
 from pyro_vae.inference.generation import interpolate, reconstruct, sample
 from pyro_vae.pairs import enumeration
 from pyro_vae.pairs.figures import png
+from pyro_vae.pairs.processes import single
 from pyro_vae.pairs.template import missing_context, template
 from pyro_vae.pairs.threads import alone
 from pyro_vae.plots import canvas, pictures
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 @alone()
+@single()
 def write_report(
     pair: nn.Module,
     x: Tensor,

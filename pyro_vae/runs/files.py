@@ -18,6 +18,7 @@ from pyro_vae.data.sizes import read_bytes, require_memory
 from pyro_vae.data.temporary import flush_folder, require_no_link, temporary
 from pyro_vae.errors import UsageError, warn
 from pyro_vae.runs import checksums
+from pyro_vae.runs.lock import require_unmoved
 
 CONFIG, MODEL, CHECKPOINT = "config.json", "model.safetensors", "checkpoint.pt"
 
@@ -209,6 +210,7 @@ def atomic(path: Path, proved: Callable[[Path], Any] = lambda part: None) -> Ite
     try:
         if path.parent.name == FIGURES:
             require_no_link(path.parent)
+        require_unmoved(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary(path) as (file, part):
             yield file

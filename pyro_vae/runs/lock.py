@@ -19,6 +19,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _OWN: ContextVar[frozenset[tuple[int, int, int]]] = ContextVar("own folders", default=frozenset())
 """The folders that this thread has reserved: process, device and inode."""
 
+_WRITTEN: ContextVar[tuple[tuple[Path, int, int], ...]] = ContextVar("written", default=())
+"""The folders that this thread writes into: path, device and inode."""
+
 _HELD: set[int] = set()
 """The descriptors of the locks of this process."""
 
@@ -45,10 +48,12 @@ def writing(run: Path | None) -> Iterator[None]:
             _OWN.reset(token)
         return
     descriptor = _lock(run)
+    place = _WRITTEN.set((*_WRITTEN.get(), (run.absolute(), *own[1:])))
     try:
         sweep(run)
         yield
     finally:
+        _WRITTEN.reset(place)
         if descriptor is not None:
             _release(run, descriptor)
         with suppress(OSError):  # a folder with a run is not empty, and stays
@@ -66,6 +71,25 @@ def reserved(run: Path) -> Iterator[None]:
             yield
         finally:
             _OWN.reset(token)
+
+
+def require_unmoved(path: Path) -> None:
+    """Raise `UsageError` if the run folder of a file is not the one that was locked.
+
+    Otherwise the file would begin a new folder without the other files of its run, or go into the
+    folder of another run.
+    """
+    for run, device, inode in _WRITTEN.get():
+        if not path.absolute().is_relative_to(run):
+            continue
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found = os.stat(run)
+            if (found.st_dev, found.st_ino) == (device, inode):
+                continue
+        raise UsageError(
+            f"{run} was deleted, moved or replaced during this command, so {path.name} was not "
+            "written: restore the folder and continue from its last files, or start again"
+        )
 
 
 def _create(run: Path) -> list[Path]:
@@ -112,8 +136,8 @@ def _lock(run: Path) -> int | None:
 def _release(run: Path, descriptor: int) -> None:
     """Delete the lock file and release the lock; a forked child leaves both to its parent."""
     if descriptor in _HELD:
-        if _is_current(descriptor, run):
-            with suppress(OSError):
+        with suppress(OSError):  # the folder has gone, or its disk does not answer
+            if _is_current(descriptor, run):
                 os.unlink(run / LOCK)
         _close(descriptor)
 
@@ -122,7 +146,7 @@ def _is_current(descriptor: int, run: Path) -> bool:
     """Whether the lock file of the folder is still this one."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(run / LOCK))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

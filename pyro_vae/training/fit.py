@@ -16,6 +16,7 @@ from pyro_vae.data.ranges import range_fault
 from pyro_vae.data.sources import Arrays, Rows, parts, spread
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.pairs.contract import no_pair
+from pyro_vae.pairs.memory import smaller, told_smaller
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.processes import here, local_device, restarts, single
 from pyro_vae.pairs.progress import bar
@@ -171,7 +172,7 @@ def fit(
     folder = folder if team.first else None
     if folder is not None and resume:
         run_folder.read_config(folder)
-    with single(), writing(folder):
+    with single(), writing(folder), told_smaller(lambda: _smaller(batch_size or 128, folder)):
         state = team.from_first(lambda: _saved(folder) if folder and resume else None)
         pair.to(local_device() or torch_device(chosen.device))
         objective, beta = _with_recipe(pair, chosen.epochs, objective, beta)
@@ -221,6 +222,16 @@ def fit(
             history = train(run, first_state(run) if state is None else resumed(run, state), own)
             held_out_rows.remember(pair, x if _has_globals(pair, data) else None)
             return history
+
+
+def _smaller(batch_size: int, folder: Path | None) -> str:
+    """What to make smaller if the memory does not suffice, and what is kept."""
+    words = smaller(batch_size)
+    if folder is None:
+        return words
+    kept = (folder / run_files.CHECKPOINT).exists()
+    words += ", in a new run, because a resumed run keeps its `batch_size`"
+    return f"{words}; {folder} keeps its last checkpoint" if kept else words
 
 
 def after_restart(folder: Path | None, resume: bool, overwrite: bool) -> tuple[bool, bool]:

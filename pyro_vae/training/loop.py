@@ -144,7 +144,8 @@ def _measured(run: TrainingRun, state: TrainState) -> Bound | None:
     if run.data.held is None:
         return None
     try:
-        return bound(run.pair, *run.data.held, run.data.objective, team=run.team)
+        at_once = min(500, 4 * run.batch_size)  # less memory than a step, which has gradients
+        return bound(run.pair, *run.data.held, run.data.objective, at_once, team=run.team)
     except BadNumbers:
         return Bound(math.nan, math.nan, math.nan, dict.fromkeys(state.sums["kl"], math.nan))
 

@@ -2,7 +2,9 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from pyro_vae.data.order import Place
 from pyro_vae.data.ranges import CURE, extreme
 from pyro_vae.data.sources import Arrays
+from pyro_vae.data.streams import Stream
 from pyro_vae.errors import warn
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.runs.files import NONFINITE, atomic
@@ -23,6 +26,35 @@ from pyro_vae.training.stopping import NonFiniteError
 
 SHOWN = 8
 """How many row numbers a message names."""
+
+
+class NamedRows(NamedTuple):
+    """Rows of the training data as the user knows them."""
+
+    ids: Sequence[Any]
+    one: str
+    """The words before one of them."""
+    many: str
+    """The words before several of them."""
+    of: str
+    """The words after them."""
+
+
+def _by_number(numbers: Sequence[int]) -> NamedRows:
+    return NamedRows(numbers, "row", "rows", "of the training data")
+
+
+_names: ContextVar[Callable[[Sequence[int]], NamedRows]] = ContextVar("names", default=_by_number)
+
+
+@contextmanager
+def rows_named(names: Callable[[Sequence[int]], NamedRows]) -> Iterator[None]:
+    """Let messages name rows by this function of their numbers in the training data."""
+    token = _names.set(names)
+    try:
+        yield
+    finally:
+        _names.reset(token)
 
 
 class Taken(NamedTuple):
@@ -168,11 +200,10 @@ def _bad_gradient(run: TrainingRun) -> str | None:
 def _numbers(run: TrainingRun, state: TrainState, taken: Taken) -> tuple[int, ...] | None:
     """Return the numbers of the rows of a step in the data, from the order of the epoch."""
     rows = run.data.rows
-    if not isinstance(rows, Arrays):
+    if isinstance(rows, Stream):
         return None
     place = Place(run.settings.seed, len(state.epochs), taken.step - 1, run.team)
-    (numbers,) = next(Arrays([torch.arange(len(rows))]).epoch(run.batch_size, place))
-    return tuple(numbers.tolist())
+    return tuple(rows.numbers(run.batch_size, place).tolist())
 
 
 def _rows_in_words(
@@ -180,11 +211,12 @@ def _rows_in_words(
 ) -> str:
     """Name the rows of a minibatch that are not finite, or all of its rows."""
     places = list(range(taken.start, taken.start + size)) if numbers is None else numbers
-    of = "of the epoch, in the order of the loader" if numbers is None else "of the training data"
-    named = [places[i] for i in bad] if 0 < len(bad) < size else sorted(places)
-    shown = ", ".join(map(str, named[:SHOWN]))
-    more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
-    return f"row{'s' * (len(named) > 1)} {shown}{more} {of}"
+    at = [places[i] for i in bad] if 0 < len(bad) < size else sorted(places)
+    of = "of the epoch, in the order of the loader"
+    named = NamedRows(at, "row", "rows", of) if numbers is None else _names.get()(at)
+    shown = ", ".join(map(str, named.ids[:SHOWN]))
+    more = f" and {len(at) - SHOWN} more" if len(at) > SHOWN else ""
+    return f"{named.many if len(at) > 1 else named.one} {shown}{more} {named.of}"
 
 
 def _save(run: TrainingRun, cause: _Cause) -> str:
@@ -198,6 +230,7 @@ def _save(run: TrainingRun, cause: _Cause) -> str:
     arrays["bad"] = np.isin(np.arange(len(x)), cause.bad)
     if cause.numbers is not None:
         arrays["row"] = np.array(cause.numbers)
+        arrays["id"] = np.array([str(one) for one in _names.get()(cause.numbers).ids])
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     with atomic(run.folder / NONFINITE) as file:

@@ -78,7 +78,8 @@ def training_data(
         prepare = masking(pair, prepare, rows.first(16), settings.mask_rate)
         # Training itself names the rows whose numbers are not finite.
         with pyro.validation_enabled(False):
-            units = collapse.units(pair, plain(rows.first(500)))
+            at_once = min(500, 4 * cast(int, settings.batch_size))
+            units = collapse.units(pair, plain(rows.first(at_once)))
             objective, are_kl = objective or elbo(pair, first), collapse.are_kl(pair, first)
         held = None
         if validation is not None:

@@ -187,8 +187,14 @@ def _write(run: TrainingRun, state: TrainState, saved: list[tuple[dict[str, Any]
         more_generators=more,
         sums=merged([sums for _, sums in saved]),
     )
-    run_files.write_checkpoint(run.folder, now.to_checkpoint())
-    write_model(run, state)
+    try:
+        run_files.write_checkpoint(run.folder, now.to_checkpoint())
+        write_model(run, state)
+    except UsageError as error:
+        raise UsageError(
+            f"training stopped in {state.where}: {first_line(error)}; the steps since the last "
+            "checkpoint are lost, and `resume` continues from it"
+        ) from error
 
 
 def write_model(run: TrainingRun, state: TrainState) -> None:
