@@ -386,7 +386,7 @@ def sheet(model: Model, side: int = 6) -> Tensor:
     return drawn.unflatten(0, (side, side))
 
 
-def between(model: Model, digits: Digits, steps: int = 4) -> Tensor:
+def between(model: Model, digits: Digits, steps: int = 6) -> Tensor:
     """Two held-out digits, with decoded points on the line between their codes."""
     ends = [[int((digits.held_out_labels == c).nonzero()[0]) for c in pair] for pair in LINES]
     first, last = digits.held_out[torch.tensor(ends)].unbind(1)
