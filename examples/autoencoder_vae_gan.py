@@ -363,22 +363,23 @@ def cell(column: str, values: list[float | None]) -> str:
 
 
 @torch.no_grad()
-def figure(digits: Digits, models: list[Model]) -> Figure:
-    """A column for each model: draws, interpolations of held-out digits, and their codes."""
-    drawn = Figure(figsize=(2 * len(models) + 0.3, 5.6), layout="constrained")
-    axes = drawn.subplots(3, len(models), height_ratios=(8, 5, 8))
-    for model, column in zip(models, axes.T, strict=True):
-        column[0].set_title(model.name, fontsize=11)
+def figure(digits: Digits, models: list[Model], across: int = 3) -> Figure:
+    """A block for each model: draws, interpolations of held-out digits, and their codes."""
+    drawn = Figure(figsize=(7.6, 6.3 * len(models) / across), layout="constrained")
+    heights = (6, 5, 6) * (len(models) // across)
+    axes = drawn.subplots(len(heights), across, height_ratios=heights)
+    blocks = axes.reshape(-1, 3, across).transpose(0, 2, 1).reshape(-1, 3)
+    for model, column in zip(models, blocks, strict=True):
+        column[0].set_title(model.name, fontsize=13)
         show_images(column[0], sheet(model))
         show_images(column[1], between(model, digits))
         show_codes(column[2], model, digits)
-    titles = ("draws", "interpolations", "codes")
-    for axis, title in zip(axes[:, 0], titles, strict=True):
-        axis.set_ylabel(title, fontsize=10)
+    for axis, title in zip(axes[:, 0], ("draws", "interpolations", "codes") * 2, strict=False):
+        axis.set_ylabel(title, fontsize=12)
     return drawn
 
 
-def sheet(model: Model, side: int = 8) -> Tensor:
+def sheet(model: Model, side: int = 6) -> Tensor:
     """Draws in rows, with the same number for each way to draw."""
     ways = model.draws().values()
     drawn = torch.cat([draw(side * side // len(ways)) for draw in ways])
@@ -410,7 +411,7 @@ def show_codes(axis: Axes, model: Model, digits: Digits) -> None:
     axis.scatter(*(torch.randn(1000, LATENT_DIM) @ plane).T, s=2, color="#c8c8c8", linewidths=0)
     axis.scatter(*(codes @ plane).T, s=4, c=labels, cmap="tab10", linewidths=0)
     for label, mean in enumerate(means @ plane):
-        axis.text(*mean, str(label), ha="center", va="center")
+        axis.text(*mean, str(label), ha="center", va="center", fontsize=12)
     axis.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
 
 

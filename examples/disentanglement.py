@@ -13,10 +13,12 @@ give other scores. The program takes about half a minute of processor time.
 import argparse
 
 import torch
+from matplotlib.figure import Figure
 from pyro.infer import Trace_ELBO
+from torch import Tensor
+from torch.nn import functional as F
 
 import pyro_vae as pv
-from pyro_vae.plots import canvas
 
 LATENT_DIM = 6
 HIDDEN = (256, 128)
@@ -39,7 +41,7 @@ def main() -> None:
     }
     columns = ("log p(x)", "I(x; z)", "TC", "KL units", "MIG", "SAP", "D", "C", "I", "FactorVAE")
     print(f"{'':<10}{''.join(f'{name:>10}' for name in columns)}")
-    moved = []
+    moved = {}
     for name, (objective, beta) in objectives.items():
         torch.manual_seed(0)  # for the initial weights
         vae = pv.VAE.mlp(shapes.shape, latent_dim=LATENT_DIM, hidden=HIDDEN)
@@ -64,11 +66,24 @@ def main() -> None:
             *pv.disentanglement_scores(pv.encode(vae, x)["z"], shapes.train.factors),
         )
         print(f"{name:<10}{''.join(f'{number:>10.2f}' for number in row)}")
-        lines = pv.traverse(vae, test.x[:1])
-        by_use = parts.unit_information.argsort(descending=True).tolist()
-        moved += [(f"{name}, unit {unit}", lines[unit]) for unit in by_use]
-    canvas.grid(moved, "one unit at a time, ordered by information").savefig(options.out)
+        lines = pv.traverse(vae, test.x[:1], values=(-3, -1.5, 0, 1.5, 3))
+        moved[name] = lines[parts.unit_information.argsort(descending=True)]
+    drawn(moved).savefig(options.out)
     print(f"pictures: {options.out}")
+
+
+def drawn(moved: dict[str, Tensor]) -> Figure:
+    """A column for each model: images (units, values, 1, height, width), a row for each unit."""
+    figure = Figure(figsize=(7.6, 3.5), dpi=130, layout="constrained")
+    axes = figure.subplots(1, len(moved))
+    for axis, (name, images) in zip(axes, moved.items(), strict=True):
+        framed = F.pad(images.squeeze(2), (1, 1, 1, 1), value=0.5)
+        axis.imshow(framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1), cmap="gray")
+        axis.set_title(name, fontsize=12)
+        axis.set(xticks=[], yticks=[])
+    axes[0].set_ylabel("unit, most informative first", fontsize=11)
+    figure.supxlabel("value of the unit, from -3 to 3", fontsize=11)
+    return figure
 
 
 if __name__ == "__main__":

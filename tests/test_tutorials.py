@@ -17,6 +17,7 @@ import pyro_vae as pv
 TUTORIALS = Path(__file__).parent.parent / "docs" / "tutorials"
 SHORT = {
     "choosing": {"EPOCHS": 3, "REFIT_EPOCHS": 1, "NUM_SAMPLES": 21, "NUM_DRAWS": 5},
+    "counts": {"EPOCHS": 6, "NUM_SAMPLES": 21},
     "first-model": {
         "EPOCHS": 8,
         "BUDGET": 1,

@@ -57,8 +57,14 @@ TABLE_DEFAULTS: dict[str, Any] = {
     "epochs": 400,
     "batch_size": 32,
 }
-"""The defaults for tables, which are small: docs/benchmarks/index.md shows what they reach."""
+"""The defaults for tables, and for arrays with few rows: docs/how-to/your-own-data.md."""
 
+FEW_ROWS = 5000
+"""Rows of an array of vectors up to which the defaults for tables apply. With more rows, the usual
+epochs and batches make enough steps."""
+
+TEXT_DEFAULTS: dict[str, Any] = {"word_dropout": 0.5, "warm_up": "linear", "warm_up_epochs": 20}
+"""The defaults for text, whose decoder otherwise explains the data without the latents."""
 
 CELLS = (".h5ad", ".zarr")
 """`pyro_vae.data.cell_stores.ENDINGS`, without importing it."""
@@ -68,25 +74,55 @@ CELLS_DEFAULTS: dict[str, Any] = {"likelihood": "negative-binomial"}
 
 
 def data_defaults(app: App, commands: tuple[str, ...], arguments: Any) -> None:
-    """Add the defaults for tables or cells, by the ending of the file; given options override them.
+    """Add the defaults for the kind of the data; given options override them.
 
     A pair of the user's own, a sequence, or several levels need their own dimensions.
     """
     named = _by_name(arguments)
     data = [token.value for token in named["data"].tokens]
-    ending = Path(data[-1]).suffix if data else ""
-    if ending not in (*TABLES, *CELLS):
-        return
     kinds = [token.value for token in named["model"].tokens]
     kind = kinds[-1] if kinds else "vae"
-    if ending in CELLS:
-        new, what, left_out = CELLS_DEFAULTS, "cells", tuple(CELLS_DEFAULTS) if ":" in kind else ()
-    else:
-        new, what = TABLE_DEFAULTS, "tables"
-        left_out = ("latent_dim", "hidden", "activation") if kind != "vae" else ()
     given = {name for name, one in named.items() if one.tokens}
-    new = {name: value for name, value in new.items() if name not in (*left_out, *given)}
-    ConfigDict({commands[-1]: new}, source=f"the defaults for {what}")(app, commands, arguments)
+    what, new = _defaults_of(data[-1] if data else "", kind)
+    if all(_from_file(named[name]) for name in _OF_EACH_RUN):
+        return  # what the config.json of a run leaves out had no value in that run
+    new = {name: value for name, value in new.items() if name not in given}
+    if "warm_up" in given:
+        new.pop("warm_up_epochs", None)
+    if new:
+        ConfigDict({commands[-1]: new}, source=f"the defaults for {what}")(app, commands, arguments)
+
+
+_OF_EACH_RUN = ("model", "latent_dim", "seed", "skip_limit")
+"""Some of the many options that each config.json of a run holds, and no other file."""
+
+
+def _from_file(argument: Any) -> bool:
+    return any(token.source != "cli" for token in argument.tokens)
+
+
+def _defaults_of(data: str, kind: str) -> tuple[str, dict[str, Any]]:
+    """What the data are, and the defaults for them with this kind of pair."""
+    ending = Path(data).suffix
+    if ending in CELLS:
+        return "cells", {} if ":" in kind else CELLS_DEFAULTS
+    if ending in TABLES or _few_rows(data):
+        sizes = () if kind == "vae" else ("latent_dim", "hidden", "activation")
+        new = {name: value for name, value in TABLE_DEFAULTS.items() if name not in sizes}
+        return "tables" if ending in TABLES else "arrays", new
+    if kind == "vae" and (ending == ".txt" or data == "docstrings"):
+        return "text", TEXT_DEFAULTS
+    return "", {}
+
+
+def _few_rows(data: str) -> bool:
+    """Whether these data are an array file with few rows (n, d)."""
+    if Path(data).suffix not in (".npy", ".npz"):
+        return False
+    from pyro_vae.data.files import declared_shape
+
+    shape = declared_shape(Path(data))
+    return shape is not None and len(shape) == 2 and shape[0] <= FEW_ROWS
 
 
 def require_typed_class(_: App, __: Sequence[str], arguments: Any) -> None:

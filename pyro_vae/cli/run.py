@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyro_vae.cli.baseline import baseline_of, in_words
+from pyro_vae.cli.baseline import NONE, baseline_of, in_words
 from pyro_vae.cli.config_file import CELLS
 from pyro_vae.cli.input import Input
 from pyro_vae.cli.make_pair import make_user_pair, plain_dim
@@ -62,8 +62,9 @@ def measure_run(
     if here().first:
         run_metrics.write_metrics(run, pair, metrics)
     print(result)
-    if simple is not None:
-        print(f"{'baseline':<20}{in_words(simple, result.log_likelihood)}")
+    if apart:
+        words = NONE if simple is None else in_words(simple, result.log_likelihood)
+        print(f"{'baseline':<20}{words}")
     for value in members.values():
         print(f"{'log p(x) by member':<20}{value:.3f}")
 

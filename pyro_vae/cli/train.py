@@ -62,7 +62,7 @@ def train(
         Name of a data set (digits, docstrings, shapes, mnist, fashion-mnist, kmnist, emnist,
         omniglot, cifar10, svhn), or path of a file: a table (.csv, .tsv, .parquet, .feather),
         cells (.h5ad, .zarr), arrays (.npy, .npz), lines of text (.txt) or music (.json), or a
-        folder of images.
+        folder of images. Tables, arrays with few rows, cells and text have defaults of their own.
     out
         Run folder to write. The default is runs/DATA.
     num_eval_samples

@@ -148,6 +148,20 @@ _DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, SyntaxError, TokenEr
 """What NumPy raises for damaged headers and archives."""
 
 
+def declared_shape(path: Path) -> tuple[int, ...] | None:
+    """The shape of the array, or of the array x or x_train, of a file; None if it has none."""
+    try:
+        with open(path, "rb") as file:
+            if path.suffix == ".npy":
+                return _header(file)[0]
+            with zipfile.ZipFile(file) as archive:
+                names = [name for name in ("x.npy", "x_train.npy") if name in archive.namelist()]
+                with archive.open(names[0]) as content:
+                    return _header(content)[0]
+    except (*UNREADABLE, *_DAMAGED, IndexError):  # `load_file` says what is wrong
+        return None
+
+
 def _require_declared(file: BinaryIO, path: Path) -> None:
     """Compare what the headers of a file declare with its size and the memory."""
     if path.suffix == ".npy" or not zipfile.is_zipfile(file):
@@ -163,12 +177,18 @@ def _require_declared(file: BinaryIO, path: Path) -> None:
     file.seek(0)
 
 
-def _declared(content: Any, size: int, path: Path) -> int:
-    """The bytes that the header of an array declares, which the rest of its file must hold."""
+def _header(content: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """The shape and the type of an array, from the head of its file."""
     version = np.lib.format.read_magic(content)
     one = version == (1, 0)  # later versions differ only in the letters of names
     read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
     shape, _, kind = read(content)
+    return shape, kind
+
+
+def _declared(content: Any, size: int, path: Path) -> int:
+    """The bytes that the header of an array declares, which the rest of its file must hold."""
+    shape, kind = _header(content)
     need, held = math.prod(shape) * kind.itemsize, size - content.tell()
     if need > held and not kind.hasobject:  # NumPy rejects objects, which are pickles
         raise UsageError(

@@ -1,10 +1,12 @@
-"""A simple model of the same data beside a pair: probabilistic PCA, or independent columns."""
+"""A simple model of the same data beside a pair: probabilistic PCA, or independent entries."""
 
-from math import log, pi
+from math import inf, log, pi
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from pyro_vae.parts.recurrent import token_lengths
 
 SMALLEST = 1e-8
 """The least variance of the noise, relative to the mean variance of the columns. Below it, a
@@ -64,6 +66,76 @@ def independent_bits(train: Tensor, held: Tensor) -> float:
     train, held = train.flatten(1).double(), held.flatten(1).double()
     share = (train.sum(0) + 1) / (len(train) + 2)
     return (held * share.log() + (1 - held) * (1 - share).log()).sum(1).mean().item()
+
+
+def independent_levels(train: Tensor, held: Tensor, levels: int) -> float:
+    """log p(x) of held-out rows of levels 0 to levels - 1, as rounded normal entries.
+
+    The first and the last level extend to infinity. The training rows have one row added that is
+    spread evenly over all levels.
+
+    >>> x = torch.tensor([[0.0], [1.0]])  # n = 2 rows: (2 * 0.5 + 1 * 0.5) / 3 for each level
+    >>> round(independent_levels(x, x, 2), 3)
+    -0.693
+    """
+    train, held = train.flatten(1).double(), held.flatten(1).double()
+    center, spread = train.mean(0), train.std(0, correction=0).clamp(min=1e-6)
+    low = torch.where(held < 0.5, -inf, (held - 0.5 - center) / spread)
+    high = torch.where(held > levels - 1.5, inf, (held + 0.5 - center) / spread)
+    normal = torch.special.ndtr(high) - torch.special.ndtr(low)
+    n = len(train)
+    return ((n * normal + 1 / levels) / (n + 1)).log().sum(1).mean().item()
+
+
+def independent_counts(train: Tensor, held: Tensor, by_total: bool = False) -> float:
+    r"""log p(x) of held-out counts (n, ...) under independent negative binomials, in closed form.
+
+    The mean :math:`m` of a column is that of the training rows, plus one row of ones. With
+    ``by_total`` it is the share of the column in the total of the row, as for a likelihood with a
+    library size. The variance is :math:`m + m^2 / r`, with the :math:`r` that fits the squared
+    residuals. A column whose residuals are not above the mean is Poisson.
+
+    >>> x = torch.tensor([[0.0], [2.0]])  # Poisson with mean 1
+    >>> round(independent_counts(x, x), 3)  # (-1 + (-1 - log 2)) / 2
+    -1.347
+    """
+    train, held = train.flatten(1).double(), held.flatten(1).double()
+    sums = train.sum(0) + 1
+    if by_total:
+        mean, means = ((x.sum(1, keepdim=True) * (sums / sums.sum())) for x in (train, held))
+    else:
+        mean, means = ((sums / (len(train) + 1)).expand_as(x) for x in (train, held))
+    extra = ((train - mean).square() - mean).sum(0) / mean.square().sum(0)  # 1 / r
+    poisson = torch.distributions.Poisson(means).log_prob(held)
+    r = 1 / extra.clamp(min=1e-8)
+    gamma = torch.lgamma(held + r) - torch.lgamma(r) - torch.lgamma(held + 1)
+    binomial = gamma + r * torch.log(r / (r + means)) + held * torch.log(means / (r + means))
+    return torch.where(extra > 1e-8, binomial, poisson).sum(1).mean().item()
+
+
+def pairs_of_characters(train: Tensor, held: Tensor, number: int) -> float:
+    """log p(x) of held-out rows of tokens (n, length): each token depends on the one before it.
+
+    Token 0 ends a row and also comes before its first token. The pairs of the training rows have
+    each pair added once.
+
+    >>> x = torch.tensor([[1, 0, 0]])  # the pairs (0, 1) and (1, 0), each (1 + 1) / (1 + 2)
+    >>> round(pairs_of_characters(x, x, 2), 3)  # 2 log(2 / 3)
+    -0.811
+    """
+    counts = torch.ones(number * number, dtype=torch.double)
+    counts += torch.bincount(_pairs(train, number), minlength=number * number)
+    logs = counts.view(number, number).log()
+    logs = (logs - logs.logsumexp(1, keepdim=True)).flatten()
+    return (logs[_pairs(held, number)].sum() / len(held)).item()
+
+
+def _pairs(tokens: Tensor, number: int) -> Tensor:
+    """The pairs of a token and the one before it as numbers (m,), up to the end of each row."""
+    tokens = tokens.long()
+    before = torch.nn.functional.pad(tokens[:, :-1], (1, 0))
+    inside = torch.arange(tokens.shape[1]) < token_lengths(tokens)[:, None]
+    return (before * number + tokens)[inside]
 
 
 def independent_codes(train: Tensor, held: Tensor, number: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyro_vae.compat import scale_and_mask
 from pyro_vae.data.preparation import Preparation, held_rows
 from pyro_vae.data.sources import Rows, Source, parts
+from pyro_vae.diagnostics.global_kl import global_kl
 from pyro_vae.diagnostics.labels import LabelScores, flat_codes, probe_accuracy_of, score_classes
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import estimate, unnormalized
@@ -88,6 +89,9 @@ class Evaluation:
     factors: tuple[str, ...] = ()
     """The model's ``pyro.factor`` sites. They are part of ``reconstruction``. With them p(x) is not
     normalized: ``log_likelihood`` is the logarithm of an integral and not a likelihood."""
+    global_kl: dict[str, float] = field(default_factory=dict)
+    """KL of each global and group latent, in nats for all data. ``elbo`` and ``kl`` leave it out.
+    If the guide computes such a latent from rows, they are the first ``batch_size`` rows."""
 
     @property
     def nll(self) -> float:
@@ -132,9 +136,13 @@ class Evaluation:
             ("examples", f"{self.num_examples}"),
             *bounds,
             ("reconstruction", f"{self.reconstruction:.3f}"),
-            ("KL", f"{self.kl:.3f}"),
-            ("active units", active or "none"),
         ]
+        if self.kl_by_site or not self.global_kl:
+            lines.append(("KL", f"{self.kl:.3f}"))
+        for name, value in self.global_kl.items():
+            lines.append((f"KL of {name}", f"{value:.3f} nats for all data, not in the ELBO"))
+        if active:
+            lines.append(("active units", active))
         if self.bits_per_dim is not None:
             lines.append(("bits per dimension", f"{self.bits_per_dim:.4f}"))
         if self.probe_accuracy is not None:
@@ -287,6 +295,7 @@ def _evaluated(
         log_joint=measured.elbo if likelihood is None else None,
         point_estimates=points.points,
         factors=factors,
+        global_kl=global_kl(pair, prepare(rows.first(batch_size)), seed),
         not_computed=scores.missing,
         **scores.found,
     )

@@ -101,7 +101,7 @@ def gap_bars(found: Gaps) -> "Figure":
     return figure
 
 
-def calibration_bands(found: Calibration, number: int = 7) -> "Figure":
+def calibration_bands(found: Calibration, number: int = 5) -> "Figure":
     """Plot distribution functions of ranks minus the uniform one, with their bands, and coverage.
 
     Arguments:
@@ -111,9 +111,9 @@ def calibration_bands(found: Calibration, number: int = 7) -> "Figure":
     low, high = found.band
     excess = (found.differences - (low + high) / 2).abs() / (high - low)
     shown = excess.amax(0).argsort(descending=True)[:number].tolist()
-    columns = min(4, len(shown) + 1)
+    columns = min(3, len(shown) + 1)
     lines = ceil((len(shown) + 1) / columns)
-    figure = new_figure(2.4 * columns, 2.2 * lines)
+    figure = new_figure(2.5 * columns, 2.4 * lines)
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     failures = found.failures
     for axis, which in zip(axes, shown, strict=False):

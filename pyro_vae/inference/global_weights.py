@@ -133,16 +133,16 @@ class GlobalWeights:
 
     def __str__(self) -> str:
         draws, k = len(self.log_weights), f"{self.pareto_k:.2f}"
-        verdict = "" if self.reliable else f" > {self.k_threshold:.2f}: not reliable"
+        bad = f" > {self.k_threshold:.2f}: the weighted moments are not reliable"
+        verdict = "" if self.reliable else bad
         lines = [
             f"{draws} draws of the global latents, {self.num_samples} samples of each of "
             f"{self.num_examples} rows; Pareto k {k}{verdict}; "
             f"{self.effective_sample_size:.0f} effective draws"
         ]
-        if not self.reliable:
-            return lines[0]
         width = max(map(len, self.units)) + 2
-        lines.append(f"{'':<{width}}{'posterior':>18}{'guide':>18}{'shift':>8}{'scale':>7}")
+        by_weights = "posterior" if self.reliable else "weighted draws"
+        lines.append(f"{'':<{width}}{by_weights:>18}{'guide':>18}{'shift':>8}{'scale':>7}")
         for i in self.shift.abs().argsort(descending=True)[:SHOWN].tolist():
             by = f"{self.mean[i]:.3f} ± {self.standard_deviation[i]:.3f}"
             guide = f"{self.guide_mean[i]:.3f} ± {self.guide_standard_deviation[i]:.3f}"

@@ -183,11 +183,16 @@ def whole_page(
     diagnostics: str,
 ) -> str:
     """The page of a run: verdict, numbers, figures, diagnostics and configuration."""
+    outside = metrics.get("global_kl") or {}
     numbers = "".join(
         f"<tr><td>{label}</td><td>{_number(metrics[name])}</td></tr>"
         for name, label in _NUMBERS.items()
         if metrics.get(name) is not None
+        and not (name == "kl" and outside and not metrics.get("kl_by_site"))
     )
+    for name, value in outside.items():
+        numbers += f"<tr><td>KL of {html.escape(name)}, nats for all data, not in the ELBO</td>"
+        numbers += f"<td>{_number(value)}</td></tr>"
     for name, value in (metrics.get("active_units") or {}).items():
         numbers += f"<tr><td>active units of {html.escape(name)}</td><td>{_number(value)}</td></tr>"
     if simple := metrics.get("baseline"):
