@@ -455,6 +455,9 @@ def test_scores_of_few_true_values_have_errors(scores, missing):
         ([(0.0, 2.0), (0.8, 1.0)], 0),
         ([(0.0, 1.0), (0.8, 1.0)], 1),
         ([(0.45, 1.35), (0.7, 1.0)], 1),  # the first is not far by either
+        ([(0.0, 1.0), (0.8, 0.3)], 1),
+        ([(0.0, 1.0), (0.0, 2.0)], 1),
+        ([(0.6, 1.0), (0.55, 1.2)], 1),
     ],
 )
 def test_the_unit_whose_mass_is_missed_is_named(units, worst):
