@@ -11,7 +11,8 @@ run, the cheapest first, until one fails. The mutant is then killed. The program
 survivors, and a table of counts. Survivors in `EQUIVALENT` change no result.
 
 Each mutant runs in a fork of this process, which patches the functions of the module. So no file
-changes, and nothing is imported twice. Run it in the root of the repository.
+changes, and nothing is imported twice. Run it in the root of the repository, with PYTHONPATH=. if
+another copy of the package is installed.
 """
 
 import argparse
@@ -84,6 +85,8 @@ RULES = [
     "tests/diagnostics/test_blame.py",
     "tests/diagnostics/test_blame_by_chains.py",
     "tests/diagnostics/test_words_of_the_verdict.py",
+    "tests/diagnostics/test_part_of_a_marginal_difference.py",
+    "tests/diagnostics/test_not_checked_is_not_trusted.py",
     "tests/diagnostics/test_verdict.py",
     "-k",
     "not contradicts",
