@@ -139,6 +139,7 @@ TARGETS = {
         "pyro_vae.diagnostics.ranks",
         [
             DIAGNOSTICS + "test_ranks.py",
+            DIAGNOSTICS + "test_ranks_by_hand.py",
             DIAGNOSTICS + "test_effect_sizes.py",
             DIAGNOSTICS + "test_blame.py",
         ],
