@@ -86,6 +86,7 @@ RULES = [
     "tests/diagnostics/test_blame_by_chains.py",
     "tests/diagnostics/test_words_of_the_verdict.py",
     "tests/diagnostics/test_part_of_a_marginal_difference.py",
+    "tests/diagnostics/test_tails_of_most_rows.py",
     "tests/diagnostics/test_not_checked_is_not_trusted.py",
     "tests/diagnostics/test_verdict.py",
     "-k",

@@ -56,7 +56,8 @@ class Sign(NamedTuple):
 
     kind: str
     """Of the guide: "place" (mean or scale), "shape" (correlations, tails), "rows" (some rows
-    only), "mass" (a part of the posterior is missed). Of the model: a part of `PARTS`."""
+    only), "tails" (most rows), "mass" (a part of the posterior is missed). Of the model: a part of
+    `PARTS`."""
     tool: str
     """The name of the study."""
     words: str
@@ -154,7 +155,8 @@ def _of_weights(found: Any) -> list[Sign]:
         return []
     percent = 100 * over / len(found.unreliable)
     words = f"importance weights of {over} data ({percent:.0f} %) are not reliable"
-    return [Sign("rows", "log_likelihood", words)]
+    kind = "tails" if 2 * over >= len(found.unreliable) else "rows"
+    return [Sign(kind, "log_likelihood", words)]
 
 
 def _of_chains(found: Any) -> list[Sign]:

@@ -148,7 +148,8 @@ def _guide_blames(results: Mapping[str, Any]) -> list[Blame]:
     A guide that misses a part of the posterior: the family. Else the gaps decide: what the
     refinement of each datum cures is due to the encoder, and what remains is due to the family.
     Without gaps, wrong means, scales and single rows are due to the encoder, and wrong correlations
-    and tails to the family.
+    and tails to the family. Weights of most rows that are not reliable, while nothing else is off,
+    show wrong tails.
     """
     signs = guide_signs(results)
     mass = tuple(sign for sign in signs if sign.kind == "mass")
