@@ -11,7 +11,8 @@ run, the cheapest first, until one fails. The mutant is then killed. The program
 survivors, and a table of counts. Survivors in `EQUIVALENT` change no result.
 
 Each mutant runs in a fork of this process, which patches the functions of the module. So no file
-changes, and nothing is imported twice. Run it in the root of the repository.
+changes, and nothing is imported twice. Run it in the root of the repository, with PYTHONPATH=. if
+another copy of the package is installed.
 """
 
 import argparse
@@ -84,6 +85,9 @@ RULES = [
     "tests/diagnostics/test_blame.py",
     "tests/diagnostics/test_blame_by_chains.py",
     "tests/diagnostics/test_words_of_the_verdict.py",
+    "tests/diagnostics/test_part_of_a_marginal_difference.py",
+    "tests/diagnostics/test_tails_of_most_rows.py",
+    "tests/diagnostics/test_not_checked_is_not_trusted.py",
     "tests/diagnostics/test_verdict.py",
     "-k",
     "not contradicts",
@@ -136,6 +140,7 @@ TARGETS = {
         "pyro_vae.diagnostics.ranks",
         [
             DIAGNOSTICS + "test_ranks.py",
+            DIAGNOSTICS + "test_ranks_by_hand.py",
             DIAGNOSTICS + "test_effect_sizes.py",
             DIAGNOSTICS + "test_blame.py",
         ],
@@ -200,6 +205,9 @@ EQUIVALENT = [
     Equivalent("verdict", "<= TOGETHER", "LtE to Lt", REAL),
     Equivalent("verdict", "isinstance(found, Annealing)", "side 1", "then other is None, too"),
     Equivalent("chain_measures", "correction=0", "0 to 1", "a factor of 1 - 1 / draws"),
+    Equivalent("signs", "mean.abs() > MISSING_SHIFT", "Gt to GtE", REAL),
+    Equivalent("signs", "spread > MISSING", "Gt to GtE", REAL),
+    Equivalent("signs", "higher[0] > 0", "Gt to GtE", "a difference of 0 is not significant"),
     Equivalent("signs", "if abs(mean) / SHIFT >", "Gt to GtE", REAL),
     Equivalent("signs", '"low" if mean > 0', "Gt to GtE", "a unit of mean 0 is not told"),
     Equivalent("verdict", "default=0.0", "0.0 to 1", "without sizes nothing is compared"),

@@ -30,7 +30,8 @@ def score(
     """Write log p(x) of each row, its Pareto k, and the columns that make the row strange.
 
     nats_1 to nats_3 say how strange these columns are. They are not reliable where their Pareto k,
-    pareto_k_1 to pareto_k_3, is over 0.7.
+    pareto_k_1 to pareto_k_3, is over 0.63, the limit for 500 samples. The limit for K samples is
+    1 - 1 / log10(K), and at most 0.7.
 
     Parameters
     ----------

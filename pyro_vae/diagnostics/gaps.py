@@ -13,7 +13,7 @@ from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.importance import LogLikelihood, all_log_weights, unnormalized
-from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold
+from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold, unreliable
 from pyro_vae.inference.refinement import CLEAR, COMPARED_DRAWS, Refinement, refine
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
@@ -23,9 +23,6 @@ from pyro_vae.pairs.threads import alone
 
 BLOCK = 500
 """Number of data whose weights are in memory at the same time."""
-
-STEADY = 0.01
-"""Weights with at most this relative standard deviation hardly vary."""
 
 
 class PerDatum(NamedTuple):
@@ -85,12 +82,10 @@ class Gaps(NamedTuple):
 
     @property
     def unreliable(self) -> Tensor:
-        """Whether log p(x) and the approximation gap of a datum are unreliable, (n,).
-
-        The tail of weights that hardly vary is noise without effect.
-        """
-        varies = self.log_likelihood.standard_errors * self.num_samples**0.5 > STEADY
-        return (self.pareto_k > self.k_threshold) & (varies | self.pareto_k.isinf())
+        """Whether log p(x) and the approximation gap of a datum are unreliable, (n,)."""
+        deviation = self.log_likelihood.standard_errors * self.num_samples**0.5
+        found = unreliable(self.pareto_k, deviation, self.k_threshold)
+        return found & ~self.pareto_k.isnan()  # log p(x) that you passed without a shape
 
     @property
     def amortised(self) -> PerDatum:

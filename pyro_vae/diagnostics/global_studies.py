@@ -314,5 +314,5 @@ def _limited(
         named = [n for n in local if f"'{n}'" in verdict.words and f"'{n}'" in finding.words]
         if verdict.kind in ("doubt", "unchecked") and (about or named):
             on = ", ".join(f"'{name}'" for name in (about or named))
-            return Finding(verdict.kind, f"given the guide of {on}, {finding.words}")
+            return Finding(verdict.kind, f"given the guide of {on}, {finding.words}", finding.about)
     return finding

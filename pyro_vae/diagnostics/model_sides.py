@@ -7,9 +7,6 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.datum_weights import relative_error
-from pyro_vae.inference.importance import STEADY
-from pyro_vae.inference.pareto import threshold
 from pyro_vae.inference.weighted import Weighted, weighted_parts
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.moments import num_values
@@ -110,9 +107,7 @@ def _scores(draws: Tensor, truth: Tensor, shares: Tensor) -> Tensor:
 def _of_rows(pair: nn.Module, batch: Batch, part: Weighted, truth: dict[str, Tensor]) -> Side:
     samples, n = part.log_weights.shape
     log_p = part.log_weights.logsumexp(0) - torch.tensor(float(samples)).log()
-    error = relative_error(part.shares.square().sum(0), samples)
-    varies = error * samples**0.5 > STEADY
-    unreliable = (part.pareto_k > threshold(samples)) & varies | ~log_p.isfinite()
+    unreliable = ~(part.reliable & log_p.isfinite())
     chosen = torch.multinomial(part.shares.nan_to_num(1.0).T, 1)[:, 0].to(batch[0].device)
     index = chosen * n + torch.arange(n, device=batch[0].device)
     values = {

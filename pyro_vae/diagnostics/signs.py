@@ -41,7 +41,8 @@ NATS = 0.02
 """A part of this many nats per example, or less, is not reported as a fault."""
 
 DEVIATIONS = 4
-"""A difference between data and the model's own data counts from this many standard deviations."""
+"""A difference between data and the model's own data counts from this many standard deviations.
+If log p(x) differs, `ERRORS` suffice to tell the part."""
 
 MARGINAL = 1e-4
 """log p(x) of data and of the model's own data differ if the p-value is below this."""
@@ -55,7 +56,8 @@ class Sign(NamedTuple):
 
     kind: str
     """Of the guide: "place" (mean or scale), "shape" (correlations, tails), "rows" (some rows
-    only), "mass" (a part of the posterior is missed). Of the model: a part of `PARTS`."""
+    only), "tails" (most rows), "mass" (a part of the posterior is missed). Of the model: a part of
+    `PARTS`."""
     tool: str
     """The name of the study."""
     words: str
@@ -153,7 +155,8 @@ def _of_weights(found: Any) -> list[Sign]:
         return []
     percent = 100 * over / len(found.unreliable)
     words = f"importance weights of {over} data ({percent:.0f} %) are not reliable"
-    return [Sign("rows", "log_likelihood", words)]
+    kind = "tails" if 2 * over >= len(found.unreliable) else "rows"
+    return [Sign(kind, "log_likelihood", words)]
 
 
 def _of_chains(found: Any) -> list[Sign]:
@@ -193,7 +196,7 @@ def missing_mass(results: Mapping[str, Any]) -> Sign | None:
             spread > MISSING + ERRORS / (2 * n) ** 0.5
         )
         if bool(far.any()):
-            i = int(((mean.abs() + (spread - 1).abs()) * far).argmax())
+            i = int(torch.where(far, found.weighted_scores.square().mean(0), 0.0).argmax())
             words = (
                 f"true values of '{found.units[i]}' are far from the guide's draws, also after "
                 "weighting: the guide misses a part of the posterior"
@@ -253,41 +256,56 @@ def _bias(results: Mapping[str, Any]) -> float:
 
 
 def _of_model(found: Any) -> list[Sign]:
-    """Data against the model's own data."""
-    signs = []
-    for name, one in found.codes.items():
-        if one.deviations > DEVIATIONS and one.nats > NATS:
-            words = f"a classifier tells codes '{name}' of data from those of the model's own data"
-            signs.append(Sign("prior", "model_check", f"{words} (AUC {one.auc:.2f})", one.nats))
-    signs += _of_scale(found) + _of_structure(found)
-    if found.marginal_p < MARGINAL and not signs:
-        words = f"log p(x) of data and of the model's own data differ (p {found.marginal_p:.1g})"
-        signs.append(Sign("decoder", "model_check", words))
-    return signs
+    """Data against the model's own data.
+
+    If log p(x) shows that the model is wrong, a smaller difference suffices to tell the part.
+    """
+    signs = _of_parts(found, DEVIATIONS)
+    if signs or not found.marginal_p < MARGINAL:
+        return signs
+    words = f"log p(x) of data and of the model's own data differ (p {found.marginal_p:.1g})"
+    return _of_parts(found, ERRORS) or [Sign("decoder", "model_check", words)]
 
 
-def _of_scale(found: Any) -> list[Sign]:
+def _of_parts(found: Any, limit: float) -> list[Sign]:
+    return [
+        *_of_codes(found, limit),
+        *_of_scale(found, limit),
+        *_of_structure(found, limit),
+    ]
+
+
+def _of_codes(found: Any, limit: float) -> list[Sign]:
+    words = "a classifier tells codes '{}' of data from those of the model's own data (AUC {:.2f})"
+    return [
+        Sign("prior", "model_check", words.format(name, one.auc), one.nats)
+        for name, one in found.codes.items()
+        if one.deviations > limit and one.nats > NATS
+    ]
+
+
+def _of_scale(found: Any, limit: float) -> list[Sign]:
     signs = []
-    if found.scale is not None and abs(found.scale.deviations) > DEVIATIONS:
+    if found.scale is not None and abs(found.scale.deviations) > limit:
         factor = 2.718281828459045 ** (found.scale.value / 2)
         side = "wide" if factor < 1 else "narrow"
         words = f"the likelihood is too {side}: residuals are {factor:.2f} times its scale"
         signs.append(Sign("likelihood scale", "model_check", words, found.scale_nats))
     for what, each in ((found.row_scale, "row"), (found.column_scale, "element")):
-        if what is not None and what.deviations > DEVIATIONS:
+        if what is not None and what.deviations > limit:
             words = f"the scale of residuals differs by {each} more than the likelihood allows"
             signs.append(Sign("likelihood scale", "model_check", words, what.value))
     return [sign for sign in signs if sign.nats is not None and sign.nats > NATS]
 
 
-def _of_structure(found: Any) -> list[Sign]:
+def _of_structure(found: Any, limit: float) -> list[Sign]:
     return [
         Sign("decoder", "model_check", words, what.value)
         for what, words in (
             (found.dependence, "residuals of different elements are correlated"),
             (found.regression, "residuals still depend on the codes"),
         )
-        if what is not None and what.deviations > DEVIATIONS and what.value > NATS
+        if what is not None and what.deviations > limit and what.value > NATS
     ]
 
 

@@ -14,10 +14,8 @@ PALETTE = (
 
 GRAY = "#8a8a8a"
 
-BANDS = ((0.5, "#1f6f8b", "up to 0.5"), (0.7, "#c9a227", "0.5 to 0.7"))
-"""The upper limit, the color and the words of the bands of Pareto k that are reliable."""
-
-OVER = ("#c0392b", "over 0.7: not reliable")
+SURE, UNSURE, OVER = "#1f6f8b", "#c9a227", "#c0392b"
+"""Pareto k at most 0.5, so that weights have a variance; up to its limit; and over its limit."""
 
 LOW, HIGH = (31, 40, 110), (240, 200, 60)
 """The colors of the ends of a range of numbers."""
@@ -42,10 +40,17 @@ def by_label(labels: Sequence[str]) -> Colored:
     return [color[label] for label in labels], legend
 
 
-def by_pareto_k(k: Tensor) -> Colored:
-    """A color for each band of reliability; NaN is gray."""
-    colors = [_band(value) for value in k.tolist()]
-    legend = "".join(_chip(color, words) for _, color, words in BANDS) + _chip(*OVER)
+def by_pareto_k(k: Tensor, limit: float) -> Colored:
+    """A color for each band of reliability; NaN is gray.
+
+    Arguments:
+        limit: the largest k that is reliable with this number of samples.
+    """
+    low = min(0.5, limit)
+    colors = [_band(value, low, limit) for value in k.tolist()]
+    legend = _chip(SURE, f"up to {low:.2g}")
+    legend += _chip(UNSURE, f"{low:.2g} to {limit:.2g}") if low < limit else ""
+    legend += _chip(OVER, f"over {limit:.2g}: not reliable")
     missing = _chip(GRAY, "not known") if GRAY in colors else ""
     return colors, f"Pareto k: {legend}{missing}"
 
@@ -64,10 +69,10 @@ def by_number(values: Tensor, what: str) -> Colored:
     return colors, f"{html.escape(what)}: {low:.4g} {bar} {high:.4g}"
 
 
-def _band(k: float) -> str:
+def _band(k: float, low: float, limit: float) -> str:
     if k != k:
         return GRAY
-    return next((color for limit, color, _ in BANDS if k <= limit), OVER[0])
+    return SURE if k <= low else UNSURE if k <= limit else OVER
 
 
 def _between(share: float) -> str:

@@ -250,7 +250,7 @@ class Session:
         elif self.color.value == "group":
             made = colors.by_label([self.view.ids[row] for row in rows.tolist()])
         elif self.color.value == "Pareto k" and found is not None:
-            made = colors.by_pareto_k(found.pareto_k.cpu()[rows])
+            made = colors.by_pareto_k(found.pareto_k.cpu()[rows], found.k_threshold)
         elif self.color.value == "log p(x)" and found is not None:
             made = colors.by_number(found.per_datum.cpu()[rows], "log p(x)")
         elif self.color.value in self._classes():

@@ -11,7 +11,7 @@ from pyro_vae.data.preparation import Preparation, held_rows
 from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.datum_weights import Weighed, weighed
-from pyro_vae.inference.pareto import LEAST, threshold
+from pyro_vae.inference.pareto import LEAST, threshold, unreliable
 from pyro_vae.pairs import fold_plan, folding
 from pyro_vae.pairs.formatting import with_error
 from pyro_vae.pairs.memory import smaller, told_smaller
@@ -28,9 +28,6 @@ from pyro_vae.training.settings import require_engine
 from pyro_vae.training.tracing import Named, traced
 
 T = TypeVar("T")
-
-STEADY = 0.01
-"""Weights whose relative standard deviation is at most this give log p(x) whatever their tail."""
 
 CELLS = 2**20
 """Numbers in the largest tensor of one pass; this many fit into the caches of a core."""
@@ -70,9 +67,9 @@ class LogLikelihood(NamedTuple):
     """The Monte Carlo standard error of each ELBO, of shape (n,)."""
     pareto_k: Tensor
     """The Pareto shape of the tail of each datum's weights (see `pyro_vae.inference.pareto`), of
-    shape (n,). Over 0.7 neither the estimate nor its error is reliable. It is 0 if the weights are
-    constant up to rounding, infinite if a weight is infinite, and NaN for fewer than 21 samples,
-    which have no tail."""
+    shape (n,). Over ``k_threshold`` neither the estimate nor its error is reliable. It is 0 if the
+    weights are constant up to rounding, infinite if a weight is infinite, and NaN for fewer than 21
+    samples, which have no tail."""
     infinite_weights: Tensor
     """The number of each datum's weights that are infinite or NaN, of shape (n,). These belong to
     draws of the guide to which the guide itself gives no density. The estimate is then infinite or
@@ -89,8 +86,8 @@ class LogLikelihood(NamedTuple):
         tail of weights that hardly vary is noise without effect.)
         """
         self._require_tails()
-        varies = self.standard_errors * self.num_samples**0.5 > STEADY
-        return ~(self.pareto_k <= self.k_threshold) & (varies | ~self.pareto_k.isfinite())
+        deviation = self.standard_errors * self.num_samples**0.5
+        return unreliable(self.pareto_k, deviation, self.k_threshold)
 
     @property
     def total_error(self) -> float:

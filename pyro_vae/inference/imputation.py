@@ -12,7 +12,7 @@ from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Arrays, Rows
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.inference.chained import Chained, chained_parts
-from pyro_vae.inference.pareto import LEAST
+from pyro_vae.inference.pareto import LEAST, threshold
 from pyro_vae.inference.passes import observation
 from pyro_vae.inference.refinement import refine
 from pyro_vae.inference.weighted import Weighted, require_samples, weighted_parts
@@ -57,8 +57,8 @@ class Imputation:
     """Of the importance weights of each row, or of its chains, (n,); ``num_samples`` for a complete
     row."""
     pareto_k: Tensor
-    """The Pareto shape of the tail of each row's weights, (n,). Over 0.7 the imputation of the row
-    is not reliable. It is 0 for a complete row, and NaN for draws by NUTS."""
+    """The Pareto shape of the tail of each row's weights, (n,). It is 0 for a complete row, and NaN
+    for draws by NUTS."""
     num_samples: int
     """Importance samples of each row, or draws of its chains."""
     method: str
@@ -67,7 +67,8 @@ class Imputation:
     """The largest R-hat of the latents of each row, (n,), for draws by NUTS. Over 1.01 the chains
     do not agree. It is NaN for the other methods."""
     reliable: Tensor
-    """Whether the imputation of each row is reliable, booleans (n,): Pareto k is at most 0.7, or
+    """Whether the imputation of each row is reliable, booleans (n,). Its Pareto k is at most
+    ``min(1 - 1 / log10(num_samples), 0.7)``, or its weights vary by at most 1 %. Draws by NUTS:
     chains agree, none diverged, and at least 400 draws are effective. True for a complete row."""
 
     _repr_html_ = shown_html
@@ -76,7 +77,8 @@ class Imputation:
         rows = self.missing.flatten(1).any(1)
         bad = int((~self.reliable).sum())
         size = self.effective_sample_size[rows].median() if rows.any() else torch.tensor(torch.nan)
-        fault = "chains apart or short" if self.method == "nuts" else "Pareto k over 0.7"
+        limit = f"Pareto k over {threshold(self.num_samples):.2f}"
+        fault = "chains apart or short" if self.method == "nuts" else limit
         lines = [
             ("missing entries", f"{int(self.missing.sum())} in {int(rows.sum())} rows"),
             ("draws", f"{len(self.draws)}"),

@@ -10,6 +10,9 @@ from pyro_vae.errors import UsageError
 LEAST = 21
 """Least number of weights with a tail to fit: five weights must exceed a sixth one."""
 
+STEADY = 0.01
+"""Weights whose relative standard deviation is at most this give log p(x) whatever their tail."""
+
 FITTED_CELLS = 2**22
 """Numbers in the largest tensor of a fit."""
 
@@ -28,6 +31,18 @@ def threshold(num_samples: int) -> float:
     (0.5, 0.7)
     """
     return min(1 - 1 / log10(num_samples), 0.7) if num_samples > 1 else 0.0
+
+
+def unreliable(pareto_k: Tensor, deviation: Tensor, limit: float) -> Tensor:
+    """Return which weights do not give a reliable mean: their shape is over the limit, and they
+    vary. The tail of weights that hardly vary is noise without effect.
+
+    Arguments:
+        pareto_k: the shapes of their tails, (n,).
+        deviation: the standard deviations of the weights, relative to their means, (n,).
+        limit: the `threshold` for their number.
+    """
+    return ~(pareto_k <= limit) & ((deviation > STEADY) | ~pareto_k.isfinite())
 
 
 def pareto_shape(log_weights: Tensor) -> Tensor:

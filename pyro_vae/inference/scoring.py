@@ -14,6 +14,7 @@ from pyro_vae.data.preparation import held_rows
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.imputation import IMPUTED_ROWS
+from pyro_vae.inference.pareto import threshold
 from pyro_vae.inference.weighted import Weighted, require_samples, steady_shape, weighted_parts
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.progress import bar
@@ -30,15 +31,21 @@ class RowScores:
     log_likelihood: Tensor
     """An importance-sampled estimate of log p(x) for each row, (n,)."""
     pareto_k: Tensor
-    """The Pareto shape of the tail of each row's weights, (n,); over 0.7 it is not reliable."""
+    """The Pareto shape of the tail of each row's weights, (n,); over ``k_threshold`` the estimate
+    is not reliable."""
     by_entry: Tensor
     """log p(entry | all other observed entries of its row), (n, *data_shape); NaN where missing.
     Compare an entry with the same entry of other rows: densities have the units of the data."""
     entry_pareto_k: Tensor
-    """The Pareto shape of the weights without each entry, (n, *data_shape); over 0.7 ``by_entry``
-    of the entry is not reliable, and often too high. NaN where missing."""
+    """The Pareto shape of the weights without each entry, (n, *data_shape); over ``k_threshold``
+    ``by_entry`` of the entry is not reliable, and often too high. NaN where missing."""
     num_samples: int
     """Importance samples of each row."""
+
+    @property
+    def k_threshold(self) -> float:
+        """The largest Pareto k for which ``num_samples`` are enough."""
+        return threshold(self.num_samples)
 
     @property
     def strangeness(self) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import CELLS
-from pyro_vae.inference.pareto import LEAST, pareto_shape
+from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold, unreliable
 from pyro_vae.inference.passes import summed_out
 from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.data_plate import is_local
@@ -18,15 +18,14 @@ from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.sites import by_datum, data_first, latents, log_prob
 from pyro_vae.pairs.weights import (
+    draws_first,
     log_density,
     log_weights_alone,
+    own_dims,
     sampled,
     structure,
     weights_of,
 )
-
-RELIABLE = 0.7
-"""The largest Pareto k of reliable weights (Vehtari et al., 2024)."""
 
 
 class Weighted(NamedTuple):
@@ -61,8 +60,10 @@ class Weighted(NamedTuple):
 
     @property
     def reliable(self) -> Tensor:
-        """Whether the weights of each row have a tail that is short enough, (n,)."""
-        return self.pareto_k <= RELIABLE
+        """Whether the weights of each row give reliable means with so many draws, (n,)."""
+        samples = len(self.log_weights)
+        deviation = (samples * self.shares.square().sum(0) - 1).clamp(min=0).sqrt()
+        return ~unreliable(self.pareto_k, deviation, threshold(samples))
 
 
 def steady_shape(log_weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,23 +123,15 @@ def _all_drawn(pair: nn.Module, few: Batch) -> bool:
 def _under_a_plate(pair: nn.Module, batch: Batch, num_samples: int, nesting: int) -> Weighted:
     """Draws under a plate of samples, so that the encoder runs once for each row."""
     model, guide = sampled(pair, batch, num_samples, nesting)
-    n = len(batch[0])
     values = {
-        name: _rows_first(site["value"], num_samples, n, site["fn"].event_dim)
+        name: draws_first(site["value"], own_dims(site, nesting), site["fn"].event_dim).flatten(
+            0, 1
+        )
         for name, site in latents(guide).items()
     }
     return Weighted(
         repeated(batch, num_samples), values, weights_of(model, guide, nesting).double()
     )
-
-
-def _rows_first(value: Tensor, num_samples: int, n: int, event_dim: int) -> Tensor:
-    """Draws (samples, plates within a datum, n, *event) as rows (samples n, plates, *event)."""
-    value = value.movedim(-1 - event_dim, 1)
-    within = list(value.shape[2:])
-    while len(within) > event_dim and within[0] == 1:  # empty dimensions between the plates
-        within = within[1:]
-    return value.reshape(num_samples * n, *within)
 
 
 def weighted(pair: nn.Module, batch: Batch, num_samples: int, nesting: int) -> Weighted:

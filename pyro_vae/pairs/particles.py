@@ -16,7 +16,7 @@ from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.pair import Batch, Pair, Site
 from pyro_vae.pairs.sites import latents, observed
 from pyro_vae.pairs.traces import Given, trace
-from pyro_vae.pairs.weights import log_guide, log_joint, own_dims, structure
+from pyro_vae.pairs.weights import draws_first, log_guide, log_joint, own_dims, structure
 
 GLANCE = 500
 """Rows that are drawn to find the latents: sequences of one row may have fewer sites."""
@@ -121,8 +121,7 @@ class Particles:
 
     def data_first(self, name: str, value: Tensor) -> Tensor:
         """Move a value from the layout of the pair to (draws, n, *plates, *event)."""
-        own = value.shape[value.dim() - self.right[name] :]
-        return value.reshape(-1, *own).movedim(-1 - self._event_dim(name), 1)
+        return draws_first(value, self.right[name], self._event_dim(name))
 
     def _placed(self, name: str, value: Tensor) -> Tensor:
         """Move a value back to the layout of the pair."""

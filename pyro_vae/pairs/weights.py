@@ -133,6 +133,16 @@ def own_dims(site: Site, nesting: int) -> int:
     return max(inner, default=0) + site["fn"].event_dim
 
 
+def draws_first(value: Tensor, right: int, event_dim: int) -> Tensor:
+    """Move values under a plate of samples to (draws, n, *plates within a datum, *event).
+
+    Arguments:
+        right: the number of dimensions to the right of the plate of samples, see `own_dims`.
+    """
+    own = value.shape[value.dim() - right :]
+    return value.reshape(-1, *own).movedim(-1 - event_dim, 1)
+
+
 def log_weights_alone(
     pair: nn.Module, batch: Batch, nesting: int, draw: dict[str, Tensor] | None = None
 ) -> Tensor:

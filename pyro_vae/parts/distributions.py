@@ -1,5 +1,6 @@
 """Distributions that torch and Pyro do not have, or compute with too few digits."""
 
+from math import log, pi
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -209,3 +210,39 @@ class ExactNegativeBinomial(dist.NegativeBinomial):
             self.total_count.double(), logits=self.logits.double(), validate_args=False
         )
         return exact.log_prob(value.double()).to(self.logits.dtype)
+
+
+class CholeskyNormal(dist.MultivariateNormal):
+    r"""A multivariate normal that keeps the noise of its last draw, :math:`z = \mu + L \epsilon`.
+
+    The density of this draw is that of the noise, :math:`\log N(\epsilon; 0, I) - \sum_j \log
+    L_{jj}`. torch solves for the noise instead. In float32 the solution of 20 coordinates has no
+    correct digit if the diagonal of L is 0.05 and the rest is about 0.3.
+
+    >>> L = torch.full((20, 20), 0.3).tril(-1) + 0.05 * torch.eye(20)
+    >>> normal = CholeskyNormal(torch.zeros(20), scale_tril=L)
+    >>> z = normal.rsample()
+    >>> bool((normal.log_prob(z) + 0.5 * normal.noise.square().sum() - 41.5).abs() < 0.1)
+    True
+    """
+
+    drawn: Tensor | None = None
+    noise: Tensor
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        self.noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        self.drawn = self.loc + (self.scale_tril @ self.noise[..., None])[..., 0]
+        return self.drawn
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if value is not self.drawn or not self._follows(value):
+            return super().log_prob(value)
+        diagonal = self.scale_tril.diagonal(dim1=-2, dim2=-1)
+        constant = 0.5 * log(2 * pi) * self.noise.shape[-1]
+        return -0.5 * self.noise.square().sum(-1) - diagonal.log().sum(-1) - constant
+
+    def _follows(self, value: Tensor) -> bool:
+        """Whether the draw moves with the parameters, so that the noise stays the same."""
+        trained = self.loc.requires_grad or self.scale_tril.requires_grad
+        return value.requires_grad or not trained or not torch.is_grad_enabled()

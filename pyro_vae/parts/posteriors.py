@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
 from pyro_vae.parts.bijections import Affine, Bijection
+from pyro_vae.parts.distributions import CholeskyNormal
 from pyro_vae.parts.factors import Family, bounded_scale, split
 from pyro_vae.parts.flows import AutoregressiveLayer, Flow, stack
 from pyro_vae.parts.networks import Shape
@@ -72,7 +73,7 @@ class FullRankNormal(Family):
         factor = torch.diag_embed(bounded_scale(diagonal, self.low, self.high))
         rows, columns = torch.tril_indices(dim, dim, -1, device=raw.device)
         factor[..., rows, columns] = below
-        return dist.MultivariateNormal(loc, scale_tril=factor, validate_args=False)
+        return CholeskyNormal(loc, scale_tril=factor, validate_args=False)
 
 
 class LowRankNormal(Family):

@@ -265,8 +265,9 @@ def test_the_rows_with_the_heaviest_tails_are_named_first():
 
 
 def test_a_gap_of_exactly_a_nat_is_too_large():
-    _, said = verdict.findings({"log_likelihood": weights(gap=1.0)}, ROWS)
-    assert [(f.kind, f.about) for f in said] == [("trust", "log p(x)"), ("doubt", "ELBO")]
+    results = {"log_likelihood": weights(gap=1.0), "calibration": ranks()}
+    _, said = verdict.findings(results, ROWS)
+    assert [(f.kind, f.about) for f in said[1:]] == [("trust", "log p(x)"), ("doubt", "ELBO")]
 
 
 @pytest.mark.parametrize(
@@ -455,6 +456,9 @@ def test_scores_of_few_true_values_have_errors(scores, missing):
         ([(0.0, 2.0), (0.8, 1.0)], 0),
         ([(0.0, 1.0), (0.8, 1.0)], 1),
         ([(0.45, 1.35), (0.7, 1.0)], 1),  # the first is not far by either
+        ([(0.0, 1.0), (0.8, 0.3)], 1),
+        ([(0.0, 1.0), (0.0, 2.0)], 1),
+        ([(0.6, 1.0), (0.55, 1.2)], 1),
     ],
 )
 def test_the_unit_whose_mass_is_missed_is_named(units, worst):

@@ -68,6 +68,16 @@ def test_units_that_do_not_move_do_not_count():
     assert number_in(scale) == pytest.approx(1.5, abs=0.1)
 
 
+def test_a_correlation_with_a_unit_that_does_not_move_does_not_count():
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(4, 600, 1, 3, generator=generator).double()
+    z[..., 1] = 0.6 * z[..., 0] + 0.8 * z[..., 1]
+    z[..., 2] = 0.0
+    q = torch.randn(2400, 1, 3, generator=generator).double()
+    (words,) = told(nuts=compared({"z": z}, {"z": q}, torch.zeros(1)))
+    assert number_in(words) == pytest.approx(0.6, abs=0.05)
+
+
 @pytest.mark.parametrize(("rho", "said"), [(0.0, 1), (0.75, 0)])
 def test_the_error_of_chains_is_that_of_their_slowest_unit(rho, said):
     """4,000 draws with these autocorrelations are worth 4,000 and 570 independent ones, so that 0.6

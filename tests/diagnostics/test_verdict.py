@@ -295,13 +295,13 @@ def test_log_p_is_trusted_with_an_error_that_holds_its_bias():
     assert found.standard_error == pytest.approx(0.005)
     # log of a mean of weights of relative error s is too low by s^2 / 2 = 0.125
     assert found.total_error == pytest.approx((0.005**2 + 0.125**2) ** 0.5)
-    said = findings("trust", log_likelihood=found)
+    said = findings("trust", log_likelihood=found, model_check=checked())
     assert said["log p(x)"].startswith("log p(x) = -10.000 ± 0.125 nats per example (10000 data)")
 
 
 def test_a_mean_with_one_unreliable_row_is_not_trusted_and_names_it():
-    assert "log p(x)" in findings("trust", log_likelihood=weights())
-    results = {"log_likelihood": weights(unreliable=1)}
+    assert "log p(x)" in findings("trust", log_likelihood=weights(), model_check=checked())
+    results = {"log_likelihood": weights(unreliable=1), "model_check": checked()}
     assert not findings("trust", **results).keys() & {"log p(x)", "ELBO"}
     assert "of 1 data are not reliable (rows 1000)" in findings("doubt", **results)["log p(x)"]
     many = findings("doubt", log_likelihood=weights(unreliable=7))["log p(x)"]
@@ -329,7 +329,7 @@ def test_missing_mass_takes_the_trust_from_log_p():
 
 @pytest.mark.parametrize(("gap", "kind"), [(0.9, "trust"), (1.1, "doubt")])
 def test_a_gap_of_a_nat_is_too_large(gap, kind):
-    said = findings(kind, log_likelihood=weights(gap=gap))["ELBO"]
+    said = findings(kind, log_likelihood=weights(gap=gap), model_check=checked())["ELBO"]
     assert said.startswith(f"the ELBO is {gap:.2f} nats per example below log p(x)")
 
 
@@ -351,6 +351,7 @@ def test_the_model_is_trusted_only_if_data_and_own_data_agree():
 def test_annealing_that_agrees_is_told_beside_log_p():
     def said(by, error):
         results = {"annealing": annealed(by, error), "log_likelihood": weights(error=0.0)}
+        results |= {"model_check": checked()}
         return "annealing agrees" in findings("trust", **results)["log p(x)"]
 
     assert [said(0.05, 0.0), said(0.05, 0.12), said(0.05, 0.13)] == [True, True, False]
@@ -359,7 +360,8 @@ def test_annealing_that_agrees_is_told_beside_log_p():
 def test_annealing_below_the_weights_is_doubted():
     results = {"annealing": annealed(-0.5), "log_likelihood": weights(error=0.0)}
     assert "importance weights give a higher bound" in findings("doubt", **results)["annealing"]
-    assert "log p(x)" in findings("trust", **results)
+    assert "log p(x)" in findings("unchecked", **results)
+    assert "log p(x)" in findings("trust", **results, model_check=checked())
 
 
 CHOICES = {
@@ -393,6 +395,11 @@ def test_no_report_contradicts_itself():
         assert not (parts & {"prior", "likelihood scale", "decoder"} and "model" in trusted)
         assert len(parts) == len(blames)
         if "log_likelihood" in results and results["log_likelihood"].unreliable.any():
+            assert not trusted & {"log p(x)", "ELBO"}
+        looked = "model_check" in results or results.get("calibration") is CHOICES["calibration"][0]
+        if not looked:
+            assert not trusted & {"log p(x)", "ELBO", "guide"}
+        if results.get("annealing") is CHOICES["annealing"][1] and "log_likelihood" in results:
             assert not trusted & {"log p(x)", "ELBO"}
         if any(sign.kind == "mass" for blame in blames for sign in blame.evidence):
             assert blames[0].part == "family"

@@ -101,11 +101,18 @@ def test_tokens_are_shown_as_text():
 
 
 def test_colors_of_pareto_k():
-    made, legend = colors.by_pareto_k(torch.tensor([0.2, 0.5, 0.6, 0.71, torch.inf, torch.nan]))
-    blue, yellow = (color for _, color, _ in colors.BANDS)
-    red = colors.OVER[0]
-    assert made == [blue, blue, yellow, red, red, colors.GRAY]
-    assert "not reliable" in legend
+    k = torch.tensor([0.2, 0.5, 0.6, 0.65, 0.71, torch.inf, torch.nan])
+    blue, yellow, red, gray = colors.SURE, colors.UNSURE, colors.OVER, colors.GRAY
+    made, legend = colors.by_pareto_k(k, 0.63)
+    assert made == [blue, blue, yellow, red, red, red, gray]
+    words = ["up to 0.5", "0.5 to 0.63", "over 0.63: not reliable", "not known"]
+    assert re.findall(r"</span>([^<]+)</span>", legend) == words
+    made, legend = colors.by_pareto_k(k, 0.7)
+    assert made == [blue, blue, yellow, yellow, red, red, gray]
+    made, legend = colors.by_pareto_k(k, 0.4)  # of 46 samples
+    assert made == [blue, red, red, red, red, red, gray]
+    words = ["up to 0.4", "over 0.4: not reliable", "not known"]
+    assert re.findall(r"</span>([^<]+)</span>", legend) == words
 
 
 def test_colors_of_labels_and_numbers():
