@@ -21,7 +21,7 @@ def near(found, want):
 
 
 def test_whole_numbers_have_exact_ties_only():
-    """One draw is below 30, two are equal to it, and the neighbors 29 and 31 are no ties."""
+    """One draw is below 30, two are equal to it, and the neighbors 29 and 31 have no ties."""
     draws = torch.tensor([29, 30, 31, 30, 40])
     assert near(shares(draws, torch.tensor(30)), [0, 1 / 3, 1 / 3, 1 / 3, 0, 0])
 
