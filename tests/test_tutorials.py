@@ -27,7 +27,7 @@ SHORT = {
         "NUM_REFINED": 4,
     },
     "holes": {"EPOCHS": 40, "NUM_SAMPLES": 50},
-    "own-pair": {"EPOCHS": 40, "BUDGET": 1, "STEPS": 100},
+    "own-pair": {"EPOCHS": 40, "BUDGET": 3, "STEPS": 100},
     "repeated-measures": {"EPOCHS": 200, "NUM_DRAWS": 100},
 }
 

@@ -153,7 +153,7 @@ pv.evaluate(pair, test, num_samples=500)
 # %%
 found = pv.diagnose(pair, test, train=train, budget=BUDGET, progress=False)
 for blame in found.blamed:
-    print(f"{blame.part} ({blame.nats:.1f} nats): {blame.next}")
+    print(f"{blame.part} ({blame.nats or 0:.1f} nats): {blame.next}")
 
 # %% [markdown]
 # ## Step 5: follow the advice

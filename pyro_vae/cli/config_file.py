@@ -89,6 +89,8 @@ def data_defaults(app: App, commands: tuple[str, ...], arguments: Any) -> None:
     new = {name: value for name, value in new.items() if name not in given}
     if "warm_up" in given:
         new.pop("warm_up_epochs", None)
+    if [token.value for token in named["network"].tokens] not in ([], ["auto"], ["recurrent"]):
+        new.pop("word_dropout", None)
     if new:
         ConfigDict({commands[-1]: new}, source=f"the defaults for {what}")(app, commands, arguments)
 
@@ -106,23 +108,24 @@ def _defaults_of(data: str, kind: str) -> tuple[str, dict[str, Any]]:
     ending = Path(data).suffix
     if ending in CELLS:
         return "cells", {} if ":" in kind else CELLS_DEFAULTS
-    if ending in TABLES or _few_rows(data):
-        sizes = () if kind == "vae" else ("latent_dim", "hidden", "activation")
-        new = {name: value for name, value in TABLE_DEFAULTS.items() if name not in sizes}
+    rows = _rows_of_vectors(data)
+    if ending in TABLES or 0 < rows <= FEW_ROWS:
+        left_out = () if kind == "vae" else ("latent_dim", "hidden", "activation")
+        new = {name: value for name, value in TABLE_DEFAULTS.items() if name not in left_out}
         return "tables" if ending in TABLES else "arrays", new
     if kind == "vae" and (ending == ".txt" or data == "docstrings"):
         return "text", TEXT_DEFAULTS
     return "", {}
 
 
-def _few_rows(data: str) -> bool:
-    """Whether these data are an array file with few rows (n, d)."""
+def _rows_of_vectors(data: str) -> int:
+    """The number of rows of an array file (n, d); 0 for other data."""
     if Path(data).suffix not in (".npy", ".npz"):
-        return False
+        return 0
     from pyro_vae.data.files import declared_shape
 
     shape = declared_shape(Path(data))
-    return shape is not None and len(shape) == 2 and shape[0] <= FEW_ROWS
+    return shape[0] if shape is not None and len(shape) == 2 else 0
 
 
 def require_typed_class(_: App, __: Sequence[str], arguments: Any) -> None:

@@ -83,9 +83,8 @@ def make_job(
             f"needs --condition context for a pair of your own, got --model {model.model}",
             argument="batch",
         )
-    # The default for tables and arrays may be more than a small one has.
-    small = data.schema is not None or len(data.shape) == 1
-    if small and settings.batch_size == TABLE_DEFAULTS["batch_size"]:
+    # The default for tables and arrays may be more than a small one has, or than it has groups.
+    if settings.batch_size == TABLE_DEFAULTS["batch_size"]:
         most = min(TABLE_DEFAULTS["batch_size"], len(data.train.x))
         settings = replace(settings, batch_size=most)
     model = with_likelihood(model, data)

@@ -150,6 +150,8 @@ _DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, SyntaxError, TokenEr
 
 def declared_shape(path: Path) -> tuple[int, ...] | None:
     """The shape of the array, or of the array x or x_train, of a file; None if it has none."""
+    if not path.is_file():  # to open a pipe would wait
+        return None
     try:
         with open(path, "rb") as file:
             if path.suffix == ".npy":

@@ -14,7 +14,7 @@ from pyro_vae.data.sources import Rows, Source, parts
 from pyro_vae.diagnostics.global_kl import global_kl
 from pyro_vae.diagnostics.labels import LabelScores, flat_codes, probe_accuracy_of, score_classes
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.importance import estimate, unnormalized
+from pyro_vae.inference.importance import estimate, require_sizes, unnormalized
 from pyro_vae.pairs import enumeration, fold_plan, folding, folds, masks, summing
 from pyro_vae.pairs.arrays import as_labels
 from pyro_vae.pairs.data_plate import is_local
@@ -115,9 +115,9 @@ class Evaluation:
     _repr_html_ = shown_html
 
     def __str__(self) -> str:
+        several = len(self.active_units) > 1
         active = ", ".join(
-            f"{count} of {self.num_units[site]}"
-            + (f" ({site})" if len(self.active_units) > 1 else "")
+            f"{count} of {self.num_units[site]}" + (f" ({site})" if several else "")
             for site, count in self.active_units.items()
         )
         points = ", ".join(self.point_estimates)
@@ -150,9 +150,8 @@ class Evaluation:
         if self.accuracy is not None:
             lines.append(("classes", f"{100 * self.accuracy:.1f} % correct"))
             lines.append(("calibration error", f"{100 * (self.calibration_error or 0):.1f} %"))
-        if self.clustering_accuracy is not None:
-            share = f"{100 * self.clustering_accuracy:.1f} % correct, best matching"
-            lines.append(("clusters", share))
+        if (share := self.clustering_accuracy) is not None:
+            lines.append(("clusters", f"{100 * share:.1f} % correct, best matching"))
         if self.mutual_information is not None:
             lines.append(("mutual information", f"{self.mutual_information:.3f}, normalized"))
         for name, why in self.not_computed.items():
@@ -210,9 +209,7 @@ def evaluate(
     >>> result.num_examples, result.elbo <= result.log_likelihood + 1
     (8, True)
     """
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if value < 1:
-            raise UsageError(f"must be at least 1, got {value}", argument=name)
+    require_sizes(num_samples=num_samples, batch_size=batch_size)
     team = here()
     with single(), told_smaller(lambda: smaller(batch_size)):
         return _evaluated(
@@ -259,8 +256,8 @@ def _evaluated(
     points, factors = fold_plan.plan(pair, few), folding.factors_of(pair, few)
     likelihood = None
     if not points.local_points:
-        given_engine = (engine, progress, team, batch_size)
-        likelihood = estimate(pair, rows, prepare, num_samples, seed, *given_engine)
+        how = (num_samples, seed, engine, progress, team, batch_size)
+        likelihood = estimate(pair, rows, prepare, *how)
         _warn_of_rows(rows, prepare, likelihood.per_datum, batch_size)
     units, codes, moves, dims = _units(pair, rows, prepare, batch_size, seed)
     scores = LabelScores()

@@ -1,8 +1,10 @@
 """The KL of global and group latents, which the bound of held-out data leaves out."""
 
+from pyro.poutine import Trace
 from torch import nn
 
-from pyro_vae.pairs import enumeration
+from pyro_vae.errors import UsageError
+from pyro_vae.pairs import enumeration, fold_plan, folds
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.scope import using
@@ -17,17 +19,30 @@ def global_kl(pair: nn.Module, batch: Batch, seed: int) -> dict[str, float]:
     r"""The mean of :math:`\log q(w) - \log p(w)` of each latent outside the data plate, in nats.
 
     Such a latent is drawn once for all data, so its KL is not a mean over examples. Point estimates
-    have none.
+    have none, and discrete latents of all data that must be summed out are left out.
     """
-    found, outside = ELBOParts(pair=pair), list[str]()
+    found, outside = ELBOParts(), set[str]()
     nesting = enumeration.nesting(pair, batch)
     with using(pair, seed):
         for _ in range(DRAWS):
             model, guide = enumeration.traces(pair, batch, nesting)
             plates = data_plates(model, guide)
             sites = latents(model) | latents(guide)
-            outside = [name for name, site in sites.items() if not is_local(site, plates)]
-            if not outside:
-                break
+            points = fold_plan.known(pair).points
+            outside = {
+                folds.joint_name(site)
+                for name, site in sites.items()
+                if not is_local(site, plates) and name not in points
+            }
+            if not outside or not _is_summed(model, guide):
+                return {}
             found.add(model, guide, 1 / DRAWS)
-    return {name: float(found.kl[name]) for name in outside if name in found.kl}
+    return {name: float(value) for name, value in found.kl.items() if name in outside}
+
+
+def _is_summed(*traces: Trace) -> bool:
+    try:
+        enumeration.require_summed(*traces)
+    except UsageError:
+        return False
+    return True

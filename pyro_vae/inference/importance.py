@@ -225,13 +225,18 @@ def log_likelihood(
     >>> pv.log_likelihood(pv.VAE.mlp((4,)), torch.ones(8, 4), num_samples=100).per_datum.shape
     torch.Size([8])
     """
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if value < 1:
-            raise UsageError(f"must be at least 1, got {value}", argument=name)
+    require_sizes(num_samples=num_samples, batch_size=batch_size)
     team = here()
     with single(), told_smaller(lambda: smaller(batch_size)):
         rows, prepare = team.together(lambda: held_rows(pair, x, context, binarize))
         return estimate(pair, rows, prepare, num_samples, seed, engine, progress, team, batch_size)
+
+
+def require_sizes(**sizes: int) -> None:
+    """Raise `UsageError` for an argument below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise UsageError(f"must be at least 1, got {value}", argument=name)
 
 
 def estimate(
