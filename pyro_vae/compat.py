@@ -297,6 +297,12 @@ def value_in_graph(node: torch.fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether the processor has instructions for products in bfloat16 (AVX-512)."""
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # from torch 2.6 on
+    return bool(known is not None and known())
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether a program may read the values of a tensor; it may not while a graph is traced."""
     return not isinstance(tensor, FakeTensor)

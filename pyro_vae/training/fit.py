@@ -4,6 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Never, cast
 
@@ -112,7 +113,8 @@ def fit(
         patience: stop after this many epochs without a better validation bound.
         seed: random seed of training.
         device: "auto" is the GPU if there is one, else the CPU.
-        precision: "bfloat16" runs the networks under autocast.
+        precision: "bfloat16" runs the networks under autocast. "auto" is bfloat16 if that is faster
+            on this processor, else float32; a resumed run keeps its precision.
         mask_rate: probability with which an entry of the data is hidden at a visit.
         engine: "eager" (stock Pyro), "traced", "compiled", or "auto"; see docs/how-to/engine.md.
         checkpoint_seconds: shortest time between two checkpoints.
@@ -174,6 +176,8 @@ def fit(
         run_folder.read_config(folder)
     with single(), writing(folder), told_smaller(lambda: _smaller(batch_size or 128, folder)):
         state = team.from_first(lambda: _saved(folder) if folder and resume else None)
+        if state is not None and chosen.precision == "auto":
+            chosen = replace(chosen, precision=state.job["settings"]["precision"])
         pair.to(local_device() or torch_device(chosen.device))
         objective, beta = _with_recipe(pair, chosen.epochs, objective, beta)
         require_weighable(objective, beta)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pyro
@@ -25,6 +25,7 @@ from pyro_vae.pairs.rng import seeded
 from pyro_vae.training import collapse
 from pyro_vae.training.check import require
 from pyro_vae.training.elbo import elbo
+from pyro_vae.training.precision import chosen_precision
 from pyro_vae.training.settings import Settings
 
 
@@ -68,6 +69,9 @@ def training_data(
     with seeded(settings.seed):  # a loader draws when it starts
         rows = source(*given, pair)
         settings = settings.for_rows(len(rows))
+        if settings.precision == "auto":
+            precision = chosen_precision(pair, rows.batch_size(cast(int, settings.batch_size)))
+            settings = replace(settings, precision=precision)
         _require_enough(rows, settings)
         raw = rows.first(16)
         plain = plain_preparation(pair, raw)

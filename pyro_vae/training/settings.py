@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 from pyro_vae.errors import UsageError, nearest
 
 EngineName: TypeAlias = Literal["auto", "eager", "traced", "compiled"]
-Precision: TypeAlias = Literal["float32", "bfloat16"]
+Precision: TypeAlias = Literal["float32", "bfloat16", "auto"]
 OnNonfinite: TypeAlias = Literal["stop", "skip"]
 
 ENGINES: tuple[str, ...] = get_args(EngineName)
@@ -44,6 +44,7 @@ class Settings:
         "auto" is the GPU if there is one, else the CPU.
     precision
         "bfloat16" runs the networks under autocast; parameters and densities stay in float32.
+        "auto" is bfloat16 if that is faster on this processor, else float32.
     mask_rate
         Probability with which an entry of the data is hidden at a visit, for complete data of which
         parts will be missing later. The likelihood must leave out missing entries.
@@ -97,9 +98,9 @@ class Settings:
             raise UsageError(
                 f"must be at least 0 and below 1, got {self.mask_rate}", argument="mask_rate"
             )
-        if self.precision not in ("float32", "bfloat16"):
+        if self.precision not in get_args(Precision):
             raise UsageError(
-                f"must be float32 or bfloat16, got '{self.precision}'", argument="precision"
+                f"must be float32, bfloat16 or auto, got '{self.precision}'", argument="precision"
             )
         if self.on_nonfinite not in ("stop", "skip"):
             raise UsageError(
