@@ -153,7 +153,8 @@ pv.evaluate(pair, test, num_samples=500)
 # %%
 found = pv.diagnose(pair, test, train=train, budget=BUDGET, progress=False)
 for blame in found.blamed:
-    print(f"{blame.part} ({blame.nats or 0:.1f} nats): {blame.next}")
+    size = "size unknown" if blame.nats is None else f"{blame.nats:.1f} nats"
+    print(f"{blame.part} ({size}): {blame.next}")
 
 # %% [markdown]
 # ## Step 5: follow the advice
