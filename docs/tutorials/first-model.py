@@ -158,7 +158,7 @@ print(f"annealing{annealed.value:>26.2f}")
 
 # %% [markdown]
 # **Expect** that the ELBO rises from line to line and the number of unreliable rows falls. The
-# first guide leaves about 40 of 60 rows unreliable, the mended guide 30, and the refined guide 6.
+# first guide leaves about 40 of 60 rows unreliable, the mended guide 30, and the refined guide 7.
 # Now two methods with different weaknesses agree on log p(x): importance sampling with the
 # refined guide, and annealing. This is the number to believe.
 #
