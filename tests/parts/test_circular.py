@@ -110,6 +110,7 @@ def test_a_table_with_hours_goes_there_and_back(table, capsys):
     paths = {"t": table / "events.csv", "c": table / "c.toml", "run": table / "run"}
     command(
         "train {t} --columns {c} --out {run} --epochs 2 --num-eval-samples 21 --latent-dim 1 "
+        "--diagnosis-seconds 0 "
         "--hidden 4 --engine eager",
         **paths,
     )
