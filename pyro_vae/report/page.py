@@ -20,6 +20,8 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse } td { padding: .15rem 1.2rem .15rem 0; vertical-align: top }
 td + td { font-variant-numeric: tabular-nums }
 img { max-width: 100%; height: auto }
+.picture { display: block; overflow-x: auto }
+@media (max-width: 40rem) { .picture img { max-width: none } }
 pre { font-size: 13px; overflow-x: auto } pre.text { white-space: pre-wrap }
 ul { margin: .2rem 0; padding-left: 1.4rem }
 p { color: #555 } p b { color: #222 }
@@ -234,7 +236,9 @@ def _picture(name: str, made: bytes) -> str:
     # All figures have the same scale, so that their text has one size.
     wide = round(int.from_bytes(made[16:20], "big") * 96 / DPI)  # the width in the head of a PNG
     data = base64.b64encode(made).decode()
-    return f'<img alt="{html.escape(name)}" width="{wide}" src="data:image/png;base64,{data}">'
+    # On a phone, a picture keeps its size, so that its text can be read, and scrolls by itself.
+    image = f'<img alt="{html.escape(name)}" width="{wide}" src="data:image/png;base64,{data}">'
+    return f'<span class="picture">{image}</span>'
 
 
 def _number(value: Any) -> str:
