@@ -186,7 +186,7 @@ class Tags(html.parser.HTMLParser):
 
 ALLOWED = {
     *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "b", "table", "tr", "td"),
-    *("details", "summary", "pre", "img", "code", "ul", "li"),
+    *("details", "summary", "pre", "span", "img", "code", "ul", "li"),
 }
 
 
