@@ -170,8 +170,8 @@ def test_the_default_folder_is_runs_and_the_name_of_the_data(tmp_path, monkeypat
 
 
 def test_levels(tmp_path):
-    options = "--model hierarchical --latent-dim 3 2 --hidden 16 --epochs 2 --num-eval-samples 5 --diagnosis-seconds 0"
-    options += " --engine eager"
+    options = "--model hierarchical --latent-dim 3 2 --hidden 16 --epochs 2 --num-eval-samples 5"
+    options += " --engine eager --diagnosis-seconds 0"
     command(f"train digits --out {{run}} {options} --prior vamp", run=tmp_path / "run")
     metrics = read(tmp_path / "run" / "metrics.json")
     assert list(metrics["active_units"]) == ["z2", "z1"]
