@@ -322,8 +322,8 @@ def compile_graph(
 ) -> Callable[..., list[Tensor]]:
     """A graph as compiled by Inductor, whose public face, torch.compile, would trace once more.
 
-    Inductor keeps compiled graphs on disk, so a later process needs a second instead of ten. It can
-    do this only if a context knows the shapes, and if it gets no formulas (see `with_formulas`).
+    Inductor keeps compiled graphs on disk, so a later process waits for two seconds instead of 26.
+    This works only if a context knows the shapes, and without formulas (see `with_formulas`).
     """
     import torch._inductor.config
     from torch._guards import TracingContext, tracing

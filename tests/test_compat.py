@@ -5,6 +5,7 @@ The package is read for such names: attributes, strings, keywords and imports.
 
 import ast
 import math
+import shutil
 from pathlib import Path
 
 import pyro
@@ -19,6 +20,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import compat
+from pyro_vae.training.decompositions import DECOMPOSITIONS
 
 PACKAGE = Path(pv.__file__).parent
 
@@ -357,3 +359,20 @@ def test_other_errors_are_not_of_numbers():
 def test_one_row_of_batch_normalization_is_known():
     assert compat.lacks_variance(error_of(nn.BatchNorm1d(3), torch.ones(1, 3)))
     assert not compat.lacks_variance(error_of(nn.BatchNorm1d(3), torch.ones(2, 4)))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_graph_that_was_compiled_before_is_found_on_disk():
+    """Inductor counts the graphs that it finds, and those that it cannot look for."""
+    from torch._dynamo.utils import counters
+
+    inputs = [torch.rand(3, 4), torch.randn(3, 4)]
+    for _ in range(2):
+        graph = compat.make_graph(lambda x, y: [torch.log1p(x) * y.tanh()], inputs)
+        before = dict(counters["inductor"])
+        graph = compat.with_formulas(graph, inputs, DECOMPOSITIONS)
+        (found,) = compat.compile_graph(graph, inputs)(*inputs)
+        torch.testing.assert_close(found, inputs[0].log1p() * inputs[1].tanh())
+    more = {name: count - before.get(name, 0) for name, count in counters["inductor"].items()}
+    assert more["fxgraph_cache_hit"] == 1
+    assert not more.get("fxgraph_cache_bypass")

@@ -66,6 +66,8 @@ epochs and batches make enough steps."""
 TEXT_DEFAULTS: dict[str, Any] = {"word_dropout": 0.5, "warm_up": "linear", "warm_up_epochs": 20}
 """The defaults for text, whose decoder otherwise explains the data without the latents."""
 
+ARRAYS = (".npy", ".npz")
+
 CELLS = (".h5ad", ".zarr")
 """`pyro_vae.data.cell_stores.ENDINGS`, without importing it."""
 
@@ -120,7 +122,7 @@ def _defaults_of(data: str, kind: str) -> tuple[str, dict[str, Any]]:
 
 def _rows_of_vectors(data: str) -> int:
     """The number of rows of an array file (n, d); 0 for other data."""
-    if Path(data).suffix not in (".npy", ".npz"):
+    if Path(data).suffix not in ARRAYS:
         return 0
     from pyro_vae.data.files import declared_shape
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyro_vae.cli.config_file import TABLE_DEFAULTS
+from pyro_vae.cli.config_file import ARRAYS, TABLE_DEFAULTS
 from pyro_vae.cli.input import Input
 from pyro_vae.cli.make_objective import make_beta, make_learning_rate_schedule, make_objective
 from pyro_vae.cli.make_pair import context_shapes, make_pair
@@ -84,7 +84,8 @@ def make_job(
             argument="batch",
         )
     # The default for tables and arrays may be more than a small one has, or than it has groups.
-    if settings.batch_size == TABLE_DEFAULTS["batch_size"]:
+    by_rows = data.schema is not None or Path(name).suffix in ARRAYS
+    if by_rows and settings.batch_size == TABLE_DEFAULTS["batch_size"]:
         most = min(TABLE_DEFAULTS["batch_size"], len(data.train.x))
         settings = replace(settings, batch_size=most)
     model = with_likelihood(model, data)

@@ -90,8 +90,8 @@ class Evaluation:
     """The model's ``pyro.factor`` sites. They are part of ``reconstruction``. With them p(x) is not
     normalized: ``log_likelihood`` is the logarithm of an integral and not a likelihood."""
     global_kl: dict[str, float] = field(default_factory=dict)
-    """KL of each global and group latent, in nats for all data. ``elbo`` and ``kl`` leave it out.
-    If the guide computes such a latent from rows, they are the first ``batch_size`` rows."""
+    """KL of each global and group latent, in nats for all data; for guides that read rows, given
+    the first ``batch_size``. Point estimates and discrete latents that are summed out have none."""
 
     @property
     def nll(self) -> float:

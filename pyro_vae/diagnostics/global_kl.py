@@ -1,9 +1,7 @@
 """The KL of global and group latents, which the bound of held-out data leaves out."""
 
-from pyro.poutine import Trace
 from torch import nn
 
-from pyro_vae.errors import UsageError
 from pyro_vae.pairs import enumeration, fold_plan, folds
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.pair import Batch
@@ -22,27 +20,19 @@ def global_kl(pair: nn.Module, batch: Batch, seed: int) -> dict[str, float]:
     have none, and discrete latents of all data that must be summed out are left out.
     """
     found, outside = ELBOParts(), set[str]()
+    points = fold_plan.plan(pair, batch).points
     nesting = enumeration.nesting(pair, batch)
     with using(pair, seed):
         for _ in range(DRAWS):
             model, guide = enumeration.traces(pair, batch, nesting)
             plates = data_plates(model, guide)
             sites = latents(model) | latents(guide)
-            points = fold_plan.known(pair).points
             outside = {
                 folds.joint_name(site)
                 for name, site in sites.items()
                 if not is_local(site, plates) and name not in points
             }
-            if not outside or not _is_summed(model, guide):
+            if not outside or enumeration.drawn(model, guide):
                 return {}
             found.add(model, guide, 1 / DRAWS)
     return {name: float(value) for name, value in found.kl.items() if name in outside}
-
-
-def _is_summed(*traces: Trace) -> bool:
-    try:
-        enumeration.require_summed(*traces)
-    except UsageError:
-        return False
-    return True

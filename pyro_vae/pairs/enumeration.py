@@ -43,14 +43,19 @@ def to_enumerate(*traces: Trace) -> list[str]:
     return [name for name, site in sites.items() if site["infer"].get("enumerate")]
 
 
+def drawn(*traces: Trace) -> list[str]:
+    """The sites that are marked for enumeration but were drawn, as in Trace_ELBO."""
+    names = to_enumerate(*traces)
+    return [name for name in names if not any(name in enumerated(trace) for trace in traces)]
+
+
 def require_summed(*traces: Trace) -> None:
-    """Raise `UsageError` if a site is marked for enumeration but was drawn, as in Trace_ELBO."""
-    for name in to_enumerate(*traces):
-        if not any(name in enumerated(trace) for trace in traces):
-            raise UsageError(
-                f"site '{name}' is marked for enumeration, but this objective does not sum it out: "
-                "use `pyro_vae.EnumeratedELBO`"
-            )
+    """Raise `UsageError` if a site is marked for enumeration but was drawn."""
+    for name in drawn(*traces):
+        raise UsageError(
+            f"site '{name}' is marked for enumeration, but this objective does not sum it out: "
+            "use `pyro_vae.EnumeratedELBO`"
+        )
 
 
 def misplaced(site: Site, guide: Trace) -> str | None:

@@ -113,8 +113,8 @@ def fit(
         patience: stop after this many epochs without a better validation bound.
         seed: random seed of training.
         device: "auto" is the GPU if there is one, else the CPU.
-        precision: "bfloat16" runs the networks under autocast. "auto" is bfloat16 if that is faster
-            on this processor, else float32; a resumed run keeps its precision.
+        precision: "bfloat16" runs the networks under autocast. "auto" is bfloat16 for large
+            networks on a processor that multiplies in it, else float32. A resumed run keeps it.
         mask_rate: probability with which an entry of the data is hidden at a visit.
         engine: "eager" (stock Pyro), "traced", "compiled", or "auto"; see docs/how-to/engine.md.
         checkpoint_seconds: shortest time between two checkpoints.
@@ -207,7 +207,9 @@ def fit(
             warnings.warn(changed, stacklevel=3)
         done = 0 if state is None else len(state.epochs) * data.steps + state.batches
         shown = bar(progress and team.first, chosen.epochs * data.steps, "fit", initial=done)
-        with claimed(pair), shown, ExitStack() as own:
+        used = data.rows.batch_size(cast(int, data.settings.batch_size))
+        known = told_smaller(lambda: _smaller(used, folder))
+        with claimed(pair), shown, known, ExitStack() as own:
             own.enter_context(own_state(pair))
             own.enter_context(seeded(noise_seed(chosen.seed, team)))
             run = assembled(

@@ -1,5 +1,6 @@
 """The precision that "auto" means, by a rule and not by a clock: a repeated run does the same."""
 
+import torch
 from torch import nn
 
 from pyro_vae.compat import has_fast_bfloat16
@@ -24,5 +25,5 @@ def chosen_precision(pair: nn.Module, batch_size: int) -> Precision:
     device, dtype = placement(pair)
     weights = sum(p.numel() for p in pair.parameters() if p.requires_grad and p.dim() >= 2)
     large = 3 * batch_size * weights >= LEAST_WORK
-    suits = device.type == "cpu" and has_fast_bfloat16() and str(dtype) == "torch.float32"
+    suits = device.type == "cpu" and has_fast_bfloat16() and dtype == torch.float32
     return "bfloat16" if large and suits else "float32"

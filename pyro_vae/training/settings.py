@@ -44,7 +44,7 @@ class Settings:
         "auto" is the GPU if there is one, else the CPU.
     precision
         "bfloat16" runs the networks under autocast; parameters and densities stay in float32.
-        "auto" is bfloat16 if that is faster on this processor, else float32.
+        "auto" is bfloat16 for large networks on a processor that multiplies in it, else float32.
     mask_rate
         Probability with which an entry of the data is hidden at a visit, for complete data of which
         parts will be missing later. The likelihood must leave out missing entries.

@@ -81,3 +81,11 @@ def test_a_damaged_file_declares_no_shape(tmp_path, content, ending):
     path.write_bytes(content)
     assert declared_shape(path) is None
     assert declared_shape(tmp_path / f"none{ending}") is None
+
+
+def test_a_typed_batch_larger_than_other_data_is_refused(tmp_path, capsys):
+    path = tmp_path / "lines.txt"
+    path.write_text("".join(f"{a}{b}\n" for a in "abc" for b in "stuvwx"))
+    with pytest.raises(SystemExit):
+        trained(path, f"{SHORT} --batch-size 32")
+    assert "--batch-size must be at most" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from global_pairs import Amortized, Nested, data
+from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 from torch import nn
 
 import pyro_vae as pv
@@ -79,3 +80,27 @@ def test_reliable_weights_show_the_posterior():
     assert found.reliable
     assert "posterior" in str(found)
     assert "not reliable" not in str(found)
+
+
+class Guided(nn.Module):
+    """The model of `Slope` with an autoguide."""
+
+    def __init__(self, guide, x):
+        super().__init__()
+        start = init_to_value(values={"w": torch.tensor(2.0)})
+        self.guide = guide(self.model, init_loc_fn=start)
+        self.guide(x)
+
+    def model(self, x):
+        Slope.model(self, x)
+
+
+def test_a_point_estimate_has_no_kl_and_an_autoguide_has_that_of_its_latent():
+    x = torch.ones(9, 1)
+    point, auto = Guided(AutoDelta, x), Guided(AutoNormal, x)
+    found = pv.evaluate(point, x, num_samples=2, engine="eager")
+    assert (found.point_estimates, found.global_kl) == (("w",), {})
+    scale = auto.guide.scales.w.item()
+    exact = 0.5 * (scale**2 + 4 - 1) - torch.tensor(scale).log().item()
+    found = pv.evaluate(auto, x, num_samples=2, engine="eager").global_kl
+    assert found == {"w": pytest.approx(exact, abs=0.2)}

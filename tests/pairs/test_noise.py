@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
+from pyro_vae import compat
 from pyro_vae.pairs.noise import CounterDraws, SiteNoise, bits, new_key
 from pyro_vae.pairs.rng import seeded
 
@@ -163,3 +164,12 @@ def test_only_the_sites_of_a_program_draw_from_the_key():
 def test_an_observed_site_keeps_its_value():
     with SiteNoise(CounterDraws(torch.tensor(5))):
         assert pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(2.5)) == 2.5
+
+
+def test_no_operand_is_used_twice_in_one_operation():
+    """Inductor writes it out twice. With x * x, a step took 50 seconds to compile instead of 10."""
+    graph = compat.make_graph(lambda key, n: [bits(key, n)], [new_key(), torch.arange(1, 9)])
+    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+    assert len(nodes) > 20
+    for node in nodes:
+        assert len(node.all_input_nodes) == sum(isinstance(a, torch.fx.Node) for a in node.args)
