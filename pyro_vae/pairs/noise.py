@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -59,6 +60,45 @@ def _swapped(x: Tensor) -> Tensor:
     return _high(x, 32) | (x << 32)
 
 
+def _bits_by_formula(key: Tensor, first: int, number: int) -> Tensor:
+    return bits(key, torch.arange(number, device=key.device) + first)
+
+
+def _bits_in_place(key: Tensor, first: int, number: int) -> Tensor:
+    """Return the same bits on a CPU, in a third of the time of whole tensors."""
+    y = np.arange(first, first + number, dtype=np.uint64)
+    half, other = np.uint64(32), np.empty_like(y)
+    factor = key.numpy().view(np.uint64)
+    y *= factor
+    z = y + factor
+    x, last = y.copy(), y
+    for term in (y, z, y, z, y):
+        x *= x
+        x += term
+        np.right_shift(x, half, out=other)
+        if term is z:
+            last = x.copy()  # after the loop, the fourth of five rounds
+        np.left_shift(x, half, out=x)
+        x |= other
+    return torch.from_numpy((last ^ other).view(np.int64))
+
+
+_library = torch.library.Library("pyro_vae", "DEF")
+_library.define("bits(Tensor key, int first, int number) -> Tensor")
+_library.impl("bits", _bits_by_formula, "CompositeExplicitAutograd")
+_library.impl("bits", _bits_in_place, "CPU")
+_library.impl("bits", lambda key, first, number: key.new_empty(number), "Meta")
+
+COUNTED_BITS = torch.ops.pyro_vae.bits.default
+"""`bits` of the counters ``first``, ``first + 1`` and so on, as one operation.
+
+It is fast in a traced graph and in the eager engine. A compiled graph uses `FORMULAS` instead.
+"""
+
+FORMULAS = {COUNTED_BITS: _bits_by_formula}
+"""What Inductor compiles in place of an operation."""
+
+
 class CounterDraws(DispatchMode):
     """Replaces draws from torch's generator inside its context by functions of a key.
 
@@ -97,8 +137,7 @@ class CounterDraws(DispatchMode):
     def _bits(self, shape: Sequence[int]) -> Tensor:
         first = 1 + STRIDE * self.done
         self.done += 1
-        index = torch.arange(math.prod(shape), device=self.key.device).view(tuple(shape))
-        return bits(self.key, index + first)
+        return COUNTED_BITS(self.key, first, math.prod(shape)).view(tuple(shape))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

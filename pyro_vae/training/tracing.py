@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_vae import compat
 from pyro_vae.errors import NotTraceable, active_line, first_line, users_line, warn
-from pyro_vae.pairs import rng
+from pyro_vae.pairs import noise, rng
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.scope import scope
 from pyro_vae.training.captured import runner
@@ -369,4 +369,5 @@ def _quiet() -> Iterator[None]:
 def _compile(graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Any]:
     with torch.no_grad(), _quiet():
         plain = [tensor.detach() for tensor in examples]
-        return compat.compile_graph(compat.with_formulas(graph, plain, DECOMPOSITIONS), plain)
+        formulas = {**DECOMPOSITIONS, **noise.FORMULAS}
+        return compat.compile_graph(compat.with_formulas(graph, plain, formulas), plain)

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from pyro_vae import compat
-from pyro_vae.pairs.noise import CounterDraws, SiteNoise, bits, new_key
+from pyro_vae.pairs.noise import COUNTED_BITS, CounterDraws, SiteNoise, bits, new_key
 from pyro_vae.pairs.rng import seeded
 
 N = 200_000
@@ -42,6 +42,14 @@ def test_bits_are_those_of_the_published_algorithm():
     for key in keys(5):
         found = bits(key, torch.tensor(counters))
         assert [int(b) % 2**64 for b in found] == [squares64(c, int(key)) for c in counters]
+
+
+@pytest.mark.parametrize("first", [1, 7 * 2**40 + 12345])
+def test_the_operation_for_many_counters_gives_these_bits(first):
+    for key in keys(3):
+        found = COUNTED_BITS(key, first, 5)
+        assert [int(b) % 2**64 for b in found] == [squares64(first + i, int(key)) for i in range(5)]
+    assert COUNTED_BITS(key, first, 0).shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
