@@ -47,9 +47,10 @@ class Grafted(nn.Module):
     def guide(self, *batch: Tensor) -> Any:
         return cast(Pair, self.inference).guide(*batch)
 
-    def template(self, n: int) -> Batch:
-        """Return a batch of n rows with the right shapes; its values have no meaning."""
-        return cast(Any, self.pair).template(n)
+    @property
+    def template(self) -> Callable[[int], Batch]:
+        """The pair's own ``template``. A pair without one makes this an ``AttributeError``."""
+        return cast(Any, self.pair).template
 
     def train(self, mode: bool = True) -> "Grafted":
         super().train(mode)

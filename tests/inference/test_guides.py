@@ -247,3 +247,14 @@ def test_a_frozen_model_stays_in_evaluation_mode():
     assert pair.decoder.training
     assert isinstance(other, Grafted)
     assert isinstance(other.inference, Encoders)
+
+
+def test_a_pair_without_a_template_gets_another_guide():
+    vae, x = make("bernoulli"), rows("bernoulli", 32)[0]
+    plain = nn.Module()
+    plain.vae, plain.model, plain.guide = vae, vae.model, vae.guide
+    options = {"epochs": 1, "batch_size": 16, "engine": "eager", "progress": False}
+    other = pv.refit_guide(plain, x, posterior=pv.DiagonalNormal, hidden=(4,), **options)
+    assert pv.encode(other, x)["z"].shape == (32, 2)
+    with pytest.raises(pv.UsageError, match="has no method template"):
+        pv.sample(other, 2)
