@@ -129,13 +129,15 @@ def test_rows_are_thinned(runs):
 
 @pytest.fixture
 def interrupted():
-    """An event loop in which Ctrl-C is pressed once it runs."""
+    """An event loop in which Ctrl-C is pressed once it runs, also if the tests ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     loop.call_later(0.05, signal.raise_signal, signal.SIGINT)
     yield
     loop.close()
     asyncio.set_event_loop(None)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_ends_the_page_with_one_line(runs, interrupted, capsys):
