@@ -1,6 +1,6 @@
 """An epoch of MNIST: `pyro_vae.fit` and NumPyro's compiled epoch, in turns.
 
-    python -m venv JAX && JAX/bin/pip install numpyro
+    python -m venv JAX && JAX/bin/pip install '.[bench-jax]'     # or only numpyro
     python benchmarks/numpyro_epoch.py --data-dir DIR --jax-python JAX/bin/python [--epochs 8]
 
 NumPyro runs each epoch as one jitted ``lax.scan`` over ``svi.update``, with no Python for each
