@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from cli_helpers import command, read
+from cli_helpers import command, only_smallest, read
 
 import pyro_vae as pv
 from pyro_vae.cli.app import app
@@ -70,8 +70,8 @@ def test_compare_needs_two_runs(folder, capsys):
     assert "needs at least two runs" in capsys.readouterr().err
 
 
-def test_repeat_gives_the_same_weights(folder, capsys, tmp_path):
-    # A report takes most of the time of a run; `repeat` leaves what the options say.
+def test_repeat_gives_the_same_weights(folder, capsys, tmp_path, monkeypatch):
+    only_smallest(monkeypatch)  # it writes a report, whose diagnosis would take ten seconds
     command("repeat {a} --out {new}", a=folder / "a", new=tmp_path / "new")
     assert f"weights             equal those of {folder / 'a'}" in capsys.readouterr().out
     for name, value in pv.load(tmp_path / "new").state_dict().items():
