@@ -762,7 +762,7 @@ DISK_COMMANDS: dict[str, list[str]] = {
     "evaluate": ["evaluate", "RUN", "--num-samples", "2"],
     "sample": ["sample", "RUN", "--num", "2000"],
     "report": ["report", "RUN"],
-    "score": ["score", "RUN", "--num-samples", "2"],
+    "score": ["score", "RUN", "--num-samples", "21"],
     "export": ["export", "RUN", "--formats", "torch"],
     "resume": [
         "train",
@@ -872,9 +872,9 @@ def tools(folder: Path) -> dict[str, Callable[[], Any]]:
         "traverse": lambda: pv.traverse(vae, x[:1]),
         "log_likelihood": lambda: pv.log_likelihood(vae, x, num_samples=4),
         "evaluate": lambda: pv.evaluate(vae, x, num_samples=4),
-        "impute": lambda: pv.impute(vae, missing, num_samples=4),
+        "impute": lambda: pv.impute(vae, missing, num_samples=21),
         "refine": lambda: pv.refine(vae, x[:2], steps=2),
-        "score": lambda: pv.score(vae, x, num_samples=4),
+        "score": lambda: pv.score(vae, x, num_samples=21),
         "decode": lambda: pv.decode(vae, {"z": torch.zeros(2, 2)}),
     }
 

@@ -3,12 +3,12 @@
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 
 from pyro_vae.errors import UsageError
 
-SHARED = ("train", "evaluate", "encode")
+SHARED = ("train", "evaluate", "diagnose", "encode")
 """The commands whose work several processes share."""
 
 
@@ -34,6 +34,16 @@ def shared(command: str) -> Iterator[None]:
             yield
     finally:
         distributed.destroy_process_group()
+
+
+def in_first(work: Callable[[], None]) -> None:
+    """Do some work in the first process only; if it fails, the other processes end, too."""
+    if int(os.environ.get("WORLD_SIZE") or 1) < 2:
+        work()
+        return
+    from pyro_vae.pairs.processes import here
+
+    here().from_first(work)
 
 
 def _join() -> None:
