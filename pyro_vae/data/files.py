@@ -81,9 +81,9 @@ def load_file(path: Path, group: str | None = None) -> Data:
         rows = {"": _split(arrays, x, "", path)}
         if group is None:
             return three_ways(path.stem, rows[""])
-        ids = _ids(arrays, rows, group, path)
-        found = three_ways(path.stem, in_groups(rows, ids)[""], "groups")
-        return replace(found, group_ids=ids[""])
+        own = _ids(arrays, rows, group, path)
+        found = three_ways(path.stem, in_groups(rows, own)[""], "groups")
+        return replace(found, group_ids=own[""].tolist())
     if "x_train" not in arrays or "x_test" not in arrays:
         raise UsageError(
             f"{path} must hold the array 'x' (and optionally 'y'), or 'x_train' and 'x_test'; "
@@ -111,7 +111,7 @@ def load_file(path: Path, group: str | None = None) -> Data:
     if "validation" not in splits:
         splits["train"], splits["validation"] = with_validation(splits["train"])
     parts = (splits["train"], splits["validation"], splits["test"])
-    return Data(path.stem, *parts, group_ids=None if ids is None else ids["train"])
+    return Data(path.stem, *parts, group_ids=None if ids is None else ids["train"].tolist())
 
 
 def _on_disk(path: Path) -> DiskArray | None:
