@@ -49,13 +49,14 @@ def in_first(work: Callable[[], None]) -> None:
 def _join() -> None:
     """Join the process group: NCCL if each process of a node can have a GPU, else gloo."""
     import torch
-    from torch import distributed
+
+    from pyro_vae.pairs.processes import join
 
     place, beside = (int(os.environ.get(f"LOCAL_{name}") or 0) for name in ("RANK", "WORLD_SIZE"))
     gpus = torch.cuda.device_count() >= max(1, beside)
     if gpus:
         torch.cuda.set_device(place)
-    distributed.init_process_group("nccl" if gpus else "gloo")
+    join("nccl" if gpus else "gloo")
 
 
 @contextmanager

@@ -130,6 +130,17 @@ def single() -> Iterator[None]:
         _SINGLE.pop()
 
 
+def join(backend: str) -> None:
+    """Join the process group that torchrun describes, as ``init_process_group`` does.
+
+    torchrun keeps one store for all restarts. In torch 2.14, restarted processes then read the
+    addresses of dead ones there, and wait for them. So each restart has its own part of the store.
+    """
+    store, rank, count = next(dist.rendezvous("env://"))
+    own = dist.PrefixStore(f"restart-{restarts()}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=count)
+
+
 def restarts() -> int:
     """How often torchrun has restarted the processes after one of them ended."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
