@@ -3,13 +3,16 @@
     python benchmarks/many_processes.py speed --rounds 5     # 1 and 2 processes of one thread each
     python benchmarks/many_processes.py kills --kills 5      # one of 2 processes is killed 5 times
     python benchmarks/many_processes.py nodes                # two "nodes" of one process each
+    python benchmarks/many_processes.py gradients            # those of 2 and 4 processes against 1
 
 ``speed`` alternates the two, so that the load of the machine affects both. ``kills`` starts
 torchrun with ``--max-restarts`` and kills a process at random times. It compares the result with
-that of a run without kills, whose rows must have the order that seed and epoch give.
+that of a run without kills, whose rows must have the order that seed and epoch give. ``gradients``
+fixes the noise of each row.
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -21,12 +24,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import pyro_vae as pv
 from pyro_vae.data.order import order
-from pyro_vae.pairs.processes import here, restarts
+from pyro_vae.pairs.processes import Team, here, join, restarts
 
 ROWS, WIDTH, BATCH, EPOCHS = 20_000, 784, 256, 3
 
@@ -42,19 +46,19 @@ def torchrun(count: int, words: list[str], restarts: int = 0, **more: str) -> su
     nodes = [f"--{name.replace('_', '-')}={value}" for name, value in more.items()]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
     command += [f"--max-restarts={restarts}", "--monitor-interval=0.2"]
-    command += nodes or [f"--master-port={port()}"]
+    command += nodes or ["--standalone"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen([*command, __file__, *words], env=env, stderr=subprocess.DEVNULL)
 
 
-def join() -> None:
+def joined() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        torch.distributed.init_process_group("gloo")
+        join("gloo")
 
 
 def train(out: Path) -> None:
     """Train a VAE of 784-400-20, and write the seconds of each epoch."""
-    join()
+    joined()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     assert here().count == int(os.environ.get("WORLD_SIZE", "1"))
@@ -100,7 +104,7 @@ class Noted(torch.utils.data.Dataset):
 
 def killed(folder: Path) -> None:
     """One process of a run that is killed now and then. The log has its rows, by restart."""
-    join()
+    joined()
     torch.manual_seed(0)
     vae = pv.VAE.mlp((4,), latent_dim=2, hidden=(8,), likelihood=pv.Gaussian)
     log = folder / f"rows-{restarts()}-{here().rank}.txt"
@@ -165,6 +169,44 @@ def _share(rank: int) -> int:
     return KILL_EPOCHS * sum(-(-n // 2) if rank == 0 else n // 2 for n in sizes)
 
 
+def gradient(out: Path) -> None:
+    """Write the gradients of all steps, and the rows that each process read."""
+    joined()
+    sys.path.append(str(Path(__file__).parents[1] / "tests" / "training"))
+    program: Any = importlib.import_module("processes_program")
+    items = program.Items(program.X, program.NOISE)
+    found, _ = program.recorded((items,))
+    read = here().gather(lambda: items.read)
+    if here().first:
+        torch.save((found, read), out)
+
+
+def _rows_of(team: Team) -> list[int]:
+    """The rows that a process reads in two epochs of minibatches of 8 of 17 rows."""
+    parts = [team.of(part) for epoch in range(2) for part in order(0, epoch, 17).split(8)]
+    return [row for part in parts for row in part.tolist() or [0]]  # a row shows the shapes
+
+
+def gradients() -> None:
+    """Compare the gradients of 2 and 4 processes with those of one, with fixed noise."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (1, 2, 4):
+            out = Path(folder) / f"{count}.pt"
+            assert torchrun(count, ["gradient", str(out)]).wait() == 0
+            found[count] = torch.load(out)
+    wanted, _ = found[1]
+    for count in (2, 4):
+        gradients, read = found[count]
+        for rank in range(count):
+            rows = _rows_of(Team(rank, count))
+            assert read[rank][-len(rows) :] == rows, "another order"
+        apart = ((gradients - wanted).norm(dim=1) / wanted.norm(dim=1)).max()
+        words = f"the global order, and gradients within {apart:.1e}"
+        print(f"{count} processes, {len(wanted)} steps: {words}")
+        assert apart <= 1e-5
+
+
 def nodes() -> None:
     """Two agents of torchrun on one machine, which meet at a port, as two nodes do."""
     with tempfile.TemporaryDirectory() as name:
@@ -176,9 +218,13 @@ def nodes() -> None:
         print("two nodes: finished,", json.loads(Path(out[0]).read_text()), "seconds by epoch")
 
 
+CHOICES = ["speed", "kills", "nodes", "gradients", "train", "killed", "gradient"]
+"""The trials, and what their processes run."""
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["speed", "kills", "nodes", "train", "killed"])
+    parser.add_argument("what", choices=CHOICES)
     parser.add_argument("out", nargs="?", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kills", type=int, default=5)
@@ -189,5 +235,7 @@ if __name__ == "__main__":
         kills(given.kills)
     elif given.what == "nodes":
         nodes()
+    elif given.what == "gradients":
+        gradients()
     else:
-        {"train": train, "killed": killed}[given.what](given.out)
+        {"train": train, "killed": killed, "gradient": gradient}[given.what](given.out)

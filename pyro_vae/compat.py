@@ -7,7 +7,9 @@ Tried: `tests/test_compat.py` passes with torch 2.6.0 and Pyro 1.9.1, and with t
 """
 
 import copy
+import linecache
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
@@ -284,7 +286,18 @@ def make_graph(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     table = dict(formulas or {})
-    return make_fx(function, table, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    made = make_fx(function, table, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    return owning_source(made)
+
+
+def owning_source(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Let the source of a compiled graph go with it; ``torch.fx`` keeps it, 20 kB for each."""
+    from torch.fx.graph_module import _loader
+
+    name = type(graph).forward.__code__.co_filename
+    for cache in (_loader.eval_cache, linecache.cache):
+        weakref.finalize(graph, cache.pop, name, None)
+    return graph
 
 
 def schema(target: OpOverload) -> Any:

@@ -61,12 +61,15 @@ def diagnose_run(
 ) -> "Diagnosis":
     """Diagnose the pair of a run on test data; write metrics.json and the figures.
 
+    Several processes share it, and the first one writes.
+
     Arguments:
         own: whether the data are those of the run. The guide of global latents belongs to them.
         more: further entries for metrics.json.
         options: further arguments of `pyro_vae.diagnose`.
     """
     from pyro_vae.diagnostics.diagnosis import diagnose
+    from pyro_vae.pairs.processes import here
 
     x, context = test_part(data, given, num)
     found = diagnose(
@@ -83,7 +86,8 @@ def diagnose_run(
     record = {"data": data.name} | dict(more or {}) | found.as_dict()
     if "log_likelihood" in found.results:
         record |= _worst(data, given, x, found)
-    _write(run, pair, found, record)
+    if here().first:
+        _write(run, pair, found, record)
     return found
 
 
@@ -151,7 +155,7 @@ def diagnose_trained(
 
 def verdict_lines(found: "Diagnosis") -> list[str]:
     """The verdict in at most five lines; the report has its evidence."""
-    from pyro_vae.diagnostics.diagnosis import KINDS
+    from pyro_vae.diagnostics.study import KINDS
 
     if not found.results:
         return [f"{'diagnosis':<20}no diagnostic gave a result"]

@@ -110,6 +110,7 @@ def diagnose(
         Write report.html again.
     """
     from pyro_vae.diagnostics.comparison import Diagnosed, compare
+    from pyro_vae.pairs.processes import here, single
 
     require_positive("num", num)
     require_seconds("budget", budget)
@@ -137,8 +138,9 @@ def diagnose(
             print(f"\n{one}", *verdict_lines(found), sep="\n")
         else:
             print(found, end="\n\n" if report else "\n")
-        if report:
-            report_run(one, pair, loaded, given)
+        if report and here().first:
+            with single():
+                report_run(one, pair, loaded, given)
             print(f"{'report':<20}{one / 'report.html'}")
         made.append(found)
     if others:

@@ -13,7 +13,7 @@ from pyro_vae.cli.app import app
 from pyro_vae.cli.config_file import run_of
 from pyro_vae.cli.make_pair import current_folder
 from pyro_vae.cli.options import Model
-from pyro_vae.cli.processes import is_elsewhere, shared
+from pyro_vae.cli.processes import in_first, is_elsewhere, shared
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.memory import told_smaller
 
@@ -85,9 +85,13 @@ def _folder_locked(command: Callable[..., Any], values: Mapping[str, Any]) -> It
         runs = []  # these do not write into the folder
     creates = command is _train.train and not values.get("resume")
     with ExitStack() as locks:
-        for run in dict.fromkeys(runs):
-            if creates or run.is_dir():  # other commands report a folder that does not exist
-                locks.enter_context(reserved(run))
+
+        def lock() -> None:
+            for run in dict.fromkeys(runs):
+                if creates or run.is_dir():  # other commands report a folder that does not exist
+                    locks.enter_context(reserved(run))
+
+        in_first(lock)  # which is the only process that writes
         yield
 
 

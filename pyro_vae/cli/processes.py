@@ -3,12 +3,12 @@
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 
 from pyro_vae.errors import UsageError
 
-SHARED = ("train", "evaluate", "encode")
+SHARED = ("train", "evaluate", "diagnose", "encode")
 """The commands whose work several processes share."""
 
 
@@ -36,16 +36,27 @@ def shared(command: str) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+def in_first(work: Callable[[], None]) -> None:
+    """Do some work in the first process only; if it fails, the other processes end, too."""
+    if int(os.environ.get("WORLD_SIZE") or 1) < 2:
+        work()
+        return
+    from pyro_vae.pairs.processes import here
+
+    here().from_first(work)
+
+
 def _join() -> None:
     """Join the process group: NCCL if each process of a node can have a GPU, else gloo."""
     import torch
-    from torch import distributed
+
+    from pyro_vae.pairs.processes import join
 
     place, beside = (int(os.environ.get(f"LOCAL_{name}") or 0) for name in ("RANK", "WORLD_SIZE"))
     gpus = torch.cuda.device_count() >= max(1, beside)
     if gpus:
         torch.cuda.set_device(place)
-    distributed.init_process_group("nccl" if gpus else "gloo")
+    join("nccl" if gpus else "gloo")
 
 
 @contextmanager

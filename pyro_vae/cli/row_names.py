@@ -37,8 +37,9 @@ def training_rows(data: "Data", source: str, numbers: Sequence[int]) -> "NamedRo
         return NamedRows(x.rows_in_file(at), "row", "rows", f"of {source}, counted from 0")
     if split.members is not None:
         first = [int(split.members[number, 0]) for number in at]
-        one, many = "the group with row", "the groups with rows"
-        return NamedRows(first, one, many, f"of {source}, counted from 0")
+        assert data.group_ids is not None
+        ids = [data.group_ids[row] for row in first]
+        return NamedRows(ids, "the group", "the groups", f"of {source}")
     if split.rows is None:
         return NamedRows(at, "row", "rows", f"of the training part of {source}, counted from 0")
     ((name, ids),) = ids_of(data, split._replace(rows=split.rows[at])).items()

@@ -79,8 +79,11 @@ def load_file(path: Path, group: str | None = None) -> Data:
     if "x" in arrays:
         x = _images(arrays["x"], path, missing=True)
         rows = {"": _split(arrays, x, "", path)}
-        whole = rows if group is None else in_groups(rows, _ids(arrays, rows, group, path))
-        return three_ways(path.stem, whole[""], "rows" if group is None else "groups")
+        if group is None:
+            return three_ways(path.stem, rows[""])
+        own = _ids(arrays, rows, group, path)
+        found = three_ways(path.stem, in_groups(rows, own)[""], "groups")
+        return replace(found, group_ids=own[""].tolist())
     if "x_train" not in arrays or "x_test" not in arrays:
         raise UsageError(
             f"{path} must hold the array 'x' (and optionally 'y'), or 'x_train' and 'x_test'; "
@@ -102,11 +105,13 @@ def load_file(path: Path, group: str | None = None) -> Data:
                     f"those of context_train have shape {_row(splits['train'].context)}; they must "
                     "match"
                 )
-    if group is not None:
-        splits = in_groups(splits, _ids(arrays, splits, group, path))
+    ids = None if group is None else _ids(arrays, splits, group, path)
+    if ids is not None:
+        splits = in_groups(splits, ids)
     if "validation" not in splits:
         splits["train"], splits["validation"] = with_validation(splits["train"])
-    return Data(path.stem, splits["train"], splits["validation"], splits["test"])
+    parts = (splits["train"], splits["validation"], splits["test"])
+    return Data(path.stem, *parts, group_ids=None if ids is None else ids["train"].tolist())
 
 
 def _on_disk(path: Path) -> DiskArray | None:

@@ -32,7 +32,7 @@ def grouped(path: str | Path, columns: Any, group: str) -> Data:
         at = rows[name][members.clamp(min=0)]
         found[name] = part._replace(members=at.where(members >= 0, -1), rows=None)
     train, validation, test = (found[name] for name in ("train", "validation", "test"))
-    return Data(table.name, train, validation, test, schema=table.schema)
+    return Data(table.name, train, validation, test, schema=table.schema, group_ids=ids)
 
 
 def _with_role(columns: Any, group: str) -> Any:

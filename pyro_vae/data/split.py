@@ -51,6 +51,9 @@ class Data:
     """The `pyro_vae.data.cells.Cells` of the data, if their rows are the cells of a .h5ad file."""
     schema: Any = None
     """The `pyro_vae.Schema` of a row or, if the data are groups of rows of a table, of a member."""
+    group_ids: Sequence[Any] | None = None
+    """The id of the group of each row of the file (of its training rows, if it has parts of its
+    own), if the data are groups."""
     files: tuple[str, ...] | None = None
     """The path of each row before the split, relative to the folder, for a folder of images."""
     classes: tuple[str, ...] | None = None

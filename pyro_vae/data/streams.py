@@ -84,6 +84,16 @@ class Stream(Arriving):
     def __len__(self) -> int:
         return self.length
 
+    @property
+    def unrepeatable(self) -> bool:
+        """Whether the order comes from a generator of the loader, which a checkpoint does not hold.
+
+        A ``StatefulDataLoader`` that shuffles has one, even if its user gave none.
+        """
+        batches = getattr(self.rows, "batch_sampler", None)
+        samplers = (getattr(self.rows, "sampler", None), batches, getattr(batches, "sampler", None))
+        return any(getattr(one, "generator", None) is not None for one in samplers)
+
     def batch_size(self, batch_size: int) -> int:
         """The number of rows of a full minibatch; a loader has its own batch size."""
         own = self.rows.batch_size if isinstance(self.rows, DataLoader) else batch_size

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pyro_vae.data.sizes import read_bytes
+from pyro_vae.data.sizes import read_bytes, require_memory
 from pyro_vae.errors import UsageError, first_line
 
 FILES = (".csv", ".tsv", ".parquet", ".feather", ".arrow")
@@ -81,6 +81,7 @@ def _read(source: Any) -> Any:
     try:
         if path.suffix in (".csv", ".tsv"):
             return _read_csv(path)
+        _require_memory(path)
         if path.suffix == ".parquet":
             return arrow("pyarrow.parquet").read_table(path)
         return arrow("pyarrow.feather").read_table(path)
@@ -89,6 +90,19 @@ def _read(source: Any) -> Any:
     except (pa.ArrowException, OSError, ValueError) as error:
         words = first_line(error)[:120]
         raise UsageError(f"{path} cannot be read as a {path.suffix} table ({words})") from error
+
+
+def _require_memory(path: Path) -> None:
+    """Raise `UsageError` for a table that is larger than the memory: tables are loaded whole.
+
+    A Parquet file may expand; its footer says how much, and how many numbers it holds.
+    """
+    need = path.stat().st_size
+    if path.suffix == ".parquet":
+        about = arrow("pyarrow.parquet").read_metadata(path)
+        unpacked = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        need = max(need, unpacked, 4 * about.num_rows * about.num_columns)
+    require_memory(need, f"the table {path}")
 
 
 def _read_csv(path: Path) -> Any:

@@ -14,20 +14,20 @@ from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows, parts
 from pyro_vae.diagnostics import verdict
 from pyro_vae.diagnostics.global_studies import judge_globals, judge_local, limited
+from pyro_vae.diagnostics.sharing import share_out
 from pyro_vae.diagnostics.signs import Sign
 from pyro_vae.diagnostics.studies import STUDIES
-from pyro_vae.diagnostics.study import Bench, Finding, Rung, Study
+from pyro_vae.diagnostics.study import KINDS, REASONS, Bench, Finding, Rung, Study, latent_names
 from pyro_vae.diagnostics.verdict import Blame
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs.guide import trace_guide
-from pyro_vae.pairs.model import global_latents, trace_model
+from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.pair import Batch
-from pyro_vae.pairs.processes import single
+from pyro_vae.pairs.processes import here, single
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import require_seed
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.showing import shown_html
-from pyro_vae.pairs.sites import latents
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.weights import log_weights, structure
 from pyro_vae.runs import held_out_rows
@@ -153,7 +153,6 @@ class Diagnosis:
 
 
 @alone()
-@single()  # the sizes depend on the time, so processes could not share a study
 def diagnose(
     pair: nn.Module,
     x: Rows,
@@ -188,7 +187,8 @@ def diagnose(
         binarize, seed, engine: as in `pyro_vae.evaluate`.
         progress: show a bar.
 
-    Several processes (torchrun) do not share it: each process that calls it does all of the work.
+    Several processes (torchrun) share the diagnostics: each runs some of them, within its budget,
+    and all return the same results. Each process must call it, with the same data.
 
     Returns a summary in words, the result of each diagnostic, and figures. Raises `UsageError` if
     ``budget`` is not positive.
@@ -201,21 +201,54 @@ def diagnose(
     if not budget > 0:
         raise UsageError(f"must be above 0 seconds, got {budget}", argument="budget")
     require_seed(seed)
-    batch = whole(pair, x, context, binarize)
+    team = here()
+    with single():
+        end = _now() + budget
+        bench = team.together(
+            lambda: _bench(pair, (x, context), other, train, binarize, seed, engine)
+        )
+        climbs = [_Climb(study) for make in STUDIES if (study := make(bench)) is not None]
+        share_out(
+            climbs,
+            team,
+            budget,
+            bench.batch,
+            lambda own: _climb(own, end, progress and team.first),
+        )
+        found = Diagnosis(bench.rows, budget)
+        for climb in climbs:
+            climb.tell(found)
+        found.judge(bench.shared, bench.local)
+    return found
+
+
+def _bench(
+    pair: nn.Module,
+    data: tuple[Rows, tuple[Any, ...]],
+    other: Tensor | Sequence[Any] | None,
+    train: Tensor | Sequence[Any] | None,
+    binarize: str,
+    seed: int,
+    engine: str,
+) -> Bench:
+    """Prepare the data of a diagnosis, and measure the time of a pass."""
+    batch = whole(pair, *data, binarize)
     order = torch.randperm(len(batch[0]), generator=torch.Generator().manual_seed(seed))
     shuffled = tuple(tensor[order.to(tensor.device)] for tensor in batch)
     others = None if other is None else parts(other)
     strangers = None if others is None else whole(pair, others[0], others[1:], binarize)
-    end = _now() + budget
     costs = _pass_seconds(pair, shuffled, seed)
-    shared, local = _latents(pair, batch)
+    shared, local = latent_names(pair, batch)
     fitted = None
     if train is not None:
         fitted = whole(pair, parts(train)[0], parts(train)[1:], binarize)
-    elif shared and held_out_rows.fitted_to(pair, x):
+    elif shared and held_out_rows.fitted_to(pair, data[0]):
         fitted = batch
-    bench = Bench(pair, shuffled, order, seed, engine, *costs, strangers, fitted, shared)
-    climbs = [_Climb(study) for make in STUDIES if (study := make(bench)) is not None]
+    return Bench(pair, shuffled, order, seed, engine, *costs, strangers, fitted, shared, local)
+
+
+def _climb(climbs: Sequence["_Climb"], end: float, progress: bool) -> None:
+    """Run diagnostics at growing sizes until the time is over."""
     with bar(progress, ROUNDS * len(climbs), "diagnose") as shown:
         for turn in range(ROUNDS):
             for i, climb in enumerate(climbs):
@@ -229,20 +262,6 @@ def diagnose(
                     else:
                         climb.go(share)
                 shown.update()
-    found = Diagnosis(order, budget)
-    for climb in climbs:
-        climb.tell(found)
-    found.judge(shared, local)
-    return found
-
-
-def _latents(pair: nn.Module, batch: Batch) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the global and group latents of a pair, and its local latents."""
-    shared = tuple(global_latents(pair, batch))
-    with using(pair, 0):
-        few = tuple(part[:2] for part in batch)
-        sites = latents(trace_guide(pair, few))
-    return shared, tuple(name for name in sites if name not in shared)
 
 
 def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, float, float]:
@@ -288,7 +307,8 @@ class _Climb:
         self.at, self.result, self.seconds = -1, None, 0.0
         self.known: list[tuple[float, float]] = []
         """Costs and seconds of the finished sizes."""
-        self.fault: Exception | None = None
+        self.fault: tuple[str, str] | None = None
+        """The field of `Diagnosis` for an error, and the error in words."""
         self.notes: dict[str, None] = {}
 
     @property
@@ -327,8 +347,10 @@ class _Climb:
             warnings.simplefilter("always", UserWarning)
             try:
                 self.result = rung.run()
+            except UsageError as error:
+                self.fault = "not_applicable", str(error)
             except Exception as error:  # a user's pair may raise anything; the others continue
-                self.fault = error
+                self.fault = "failed", f"{type(error).__name__}: {first_line(error)}"
         self.notes |= dict.fromkeys(str(warning.message) for warning in heard)
         self.known.append((rung.cost, _now() - start))
 
@@ -337,12 +359,12 @@ class _Climb:
         study, name, sizes = self.study, self.study.name, len(self.study.rungs)
         if self.known:
             found.seconds[name] = self.seconds
-        if isinstance(self.fault, UsageError):
-            found.not_applicable[name] = str(self.fault)
-        elif self.fault is not None:
-            found.failed[name] = f"{type(self.fault).__name__}: {first_line(self.fault)}"
-            words = f"the diagnostic '{name}': it failed"
-            found.findings.append(Finding("unchecked", words, f"diagnostic {name}"))
+        if self.fault is not None:
+            kind, words = self.fault
+            getattr(found, kind)[name] = words
+            if kind == "failed":
+                words = f"the diagnostic '{name}': it failed"
+                found.findings.append(Finding("unchecked", words, f"diagnostic {name}"))
         elif not self.known:
             found.left_out[name] = "it did not run"
         elif not self.over:
@@ -375,20 +397,3 @@ def _predicted(known: Sequence[tuple[float, float]], cost: float) -> float:
         first, before = known[-2]
         slope = SAFETY * max(0.0, seconds - before) / (last - first)
     return min(seconds * cost / last, seconds + slope * (cost - last))
-
-
-KINDS = {
-    "fault": "At fault",
-    "trust": "Reliable",
-    "doubt": "Not reliable",
-    "unchecked": "Not checked",
-    "next": "Try next",
-}
-"""The kinds of findings of `pyro_vae.diagnose`, with their titles for the reader."""
-
-REASONS = {
-    "does not apply": "not_applicable",
-    "failed": "failed",
-    "lacked time": "left_out",
-}
-"""Titles of the reasons why a diagnostic is missing or small, and the fields with these reasons."""

@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.masks import missing_entries
+from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
+from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.sites import latents
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,6 +21,22 @@ GRADIENT = 3
 
 GAP = 1.0
 """A gap of this many nats per example is worth an effort."""
+
+KINDS = {
+    "fault": "At fault",
+    "trust": "Reliable",
+    "doubt": "Not reliable",
+    "unchecked": "Not checked",
+    "next": "Try next",
+}
+"""The kinds of findings of `pyro_vae.diagnose`, with their titles for the reader."""
+
+REASONS = {
+    "does not apply": "not_applicable",
+    "failed": "failed",
+    "lacked time": "left_out",
+}
+"""Titles of the reasons why a diagnostic is missing or small, and the fields with these reasons."""
 
 
 class Finding(NamedTuple):
@@ -78,6 +98,8 @@ class Bench(NamedTuple):
     """Prepared rows to which the guide of global latents was fitted, if they are known."""
     shared: tuple[str, ...] = ()
     """The global and group latents of the pair."""
+    local: tuple[str, ...] = ()
+    """The local latents of the pair."""
 
     def cost(self, passes: float, rows: float) -> float:
         """Return the seconds of these passes with this number of rows, or of draws of rows."""
@@ -106,3 +128,12 @@ def sizes(bench: Bench, *wanted: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Limit the first number of each size to the number of rows, and drop duplicates."""
     n = len(bench.batch[0])
     return list(dict.fromkeys((min(n, rows), *rest) for rows, *rest in wanted))
+
+
+def latent_names(pair: nn.Module, batch: Batch) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the global and group latents of a pair, and its local latents."""
+    shared = tuple(global_latents(pair, batch))
+    with using(pair, 0):
+        few = tuple(part[:2] for part in batch)
+        sites = latents(trace_guide(pair, few))
+    return shared, tuple(name for name in sites if name not in shared)

@@ -41,7 +41,7 @@ def any_rows(
         if not node.users:
             first.graph.erase_node(node)
     first.recompile()
-    return first, used
+    return compat.owning_source(first), used
 
 
 def repeated(tensors: Sequence[Tensor], n: int) -> list[Tensor]:

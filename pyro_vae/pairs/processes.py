@@ -50,10 +50,13 @@ class Team:
         """The items that this process takes, for example minibatches: one of each ``count``."""
         return islice(items, self.rank, None, self.count)
 
-    def gather(self, work: Callable[[], T]) -> list[T]:
+    def gather(self, work: Callable[[], T], group: Any = None) -> list[T]:
         """Do some work in every process, and return the results of all processes.
 
         If it fails in a process, that process raises its error and the others `ElsewhereError`.
+
+        Arguments:
+            group: the group of torch.distributed that tells the results, if not the default one.
         """
         if self.count == 1:
             return [work()]
@@ -64,7 +67,7 @@ class Team:
             failure, mine = error, (None, first_line(error))  # type: ignore[assignment]
         found: list[Any] = [None] * self.count
         with lost():
-            dist.all_gather_object(found, mine)
+            dist.all_gather_object(found, mine, group)
         failed = [(rank, words) for rank, (_, words) in enumerate(found) if words is not None]
         if not failed:
             return [result for result, _ in found]
@@ -125,6 +128,17 @@ def single() -> Iterator[None]:
         yield
     finally:
         _SINGLE.pop()
+
+
+def join(backend: str) -> None:
+    """Join the process group that torchrun describes, as ``init_process_group`` does.
+
+    torchrun keeps one store for all restarts. In torch 2.14, restarted processes then read the
+    addresses of dead ones there, and wait for them. So each restart has its own part of the store.
+    """
+    store, rank, count = next(dist.rendezvous("env://"))
+    own = dist.PrefixStore(f"restart-{restarts()}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=count)
 
 
 def restarts() -> int:

@@ -15,6 +15,7 @@ from torch import nn
 
 from pyro_vae.data.ranges import range_fault
 from pyro_vae.data.sources import Arrays, Rows, parts, spread
+from pyro_vae.data.streams import Stream
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.pairs.contract import no_pair
 from pyro_vae.pairs.memory import smaller, told_smaller
@@ -40,6 +41,12 @@ from pyro_vae.training.schedules import Schedule
 from pyro_vae.training.settings import EngineName, OnNonfinite, Precision, Settings
 from pyro_vae.training.state import TrainState
 from pyro_vae.training.stopping import summary_writer
+
+_UNREPEATABLE = (
+    "the loader draws the order of its rows from a generator of its own, which the checkpoint does "
+    "not hold: the order from here on differs from that of an uninterrupted run. Pass the data set "
+    "itself, which fit shuffles, or a loader without a generator"
+)
 
 
 @alone()
@@ -205,6 +212,8 @@ def fit(
             warnings.warn(fault, stacklevel=3)
         if state is not None and (changed := another_number(state, team)):
             warnings.warn(changed, stacklevel=3)
+        if state is not None and isinstance(data.rows, Stream) and data.rows.unrepeatable:
+            warnings.warn(_UNREPEATABLE, stacklevel=3)
         done = 0 if state is None else len(state.epochs) * data.steps + state.batches
         shown = bar(progress and team.first, chosen.epochs * data.steps, "fit", initial=done)
         used = data.rows.batch_size(cast(int, data.settings.batch_size))

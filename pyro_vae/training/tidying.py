@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pyro_vae.compat import OpOverload, schema, value_in_graph
+from pyro_vae.compat import OpOverload, owning_source, schema, value_in_graph
 
 aten = torch.ops.aten
 
@@ -48,6 +48,7 @@ def tidy(graph: torch.fx.GraphModule) -> None:
         if node.op in ("get_attr", "call_function") and not _has_effect(node) and not node.users:
             graph.graph.erase_node(node)
     graph.recompile()
+    owning_source(graph)
 
 
 def _has_effect(node: torch.fx.Node) -> bool:
