@@ -1,4 +1,4 @@
-"""The pair of docs/how-to/your-own-data.md for interval-censored values, against numbers of scipy."""
+"""The pair of the docs for interval-censored values, against numbers of scipy."""
 
 import math
 from pathlib import Path
