@@ -96,7 +96,8 @@ def data_defaults(app: App, commands: tuple[str, ...], arguments: Any) -> None:
     given = {name for name, one in named.items() if one.tokens}
     what, new = _defaults_of(data[-1] if data else "", kind)
     if all(_from_file(named[name]) for name in _OF_EACH_RUN):
-        return  # what the config.json of a run leaves out had no value in that run
+        # What the config.json of a run leaves out had no value in that run.
+        new = {} if "linear" in given or ":" in kind else {"linear": False}
     new = {name: value for name, value in new.items() if name not in given}
     if "warm_up" in given:
         new.pop("warm_up_epochs", None)
