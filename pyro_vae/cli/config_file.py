@@ -97,7 +97,8 @@ def data_defaults(app: App, commands: tuple[str, ...], arguments: Any) -> None:
     what, new = _defaults_of(data[-1] if data else "", kind)
     if all(_from_file(named[name]) for name in _OF_EACH_RUN):
         # What the config.json of a run leaves out had no value in that run.
-        new = {} if "linear" in given or ":" in kind else {"linear": False}
+        arrays = data and Path(data[-1]).suffix in ARRAYS and ":" not in kind
+        new = {"linear": False} if arrays and "linear" not in given else {}
     new = {name: value for name, value in new.items() if name not in given}
     if "warm_up" in given:
         new.pop("warm_up_epochs", None)
