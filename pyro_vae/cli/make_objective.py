@@ -57,7 +57,7 @@ def make_beta(config: Objective) -> float | Schedule | None:
     return None if config.warm_up is None and config.beta == 1 else config.beta
 
 
-RISE = 20.0
+RISE = 40.0
 """Epochs over which the learning rate rises if the pair starts at the solution of a simpler model.
 The first epochs then stay close to it, and validation can choose them."""
 
