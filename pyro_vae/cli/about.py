@@ -156,8 +156,14 @@ def _options(given: dict[str, Any]) -> str:
     for name, value in given.items():
         value = tuple(value) if isinstance(value, list) else value
         if name in usual and name not in _NO_OPTION and value != usual[name]:
-            told.append(f"{option_of(name)} {in_words(value)}")
+            told.append(_typed(name, value))
     return " ".join(told)
+
+
+def _typed(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return option_of(name if value else f"no_{name}")
+    return f"{option_of(name)} {in_words(value)}"
 
 
 def _epochs(run: Path) -> str:

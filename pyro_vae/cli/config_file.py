@@ -63,8 +63,17 @@ FEW_ROWS = 5000
 """Rows of an array of vectors up to which the defaults for tables apply. With more rows, the usual
 epochs and batches make enough steps."""
 
-TEXT_DEFAULTS: dict[str, Any] = {"word_dropout": 0.5, "warm_up": "linear", "warm_up_epochs": 20}
-"""The defaults for text, whose decoder otherwise explains the data without the latents."""
+TEXT_DEFAULTS: dict[str, Any] = {
+    "word_dropout": 0.25,
+    "warm_up": "linear",
+    "warm_up_epochs": 20,
+    "batch_size": 32,
+}
+"""The defaults for text, whose decoder otherwise explains the data without the latents. A decoder
+that misses a part of the characters needs more steps, which smaller batches give."""
+
+FEWEST_LINES = 50
+"""Lines of a text file from which on the training part has more than one batch of 32 rows."""
 
 ARRAYS = (".npy", ".npz")
 
@@ -87,7 +96,9 @@ def data_defaults(app: App, commands: tuple[str, ...], arguments: Any) -> None:
     given = {name for name, one in named.items() if one.tokens}
     what, new = _defaults_of(data[-1] if data else "", kind)
     if all(_from_file(named[name]) for name in _OF_EACH_RUN):
-        return  # what the config.json of a run leaves out had no value in that run
+        # What the config.json of a run leaves out had no value in that run.
+        arrays = data and Path(data[-1]).suffix in ARRAYS and ":" not in kind
+        new = {"linear": False} if arrays and "linear" not in given else {}
     new = {name: value for name, value in new.items() if name not in given}
     if "warm_up" in given:
         new.pop("warm_up_epochs", None)
@@ -116,8 +127,20 @@ def _defaults_of(data: str, kind: str) -> tuple[str, dict[str, Any]]:
         new = {name: value for name, value in TABLE_DEFAULTS.items() if name not in left_out}
         return "tables" if ending in TABLES else "arrays", new
     if kind == "vae" and (ending == ".txt" or data == "docstrings"):
-        return "text", TEXT_DEFAULTS
+        whole = ending == ".txt" and _lines_of(Path(data)) < FEWEST_LINES
+        new = {name: value for name, value in TEXT_DEFAULTS.items() if name != "batch_size"}
+        return "text", new if whole else TEXT_DEFAULTS
     return "", {}
+
+
+def _lines_of(path: Path) -> int:
+    """The number of different lines of a text file; 0 for a file that cannot be read."""
+    from pyro_vae.data.text import read_lines
+
+    try:
+        return len(read_lines(path))
+    except (OSError, UsageError):  # the command says so when it reads the data
+        return 0
 
 
 def _rows_of_vectors(data: str) -> int:

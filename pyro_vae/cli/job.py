@@ -10,7 +10,7 @@ from pyro_vae.cli.config_file import ARRAYS, TABLE_DEFAULTS
 from pyro_vae.cli.input import Input
 from pyro_vae.cli.make_objective import make_beta, make_learning_rate_schedule, make_objective
 from pyro_vae.cli.make_pair import context_shapes, make_pair
-from pyro_vae.cli.make_parts import binarized, standardizes, with_likelihood
+from pyro_vae.cli.make_parts import binarized, standardizes, with_likelihood, with_linear
 from pyro_vae.cli.options import Model, Objective, reject_ignored
 from pyro_vae.cli.row_names import training_rows
 from pyro_vae.cli.run import context_of
@@ -65,7 +65,9 @@ class Job:
                 validation=(data.validation.x, *context_of(given, data, data.validation)),
                 objective=make_objective(self.objective, len(data.train.x), enumerated),
                 beta=make_beta(self.objective),
-                learning_rate_schedule=make_learning_rate_schedule(self.objective, epochs),
+                learning_rate_schedule=make_learning_rate_schedule(
+                    self.objective, epochs, bool(given.get("linear"))
+                ),
                 binarize=self.source.binarize,
                 **asdict(self.settings),
                 **more,
@@ -92,6 +94,7 @@ def make_job(
     if source.binarize != Input.binarize and ":" not in model.model:
         reject_ignored(["binarize"], {"likelihood": model.likelihood})
     standardized = standardizes(model, data, source.standardize)
+    model = with_linear(model, data, standardized, settings.mask_rate > 0)
     given = (
         {"data": name, "data_shape": data.shape, "num_classes": data.num_classes}
         | {"context_shapes": context_shapes(model, data)}

@@ -57,12 +57,25 @@ def make_beta(config: Objective) -> float | Schedule | None:
     return None if config.warm_up is None and config.beta == 1 else config.beta
 
 
-def make_learning_rate_schedule(config: Objective, epochs: int) -> Schedule | None:
-    """The factor on the learning rate at each epoch, or None if it is constant."""
+RISE = 40.0
+"""Epochs over which the learning rate rises if the pair starts at the solution of a simpler model.
+The first epochs then stay close to it, and validation can choose them."""
+
+
+def make_learning_rate_schedule(
+    config: Objective, epochs: int, started: bool = False
+) -> Schedule | None:
+    """The factor on the learning rate at each epoch, or None if it is constant.
+
+    Arguments:
+        config: the options.
+        epochs: the number of epochs.
+        started: whether the pair starts at the solution of a simpler model.
+    """
     from pyro_vae.training.schedules import CosineSchedule, LinearSchedule
 
     if config.learning_rate_schedule == "constant":
-        return None
+        return LinearSchedule(RISE) if started else None
     if config.learning_rate_schedule == "linear":
         return LinearSchedule(epochs, start=1.0, end=0.0)
     return CosineSchedule(epochs)

@@ -19,6 +19,7 @@ from pyro_vae.cli.make_parts import (
     make_prior,
     standardizes,
     with_likelihood,
+    with_linear,
 )
 from pyro_vae.cli.options import COUNTS, Model, in_words
 from pyro_vae.errors import UsageError, nearest
@@ -40,7 +41,9 @@ def make_pair(
         masked: whether entries are hidden during training.
     """
     config = with_likelihood(config, data)
-    pair = _make_pair(config, data, standardizes(config, data, standardize), masked)
+    standardize = standardizes(config, data, standardize)
+    config = with_linear(config, data, standardize, masked)
+    pair = _make_pair(config, data, standardize, masked)
     if not config.bayesian_decoder:
         return pair
     from pyro_vae.models.bayesian_decoder import BayesianDecoder
@@ -97,6 +100,8 @@ def _make_pair(config: Model, data: Data, standardize: bool, masked: bool) -> nn
     if config.network == "conv":
         common |= {"channels": config.channels, "blocks": config.blocks}
     pair, encoder = makers[config.model](config, common)
+    if config.linear:
+        _start(pair, data)
     if config.prior == "vamp" and encoder is not None:
         pair.prior = _make_vamp(config, encoder, data, context)
     return pair
@@ -106,9 +111,19 @@ def _make_vae(config: Model, common: dict[str, Any]) -> tuple[Any, nn.Module]:
     """The pair, and its encoder q(z | x, context)."""
     from pyro_vae.models.vae import VAE
 
+    if config.linear:
+        common["linear"] = True
+
     make: Any = VAE.conv if config.network == "conv" else VAE.mlp
     pair = make(latent_dim=config.top_dim, posterior=make_posterior(config), **common)
     return pair, pair.encoder
+
+
+def _start(pair: Any, data: Data) -> None:
+    from pyro_vae.data.disk import sampled
+    from pyro_vae.models.linear_start import start_at_ppca
+
+    start_at_ppca(pair, sampled(data.train.x))
 
 
 def _make_hierarchical(config: Model, common: dict[str, Any]) -> tuple[Any, nn.Module | None]:

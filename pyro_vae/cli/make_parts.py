@@ -160,6 +160,31 @@ def standardizes(config: Model, data: Any, asked: bool | None) -> bool:
     return rows and of_file and config.scale in ("predicted", "learned")
 
 
+def with_linear(config: Model, data: Any, standardize: bool, masked: bool) -> Model:
+    """The configuration that says whether the networks add linear maps that start at PCA.
+
+    Probabilistic PCA in closed form needs complete rows, and a pair that contains it.
+    """
+    fits = (
+        standardize
+        and (config.model, config.likelihood) == ("vae", "gaussian")
+        and (config.prior, config.posterior) == (Model.prior, Model.posterior)
+        and config.network in ("auto", "mlp")
+        and config.scale in ("predicted", "learned")
+        and len(data.shape) == 1
+        and data.shape[0] > 1
+        and not (config.condition or config.bayesian_decoder)
+        and not (masked or missing_entries(data))
+    )
+    if config.linear and not fits:
+        raise UsageError(
+            "needs --model vae, --likelihood gaussian, standardized rows without missing entries, "
+            "and the default prior, posterior, network and scale",
+            argument="linear",
+        )
+    return replace(config, linear=True) if fits and config.linear is None else config
+
+
 def make_posterior(config: Model) -> Any:
     """The posterior family of a configuration."""
     from pyro_vae.parts import bijections, posteriors

@@ -54,6 +54,10 @@ class Model:
         the conditional distributions of the model (top-down), or from the data up (bottom-up).
     normalize
         Normalize hidden layers, for --model hierarchical.
+    linear
+        Add linear maps to the networks, start them at probabilistic PCA, and raise the learning
+        rate over the first 40 epochs. The default is yes for complete rows (n, d) of real values
+        with a standardized Gaussian likelihood, if the other parts have their defaults.
     likelihood
         Family of the likelihood p(x | z). The default is discretized-logistic for 8-bit color
         images, negative-binomial for integers above 1 in rows, gaussian for rows of floats below
@@ -101,6 +105,7 @@ class Model:
     activation: Literal["relu", "leaky-relu", "elu", "silu", "softplus", "tanh", "glu"] = "relu"
     guide: Annotated[Literal["top-down", "bottom-up"], OF_INFERENCE] = "top-down"
     normalize: bool = True
+    linear: bool | None = None
     likelihood: Annotated[
         Literal[
             "bernoulli",

@@ -44,6 +44,12 @@ class Column:
     """The period of a circular column, such as 24 for hours; 0 for other kinds."""
 
     def __post_init__(self) -> None:
+        if "censored" in str(self.kind) or self.kind == "interval":
+            raise UsageError(
+                f"column '{self.name}' cannot be {self.kind}, because a table holds one number for "
+                "each cell: write a pair of your own with the bounds as context, as in the page "
+                "'Your own data', section 'Interval-censored values'"
+            )
         if self.kind not in KINDS:
             raise UsageError(
                 f"column '{self.name}' has an unknown kind '{self.kind}'; "

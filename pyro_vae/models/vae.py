@@ -72,6 +72,7 @@ class VAE(PyroModule):
         prior: nn.Module | Callable[[int], nn.Module] = StandardNormal,
         context_shapes: Sequence[Shape] = (),
         activation: Callable[[], nn.Module] = nn.ReLU,
+        linear: bool = False,
     ) -> "VAE":
         """A VAE of two multilayer perceptrons; the decoder has the encoder's widths in reverse.
 
@@ -84,6 +85,7 @@ class VAE(PyroModule):
                 returns such a module.
             context_shapes: the shape of one row of each context tensor; empty without context.
             activation: a class or function that returns the nonlinearity.
+            linear: whether each perceptron adds a linear map, as in `pyro_vae.MLP`.
         """
         require_sizes(data_shape, latent_dim, hidden)
         likelihood, posterior = made(likelihood), made(posterior)
@@ -92,11 +94,10 @@ class VAE(PyroModule):
 
         def encoder(seen: Shape) -> nn.Module:
             outputs = posterior.outputs((latent_dim,))
-            return MLP([seen, *context], hidden, outputs, activation)
+            return MLP([seen, *context], hidden, outputs, activation, linear=linear)
 
-        decoder = MLP(
-            [latent_dim, *given], tuple(hidden)[::-1], likelihood.outputs(data_shape), activation
-        )
+        widths, outputs = tuple(hidden)[::-1], likelihood.outputs(data_shape)
+        decoder = MLP([latent_dim, *given], widths, outputs, activation, linear=linear)
         return cls(
             Factor(viewed(encoder, likelihood, data_shape), posterior, (latent_dim,)),
             Factor(decoder, likelihood, data_shape),

@@ -27,6 +27,8 @@ class MLP(nn.Module):
         normalize: whether each hidden layer is normalized over its units before the nonlinearity
             (layer normalization; Ba, Kiros & Hinton, 2016). A row then does not depend on the other
             rows of its minibatch.
+        linear: whether to add a linear map of the inputs. The last layer then starts at 0, so that
+            the network starts as this map.
 
     Inputs have shape ``(..., *shape)``. Their leading dimensions are broadcast together: context of
     shape ``(batch, 10)`` and latents of shape ``(samples, batch, 20)`` can be combined. The output
@@ -45,10 +47,11 @@ class MLP(nn.Module):
         outputs: int | None,
         activation: Callable[[], nn.Module] = nn.ReLU,
         normalize: bool = False,
+        linear: bool = False,
     ) -> None:
         super().__init__()
         self.inputs, self.hidden, self.outputs = inputs, tuple(hidden), outputs
-        self.activation, self.normalize = activation, normalize
+        self.activation, self.normalize, self.linear = activation, normalize, linear
         self.shapes = shapes_of(inputs)
         _require_maker(activation)
         widths = [sum(map(prod, self.shapes)), *hidden]
@@ -61,9 +64,21 @@ class MLP(nn.Module):
         if outputs is not None:
             layers.append(nn.Linear(widths[-1], outputs))
         self.layers = nn.Sequential(*layers)
+        if linear:
+            self.shortcut = _shortcut(widths[0], layers[-1] if layers else None)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.layers(join(inputs, self.shapes))
+        joined = join(inputs, self.shapes)
+        return self.layers(joined) + self.shortcut(joined) if self.linear else self.layers(joined)
+
+
+def _shortcut(inputs: int, last: nn.Module | None) -> nn.Linear:
+    """A linear map beside layers, of which the last starts at 0."""
+    if not isinstance(last, nn.Linear):
+        raise UsageError("needs outputs, got None", argument="linear")
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Linear(inputs, last.out_features)
 
 
 class Chain(nn.Module):

@@ -22,19 +22,32 @@ def write_metrics(run: str | Path, pair: nn.Module, metrics: Mapping[str, Any]) 
     write_json(Path(run) / METRICS, {**metrics, "model": fingerprint(pair)})
 
 
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("kl_by_site", "kl_by_unit", "global_kl", "active_units", "num_units"), dict),
+    **dict.fromkeys(("baseline", "not_computed", "diagnostics"), dict),
+    **dict.fromkeys(("elbo", "log_likelihood", "log_likelihood_standard_error"), (int, float)),
+    "model": str,
+}
+"""The types of the entries that commands and the report read."""
+
+
 def read_metrics(run: Path) -> dict[str, Any]:
-    """Read metrics.json. The result is empty if the file does not exist."""
-    metrics = read_json(run / METRICS) if (run / METRICS).exists() else {}
-    if isinstance(metrics, dict):
-        metrics.pop(FORMAT, None)
-    kinds = {"kl_by_unit": dict, "active_units": dict, "diagnostics": dict, "model": str}
-    sound = isinstance(metrics, dict) and all(
-        isinstance(metrics.get(name), (kind, type(None))) for name, kind in kinds.items()
-    )
-    if not sound:
-        raise UsageError(
-            f"{run / METRICS} does not have the format that evaluate and diagnose write"
-        )
+    """Read metrics.json. The result is empty if the file does not exist.
+
+    Raises `UsageError` for an entry of another type than evaluate and diagnose write.
+    """
+    path = run / METRICS
+    metrics = read_json(path) if path.exists() else {}
+    if not isinstance(metrics, dict):
+        raise UsageError(f"{path} must be a JSON object, got a {type(metrics).__name__}")
+    metrics.pop(FORMAT, None)
+    for name, kind in _KINDS.items():
+        value = metrics.get(name)
+        if not (value is None or isinstance(value, kind)) or isinstance(value, bool):
+            raise UsageError(
+                f"{path} does not have the format that evaluate and diagnose write: {name!r} must "
+                f"not be {value!r}"
+            )
     return metrics
 
 

@@ -38,7 +38,8 @@ def test_info_says_what_a_run_is(folder, capsys):
     count = sum(p.numel() for p in pv.load(folder / "a").parameters())
     assert told["data"] == str(folder / "x.npy")
     assert told["pair"] == f"VAE, {count:,} parameters"
-    assert told["options"].startswith("--latent-dim 2 --hidden none --activation silu --likelihood")
+    options = "--latent-dim 2 --hidden none --activation silu --linear --likelihood gaussian"
+    assert told["options"].startswith(options)
     assert told["epochs"].startswith("2, best ")
     assert told["bound"].startswith(f"ELBO {measured['elbo']:.3f} nats per example, log p(x) ≥ ")
     assert told["verdict"] == "not diagnosed"

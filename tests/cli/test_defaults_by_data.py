@@ -12,6 +12,8 @@ ROWS = np.random.default_rng(0).normal(size=(60, 4)).astype("f4")
 USUAL = {"latent_dim": [20], "hidden": [128, 64], "activation": "relu"}
 FEW = {name: TABLE_DEFAULTS[name] for name in ("latent_dim", "hidden", "activation", "batch_size")}
 
+TEXT = {"word_dropout": 0.25, "warm_up": "linear", "warm_up_epochs": 20, "batch_size": 32}
+
 
 def trained(path, options=SHORT):
     run = path.parent / "run"
@@ -57,9 +59,17 @@ def test_text_gets_word_dropout_and_warm_up(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_text("".join(f"{a}{b}\n" for a in "abcdefg" for b in "stuvwxyz"))
     given = trained(path, f"{SHORT} --hidden 4")
-    assert (given["word_dropout"], given["warm_up"], given["warm_up_epochs"]) == (0.5, "linear", 20)
+    assert {key: given[key] for key in TEXT} == TEXT
     given = trained(path, f"{SHORT} --hidden 4 --warm-up none --word-dropout 0")
     assert (given["word_dropout"], given["warm_up"]) == (0, "none")
+
+
+def test_few_lines_are_one_batch(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("".join(f"{a}{b}\n" for a in "abc" for b in "stuvwx"))
+    given = trained(path, f"{SHORT} --hidden 4")
+    assert "batch_size" not in given  # the default of `fit`: all rows, if they are few
+    assert given["word_dropout"] == TEXT["word_dropout"]
 
 
 def test_a_run_of_an_earlier_version_resumes_with_its_own_values(tmp_path):

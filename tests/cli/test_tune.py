@@ -15,7 +15,7 @@ from pyro_vae.cli.options import Model, Objective
 from pyro_vae.data.datasets import load_data
 from pyro_vae.training.settings import Settings
 
-OPTIONS = "--epochs 2 --engine eager --likelihood gaussian"
+OPTIONS = "--epochs 2 --engine eager --likelihood gaussian --no-linear"
 
 
 @pytest.fixture(scope="module")
