@@ -13,13 +13,13 @@ from torch import Tensor
 from pyro_vae.diagnostics.global_studies import ADVICE
 from pyro_vae.diagnostics.signs import (
     ERRORS,
-    LEAST_SCORES,
     NATS,
     Sign,
     annealed_difference,
     annealed_higher,
     guide_signs,
     model_signs,
+    too_low_for_truth,
 )
 from pyro_vae.diagnostics.study import GAP, Finding
 from pyro_vae.inference.annealing import Annealing
@@ -303,6 +303,8 @@ def _too_low(results: Mapping[str, Any], rows: Tensor, mass: bool) -> str:
         )
     if mass:
         return "it is too low, since the guide misses a part of the posterior"
+    if (low := too_low_for_truth(results)) is not None:
+        return low.words
     if higher is not None and higher[0] > 0:
         by, error, n = higher
         more = f"by {by:.2f} ± {error:.2f} nats, {n} data"
@@ -317,7 +319,7 @@ def looked_for_mass(results: Mapping[str, Any]) -> bool:
     chains start at the guide. True values of the model's own data can.
     """
     found, ranks = results.get("model_check"), results.get("calibration")
-    enough = found is not None and len(found.weighted_scores) >= LEAST_SCORES
+    enough = found is not None and found.missed.value == found.missed.value
     return enough or (ranks is not None and not guide_signs({"calibration": ranks}))
 
 
