@@ -88,6 +88,7 @@ RULES = [
     "tests/diagnostics/test_part_of_a_marginal_difference.py",
     "tests/diagnostics/test_tails_of_most_rows.py",
     "tests/diagnostics/test_not_checked_is_not_trusted.py",
+    "tests/diagnostics/test_bridge.py",
     "tests/diagnostics/test_verdict.py",
     "-k",
     "not contradicts",
@@ -96,6 +97,16 @@ DIAGNOSTICS, INFERENCE = "tests/diagnostics/", "tests/inference/"
 TARGETS = {
     "signs": Target("pyro_vae.diagnostics.signs", RULES),
     "verdict": Target("pyro_vae.diagnostics.verdict", RULES),
+    "model_check": Target(
+        "pyro_vae.diagnostics.model_check",
+        [DIAGNOSTICS + "test_bridge.py"],
+        "ModelCheck.missed Missed.words",
+    ),
+    "model_sides": Target(
+        "pyro_vae.diagnostics.model_sides",
+        [DIAGNOSTICS + "test_bridge.py"],
+        "_bridge _weights_of_truth",
+    ),
     "pareto": Target(
         "pyro_vae.inference.pareto",
         [
@@ -205,8 +216,6 @@ EQUIVALENT = [
     Equivalent("verdict", "<= TOGETHER", "LtE to Lt", REAL),
     Equivalent("verdict", "isinstance(found, Annealing)", "side 1", "then other is None, too"),
     Equivalent("chain_measures", "correction=0", "0 to 1", "a factor of 1 - 1 / draws"),
-    Equivalent("signs", "mean.abs() > MISSING_SHIFT", "Gt to GtE", REAL),
-    Equivalent("signs", "spread > MISSING", "Gt to GtE", REAL),
     Equivalent("signs", "higher[0] > 0", "Gt to GtE", "a difference of 0 is not significant"),
     Equivalent("signs", "if abs(mean) / SHIFT >", "Gt to GtE", REAL),
     Equivalent("signs", '"low" if mean > 0', "Gt to GtE", "a unit of mean 0 is not told"),

@@ -13,6 +13,7 @@ from verdict_helpers import N, annealed, checked, moments, ranks, weights
 import pyro_vae as pv
 from pyro_vae.diagnostics import signs, verdict
 from pyro_vae.diagnostics.model_sides import _bridge
+from pyro_vae.diagnostics.signs import Sign
 from pyro_vae.inference.weighted import Weighted
 
 ROWS = torch.arange(N)
@@ -192,3 +193,43 @@ def test_a_fault_that_the_weights_show_is_blamed_first_but_log_p_is_not_trusted(
 def test_much_missing_mass_is_the_fault_whatever_the_weights_show(options, part):
     results = {"model_check": checked(**options), "local_calibration": moments(shift=0.5)}
     assert [blame.part for blame in verdict.blamed(results)] == [part]
+
+
+PREDICTIVE = Sign("decoder", "predictive", "replicates differ")
+
+
+@pytest.mark.parametrize(("missed", "parts"), [(0.5, ["family"]), (0.0, ["decoder"])])
+def test_replicates_do_not_count_if_their_latents_miss_a_part_of_the_posterior(missed, parts):
+    results = {"model_check": checked(missed=missed)}
+    assert [blame.part for blame in verdict.blamed(results, [PREDICTIVE])] == parts
+
+
+def test_other_signs_of_the_model_count_although_a_part_of_the_posterior_is_missed():
+    results = {"model_check": checked(missed=0.5, dependence=0.3)}
+    more = [PREDICTIVE._replace(tool="latents")]
+    assert [blame.part for blame in verdict.blamed(results, more)] == ["family", "decoder"]
+    assert len(verdict.blamed(results, more)[1].evidence) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({"bridged": 100}, "9"),
+        ({"bridged": 180}, "5"),
+        ({"bridged": 300}, "3"),
+        ({"bridged": 1000}, "2"),
+        ({"bridged": 1000, "bias": 0.02}, "8"),
+    ],
+)
+def test_which_part_would_not_show(options, share):
+    results = {"model_check": checked(**options), "log_likelihood": weights()}
+    _, said = verdict.findings(results, ROWS)
+    (words,) = (f.words for f in said if f.about == "log p(x)" and f.kind == "trust")
+    assert words.endswith(f"; a missed part of the posterior would show from {share} % on")
+
+
+def test_calibration_alone_gives_no_share():
+    results = {"calibration": ranks(), "log_likelihood": weights()}
+    _, said = verdict.findings(results, ROWS)
+    (words,) = (f.words for f in said if f.about == "log p(x)" and f.kind == "trust")
+    assert words.endswith("by importance weights")
