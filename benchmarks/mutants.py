@@ -453,7 +453,7 @@ class Runner:
         some = (
             range(number)
             if self.sample is None
-            else random.Random(12).sample(range(number), self.sample)
+            else random.Random(12).sample(range(number), min(number, self.sample))
         )
         for i, mutant in enumerate(mutants(self.target)):
             if i in some and (self.only is None or mutant.line in self.only):

@@ -225,6 +225,9 @@ def model_check(
         binarize, seed: as in `pyro_vae.evaluate`.
         progress: show a bar if the run takes over two seconds.
 
+    The true latents of the model's own data also show by how much log p(x) is too low because the
+    guide misses a part of the posterior: ``missed`` (Meng & Wong, 1996).
+
     Only a guide that is worse for the data than for the model's own data can cause a difference
     too. It then has more rows with unreliable importance weights among the data, and such rows are
     left out on both sides. A model of images is almost always told from data; the sizes in nats

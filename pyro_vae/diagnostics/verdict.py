@@ -144,7 +144,7 @@ def _misses_mass(blame: Blame) -> bool:
 
 def _size(blame: Blame) -> float:
     if _misses_mass(blame):
-        return float("inf")  # no tool can tell how much the guide misses
+        return float("inf")  # all other numbers rest on its draws
     return float("-inf") if blame.nats is None else blame.nats
 
 
