@@ -94,6 +94,12 @@ class ModelCheck:
     """Nats per example that codes still explain in the residuals, data minus own data."""
     num_elements: float
     """Observed elements of a row with a residual, on average."""
+    units: tuple[str, ...]
+    """The units of the latents whose true values are ranked, such as "z[0]"."""
+    weighted_scores: Tensor
+    """Normal scores of the true values of the model's own data among weighted draws of the guide,
+    (rows, units): standard normal if the weighted draws are the posterior. Far from that, the guide
+    misses a part of the posterior, which no weights can restore. Unreliable rows are left out."""
     bridge: Tensor
     """Three numbers of each row of the model's own data, (rows, 3), from which ``missed`` follows.
     Unreliable rows are left out."""
@@ -278,6 +284,7 @@ def _compared(
     left_out = _more(data.unreliable, own.unreliable)
     first, second = (side.kept(~(side.unreliable & left_out)) for side in (data, own))
     enough = min(len(first.unreliable), len(second.unreliable)) >= LEAST_ROWS
+    scores = own.kept(~own.unreliable).scores.values()
     return ModelCheck(
         log_likelihood=data.log_likelihood,
         own_log_likelihood=own.log_likelihood,
@@ -287,6 +294,8 @@ def _compared(
         codes=_separations(first, second, seed) if enough else {},
         **(_differences(first, second, seed) if enough else dict.fromkeys(DIFFERENCES)),
         num_elements=_elements(data),
+        units=own.units,
+        weighted_scores=torch.cat([*scores, torch.zeros(int((~own.unreliable).sum()), 0)], 1),
         bridge=own.kept(~own.unreliable).bridge,
         left_out=left_out,
         num_samples=num_samples,

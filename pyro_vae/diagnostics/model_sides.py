@@ -37,6 +37,8 @@ class Side(NamedTuple):
     """Standardized residuals of x given this draw, (n, elements), NaN where x is missing."""
     scaled: bool
     """Whether the likelihood has a scale."""
+    scores: dict[str, Tensor]
+    """Normal scores of true values among weighted draws, (n, units of the site)."""
     bridge: Tensor
     """Three numbers of each row, (n, 3), see `_bridge`; NaN without true latents."""
 
@@ -48,7 +50,17 @@ class Side(NamedTuple):
             {name: part[rows] for name, part in self.codes.items()},
             None if self.residuals is None else self.residuals[rows],
             self.scaled,
+            {name: part[rows] for name, part in self.scores.items()},
             self.bridge[rows],
+        )
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The names of the units with ``scores``."""
+        return tuple(
+            name + (f"[{i}]" if part.shape[1] > 1 else "")
+            for name, part in self.scores.items()
+            for i in range(part.shape[1])
         )
 
 
@@ -61,7 +73,13 @@ def through_inference(
     for part in weighted_parts(pair, batch, num_samples):
         n = part.log_weights.shape[1]
         own = tuple(tensor[start : start + n] for tensor in batch)
-        parts.append(_of_rows(pair, own, part, true_weights[start : start + n]))
+        true = {
+            name: truth[name].reshape(len(batch[0]), -1)[start : start + n]
+            for name, value in part.values.items()
+            if _ranks(value, truth.get(name), n * num_samples) and len(truth[name]) == len(batch[0])
+        }
+        bridge = _bridge(part, true_weights[start : start + n])
+        parts.append(_of_rows(pair, own, part, true, bridge))
         start += n
     residuals = [part.residuals for part in parts if part.residuals is not None]
     return Side(
@@ -70,8 +88,33 @@ def through_inference(
         {name: torch.cat([part.codes[name] for part in parts]) for name in parts[0].codes},
         torch.cat(residuals) if len(residuals) == len(parts) else None,
         parts[0].scaled,
+        {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
         torch.cat([part.bridge for part in parts]),
     )
+
+
+def _ranks(draws: Tensor, truth: Tensor | None, number: int) -> bool:
+    """Whether true values of a site can be ranked among its draws: real numbers of each datum."""
+    return (
+        truth is not None
+        and draws.is_floating_point()
+        and len(draws) == number
+        and truth[0].numel() == draws[0].numel()
+        and truth.shape[1:] == draws.shape[1:]
+    )
+
+
+def _scores(draws: Tensor, truth: Tensor, shares: Tensor) -> Tensor:
+    """Return normal scores of true values (n, units) among weighted draws (K n, ...).
+
+    Of equal values half are below.
+    """
+    samples, n = shares.shape
+    values = draws.reshape(samples, n, -1)
+    lower = (values < truth).double() + (values == truth).double() / 2
+    below = (shares[..., None] * lower).sum(0)
+    size = 1 / shares.square().sum(0)[:, None]  # as among so many draws without weights
+    return torch.special.ndtri((below * size + 0.5) / (size + 1)).cpu()
 
 
 def _weights_of_truth(pair: nn.Module, batch: Batch, truth: dict[str, Tensor]) -> Tensor:
@@ -100,7 +143,9 @@ def _bridge(part: Weighted, true_weights: Tensor) -> Tensor:
     return torch.stack([draws.cpu(), truth, bias], 1)
 
 
-def _of_rows(pair: nn.Module, batch: Batch, part: Weighted, true_weights: Tensor) -> Side:
+def _of_rows(
+    pair: nn.Module, batch: Batch, part: Weighted, truth: dict[str, Tensor], bridge: Tensor
+) -> Side:
     samples, n = part.log_weights.shape
     log_p = part.log_weights.logsumexp(0) - torch.tensor(float(samples)).log()
     unreliable = ~(part.reliable & log_p.isfinite())
@@ -115,8 +160,8 @@ def _of_rows(pair: nn.Module, batch: Batch, part: Weighted, true_weights: Tensor
         for name, value in values.items()
         if value.is_floating_point() and value.numel()
     }
-    bridge = _bridge(part, true_weights)
-    return Side(log_p.cpu(), unreliable.cpu(), codes, residuals, scaled, bridge)
+    scores = {name: _scores(part.values[name], true, part.shares) for name, true in truth.items()}
+    return Side(log_p.cpu(), unreliable.cpu(), codes, residuals, scaled, scores, bridge)
 
 
 def _residuals(

@@ -25,7 +25,14 @@ CORRELATION = 0.15
 SCATTER = 0.3
 """Means of single rows may be this many posterior standard deviations off (root mean square)."""
 
-MISSING = 0.3
+MISSING, MISSING_SHIFT = 1.3, 0.3
+"""If scores of true values among weighted draws spread by this factor, or have a mean this far from
+0, the guide misses a part of the posterior."""
+
+LEAST_SCORES = 50
+"""Least number of true values for this judgment."""
+
+MUCH = 0.3
 """If log p(x) of the model's own data is too low by more nats than this, the guide misses a part of
 the posterior. If it is less, another fault of the guide may be the cause."""
 
@@ -182,12 +189,15 @@ def _of_chains(found: Any) -> list[Sign]:
 def missing_mass(results: Mapping[str, Any]) -> Sign | None:
     """Return the sign of a guide that misses a part of the posterior, such as a mode.
 
-    Draws of the guide never reach that part, so importance weights do not see it. True latents of
-    the model's own data do, and so do annealed chains. A little may also be missing because means,
+    Draws of the guide never reach that part, so importance weights do not see it. True values of
+    the model's own data do: their ranks are off even among weighted draws, or their weights show
+    that log p(x) is too low. And so do annealed chains. A little may also be missing because means,
     scales or correlations are off. So if the weights at the data show that, it is the fault.
     """
+    if (far := _far_from_weighted_draws(results)) is not None:
+        return far
     seen, low = _seen_at_the_data(results), too_low_for_truth(results)
-    if low is not None and not (seen and low.value <= MISSING + ERRORS * low.standard_error):
+    if low is not None and not (seen and low.value <= MUCH + ERRORS * low.standard_error):
         words = f"the guide misses a part of the posterior: {low.words}"
         return Sign("mass", "model_check", words, low.value)
     higher = annealed_higher(results)
@@ -196,6 +206,25 @@ def missing_mass(results: Mapping[str, Any]) -> Sign | None:
         words = f"annealing gives a higher log p(x) (by {by:.2f} ± {error:.2f} nats, {n} data)"
         return Sign("mass", "annealing", words, by)
     return None
+
+
+def _far_from_weighted_draws(results: Mapping[str, Any]) -> Sign | None:
+    found = results.get("model_check")
+    if found is None or len(found.weighted_scores) < LEAST_SCORES:
+        return None
+    n = len(found.weighted_scores)
+    mean, spread = found.weighted_scores.mean(0), found.weighted_scores.std(0)
+    far = (mean.abs() > MISSING_SHIFT + ERRORS / n**0.5) | (
+        spread > MISSING + ERRORS / (2 * n) ** 0.5
+    )
+    if not bool(far.any()):
+        return None
+    i = int(torch.where(far, found.weighted_scores.square().mean(0), 0.0).argmax())
+    words = (
+        f"true values of '{found.units[i]}' are far from the guide's draws, also after "
+        "weighting: the guide misses a part of the posterior"
+    )
+    return Sign("mass", "model_check", words)
 
 
 def too_low_for_truth(results: Mapping[str, Any]) -> Missed | None:

@@ -428,6 +428,47 @@ def test_a_unit_that_no_row_judges_says_nothing():
 # A part of the posterior that the guide misses
 
 
+@pytest.mark.parametrize(("n", "missing"), [(49, False), (50, True)])
+def test_fifty_true_values_are_enough(n, missing):
+    found = checked(scores=3 * normals(n)[:, None])
+    assert (signs.missing_mass({"model_check": found}) is not None) == missing
+
+
+@pytest.mark.parametrize(
+    ("scores", "missing"),
+    [
+        (normals(N) + 0.49, False),  # 0.3 plus three errors of 200 values: 0.51
+        (normals(N) + 0.53, True),
+        (1.42 * normals(N), False),  # 1.3 plus three errors: 1.45
+        (1.5 * normals(N), True),
+        (0.2 * normals(N), False),  # wide draws miss nothing
+    ],
+)
+def test_scores_of_few_true_values_have_errors(scores, missing):
+    found = checked(scores=scores[:, None])
+    assert (signs.missing_mass({"model_check": found}) is not None) == missing
+
+
+@pytest.mark.parametrize(
+    ("units", "worst"),
+    [
+        ([(0.8, 1.0), (-1.2, 1.0)], 1),
+        ([(0.0, 2.0), (0.8, 1.0)], 0),
+        ([(0.0, 1.0), (0.8, 1.0)], 1),
+        ([(0.45, 1.35), (0.7, 1.0)], 1),  # the first is not far by either
+        ([(0.0, 1.0), (0.8, 0.3)], 1),
+        ([(0.0, 1.0), (0.0, 2.0)], 1),
+        ([(0.6, 1.0), (0.55, 1.2)], 1),
+    ],
+)
+def test_the_unit_whose_mass_is_missed_is_named(units, worst):
+    scores = torch.stack([mean + spread * normals(N) for mean, spread in units], 1)
+    found = replace(checked(scores=scores), units=("z[0]", "z[1]"))
+    sign = signs.missing_mass({"model_check": found})
+    assert sign is not None
+    assert sign.words.startswith(f"true values of 'z[{worst}]' are far")
+
+
 def test_the_difference_to_annealing_and_its_error():
     found, weighed = annealed(0.5, 0.06), weights(error=0.1)
     by, error, n = signs.annealed_difference({"annealing": found, "log_likelihood": weighed})

@@ -8,11 +8,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
-from verdict_helpers import N, annealed, checked, moments, ranks, weights
+from verdict_helpers import N, annealed, checked, moments, normals, ranks, weights
 
 import pyro_vae as pv
 from pyro_vae.diagnostics import signs, verdict
-from pyro_vae.diagnostics.model_sides import _bridge
+from pyro_vae.diagnostics.model_sides import _bridge, _scores
 from pyro_vae.diagnostics.signs import Sign
 from pyro_vae.inference.weighted import Weighted
 
@@ -120,6 +120,36 @@ def test_few_rows_or_few_reliable_ones_show_nothing(reliable, rows, known):
     assert isnan(found.value) != known
 
 
+def test_equal_values_are_half_below():
+    """Draws 0, 0 and 1 with shares 1/4, 1/4 and 1/2: 8/3 draws without weights."""
+    draws, shares = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([[0.25], [0.25], [0.5]]).double()
+    for truth, below in ((0.0, 0.25), (1.0, 0.75), (0.5, 0.5), (2.0, 1.0)):
+        score = _scores(draws, torch.tensor([[truth]]), shares).item()
+        size = 8 / 3
+        rank = (below * size + 0.5) / (size + 1)
+        assert score == pytest.approx(torch.special.ndtri(torch.tensor(rank).double()).item())
+
+
+class OneHot(Classes):
+    """The same, with a class as a vector of zeros and a one: real numbers with ties."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("y", dist.OneHotCategorical(self.p))
+            pyro.sample("x", dist.Normal(torch.zeros_like(x), 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("y", dist.OneHotCategorical(self.q.expand(len(x), 3)))
+
+
+def test_an_exact_guide_of_ties_is_not_blamed():
+    pair = OneHot([0.9, 0.05, 0.05], [0.9, 0.05, 0.05])
+    found = pv.model_check(pair, torch.linspace(-2, 2, 400), num_samples=60, progress=False)
+    assert found.weighted_scores.shape == (400, 3)
+    assert signs.missing_mass({"model_check": found}) is None
+
+
 # The rules
 
 
@@ -193,6 +223,13 @@ def test_a_fault_that_the_weights_show_is_blamed_first_but_log_p_is_not_trusted(
 def test_much_missing_mass_is_the_fault_whatever_the_weights_show(options, part):
     results = {"model_check": checked(**options), "local_calibration": moments(shift=0.5)}
     assert [blame.part for blame in verdict.blamed(results)] == [part]
+
+
+def test_the_words_of_true_values_that_are_far_from_weighted_draws():
+    found = {"model_check": checked(scores=2 * normals(200)[:, None])}
+    words = "true values of 'z[0]' are far from the guide's draws, also after weighting: the guide "
+    words += "misses a part of the posterior"
+    assert signs.missing_mass(found) == Sign("mass", "model_check", words)
 
 
 PREDICTIVE = Sign("decoder", "predictive", "replicates differ")

@@ -10,6 +10,7 @@ from verdict_helpers import (
     checked,
     gaps,
     moments,
+    normals,
     ranks,
     trained,
     weights,
@@ -113,6 +114,23 @@ def test_unreliable_rows_are_a_sign_from_one_percent_and_three(bad, n, said):
 )
 def test_nuts_judges_mean_scale_and_correlation(found, kinds):
     assert [sign.kind for sign in signs.guide_signs({"nuts": found})] == kinds
+
+
+@pytest.mark.parametrize(
+    ("scores", "missing"),
+    [
+        (normals(2000), False),
+        (1.2 * normals(2000), False),
+        (1.5 * normals(2000), True),
+        (normals(2000) + 0.25, False),
+        (normals(2000) + 0.5, True),
+        (normals(2000) - 0.5, True),
+        (2 * normals(40), False),  # too few true values
+    ],
+)
+def test_true_values_far_from_weighted_draws_are_missing_mass(scores, missing):
+    found = signs.missing_mass({"model_check": checked(scores=scores[:, None])})
+    assert (found is not None) == missing
 
 
 @pytest.mark.parametrize(

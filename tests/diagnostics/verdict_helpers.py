@@ -119,6 +119,7 @@ def checked(
     regression=None,
     p=0.5,
     deviations=10.0,
+    scores=None,
     more=0,
     elements=6.0,
     missed=0.0,
@@ -134,6 +135,7 @@ def checked(
     flat = torch.zeros(N).double()
     bad = torch.zeros(N).bool()
     bad[:more] = True
+    scores = normals(2000)[:, None] if scores is None else scores
     return ModelCheck(
         log_likelihood=flat,
         own_log_likelihood=flat,
@@ -149,6 +151,8 @@ def checked(
         dependence=off(dependence),
         regression=off(regression),
         num_elements=elements,
+        units=("z[0]",),
+        weighted_scores=scores,
         bridge=bridge(missed, missed_error, bias, bridged),
         left_out=more > 0,
         num_samples=200,
