@@ -119,13 +119,14 @@ class ModelCheck:
         reliable (the others are a choice of rows), and if the model does not draw all latents of
         the guide.
         """
-        least = max(LEAST_ROWS, len(self.own_unreliable) / 2)
-        if len(self.bridge) < least or bool(self.bridge.isnan().any()):
-            return Missed(torch.nan, torch.nan, torch.nan, len(self.bridge))
+        rows = len(self.bridge)
+        if rows < max(LEAST_ROWS, len(self.own_unreliable) / 2):
+            return Missed(torch.nan, torch.nan, torch.nan, rows)
         draws, truth, bias = self.bridge.mean(0).tolist()
+        truth = max(truth, draws / rows)  # what so many rows can show
         apart = self.bridge[:, 0] / draws - self.bridge[:, 1] / truth
-        error = apart.std().item() / len(apart) ** 0.5
-        return Missed(log(draws / truth), error, bias, len(self.bridge))
+        error = apart.std().item() / rows**0.5
+        return Missed(log(draws / truth), error, bias, rows)
 
     @property
     def scale_nats(self) -> float:

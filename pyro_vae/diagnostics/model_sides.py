@@ -119,7 +119,7 @@ def _scores(draws: Tensor, truth: Tensor, shares: Tensor) -> Tensor:
 
 def _weights_of_truth(pair: nn.Module, batch: Batch, truth: dict[str, Tensor]) -> Tensor:
     """Return the log importance weights of the true latents, (n,); NaN if they are not known."""
-    if not truth or not latents(trace_guide(pair, batch)).keys() <= truth.keys():
+    if not latents(trace_guide(pair, batch)).keys() <= truth.keys():
         return torch.full((len(batch[0]),), torch.nan, dtype=torch.float64)
     with pyro.validation_enabled(False):  # the guide may have no density at the true latents
         return log_weights_at(pair, batch, truth).cpu()

@@ -12,7 +12,7 @@ from verdict_helpers import N, annealed, checked, moments, normals, ranks, weigh
 
 import pyro_vae as pv
 from pyro_vae.diagnostics import signs, verdict
-from pyro_vae.diagnostics.model_sides import _bridge, _scores
+from pyro_vae.diagnostics.model_sides import _bridge, _scores, through_inference
 from pyro_vae.diagnostics.signs import Sign
 from pyro_vae.inference.weighted import Weighted
 
@@ -118,6 +118,49 @@ def test_few_rows_or_few_reliable_ones_show_nothing(reliable, rows, known):
     ).missed
     assert (found.value == pytest.approx(0.5)) == known
     assert isnan(found.value) != known
+
+
+def test_the_error_is_that_of_the_difference_of_the_two_numbers():
+    """Both numbers vary together, so their ratio has no error."""
+    numbers = 0.5 + 0.1 * normals(200)
+    rows = torch.stack([numbers, 0.8 * numbers, 0 * numbers + 0.01], 1)
+    found = replace(checked(), bridge=rows).missed
+    assert found == pytest.approx((-log(0.8), 0, 0.01, 200), abs=1e-12)
+
+
+def test_true_latents_that_are_all_missed_show_as_much_as_so_many_rows_can():
+    rows = torch.tensor([[0.5, 0.0, 0.0]]).double().repeat(200, 1)
+    assert replace(checked(), bridge=rows).missed == pytest.approx((log(200), 0, 0, 200))
+
+
+class OnlyOfTheModel(nn.Module):
+    """z ~ N(0, 1), and a class that only the model has, which is summed out."""
+
+    def template(self, n):
+        return (torch.zeros(n),)
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            y = pyro.sample("y", dist.Bernoulli(torch.full((len(x),), 0.5)), infer=ENUMERATE)
+            pyro.sample("x", dist.Normal(y, 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+
+def test_latents_that_only_the_model_has_are_summed_out():
+    assert missed(OnlyOfTheModel(), 100, 30)[:3] == pytest.approx((0, 0, 0), abs=1e-6)
+
+
+def test_without_true_latents_nothing_is_known():
+    x = (torch.zeros(60),)
+    rows = through_inference(Classes(P, P), x, {}, 30).bridge
+    assert rows.isnan().any(1).all()
+    truth = {"y": torch.zeros(60).long()}
+    assert not through_inference(Classes(P, P), x, truth, 30).bridge.isnan().any()
+    assert isnan(replace(checked(), bridge=rows.repeat(3, 1)).missed.value)
 
 
 def test_equal_values_are_half_below():
