@@ -152,6 +152,7 @@ TARGETS = {
         [
             DIAGNOSTICS + "test_ranks.py",
             DIAGNOSTICS + "test_ranks_by_hand.py",
+            DIAGNOSTICS + "test_calibration_by_hand.py",
             DIAGNOSTICS + "test_effect_sizes.py",
             DIAGNOSTICS + "test_blame.py",
         ],
@@ -179,10 +180,11 @@ TARGETS = {
         "pyro_vae.diagnostics.information",
         [
             DIAGNOSTICS + "test_bias_of_kl_parts.py",
+            DIAGNOSTICS + "test_calibration_by_hand.py",
             DIAGNOSTICS + "test_exact.py",
             DIAGNOSTICS + "test_latent.py",
             "-k",
-            "kl or information or share",
+            "kl or information or share or parts",
         ],
         "KLParts.aggregate_kl_lower KLParts.saturated _parts _scores _shares _by_unit _mean",
     ),
@@ -216,6 +218,12 @@ EQUIVALENT = [
     Equivalent("verdict", "<= TOGETHER", "LtE to Lt", REAL),
     Equivalent("verdict", "isinstance(found, Annealing)", "side 1", "then other is None, too"),
     Equivalent("chain_measures", "correction=0", "0 to 1", "a factor of 1 - 1 / draws"),
+    Equivalent("ranks", "if abs(width) > max", "Gt to GtE", REAL),
+    Equivalent("ranks", "if width > 0", "Gt to GtE", "a width of 0 is not told"),
+    Equivalent("ranks", "middle <= interval", "LtE to Lt", REAL),
+    Equivalent("ranks", "one > 1e-18", "Gt to GtE", REAL),
+    Equivalent("information", "strict=True", "True to False", "both sides have one length"),
+    Equivalent("signs", "not found.value > (", "Gt to GtE", REAL),
     Equivalent("signs", "low.value <= MUCH", "LtE to Lt", REAL),
     Equivalent("signs", "mean.abs() > MISSING_SHIFT", "Gt to GtE", REAL),
     Equivalent("signs", "spread > MISSING", "Gt to GtE", REAL),
@@ -396,6 +404,9 @@ def patch(target: Target, mutant: Mutant) -> None:
                     ):
                         setattr(loaded, name, space[name])
         return
+    for value in vars(module).values():
+        if hasattr(value, "cache_clear"):  # results of the code without the mutant
+            value.cache_clear()
     codes = dict(_codes(compile(mutant.tree, module.__file__ or "", "exec")))
     for function in _functions(module):
         new = codes.get(function.__code__.co_qualname)
