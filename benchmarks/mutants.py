@@ -125,6 +125,7 @@ TARGETS = {
         [
             INFERENCE + "test_sizes_of_chains.py",
             INFERENCE + "test_chain_measures.py",
+            INFERENCE + "test_posterior_by_hand.py",
             DIAGNOSTICS + "test_blame.py",
         ],
         (
@@ -227,6 +228,9 @@ EQUIVALENT = [
     Equivalent("ranks", "start + len(state) - 1", "1 to 2", "a count without probability"),
     Equivalent("ranks", "if width > 0", "0 to 1", "a width below 3 is not told"),
     Equivalent("ranks", "if place > 0", "0 to 1", "a place below 3 is not told"),
+    Equivalent("chains", "self.r_hat > self.r_hat_limit", "Gt to GtE", REAL),
+    Equivalent("chains", "self.r_hat > self.r_hat_limit", "right side", "inf is above all limits"),
+    Equivalent("gaps", "strict=True", "True to False", "both sides have one length"),
     Equivalent("information", "return low > log", "Gt to GtE", REAL),
     Equivalent("information", "strict=True", "True to False", "both sides have one length"),
     Equivalent("signs", "not found.value > (", "Gt to GtE", REAL),
