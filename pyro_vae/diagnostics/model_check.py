@@ -1,8 +1,8 @@
 """Compare held-out data with data that the model draws, through the same inference."""
 
 from dataclasses import dataclass
-from math import exp
-from typing import Any
+from math import exp, isnan, log
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,25 @@ LEAST_ROWS = 50
 
 SIGNIFICANT = 4
 """A difference of rates matters from this many standard errors on."""
+
+
+class Missed(NamedTuple):
+    """How much log p(x) by importance weights is too low, because the guide misses a part."""
+
+    value: float
+    """Nats per example."""
+    standard_error: float
+    """Its standard error."""
+    bias: float
+    """The part of it that is due to so few importance samples, about."""
+    num_examples: int
+    """Rows of the model's own data."""
+
+    @property
+    def words(self) -> str:
+        """The numbers in a sentence."""
+        by = f"{self.value:.2f} ± {self.standard_error:.2f} nats too low ({self.num_examples} data)"
+        return f"by the true latents of the model's own data, log p(x) is {by}"
 
 
 @dataclass(frozen=True)
@@ -81,12 +100,33 @@ class ModelCheck:
     """Normal scores of the true values of the model's own data among weighted draws of the guide,
     (rows, units): standard normal if the weighted draws are the posterior. Far from that, the guide
     misses a part of the posterior, which no weights can restore. Unreliable rows are left out."""
+    bridge: Tensor
+    """Three numbers of each row of the model's own data, (rows, 3), from which ``missed`` follows.
+    Unreliable rows are left out."""
     left_out: bool
     """Whether unreliable rows were left out, because the data have more of them."""
     num_samples: int
     """Importance samples of each row."""
     given: tuple[str, ...] = ()
     """Global and group latents, held at one draw of the guide."""
+
+    @property
+    def missed(self) -> Missed:
+        """By how many nats per example log p(x) of the model's own data is too low.
+
+        True latents where the guide has (almost) no draws raise it, such as those in a mode that
+        the guide misses. It is NaN if fewer than 50 rows or fewer than half of the rows are
+        reliable (the others are a choice of rows), and if the model does not draw all latents of
+        the guide.
+        """
+        rows = len(self.bridge)
+        if rows < max(LEAST_ROWS, len(self.own_unreliable) / 2):
+            return Missed(torch.nan, torch.nan, torch.nan, rows)
+        draws, truth, bias = self.bridge.mean(0).tolist()
+        truth = max(truth, draws / rows)  # what so many rows can show
+        apart = self.bridge[:, 0] / draws - self.bridge[:, 1] / truth
+        error = apart.std().item() / rows**0.5
+        return Missed(log(draws / truth), error, bias, rows)
 
     @property
     def scale_nats(self) -> float:
@@ -111,6 +151,7 @@ class ModelCheck:
             "log_likelihood": _mean(self.log_likelihood[kept]),
             "own_log_likelihood": _mean(self.own_log_likelihood[own]),
             "marginal_p": self.marginal_p,
+            "missed": self.missed._asdict(),
             "codes": {name: found._asdict() for name, found in self.codes.items()},
             **{
                 name: None if (found := getattr(self, name)) is None else found._asdict()
@@ -146,6 +187,9 @@ class ModelCheck:
             if one is not None:
                 unit = "" if name == "scale" else " nats"
                 lines.append((title, f"{one.value:.3f}{unit}, {one.deviations:.1f} deviations"))
+        if not isnan(self.missed.value):
+            by = f"{self.missed.value:.3f} ± {self.missed.standard_error:.3f} nats"
+            lines.append(("log p(x) is too low by", by))
         return "\n".join(f"{name:<24}{value}" for name, value in lines)
 
 
@@ -187,6 +231,9 @@ def model_check(
         num_samples: importance samples of each row, at least 21.
         binarize, seed: as in `pyro_vae.evaluate`.
         progress: show a bar if the run takes over two seconds.
+
+    The true latents of the model's own data also show by how much log p(x) is too low because the
+    guide misses a part of the posterior: ``missed`` (Meng & Wong, 1996).
 
     Only a guide that is worse for the data than for the model's own data can cause a difference
     too. It then has more rows with unreliable importance weights among the data, and such rows are
@@ -250,6 +297,7 @@ def _compared(
         num_elements=_elements(data),
         units=own.units,
         weighted_scores=torch.cat([*scores, torch.zeros(int((~own.unreliable).sum()), 0)], 1),
+        bridge=own.kept(~own.unreliable).bridge,
         left_out=left_out,
         num_samples=num_samples,
         given=given,

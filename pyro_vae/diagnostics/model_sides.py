@@ -1,17 +1,20 @@
 """Rows through the inference of a pair: log p(x), posterior draws, residuals."""
 
+from math import log
 from typing import Any, NamedTuple, cast
 
+import pyro
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.weighted import Weighted, weighted_parts
+from pyro_vae.inference.weighted import Weighted, log_weights_at, weighted_parts
 from pyro_vae.pairs import masks
+from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.moments import num_values
 from pyro_vae.pairs.pair import Batch, Pair
-from pyro_vae.pairs.sites import data_first, data_site
+from pyro_vae.pairs.sites import data_first, data_site, latents
 from pyro_vae.pairs.traces import DataFirst, trace
 
 MOMENT_DRAWS = 50
@@ -36,6 +39,8 @@ class Side(NamedTuple):
     """Whether the likelihood has a scale."""
     scores: dict[str, Tensor]
     """Normal scores of true values among weighted draws, (n, units of the site)."""
+    bridge: Tensor
+    """Three numbers of each row, (n, 3), see `_bridge`; NaN without true latents."""
 
     def kept(self, rows: Tensor) -> "Side":
         """Return some of the rows."""
@@ -46,6 +51,7 @@ class Side(NamedTuple):
             None if self.residuals is None else self.residuals[rows],
             self.scaled,
             {name: part[rows] for name, part in self.scores.items()},
+            self.bridge[rows],
         )
 
     @property
@@ -63,6 +69,7 @@ def through_inference(
 ) -> Side:
     """Draw latents of each row by weighted draws of the guide; ``truth`` are the true latents."""
     parts, start = [], 0
+    true_weights = _weights_of_truth(pair, batch, truth)
     for part in weighted_parts(pair, batch, num_samples):
         n = part.log_weights.shape[1]
         own = tuple(tensor[start : start + n] for tensor in batch)
@@ -71,7 +78,8 @@ def through_inference(
             for name, value in part.values.items()
             if _ranks(value, truth.get(name), n * num_samples) and len(truth[name]) == len(batch[0])
         }
-        parts.append(_of_rows(pair, own, part, true))
+        bridge = _bridge(part, true_weights[start : start + n])
+        parts.append(_of_rows(pair, own, part, true, bridge))
         start += n
     residuals = [part.residuals for part in parts if part.residuals is not None]
     return Side(
@@ -81,6 +89,7 @@ def through_inference(
         torch.cat(residuals) if len(residuals) == len(parts) else None,
         parts[0].scaled,
         {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
+        torch.cat([part.bridge for part in parts]),
     )
 
 
@@ -96,15 +105,47 @@ def _ranks(draws: Tensor, truth: Tensor | None, number: int) -> bool:
 
 
 def _scores(draws: Tensor, truth: Tensor, shares: Tensor) -> Tensor:
-    """Return normal scores of true values (n, units) among weighted draws (K n, ...)."""
+    """Return normal scores of true values (n, units) among weighted draws (K n, ...).
+
+    Of equal values half are below.
+    """
     samples, n = shares.shape
     values = draws.reshape(samples, n, -1)
-    below = (shares[..., None] * (values < truth)).sum(0)
+    lower = (values < truth).double() + (values == truth).double() / 2
+    below = (shares[..., None] * lower).sum(0)
     size = 1 / shares.square().sum(0)[:, None]  # as among so many draws without weights
     return torch.special.ndtri((below * size + 0.5) / (size + 1)).cpu()
 
 
-def _of_rows(pair: nn.Module, batch: Batch, part: Weighted, truth: dict[str, Tensor]) -> Side:
+def _weights_of_truth(pair: nn.Module, batch: Batch, truth: dict[str, Tensor]) -> Tensor:
+    """Return the log importance weights of the true latents, (n,); NaN if they are not known."""
+    if not latents(trace_guide(pair, batch)).keys() <= truth.keys():
+        return torch.full((len(batch[0]),), torch.nan, dtype=torch.float64)
+    with pyro.validation_enabled(False):  # the guide may have no density at the true latents
+        return log_weights_at(pair, batch, truth).cpu()
+
+
+def _bridge(part: Weighted, true_weights: Tensor) -> Tensor:
+    r"""Return the mean of u / (1 + u) over draws of the guide, 1 / (1 + u) at the true latents, and
+    the bias of the logarithm of the mean weight.
+
+    Here u is a weight divided by the mean weight :math:`\hat p` of the row. With
+    :math:`c = \hat p / p(x)` the expectation of the second number is c times that of the first. So
+    their means over rows show by which factor :math:`\hat p` is too low, also where the guide has
+    no draws. Bennett, 1976; Meng & Wong, Simulating ratios of normalizing constants, 1996. The bias
+    is about half of the relative variance of :math:`\hat p`.
+    """
+    samples = len(part.log_weights)
+    log_mean = part.log_weights.logsumexp(0) - log(samples)
+    draws = (part.log_weights - log_mean).sigmoid().mean(0)
+    bias = (1 / part.effective_sample_size - 1 / samples).cpu() / 2
+    truth = (log_mean.cpu() - true_weights).sigmoid()
+    return torch.stack([draws.cpu(), truth, bias], 1)
+
+
+def _of_rows(
+    pair: nn.Module, batch: Batch, part: Weighted, truth: dict[str, Tensor], bridge: Tensor
+) -> Side:
     samples, n = part.log_weights.shape
     log_p = part.log_weights.logsumexp(0) - torch.tensor(float(samples)).log()
     unreliable = ~(part.reliable & log_p.isfinite())
@@ -120,7 +161,7 @@ def _of_rows(pair: nn.Module, batch: Batch, part: Weighted, truth: dict[str, Ten
         if value.is_floating_point() and value.numel()
     }
     scores = {name: _scores(part.values[name], true, part.shares) for name, true in truth.items()}
-    return Side(log_p.cpu(), unreliable.cpu(), codes, residuals, scaled, scores)
+    return Side(log_p.cpu(), unreliable.cpu(), codes, residuals, scaled, scores, bridge)
 
 
 def _residuals(

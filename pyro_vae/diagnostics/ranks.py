@@ -157,7 +157,8 @@ class Calibration:
         below = [
             torch.bincount(rank[rank >= 0], minlength=self.num_draws + 1) for rank in self.ranks.T
         ]
-        return torch.stack(below, 1).cumsum(0)[:-1] / self.counts - self.points[:, None]
+        share = torch.stack(below, 1).cumsum(0)[:-1].double() / self.counts
+        return share - self.points[:, None]
 
     @property
     def band(self) -> tuple[Tensor, Tensor]:

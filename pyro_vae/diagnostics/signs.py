@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.diagnostics.calibration import JOINT, LIKELIHOOD
+from pyro_vae.diagnostics.model_check import Missed
 
 ERRORS = 3
 """A sign must exceed its limit by this many standard errors."""
@@ -30,6 +31,10 @@ MISSING, MISSING_SHIFT = 1.3, 0.3
 
 LEAST_SCORES = 50
 """Least number of true values for this judgment."""
+
+MUCH = 0.3
+"""If log p(x) of the model's own data is too low by more nats than this, the guide misses a part of
+the posterior. If it is less, another fault of the guide may be the cause."""
 
 LEAST_ANNEALED = 5
 """Least number of rows with reliable weights for the comparison with annealing."""
@@ -185,29 +190,51 @@ def missing_mass(results: Mapping[str, Any]) -> Sign | None:
     """Return the sign of a guide that misses a part of the posterior, such as a mode.
 
     Draws of the guide never reach that part, so importance weights do not see it. True values of
-    the model's own data do: their ranks are off even among weighted draws. And so do annealed
-    chains.
+    the model's own data do: their ranks are off even among weighted draws, or their weights show
+    that log p(x) is too low. And so do annealed chains. A little may also be missing because means,
+    scales or correlations are off. So if the weights at the data show that, it is the fault.
     """
-    found = results.get("model_check")
-    if found is not None and len(found.weighted_scores) >= LEAST_SCORES:
-        n = len(found.weighted_scores)
-        mean, spread = found.weighted_scores.mean(0), found.weighted_scores.std(0)
-        far = (mean.abs() > MISSING_SHIFT + ERRORS / n**0.5) | (
-            spread > MISSING + ERRORS / (2 * n) ** 0.5
-        )
-        if bool(far.any()):
-            i = int(torch.where(far, found.weighted_scores.square().mean(0), 0.0).argmax())
-            words = (
-                f"true values of '{found.units[i]}' are far from the guide's draws, also after "
-                "weighting: the guide misses a part of the posterior"
-            )
-            return Sign("mass", "model_check", words)
+    if (far := _far_from_weighted_draws(results)) is not None:
+        return far
+    seen, low = _seen_at_the_data(results), too_low_for_truth(results)
+    if low is not None and not (seen and low.value <= MUCH + ERRORS * low.standard_error):
+        words = f"the guide misses a part of the posterior: {low.words}"
+        return Sign("mass", "model_check", words, low.value)
     higher = annealed_higher(results)
-    if higher is not None and higher[0] > 0 and not _seen_at_the_data(results):
+    if higher is not None and higher[0] > 0 and not seen:
         by, error, n = higher
         words = f"annealing gives a higher log p(x) (by {by:.2f} ± {error:.2f} nats, {n} data)"
         return Sign("mass", "annealing", words, by)
     return None
+
+
+def _far_from_weighted_draws(results: Mapping[str, Any]) -> Sign | None:
+    found = results.get("model_check")
+    if found is None or len(found.weighted_scores) < LEAST_SCORES:
+        return None
+    n = len(found.weighted_scores)
+    mean, spread = found.weighted_scores.mean(0), found.weighted_scores.std(0)
+    far = (mean.abs() > MISSING_SHIFT + ERRORS / n**0.5) | (
+        spread > MISSING + ERRORS / (2 * n) ** 0.5
+    )
+    if not bool(far.any()):
+        return None
+    i = int(torch.where(far, found.weighted_scores.square().mean(0), 0.0).argmax())
+    words = (
+        f"true values of '{found.units[i]}' are far from the guide's draws, also after "
+        "weighting: the guide misses a part of the posterior"
+    )
+    return Sign("mass", "model_check", words)
+
+
+def too_low_for_truth(results: Mapping[str, Any]) -> Missed | None:
+    """Return by how much log p(x) of the model's own data is too low, if true latents show it."""
+    found = results["model_check"].missed if "model_check" in results else None
+    if found is None or not found.value > (
+        max(NATS, ERRORS * found.standard_error) + ERRORS * found.bias
+    ):
+        return None
+    return found
 
 
 def _seen_at_the_data(results: Mapping[str, Any]) -> bool:

@@ -13,13 +13,13 @@ from torch import Tensor
 from pyro_vae.diagnostics.global_studies import ADVICE
 from pyro_vae.diagnostics.signs import (
     ERRORS,
-    LEAST_SCORES,
     NATS,
     Sign,
     annealed_difference,
     annealed_higher,
     guide_signs,
     model_signs,
+    too_low_for_truth,
 )
 from pyro_vae.diagnostics.study import GAP, Finding
 from pyro_vae.inference.annealing import Annealing
@@ -123,6 +123,8 @@ def blamed(results: Mapping[str, Any], more: Sequence[Sign] = ()) -> list[Blame]
     by_part: dict[str, list[Sign]] = {}
     if "model_check" in results:  # it does not charge faults of the guide to the prior
         more = [sign for sign in more if sign.tool != "information"]
+    if any(_misses_mass(blame) for blame in found):  # replicates rest on weighted draws
+        more = [sign for sign in more if sign.tool != "predictive"]
     for sign in (*model_signs(results), *more):
         by_part.setdefault(sign.kind, []).append(sign)
     for part, signs in by_part.items():
@@ -136,9 +138,13 @@ def of_globals(found: Finding) -> Blame:
     return Blame("globals", None, (Sign("globals", "global_nuts", found.words),))
 
 
+def _misses_mass(blame: Blame) -> bool:
+    return any(sign.kind == "mass" for sign in blame.evidence)
+
+
 def _size(blame: Blame) -> float:
-    if any(sign.kind == "mass" for sign in blame.evidence):
-        return float("inf")  # no tool can tell how much the guide misses
+    if _misses_mass(blame):
+        return float("inf")  # all other numbers rest on its draws
     return float("-inf") if blame.nats is None else blame.nats
 
 
@@ -230,7 +236,7 @@ def findings(
     found = [blame.finding for blame in blames]
     parts = {blame.part for blame in blames}
     found += _on_guide(results, parts) + _on_model(results, parts)
-    mass = any(sign.kind == "mass" for blame in blames for sign in blame.evidence)
+    mass = any(_misses_mass(blame) for blame in blames)
     found += _on_log_likelihood(results, rows, mass) + _on_annealing(results)
     return blames, found
 
@@ -281,6 +287,7 @@ def _on_log_likelihood(results: Mapping[str, Any], rows: Tensor, mass: bool) -> 
         more = Finding("next", "pyro_vae.anneal for log p(x)", "log p(x)")
         return [*said, more] if bool(found.unreliable.any()) else said
     kind, words = "trust", f"log p(x) = {value} by importance weights{_agreement(results)}"
+    words += _resolution(results)
     if not looked_for_mass(results):
         kind, words = "unchecked", f"{words}, but {NOT_LOOKED}"
     of_elbo = f"the ELBO is {distance} ({n} data)"
@@ -303,11 +310,26 @@ def _too_low(results: Mapping[str, Any], rows: Tensor, mass: bool) -> str:
         )
     if mass:
         return "it is too low, since the guide misses a part of the posterior"
+    if (low := too_low_for_truth(results)) is not None:
+        return low.words
     if higher is not None and higher[0] > 0:
         by, error, n = higher
         more = f"by {by:.2f} ± {error:.2f} nats, {n} data"
         return f"it is too low, since annealing gives a higher value ({more})"
     return ""
+
+
+def _resolution(results: Mapping[str, Any]) -> str:
+    """Return from which share on a missed part of the posterior would show.
+
+    Of n true latents, a share s of which is missed, n s give the difference an error of about
+    sqrt(s / n), and it must exceed three errors.
+    """
+    found = results["model_check"].missed if "model_check" in results else None
+    if found is None or found.value != found.value:
+        return ""
+    least = max(NATS, ERRORS**2 / found.num_examples) + ERRORS * found.bias
+    return f"; a missed part of the posterior would show from {100 * least:.0f} % on"
 
 
 def looked_for_mass(results: Mapping[str, Any]) -> bool:
@@ -317,7 +339,7 @@ def looked_for_mass(results: Mapping[str, Any]) -> bool:
     chains start at the guide. True values of the model's own data can.
     """
     found, ranks = results.get("model_check"), results.get("calibration")
-    enough = found is not None and len(found.weighted_scores) >= LEAST_SCORES
+    enough = found is not None and found.missed.value == found.missed.value
     return enough or (ranks is not None and not guide_signs({"calibration": ranks}))
 
 

@@ -17,6 +17,7 @@ from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.sites import by_datum, data_first, latents, log_prob
+from pyro_vae.pairs.traces import Given
 from pyro_vae.pairs.weights import (
     draws_first,
     log_density,
@@ -150,6 +151,14 @@ def weighted(pair: nn.Module, batch: Batch, num_samples: int, nesting: int) -> W
     }
     values |= summed_out(pair, many, guide, means=False)
     return Weighted(many, values, log_weights.reshape(num_samples, -1))
+
+
+def log_weights_at(pair: nn.Module, batch: Batch, values: dict[str, Tensor]) -> Tensor:
+    """The log weights of given latents of each row, (n,), as those of `weighted_parts`."""
+    nesting, _, _ = structure(pair, tuple(tensor[:2] for tensor in batch))
+    with Given(values):
+        guide = trace_guide(pair, batch)
+    return _log_weights(pair, batch, guide, nesting).double().reshape(-1)
 
 
 def _log_weights(pair: nn.Module, batch: Batch, guide: Trace, nesting: int) -> Tensor:

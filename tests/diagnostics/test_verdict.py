@@ -247,7 +247,7 @@ def test_training_data_that_are_better_are_too_few(by, error, said):
         ({"gaps": gaps(family=0.3, n=20), "calibration": ranks(mean=0.3)}, ["encoder"]),
         ({"gaps": gaps(family=0.3, n=20), "calibration": ranks(joint=0.3)}, ["family"]),
         (
-            {"gaps": gaps(encoder=0.5), "model_check": checked(scores=2 * normals(200)[:, None])},
+            {"gaps": gaps(encoder=0.5), "model_check": checked(missed=0.5)},
             ["family"],
         ),
         ({"model_check": checked(codes=0.5, auc=0.8, scale=0.2)}, ["prior", "likelihood scale"]),
@@ -321,7 +321,7 @@ def test_infinite_weights_are_doubted():
 def test_missing_mass_takes_the_trust_from_log_p():
     results = {
         "log_likelihood": weights(gap=0.1),
-        "model_check": checked(scores=2 * normals(200)[:, None]),
+        "model_check": checked(missed=0.5),
     }
     assert not findings("trust", **results).keys() & {"log p(x)", "ELBO", "guide"}
     assert "misses a part of the posterior" in findings("doubt", **results)["log p(x)"]
@@ -373,7 +373,7 @@ CHOICES = {
     "model_check": [
         checked(),
         checked(codes=0.4, auc=0.8),
-        checked(scores=2 * normals(200)[:, None]),
+        checked(missed=0.5),
         None,
     ],
 }

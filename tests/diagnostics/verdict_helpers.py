@@ -1,5 +1,7 @@
 """Results of the tools with chosen numbers, of their own classes, as `diagnose` collects them."""
 
+from math import exp
+
 import torch
 
 from pyro_vae.diagnostics.calibration import JOINT, LIKELIHOOD, Calibration
@@ -100,6 +102,13 @@ def annealed(by=0.0, error=0.0, value=-10.0, n=20):
     )
 
 
+def bridge(missed=0.0, error=0.0, bias=0.0, n=N):
+    """Numbers of own data by which log p(x) is too low by ``missed`` nats, with this error."""
+    spread = 0.5 * error * (n - 1) ** 0.5 * torch.tensor([1.0, -1.0]).double().repeat(n)[:n]
+    draws, truth = 0.5 + 0 * spread, 0.5 * exp(-missed) + 0 * spread
+    return torch.stack([draws + spread - spread.mean(), truth, 0 * spread + bias], 1)
+
+
 def checked(
     codes=0.0,
     auc=0.5,
@@ -113,6 +122,10 @@ def checked(
     scores=None,
     more=0,
     elements=6.0,
+    missed=0.0,
+    missed_error=0.0,
+    bias=0.0,
+    bridged=N,
 ):
     """A comparison of data and own data; numbers are in nats, or of a logarithm for the scale."""
 
@@ -140,6 +153,7 @@ def checked(
         num_elements=elements,
         units=("z[0]",),
         weighted_scores=scores,
+        bridge=bridge(missed, missed_error, bias, bridged),
         left_out=more > 0,
         num_samples=200,
     )

@@ -1,0 +1,78 @@
+"""Moments of chains against those of the guide, by hand, for a posterior whose scale is not 1."""
+
+from copy import copy
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from pyro_vae.inference.chain_measures import r_hat_limit
+from pyro_vae.inference.chains import ENOUGH_DRAWS, compared
+
+SCALE = 3.0
+
+
+@pytest.fixture(scope="module")
+def found():
+    """A posterior N(1, 9), and a guide N(4, 36), of one unit."""
+    generator = torch.Generator().manual_seed(0)
+    z = 1 + SCALE * torch.randn(4, 500, 1, 1, generator=generator).double()
+    q = 4 + 2 * SCALE * torch.randn(2000, 1, 1, generator=generator).double()
+    return compared({"z": z}, {"z": q}, torch.zeros(1))
+
+
+def test_shift_and_ratio_are_in_posterior_standard_deviations(found):
+    assert found.shift.item() == pytest.approx(1.0, abs=0.2)
+    assert found.scale_ratio.item() == pytest.approx(2.0, abs=0.15)
+
+
+def test_the_disagreement_is_the_kl_of_normals_with_these_moments(found):
+    p, q = (Normal(m.mean, m.standard_deviation) for m in (found.moments, found.guide_moments))
+    assert found.disagreement.item() == pytest.approx(kl_divergence(q, p).item())
+
+
+def test_the_error_of_a_mean(found):
+    size = found.effective_sample_size.item()
+    assert size == pytest.approx(2000, rel=0.25)
+    spread = found.moments.standard_deviation.item()
+    assert found.mean_standard_error.item() == pytest.approx(spread / size**0.5)
+
+
+@pytest.mark.parametrize("size", [ENOUGH_DRAWS - 1, ENOUGH_DRAWS, ENOUGH_DRAWS + 1])
+def test_how_many_draws_are_too_few(found, size):
+    sizes = torch.full_like(found.bulk_effective_sample_size, size)
+    some = copy(found)
+    vars(some).update(bulk_effective_sample_size=sizes, tail_effective_sample_size=sizes)
+    assert bool(some.too_few_draws.all()) == (size < ENOUGH_DRAWS)
+
+
+@pytest.fixture(scope="module")
+def three():
+    """Three units: equal chains around 50, chains of two scales around 0, and one that rests."""
+    z = torch.randn(4, 500, 1, 3, generator=torch.Generator().manual_seed(1)).double()
+    z[..., 0] += 50
+    z[:2, ..., 1] *= 3
+    z[..., 2] = 0
+    return compared({"z": z}, {"z": z.flatten(0, 1)}, torch.zeros(1))
+
+
+def test_chains_of_two_scales_disagree_although_their_means_agree(three):
+    location, scales, _ = three.r_hat[0].tolist()
+    assert location < 1.01
+    # Ranks of distances from the median: means of 0.6 and -0.6, about, in scores of variance 0.7.
+    assert 1.1 < scales < 1.6
+    assert not three.agrees.item()
+
+
+def test_the_limit_of_r_hat_is_that_of_two_tests_of_each_unit_that_moves(three):
+    chains = three.draws["z"]
+    expected = r_hat_limit(chains[:, :, 0, 0], tests=4)
+    assert three.r_hat_limit[0, 0].item() == pytest.approx(max(1.01, expected.item()))
+    assert three.r_hat_limit[0, 2].item() == pytest.approx(1.01)
+
+
+def test_one_unit_with_few_draws_is_enough_to_judge_a_datum(three):
+    some = copy(three)
+    sizes = torch.tensor([[ENOUGH_DRAWS + 1, ENOUGH_DRAWS - 1, torch.nan]]).double()
+    vars(some).update(bulk_effective_sample_size=sizes, tail_effective_sample_size=sizes)
+    assert some.too_few_draws.tolist() == [True]
