@@ -29,5 +29,5 @@ def test_in_a_file(tmp_path):
 
 
 def test_other_wrong_kinds_still_name_the_nearest():
-    with pytest.raises(pv.UsageError, match="unknown kind 'continous'; did you mean 'continuous'"):
-        pv.read_table({"lead": [0.5, 1.5, 2.5]}, {"lead": {"kind": "continous"}})
+    with pytest.raises(pv.UsageError, match="unknown kind 'ordinl'; did you mean 'ordinal'"):
+        pv.read_table({"lead": [0.5, 1.5, 2.5]}, {"lead": {"kind": "ordinl"}})
