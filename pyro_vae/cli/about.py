@@ -185,6 +185,9 @@ def _bound(measured: dict[str, Any]) -> str:
 
     if measured.get("elbo") is None:
         return "not measured: run evaluate"
+    for name in ("elbo", "log_likelihood", "log_likelihood_standard_error"):
+        if not isinstance(measured.get(name) or 0.0, int | float):
+            raise UsageError(f"metrics.json: '{name}' must be a number, got {measured[name]!r}")
     words = f"ELBO {measured['elbo']:.3f} nats per example"
     value, error = measured.get("log_likelihood"), measured.get("log_likelihood_standard_error")
     if value is not None:

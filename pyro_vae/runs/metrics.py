@@ -25,10 +25,9 @@ def write_metrics(run: str | Path, pair: nn.Module, metrics: Mapping[str, Any]) 
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("kl_by_site", "kl_by_unit", "global_kl", "active_units", "num_units"), dict),
     **dict.fromkeys(("baseline", "not_computed", "diagnostics"), dict),
-    **dict.fromkeys(("elbo", "log_likelihood", "log_likelihood_standard_error"), (int, float)),
     "model": str,
 }
-"""The types of the entries that commands and the report read."""
+"""The types of the entries that commands and the report read; the report escapes all others."""
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def read_metrics(run: Path) -> dict[str, Any]:
     metrics.pop(FORMAT, None)
     for name, kind in _KINDS.items():
         value = metrics.get(name)
-        if not (value is None or isinstance(value, kind)) or isinstance(value, bool):
+        if not (value is None or isinstance(value, kind)):
             raise UsageError(
                 f"{path} does not have the format that evaluate and diagnose write: {name!r} must "
                 f"not be {value!r}"

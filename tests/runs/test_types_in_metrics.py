@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from cli_helpers import command
 
 import pyro_vae as pv
 from pyro_vae.runs.metrics import read_metrics
@@ -18,9 +19,6 @@ WRONG = {
     "baseline": -3.0,
     "not_computed": ["accuracy"],
     "diagnostics": [],
-    "elbo": "high",
-    "log_likelihood": [-1.0],
-    "log_likelihood_standard_error": True,
     "model": 7,
 }
 
@@ -45,3 +43,12 @@ def test_a_list_is_refused(tmp_path):
     (tmp_path / "metrics.json").write_text("[1]")
     with pytest.raises(pv.UsageError, match="must be a JSON object, got a list"):
         read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["elbo", "log_likelihood", "log_likelihood_standard_error"])
+def test_info_names_an_entry_that_must_be_a_number(tmp_path, capsys, name):
+    pv.save(pv.VAE.mlp((2,), latent_dim=1, hidden=()), tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(SOUND | {name: "high"}))
+    with pytest.raises(SystemExit):
+        command("info {run}", run=tmp_path / "run")
+    assert f"metrics.json: '{name}' must be a number, got 'high'" in capsys.readouterr().err
