@@ -230,6 +230,7 @@ EQUIVALENT = [
     Equivalent("ranks", "if place > 0", "0 to 1", "a place below 3 is not told"),
     Equivalent("chains", "self.r_hat > self.r_hat_limit", "Gt to GtE", REAL),
     Equivalent("chains", "self.r_hat > self.r_hat_limit", "right side", "inf is above all limits"),
+    Equivalent("gaps", "where(clear, gain > 0", "Gt to GtE", "a gain of 0 is not clear"),
     Equivalent("gaps", "strict=True", "True to False", "both sides have one length"),
     Equivalent("information", "return low > log", "Gt to GtE", REAL),
     Equivalent("information", "strict=True", "True to False", "both sides have one length"),
