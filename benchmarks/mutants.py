@@ -228,6 +228,7 @@ EQUIVALENT = [
     Equivalent("ranks", "start + len(state) - 1", "1 to 2", "a count without probability"),
     Equivalent("ranks", "if width > 0", "0 to 1", "a width below 3 is not told"),
     Equivalent("ranks", "if place > 0", "0 to 1", "a place below 3 is not told"),
+    Equivalent("chains", ".clamp(min=1))  # of loc", "1 to 0", "resting units have no limit"),
     Equivalent("chains", "self.r_hat > self.r_hat_limit", "Gt to GtE", REAL),
     Equivalent("chains", "self.r_hat > self.r_hat_limit", "right side", "inf is above all limits"),
     Equivalent("gaps", "where(clear, gain > 0", "Gt to GtE", "a gain of 0 is not clear"),
