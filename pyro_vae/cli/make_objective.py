@@ -57,8 +57,8 @@ def make_beta(config: Objective) -> float | Schedule | None:
     return None if config.warm_up is None and config.beta == 1 else config.beta
 
 
-RISE = 0.1
-"""The share of the epochs over which the learning rate rises if the pair starts at the solution of a simpler model.
+RISE = 40.0
+"""Epochs over which the learning rate rises if the pair starts at the solution of a simpler model.
 The first epochs then stay close to it, and validation can choose them."""
 
 
@@ -75,7 +75,7 @@ def make_learning_rate_schedule(
     from pyro_vae.training.schedules import CosineSchedule, LinearSchedule
 
     if config.learning_rate_schedule == "constant":
-        return LinearSchedule(RISE * epochs) if started else None
+        return LinearSchedule(RISE) if started else None
     if config.learning_rate_schedule == "linear":
         return LinearSchedule(epochs, start=1.0, end=0.0)
     return CosineSchedule(epochs)

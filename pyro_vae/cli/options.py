@@ -56,7 +56,7 @@ class Model:
         Normalize hidden layers, for --model hierarchical.
     linear
         Add linear maps to the networks, start them at probabilistic PCA, and raise the learning
-        rate over the first tenth of the epochs. The default is yes for complete rows (n, d) of real values
+        rate over the first 40 epochs. The default is yes for complete rows (n, d) of real values
         with a standardized Gaussian likelihood, if the other parts have their defaults.
     likelihood
         Family of the likelihood p(x | z). The default is discretized-logistic for 8-bit color
