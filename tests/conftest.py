@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 
 import pyro
 import pytest
@@ -26,6 +27,29 @@ def _leaves_no_trace():
     yield
     assert torch.get_default_dtype() == dtype
     pyro.clear_param_store()
+
+
+@pytest.fixture
+def forks():
+    """Skip a test whose forked processes train, where a fork cannot.
+
+    Autograd may have started threads in this process, as it does for a GPU. A fork does not have
+    them, and torch refuses to compute gradients in it.
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 warns of a fork beside threads
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+            code = 0
+        finally:
+            os._exit(code)
+    if os.waitpid(child, 0)[1] != 0:
+        pytest.skip("autograd has threads in this process, so a fork of it cannot train")
 
 
 @pytest.fixture(scope="module")

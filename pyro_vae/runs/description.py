@@ -152,8 +152,16 @@ def renamed(recipe: str) -> str:
     return json.dumps(json.loads(present, object_hook=_completed), sort_keys=True)
 
 
+_LATER: dict[str, dict[str, Any]] = {
+    "pyro_vae:Gaussian": {"start": 1.0},
+    "pyro_vae:MLP": {"linear": False},
+}
+"""Arguments that parts of earlier versions did not have, with the values that change nothing."""
+
+
 def _completed(found: dict[str, Any]) -> dict[str, Any]:
     arguments = found.get("arguments")
-    if found.get("class") == "pyro_vae:Gaussian" and isinstance(arguments, dict):
-        arguments.setdefault("start", 1.0)
+    if isinstance(arguments, dict):
+        for name, value in _LATER.get(found.get("class", ""), {}).items():
+            arguments.setdefault(name, value)
     return found

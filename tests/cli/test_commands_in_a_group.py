@@ -17,7 +17,7 @@ from pyro_vae.diagnostics.model_studies import latents_study
 from pyro_vae.runs.lock import writing
 from pyro_vae.runs.metrics import read_metrics
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+pytestmark = pytest.mark.usefixtures("forks")
 
 SECONDS = 60.0
 """A process that takes longer waits forever."""

@@ -48,7 +48,7 @@ N = 40
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(PROGRAM)
+    (tmp_path / "named_rows_pair.py").write_text(PROGRAM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYRO_VAE_DATA", str(tmp_path / "cache"))
     return tmp_path
@@ -141,7 +141,8 @@ def test_a_message_has_the_name_of_the_users_data(make, capsys, folder):
     x = data.train.x[17]
     scale = 255 if x.dtype == torch.uint8 else 1  # the pair sees intensities
     np.save("pattern.npy", (x.flatten().float() / scale).numpy())
-    line = f"train {source} --out run --model mine:Pair --epochs 2 --engine eager --batch-size 8"
+    line = f"train {source} --out run --model named_rows_pair:Pair --epochs 2 --engine eager"
+    line += " --batch-size 8"
     more = ["--group", "patient"] if data.group_ids is not None else []
     with pytest.raises(SystemExit) as stopped:
         main([*line.split(), *more, "--no-report", "--num-eval-samples", "2"])

@@ -58,7 +58,7 @@ def _joined(folder, rank, work):
         os._exit(0)
 
 
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+forks = pytest.mark.usefixtures("forks")
 
 KEPT = [latents_study, reliability_study, local_calibration_study, tarp_study]
 

@@ -138,7 +138,7 @@ def limited(size, work):
         return words.read()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.usefixtures("forks")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("size", [0, 100, 1700, 5000, 9000])
 def test_a_full_disk_is_one_line_and_the_last_run_loads(size, trained, tmp_path):
@@ -155,7 +155,7 @@ def test_a_full_disk_is_one_line_and_the_last_run_loads(size, trained, tmp_path)
     assert len(resume(run)) == 2
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.usefixtures("forks")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_full_disk_while_exporting(tmp_path):
     work = lambda: pv.export(small(), binary(), folder=tmp_path / "e", formats=["torch"])  # noqa: E731
