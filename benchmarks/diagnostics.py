@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from flow_posterior import widened
 from torch import nn
 
 import pyro_vae as pv
@@ -41,13 +42,7 @@ def refitted(pair: pv.VAE, posterior: pv.Family, data: Data, run: Path) -> nn.Mo
     """Return the pair with a richer posterior, which starts as its diagonal posterior."""
     network = copy.deepcopy(pair.encoder.network)
     last = network.layers[-1]
-    shape = (last.out_features // 2,)
-    wider = nn.Linear(last.in_features, posterior.outputs(shape))
-    nn.init.zeros_(wider.weight)
-    nn.init.zeros_(wider.bias)
-    with torch.no_grad():
-        wider.weight[: last.out_features] = last.weight
-        wider.bias[: last.out_features] = last.bias
+    shape, wider = (last.out_features // 2,), widened(last, posterior)
     network.layers[-1], network.outputs = wider, wider.out_features
     return pv.refit_guide(
         pair,

@@ -28,9 +28,11 @@ import pyro_vae as pv
 from pyro_vae.data.split import Data
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.parts.distributions import CholeskyNormal
-from pyro_vae.parts.factors import bounded_scale, split
+from pyro_vae.parts.factors import bounded_scale, split, unbounded_scale
 
 LATENTS, OBSERVED, NOISE = 40, 784, 1.0
+BOUNDS = 1e-4, 10.0
+"""The bounds of a scale that the families have by default."""
 
 
 class SharedCorrelations(pv.Family):
@@ -46,7 +48,7 @@ class SharedCorrelations(pv.Family):
     def forward(self, raw: Tensor, shape: tuple[int, ...]) -> dist.TorchDistribution:
         loc, scale = split(raw, shape, 2)
         lower = self.below.tril(-1) + torch.eye(len(self.below))
-        factor = bounded_scale(scale, 1e-4, 10.0)[..., None] * lower
+        factor = bounded_scale(scale, *BOUNDS)[..., None] * lower
         return CholeskyNormal(loc, scale_tril=factor, validate_args=False)
 
 
@@ -63,11 +65,11 @@ class Linear(nn.Module):
         self.register_buffer("scale", precision.diagonal().rsqrt())
         gain = torch.linalg.solve(precision, weight.T) / NOISE**2
         self.gap = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision)).item()
-        raw = torch.log(torch.expm1(self.scale))
+        raw = [unbounded_scale(scale, *BOUNDS) for scale in self.scale.tolist()]
         self.encoder = nn.Linear(OBSERVED, 2 * LATENTS)
         with torch.no_grad():
             self.encoder.weight.copy_(torch.cat([gain, torch.zeros_like(gain)]))
-            self.encoder.bias.copy_(torch.cat([torch.zeros(LATENTS), raw]))
+            self.encoder.bias.copy_(torch.cat([torch.zeros(LATENTS), torch.tensor(raw)]))
 
     def model(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -87,7 +89,7 @@ class Linear(nn.Module):
             return z @ self.weight.T + NOISE * torch.randn(number, OBSERVED)
 
 
-def widened(network: nn.Module, last: nn.Linear, family: pv.Family) -> nn.Linear:
+def widened(last: nn.Linear, family: pv.Family) -> nn.Linear:
     """Return a last layer with the outputs of another family, which starts as the diagonal one."""
     wider = nn.Linear(last.in_features, family.outputs((last.out_features // 2,)))
     with torch.no_grad():
@@ -110,10 +112,10 @@ def families() -> dict[str, pv.Family]:
 
 def encoder_of(pair: nn.Module, family: pv.Family) -> nn.Module:
     if isinstance(pair, Linear):
-        network: nn.Module = widened(pair, pair.encoder, family)
+        network: nn.Module = widened(pair.encoder, family)
     else:
         network = copy.deepcopy(pair.encoder.network)
-        network.layers[-1] = widened(network, network.layers[-1], family)
+        network.layers[-1] = widened(network.layers[-1], family)
         network.outputs = network.layers[-1].out_features
     return pv.Factor(network, family, (LATENTS,))
 

@@ -1,7 +1,10 @@
 """A checkpoint with another content than training writes is refused in one line."""
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -138,28 +141,63 @@ def limited(size, work):
         return words.read()
 
 
-@pytest.mark.usefixtures("forks")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("size", [0, 100, 1700, 5000, 9000])
-def test_a_full_disk_is_one_line_and_the_last_run_loads(size, trained, tmp_path):
-    """Each size is too small for another file, from the lock to the checkpoint."""
-    run = shutil.copytree(trained, tmp_path / "run")
-    before = pv.load(run).state_dict()
-    message = limited(size, lambda: resume(run))
+SIZES = [0, 100, 1700, 5000, 9000]
+"""Each is too small for another file, from the lock to the checkpoint."""
+
+PROGRAM = """
+import json, sys
+import pyro_vae as pv
+from bad_input_helpers import binary, small
+from test_odd_checkpoints import SIZES, limited, resume
+
+folder = sys.argv[1]
+pv.fit(small(), binary(), epochs=1, batch_size=4, engine="eager", progress=False)  # imports
+found = {str(size): limited(size, lambda: resume(f"{folder}/{size}")) for size in SIZES}
+export = lambda: pv.export(small(), binary(), folder=f"{folder}/e", formats=["torch"])
+print(json.dumps(found | {"export": limited(1000, export)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def full(trained, tmp_path_factory):
+    """A folder with a run for each size, and what the processes on a full disk said.
+
+    They are forks of a fresh process, in which autograd has no threads.
+    """
+    folder = tmp_path_factory.mktemp("full")
+    for size in SIZES:
+        shutil.copytree(trained, folder / str(size))
+    here = os.path.dirname(__file__)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path])}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@needs_fork
+@pytest.mark.parametrize("size", SIZES)
+def test_a_full_disk_is_one_line_and_the_last_run_loads(size, full, trained):
+    folder, messages = full
+    run, message = folder / str(size), messages[str(size)]
     assert str(run) in message
     assert "cannot be written" in message
     assert "\n" not in message
+    before = pv.load(trained).state_dict()
     for name, value in pv.load(run).state_dict().items():
         assert torch.equal(value, before[name])
     assert len(run_files.read_checkpoint(run)["epochs"]) == 1
     assert len(resume(run)) == 2
 
 
-@pytest.mark.usefixtures("forks")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_full_disk_while_exporting(tmp_path):
-    work = lambda: pv.export(small(), binary(), folder=tmp_path / "e", formats=["torch"])  # noqa: E731
-    message = limited(1000, work)
-    assert "cannot be written" in message
-    assert "\n" not in message
-    assert not [name for name in os.listdir(tmp_path / "e") if name.endswith((".pt2", ".part"))]
+@needs_fork
+def test_a_full_disk_while_exporting(full):
+    folder, messages = full
+    assert "cannot be written" in messages["export"]
+    assert "\n" not in messages["export"]
+    left = os.listdir(folder / "e")
+    assert not [name for name in left if name.endswith((".pt2", ".part"))]
