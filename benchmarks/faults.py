@@ -645,6 +645,14 @@ def altered(value: Any, draw: random.Random) -> Any:
     return draw.choice(ODD)
 
 
+def altered_object(value: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """The same, and still an object: another value would fail where the trial writes it."""
+    found = value
+    while found is value or not isinstance(found, dict):
+        found = altered(value, draw)
+    return found
+
+
 OPTIONS = {
     "--epochs": ["1", "0", "-3", "x", "1e3", str(2**70)],
     "--batch-size": ["4", "0", "1000000", "nan"],
@@ -706,7 +714,7 @@ def fuzzed(target: str, sound: Path, place: Path, draw: random.Random) -> None:
         (place / target).write_bytes(mutated((sound / target).read_bytes(), draw))
         READERS[target](place)
     elif target == "sealed config":
-        config = altered(run_folder.read_config(sound), draw)
+        config = altered_object(run_folder.read_config(sound), draw)
         run_files.write_json(place / "config.json", config)
         words = draw.choice(
             [["encode"], ["evaluate", "--num-samples", "2"], ["report"], ["sample"]]

@@ -104,7 +104,9 @@ class Diagnosis:
 
         Findings that rest on a latent are at most as good as the verdict on it.
         """
-        self.blamed, found = verdict.findings(self.results, self.rows, self.signs)
+        self.blamed, found = verdict.findings(
+            self.results, self.rows, self.signs, self.not_applicable
+        )
         self.findings = found + self.findings
         reasons = self.not_applicable | self.left_out
         verdicts = judge_globals(shared, self.results, reasons) if shared else []

@@ -216,7 +216,7 @@ def judge_globals(
     for one in evidence:
         if one.enough:
             return [Finding("trust", _agreement(told, one))]
-    if weights is not None and weights.pareto_k > FAR:
+    if weights is not None and weights.pareto_k > FAR and weights.noise <= NOISE:
         words = f"the guide of {told}: Pareto k of its weights given all {weights.num_examples} "
         words += f"rows is {weights.pareto_k:.2f}, so it is far from the posterior, or the guide "
         words += "of the local latents is"
@@ -267,11 +267,22 @@ def _unchecked(told: str, results: Mapping[str, Any], reasons: Mapping[str, str]
     if str(UsageError(UNKNOWN)) in said.values():
         return Finding("unchecked", start + str(UsageError(UNKNOWN)))
     why = [f"{name} has too few effective draws" for name in TOOLS if name in results]
+    weights = results.get("global_weights")
+    if weights is not None and weights.noise > NOISE:
+        why[0] = (
+            f"the draws of the local latents of {weights.num_examples} rows leave a noise of "
+            f"{weights.noise:.1f} nats in each weight of global_weights, which needs more samples "
+            "of each row"
+        )
     for reason in dict.fromkeys(said.values()):
         why.append(f"{' and '.join(n for n in said if said[n] == reason)}: {reason}")
     words = f"{start}{', '.join(why)}; a larger budget, pyro_vae.nuts or pyro_vae.global_weights "
     return Finding("unchecked", words + "checks it")
 
+
+NOISE = 0.5
+"""Nats in a log weight by the draws of the local latents. Above it, Pareto k of the weights says
+nothing about the guide of the global latents."""
 
 TOOLS = ("global_weights", "global_nuts")
 """The studies that check global latents."""

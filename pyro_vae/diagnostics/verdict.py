@@ -4,7 +4,7 @@ The rules are in docs/diagnostics/verdict.md, and `tests/diagnostics/test_verdic
 of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,12 @@ TOLD = 3
 
 FEW = 5
 """Number of unreliable rows that a finding names."""
+
+PROPOSAL = {
+    True: "pyro_vae.anneal for log p(x)",
+    False: "a better guide of the local latents for log p(x); pyro_vae.anneal refuses this pair",
+}
+"""What to try if importance weights are not reliable, by whether annealing applies."""
 
 NOT_LOOKED = (
     "no tool has looked for a part of the posterior that the guide misses (model_check and "
@@ -223,7 +229,10 @@ def _gap_words(results: Mapping[str, Any]) -> Sign:
 
 
 def findings(
-    results: Mapping[str, Any], rows: Tensor, more: Sequence[Sign] = ()
+    results: Mapping[str, Any],
+    rows: Tensor,
+    more: Sequence[Sign] = (),
+    not_applicable: Collection[str] = (),
 ) -> tuple[list[Blame], list[Finding]]:
     """Return the parts at fault, and what the results say about each quantity, once.
 
@@ -231,13 +240,15 @@ def findings(
         results: the results of the studies by name.
         rows: the row number of each datum, to name rows.
         more: signs that single studies found.
+        not_applicable: the studies that do not apply to the pair, which are no advice.
     """
     blames = blamed(results, more)
     found = [blame.finding for blame in blames]
     parts = {blame.part for blame in blames}
     found += _on_guide(results, parts) + _on_model(results, parts)
     mass = any(_misses_mass(blame) for blame in blames)
-    found += _on_log_likelihood(results, rows, mass) + _on_annealing(results)
+    found += _on_log_likelihood(results, rows, mass, "annealing" not in not_applicable)
+    found += _on_annealing(results)
     return blames, found
 
 
@@ -266,7 +277,9 @@ def _on_model(results: Mapping[str, Any], parts: set[str]) -> list[Finding]:
     return [Finding("trust", f"{words} ({len(found.log_likelihood)} data)", "model")]
 
 
-def _on_log_likelihood(results: Mapping[str, Any], rows: Tensor, mass: bool) -> list[Finding]:
+def _on_log_likelihood(
+    results: Mapping[str, Any], rows: Tensor, mass: bool, annealable: bool
+) -> list[Finding]:
     """Say whether log p(x) and the gap of the ELBO, from the most rows, can be believed."""
     found = results.get("log_likelihood")
     if found is None:
@@ -284,7 +297,7 @@ def _on_log_likelihood(results: Mapping[str, Any], rows: Tensor, mass: bool) -> 
             Finding("doubt", f"log p(x) by importance weights, {value}: {why}", "log p(x)"),
             Finding("doubt", f"the ELBO as log p(x): at least {distance}", "ELBO"),
         ]
-        more = Finding("next", "pyro_vae.anneal for log p(x)", "log p(x)")
+        more = Finding("next", PROPOSAL[annealable], "log p(x)")
         return [*said, more] if bool(found.unreliable.any()) else said
     kind, words = "trust", f"log p(x) = {value} by importance weights{_agreement(results)}"
     words += _resolution(results)

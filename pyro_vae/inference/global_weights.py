@@ -47,6 +47,10 @@ class GlobalWeights:
     """Importance samples of the local latents of each row, for each draw."""
     num_examples: int
     """The number of rows."""
+    noise: float
+    """The standard deviation of a log weight that is due to the draws of the local latents, in nats
+    for the whole data set. If it is not small, it enlarges ``pareto_k`` however right the guide of
+    the global latents is. It falls with the root of ``num_samples``."""
 
     @property
     def k_threshold(self) -> float:
@@ -120,6 +124,7 @@ class GlobalWeights:
             "num_examples": self.num_examples,
             "num_draws": len(self.log_weights),
             "num_samples": self.num_samples,
+            "noise": self.noise,
             "pareto_k": self.pareto_k if finite else None,
             "k_threshold": self.k_threshold,
             "effective_sample_size": self.effective_sample_size if finite else None,
@@ -138,7 +143,8 @@ class GlobalWeights:
         lines = [
             f"{draws} draws of the global latents, {self.num_samples} samples of each of "
             f"{self.num_examples} rows; Pareto k {k}{verdict}; "
-            f"{self.effective_sample_size:.0f} effective draws"
+            f"{self.effective_sample_size:.0f} effective draws; noise of a log weight by the local "
+            f"latents {self.noise:.2f} nats"
         ]
         width = max(map(len, self.units)) + 2
         by_weights = "posterior" if self.reliable else "weighted draws"
@@ -213,16 +219,20 @@ def global_weights(
         of = batch if pools(pair, few, names) else few
         draws: list[dict[str, Tensor]] = []
         weights: list[Tensor] = []
+        noise: list[float] = []
         for _ in range(num_draws):
             values, ratio = _drawn(pair, of, batch, names)
-            weights.append((ratio + evidence(values)).cpu())
+            of_rows, variance = evidence(values)
+            weights.append((ratio + of_rows).cpu())
+            noise.append(variance.item())
             draws.append(values)
             shown.update()
     found = {name: torch.stack([one[name] for one in draws]).cpu() for name in names}
     units = [unit for name in names for unit in unit_names(name, found[name].shape[1:])]
     log_weights = torch.stack(weights)
     k = _shape(log_weights, torch.finfo(placement(pair)[1]).eps)
-    return GlobalWeights(found, log_weights, tuple(units), k, evidence.number, len(batch[0]))
+    n, spread = len(batch[0]), (sum(noise) / len(noise)) ** 0.5
+    return GlobalWeights(found, log_weights, tuple(units), k, evidence.number, n, spread)
 
 
 def _shape(log_weights: Tensor, rounding: float) -> float:
@@ -274,17 +284,25 @@ class _Evidence:
         self.number = num_samples if len(guide) > len(names) else 1
         self.rows = max(1, CELLS // (widest * self.number))
 
-    def __call__(self, values: dict[str, Tensor]) -> Tensor:
+    def __call__(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the estimate and its Monte Carlo variance (delta method)."""
         self.fixed.hold(values)
         parts = [self._of(part) for part in in_chunks(self.batch, self.rows)]
-        return torch.cat(parts).sum()
+        return torch.stack([value for value, _ in parts]).sum(), torch.stack(
+            [variance for _, variance in parts]
+        ).sum()
 
-    def _of(self, part: Batch) -> Tensor:
-        """Return the estimates of some rows, of shape (n,)."""
+    def _of(self, part: Batch) -> tuple[Tensor, Tensor]:
+        """Return the estimate of some rows, and its variance."""
         if self.vectorized:
             found = log_weights(self.fixed, part, self.number, self.nesting)
         else:
             found = torch.stack(
                 [log_weights_alone(self.fixed, part, self.nesting) for _ in range(self.number)]
             )
-        return found.double().logsumexp(0) - log(self.number)
+        found = found.double()
+        variance = found.new_zeros(found.shape[1:])
+        if self.number > 1:
+            relative = (found - found.amax(0)).exp()
+            variance = (relative / relative.mean(0)).var(0) / self.number
+        return (found.logsumexp(0) - log(self.number)).sum(), variance.sum()

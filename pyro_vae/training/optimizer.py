@@ -143,8 +143,37 @@ class Optimizer(PyroOptim):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore a saved state of the torch optimizer."""
+        _require_alike(state, self.torch_optimizer.state_dict())
         self.torch_optimizer.load_state_dict(state)
         self._adam = None
+
+
+def _require_alike(state: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raise `ValueError` if values in a saved state have other types than the optimizer's own.
+
+    torch loads such a state without an error, and a later step fails.
+    """
+    kinds: dict[str, set[str]] = {}
+    for values in state["state"].values():
+        for name, value in values.items():
+            kinds.setdefault(name, set()).add(_kind(value))
+    for saved, mine in zip(state["param_groups"], own["param_groups"], strict=True):
+        for name in saved.keys() & mine.keys():
+            kinds[f"param_groups.{name}"] = {_kind(saved[name]), _kind(mine[name])}
+    odd = [name for name, found in kinds.items() if len(found) > 1 or "text" in found]
+    if odd:
+        raise ValueError(f"unexpected {', '.join(odd)}")
+
+
+def _kind(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "flag"
+    kinds: dict[str, Any] = {
+        "number": (int, float, Tensor),
+        "text": str,
+        "several": (list, tuple),
+    }
+    return next((kind for kind, types in kinds.items() if isinstance(value, types)), "other")
 
 
 def _made(

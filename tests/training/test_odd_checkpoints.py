@@ -77,6 +77,24 @@ def test_odd_fields_of_an_epoch_are_refused(trained, tmp_path):
         refused(lambda: resume(run), str(run / "checkpoint.pt"), "epochs")
 
 
+def test_odd_values_in_the_state_of_the_optimizer_are_refused(trained, tmp_path):
+    """torch loads them without an error, and the next step would fail."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    saved = run_files.read_checkpoint(run)["optimizer"]
+    first, words = saved["state"][0], "has the state of another optimizer"
+    for name in first:
+        for value in ("x", [1.0, 2.0], None, {"a": None}):
+            state = saved["state"] | {0: first | {name: value}}
+            odd(run, optimizer=saved | {"state": state})
+            refused(lambda: resume(run), str(run / "checkpoint.pt"), words, name)
+    (group,) = saved["param_groups"]
+    for name, value in (("lr", "x"), ("betas", 0.9), ("eps", None), ("weight_decay", [0.0])):
+        odd(run, optimizer=saved | {"param_groups": [group | {name: value}]})
+        refused(lambda: resume(run), str(run / "checkpoint.pt"), words, name)
+    odd(run, optimizer=saved)
+    resume(run)
+
+
 def test_a_best_epoch_that_does_not_exist_is_refused(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     odd(run, best_epoch=2)
