@@ -156,7 +156,8 @@ class Evaluation:
             lines.append(("mutual information", f"{self.mutual_information:.3f}, normalized"))
         for name, why in self.not_computed.items():
             lines.append((_TITLES[name], f"not computed: {why}"))
-        return "\n".join(f"{name:<20}{value}" for name, value in lines)
+        width = max(20, *(len(name) + 1 for name, _ in lines))
+        return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
 
 
 _TITLES = {

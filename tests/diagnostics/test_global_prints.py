@@ -104,3 +104,23 @@ def test_a_point_estimate_has_no_kl_and_an_autoguide_has_that_of_its_latent():
     exact = 0.5 * (scale**2 + 4 - 1) - torch.tensor(scale).log().item()
     found = pv.evaluate(auto, x, num_samples=2, engine="eager").global_kl
     assert found == {"w": pytest.approx(exact, abs=0.2)}
+
+
+class Long(nn.Module):
+    """A global latent with a long name."""
+
+    def model(self, x):
+        w = pyro.sample("effect of the hospital", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(w.expand(len(x))[:, None], 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.sample("effect of the hospital", dist.Normal(x.new_tensor(2.0), 0.5))
+
+
+def test_a_long_name_is_apart_from_its_number():
+    shown = str(pv.evaluate(Long(), torch.ones(9, 1), num_samples=2, engine="eager")).splitlines()
+    width = len("KL of effect of the hospital") + 1
+    (kl,) = [line for line in shown if line.startswith("KL of")]
+    assert kl[:width] == "KL of effect of the hospital "
+    assert all(line[width - 1] == " " and line[width] != " " for line in shown)

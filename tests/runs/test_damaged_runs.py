@@ -239,7 +239,7 @@ def killed(n, folder, **options):
 
 root, kind = Path(sys.argv[1]), sys.argv[2]
 train(root / "whole")  # import everything before the forks
-for n in range(1, 100, 3):  # every third write, for time
+for n in range(1, 100, 5):  # every fifth write, for time
     folder = root / f"{kind}-{n}"
     if kind == "overwrite":
         assert child(lambda: train(folder, learning_rate=0.1)) == 0
