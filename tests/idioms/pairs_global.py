@@ -19,6 +19,7 @@ from idiom import (
     rows,
 )
 from pairs_local import LINE, STEP
+from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
@@ -372,6 +373,41 @@ class Nested(Grouped):
             pyro.sample("z", dist.Normal(self.slope * x, 0.8))
 
 
+class Districts(nn.Module):
+    """Schools in districts under one AutoGuide; local latents depend on its draws."""
+
+    schools, district = 4, (0, 0, 1, 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.4))
+        shared = poutine.block(self.model, expose=["d", "u"])
+        self.shared = AutoMultivariateNormal(shared, init_scale=0.5)
+
+    def model(self, x: Tensor, group: Tensor) -> None:
+        with pyro.plate("districts", 2, dim=-1):
+            d = pyro.sample("d", dist.Normal(0.0, 1.0))
+        with pyro.plate("schools", self.schools, dim=-1):
+            u = pyro.sample("u", dist.Normal(d[..., list(self.district)], 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(u[..., group], 0.6))
+            pyro.sample("x", dist.Normal(z, 0.8), obs=x)
+
+    def guide(self, x: Tensor, group: Tensor) -> None:
+        pyro.module("pair", self)
+        own = self.shared(x, group)["u"][..., group]
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(own + self.slope * (x - own), 0.8))
+
+    def template(self, n: int) -> Batch:
+        return torch.zeros(n), torch.zeros(n, dtype=torch.long)
+
+    def log_p(self, x: Tensor, group: Tensor) -> Tensor:
+        joint = self.shared.get_posterior()
+        mean, variance = joint.mean[2:], joint.covariance_matrix.diagonal()[2:]
+        return dist.Normal(mean[group], (1 + variance[group]).sqrt()).log_prob(x)
+
+
 class Subsampled(nn.Module):
     """``plate("data", N, subsample_size=B)``: the rows are a part of N data."""
 
@@ -493,6 +529,12 @@ IDIOMS = [
         refuses=NO_LOCAL | SHARED,
     ),
     Idiom("The same with local latents", Nested, grouped, refuses=SHARED),
+    Idiom(
+        "Schools in districts: a group latent that depends on another one",
+        Districts,
+        grouped,
+        refuses=SHARED,
+    ),
     Idiom(
         '`plate("data", N, subsample_size=B)`',
         Subsampled,
