@@ -81,7 +81,9 @@ def main() -> None:
     more = torch.cat([*[train] * own["copies"], (255 * drawn).round().byte()])
     settings |= {"learning_rate_schedule": pv.CosineSchedule(own["refit"]["epochs"])}
     for family in own["families"]:
-        pair = pv.refit_guide(vae, family, more, hidden=own["encoder"], **own["refit"], **settings)
+        pair = pv.refit_guide(
+            vae, more, posterior=family, hidden=own["encoder"], **own["refit"], **settings
+        )
         told(f"another encoder, {family.__name__}", pair, test, train=train)
         refined = pv.refine(pair, test[:REFINED], steps=200, num_samples=300, progress=False)
         told(f"{family.__name__}, refined", refined.pair, *refined.batch)

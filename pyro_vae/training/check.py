@@ -13,6 +13,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae.compat import site_is_subsample
+from pyro_vae.data.padding import without_padding
 from pyro_vae.data.preparation import plain_preparation
 from pyro_vae.data.streams import by_name
 from pyro_vae.errors import UsageError, first_line, users_line
@@ -109,7 +110,8 @@ def _examine(
     """`check`, with errors whose names are in backticks, as `UsageError` takes them."""
     if fault := no_pair(pair):
         return Report((fault,))
-    given = _tensors(pair, batch)
+    # As `fit` does: entries that a mask hides may have any value.
+    given = tuple(without_padding(pair, _tensors(pair, batch)))
     batch = plain_preparation(pair, given)(given)
     with (
         evaluation_mode(pair),

@@ -180,6 +180,27 @@ def test_means_and_draws_of_rows_are_those_of_their_groups():
     assert torch.allclose(pv.encode(pair, x, group)["z"], x @ pair.slope)
 
 
+def test_check_takes_any_value_of_masked_entries():
+    class Masked(Groups):
+        def model(self, x: Tensor, group: Tensor, seen: Tensor) -> None:
+            with self.groups():
+                u = pyro.sample("u", dist.Normal(0.0, 1.0))
+            with self.rows(x):
+                z = pyro.sample("z", dist.Normal(self.of(u, group), 1.0))
+                fn = dist.Normal(z[..., None] * self.weight, 1.0).mask(seen)
+                pyro.sample("x", fn.to_event(1), obs=x)
+
+        def guide(self, x: Tensor, group: Tensor, seen: Tensor) -> None:
+            super().guide(x * seen, group)  # NaN times 0 is NaN
+
+    x, group = data()
+    seen = torch.arange(3) < torch.randint(1, 4, (N, 1))
+    holes = x.masked_fill(~seen, torch.nan)
+    pair = Masked()
+    assert str(pv.check(pair, holes, group, seen)) == str(pv.check(pair, x, group, seen))
+    assert "broadcast" not in str(pv.check(pair, holes, group, seen))
+
+
 def test_decode_takes_values_of_groups():
     pair = Groups()
     u = torch.tensor([-50.0, 0.0, 0.0, 50.0])
