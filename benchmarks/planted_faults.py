@@ -258,14 +258,22 @@ class Planted(nn.Module):
         return torch.stack(found, 1)
 
     def log_likelihood(self, x: Tensor) -> Tensor:
-        """Return log p(x) of each row, from sums over the grid."""
+        """Return log p(x) of each row: in closed form, or from sums over the grid."""
         if not self.plan.uses_z:
             return dist.Normal(self.loc, self.scale).log_prob(x).sum(-1).double()
+        if self.plan.shape is linear and not self.plan.folded:  # a grid has an end, data do not
+            return self.marginal().log_prob(x.double())
         plan = replace(self.plan, ignored=0, one_mode=False)
         clean = Planted(plan, x[:0])
         step = (GRID[1] - GRID[0]).log()
         terms = clean.grids(x).logsumexp(-1) + step - 0.5 * math.log(2 * math.pi)
         return terms.sum(-1) - 6 * math.log(plan.noise * math.sqrt(2 * math.pi))
+
+    def marginal(self) -> dist.MultivariateNormal:
+        """Return p(x) of the linear pair. A rotation of z does not change it."""
+        loadings = torch.block_diag(*(s * DIRECTIONS.double()[:, None] for s in STRENGTH))
+        noise = self.plan.noise**2 * torch.eye(6, dtype=torch.float64)
+        return dist.MultivariateNormal(loadings.new_zeros(6), loadings @ loadings.T + noise)
 
 
 FAULTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
