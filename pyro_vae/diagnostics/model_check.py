@@ -236,8 +236,8 @@ def model_check(
     Only a guide that is worse for the data than for the model's own data can cause a difference
     too. It then has more rows with unreliable importance weights among the data, and such rows are
     left out on both sides. A model of images is almost always told from data; the sizes in nats
-    say how much it matters. Raises `UsageError` for
-    fewer rows or samples, for global and group latents, and for a pair whose model cannot draw data.
+    say how much it matters. Raises `UsageError` for fewer rows or samples, for global and group
+    latents, and for a pair whose model cannot draw data.
     Moran, Blei & Ranganath, Holdout predictive checks, 2024; Schmitt et al., Detecting model
     misspecification in amortized Bayesian inference, 2021.
 
