@@ -41,8 +41,8 @@ print(f"{len(y)} visits of {PATIENTS} patients, {int(treated.sum())} of them tre
 # %% [markdown]
 # ## The pair
 #
-# $$\beta \sim N(0, 2^2), \quad \tau \sim \mathrm{LogNormal}(-0.5, 0.5), \quad u_g \sim N(0, \tau^2),
-# \quad y_i \sim N(x_i \beta + u_{g(i)},\ 0.7^2)$$
+# $$\beta \sim N(0, 2^2), \quad \tau \sim \mathrm{LogNormal}(-0.5, 0.5), \quad
+# u_g \sim N(0, \tau^2), \quad y_i \sim N(x_i \beta + u_{g(i)},\ 0.7^2)$$
 #
 # `beta` and `tau` are *global latents*, because they are outside of all plates. `u` is a *group
 # latent* in the plate of the patients. The patient and the covariates of each visit are
