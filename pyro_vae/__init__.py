@@ -130,7 +130,7 @@ if TYPE_CHECKING:
     from pyro_vae.training.schedules import CyclicalSchedule as CyclicalSchedule
     from pyro_vae.training.schedules import LinearSchedule as LinearSchedule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 def _listed() -> dict[str, str]:

@@ -129,11 +129,21 @@ def _plain_stars(line: str) -> str:
     return "".join(parts)
 
 
+def _linked(line: str) -> str:
+    """The line with links in place of paths such as docs/how-to/engine.md."""
+    return re.sub(r"\bdocs/([\w/-]+)\.md", r":doc:`/\1`", line)
+
+
+def _in_our_form(line: str) -> str:
+    """A line of a docstring; that of an example stays as it is."""
+    return line if line.lstrip().startswith((">>>", "...")) else _linked(_plain_stars(line))
+
+
 def _docstring(
     app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
 ) -> None:
     """Our form of docstrings. Those of fields and properties are text, also with a colon."""
-    plain = [_plain_stars(line) for line in lines]
+    plain = [_in_our_form(line) for line in lines]
     fields = what in ("attribute", "property", "data")
     if not fields:
         numpy_form = NumpyDocstring(plain, Config(), app, what, name).lines()  # that of settings

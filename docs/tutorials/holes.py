@@ -46,7 +46,8 @@ print(table.schema)
 #
 # The likelihood has one factor for each column: Student-t for numbers, Bernoulli or categorical
 # for words. The factor of an empty cell is 1, so the bound is one on the density of the observed
-# cells. `ImportanceWeightedELBO` makes it tighter (MIWAE; Mattei & Frellsen, 2019).
+# cells. `ImportanceWeightedELBO` makes it tighter (MIWAE; Mattei & Frellsen, 2019). It needs a pair
+# without global and group latents; fit others with the default objective.
 
 # %%
 torch.manual_seed(0)

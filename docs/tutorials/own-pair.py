@@ -80,7 +80,8 @@ print(pv.check(First(), train[:16]))
 # `check` says what is missing. The guide must compute q(z | x) from x, with a network. Three
 # rules of the contract matter here. The plate has `dim=-1`. Latents are events (`.to_event(1)`).
 # The programs count dimensions from the right, so that tools can add a dimension of samples on
-# the left: `z @ weights` does this.
+# the left: `z @ weights` does this. Tensors are made with `x.new_zeros`, so that they are on the
+# device of the data. `template` is for tools that draw data.
 
 
 # %%
@@ -95,7 +96,7 @@ class Robust(nn.Module):
         loc = pyro.param("loc", torch.zeros(30))
         scale = pyro.param("scale", torch.ones(30), constraint=constraints.positive)
         with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Normal(torch.zeros(self.factors), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(x.new_zeros(self.factors), 1.0).to_event(1))
             pyro.sample("x", dist.StudentT(4.0, z @ weights + loc, scale).to_event(1), obs=x)
 
     def guide(self, x: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
+from pyro_vae import __version__
 from pyro_vae.cli.groups import DATA, INFERENCE, MODEL, TRAINING
 
 FROM_DATA, FROM_MODEL, FROM_INFERENCE, FROM_TRAINING = (
@@ -31,6 +32,7 @@ MANY = Parameter(consume_multiple=True, show_default=_default, negative_iterable
 app = App(
     name="pyro-vae",
     help="Train, evaluate, diagnose and use variational autoencoders, written as Pyro programs.",
+    version=__version__,  # that of the metadata is old after an update of an editable install
     default_parameter=MANY,
     result_action="return_value",
     suppress_keyboard_interrupt=False,

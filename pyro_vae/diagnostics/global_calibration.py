@@ -47,9 +47,9 @@ def global_calibration(
 
     Each simulation draws global latents :math:`w^* \sim p(w)` and a data set :math:`x \sim p(x |
     w^*)` of n rows, and fits the guide to it. The rank of :math:`w^*` among L draws of the fitted
-    q(w) is uniform on 0, ..., L if q(w) is the posterior. The model stays fixed. Of the guide, all
-    parameters that the model does not use are fitted, from their present values. So the test is
-    about the family of the guide and its training, not about the present values of q(w). A guide
+    q(w) is uniform on 0, ..., L if q(w) is the posterior. The model stays fixed. Only parameters of
+    the guide are fitted (those that the model does not use), from their present values. So the test
+    is about the family of the guide and its training, not about the present values of q(w). A guide
     that computes q(w) from the rows (amortization) is not fitted again.
 
     Arguments:

@@ -174,6 +174,12 @@ def _drawn(
 ) -> tuple[Tensor, GuideRows, GuideRows]:
     """True latents of simulated data (1, number, units), the guide there, and at real data."""
     made = SimulatedRows(pair, number, real[1:], "local_c2st", missing_entries(real[0]))
+    given, drawn = (tuple(batch[0].shape[1:]) for batch in (real, made.batch))
+    if given != drawn:
+        raise UsageError(
+            f"rows of x must have shape {drawn}, as those of template(n) that the model draws, got "
+            f"{given}"
+        )
     observed = guide_rows(Particles(pair, real), made.units, real, draws)
     return made.truth, made.guide(1), observed
 

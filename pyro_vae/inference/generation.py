@@ -52,8 +52,8 @@ def sample(
     """Draw n data from the model: local latents from their priors, then data given them.
 
     Global latents, such as the weights of a decoder, are drawn from the guide, which is their
-    approximate posterior. So the data are those that the fitted model predicts. The rows are
-    split into a hundred parts, and each part has its own draw of the global latents.
+    approximate posterior. So the data are those that the fitted model predicts. There are up to a
+    hundred draws of the global latents, and n / 100 of the rows share each of them.
 
     Arguments:
         pair: a pair with ``template(n)``.

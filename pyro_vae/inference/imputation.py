@@ -126,7 +126,9 @@ def impute(
         progress: show a bar.
 
     To choose the steps of a refinement, call `pyro_vae.refine` yourself, and then
-    ``impute(refined.pair, *refined.batch)``. Global latents have one draw for each pass.
+    ``impute(refined.pair, *refined.batch)``. Global and group latents have one draw for each pass
+    of rows, so draws and intervals do not contain their uncertainty: for multiple imputation, call
+    `impute` with ``draws=1`` and another seed for each draw.
     Raises `UsageError` if ``draws`` or ``num_samples`` is too small, if no entry is missing, or if
     the method does not serve the latents of the pair.
     Mattei & Frellsen, MIWAE, 2019 (https://arxiv.org/abs/1812.02633).

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import pyro_vae
 from pyro_vae.data.sizes import read_bytes
 from pyro_vae.data.temporary import require_no_link
 from pyro_vae.errors import UsageError, first_line, nearest
@@ -245,8 +246,8 @@ def begun(run: Path) -> bool:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that a run depends on."""
-    found = {"python": python_version()}
-    for name in ("pyro-vae", "torch", "pyro-ppl", "numpy"):
+    found = {"python": python_version(), "pyro-vae": pyro_vae.__version__}
+    for name in ("torch", "pyro-ppl", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -102,7 +102,10 @@ class History:
     bound on log p(x), and ``-log p(z)`` takes the place of their KL."""
 
     def __getitem__(self, column: str) -> list[float]:
-        """Return a column of history.csv as a list: ``history["validation_elbo"]``."""
+        """Return a column of history.csv as a list: ``history["validation_elbo"]``.
+
+        ``history["kl"]`` is the KL of all latents, and ``history["kl_z2"]`` that of the site z2.
+        """
         return [epoch.row()[column] for epoch in self.epochs]
 
     def __repr__(self) -> str:

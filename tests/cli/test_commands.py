@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 from cli_helpers import PNG, QUICK, command, is_png, read, train
 
+import pyro_vae
 from pyro_vae.cli.app import app
 from pyro_vae.cli.main import main
 from pyro_vae.data.datasets import load_data
@@ -105,8 +106,6 @@ def test_help_of_train_names_the_options_of_python(capsys):
 
 
 def test_version(capsys):
-    import pyro_vae
-
     main(["--version"])
     assert capsys.readouterr().out.strip() == pyro_vae.__version__
 
@@ -135,6 +134,7 @@ def test_the_run_folder(digits):
     assert config["train"]["data"] == "digits"
     assert config["train"]["hidden"] == [16]
     assert config["versions"]["torch"]
+    assert config["versions"]["pyro-vae"] == pyro_vae.__version__
 
 
 def test_the_table_in_the_end(tmp_path, capsys):

@@ -97,6 +97,13 @@ def test_other_pairs(name):
     assert torch.equal(found.statistic, again.statistic)
 
 
+def test_rows_of_another_shape_than_the_model_draws():
+    """Groups that are larger than those of the template."""
+    pair = pv.MultilevelVAE.mlp((1,), latent_dim=1, group_dim=1, hidden=(4,), members=2)
+    with pytest.raises(pv.UsageError, match=r"shape \(2, 1\), as those .*, got \(3, 1\)"):
+        pv.local_c2st(pair, torch.zeros(2, 3, 1), num_simulations=100, num_draws=2, num_null=19)
+
+
 def test_misuse_and_record():
     with pytest.raises(pv.UsageError, match="num_null must be at least 19, got 5"):
         pv.local_c2st(Guided(), data(), num_null=5)
