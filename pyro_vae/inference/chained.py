@@ -38,6 +38,11 @@ class Chained(NamedTuple):
     """Whether the chains of each row agree, none diverged, and 400 draws are effective, (n,)."""
 
     @property
+    def passes(self) -> tuple["Chained", ...]:
+        """The model runs once for all draws."""
+        return (self,)
+
+    @property
     def pareto_k(self) -> Tensor:
         """NaN, (n,): draws of chains have no weights."""
         return torch.full_like(self.r_hat, torch.nan)

@@ -15,12 +15,12 @@ from pyro_vae.inference.chained import Chained, chained_parts
 from pyro_vae.inference.pareto import LEAST, threshold
 from pyro_vae.inference.passes import observation
 from pyro_vae.inference.refinement import refine
-from pyro_vae.inference.weighted import Weighted, require_samples, weighted_parts
+from pyro_vae.inference.weighted import Weighted, mixed_parts, require_samples
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.moments import has_mean, typical
-from pyro_vae.pairs.pair import Batch
+from pyro_vae.pairs.pair import Batch, Site
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
@@ -126,9 +126,9 @@ def impute(
         progress: show a bar.
 
     To choose the steps of a refinement, call `pyro_vae.refine` yourself, and then
-    ``impute(refined.pair, *refined.batch)``. Global and group latents have one draw for each pass
-    of rows, so draws and intervals do not contain their uncertainty: for multiple imputation, call
-    `impute` with ``draws=1`` and another seed for each draw.
+    ``impute(refined.pair, *refined.batch)``. Global and group latents are drawn from their guide,
+    200 times if there are as many samples, so draws and intervals contain their uncertainty. Two
+    rows of one draw may have other values of them.
     Raises `UsageError` if ``draws`` or ``num_samples`` is too small, if no entry is missing, or if
     the method does not serve the latents of the pair.
     Mattei & Frellsen, MIWAE, 2019 (https://arxiv.org/abs/1812.02633).
@@ -218,7 +218,7 @@ def _completed(pair: nn.Module, few: Batch, asked: _Asked) -> "list[_Completed]"
     if asked.method == "nuts":
         parts: Iterable[Any] = list(chained_parts(pair, few, asked.num_samples, seed))
     else:
-        parts = weighted_parts(pair, few, asked.num_samples)
+        parts = mixed_parts(pair, few, asked.num_samples)
     with using(pair):
         return [_posterior(pair, part, asked.draws, asked.level) for part in parts]
 
@@ -241,14 +241,10 @@ BY_ROW = ("effective_sample_size", "pareto_k", "r_hat", "reliable")
 
 
 def _posterior(pair: nn.Module, part: Weighted | Chained, draws: int, level: float) -> _Completed:
-    site = observation(pair, part.batch, part.values)
     like, shares = part.batch[0], part.shares
-    shape = (*shares.shape, *like.shape[1:])
-    drawn = data_first(site["value"], site).reshape(shape).to(like.dtype)
-    centers = data_first(typical(site["fn"]), site).reshape(shape)
-    classes = ~data_first(has_mean(site["fn"]), site).reshape(shape)[0]
-    if (own := part.values.get(f"{site['name']}{UNOBSERVED_PART}")) is not None:
-        drawn = centers = own.reshape(shape)  # the latent is part of the weights
+    found = [_entries(pair, one) for one in part.passes]
+    drawn, centers = (torch.cat(column) for column in list(zip(*found, strict=True))[:2])
+    _, _, classes, site = found[0]
     wide = shares.reshape(*shares.shape, *[1] * (like.dim() - 1)).to(like.dtype)
     # A draw of weight 0 does not count, even if its mean is infinite in this type.
     mean = torch.where(wide > 0, wide * centers, 0.0).sum(0)
@@ -269,6 +265,20 @@ def _posterior(pair: nn.Module, part: Weighted | Chained, draws: int, level: flo
     return _Completed(
         mean, low, high, drawn[chosen, rows], *(getattr(part, name) for name in BY_ROW)
     )
+
+
+def _entries(pair: nn.Module, part: Weighted | Chained) -> tuple[Tensor, Tensor, Tensor, Site]:
+    """A draw and the mean of each entry at each draw of the latents, which entries are classes, and
+    the site of the entries."""
+    site = observation(pair, part.batch, part.values)
+    like = part.batch[0]
+    shape = (-1, part.shares.shape[1], *like.shape[1:])
+    drawn = data_first(site["value"], site).reshape(shape).to(like.dtype)
+    centers = data_first(typical(site["fn"]), site).reshape(shape)
+    classes = ~data_first(has_mean(site["fn"]), site).reshape(shape)[0]
+    if (own := part.values.get(f"{site['name']}{UNOBSERVED_PART}")) is not None:
+        drawn = centers = own.reshape(shape)  # the latent is part of the weights
+    return drawn, centers, classes, site
 
 
 def _quantiles(drawn: Tensor, weights: Tensor, levels: tuple[float, float]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.imputation import IMPUTED_ROWS
 from pyro_vae.inference.pareto import threshold
-from pyro_vae.inference.weighted import Weighted, require_samples, steady_shape, weighted_parts
+from pyro_vae.inference.weighted import Weighted, mixed_parts, require_samples, steady_shape
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
@@ -98,7 +98,7 @@ def score(
     parts: list[RowScores] = []
     with using(pair, seed), torch.no_grad(), bar(progress, len(rows), "score") as shown:
         for raw in rows.batches(IMPUTED_ROWS):
-            for part in weighted_parts(pair, prepare(raw), num_samples):
+            for part in mixed_parts(pair, prepare(raw), num_samples):
                 parts.append(_scored(pair, part))
             shown.update(len(raw[0]))
     return RowScores(
@@ -134,6 +134,10 @@ def by_entry(pair: nn.Module, part: Weighted, term: Callable[[Any, Tensor], Tens
 
     Raises `UsageError` for a likelihood that does not split into entries.
     """
+    return torch.cat([_by_entry(pair, one, term) for one in part.passes])
+
+
+def _by_entry(pair: nn.Module, part: Weighted, term: Callable[[Any, Tensor], Tensor]) -> Tensor:
     model: Any = pair
     with DataFirst(dict(part.values)):
         site = data_site(trace(model.model, part.batch))

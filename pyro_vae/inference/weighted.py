@@ -14,7 +14,7 @@ from pyro_vae.inference.passes import summed_out
 from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
-from pyro_vae.pairs.model import trace_model
+from pyro_vae.pairs.model import global_latents, trace_model
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.sites import by_datum, data_first, latents, log_prob
 from pyro_vae.pairs.traces import Given
@@ -38,6 +38,13 @@ class Weighted(NamedTuple):
     """The draws by latent site; those of local latents have the K n rows first."""
     log_weights: Tensor
     """Of shape (K, n), in float64."""
+    blocks: tuple["Weighted", ...] = ()
+    """The same draws in parts, if each part has its own draw of the global latents."""
+
+    @property
+    def passes(self) -> tuple["Weighted", ...]:
+        """The parts of the draws for which the model runs once, with one value of each global."""
+        return self.blocks or (self,)
 
     @property
     def shares(self) -> Tensor:
@@ -96,6 +103,25 @@ def weighted_parts(pair: nn.Module, batch: Batch, num_samples: int) -> Iterator[
     rows = rows_at_once(pair, batch, num_samples)
     for part in zip(*(tensor.split(rows) for tensor in batch), strict=True):
         yield draw(pair, part, num_samples, nesting)
+
+
+def mixed_parts(pair: nn.Module, batch: Batch, num_samples: int) -> Iterator[Weighted]:
+    """`weighted_parts`, with many draws of the global latents among the draws of each row."""
+    if not global_latents(pair, batch):
+        yield from weighted_parts(pair, batch, num_samples)
+        return
+    number = min(GLOBAL_DRAWS, num_samples)
+    sizes = [num_samples // number + (i < num_samples % number) for i in range(number)]
+    nesting, _, _ = structure(pair, tuple(tensor[:2] for tensor in batch))
+    rows = rows_at_once(pair, batch, sizes[0])
+    for part in zip(*(tensor.split(rows) for tensor in batch), strict=True):
+        blocks = tuple(weighted(pair, part, size, nesting) for size in sizes)
+        weights = torch.cat([block.log_weights for block in blocks])
+        yield Weighted(repeated(part, num_samples), {}, weights, blocks)
+
+
+GLOBAL_DRAWS = 200
+"""The most draws of global latents among the draws of a row."""
 
 
 def rows_at_once(pair: nn.Module, batch: Batch, num_samples: int) -> int:

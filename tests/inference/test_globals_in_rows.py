@@ -1,0 +1,66 @@
+"""Scores and imputations of rows average over the global latents, as log p(x) does."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.inference.weighted import GLOBAL_DRAWS
+
+NOISE = 0.5
+
+
+class Shared(nn.Module):
+    """x = (z, w) + noise, with w ~ N(0, 1) of all rows and z ~ N(0, 1) of each row. The guide is
+    exact for z, and the prior for w."""
+
+    def model(self, x):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            loc = torch.stack(torch.broadcast_tensors(z, w), -1)
+            fn = dist.Normal(loc, NOISE).mask(~x.isnan())
+            pyro.sample("x", fn.to_event(1), obs=x.nan_to_num())
+
+    def guide(self, x):
+        pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            share = 1 / (1 + NOISE**2)
+            pyro.sample("z", dist.Normal(share * x[:, 0].nan_to_num(), NOISE * share**0.5))
+
+
+SPREAD = (1 + NOISE**2) ** 0.5
+"""The standard deviation of each entry, averaged over z or w."""
+
+
+def test_intervals_of_missing_entries_contain_the_uncertainty_of_a_global_latent():
+    x = torch.randn(30, 2)
+    x[:, 1] = torch.nan
+    found = pv.impute(Shared(), x, num_samples=2000, draws=40, level=0.9)
+    width = 2 * torch.special.ndtri(torch.tensor(0.95)).item() * SPREAD
+    assert (found.high - found.low)[:, 1].mean().item() == pytest.approx(width, rel=0.1)
+    assert found.draws[..., 1].std().item() == pytest.approx(SPREAD, rel=0.1)
+    assert found.draws[:, 0, 1].std().item() > 0.7 * SPREAD  # of one row, too
+    assert found.reliable.all()
+
+
+def test_scores_average_over_a_global_latent():
+    x = torch.tensor([[0.0, 0.0], [1.0, -1.5], [-0.5, 2.0]])
+    found = pv.score(Shared(), x, num_samples=4000)
+    each = dist.Normal(0.0, SPREAD).log_prob(x)
+    torch.testing.assert_close(found.log_likelihood.float(), each.sum(1), rtol=0, atol=0.15)
+    torch.testing.assert_close(found.by_entry[:, 1].float(), each[:, 1], rtol=0, atol=0.2)
+    again = pv.log_likelihood(Shared(), x, num_samples=4000).per_datum
+    torch.testing.assert_close(found.log_likelihood, again, rtol=0, atol=0.25)
+
+
+@pytest.mark.parametrize("number", [21, GLOBAL_DRAWS - 1, GLOBAL_DRAWS + 1, 450])
+def test_each_number_of_samples_is_drawn(number):
+    """Few samples have a global latent each; of more samples some share one."""
+    x = torch.tensor([[0.3, torch.nan], [torch.nan, 1.0]])
+    found = pv.impute(Shared(), x, num_samples=number, draws=3)
+    assert found.num_samples == number
+    assert bool((found.effective_sample_size <= number + 1e-6).all())
+    assert torch.equal(found.mean[0, :1], x[0, :1])
