@@ -219,15 +219,16 @@ def test_figures_show_what_is_seen():
     pair, (x, seen) = Holes(), holes(12)
     figure = pictures.reconstructions(pair, x, (seen,))
     some = np.linspace(0, 11, MOST_CURVES).astype(int)
-    for i, axis in zip(some, figure.axes, strict=False):
-        shown = torch.as_tensor(axis.lines[0].get_ydata())
+    curves = figure.axes[0].lines[1::2]  # beside each curve is a vertical line
+    for i, curve in zip(some, curves, strict=True):
+        shown = torch.as_tensor(curve.get_ydata())
         wanted = torch.where(seen[i], x[i].float(), torch.nan)
         torch.testing.assert_close(shown, wanted, equal_nan=True)
     found = pv.predictive_check(pair, x, seen, num_replicates=20, progress=False)
     figure = diagnostic_figures.predictive_worst(pair, found, x, seen, number=2, replicates=3)
     first = found.worst(number=2)[0]
-    for axis in figure.axes[:4]:
-        assert torch.equal(torch.as_tensor(axis.lines[0].get_ydata()).isnan(), ~seen[first])
+    for curve in figure.axes[0].lines[1:8:2]:
+        assert torch.equal(torch.as_tensor(curve.get_ydata()).isnan(), ~seen[first])
     diagnostic_figures.predictive_statistics(found)
 
 
