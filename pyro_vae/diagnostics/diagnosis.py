@@ -105,7 +105,7 @@ class Diagnosis:
         Findings that rest on a latent are at most as good as the verdict on it.
         """
         self.blamed, found = verdict.findings(
-            self.results, self.rows, self.signs, self.not_applicable
+            self.results, self.rows, self.signs, self.not_applicable, shared
         )
         self.findings = found + self.findings
         reasons = self.not_applicable | self.left_out

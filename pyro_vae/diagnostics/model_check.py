@@ -21,9 +21,9 @@ from pyro_vae.diagnostics.two_samples import (
     some_columns,
 )
 from pyro_vae.errors import UsageError
+from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.weighted import require_samples
 from pyro_vae.pairs.masks import missing_entries
-from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
@@ -107,6 +107,9 @@ class ModelCheck:
     """Whether unreliable rows were left out, because the data have more of them."""
     num_samples: int
     """Importance samples of each row."""
+    given: tuple[str, ...] = ()
+    """Global and group latents, held at one draw of the guide. The model's own data are drawn at
+    these values, which are not those of the data, so only ``missed`` and the ranks are measured."""
 
     @property
     def missed(self) -> Missed:
@@ -143,6 +146,7 @@ class ModelCheck:
             "num_examples": len(self.log_likelihood),
             "num_simulations": len(self.own_log_likelihood),
             "num_samples": self.num_samples,
+            "given": list(self.given),
             "unreliable": int(self.unreliable.sum()),
             "own_unreliable": int(self.own_unreliable.sum()),
             "left_out": self.left_out,
@@ -185,6 +189,8 @@ class ModelCheck:
             if one is not None:
                 unit = "" if name == "scale" else " nats"
                 lines.append((title, f"{one.value:.3f}{unit}, {one.deviations:.1f} deviations"))
+        if self.given:
+            lines = [*lines[:2], ("given one draw of", ", ".join(self.given))]
         if not isnan(self.missed.value):
             by = f"{self.missed.value:.3f} ± {self.missed.standard_error:.3f} nats"
             lines.append(("log p(x) is too low by", by))
@@ -223,7 +229,9 @@ def model_check(
     - of their correlations, and of their regression on the codes: of the decoder.
 
     Arguments:
-        pair: any pair with ``template(n)`` and without global latents.
+        pair: any pair with ``template(n)``. Global and group latents are held at one draw of the
+            guide. Then only ``missed`` and the ranks are measured: data that the model draws at
+            this value may differ from yours although the model is right.
         x, context: held-out data, at least 50 rows. Each row of context serves one row of both
             sides; entries that are missing (NaN) in x are missing on the other side too.
         num_samples: importance samples of each row, at least 21.
@@ -236,8 +244,8 @@ def model_check(
     Only a guide that is worse for the data than for the model's own data can cause a difference
     too. It then has more rows with unreliable importance weights among the data, and such rows are
     left out on both sides. A model of images is almost always told from data; the sizes in nats
-    say how much it matters. Raises `UsageError` for fewer rows or samples, for global and group
-    latents, and for a pair whose model cannot draw data.
+    say how much it matters. Raises `UsageError` for fewer rows or samples, and for a pair whose
+    model cannot draw data.
     Moran, Blei & Ranganath, Holdout predictive checks, 2024; Schmitt et al., Detecting model
     misspecification in amortized Bayesian inference, 2021.
 
@@ -252,7 +260,7 @@ def model_check(
     if len(batch[0]) < LEAST_ROWS:
         got = len(batch[0])
         raise UsageError(f"model_check needs at least {LEAST_ROWS} rows of data, got {got}")
-    _require_local(pair, batch)
+    pair, given = at_one_draw(pair, batch, seed)
     with using(pair, seed):
         own, truth = _own_data(pair, batch)
     with using(pair, seed + 1), bar(progress, 2, "model check", delay=2) as shown:
@@ -260,16 +268,7 @@ def model_check(
         shown.update()
         theirs = through_inference(pair, own, truth, num_samples)
         shown.update()
-    return _compared(data, theirs, num_samples, seed)
-
-
-def _require_local(pair: nn.Module, batch: Batch) -> None:
-    for name in global_latents(pair, batch):
-        raise UsageError(
-            f"latent site '{name}' is not local, but model_check serves only pairs whose latents "
-            f"are all local: data that the model draws at one value of '{name}' may differ from "
-            "yours although the model is right"
-        )
+    return _compared(data, theirs, num_samples, given, seed)
 
 
 def _own_data(pair: nn.Module, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
@@ -286,10 +285,12 @@ def _more(data: Tensor, own: Tensor) -> bool:
     return first - second > SIGNIFICANT * error
 
 
-def _compared(data: Side, own: Side, num_samples: int, seed: int) -> ModelCheck:
+def _compared(
+    data: Side, own: Side, num_samples: int, given: tuple[str, ...], seed: int
+) -> ModelCheck:
     left_out = _more(data.unreliable, own.unreliable)
     first, second = (side.kept(~(side.unreliable & left_out)) for side in (data, own))
-    enough = min(len(first.unreliable), len(second.unreliable)) >= LEAST_ROWS
+    enough = min(len(first.unreliable), len(second.unreliable)) >= LEAST_ROWS and not given
     scores = own.kept(~own.unreliable).scores.values()
     return ModelCheck(
         log_likelihood=data.log_likelihood,
@@ -305,6 +306,7 @@ def _compared(data: Side, own: Side, num_samples: int, seed: int) -> ModelCheck:
         bridge=own.kept(~own.unreliable).bridge,
         left_out=left_out,
         num_samples=num_samples,
+        given=given,
     )
 
 

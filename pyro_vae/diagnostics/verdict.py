@@ -5,7 +5,7 @@ of them.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +52,13 @@ PARTS: dict[str, tuple[str, str]] = {
 }
 """The parts that can be at fault, in words, and what to try next."""
 
+OWN_GUIDE = {
+    "encoder": "a larger encoder in your guide, fitted again, or pyro_vae.refine for the rows that "
+    "you analyze; if only some rows are wrong, look at their inputs",
+    "family": "a richer family of the local latents in your guide",
+}
+"""What to try if the pair has global latents, which pyro_vae.refit_guide refuses."""
+
 TOGETHER = 0.3
 """Two estimates agree only if difference plus two errors is at most this many nats per example."""
 
@@ -90,11 +97,14 @@ class Blame:
     """Its size in nats per example, if a tool measured it."""
     evidence: tuple[Sign, ...]
     """What the tools found."""
+    own_guide: bool = False
+    """Whether the pair has global latents, so that `pyro_vae.refit_guide` refuses it."""
 
     @property
     def next(self) -> str:
         """The one thing to try next."""
-        return PARTS[self.part][1]
+        own = OWN_GUIDE.get(self.part) if self.own_guide else None
+        return own or PARTS[self.part][1]
 
     @property
     def words(self) -> str:
@@ -233,6 +243,7 @@ def findings(
     rows: Tensor,
     more: Sequence[Sign] = (),
     not_applicable: Collection[str] = (),
+    shared: Collection[str] = (),
 ) -> tuple[list[Blame], list[Finding]]:
     """Return the parts at fault, and what the results say about each quantity, once.
 
@@ -241,8 +252,9 @@ def findings(
         rows: the row number of each datum, to name rows.
         more: signs that single studies found.
         not_applicable: the studies that do not apply to the pair, which are no advice.
+        shared: the global and group latents of the pair.
     """
-    blames = blamed(results, more)
+    blames = [replace(blame, own_guide=bool(shared)) for blame in blamed(results, more)]
     found = [blame.finding for blame in blames]
     parts = {blame.part for blame in blames}
     found += _on_guide(results, parts) + _on_model(results, parts)
@@ -268,6 +280,9 @@ def _on_model(results: Mapping[str, Any], parts: set[str]) -> list[Finding]:
     found = results.get("model_check")
     if found is None or parts & {"prior", "likelihood scale", "decoder"}:
         return []
+    if found.given:
+        words = "the model: its own data are compared with yours only if all latents are local"
+        return [Finding("unchecked", words, "model")]
     what = ["log p(x)", *(["codes"] if found.codes else [])]
     what += ["residuals"] if found.dependence is not None else []
     if found.marginal_p != found.marginal_p:

@@ -36,6 +36,8 @@ class GivenGlobals(nn.Module):
     def __init__(self, pair: nn.Module, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.pair, self.names = pair, tuple(values)
+        if hasattr(pair, "template"):
+            self.template = pair.template
         self.hold(values)
 
     def hold(self, values: Mapping[str, Tensor]) -> None:

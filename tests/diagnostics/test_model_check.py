@@ -257,6 +257,3 @@ def test_what_it_refuses():
         found(pair, data(pair, 49))
     with pytest.raises(pv.UsageError, match="num_samples must be at least 21"):
         pv.model_check(pair, data(pair), num_samples=20)
-    shared = pv.BayesianDecoder(pv.VAE.mlp((2,), latent_dim=1, hidden=(), likelihood=pv.Gaussian))
-    with pytest.raises(pv.UsageError, match=r"'decoder\S+' is not local, but model_check serves"):
-        found(shared, torch.zeros(50, 2))
