@@ -206,7 +206,7 @@ def model_check_study(bench: Bench) -> Study:
 
     rungs = [
         Rung(bench.draws(4, 2 * n, k), partial(run, n, k))
-        for n, k in sizes(bench, (200, 50), (500, 100), (1000, 200), (2000, 300))
+        for n, k in sizes(bench, (200, 50), (400, 50), (500, 100), (1000, 200), (2000, 300))
     ]
     return Study("model_check", 2, rungs)
 
