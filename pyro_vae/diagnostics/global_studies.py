@@ -216,12 +216,18 @@ def judge_globals(
     for one in evidence:
         if one.enough:
             return [Finding("trust", _agreement(told, one))]
-    if weights is not None and weights.pareto_k > FAR and weights.noise <= NOISE:
+    if weights is not None and weights.pareto_k > FAR and not _noisy(weights):
         words = f"the guide of {told}: Pareto k of its weights given all {weights.num_examples} "
         words += f"rows is {weights.pareto_k:.2f}, so it is far from the posterior, or the guide "
         words += "of the local latents is"
         return [Finding("doubt", words), Finding("next", "pyro_vae.nuts on the training data")]
     return [_unchecked(told, results, reasons)]
+
+
+def _noisy(found: GlobalWeights) -> bool:
+    """Whether the draws of local latents may be why the weights are uneven."""
+    spread = found.log_weights.std().item()
+    return not found.noise <= max(NOISE, NOISE_SHARE * spread)
 
 
 def _mixed(found: JointPosterior) -> bool:
@@ -268,7 +274,7 @@ def _unchecked(told: str, results: Mapping[str, Any], reasons: Mapping[str, str]
         return Finding("unchecked", start + str(UsageError(UNKNOWN)))
     why = [f"{name} has too few effective draws" for name in TOOLS if name in results]
     weights = results.get("global_weights")
-    if weights is not None and weights.noise > NOISE:
+    if weights is not None and _noisy(weights):
         why[0] = (
             f"the draws of the local latents of {weights.num_examples} rows leave a noise of "
             f"{weights.noise:.1f} nats in each weight of global_weights, which needs more samples "
@@ -280,9 +286,9 @@ def _unchecked(told: str, results: Mapping[str, Any], reasons: Mapping[str, str]
     return Finding("unchecked", words + "checks it")
 
 
-NOISE = 0.5
-"""Nats in a log weight by the draws of the local latents. Above it, Pareto k of the weights says
-nothing about the guide of the global latents."""
+NOISE, NOISE_SHARE = 0.5, 0.5
+"""Nats in a log weight by the draws of the local latents, and their share in the spread of the log
+weights. Above both, Pareto k says nothing about the guide of the global latents."""
 
 TOOLS = ("global_weights", "global_nuts")
 """The studies that check global latents."""

@@ -29,6 +29,7 @@ from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.simulation import simulate
+from pyro_vae.pairs.template import template
 from pyro_vae.pairs.threads import alone
 
 DIFFERENCES = ("scale", "row_scale", "column_scale", "dependence", "regression")
@@ -260,6 +261,8 @@ def model_check(
     if len(batch[0]) < LEAST_ROWS:
         got = len(batch[0])
         raise UsageError(f"model_check needs at least {LEAST_ROWS} rows of data, got {got}")
+    if not hasattr(pair, "template"):
+        template(pair, 1)  # its error names this pair
     pair, given = at_one_draw(pair, batch, seed)
     with using(pair, seed):
         own, truth = _own_data(pair, batch)

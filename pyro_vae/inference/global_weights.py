@@ -50,7 +50,7 @@ class GlobalWeights:
     noise: float
     """The standard deviation of a log weight that is due to the draws of the local latents, in nats
     for the whole data set. If it is not small, it enlarges ``pareto_k`` however right the guide of
-    the global latents is. It falls with the root of ``num_samples``."""
+    the global latents is. It falls with the root of ``num_samples``. NaN for one sample."""
 
     @property
     def k_threshold(self) -> float:
@@ -281,7 +281,8 @@ class _Evidence:
         self.batch = batch
         self.fixed = GivenGlobals(pair, {name: guide[name]["value"] for name in names})
         self.nesting, self.vectorized, widest = structure(self.fixed, few)
-        self.number = num_samples if len(guide) > len(names) else 1
+        self.local = len(guide) > len(names)
+        self.number = num_samples if self.local else 1
         self.rows = max(1, CELLS // (widest * self.number))
 
     def __call__(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -301,7 +302,8 @@ class _Evidence:
                 [log_weights_alone(self.fixed, part, self.nesting) for _ in range(self.number)]
             )
         found = found.double()
-        variance = found.new_zeros(found.shape[1:])
+        # One draw of a local latent does not show its spread.
+        variance = found.new_full(found.shape[1:], torch.nan if self.local else 0.0)
         if self.number > 1:
             relative = (found - found.amax(0)).exp()
             variance = (relative / relative.mean(0)).var(0) / self.number

@@ -15,7 +15,7 @@ from pyro_vae.inference.chained import Chained, chained_parts
 from pyro_vae.inference.pareto import LEAST, threshold
 from pyro_vae.inference.passes import observation
 from pyro_vae.inference.refinement import refine
-from pyro_vae.inference.weighted import Weighted, mixed_parts, require_samples
+from pyro_vae.inference.weighted import Weighted, mixed_parts, require_not_pooled, require_samples
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
@@ -127,8 +127,9 @@ def impute(
 
     To choose the steps of a refinement, call `pyro_vae.refine` yourself, and then
     ``impute(refined.pair, *refined.batch)``. Global and group latents are drawn from their guide,
-    200 times if there are as many samples, so draws and intervals contain their uncertainty. Two
-    rows of one draw may have other values of them.
+    once for each 21 samples and at most 200 times, so draws and intervals contain their
+    uncertainty. Their draws have equal weights: the guide was fitted to these rows, or to rows like
+    them. Two rows of one draw may have other values of them.
     Raises `UsageError` if ``draws`` or ``num_samples`` is too small, if no entry is missing, or if
     the method does not serve the latents of the pair.
     Mattei & Frellsen, MIWAE, 2019 (https://arxiv.org/abs/1812.02633).
@@ -177,6 +178,8 @@ def _imputed(pair: nn.Module, batch: Batch, by_mask: bool, asked: _Asked) -> Imp
         with using(pair):
             site = data_site(trace_model(pair, batch, trace_guide(pair, batch)))
             missing = masks.seen(site, x).isnan()
+    with using(pair):
+        require_not_pooled(pair, batch)
     holes = missing.flatten(1).any(1)
     size = x.new_full((n,), float(asked.num_samples), dtype=torch.double)
     whole = _Completed(
@@ -218,7 +221,7 @@ def _completed(pair: nn.Module, few: Batch, asked: _Asked) -> "list[_Completed]"
     if asked.method == "nuts":
         parts: Iterable[Any] = list(chained_parts(pair, few, asked.num_samples, seed))
     else:
-        parts = mixed_parts(pair, few, asked.num_samples)
+        parts = mixed_parts(pair, few, asked.num_samples, fitted=True)
     with using(pair):
         return [_posterior(pair, part, asked.draws, asked.level) for part in parts]
 

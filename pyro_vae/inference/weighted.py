@@ -1,6 +1,7 @@
 """Draws of the latents with importance weights: what imputation and scores by entry start from."""
 
 from collections.abc import Iterator
+from math import log
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
+from pyro_vae.inference.given_globals import pools
 from pyro_vae.inference.importance import CELLS
 from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold, unreliable
 from pyro_vae.inference.passes import summed_out
@@ -33,9 +35,10 @@ class Weighted(NamedTuple):
     """K draws of the latents of n rows, whose weights are p(x, z) / q(z | x)."""
 
     batch: Batch
-    """The rows, repeated: row i of draw k is row k n + i."""
+    """The rows, repeated: row i of draw k is row k n + i. With ``blocks``, the rows once."""
     values: dict[str, Tensor]
-    """The draws by latent site; those of local latents have the K n rows first."""
+    """The draws by latent site; those of local latents have the K n rows first. With ``blocks``,
+    they are there."""
     log_weights: Tensor
     """Of shape (K, n), in float64."""
     blocks: tuple["Weighted", ...] = ()
@@ -105,23 +108,50 @@ def weighted_parts(pair: nn.Module, batch: Batch, num_samples: int) -> Iterator[
         yield draw(pair, part, num_samples, nesting)
 
 
-def mixed_parts(pair: nn.Module, batch: Batch, num_samples: int) -> Iterator[Weighted]:
-    """`weighted_parts`, with many draws of the global latents among the draws of each row."""
-    if not global_latents(pair, batch):
+def mixed_parts(
+    pair: nn.Module, batch: Batch, num_samples: int, fitted: bool = False
+) -> Iterator[Weighted]:
+    """`weighted_parts`, with many draws of the global latents among the draws of each row.
+
+    Arguments:
+        fitted: the guide of the global latents was fitted to these rows, so they do not weigh its
+            draws again: all draws of the global latents have equal weight.
+
+    Raises `UsageError` if the guide computes global latents from the rows that it is given.
+    """
+    names = global_latents(pair, batch)
+    if not names:
         yield from weighted_parts(pair, batch, num_samples)
         return
-    number = min(GLOBAL_DRAWS, num_samples)
+    require_not_pooled(pair, batch)
+    number = min(GLOBAL_DRAWS, max(1, num_samples // LEAST) if fitted else num_samples)
     sizes = [num_samples // number + (i < num_samples % number) for i in range(number)]
     nesting, _, _ = structure(pair, tuple(tensor[:2] for tensor in batch))
-    rows = rows_at_once(pair, batch, sizes[0])
+    rows = MANY * rows_at_once(pair, batch, num_samples)
     for part in zip(*(tensor.split(rows) for tensor in batch), strict=True):
         blocks = tuple(weighted(pair, part, size, nesting) for size in sizes)
-        weights = torch.cat([block.log_weights for block in blocks])
-        yield Weighted(repeated(part, num_samples), {}, weights, blocks)
+        weights = [block.log_weights for block in blocks]
+        if fitted:
+            weights = [one - one.logsumexp(0) + log(len(one)) for one in weights]
+        yield Weighted(part, {}, torch.cat(weights), blocks)
+
+
+def require_not_pooled(pair: nn.Module, batch: Batch) -> None:
+    """Raise `UsageError` if the guide computes global latents from the rows that it is given."""
+    names = global_latents(pair, batch)
+    if pools(pair, batch, names):
+        raise UsageError(
+            f"the guide computes {', '.join(map(repr, names))} from the rows that it is given, "
+            "which here are parts of the data and their copies: use pyro_vae.log_likelihood or "
+            "pyro_vae.posterior"
+        )
 
 
 GLOBAL_DRAWS = 200
 """The most draws of global latents among the draws of a row."""
+
+MANY = 4
+"""How many times as much memory may be used, so that each draw of them serves several rows."""
 
 
 def rows_at_once(pair: nn.Module, batch: Batch, num_samples: int) -> int:

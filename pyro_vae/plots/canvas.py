@@ -53,7 +53,7 @@ def _curves(rows: Sequence[tuple[str, Tensor]]) -> "Figure":
     columns = min(MOST_CURVES, max(len(images) for _, images in rows))
     figure = new_figure(1.25 * columns + 1.3, 0.9 * len(rows) + 0.5)
     axes = figure.subplots(len(rows), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
-    size = max(images[0].numel() for _, images in rows)
+    size = max(images.shape[1:].numel() for _, images in rows)
     starts = 1.2 * max(size - 1, 1) * np.arange(columns)
     for axis, (label, images) in zip(axes, rows, strict=True):
         some = np.linspace(0, len(images) - 1, min(columns, len(images))).astype(int)

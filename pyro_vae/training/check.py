@@ -110,8 +110,12 @@ def _examine(
     """`check`, with errors whose names are in backticks, as `UsageError` takes them."""
     if fault := no_pair(pair):
         return Report((fault,))
+    given = _tensors(pair, batch)
+    if not given or any(part.dim() == 0 or len(part) == 0 for part in given):
+        shapes = ", ".join(str(tuple(part.shape)) for part in given) or "nothing"
+        return Report((f"`x` and context must have rows in dimension 0, got {shapes}",))
     # As `fit` does: entries that a mask hides may have any value.
-    given = tuple(without_padding(pair, _tensors(pair, batch)))
+    given = tuple(without_padding(pair, given))
     batch = plain_preparation(pair, given)(given)
     with (
         evaluation_mode(pair),
@@ -156,7 +160,7 @@ def _tensors(pair: nn.Module, batch: Any) -> Batch:
     """Return a batch as tensors, from x alone, a sequence, or a dictionary by argument names."""
     given = by_name(pair, batch) if isinstance(batch, Mapping) else batch
     given = given if isinstance(given, (tuple, list)) else (given,)
-    names = ("x", *(f"context {i}" for i in range(1, len(given))))
+    names = ("x", *(f"context {i}" for i in range(1, len(given))))[: len(given)]
     return tuple(
         value if isinstance(value, Tensor) else as_tensor(value, name)
         for value, name in zip(given, names, strict=True)

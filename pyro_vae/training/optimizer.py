@@ -1,5 +1,6 @@
 """One torch optimizer for all parameters of a pair, as a ``PyroOptim``."""
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -143,37 +144,54 @@ class Optimizer(PyroOptim):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore a saved state of the torch optimizer."""
-        _require_alike(state, self.torch_optimizer.state_dict())
+        _require_alike(state, self.torch_optimizer)
         self.torch_optimizer.load_state_dict(state)
         self._adam = None
 
 
-def _require_alike(state: dict[str, Any], own: dict[str, Any]) -> None:
-    """Raise `ValueError` if values in a saved state have other types than the optimizer's own.
+def _require_alike(state: dict[str, Any], own: torch.optim.Optimizer) -> None:
+    """Raise `ValueError` if a saved state is not one that this optimizer makes.
 
-    torch loads such a state without an error, and a later step fails.
+    torch loads any state without an error, and a later step fails, or writes beyond a tensor.
     """
-    kinds: dict[str, set[str]] = {}
-    for values in state["state"].values():
-        for name, value in values.items():
-            kinds.setdefault(name, set()).add(_kind(value))
-    for saved, mine in zip(state["param_groups"], own["param_groups"], strict=True):
-        for name in saved.keys() & mine.keys():
-            kinds[f"param_groups.{name}"] = {_kind(saved[name]), _kind(mine[name])}
-    odd = [name for name, found in kinds.items() if len(found) > 1 or "text" in found]
+    groups = own.state_dict()["param_groups"]
+    if len(state["param_groups"]) != len(groups):
+        raise ValueError(f"{len(state['param_groups'])} groups instead of {len(groups)}")
+    odd = [
+        f"param_groups.{name}"
+        for saved, mine in zip(state["param_groups"], groups, strict=True)
+        for name in sorted(saved.keys() & mine.keys())
+        if _kind(saved[name])[0] != _kind(mine[name])[0]
+    ]
+    expected = _stepped(own)
+    for i, values in state["state"].items():
+        for name in sorted(values.keys() | expected.get(i, values).keys()):
+            if _kind(values.get(name)) != _kind(expected.get(i, values).get(name)):
+                odd.append(f"{name} of parameter {i}")
     if odd:
-        raise ValueError(f"unexpected {', '.join(odd)}")
+        raise ValueError(f"unexpected {', '.join(odd[:3])}")
 
 
-def _kind(value: Any) -> str:
+def _stepped(own: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """The state of a like optimizer after a step of zeros; empty if it cannot take one."""
+    like = copy.deepcopy(own)
+    for group in like.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    try:
+        like.step()
+    except Exception:  # of a user's own optimizer; what it loads is not known then
+        return {}
+    return like.state_dict()["state"]
+
+
+def _kind(value: Any) -> tuple[str, tuple[int, ...] | None]:
+    if isinstance(value, Tensor):
+        return "tensor", tuple(value.shape)
     if value is None or isinstance(value, bool):
-        return "flag"
-    kinds: dict[str, Any] = {
-        "number": (int, float, Tensor),
-        "text": str,
-        "several": (list, tuple),
-    }
-    return next((kind for kind, types in kinds.items() if isinstance(value, types)), "other")
+        return "flag", None
+    kinds: dict[str, Any] = {"number": (int, float), "text": str, "several": (list, tuple)}
+    return next((kind for kind, types in kinds.items() if isinstance(value, types)), "other"), None
 
 
 def _made(

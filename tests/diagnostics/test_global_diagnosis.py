@@ -79,6 +79,7 @@ def judged(monkeypatch, weights=None, chains=None, reasons=None):
 
 def by_weights(k=0.1, **of):
     found = {"pareto_k": k, "reliable": k < 0.5, "num_examples": 300, "evidence": evidence(**of)}
+    found |= {"noise": 0.1, "log_weights": torch.arange(3.0)}
     return SimpleNamespace(**found)
 
 

@@ -105,3 +105,11 @@ def test_no_advice_to_refit_a_guide_with_global_latents(x):
     assert "refit_guide" not in blame.next
     assert blame.next in said[0].words
     assert "refit_guide" in verdict.findings(results, torch.arange(400))[0][0].next
+
+
+def test_a_missing_template_is_one_of_the_given_pair(x):
+    class Plain(Signs):
+        template = property()
+
+    with pytest.raises(pv.UsageError, match="Plain has no method template"):
+        pv.model_check(Plain(True), x, progress=False)

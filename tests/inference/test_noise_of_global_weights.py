@@ -82,3 +82,20 @@ def test_noise_is_no_fault_of_the_guide_of_global_latents(rows):
     said = judge_globals(["w"], {"global_weights": far}, {})
     assert said[0].kind == "doubt"
     assert "far from the posterior" in said[0].words
+
+
+def test_one_sample_does_not_show_its_noise(rows):
+    pair, x = rows
+    found = pv.global_weights(pair, x, num_draws=21, num_samples=1, progress=False)
+    assert found.noise != found.noise  # NaN
+    (said,) = judge_globals(["w"], {"global_weights": replace(found, pareto_k=3.0)}, {})
+    assert said.kind == "unchecked"
+
+
+def test_noise_does_not_hide_a_guide_that_is_far_off(rows):
+    pair, x = rows
+    pair.loc += 8 * pair.scale
+    found = pv.global_weights(pair, x, num_draws=100, num_samples=20, progress=False)
+    assert NOISE < found.noise < found.log_weights.std() / 2
+    said = judge_globals(["w"], {"global_weights": replace(found, pareto_k=2.0)}, {})
+    assert said[0].kind == "doubt"

@@ -248,3 +248,9 @@ def test_a_parameter_without_effect_is_noted():
     report = pv.check(pair, (SCALES["real"],))
     assert report.errors == ()
     assert "'idle'" in report.notes[0]
+
+
+@pytest.mark.parametrize("x", [torch.tensor(3.0), torch.zeros(0, 4), []], ids=str)
+def test_data_without_rows_are_an_error_in_words(x):
+    (error,) = pv.check(pv.VAE.mlp((4,)), x).errors
+    assert "must have rows in dimension 0" in error

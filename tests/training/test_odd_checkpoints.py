@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from bad_input_helpers import binary, refused, small
 import pyro_vae as pv
 from pyro_vae.pairs import rng
 from pyro_vae.runs import files as run_files
+from pyro_vae.training.optimizer import Optimizer
 
 OPTIONS = {"batch_size": 4, "engine": "eager", "progress": False, "validation": binary()}
 
@@ -91,8 +93,49 @@ def test_odd_values_in_the_state_of_the_optimizer_are_refused(trained, tmp_path)
     for name, value in (("lr", "x"), ("betas", 0.9), ("eps", None), ("weight_decay", [0.0])):
         odd(run, optimizer=saved | {"param_groups": [group | {name: value}]})
         refused(lambda: resume(run), str(run / "checkpoint.pt"), words, name)
+    shorter = {name: torch.zeros(1) for name in first}
+    swapped = saved["state"] | {0: saved["state"][1], 1: saved["state"][0]}
+    for state in (saved["state"] | {0: shorter}, swapped, saved["state"] | {0: {}}):
+        odd(run, optimizer=saved | {"state": state})
+        refused(lambda: resume(run), str(run / "checkpoint.pt"), words, "of parameter 0")
+    odd(run, optimizer=saved | {"param_groups": [group, group]})
+    refused(lambda: resume(run), str(run / "checkpoint.pt"), words, "2 groups instead of 1")
     odd(run, optimizer=saved)
     resume(run)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        torch.optim.AdamW,
+        partial(torch.optim.Adam, amsgrad=True),
+        torch.optim.NAdam,
+        torch.optim.Adafactor,
+        partial(torch.optim.SGD, momentum=0.9),
+        torch.optim.SGD,
+        torch.optim.Rprop,
+        torch.optim.RMSprop,
+        torch.optim.Adagrad,
+        partial(torch.optim.ASGD, foreach=False),
+    ],
+    ids=str,
+)
+def test_the_state_of_each_optimizer_is_taken_back(kind):
+    def made():
+        weights = {
+            "a": torch.nn.Parameter(torch.ones(2, 3)),
+            "b": torch.nn.Parameter(torch.ones(3)),
+        }
+        return Optimizer(kind, weights, 0.1)
+
+    optimizer = made()
+    for _ in range(2):
+        for weight in optimizer.parameters.values():
+            weight.grad = torch.ones_like(weight)
+        optimizer(list(optimizer.parameters.values()))
+    other = made()
+    other.set_state(optimizer.get_state())
+    assert str(other.get_state()) == str(optimizer.get_state())
 
 
 def test_a_best_epoch_that_does_not_exist_is_refused(trained, tmp_path):
