@@ -251,7 +251,7 @@ def findings(
         results: the results of the studies by name.
         rows: the row number of each datum, to name rows.
         more: signs that single studies found.
-        not_applicable: the studies that do not apply to the pair, which are no advice.
+        not_applicable: the studies that do not apply to the pair, and are not advised.
         shared: the global and group latents of the pair.
     """
     blames = [replace(blame, own_guide=bool(shared)) for blame in blamed(results, more)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log
+from math import isfinite, log
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ class GlobalWeights:
             "num_examples": self.num_examples,
             "num_draws": len(self.log_weights),
             "num_samples": self.num_samples,
-            "noise": self.noise,
+            "noise": self.noise if isfinite(self.noise) else None,
             "pareto_k": self.pareto_k if finite else None,
             "k_threshold": self.k_threshold,
             "effective_sample_size": self.effective_sample_size if finite else None,
