@@ -104,11 +104,9 @@ class Diagnosis:
 
         Findings that rest on a latent are at most as good as the verdict on it.
         """
-        self.blamed, found = verdict.findings(
-            self.results, self.rows, self.signs, self.not_applicable, shared
-        )
+        odd, reasons = self.not_applicable, self.not_applicable | self.left_out
+        self.blamed, found = verdict.findings(self.results, self.rows, self.signs, odd, shared)
         self.findings = found + self.findings
-        reasons = self.not_applicable | self.left_out
         verdicts = judge_globals(shared, self.results, reasons) if shared else []
         verdicts += judge_local(local, self.results)
         findings = limited(self.findings, verdicts, shared, local)

@@ -18,7 +18,7 @@ from pyro_vae.inference.importance import estimate, require_sizes, unnormalized
 from pyro_vae.pairs import enumeration, fold_plan, folding, folds, masks, summing
 from pyro_vae.pairs.arrays import as_labels
 from pyro_vae.pairs.data_plate import is_local
-from pyro_vae.pairs.formatting import with_error
+from pyro_vae.pairs.formatting import in_columns, with_error
 from pyro_vae.pairs.memory import smaller, told_smaller
 from pyro_vae.pairs.moments import is_category, is_discrete, mean
 from pyro_vae.pairs.processes import Team, here, single
@@ -156,8 +156,7 @@ class Evaluation:
             lines.append(("mutual information", f"{self.mutual_information:.3f}, normalized"))
         for name, why in self.not_computed.items():
             lines.append((_TITLES[name], f"not computed: {why}"))
-        width = max(20, *(len(name) + 1 for name, _ in lines))
-        return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
+        return in_columns(lines)
 
 
 _TITLES = {

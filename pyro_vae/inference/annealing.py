@@ -17,7 +17,7 @@ from pyro_vae.inference.importance import CELLS, COMPILED_CELLS, unnormalized
 from pyro_vae.inference.joint import Joint
 from pyro_vae.pairs.arrays import each_context
 from pyro_vae.pairs.folding import factors_of
-from pyro_vae.pairs.formatting import with_error
+from pyro_vae.pairs.formatting import in_columns, with_error
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
@@ -133,7 +133,7 @@ def _table(results: dict[str, Annealing]) -> str:
     infinite = sum(int(result.infinite_weights.sum()) for result in results.values())
     if infinite:
         lines.append(("infinite weights", f"{infinite}"))
-    return "\n".join(f"{name:<20}{value}" for name, value in lines)
+    return in_columns(lines)
 
 
 @alone()

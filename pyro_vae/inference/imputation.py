@@ -17,6 +17,7 @@ from pyro_vae.inference.passes import observation
 from pyro_vae.inference.refinement import refine
 from pyro_vae.inference.weighted import Weighted, mixed_parts, require_not_pooled, require_samples
 from pyro_vae.pairs import masks
+from pyro_vae.pairs.formatting import in_columns
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.moments import has_mean, typical
@@ -87,7 +88,7 @@ class Imputation:
         ]
         if bad and self.method == "importance":
             lines.append(("what to try", "the method refine, or more samples"))
-        return "\n".join(f"{name:<20}{value}" for name, value in lines)
+        return in_columns(lines)
 
 
 @alone()

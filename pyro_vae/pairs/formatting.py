@@ -1,6 +1,6 @@
 """Formatting of numbers as text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import isnan
 
 
@@ -36,3 +36,15 @@ def in_words(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def in_columns(lines: Iterable[tuple[str, str]]) -> str:
+    """Names and their values in two columns, two spaces apart at least.
+
+    >>> print(in_columns([("ELBO", "-3.2"), ("KL of effect of hospital", "1.5")]))
+    ELBO                      -3.2
+    KL of effect of hospital  1.5
+    """
+    lines = list(lines)
+    width = max([20, *(len(name) + 2 for name, _ in lines)])
+    return "\n".join(f"{name:<{width}}{value}" for name, value in lines)

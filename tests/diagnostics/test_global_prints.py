@@ -120,7 +120,7 @@ class Long(nn.Module):
 
 def test_a_long_name_is_apart_from_its_number():
     shown = str(pv.evaluate(Long(), torch.ones(9, 1), num_samples=2, engine="eager")).splitlines()
-    width = len("KL of effect of the hospital") + 1
+    width = len("KL of effect of the hospital") + 2
     (kl,) = [line for line in shown if line.startswith("KL of")]
-    assert kl[:width] == "KL of effect of the hospital "
+    assert kl[:width] == "KL of effect of the hospital  "
     assert all(line[width - 1] == " " and line[width] != " " for line in shown)
