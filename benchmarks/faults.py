@@ -23,6 +23,7 @@ limited instead.
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import os
@@ -892,14 +893,20 @@ def calls(record: Record, folder: Path, arguments: argparse.Namespace) -> None:
         record.attempt("calls", name, partial(_called, name, folder, arguments))
 
 
+GARBAGE = 20
+"""Calls between two runs of Python's garbage collector."""
+
+
 def _called(name: str, folder: Path, arguments: argparse.Namespace) -> Any:
     """The growth of the memory by call, after a fifth of the calls."""
 
     def work() -> str:
         warnings.simplefilter("ignore")
         call, began, sizes = tools(folder)[name], time.monotonic(), []
-        for _ in range(arguments.calls):
+        for number in range(arguments.calls):
             call()
+            if number % GARBAGE == 0:
+                gc.collect()  # cycles that wait for the collector do not count
             sizes.append(resident())
             if time.monotonic() - began > arguments.tool_seconds:
                 break
