@@ -289,12 +289,11 @@ class _Evidence:
         """Return the estimate and its Monte Carlo variance (delta method)."""
         self.fixed.hold(values)
         parts = [self._of(part) for part in in_chunks(self.batch, self.rows)]
-        return torch.stack([value for value, _ in parts]).sum(), torch.stack(
-            [variance for _, variance in parts]
-        ).sum()
+        value, variance = (torch.cat(column).sum() for column in zip(*parts, strict=True))
+        return value, variance
 
     def _of(self, part: Batch) -> tuple[Tensor, Tensor]:
-        """Return the estimate of some rows, and its variance."""
+        """Return the estimates of some rows and their variances, of shape (n,)."""
         if self.vectorized:
             found = log_weights(self.fixed, part, self.number, self.nesting)
         else:
@@ -307,4 +306,4 @@ class _Evidence:
         if self.number > 1:
             relative = (found - found.amax(0)).exp()
             variance = (relative / relative.mean(0)).var(0) / self.number
-        return (found.logsumexp(0) - log(self.number)).sum(), variance.sum()
+        return found.logsumexp(0) - log(self.number), variance

@@ -246,9 +246,9 @@ BY_ROW = ("effective_sample_size", "pareto_k", "r_hat", "reliable")
 
 def _posterior(pair: nn.Module, part: Weighted | Chained, draws: int, level: float) -> _Completed:
     like, shares = part.batch[0], part.shares
-    found = [_entries(pair, one) for one in part.passes]
-    drawn, centers = (torch.cat(column) for column in list(zip(*found, strict=True))[:2])
-    _, _, classes, site = found[0]
+    found = zip(*(_entries(pair, one) for one in part.passes), strict=True)
+    draws_of, centers_of, (classes, *_), (site, *_) = found
+    drawn, centers = torch.cat(draws_of), torch.cat(centers_of)
     wide = shares.reshape(*shares.shape, *[1] * (like.dim() - 1)).to(like.dtype)
     # A draw of weight 0 does not count, even if its mean is infinite in this type.
     mean = torch.where(wide > 0, wide * centers, 0.0).sum(0)

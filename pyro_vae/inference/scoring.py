@@ -15,7 +15,13 @@ from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.imputation import IMPUTED_ROWS
 from pyro_vae.inference.pareto import threshold
-from pyro_vae.inference.weighted import Weighted, mixed_parts, require_samples, steady_shape
+from pyro_vae.inference.weighted import (
+    Weighted,
+    mixed_parts,
+    require_not_pooled,
+    require_samples,
+    steady_shape,
+)
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using
@@ -98,7 +104,9 @@ def score(
     parts: list[RowScores] = []
     with using(pair, seed), torch.no_grad(), bar(progress, len(rows), "score") as shown:
         for raw in rows.batches(IMPUTED_ROWS):
-            for part in mixed_parts(pair, prepare(raw), num_samples):
+            batch = prepare(raw)
+            require_not_pooled(pair, batch)
+            for part in mixed_parts(pair, batch, num_samples):
                 parts.append(_scored(pair, part))
             shown.update(len(raw[0]))
     return RowScores(

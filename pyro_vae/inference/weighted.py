@@ -117,13 +117,11 @@ def mixed_parts(
         fitted: the guide of the global latents was fitted to these rows, so they do not weigh its
             draws again: all draws of the global latents have equal weight.
 
-    Raises `UsageError` if the guide computes global latents from the rows that it is given.
+    Call `require_not_pooled` before, with all rows of the batch.
     """
-    names = global_latents(pair, batch)
-    if not names:
+    if not global_latents(pair, batch):
         yield from weighted_parts(pair, batch, num_samples)
         return
-    require_not_pooled(pair, batch)
     number = min(GLOBAL_DRAWS, max(1, num_samples // LEAST) if fitted else num_samples)
     sizes = [num_samples // number + (i < num_samples % number) for i in range(number)]
     nesting, _, _ = structure(pair, tuple(tensor[:2] for tensor in batch))

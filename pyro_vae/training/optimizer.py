@@ -174,11 +174,11 @@ def _require_alike(state: dict[str, Any], own: torch.optim.Optimizer) -> None:
 
 def _stepped(own: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     """The state of a like optimizer after a step of zeros; empty if it cannot take one."""
-    like = copy.deepcopy(own)
-    for group in like.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
     try:
+        like = copy.deepcopy(own)
+        for group in like.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
         like.step()
     except Exception:  # of a user's own optimizer; what it loads is not known then
         return {}

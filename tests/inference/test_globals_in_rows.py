@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.inference.weighted import GLOBAL_DRAWS
+from pyro_vae.inference.pareto import LEAST
+from pyro_vae.inference.weighted import GLOBAL_DRAWS, mixed_parts
+from pyro_vae.pairs.scope import using
 
 NOISE = 0.5
 
@@ -59,11 +61,24 @@ def test_scores_average_over_a_global_latent():
 @pytest.mark.parametrize("number", [21, GLOBAL_DRAWS - 1, GLOBAL_DRAWS + 1, 450])
 def test_each_number_of_samples_is_drawn(number):
     """Few samples have a global latent each; of more samples some share one."""
-    x = torch.tensor([[0.3, torch.nan], [torch.nan, 1.0]])
-    found = pv.impute(Shared(), x, num_samples=number, draws=3)
-    assert found.num_samples == number
-    assert bool((found.effective_sample_size <= number + 1e-6).all())
-    assert torch.equal(found.mean[0, :1], x[0, :1])
+    batch = (torch.tensor([[0.3, torch.nan], [torch.nan, 1.0]]),)
+    pair = Shared()
+    with using(pair, 0):
+        (joint,) = mixed_parts(pair, batch, number)
+        (fitted,) = mixed_parts(pair, batch, number, fitted=True)
+    assert joint.log_weights.shape == fitted.log_weights.shape == (number, 2)
+    assert len(joint.passes) == min(number, GLOBAL_DRAWS)
+    assert len(fitted.passes) == min(number // LEAST, GLOBAL_DRAWS)
+    drawn = {block.values["w"].item() for block in joint.passes}
+    assert len(drawn) == len(joint.passes)
+    for block in fitted.passes:  # each draw of w has its share of the samples as its weight
+        assert len(block.log_weights) >= LEAST
+    sums = [
+        one.exp().sum(0)
+        for one in fitted.log_weights.split([len(b.log_weights) for b in fitted.passes])
+    ]
+    shares = torch.tensor([len(block.log_weights) for block in fitted.passes]).double()
+    torch.testing.assert_close(torch.stack(sums), shares[:, None].expand(-1, 2))
 
 
 class Effects(nn.Module):
@@ -115,3 +130,11 @@ def test_a_guide_that_pools_the_rows_is_refused(tool):
     x[0, 1] = x[5, 1] = torch.nan
     with pytest.raises(pv.UsageError, match="computes 'w' from the rows that it is given"):
         tool(Pooled(), x, num_samples=50)
+
+
+def test_a_refined_guide_also_draws_the_global_latent_anew():
+    x = torch.randn(4, 2)
+    x[:, 1] = torch.nan
+    found = pv.impute(Shared(), x, method="refine", num_samples=5000)
+    width = 2 * torch.special.ndtri(torch.tensor(0.95)).item() * SPREAD
+    assert (found.high - found.low)[:, 1].mean().item() == pytest.approx(width, rel=0.15)

@@ -99,3 +99,24 @@ def test_noise_does_not_hide_a_guide_that_is_far_off(rows):
     assert NOISE < found.noise < found.log_weights.std() / 2
     said = judge_globals(["w"], {"global_weights": replace(found, pareto_k=2.0)}, {})
     assert said[0].kind == "doubt"
+
+
+@pytest.mark.parametrize(("noise", "kind"), [(0.5, "doubt"), (0.51, "unchecked")])
+@pytest.mark.parametrize("spread", [0.9, 1.0])
+def test_noise_counts_from_half_a_nat(noise, kind, spread, rows):
+    assert judged(rows, noise, spread) == kind
+
+
+@pytest.mark.parametrize(("noise", "kind"), [(1.99, "doubt"), (2.01, "unchecked")])
+def test_noise_counts_from_half_of_the_spread(noise, kind, rows):
+    assert judged(rows, noise, 4.0) == kind
+
+
+def judged(rows, noise, spread):
+    """The verdict on weights with a large Pareto k, this noise and this spread."""
+    pair, x = rows
+    found = pv.global_weights(pair, x[:4], num_draws=21, num_samples=2, progress=False)
+    even = torch.linspace(-1, 1, 21, dtype=torch.float64)
+    weights = spread * even / even.std()
+    far = replace(found, pareto_k=0.9, noise=noise, log_weights=weights)
+    return judge_globals(["w"], {"global_weights": far}, {})[0].kind
