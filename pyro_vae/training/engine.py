@@ -130,6 +130,9 @@ class Engine(ELBO):
         self._refused = False
         """Whether a step together with its update cannot be a compiled graph."""
         self._beta = torch.zeros(())
+        self._inputs = torch.zeros(4)
+        """The weight on the KL and the numbers of the update, for graphs that contain it."""
+        self._host = self._inputs.numpy()  # the same memory, without the cost of an operation
 
     def _get_trace(self, *args: Any) -> Any:
         return get_trace(self.objective, *args)
@@ -176,9 +179,9 @@ class Engine(ELBO):
             self._start(model, guide)
         if self._whole is None or adam is None:
             return False
-        numbers = torch.tensor([float(self.beta), *adam.numbers()], dtype=self._beta.dtype)
+        self._host[:] = [float(self.beta), *adam.numbers()]
         try:
-            found = self._whole.found(numbers, *batch)
+            found = self._whole.found(self._inputs, *batch)
         except NotTraceable:
             self._whole, self._refused = None, True
             return False
@@ -190,7 +193,8 @@ class Engine(ELBO):
         self._require_inside(results)
         ((_, names), self.numbers), *_ = results.items()
         self.names = list(names)
-        self.optimizer.stepped(self.numbers[1] + 0 * self.numbers[0])
+        loss, norm, *_ = self.numbers.tolist()
+        self.optimizer.stepped(norm + 0 * loss)
         return True
 
     def _replay(self, model: Any, guide: Any, batch: Batch) -> Tensor:
@@ -222,6 +226,9 @@ class Engine(ELBO):
         tolerance = 1e-5 if self.precision == "float32" else 2e-2
         function = self._function(model, guide)
         self._graphs = Graphs(self.pair, function, self._compiles, tolerance, self.say)
+        as_numpy = like.dtype in (torch.float32, torch.float64)
+        self._inputs = torch.zeros(4, dtype=like.dtype if as_numpy else torch.float32)
+        self._host = self._inputs.numpy()
         adam = self.optimizer.for_graphs() if self.optimizer and not like.is_cuda else None
         self._whole, self._update = None, adam
         if adam is not None:
@@ -244,12 +251,13 @@ class Engine(ELBO):
                 raise NotTraceable("a parameter has no gradient")
             gradients = [found.pop(("gradient", i)) for i in range(len(trained))]
             kept = {key: found.pop(key) for key in list(found) if key[0] in NUMBERS}
-            norm = kept["norm", ""] = _norm(gradients)
-            gradients = cast(Optimizer, self.optimizer).clipped(gradients, norm)
+            squares = [(g * g).sum(0).sum() for g in gradients]  # cheaper in Inductor than one sum
+            norm = kept["norm", ""] = torch.stack(squares).sum().sqrt()
             # A loss that is not finite, and a value outside its support, move no parameter.
-            sound = norm + 0 * kept["loss", ""]
-            for count in (value for (kind, _), value in found.items() if kind == "outside"):
-                sound = torch.where(count > 0, torch.nan, sound)
+            outside = [value for (kind, _), value in found.items() if kind == "outside"]
+            bad = [torch.where(count > 0, torch.nan, torch.zeros_like(norm)) for count in outside]
+            sound = torch.stack([*squares, 0 * kept["loss", ""].to(norm.dtype), *bad]).sum()
+            gradients = cast(Optimizer, self.optimizer).clipped(gradients, norm)
             adam.update(trained, gradients, sound, numbers[1:])
             return {("numbers", tuple(kept)): torch.stack(list(kept.values())), **found}
 
@@ -319,12 +327,6 @@ class Engine(ELBO):
     def _compiles(self, inputs: Sequence[Tensor], operations: int) -> bool:
         full = len(inputs[1]) >= self.batch_size
         return full and self._whole is None and self._choice(operations) == "compiled"
-
-
-def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Return the global norm. Sums over one dimension are cheaper in Inductor than over all."""
-    squares = [(g * g).sum(0).sum() for g in gradients]
-    return torch.stack(squares).sum().sqrt()
 
 
 def _sums(loss: Tensor, norm: Tensor, parts: ELBOParts) -> dict[tuple[str, str], Tensor]:

@@ -54,7 +54,7 @@ class Optimizer(PyroOptim):
             options["fused"] = True
         self.torch_optimizer = _made(constructor, list(self.parameters.values()), options)
         self._known = {id(p) for p in self.parameters.values()}
-        self.norm = torch.zeros(())
+        self.norm: Tensor | float = 0.0
         self._adam: FusedAdam | None = None
         self.exchange: Callable[[], Tensor] | None = None
         """With several processes: adds up their gradients, and returns the global norm."""
@@ -62,7 +62,7 @@ class Optimizer(PyroOptim):
     @property
     def gradient_norm(self) -> float:
         """The global norm of the last step's gradient, before clipping."""
-        return self.norm.item()
+        return float(self.norm)
 
     @property
     def learning_rate(self) -> float:
@@ -115,12 +115,12 @@ class Optimizer(PyroOptim):
             self._adam = FusedAdam.of(self.torch_optimizer, list(self.parameters.values()))
         return self._adam
 
-    def stepped(self, norm: Tensor) -> None:
+    def stepped(self, norm: float) -> None:
         """Count a step that a compiled graph took, unless its gradient is not finite."""
         self.norm = norm
-        if not math.isfinite(norm.item()):
+        if not math.isfinite(norm):
             raise FloatingPointError("the gradient is not finite")
-        cast(FusedAdam, self._adam).count += 1
+        cast(FusedAdam, self._adam).counted += 1
 
     def clipped(self, gradients: list[Tensor], norm: Tensor) -> list[Tensor]:
         """Return the gradients, scaled so that their global norm is at most ``clip_norm``."""

@@ -76,7 +76,8 @@ def read(run: TrainingRun, state: TrainState) -> bool:
     run.unread.clear()
     if not unread:
         return False
-    rows = torch.stack([numbers for _, numbers, _ in unread]).tolist()
+    waiting = [numbers for _, numbers, _ in unread]
+    rows = torch.stack(waiting).tolist() if len(waiting) > 1 else [waiting[0].tolist()]
     left_out = False
     for (names, _, taken), row in zip(unread, rows, strict=True):
         numbers = dict(zip(names, row, strict=True))

@@ -39,7 +39,7 @@ def test_the_update_in_a_graph_is_that_of_torch(name):
         torchs.step()
         norm = torch.ones(())
         update.update(list(ours.values()), gradients, norm, torch.tensor(update.numbers()))
-        optimizer.stepped(norm)
+        optimizer.stepped(norm.item())
     for p, q in zip(ours.values(), theirs, strict=True):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
     saved, expected = optimizer.get_state()["state"], torchs.state_dict()["state"]
@@ -57,7 +57,7 @@ def test_a_norm_that_is_not_finite_changes_nothing():
     assert torch.equal(p["a"], torch.ones(3))
     assert all(not value.any() for value in update.held.values())
     with pytest.raises(FloatingPointError):
-        optimizer.stepped(torch.tensor(torch.nan))
+        optimizer.stepped(torch.nan)
     assert optimizer.get_state()["state"][0]["step"] == 0
 
 
