@@ -14,8 +14,8 @@ LIMIT = weights(n=1).k_threshold
 
 def is_refined(gain, size=500.0, errors=(0.3, 0.4), k_before=0.0, k_after=0.0):
     """One row: refinement raises its bound by ``gain``; the sample sizes are 500 and ``size``."""
-    before = weights(error=errors[0], value=0.0, n=1)._replace(pareto_k=k_before * ONE)
-    after = weights(error=errors[1], value=gain, n=1)
+    before = weights(error=errors[0], value=-10.0, n=1)._replace(pareto_k=k_before * ONE)
+    after = weights(error=errors[1], value=gain - 10.0, n=1)
     after = after._replace(pareto_k=k_after * ONE, effective_sample_size=size * ONE)
     return _proposal_is_refined(before, after).item()
 

@@ -2,12 +2,14 @@
 
 from copy import copy
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
 from pyro_vae.inference.chain_measures import r_hat_limit
-from pyro_vae.inference.chains import ENOUGH_DRAWS, compared
+from pyro_vae.inference.chains import ENOUGH_DRAWS, compared, rank_r_hat
+from pyro_vae.inference.chains import _effective as effective
 
 SCALE = 3.0
 
@@ -82,3 +84,29 @@ def test_one_unit_with_few_draws_is_enough_to_judge_a_datum(three):
     sizes = torch.tensor([[ENOUGH_DRAWS + 1, ENOUGH_DRAWS - 1, torch.nan]]).double()
     vars(some).update(bulk_effective_sample_size=sizes, tail_effective_sample_size=sizes)
     assert some.too_few_draws.tolist() == [True]
+
+
+@pytest.mark.parametrize("rho", [-0.6, 0.3])
+def test_correlations_are_those_of_numpy_for_draws_around_any_mean(rho):
+    z = torch.randn(4, 100, 1, 2, generator=torch.Generator().manual_seed(2)).double()
+    z[..., 1] = rho * z[..., 0] + (1 - rho**2) ** 0.5 * z[..., 1]
+    z += torch.tensor([50.0, -7.0])
+    some = compared({"z": z}, {"z": z.flatten(0, 1)}, torch.zeros(1))
+    expected = np.corrcoef(z.reshape(-1, 2).T.numpy())
+    assert some.moments.correlation[0].numpy() == pytest.approx(expected)
+
+
+def test_chains_agree_wherever_their_center_is():
+    draws = torch.randn(4, 200, 3, generator=torch.Generator().manual_seed(3)).double()
+    draws[:2] *= 1.5
+    assert rank_r_hat(draws + 100).tolist() == pytest.approx(rank_r_hat(draws).tolist())
+
+
+def test_a_chain_that_does_not_move_is_one_draw():
+    assert effective(torch.ones(4, 50, 2)).tolist() == [1.0, 1.0]
+
+
+def test_one_divergence_takes_the_agreement():
+    z = torch.randn(4, 500, 2, 1, generator=torch.Generator().manual_seed(4)).double()
+    some = compared({"z": z}, {"z": z.flatten(0, 1)}, torch.tensor([0, 1]))
+    assert some.agrees.tolist() == [True, False]
