@@ -30,7 +30,7 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae.data.order import order
-from pyro_vae.pairs.processes import Team, here, join, restarts
+from pyro_vae.pairs.processes import Team, here, join_processes, restarts
 
 ROWS, WIDTH, BATCH, EPOCHS = 20_000, 784, 256, 3
 
@@ -53,7 +53,7 @@ def torchrun(count: int, words: list[str], restarts: int = 0, **more: str) -> su
 
 def joined() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        join("gloo")
+        join_processes("gloo")
 
 
 def train(out: Path) -> None:

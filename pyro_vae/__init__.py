@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from pyro_vae.models.sequence import DeepMarkovModel as DeepMarkovModel
     from pyro_vae.models.vae import VAE as VAE
     from pyro_vae.pairs.inner_plates import data_plate_at as data_plate_at
+    from pyro_vae.pairs.processes import join_processes as join_processes
     from pyro_vae.parts.bijections import Affine as Affine
     from pyro_vae.parts.bijections import Spline as Spline
     from pyro_vae.parts.columns import Columns as Columns

@@ -50,13 +50,13 @@ def _join() -> None:
     """Join the process group: NCCL if each process of a node can have a GPU, else gloo."""
     import torch
 
-    from pyro_vae.pairs.processes import join
+    from pyro_vae.pairs.processes import join_processes
 
     place, beside = (int(os.environ.get(f"LOCAL_{name}") or 0) for name in ("RANK", "WORLD_SIZE"))
     gpus = torch.cuda.device_count() >= max(1, beside)
     if gpus:
         torch.cuda.set_device(place)
-    join("nccl" if gpus else "gloo")
+    join_processes("nccl" if gpus else "gloo")
 
 
 @contextmanager

@@ -43,6 +43,8 @@ class Team:
 
     def of(self, rows: Tensor) -> Tensor:
         """The rows of a minibatch that this process takes; the first process has the most."""
+        if self.count == 1:
+            return rows
         n = len(rows)
         return rows[-(-n * self.rank // self.count) : -(-n * (self.rank + 1) // self.count)]
 
@@ -130,12 +132,33 @@ def single() -> Iterator[None]:
         _SINGLE.pop()
 
 
-def join(backend: str) -> None:
-    """Join the process group that torchrun describes, as ``init_process_group`` does.
+def join_processes(backend: str = "gloo") -> None:
+    """Join the processes that torchrun started, so that `pyro_vae.fit` and other tools share work.
 
-    torchrun keeps one store for all restarts. In torch 2.14, restarted processes then read the
-    addresses of dead ones there, and wait for them. So each restart has its own part of the store.
+    This is ``torch.distributed.init_process_group`` that also works after torchrun has restarted
+    the processes. torchrun keeps one store for all restarts, and in torch 2.14, restarted processes
+    read the addresses of dead ones there, and wait for them. So each restart has its own part of
+    the store.
+
+    Arguments:
+        backend: "gloo" for CPUs, "nccl" for one GPU for each process.
+
+    Raises `UsageError` if torchrun did not start this process, or if it has joined before.
+
+    >>> import pyro_vae as pv
+    >>> pv.join_processes()
+    Traceback (most recent call last):
+    ...
+    pyro_vae.errors.UsageError: start the program with torchrun, for example torchrun ...
     """
+    if not dist.is_available() or dist.is_initialized():
+        why = "this process has joined before" if dist.is_available() else "this torch has none"
+        raise UsageError(f"cannot start a group of processes: {why}")
+    if "RANK" not in os.environ:
+        raise UsageError(
+            "start the program with torchrun, for example torchrun --nproc-per-node 2 train.py; "
+            "without it, leave out this call"
+        )
     store, rank, count = next(dist.rendezvous("env://"))
     own = dist.PrefixStore(f"restart-{restarts()}", store)
     dist.init_process_group(backend, store=own, rank=rank, world_size=count)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import distributed
 
-from pyro_vae.pairs.processes import join
+from pyro_vae.pairs.processes import join_processes
 
 SECONDS = 30.0
 """A process that takes longer waits forever."""
@@ -33,7 +33,7 @@ def attempt(port, restart):
                     "TORCHELASTIC_RESTART_COUNT": str(restart),
                 }
                 time.sleep(0.2 * rank)  # the first one must not take the address of a dead second
-                join("gloo")
+                join_processes("gloo")
                 found = torch.ones(1)
                 distributed.all_reduce(found)
                 code = 0 if found == 2 else 1
