@@ -7,8 +7,9 @@ NumPyro runs each epoch as one jitted ``lax.scan`` over ``svi.update``, with no 
 step; this is its fastest form. Both programs do the same work: a Bernoulli VAE, Adam at 1e-3, the
 rows of each minibatch gathered from 8-bit data, and binarization where a setting has it. Each
 contender is a process of its own, and they alternate after each epoch, so other load on the machine
-affects both. The first two epochs (compilation) do not count. The last column is the training ELBO
-of the last epoch, in nats per example.
+affects both. The first two epochs (compilation) do not count. Both draw their first parameters from
+the same uniform distributions, and compute the posterior's scale by the same formula. The last
+column is the training ELBO of the last epoch, in nats per example, for each seed.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import tempfile
 import time
 import warnings
 from itertools import pairwise
-from math import prod
+from math import log, prod
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ SETTINGS = {
 }
 FITS = {"fit": "float32", "fit, bf16": "bfloat16"}
 SKIPPED = 2
+LOW, HIGH = 1e-4, 10.0
+"""The bounds of scales of the posterior in `pyro_vae.DiagonalNormal`."""
 
 
 def turn(seconds: float) -> None:
@@ -38,7 +41,7 @@ def turn(seconds: float) -> None:
     sys.stdin.readline()
 
 
-def fit(data: str, epochs: int, setting: str, precision: str) -> None:
+def fit(data: str, epochs: int, setting: str, seed: int, precision: str) -> None:
     import numpy as np
     import torch
 
@@ -47,7 +50,7 @@ def fit(data: str, epochs: int, setting: str, precision: str) -> None:
     warnings.filterwarnings("ignore", message="gr[ae]y intensities")  # intended, see above
     hidden, latent_dim, batch_size, activation, binarized = SETTINGS[setting]
     kinds = {"softplus": torch.nn.Softplus, "relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     vae = pv.VAE.mlp((784,), latent_dim=latent_dim, hidden=hidden, activation=kinds[activation])
     began = [time.perf_counter()]
 
@@ -62,6 +65,7 @@ def fit(data: str, epochs: int, setting: str, precision: str) -> None:
         batch_size=batch_size,
         binarize="dynamic" if binarized else "none",
         engine="compiled",
+        seed=seed,
         precision=precision,
         on_epoch=[took],
         progress=False,
@@ -69,7 +73,7 @@ def fit(data: str, epochs: int, setting: str, precision: str) -> None:
     print(f"elbo {history['elbo'][-1]}", flush=True)
 
 
-def numpyro(data: str, epochs: int, setting: str) -> None:
+def numpyro(data: str, epochs: int, setting: str, seed: int) -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -81,16 +85,18 @@ def numpyro(data: str, epochs: int, setting: str) -> None:
     hidden, latent_dim, batch_size, activation, binarized = SETTINGS[setting]
     activate = {"softplus": jax.nn.softplus, "relu": jax.nn.relu, "tanh": jnp.tanh}[activation]
     rows = jnp.asarray(np.load(data))
+    span, share = log(HIGH / LOW), log(1 / LOW) / log(HIGH / LOW)
+    slope, offset = 1 / (span * share * (1 - share)), log(share / (1 - share))
     steps = len(rows) // batch_size
 
     def network(name: str, x: Any, widths: list[int]) -> Any:
         for i, (a, b) in enumerate(pairwise(widths)):
 
-            def start(key: Any, a: int = a, b: int = b) -> Any:
-                return random.uniform(key, (a, b), minval=-1, maxval=1) / a**0.5
+            def start(shape: tuple[int, ...], a: int = a) -> Any:
+                return lambda key: random.uniform(key, shape, minval=-1, maxval=1) / a**0.5
 
-            weight = numpyro.param(f"{name}.weight{i}", start)
-            x = x @ weight + numpyro.param(f"{name}.bias{i}", jnp.zeros(b))
+            weight = numpyro.param(f"{name}.weight{i}", start((a, b)))
+            x = x @ weight + numpyro.param(f"{name}.bias{i}", start((b,)))
             x = activate(x) if i < len(widths) - 2 else x
         return x
 
@@ -105,11 +111,12 @@ def numpyro(data: str, epochs: int, setting: str) -> None:
     def guide(x: Any) -> None:
         h = network("encoder", x, [784, *hidden, 2 * latent_dim])
         with numpyro.plate("data", len(x)):
-            scale = jnp.exp(0.5 * h[:, latent_dim:])
+            curve = jax.nn.sigmoid(slope * h[:, latent_dim:] + offset)  # as in bounded_scale
+            scale = jnp.exp(log(LOW) + span * curve)
             numpyro.sample("z", dist.Normal(h[:, :latent_dim], scale).to_event(1))
 
     svi = SVI(model, guide, numpyro.optim.Adam(1e-3), Trace_ELBO())
-    state = svi.init(random.PRNGKey(0), rows[:batch_size].astype(jnp.float32) / 255)
+    state = svi.init(random.PRNGKey(seed), rows[:batch_size].astype(jnp.float32) / 255)
 
     @jax.jit
     def epoch(state: Any, key: Any, rows: Any) -> Any:
@@ -127,7 +134,7 @@ def numpyro(data: str, epochs: int, setting: str) -> None:
         (state, _), losses = lax.scan(step, (state, key), order.reshape(steps, batch_size))
         return state, losses.mean()
 
-    key = random.PRNGKey(1)
+    key = random.PRNGKey(1000 + seed)
     for _ in range(epochs):
         began = time.perf_counter()
         key, own = random.split(key)
@@ -137,13 +144,13 @@ def numpyro(data: str, epochs: int, setting: str) -> None:
     print(f"elbo {-loss / batch_size}", flush=True)
 
 
-def work(name: str, data: str, epochs: int, setting: str) -> None:
+def work(name: str, *job: Any) -> None:
     """Run one contender in its own process."""
     sys.stdin.readline()
     if name == "NumPyro":
-        numpyro(data, epochs, setting)
+        numpyro(*job)
     else:
-        fit(data, epochs, setting, FITS[name])
+        fit(*job, FITS[name])
 
 
 def answer(worker: subprocess.Popen, key: str) -> float:
@@ -153,9 +160,12 @@ def answer(worker: subprocess.Popen, key: str) -> float:
     raise SystemExit(f"a contender ended without printing '{key}'")
 
 
-def measured(setting: str, options: argparse.Namespace, data: Path) -> dict[str, list[float]]:
-    """Return the seconds of each epoch of each contender; print them and the ELBOs."""
+def measured(
+    setting: str, options: argparse.Namespace, data: Path, seed: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return the seconds of each epoch after the first ones, and the ELBO, of each contender."""
     words = [__file__, "--data", str(data), "--epochs", str(options.epochs), "--setting", setting]
+    words += ["--seed", str(seed)]
     workers = {
         name: subprocess.Popen(
             [options.jax_python if name == "NumPyro" else sys.executable, *words, "--work", name],
@@ -171,17 +181,22 @@ def measured(setting: str, options: argparse.Namespace, data: Path) -> dict[str,
             worker.stdin.write("\n")
             worker.stdin.flush()
             times[name].append(answer(worker, "seconds"))
+    elbos = {}
     for name, worker in workers.items():
         worker.stdin.write("\n")
         worker.stdin.flush()
-        elbo = answer(worker, "elbo")
+        elbos[name] = answer(worker, "elbo")
         worker.communicate()
-        low, middle, high = statistics.quantiles(times[name][SKIPPED:], n=4)
+    return {name: found[SKIPPED:] for name, found in times.items()}, elbos
+
+
+def show(setting: str, times: dict[str, list[float]], elbos: dict[str, list[float]]) -> None:
+    for name, found in times.items():
+        low, middle, high = statistics.quantiles(found, n=4)
+        shown = ", ".join(f"{elbo:.2f}" for elbo in elbos[name])
         print(
-            f"| {setting} | {name} | {middle:.2f} ({low:.2f} to {high:.2f}) | {elbo:.2f} |",
-            flush=True,
+            f"| {setting} | {name} | {middle:.2f} ({low:.2f} to {high:.2f}) | {shown} |", flush=True
         )
-    return times
 
 
 def main() -> None:
@@ -189,12 +204,14 @@ def main() -> None:
     parser.add_argument("--data-dir", help="MNIST in torchvision's layout")
     parser.add_argument("--jax-python", help="the Python of an environment with NumPyro")
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--settings", nargs="+", type=int, default=range(len(SETTINGS)))
     for hidden in ("--work", "--data", "--setting"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.work, options.data, options.epochs, options.setting)
+        work(options.work, options.data, options.epochs, options.setting, options.seed)
         return
     import numpy as np
     from torchvision import datasets
@@ -205,10 +222,18 @@ def main() -> None:
         data = Path(folder) / "mnist.npy"
         np.save(data, datasets.MNIST(options.data_dir, train=True).data.reshape(-1, 784).numpy())
         for number in options.settings:
-            times = measured(list(SETTINGS)[number], options, data)
+            setting = list(SETTINGS)[number]
+            times: dict[str, list[float]] = {name: [] for name in ("NumPyro", *FITS)}
+            elbos: dict[str, list[float]] = {name: [] for name in times}
+            for seed in range(options.seeds):
+                seconds, bounds = measured(setting, options, data, seed)
+                for name in times:
+                    times[name] += seconds[name]
+                    elbos[name].append(bounds[name])
+            show(setting, times, elbos)
             for name in FITS:
                 pairs = zip(times["NumPyro"], times[name], strict=True)
-                ratios[name].append(statistics.median([a / b for a, b in list(pairs)[SKIPPED:]]))
+                ratios[name].append(statistics.median([a / b for a, b in pairs]))
     ratios["best precision"] = [max(both) for both in zip(*ratios.values(), strict=True)]
     for name, found in ratios.items():
         mean = prod(found) ** (1 / len(found))
