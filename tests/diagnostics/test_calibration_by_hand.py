@@ -142,3 +142,16 @@ def test_the_parts_of_the_kl_and_their_errors_are_those_of_sums_over_all_pairs_o
     assert torch.allclose(found.unit_information, (own_units - each).mean((0, 1)))
     spread = (each - of_prior).mean(0).std(0) / n**0.5
     assert torch.allclose(found.unit_kl_errors, (spread.square() + unit_bias.square()).sqrt())
+
+
+def test_a_latent_that_is_one_number_is_one_unit():
+    """It has no event dimension. Its unit has the parts of the whole, and no total correlation."""
+    n = 6
+    with seeded(0):
+        loc = torch.randn(n).double()
+        draws = [loc + 0.7 * torch.randn(n).double() for _ in range(2)]
+    q, prior = dist.Normal(loc, 0.7), dist.Normal(torch.zeros(n).double(), 1.0)
+    found = _parts([[(site(q, z), site(prior, z))] for z in draws])
+    assert found.total_correlation.value == pytest.approx(0, abs=1e-12)
+    assert found.unit_kl.tolist() == pytest.approx([found.aggregate_kl.value])
+    assert found.unit_information.tolist() == pytest.approx([found.mutual_information.value])
