@@ -247,6 +247,15 @@ def test_training_data_that_are_better_are_too_few(by, error, said):
         ({"gaps": gaps(family=0.3), "calibration": ranks(mean=0.3)}, ["family"]),
         ({"gaps": gaps(family=0.3, n=20), "calibration": ranks(mean=0.3)}, ["encoder"]),
         ({"gaps": gaps(family=0.3, n=20), "calibration": ranks(joint=0.3)}, ["family"]),
+        ({"gaps": gaps(family=0.099)}, ["family"]),
+        ({"gaps": gaps(family=0.099), "calibration": ranks(mean=0.3)}, ["encoder"]),
+        ({"gaps": gaps(family=0.101), "calibration": ranks(mean=0.3)}, ["family"]),
+        ({"gaps": gaps(family=0.099), "calibration": ranks(joint=0.3)}, ["family"]),
+        ({"gaps": gaps(encoder=0.03, family=0.05), "calibration": ranks(mean=0.3)}, ["encoder"]),
+        (
+            {"gaps": gaps(encoder=0.05, family=0.03), "calibration": ranks(mean=0.3)},
+            ["encoder", "family"],
+        ),
         (
             {"gaps": gaps(encoder=0.5), "model_check": checked(missed=0.5)},
             ["family"],
