@@ -144,7 +144,7 @@ def test_the_parts_of_the_kl_and_their_errors_are_those_of_sums_over_all_pairs_o
     assert torch.allclose(found.unit_kl_errors, (spread.square() + unit_bias.square()).sqrt())
 
 
-def test_a_latent_that_is_one_number_is_one_unit():
+def test_the_parts_of_a_latent_that_is_one_number_are_those_of_one_unit():
     """It has no event dimension. Its unit has the parts of the whole, and no total correlation."""
     n = 6
     with seeded(0):
