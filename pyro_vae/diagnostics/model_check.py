@@ -100,7 +100,8 @@ class ModelCheck:
     weighted_scores: Tensor
     """Normal scores of the true values of the model's own data among weighted draws of the guide,
     (rows, units): standard normal if the weighted draws are the posterior. Far from that, the guide
-    misses a part of the posterior, which no weights can restore. Unreliable rows are left out."""
+    misses a part of the posterior, which no weights can restore. Unreliable rows are left out, and
+    scores of masked units are NaN."""
     bridge: Tensor
     """Three numbers of each row of the model's own data, (rows, 3), from which ``missed`` follows.
     Unreliable rows are left out."""

@@ -210,16 +210,20 @@ def missing_mass(results: Mapping[str, Any]) -> Sign | None:
 
 def _far_from_weighted_draws(results: Mapping[str, Any]) -> Sign | None:
     found = results.get("model_check")
-    if found is None or len(found.weighted_scores) < LEAST_SCORES:
+    if found is None:
         return None
-    n = len(found.weighted_scores)
-    mean, spread = found.weighted_scores.mean(0), found.weighted_scores.std(0)
-    far = (mean.abs() > MISSING_SHIFT + ERRORS / n**0.5) | (
-        spread > MISSING + ERRORS / (2 * n) ** 0.5
+    counts = ~found.weighted_scores.isnan()  # a masked unit has no score
+    n, scores = counts.sum(0), found.weighted_scores.nan_to_num(0.0)
+    mean = scores.sum(0) / n
+    squares = (torch.where(counts, scores - mean, 0.0).square().sum(0), scores.square().sum(0))
+    spread, size = (squares[0] / (n - 1)).sqrt(), squares[1] / n
+    far = (mean.abs() > MISSING_SHIFT + ERRORS / n.sqrt()) | (
+        spread > MISSING + ERRORS / (2 * n).sqrt()
     )
+    far &= n >= LEAST_SCORES
     if not bool(far.any()):
         return None
-    i = int(torch.where(far, found.weighted_scores.square().mean(0), 0.0).argmax())
+    i = int(torch.where(far, size, 0.0).argmax())
     words = (
         f"true values of '{found.units[i]}' are far from the guide's draws, also after "
         "weighting: the guide misses a part of the posterior"
