@@ -164,6 +164,21 @@ def _of_weights(found: Any) -> list[Sign]:
     return [Sign(kind, "log_likelihood", words)]
 
 
+def _of_classes(found: Any) -> list[Sign]:
+    """q(y | x) of enumerated latents, which weights that sum over y do not see."""
+    if found.value <= NATS + ERRORS * found.standard_error:
+        return []
+    named = ", ".join(f"'{name}'" for name in found.sites)
+    by = f"{found.value:.2f} ± {found.standard_error:.2f} nats"
+    words = f"other probabilities of {named} would raise the ELBO by {by}"
+    return [Sign("place", "class_gap", words, found.value)]
+
+
+def class_nats(results: Mapping[str, Any]) -> float:
+    """How much the ELBO is below that with enumerated latents summed out, nats per example."""
+    return float(results["class_gap"].value) if "class_gap" in results else 0.0
+
+
 def _of_chains(found: Any) -> list[Sign]:
     """Guide against NUTS; only data whose chains agree and have enough draws count."""
     sound = found.agrees & ~found.too_few_draws
@@ -352,6 +367,7 @@ GUIDE_TOOLS: dict[str, Callable[[Any], list[Sign]]] = {
     "calibration": _of_ranks,
     "local_calibration": _of_moments,
     "log_likelihood": _of_weights,
+    "class_gap": _of_classes,
     "nuts": _of_chains,
 }
 """The studies that see faults of the guide."""
