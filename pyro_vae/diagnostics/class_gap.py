@@ -93,7 +93,8 @@ def _of_mean(ratios: Tensor, log_q: Tensor) -> Tensor:
     """The KL at the mean of the draws; the jackknife removes its bias, since few draws of the ratio
     look like classes that differ."""
     k, mean = len(ratios), ratios.mean(0)
-    without = _kl((k * mean - ratios) / (k - 1), log_q).mean(0)
+    others = torch.where(ratios.isinf(), ratios, (k * mean - ratios) / (k - 1))
+    without = _kl(others, log_q).mean(0)
     return k * _kl(mean, log_q) - (k - 1) * without
 
 

@@ -349,7 +349,7 @@ def _of_structure(found: Any, limit: float) -> list[Sign]:
         Sign("decoder", "model_check", words, what.value)
         for what, words in (
             (found.dependence, "residuals of different elements are correlated"),
-            (found.regression, "residuals still depend on the codes"),
+            (found.regression, "residuals still depend on the codes or the context"),
         )
         if what is not None and what.deviations > limit and what.value > NATS
     ]

@@ -21,13 +21,14 @@ class Classes(nn.Module):
     q(y | x) is the posterior to the power ``sharp``.
     """
 
-    def __init__(self, sharp=1.0, spread=1.0):
+    def __init__(self, sharp=1.0, spread=1.0, possible=3):
         super().__init__()
         self.sharp, self.spread = sharp, spread
+        self.never = torch.where(torch.arange(3) < possible, 0.0, -torch.inf).double()
 
     def model(self, x):
         with pyro.plate("data", len(x), dim=-1):
-            y = pyro.sample("y", dist.Categorical(logits=x.new_zeros(3)))
+            y = pyro.sample("y", dist.Categorical(logits=self.never))
             z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z + CENTERS[y], 1.0).to_event(1), obs=x)
 
@@ -36,7 +37,7 @@ class Classes(nn.Module):
         return dist.MultivariateNormal(CENTERS, covariance).log_prob(x[:, None]).log_softmax(-1)
 
     def guide(self, x):
-        q = dist.Categorical(logits=self.sharp * self.posterior(x))
+        q = dist.Categorical(logits=self.sharp * self.posterior(x) + self.never)
         with pyro.plate("data", len(x), dim=-1):
             y = pyro.sample("y", q, infer={"enumerate": "parallel"})
             loc = (x - CENTERS[y]).sum(-1, keepdim=True) / 3
@@ -56,6 +57,15 @@ def test_the_gap_is_the_kl_of_the_guide_and_the_posterior(x, sharp):
     p, q = pair.posterior(x), (sharp * pair.posterior(x)).log_softmax(-1)
     assert torch.allclose(found.per_datum, (q.exp() * (q - p)).sum(-1), atol=1e-9)
     assert found.sites == ("y",)
+
+
+def test_a_value_that_is_impossible_in_model_and_guide_counts_as_nothing(x):
+    """As the classes other than the known label."""
+    pair = Classes(2.0, possible=2)
+    p, q = (power * pair.posterior(x)[:, :2] for power in (1.0, 2.0))
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    found = class_gap(pair, x, num_samples=3)
+    assert torch.allclose(found.per_datum, (q.exp() * (q - p)).sum(-1), atol=1e-9)
 
 
 def test_it_is_how_far_the_elbo_is_below_that_of_the_weights(x):
