@@ -288,7 +288,7 @@ def _known(batch: Batch) -> Tensor:
     n = len(batch[0])
     wide = [torch.zeros(n, 0), *(part.reshape(n, -1).cpu() for part in batch[1:])]
     known = torch.cat([part.double().nan_to_num(0.0) for part in wide], 1)
-    return known[:, known.std(0) > 0][:, :WIDEST]
+    return known[:, (known != known[:1]).any(0)][:, :WIDEST]
 
 
 def _more(data: Tensor, own: Tensor) -> bool:
