@@ -13,8 +13,9 @@ from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.importance import LogLikelihood, all_log_weights, unnormalized
-from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold, unreliable
+from pyro_vae.inference.pareto import LEAST, threshold, unreliable
 from pyro_vae.inference.refinement import CLEAR, COMPARED_DRAWS, Refinement, refine
+from pyro_vae.inference.weighted import steady_shape
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.scope import using
@@ -252,7 +253,7 @@ def gaps(
         batch = tuple(part[rows] for part in refined.batch)
         before = _weights(pair, batch[:-1], num_samples, seed + 1)
         after = _weights(refined.pair, batch, num_samples, seed + 1)
-        parts.append(_split(before, after, chosen[rows]))
+        parts.append(_split(before, after, chosen[rows], batch[0].dtype))
     split = _joined(parts)
     if log_likelihood is not None:
         split, chosen = _with_given(split, log_likelihood), torch.zeros_like(chosen)
@@ -308,11 +309,14 @@ class _GapParts(NamedTuple):
     pareto_k: Tensor
 
 
-def _split(before: Tensor, after: Tensor, chosen: Tensor) -> _GapParts:
+def _split(
+    before: Tensor, after: Tensor, chosen: Tensor, dtype: torch.dtype = torch.float64
+) -> _GapParts:
     """Compute bounds and gaps of some data from log weights before and after refinement.
 
     Each draw has a share in the error of a number: its log weight for an ELBO, and its weight over
     the mean weight for log p(x). The shares of a difference are the differences of the shares.
+    ``dtype`` is that of the data: weights that differ by its rounding only have no tail.
     """
     weights = torch.where(chosen, after, before)
     log_p = weights.logsumexp(0) - log(len(weights))
@@ -325,7 +329,7 @@ def _split(before: Tensor, after: Tensor, chosen: Tensor) -> _GapParts:
         approximation=PerDatum(log_p - refined, _error(relative - after)),
         amortization=PerDatum(refined - amortized, _error(after - before)),
         inference=PerDatum(log_p - amortized, _error(relative - before)),
-        pareto_k=pareto_shape(weights.T),
+        pareto_k=steady_shape(weights, dtype),
     )
 
 

@@ -21,6 +21,12 @@ SHIFT = 0.25
 SCALE = 1.25
 """A guide's standard deviation may be this factor off, in either direction."""
 
+CORRELATION = 0.3
+"""A correlation under the guide may be this far from that under the posterior."""
+
+MOST_CORRELATED = 500
+"""Importance weights of more units give no correlations: their number grows with the square."""
+
 ERRORS = 3
 """A fault must exceed its limit by this many Monte Carlo standard errors."""
 
@@ -127,6 +133,9 @@ class GlobalEvidence(NamedTuple):
     guide_draws: int
     sound: bool
     """Whether the tool itself finds nothing against its draws."""
+    correlation: Tensor | None = None
+    """Correlations of the units under the posterior, (units, units)."""
+    guide_correlation: Tensor | None = None
 
     @property
     def shift(self) -> Tensor:
@@ -159,6 +168,27 @@ class GlobalEvidence(NamedTuple):
         return [i for i in order if bool(off[i])]
 
     @property
+    def apart(self) -> Tensor:
+        """Absolute differences of correlations, (units, units); 0 where they are not known."""
+        if self.correlation is None or self.guide_correlation is None:
+            return torch.zeros(len(self.units), len(self.units))
+        return (self.guide_correlation - self.correlation).abs().nan_to_num(0.0)
+
+    @property
+    def uncorrelated(self) -> tuple[int, int] | None:
+        """The two units whose correlation is off by the most, if that is more than the limit and
+        its Monte Carlo error; a correlation r has the error (1 - r^2) / sqrt(draws)."""
+        if self.correlation is None or self.guide_correlation is None:
+            return None
+        draws = self.draws.nan_to_num(torch.inf)
+        own = (1 - self.correlation.square()) / torch.minimum(draws, draws[:, None]).sqrt()
+        guide = (1 - self.guide_correlation.square()) / self.guide_draws**0.5
+        over = self.apart - ERRORS * (own.square() + guide.square()).sqrt().nan_to_num(0.0)
+        worst = int(over.argmax())
+        i, j = worst // len(over), worst % len(over)
+        return (min(i, j), max(i, j)) if bool(over[i, j] > CORRELATION) else None
+
+    @property
     def enough(self) -> bool:
         """Whether the draws can show that the guide is right."""
         return self.sound and bool((self.draws.nan_to_num(torch.inf) >= ENOUGH).all())
@@ -175,8 +205,21 @@ def of_weights(found: GlobalWeights) -> GlobalEvidence:
         found.guide_standard_deviation,
         torch.full((len(found.units),), found.effective_sample_size, dtype=torch.float64),
         len(found.log_weights),
-        sound=found.reliable,
+        found.reliable,
+        *_correlations(found),
     )
+
+
+def _correlations(found: GlobalWeights) -> tuple[Tensor | None, Tensor | None]:
+    """Return the correlations of the weighted draws, and those of the draws of the guide."""
+    if len(found.units) > MOST_CORRELATED:
+        return None, None
+    values = torch.cat([part.reshape(len(part), -1).double() for part in found.draws.values()], 1)
+    equal = torch.ones_like(found.weights)
+    both = [torch.cov(values.T, aweights=weights) for weights in (found.weights, equal)]
+    scales = [torch.atleast_2d(one).diagonal().sqrt() for one in both]
+    ours, theirs = (one / s / s[:, None] for one, s in zip(both, scales, strict=True))
+    return ours, theirs
 
 
 def of_nuts(found: JointPosterior) -> GlobalEvidence:
@@ -191,7 +234,9 @@ def of_nuts(found: JointPosterior) -> GlobalEvidence:
         shared.guide_moments.standard_deviation[0],
         shared.effective_sample_size[0],
         len(next(iter(shared.guide_draws.values()))),
-        sound=found.agrees,
+        found.agrees,
+        shared.moments.correlation[0],
+        shared.guide_moments.correlation[0],
     )
 
 
@@ -210,7 +255,7 @@ def judge_globals(
     if weights is not None and weights.reliable:
         evidence.append(of_weights(weights))
     for one in evidence:
-        if one.faulty:
+        if one.faulty or one.uncorrelated:
             return [Finding("doubt", _fault(one)), Finding("next", ADVICE)]
     told = ", ".join(f"'{name}'" for name in names[:SHOWN]) + (" ..." if names[SHOWN:] else "")
     for one in evidence:
@@ -238,7 +283,18 @@ def _fault(found: GlobalEvidence) -> str:
     told = [_of_unit(found, i) for i in found.faulty[:SHOWN]]
     more = len(found.faulty) - SHOWN
     rest = f", and {more} more units" if more > 0 else ""
+    if found.uncorrelated and more <= 0:
+        told.append(_of_two(found, *found.uncorrelated))
     return f"the guide of {', of '.join(told)}{rest}, by {found.tool}"
+
+
+def _of_two(found: GlobalEvidence, i: int, j: int) -> str:
+    assert found.correlation is not None
+    assert found.guide_correlation is not None
+    return (
+        f"'{found.units[i]}' and '{found.units[j]}': their correlation is "
+        f"{found.guide_correlation[i, j]:.2f}, and the posterior's is {found.correlation[i, j]:.2f}"
+    )
 
 
 def _of_unit(found: GlobalEvidence, i: int) -> str:
@@ -260,10 +316,12 @@ def _of_unit(found: GlobalEvidence, i: int) -> str:
 def _agreement(told: str, found: GlobalEvidence) -> str:
     shift = found.shift.abs().nan_to_num(0.0).max()
     ratio = found.log_ratio.nan_to_num(0.0).exp()
+    known = found.correlation is not None and len(found.units) > 1
+    more = f", and its correlations are within {found.apart.max():.2f}" if known else ""
     return (
-        f"the guide of {told}: its means are within {shift:.2f} posterior standard deviations, and "
-        f"its scales are {ratio.min():.2f} to {ratio.max():.2f} times the posterior's, by "
-        f"{found.tool}"
+        f"the guide of {told}: its means are within {shift:.2f} posterior standard deviations, "
+        f"{'' if more else 'and '}its scales are {ratio.min():.2f} to {ratio.max():.2f} times the "
+        f"posterior's{more}, by {found.tool}"
     )
 
 

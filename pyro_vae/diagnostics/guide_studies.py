@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from pyro_vae.diagnostics import figures as diagnostic_figures
 from pyro_vae.diagnostics.calibration import Calibration, calibration
+from pyro_vae.diagnostics.class_gap import ClassGap, class_gap, class_sites
 from pyro_vae.diagnostics.gaps import Gaps, gaps
 from pyro_vae.diagnostics.local_calibration import LocalCalibration, local_calibration
 from pyro_vae.diagnostics.study import GAP, GRADIENT, Bench, Finding, Rung, Study, sizes
@@ -49,6 +50,19 @@ def reliability_study(bench: Bench) -> Study:
             )
         },
     )
+
+
+def class_gap_study(bench: Bench) -> Study | None:
+    if not class_sites(bench.pair, bench.batch):
+        return None
+
+    def run(rows: int) -> ClassGap:
+        return class_gap(bench.pair, *bench.some(rows), **bench.settings)
+
+    rungs = [
+        Rung(bench.cost(40, n), partial(run, n)) for (n,) in sizes(bench, (100,), (500,), (2000,))
+    ]
+    return Study("class_gap", 1, rungs)
 
 
 def gaps_study(bench: Bench) -> Study:

@@ -78,8 +78,8 @@ class ModelCheck:
     marginal_p: float
     """p-value of a Kolmogorov-Smirnov test of log p(x) of data and of own data."""
     codes: dict[str, Separation]
-    """How well a classifier tells codes of data from codes of own data, by latent site. If the
-    prior fits, it cannot."""
+    """How well a classifier tells codes of data from codes of own data, by latent site, beside the
+    context. If the prior fits, it cannot."""
     scale: Difference | None
     """Logarithm of the mean square of standardized residuals, data minus own data. Below 0 the
     likelihood is too wide, above 0 too narrow. None if the likelihood has no scale. A scale for all
@@ -92,7 +92,8 @@ class ModelCheck:
     """Nats per example in the correlations of residuals, data minus own data: structure that the
     decoder does not explain. At most 30 elements are used."""
     regression: Difference | None
-    """Nats per example that codes still explain in the residuals, data minus own data."""
+    """Nats per example that codes and context still explain in the residuals, data minus own
+    data."""
     num_elements: float
     """Observed elements of a row with a residual, on average."""
     units: tuple[str, ...]
@@ -100,7 +101,8 @@ class ModelCheck:
     weighted_scores: Tensor
     """Normal scores of the true values of the model's own data among weighted draws of the guide,
     (rows, units): standard normal if the weighted draws are the posterior. Far from that, the guide
-    misses a part of the posterior, which no weights can restore. Unreliable rows are left out."""
+    misses a part of the posterior, which no weights can restore. Unreliable rows are left out, and
+    scores of masked units are NaN."""
     bridge: Tensor
     """Three numbers of each row of the model's own data, (rows, 3), from which ``missed`` follows.
     Unreliable rows are left out."""
@@ -227,7 +229,7 @@ def model_check(
     - of the codes (classifier): of the prior;
     - of the scale of standardized residuals :math:`(x - E[x|z]) / \mathrm{sd}[x|z]`, over all
       elements, by row or by element: of the likelihood's scale;
-    - of their correlations, and of their regression on the codes: of the decoder.
+    - of their correlations, and of their regression on codes and context: of the decoder.
 
     Arguments:
         pair: any pair with ``template(n)``. Global and group latents are held at one draw of the
@@ -271,13 +273,22 @@ def model_check(
         shown.update()
         theirs = through_inference(pair, own, truth, num_samples)
         shown.update()
-    return _compared(data, theirs, num_samples, given, seed)
+    return _compared(data, theirs, _known(batch), num_samples, given, seed)
 
 
 def _own_data(pair: nn.Module, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
     """Return as many rows that the model draws, with the same context and the same holes, and the
     latents that generated them."""
     return simulate(pair, len(batch[0]), batch[1:], missing_entries(batch[0]))
+
+
+def _known(batch: Batch) -> Tensor:
+    """Return the columns of the context that vary, (n, columns), at most `WIDEST`: rows of both
+    sides have the same context."""
+    n = len(batch[0])
+    wide = [torch.zeros(n, 0), *(part.reshape(n, -1).cpu() for part in batch[1:])]
+    known = torch.cat([part.double().nan_to_num(0.0) for part in wide], 1)
+    return known[:, (known != known[:1]).any(0)][:, :WIDEST]
 
 
 def _more(data: Tensor, own: Tensor) -> bool:
@@ -289,10 +300,12 @@ def _more(data: Tensor, own: Tensor) -> bool:
 
 
 def _compared(
-    data: Side, own: Side, num_samples: int, given: tuple[str, ...], seed: int
+    data: Side, own: Side, known: Tensor, num_samples: int, given: tuple[str, ...], seed: int
 ) -> ModelCheck:
     left_out = _more(data.unreliable, own.unreliable)
-    first, second = (side.kept(~(side.unreliable & left_out)) for side in (data, own))
+    rows = [~(side.unreliable & left_out) for side in (data, own)]
+    first, second = data.kept(rows[0]), own.kept(rows[1])
+    context = known[rows[0]], known[rows[1]]
     enough = min(len(first.unreliable), len(second.unreliable)) >= LEAST_ROWS and not given
     scores = own.kept(~own.unreliable).scores.values()
     return ModelCheck(
@@ -301,8 +314,8 @@ def _compared(
         unreliable=data.unreliable,
         own_unreliable=own.unreliable,
         marginal_p=_marginal_p(first, second) if enough else torch.nan,
-        codes=_separations(first, second, seed) if enough else {},
-        **(_differences(first, second, seed) if enough else dict.fromkeys(DIFFERENCES)),
+        codes=_separations(first, second, context, seed) if enough else {},
+        **(_differences(first, second, context, seed) if enough else dict.fromkeys(DIFFERENCES)),
         num_elements=_elements(data),
         units=own.units,
         weighted_scores=torch.cat([*scores, torch.zeros(int((~own.unreliable).sum()), 0)], 1),
@@ -326,15 +339,27 @@ def _marginal_p(data: Side, own: Side) -> float:
     return float(ks_2samp(*both, method="asymp").pvalue)
 
 
-def _separations(data: Side, own: Side, seed: int) -> dict[str, Separation]:
+def _separations(
+    data: Side, own: Side, context: tuple[Tensor, Tensor], seed: int
+) -> dict[str, Separation]:
+    """Codes are told apart beside their context, so that a prior without its effect is seen."""
+    sides = data, own
     return {
-        name: separation(data.codes[name], own.codes[name], seed)
+        name: separation(
+            *(
+                torch.cat([side.codes[name], known], 1)
+                for side, known in zip(sides, context, strict=True)
+            ),
+            seed,
+        )
         for name in data.codes
         if bool((torch.cat([data.codes[name], own.codes[name]]).std(0) > 0).any())
     }
 
 
-def _differences(data: Side, own: Side, seed: int) -> dict[str, Difference | None]:
+def _differences(
+    data: Side, own: Side, context: tuple[Tensor, Tensor], seed: int
+) -> dict[str, Difference | None]:
     """Return the differences of residuals by name; None without residuals or without a scale."""
     found: dict[str, Difference | None] = dict.fromkeys(DIFFERENCES)
     if data.residuals is None or own.residuals is None:
@@ -343,14 +368,17 @@ def _differences(data: Side, own: Side, seed: int) -> dict[str, Difference | Non
         scales = difference(scale_statistics, data.residuals, own.residuals, seed)
         found |= dict(zip(DIFFERENCES[:3], scales, strict=True))
     columns = some_columns(data.residuals.shape[1], seed)
-    first, second = (_codes_and_residuals(side, columns) for side in (data, own))
+    first, second = (
+        _codes_and_residuals(side, known, columns)
+        for side, known in zip((data, own), context, strict=True)
+    )
     statistics = dependence_statistics(first.shape[1] - len(columns))
     rest = difference(statistics, first, second, seed)
     return found | dict(zip(DIFFERENCES[3:], rest, strict=True))
 
 
-def _codes_and_residuals(side: Side, columns: Tensor) -> Tensor:
+def _codes_and_residuals(side: Side, known: Tensor, columns: Tensor) -> Tensor:
+    """Return codes and context, which should not explain residuals, and the residuals."""
     assert side.residuals is not None
-    nothing = torch.zeros(len(side.residuals), 0, dtype=torch.float64)
-    codes = torch.cat([*side.codes.values(), nothing], 1)
-    return torch.cat([codes[:, :WIDEST], side.residuals[:, columns]], 1)
+    codes = torch.cat([*side.codes.values(), known[:, :0]], 1)
+    return torch.cat([codes[:, :WIDEST], known, side.residuals[:, columns]], 1)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
+from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -32,13 +33,13 @@ class Side(NamedTuple):
     unreliable: Tensor
     """Whether the importance weights are not reliable, booleans (n,)."""
     codes: dict[str, Tensor]
-    """A draw of the posterior of each local latent of real numbers, (n, units)."""
+    """A draw of the posterior of each local latent of real numbers, (n, units); 0 if masked."""
     residuals: Tensor | None
     """Standardized residuals of x given this draw, (n, elements), NaN where x is missing."""
     scaled: bool
     """Whether the likelihood has a scale."""
     scores: dict[str, Tensor]
-    """Normal scores of true values among weighted draws, (n, units of the site)."""
+    """Normal scores of true values among weighted draws, (n, units of the site); NaN if masked."""
     bridge: Tensor
     """Three numbers of each row, (n, 3), see `_bridge`; NaN without true latents."""
 
@@ -154,23 +155,35 @@ def _of_rows(
     values = {
         name: value[index] for name, value in part.values.items() if len(value) == samples * n
     }
-    residuals, scaled = _residuals(pair, batch, values)
+    with DataFirst(dict(values)):
+        model = trace(cast(Pair, pair).model, batch)
+    residuals, scaled = _residuals(model, batch[0])
+    counts = _counts(model, values)
     codes = {
-        name: value.reshape(n, -1).double().cpu()
+        name: torch.where(counts[name], value.reshape(n, -1).double().cpu(), 0.0)
         for name, value in values.items()
         if value.is_floating_point() and value.numel()
     }
-    scores = {name: _scores(part.values[name], true, part.shares) for name, true in truth.items()}
+    scores = {
+        name: torch.where(counts[name], _scores(part.values[name], true, part.shares), torch.nan)
+        for name, true in truth.items()
+    }
     return Side(log_p.cpu(), unreliable.cpu(), codes, residuals, scaled, scores, bridge)
 
 
-def _residuals(
-    pair: nn.Module, batch: Batch, values: dict[str, Tensor]
-) -> tuple[Tensor | None, bool]:
+def _counts(model: Trace, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return which units of each latent count, (n, units): their density says nothing of those
+    that a mask hides, such as the padding of a group."""
+    found = {name: torch.ones(1, 1, dtype=torch.bool) for name in values}
+    for name, site in latents(model).items():
+        if name in values and masks.is_masked(site):
+            counts = data_first(masks.scored(site), site)
+            found[name] = counts.reshape(len(counts), -1).cpu()
+    return found
+
+
+def _residuals(model: Trace, x: Tensor) -> tuple[Tensor | None, bool]:
     """Return standardized residuals (n, elements) of x, and whether the likelihood has a scale."""
-    x = batch[0]
-    with DataFirst(dict(values)):
-        model = trace(cast(Pair, pair).model, batch)
     try:
         site = data_site(model)
     except UsageError:  # several sites observe x

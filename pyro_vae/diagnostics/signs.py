@@ -164,6 +164,21 @@ def _of_weights(found: Any) -> list[Sign]:
     return [Sign(kind, "log_likelihood", words)]
 
 
+def _of_classes(found: Any) -> list[Sign]:
+    """q(y | x) of enumerated latents, which weights that sum over y do not see."""
+    if found.value <= NATS + ERRORS * found.standard_error:
+        return []
+    named = ", ".join(f"'{name}'" for name in found.sites)
+    by = f"{found.value:.2f} ± {found.standard_error:.2f} nats"
+    words = f"other probabilities of {named} would raise the ELBO by {by}"
+    return [Sign("place", "class_gap", words, found.value)]
+
+
+def class_nats(results: Mapping[str, Any]) -> float:
+    """How much the ELBO is below that with enumerated latents summed out, nats per example."""
+    return float(results["class_gap"].value) if "class_gap" in results else 0.0
+
+
 def _of_chains(found: Any) -> list[Sign]:
     """Guide against NUTS; only data whose chains agree and have enough draws count."""
     sound = found.agrees & ~found.too_few_draws
@@ -210,16 +225,20 @@ def missing_mass(results: Mapping[str, Any]) -> Sign | None:
 
 def _far_from_weighted_draws(results: Mapping[str, Any]) -> Sign | None:
     found = results.get("model_check")
-    if found is None or len(found.weighted_scores) < LEAST_SCORES:
+    if found is None:
         return None
-    n = len(found.weighted_scores)
-    mean, spread = found.weighted_scores.mean(0), found.weighted_scores.std(0)
-    far = (mean.abs() > MISSING_SHIFT + ERRORS / n**0.5) | (
-        spread > MISSING + ERRORS / (2 * n) ** 0.5
+    counts = ~found.weighted_scores.isnan()  # a masked unit has no score
+    n, scores = counts.sum(0), found.weighted_scores.nan_to_num(0.0)
+    mean = scores.sum(0) / n
+    squares = (torch.where(counts, scores - mean, 0.0).square().sum(0), scores.square().sum(0))
+    spread, size = (squares[0] / (n - 1)).sqrt(), squares[1] / n
+    far = (mean.abs() > MISSING_SHIFT + ERRORS / n.sqrt()) | (
+        spread > MISSING + ERRORS / (2 * n).sqrt()
     )
+    far &= n >= LEAST_SCORES
     if not bool(far.any()):
         return None
-    i = int(torch.where(far, found.weighted_scores.square().mean(0), 0.0).argmax())
+    i = int(torch.where(far, size, 0.0).argmax())
     words = (
         f"true values of '{found.units[i]}' are far from the guide's draws, also after "
         "weighting: the guide misses a part of the posterior"
@@ -330,7 +349,7 @@ def _of_structure(found: Any, limit: float) -> list[Sign]:
         Sign("decoder", "model_check", words, what.value)
         for what, words in (
             (found.dependence, "residuals of different elements are correlated"),
-            (found.regression, "residuals still depend on the codes"),
+            (found.regression, "residuals still depend on the codes or the context"),
         )
         if what is not None and what.deviations > limit and what.value > NATS
     ]
@@ -348,6 +367,7 @@ GUIDE_TOOLS: dict[str, Callable[[Any], list[Sign]]] = {
     "calibration": _of_ranks,
     "local_calibration": _of_moments,
     "log_likelihood": _of_weights,
+    "class_gap": _of_classes,
     "nuts": _of_chains,
 }
 """The studies that see faults of the guide."""

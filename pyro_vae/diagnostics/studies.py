@@ -11,6 +11,7 @@ from pyro_vae.diagnostics.global_studies import global_nuts_study, global_weight
 from pyro_vae.diagnostics.guide_studies import (
     annealing_study,
     calibration_study,
+    class_gap_study,
     gaps_study,
     local_calibration_study,
     nuts_study,
@@ -31,6 +32,7 @@ from pyro_vae.diagnostics.study import Bench, Study
 STUDIES: list[Callable[[Bench], Study | None]] = [
     latents_study,
     reliability_study,
+    class_gap_study,
     global_weights_study,
     global_nuts_study,
     calibration_study,

@@ -17,6 +17,7 @@ from pyro_vae.diagnostics.signs import (
     Sign,
     annealed_difference,
     annealed_higher,
+    class_nats,
     guide_signs,
     model_signs,
     too_low_for_truth,
@@ -80,6 +81,8 @@ PROPOSAL = {
     False: "a better guide of the local latents for log p(x); pyro_vae.anneal refuses this pair",
 }
 """What to try if importance weights are not reliable, by whether annealing applies."""
+
+GUIDE_CHECKS = ("calibration", "local_calibration", "class_gap", "gaps")
 
 NOT_LOOKED = (
     "no tool has looked for a part of the posterior that the guide misses (model_check and "
@@ -188,7 +191,7 @@ def _guide_blames(results: Mapping[str, Any]) -> list[Blame]:
     if not signs:
         return []
     part = "encoder" if "place" in kinds or kinds == {"rows"} else "family"
-    size = inference_gap(results) if "gaps" in results else None
+    size = inference_gap(results) if "gaps" in results else class_nats(results) or None
     return [Blame(part, size, tuple(signs))]
 
 
@@ -211,6 +214,8 @@ def gap_shares(results: Mapping[str, Any]) -> dict[str, float]:
     sizes = {
         part: gap.value for part, gap in gaps.items() if gap.value > NATS + ERRORS * _error(gap)
     }
+    if any(sign.tool == "class_gap" for sign in guide_signs(results)):
+        sizes["encoder"] = sizes.get("encoder", 0.0) + class_nats(results)
     most = max(sizes.values(), default=0.0)
     sizes = {part: size for part, size in sizes.items() if size >= MINOR * most}
     return {part: size / sum(sizes.values()) for part, size in sizes.items()}
@@ -225,8 +230,8 @@ def inference_gap(results: Mapping[str, Any]) -> float:
     """Return the distance of log p(x) and the ELBO, in nats per example, from the most rows."""
     found, weighed = results["gaps"], results.get("log_likelihood")
     if weighed is None or len(weighed.per_datum) <= len(found.pareto_k):
-        return float(found.inference.value)
-    return float(weighed.value - weighed.elbo)
+        return float(found.inference.value) + class_nats(results)
+    return float(weighed.value - weighed.elbo) + class_nats(results)
 
 
 def _gap_words(results: Mapping[str, Any]) -> Sign:
@@ -270,7 +275,7 @@ def findings(
 def _on_guide(results: Mapping[str, Any], parts: set[str]) -> list[Finding]:
     if parts & {"encoder", "family"}:
         return []
-    ran = [name for name in ("calibration", "local_calibration", "gaps") if name in results]
+    ran = [name for name in GUIDE_CHECKS if name in results]
     if not ran:
         return []
     words = f"the guide of local latents: no fault found by {', '.join(ran)}"
@@ -308,7 +313,7 @@ def _on_log_likelihood(
         words = f"log p(x) of {infinite} data: weights are infinite, because the guide gives no "
         return [Finding("doubt", words + "density to its own draws", "log p(x)")]
     value = f"{found.value:.3f} ± {found.total_error:.3f} nats per example ({n} data)"
-    gap = found.value - found.elbo
+    gap = found.value - found.elbo + class_nats(results)
     distance = f"{gap:.2f} nats per example below log p(x)"
     if why := _too_low(results, rows, mass):
         said = [

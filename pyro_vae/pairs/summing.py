@@ -164,6 +164,22 @@ def log_ratio(model: Trace, guide: Trace) -> Tensor:
     return _listed(_ratio(model, guide), _layout(model, guide)[0])
 
 
+def by_value(model: Trace, guide: Trace) -> tuple[Tensor, Tensor]:
+    r"""The terms of the ELBO at every value e of the guide's enumerated sites, and log q(e|x).
+
+    The first is :math:`\log \sum_m p(x, z, e, m) / q(z|x, e)`. Both have the enumerated dimensions
+    first and the data last. Raises `UsageError` if the sums are factored.
+    """
+    ratio = log_ratio(model, guide)
+    inner, dims = _layout(model, guide)
+    others = [dim for name, dim in dims.items() if name not in enumerated(guide)]
+    found = _densities(enumerated(guide), enumerated(guide))
+    ratio = ratio.logsumexp(others, keepdim=True) if others else ratio
+    ratio, log_q = torch.broadcast_tensors(ratio, _listed(found, inner))
+    n = ratio.shape[-1]
+    return ratio.reshape(-1, n), log_q.reshape(-1, n)
+
+
 def joint(model: Trace, guide: Trace) -> Tensor:
     r"""log p(x, z) at given latents z, :math:`\log \sum_{e,m} p(x, z, e, m)`.
 

@@ -53,3 +53,13 @@ def test_the_tail_of_constant_weights_has_no_effect():
     assert not found._replace(pareto_k=torch.full((40,), 0.9)).unreliable.any()
     infinite = found._replace(pareto_k=torch.full((40,), torch.inf))
     assert infinite.unreliable.all()
+
+
+def test_weights_that_differ_by_rounding_have_a_shape_of_zero():
+    """Ties of an exact guide leave few weights above the rest, which would give an infinite k."""
+    pair = Spoiled("full")
+    with seeded(0):
+        x = pair.marginal().sample((60,)).detach()
+    found = pv.gaps(pair, x, steps=1, num_samples=100, engine="eager", progress=False)
+    assert not found.pareto_k.any()
+    assert not found.unreliable.any()

@@ -94,7 +94,7 @@ SIGNS = [
         checked(dependence=0.3, regression=0.1),
         [
             ("decoder", "residuals of different elements are correlated", 0.3),
-            ("decoder", "residuals still depend on the codes", 0.1),
+            ("decoder", "residuals still depend on the codes or the context", 0.1),
         ],
     ),
     ("model_check", checked(p=4.6e-5), [("decoder", DIFFER)]),

@@ -1,0 +1,105 @@
+"""What the ELBO loses because q(y | x) of an enumerated class is not the best one."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.data.preparation import whole
+from pyro_vae.data.sources import Rows
+from pyro_vae.pairs import enumeration, summing
+from pyro_vae.pairs.pair import Batch
+from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.showing import shown_html
+
+
+class ClassGap(NamedTuple):
+    """The result of `class_gap`."""
+
+    per_datum: Tensor
+    """Nats of each datum, (n,)."""
+    sites: tuple[str, ...]
+    """The enumerated latents of the guide."""
+    num_samples: int
+    """Draws of the other latents for each datum."""
+
+    @property
+    def value(self) -> float:
+        """The mean over the data, nats per example."""
+        return self.per_datum.mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """The error of the mean by the spread of the data."""
+        return self.per_datum.std().item() / len(self.per_datum) ** 0.5
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers for metrics.json."""
+        return {
+            "value": self.value,
+            "standard_error": self.standard_error,
+            "sites": list(self.sites),
+            "num_examples": len(self.per_datum),
+            "num_samples": self.num_samples,
+        }
+
+    def _repr_html_(self) -> str:
+        return shown_html(self)
+
+    def __str__(self) -> str:
+        return (
+            f"another q of {', '.join(self.sites)} would raise the ELBO by {self.value:.3f} ± "
+            f"{self.standard_error:.3f} nats per example ({len(self.per_datum)} data)"
+        )
+
+
+def class_sites(pair: nn.Module, batch: Batch) -> list[str]:
+    """Return the latents that the guide enumerates."""
+    with using(pair, 0):
+        return enumeration.to_enumerate(
+            enumeration.glance(pair, tuple(part[:2] for part in batch))[0]
+        )
+
+
+def class_gap(
+    pair: nn.Module,
+    x: Rows,
+    *context: Any,
+    num_samples: int = 20,
+    binarize: str = "dynamic",
+    seed: int = 0,
+) -> ClassGap:
+    r"""Measure how far q(y | x) of the enumerated latents y is from the best one.
+
+    Given q(z | x, y), the ELBO is largest for :math:`q(y|x) \propto e^{g(y)}` with
+    :math:`g(y) = E_q \log p(x, y, z) / q(z|x, y)`. The gap is the KL of q(y | x) from it. log p(x)
+    by importance weights sums over y, so it does not depend on q(y | x) and cannot show this.
+    """
+    batch = whole(pair, x, context, binarize)
+    with using(pair, seed):
+        plates = enumeration.nesting(pair, batch)
+        passes = [
+            summing.by_value(*enumeration.traces(pair, batch, plates)) for _ in range(num_samples)
+        ]
+    ratios, log_q = (torch.stack(part).double().cpu() for part in zip(*passes, strict=True))
+    if torch.equal(log_q, log_q[:1].expand_as(log_q)):  # y does not depend on other latents
+        gap = _of_mean(ratios, log_q[0])
+    else:
+        gap = _kl(ratios, log_q).mean(0)
+    return ClassGap(gap, tuple(class_sites(pair, batch)), num_samples)
+
+
+def _of_mean(ratios: Tensor, log_q: Tensor) -> Tensor:
+    """The KL at the mean of the draws; the jackknife removes its bias, since few draws of the ratio
+    look like classes that differ."""
+    k, mean = len(ratios), ratios.mean(0)
+    others = torch.where(ratios.isinf(), ratios, (k * mean - ratios) / (k - 1))
+    without = _kl(others, log_q).mean(0)
+    return k * _kl(mean, log_q) - (k - 1) * without
+
+
+def _kl(ratios: Tensor, log_q: Tensor) -> Tensor:
+    """The KL of q and the probabilities in proportion to exp(ratios), (..., values, n)."""
+    q = log_q.exp()
+    terms = torch.where(q > 0, q * (log_q - ratios), 0.0)
+    return ratios.logsumexp(-2) + terms.sum(-2)
