@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pyro_vae.data.text import as_tokens as as_tokens
     from pyro_vae.diagnostics.arviz import to_arviz as to_arviz
     from pyro_vae.diagnostics.calibration import calibration as calibration
+    from pyro_vae.diagnostics.class_gap import class_gap as class_gap
     from pyro_vae.diagnostics.diagnosis import diagnose as diagnose
     from pyro_vae.diagnostics.disentanglement import (
         disentanglement_scores as disentanglement_scores,

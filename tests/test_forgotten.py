@@ -6,8 +6,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
-from pairs import EVERY, LIKELIHOODS, make
-from torch import nn
+from pairs import EVERY, LIKELIHOODS, make, rows
 
 import pyro_vae as pv
 from pyro_vae.cli.make_parts import make_likelihood
@@ -63,8 +62,8 @@ def test_every_study_is_run(module):
 @pytest.fixture(scope="module")
 def names():
     """The name of each study."""
-    batch = (torch.zeros(200, 2),)
-    bench = Bench(nn.Module(), batch, torch.arange(200), 0, "eager", 1e-3, 1e-6, 1e-6, batch, batch)
+    pair, batch = make("semi-supervised"), rows("semi-supervised", 200)  # it enumerates a class
+    bench = Bench(pair, batch, torch.arange(200), 0, "eager", 1e-3, 1e-6, 1e-6, batch, batch)
     shared = bench._replace(shared=("w",))
     return [(study(bench) or study(shared)).name for study in STUDIES]
 

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows
+from pyro_vae.errors import UsageError
 from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.showing import shown_html
+from pyro_vae.pairs.threads import alone
 
 
 class ClassGap(NamedTuple):
@@ -61,6 +63,7 @@ def class_sites(pair: nn.Module, batch: Batch) -> list[str]:
         )
 
 
+@alone()
 def class_gap(
     pair: nn.Module,
     x: Rows,
@@ -74,8 +77,27 @@ def class_gap(
     Given q(z | x, y), the ELBO is largest for :math:`q(y|x) \propto e^{g(y)}` with
     :math:`g(y) = E_q \log p(x, y, z) / q(z|x, y)`. The gap is the KL of q(y | x) from it. log p(x)
     by importance weights sums over y, so it does not depend on q(y | x) and cannot show this.
+
+    Arguments:
+        pair: any pair whose guide enumerates a latent.
+        x, context: data; the gap has one number for each of the n rows, in nats.
+        num_samples: draws of z for each row, at least 2.
+        binarize, seed: as in `pyro_vae.evaluate`.
+
+    Raises `UsageError` if the guide enumerates nothing, or if its sums are factored (as in HMMs).
+
+    >>> import torch, pyro_vae as pv
+    >>> pair = pv.SemiSupervisedVAE.mlp((6,), num_classes=3)
+    >>> found = pv.class_gap(pair, torch.rand(50, 6).round(), torch.full((50,), -1))
+    >>> found.sites, found.per_datum.shape, found.value > -0.1
+    (('y',), torch.Size([50]), True)
     """
+    if num_samples < 2:
+        raise UsageError(f"num_samples must be at least 2, got {num_samples}")
     batch = whole(pair, x, context, binarize)
+    sites = class_sites(pair, batch)
+    if not sites:
+        raise UsageError("class_gap needs a guide that enumerates a latent; gaps serves the others")
     with using(pair, seed):
         plates = enumeration.nesting(pair, batch)
         passes = [
@@ -86,7 +108,7 @@ def class_gap(
         gap = _of_mean(ratios, log_q[0])
     else:
         gap = _kl(ratios, log_q).mean(0)
-    return ClassGap(gap, tuple(class_sites(pair, batch)), num_samples)
+    return ClassGap(gap, tuple(sites), num_samples)
 
 
 def _of_mean(ratios: Tensor, log_q: Tensor) -> Tensor:

@@ -343,13 +343,10 @@ def _separations(
     data: Side, own: Side, context: tuple[Tensor, Tensor], seed: int
 ) -> dict[str, Separation]:
     """Codes are told apart beside their context, so that a prior without its effect is seen."""
-    sides = data, own
     return {
         name: separation(
-            *(
-                torch.cat([side.codes[name], known], 1)
-                for side, known in zip(sides, context, strict=True)
-            ),
+            torch.cat([data.codes[name], context[0]], 1),
+            torch.cat([own.codes[name], context[1]], 1),
             seed,
         )
         for name in data.codes

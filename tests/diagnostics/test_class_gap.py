@@ -10,7 +10,7 @@ from verdict_helpers import gaps, weights
 
 import pyro_vae as pv
 from pyro_vae.diagnostics import signs, verdict
-from pyro_vae.diagnostics.class_gap import ClassGap, class_gap, class_sites
+from pyro_vae.diagnostics.class_gap import ClassGap, class_sites
 
 CENTERS = torch.tensor([[-1.0, 0.0], [0.5, 1.0], [1.0, -1.0]]).double()
 
@@ -53,7 +53,7 @@ def x():
 @pytest.mark.parametrize("sharp", [1.0, 0.3, 3.0])
 def test_the_gap_is_the_kl_of_the_guide_and_the_posterior(x, sharp):
     pair = Classes(sharp)
-    found = class_gap(pair, x, num_samples=3)
+    found = pv.class_gap(pair, x, num_samples=3)
     p, q = pair.posterior(x), (sharp * pair.posterior(x)).log_softmax(-1)
     assert torch.allclose(found.per_datum, (q.exp() * (q - p)).sum(-1), atol=1e-9)
     assert found.sites == ("y",)
@@ -64,7 +64,7 @@ def test_a_value_that_is_impossible_in_model_and_guide_counts_as_nothing(x):
     pair = Classes(2.0, possible=2)
     p, q = (power * pair.posterior(x)[:, :2] for power in (1.0, 2.0))
     p, q = p.log_softmax(-1), q.log_softmax(-1)
-    found = class_gap(pair, x, num_samples=3)
+    found = pv.class_gap(pair, x, num_samples=3)
     assert torch.allclose(found.per_datum, (q.exp() * (q - p)).sum(-1), atol=1e-9)
 
 
@@ -72,14 +72,14 @@ def test_it_is_how_far_the_elbo_is_below_that_of_the_weights(x):
     pair = Classes(3.0)
     found = pv.evaluate(pair, x, num_samples=2)
     of_weights = pv.log_likelihood(pair, x, num_samples=2).elbo
-    assert class_gap(pair, x, num_samples=2).value == pytest.approx(
+    assert pv.class_gap(pair, x, num_samples=2).value == pytest.approx(
         of_weights - found.elbo, abs=1e-6
     )
 
 
 def test_few_draws_of_another_latent_do_not_look_like_a_gap(x):
     """The ratio of this wide q(z | x, y) has the same mean for every y, and a large variance."""
-    found = class_gap(Classes(spread=1.8), x.repeat(50, 1))
+    found = pv.class_gap(Classes(spread=1.8), x.repeat(50, 1))
     assert abs(found.value) < 3 * found.standard_error < 0.005  # 0.03 without the jackknife
 
 
@@ -114,3 +114,10 @@ def test_the_elbo_of_the_finding_contains_the_gap():
     (of_elbo,) = (one for one in told if one.about == "ELBO")
     assert of_elbo.kind == "doubt"
     assert "1.60 nats per example below log p(x)" in of_elbo.words
+
+
+def test_what_it_does_not_serve_is_refused():
+    with pytest.raises(pv.UsageError, match="needs a guide that enumerates a latent"):
+        pv.class_gap(linear_gaussian(), torch.zeros(5, len(linear_gaussian().weight)).double())
+    with pytest.raises(pv.UsageError, match="num_samples must be at least 2, got 1"):
+        pv.class_gap(Classes(), torch.zeros(5, 2).double(), num_samples=1)

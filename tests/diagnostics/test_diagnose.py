@@ -11,7 +11,6 @@ import pytest
 import torch
 from exact import CORRELATED, LinearGaussian, Spoiled, linear_gaussian
 from pairs import make, rows
-from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.cli.main import main
@@ -24,7 +23,8 @@ def data(pair, n=60):
     return pair.marginal().sample((n,)).detach()
 
 
-BENCH = Bench(nn.Module(), (torch.zeros(200, 2),), torch.arange(200), 0, "eager", 1e-3, 1e-6, 1e-6)
+CLASSES = make("semi-supervised"), rows("semi-supervised", 200)
+BENCH = Bench(*CLASSES, torch.arange(200), 0, "eager", 1e-3, 1e-6, 1e-6)
 FULL = BENCH._replace(other=BENCH.batch, train=BENCH.batch)
 SHARED = FULL._replace(shared=("w",))
 NAMES = [(make(FULL) or make(SHARED)).name for make in studies.STUDIES]
