@@ -61,8 +61,8 @@ class Arrays:
     def epoch(self, batch_size: int, place: Place) -> Iterator[Batch]:
         """This process's part of each remaining minibatch of an epoch, in a random order."""
         index = order(place.seed, place.epoch, len(self)).to(self.tensors[0].device)
-        for part in index[place.batches * batch_size :].split(batch_size):
-            rows = place.team.of(part)
+        for start in range(place.batches * batch_size, len(self), batch_size):
+            rows = place.team.of(index[start : start + batch_size])
             yield tuple(tensor.index_select(0, rows) for tensor in self.tensors)
 
     def numbers(self, batch_size: int, place: Place) -> Tensor:

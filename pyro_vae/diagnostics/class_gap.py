@@ -9,6 +9,7 @@ from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import enumeration, summing
+from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.showing import shown_html
@@ -79,12 +80,13 @@ def class_gap(
     by importance weights sums over y, so it does not depend on q(y | x) and cannot show this.
 
     Arguments:
-        pair: any pair whose guide enumerates a latent.
+        pair: any pair whose guide enumerates a latent, and whose latents are all local.
         x, context: data; the gap has one number for each of the n rows, in nats.
         num_samples: draws of z for each row, at least 2.
         binarize, seed: as in `pyro_vae.evaluate`.
 
-    Raises `UsageError` if the guide enumerates nothing, or if its sums are factored (as in HMMs).
+    Raises `UsageError` if the guide enumerates nothing, if a latent is global, or if the sums are
+    factored (as in HMMs).
 
     >>> import torch, pyro_vae as pv
     >>> pair = pv.SemiSupervisedVAE.mlp((6,), num_classes=3)
@@ -95,6 +97,10 @@ def class_gap(
     if num_samples < 2:
         raise UsageError(f"num_samples must be at least 2, got {num_samples}")
     batch = whole(pair, x, context, binarize)
+    if shared := global_latents(pair, batch):
+        raise UsageError(
+            f"class_gap serves pairs whose latents are all local, and '{shared[0]}' is global"
+        )
     sites = class_sites(pair, batch)
     if not sites:
         raise UsageError("class_gap needs a guide that enumerates a latent; gaps serves the others")

@@ -53,7 +53,7 @@ def reliability_study(bench: Bench) -> Study:
 
 
 def class_gap_study(bench: Bench) -> Study | None:
-    if not class_sites(bench.pair, bench.batch):
+    if bench.shared or not class_sites(bench.pair, bench.batch):
         return None
 
     def run(rows: int) -> ClassGap:

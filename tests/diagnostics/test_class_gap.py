@@ -121,3 +121,26 @@ def test_what_it_does_not_serve_is_refused():
         pv.class_gap(linear_gaussian(), torch.zeros(5, len(linear_gaussian().weight)).double())
     with pytest.raises(pv.UsageError, match="num_samples must be at least 2, got 1"):
         pv.class_gap(Classes(), torch.zeros(5, 2).double(), num_samples=1)
+
+
+class Shared(nn.Module):
+    """A class that all data share: an enumerated latent that is global."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([0.2, -0.2]).double())
+
+    def model(self, x):
+        y = pyro.sample("y", dist.Categorical(torch.ones(2).double()))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(2.0 * y, 1.0), obs=x)
+
+    def guide(self, x):
+        pyro.sample("y", dist.Categorical(logits=self.logits), infer={"enumerate": "parallel"})
+
+
+def test_a_class_that_all_data_share_is_refused_and_not_diagnosed():
+    with pytest.raises(pv.UsageError, match="latents are all local, and 'y' is global"):
+        pv.class_gap(Shared(), torch.zeros(5).double())
+    found = pv.diagnose(Shared(), torch.zeros(20).double(), budget=1e-3, progress=False)
+    assert "class_gap" not in {**found.results, **found.failed, **found.not_applicable}

@@ -426,13 +426,14 @@ class TestForks:
 # Every public function. -----------------------------------------------------------------------
 
 NO_PAIR = {"as_text", "as_tokens", "bounds_table", "data_plate_at", "disentanglement_scores"}
-NO_PAIR |= {"hide_labels", "load_data", "one_hot", "read_table", "by_group"}
+NO_PAIR |= {"hide_labels", "load_data", "one_hot", "read_table", "by_group", "join_processes"}
 QUIET = {"progress": False}
 EAGER = QUIET | {"engine": "eager"}
 CALLS = {
     "anneal": lambda p, x, out: pv.anneal(p, x, num_temperatures=3, num_chains=2, **QUIET),
     "calibration": lambda p, x, out: pv.calibration(p, num_simulations=100, num_draws=19, **QUIET),
     "check": lambda p, x, out: pv.check(p, x),
+    "class_gap": lambda p, x, out: pv.class_gap(*classes(x), num_samples=3),
     "decode": lambda p, x, out: pv.decode(p, {"z": x[:, :2]}, means=False),
     "diagnose": lambda p, x, out: pv.diagnose(p, x, budget=1e-3, **QUIET).summary.count(":"),
     "encode": lambda p, x, out: pv.encode(p, x, what="draw"),
@@ -487,6 +488,13 @@ CALLS = {
 def clusters():
     with rng.seeded(0):
         return pv.MixtureVAE.mlp((6,), 3, latent_dim=2, hidden=(8,), **DRAWN), torch.rand(8, 6)
+
+
+def classes(x):
+    """A pair that enumerates a class, with some labels."""
+    with rng.seeded(0):
+        pair = pv.SemiSupervisedVAE.mlp((6,), 3, latent_dim=2, hidden=(8,))
+    return pair, x.round(), torch.arange(len(x)) % 4 - 1
 
 
 def calibrated(pair):
