@@ -191,6 +191,7 @@ def measured(
 
 
 def show(setting: str, times: dict[str, list[float]], elbos: dict[str, list[float]]) -> None:
+    """Print the rows of the table."""
     for name, found in times.items():
         low, middle, high = statistics.quantiles(found, n=4)
         shown = ", ".join(f"{elbo:.2f}" for elbo in elbos[name])

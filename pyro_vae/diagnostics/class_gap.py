@@ -1,13 +1,14 @@
 """What the ELBO loses because q(y | x) of an enumerated class is not the best one."""
 
+from math import isnan, nan
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
+from pyro_vae.inference.passes import prepared_batches
 from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
@@ -33,14 +34,16 @@ class ClassGap(NamedTuple):
 
     @property
     def standard_error(self) -> float:
-        """The error of the mean by the spread of the data."""
+        """The error of the mean by the spread of the data; NaN for one datum."""
+        if len(self.per_datum) < 2:
+            return nan
         return self.per_datum.std().item() / len(self.per_datum) ** 0.5
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers for metrics.json."""
         return {
             "value": self.value,
-            "standard_error": self.standard_error,
+            "standard_error": None if isnan(self.standard_error) else self.standard_error,
             "sites": list(self.sites),
             "num_examples": len(self.per_datum),
             "num_samples": self.num_samples,
@@ -96,7 +99,17 @@ def class_gap(
     """
     if num_samples < 2:
         raise UsageError(f"num_samples must be at least 2, got {num_samples}")
-    batch = whole(pair, x, context, binarize)
+    parts: list[Tensor] = []
+    sites: list[str] = []
+    with using(pair, seed):
+        for batch in prepared_batches(pair, x, context, binarize):
+            sites = sites or _served(pair, batch)
+            parts.append(_of_rows(pair, batch, num_samples))
+    return ClassGap(torch.cat(parts), tuple(sites), num_samples)
+
+
+def _served(pair: nn.Module, batch: Batch) -> list[str]:
+    """Return the latents that the guide enumerates, or raise `UsageError`."""
     if shared := global_latents(pair, batch):
         raise UsageError(
             f"class_gap serves pairs whose latents are all local, and '{shared[0]}' is global"
@@ -104,22 +117,27 @@ def class_gap(
     sites = class_sites(pair, batch)
     if not sites:
         raise UsageError("class_gap needs a guide that enumerates a latent; gaps serves the others")
-    with using(pair, seed):
-        plates = enumeration.nesting(pair, batch)
-        passes = [
-            summing.by_value(*enumeration.traces(pair, batch, plates)) for _ in range(num_samples)
-        ]
+    return sites
+
+
+def _of_rows(pair: nn.Module, batch: Batch, num_samples: int) -> Tensor:
+    """Return the gap of some rows, (n,)."""
+    plates = enumeration.nesting(pair, batch)
+    passes = [
+        summing.by_value(*enumeration.traces(pair, batch, plates)) for _ in range(num_samples)
+    ]
     ratios, log_q = (torch.stack(part).double().cpu() for part in zip(*passes, strict=True))
     if torch.equal(log_q, log_q[:1].expand_as(log_q)):  # y does not depend on other latents
-        gap = _of_mean(ratios, log_q[0])
-    else:
-        gap = _kl(ratios, log_q).mean(0)
-    return ClassGap(gap, tuple(sites), num_samples)
+        return _of_mean(ratios, log_q[0])
+    return _kl(ratios, log_q).mean(0)
 
 
 def _of_mean(ratios: Tensor, log_q: Tensor) -> Tensor:
-    """The KL at the mean of the draws; the jackknife removes its bias, since few draws of the ratio
-    look like classes that differ."""
+    """Return the KL at the mean of the draws.
+
+    The mean of few draws differs from class to class by chance, so the KL is too large. The
+    jackknife removes this bias.
+    """
     k, mean = len(ratios), ratios.mean(0)
     others = torch.where(ratios.isinf(), ratios, (k * mean - ratios) / (k - 1))
     without = _kl(others, log_q).mean(0)

@@ -309,9 +309,7 @@ class _GapParts(NamedTuple):
     pareto_k: Tensor
 
 
-def _split(
-    before: Tensor, after: Tensor, chosen: Tensor, dtype: torch.dtype = torch.float64
-) -> _GapParts:
+def _split(before: Tensor, after: Tensor, chosen: Tensor, dtype: torch.dtype) -> _GapParts:
     """Compute bounds and gaps of some data from log weights before and after refinement.
 
     Each draw has a share in the error of a number: its log weight for an ELBO, and its weight over

@@ -136,6 +136,7 @@ class GlobalEvidence(NamedTuple):
     correlation: Tensor | None = None
     """Correlations of the units under the posterior, (units, units)."""
     guide_correlation: Tensor | None = None
+    """The same under the guide."""
 
     @property
     def shift(self) -> Tensor:
@@ -175,7 +176,7 @@ class GlobalEvidence(NamedTuple):
         return (self.guide_correlation - self.correlation).abs().nan_to_num(0.0)
 
     @property
-    def uncorrelated(self) -> tuple[int, int] | None:
+    def misjudged_pair(self) -> tuple[int, int] | None:
         """The two units whose correlation is off by the most, if that is more than the limit and
         its Monte Carlo error; a correlation r has the error (1 - r^2) / sqrt(draws)."""
         if self.correlation is None or self.guide_correlation is None:
@@ -255,7 +256,7 @@ def judge_globals(
     if weights is not None and weights.reliable:
         evidence.append(of_weights(weights))
     for one in evidence:
-        if one.faulty or one.uncorrelated:
+        if one.faulty or one.misjudged_pair:
             return [Finding("doubt", _fault(one)), Finding("next", ADVICE)]
     told = ", ".join(f"'{name}'" for name in names[:SHOWN]) + (" ..." if names[SHOWN:] else "")
     for one in evidence:
@@ -283,8 +284,8 @@ def _fault(found: GlobalEvidence) -> str:
     told = [_of_unit(found, i) for i in found.faulty[:SHOWN]]
     more = len(found.faulty) - SHOWN
     rest = f", and {more} more units" if more > 0 else ""
-    if found.uncorrelated and more <= 0:
-        told.append(_of_two(found, *found.uncorrelated))
+    if found.misjudged_pair and more <= 0:
+        told.append(_of_two(found, *found.misjudged_pair))
     return f"the guide of {', of '.join(told)}{rest}, by {found.tool}"
 
 

@@ -93,7 +93,7 @@ class ModelCheck:
     decoder does not explain. At most 30 elements are used."""
     regression: Difference | None
     """Nats per example that codes and context still explain in the residuals, data minus own
-    data."""
+    data. At most 30 columns of each are used."""
     num_elements: float
     """Observed elements of a row with a residual, on average."""
     units: tuple[str, ...]
@@ -273,22 +273,13 @@ def model_check(
         shown.update()
         theirs = through_inference(pair, own, truth, num_samples)
         shown.update()
-    return _compared(data, theirs, _known(batch), num_samples, given, seed)
+    return _compared(data, theirs, num_samples, given, seed)
 
 
 def _own_data(pair: nn.Module, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
     """Return as many rows that the model draws, with the same context and the same holes, and the
     latents that generated them."""
     return simulate(pair, len(batch[0]), batch[1:], missing_entries(batch[0]))
-
-
-def _known(batch: Batch) -> Tensor:
-    """Return the columns of the context that vary, (n, columns), at most `WIDEST`: rows of both
-    sides have the same context."""
-    n = len(batch[0])
-    wide = [torch.zeros(n, 0), *(part.reshape(n, -1).cpu() for part in batch[1:])]
-    known = torch.cat([part.double().nan_to_num(0.0) for part in wide], 1)
-    return known[:, (known != known[:1]).any(0)][:, :WIDEST]
 
 
 def _more(data: Tensor, own: Tensor) -> bool:
@@ -300,12 +291,10 @@ def _more(data: Tensor, own: Tensor) -> bool:
 
 
 def _compared(
-    data: Side, own: Side, known: Tensor, num_samples: int, given: tuple[str, ...], seed: int
+    data: Side, own: Side, num_samples: int, given: tuple[str, ...], seed: int
 ) -> ModelCheck:
     left_out = _more(data.unreliable, own.unreliable)
-    rows = [~(side.unreliable & left_out) for side in (data, own)]
-    first, second = data.kept(rows[0]), own.kept(rows[1])
-    context = known[rows[0]], known[rows[1]]
+    first, second = (side.kept(~(side.unreliable & left_out)) for side in (data, own))
     enough = min(len(first.unreliable), len(second.unreliable)) >= LEAST_ROWS and not given
     scores = own.kept(~own.unreliable).scores.values()
     return ModelCheck(
@@ -314,8 +303,8 @@ def _compared(
         unreliable=data.unreliable,
         own_unreliable=own.unreliable,
         marginal_p=_marginal_p(first, second) if enough else torch.nan,
-        codes=_separations(first, second, context, seed) if enough else {},
-        **(_differences(first, second, context, seed) if enough else dict.fromkeys(DIFFERENCES)),
+        codes=_separations(first, second, seed) if enough else {},
+        **(_differences(first, second, seed) if enough else dict.fromkeys(DIFFERENCES)),
         num_elements=_elements(data),
         units=own.units,
         weighted_scores=torch.cat([*scores, torch.zeros(int((~own.unreliable).sum()), 0)], 1),
@@ -339,14 +328,12 @@ def _marginal_p(data: Side, own: Side) -> float:
     return float(ks_2samp(*both, method="asymp").pvalue)
 
 
-def _separations(
-    data: Side, own: Side, context: tuple[Tensor, Tensor], seed: int
-) -> dict[str, Separation]:
+def _separations(data: Side, own: Side, seed: int) -> dict[str, Separation]:
     """Codes are told apart beside their context, so that a prior without its effect is seen."""
     return {
         name: separation(
-            torch.cat([data.codes[name], context[0]], 1),
-            torch.cat([own.codes[name], context[1]], 1),
+            torch.cat([data.codes[name], data.context], 1),
+            torch.cat([own.codes[name], own.context], 1),
             seed,
         )
         for name in data.codes
@@ -354,9 +341,7 @@ def _separations(
     }
 
 
-def _differences(
-    data: Side, own: Side, context: tuple[Tensor, Tensor], seed: int
-) -> dict[str, Difference | None]:
+def _differences(data: Side, own: Side, seed: int) -> dict[str, Difference | None]:
     """Return the differences of residuals by name; None without residuals or without a scale."""
     found: dict[str, Difference | None] = dict.fromkeys(DIFFERENCES)
     if data.residuals is None or own.residuals is None:
@@ -365,17 +350,14 @@ def _differences(
         scales = difference(scale_statistics, data.residuals, own.residuals, seed)
         found |= dict(zip(DIFFERENCES[:3], scales, strict=True))
     columns = some_columns(data.residuals.shape[1], seed)
-    first, second = (
-        _codes_and_residuals(side, known, columns)
-        for side, known in zip((data, own), context, strict=True)
-    )
+    first, second = (_codes_and_residuals(side, columns) for side in (data, own))
     statistics = dependence_statistics(first.shape[1] - len(columns))
     rest = difference(statistics, first, second, seed)
     return found | dict(zip(DIFFERENCES[3:], rest, strict=True))
 
 
-def _codes_and_residuals(side: Side, known: Tensor, columns: Tensor) -> Tensor:
+def _codes_and_residuals(side: Side, columns: Tensor) -> Tensor:
     """Return codes and context, which should not explain residuals, and the residuals."""
     assert side.residuals is not None
-    codes = torch.cat([*side.codes.values(), known[:, :0]], 1)
-    return torch.cat([codes[:, :WIDEST], known, side.residuals[:, columns]], 1)
+    codes = torch.cat([*side.codes.values(), side.context[:, :0]], 1)
+    return torch.cat([codes[:, :WIDEST], side.context, side.residuals[:, columns]], 1)

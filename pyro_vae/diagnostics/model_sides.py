@@ -9,6 +9,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vae.diagnostics.two_samples import WIDEST
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.weighted import Weighted, log_weights_at, weighted_parts
 from pyro_vae.pairs import masks
@@ -42,6 +43,8 @@ class Side(NamedTuple):
     """Normal scores of true values among weighted draws, (n, units of the site); NaN if masked."""
     bridge: Tensor
     """Three numbers of each row, (n, 3), see `_bridge`; NaN without true latents."""
+    context: Tensor
+    """The columns of the context that vary, (n, columns), at most `WIDEST`."""
 
     def kept(self, rows: Tensor) -> "Side":
         """Return some of the rows."""
@@ -53,6 +56,7 @@ class Side(NamedTuple):
             self.scaled,
             {name: part[rows] for name, part in self.scores.items()},
             self.bridge[rows],
+            self.context[rows],
         )
 
     @property
@@ -91,7 +95,12 @@ def through_inference(
         parts[0].scaled,
         {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
         torch.cat([part.bridge for part in parts]),
+        _varying(torch.cat([part.context for part in parts])),
     )
+
+
+def _varying(columns: Tensor) -> Tensor:
+    return columns[:, (columns != columns[:1]).any(0)][:, :WIDEST]
 
 
 def _ranks(draws: Tensor, truth: Tensor | None, number: int) -> bool:
@@ -168,7 +177,9 @@ def _of_rows(
         name: torch.where(counts[name], _scores(part.values[name], true, part.shares), torch.nan)
         for name, true in truth.items()
     }
-    return Side(log_p.cpu(), unreliable.cpu(), codes, residuals, scaled, scores, bridge)
+    wide = [torch.zeros(n, 0), *(part.reshape(n, -1).cpu() for part in batch[1:])]
+    context = torch.cat([part.double().nan_to_num(0.0) for part in wide], 1)
+    return Side(log_p.cpu(), unreliable.cpu(), codes, residuals, scaled, scores, bridge, context)
 
 
 def _counts(model: Trace, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -164,9 +164,9 @@ def _of_weights(found: Any) -> list[Sign]:
     return [Sign(kind, "log_likelihood", words)]
 
 
-def _of_classes(found: Any) -> list[Sign]:
-    """q(y | x) of enumerated latents, which weights that sum over y do not see."""
-    if found.value <= NATS + ERRORS * found.standard_error:
+def of_classes(found: Any) -> list[Sign]:
+    """Signs of a wrong q(y | x) of enumerated latents: weights sum over y, and do not see it."""
+    if not found.value > NATS + ERRORS * found.standard_error:  # one row has no error
         return []
     named = ", ".join(f"'{name}'" for name in found.sites)
     by = f"{found.value:.2f} ± {found.standard_error:.2f} nats"
@@ -227,18 +227,17 @@ def _far_from_weighted_draws(results: Mapping[str, Any]) -> Sign | None:
     found = results.get("model_check")
     if found is None:
         return None
-    counts = ~found.weighted_scores.isnan()  # a masked unit has no score
-    n, scores = counts.sum(0), found.weighted_scores.nan_to_num(0.0)
-    mean = scores.sum(0) / n
-    squares = (torch.where(counts, scores - mean, 0.0).square().sum(0), scores.square().sum(0))
-    spread, size = (squares[0] / (n - 1)).sqrt(), squares[1] / n
+    scores = found.weighted_scores
+    n = (~scores.isnan()).sum(0)  # a masked unit has no score
+    mean = scores.nanmean(0)
+    spread = ((scores - mean).square().nansum(0) / (n - 1)).sqrt()
     far = (mean.abs() > MISSING_SHIFT + ERRORS / n.sqrt()) | (
         spread > MISSING + ERRORS / (2 * n).sqrt()
     )
     far &= n >= LEAST_SCORES
     if not bool(far.any()):
         return None
-    i = int(torch.where(far, size, 0.0).argmax())
+    i = int(torch.where(far, scores.square().nanmean(0), 0.0).argmax())
     words = (
         f"true values of '{found.units[i]}' are far from the guide's draws, also after "
         "weighting: the guide misses a part of the posterior"
@@ -367,7 +366,7 @@ GUIDE_TOOLS: dict[str, Callable[[Any], list[Sign]]] = {
     "calibration": _of_ranks,
     "local_calibration": _of_moments,
     "log_likelihood": _of_weights,
-    "class_gap": _of_classes,
+    "class_gap": of_classes,
     "nuts": _of_chains,
 }
 """The studies that see faults of the guide."""

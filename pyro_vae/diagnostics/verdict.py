@@ -20,6 +20,7 @@ from pyro_vae.diagnostics.signs import (
     class_nats,
     guide_signs,
     model_signs,
+    of_classes,
     too_low_for_truth,
 )
 from pyro_vae.diagnostics.study import GAP, Finding
@@ -81,8 +82,6 @@ PROPOSAL = {
     False: "a better guide of the local latents for log p(x); pyro_vae.anneal refuses this pair",
 }
 """What to try if importance weights are not reliable, by whether annealing applies."""
-
-GUIDE_CHECKS = ("calibration", "local_calibration", "class_gap", "gaps")
 
 NOT_LOOKED = (
     "no tool has looked for a part of the posterior that the guide misses (model_check and "
@@ -183,7 +182,7 @@ def _guide_blames(results: Mapping[str, Any]) -> list[Blame]:
         return [Blame("family", mass[0].nats, tuple(signs))]
     kinds = {sign.kind for sign in signs}
     placed = "place" in kinds and "shape" not in kinds
-    if (shares := gap_shares(results)) and not (placed and too_small(results)):
+    if (shares := gap_shares(results)) and not (placed and too_small(results, shares)):
         told, total = _gap_words(results), inference_gap(results)
         parts = sorted(shares, key=lambda part: -shares[part])
         evidence = {parts[0]: (told, *signs)}  # the signs are told once, with the larger part
@@ -195,11 +194,10 @@ def _guide_blames(results: Mapping[str, Any]) -> list[Blame]:
     return [Blame(part, size, tuple(signs))]
 
 
-def too_small(results: Mapping[str, Any]) -> bool:
+def too_small(results: Mapping[str, Any], shares: Mapping[str, float]) -> bool:
     """Whether the gaps are so small, or of so few rows, that wrong means and scales tell more."""
-    found, shares = results["gaps"], gap_shares(results)
     small = inference_gap(results) < SMALL_GAP and max(shares, key=shares.__getitem__) == "family"
-    return small or len(found.pareto_k) < LEAST_GAPS
+    return small or len(results["gaps"].pareto_k) < LEAST_GAPS
 
 
 def gap_shares(results: Mapping[str, Any]) -> dict[str, float]:
@@ -214,7 +212,7 @@ def gap_shares(results: Mapping[str, Any]) -> dict[str, float]:
     sizes = {
         part: gap.value for part, gap in gaps.items() if gap.value > NATS + ERRORS * _error(gap)
     }
-    if any(sign.tool == "class_gap" for sign in guide_signs(results)):
+    if "class_gap" in results and of_classes(results["class_gap"]):
         sizes["encoder"] = sizes.get("encoder", 0.0) + class_nats(results)
     most = max(sizes.values(), default=0.0)
     sizes = {part: size for part, size in sizes.items() if size >= MINOR * most}
@@ -275,9 +273,10 @@ def findings(
 def _on_guide(results: Mapping[str, Any], parts: set[str]) -> list[Finding]:
     if parts & {"encoder", "family"}:
         return []
-    ran = [name for name in GUIDE_CHECKS if name in results]
+    ran = [name for name in ("calibration", "local_calibration", "gaps") if name in results]
     if not ran:
         return []
+    ran += ["class_gap"] if "class_gap" in results else []  # alone, it does not judge q(z | x, y)
     words = f"the guide of local latents: no fault found by {', '.join(ran)}"
     if looked_for_mass(results):
         return [Finding("trust", words, "guide")]

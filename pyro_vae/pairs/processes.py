@@ -43,8 +43,6 @@ class Team:
 
     def of(self, rows: Tensor) -> Tensor:
         """The rows of a minibatch that this process takes; the first process has the most."""
-        if self.count == 1:
-            return rows
         n = len(rows)
         return rows[-(-n * self.rank // self.count) : -(-n * (self.rank + 1) // self.count)]
 
@@ -143,7 +141,8 @@ def join_processes(backend: str = "gloo") -> None:
     Arguments:
         backend: "gloo" for CPUs, "nccl" for one GPU for each process.
 
-    Raises `UsageError` if torchrun did not start this process, or if it has joined before.
+    Raises `UsageError` for another backend, if torchrun did not start this process, if it has
+    joined before, or if it cannot join, for example by "nccl" without GPUs.
 
     >>> import pyro_vae as pv
     >>> pv.join_processes()
@@ -151,17 +150,23 @@ def join_processes(backend: str = "gloo") -> None:
     ...
     pyro_vae.errors.UsageError: start the program with torchrun, for example torchrun ...
     """
-    if not dist.is_available() or dist.is_initialized():
-        why = "this process has joined before" if dist.is_available() else "this torch has none"
-        raise UsageError(f"cannot start a group of processes: {why}")
+    if backend not in ("gloo", "nccl"):
+        raise UsageError(f"must be 'gloo' or 'nccl', got {backend!r}", argument="backend")
+    if not dist.is_available():
+        raise UsageError("this build of torch has no torch.distributed; install another build")
+    if dist.is_initialized():
+        raise UsageError("this process has joined a group before; call join_processes only once")
     if "RANK" not in os.environ:
         raise UsageError(
             "start the program with torchrun, for example torchrun --nproc-per-node 2 train.py; "
             "without it, leave out this call"
         )
-    store, rank, count = next(dist.rendezvous("env://"))
-    own = dist.PrefixStore(f"restart-{restarts()}", store)
-    dist.init_process_group(backend, store=own, rank=rank, world_size=count)
+    try:
+        store, rank, count = next(dist.rendezvous("env://"))
+        own = dist.PrefixStore(f"restart-{restarts()}", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=count)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"cannot join the processes by {backend}: {first_line(error)}") from error
 
 
 def restarts() -> int:

@@ -2,7 +2,6 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +26,6 @@ class FusedAdam:
         # The step counts become views of one tensor, so one operation increases all of them.
         self.count = torch.stack([state["step"] for state in states])
         self.steps = list(self.count.unbind())
-        self.counted: Any = self.count.numpy() if self.count.device.type == "cpu" else None
-        """The same memory, on a CPU: a change of it does not cost an operation of torch."""
         for state, step in zip(states, self.steps, strict=True):
             state["step"] = step
         self.held: dict[str, Tensor] = {}
@@ -87,7 +84,7 @@ class FusedAdam:
 
     def numbers(self) -> list[float]:
         """Return the numbers of the next step that change from step to step."""
-        group, taken = self.group, float(self.counted[0]) + 1
+        group, taken = self.group, self.steps[0].item() + 1
         beta1, beta2 = group["betas"]
         return [
             group["lr"] / (1 - beta1**taken),

@@ -132,7 +132,6 @@ class Engine(ELBO):
         self._beta = torch.zeros(())
         self._inputs = torch.zeros(4)
         """The weight on the KL and the numbers of the update, for graphs that contain it."""
-        self._host = self._inputs.numpy()  # the same memory, without the cost of an operation
 
     def _get_trace(self, *args: Any) -> Any:
         return get_trace(self.objective, *args)
@@ -179,7 +178,8 @@ class Engine(ELBO):
             self._start(model, guide)
         if self._whole is None or adam is None:
             return False
-        self._host[:] = [float(self.beta), *adam.numbers()]
+        # NumPy writes to the same memory, without the cost of an operation of torch.
+        self._inputs.numpy()[:] = [float(self.beta), *adam.numbers()]
         try:
             found = self._whole.found(self._inputs, *batch)
         except NotTraceable:
@@ -226,9 +226,8 @@ class Engine(ELBO):
         tolerance = 1e-5 if self.precision == "float32" else 2e-2
         function = self._function(model, guide)
         self._graphs = Graphs(self.pair, function, self._compiles, tolerance, self.say)
-        as_numpy = like.dtype in (torch.float32, torch.float64)
-        self._inputs = torch.zeros(4, dtype=like.dtype if as_numpy else torch.float32)
-        self._host = self._inputs.numpy()
+        double = like.dtype == torch.float64
+        self._inputs = torch.zeros(4, dtype=torch.float64 if double else torch.float32)
         adam = self.optimizer.for_graphs() if self.optimizer and not like.is_cuda else None
         self._whole, self._update = None, adam
         if adam is not None:

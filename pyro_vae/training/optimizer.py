@@ -120,7 +120,8 @@ class Optimizer(PyroOptim):
         self.norm = norm
         if not math.isfinite(norm):
             raise FloatingPointError("the gradient is not finite")
-        cast(FusedAdam, self._adam).counted += 1
+        count = cast(FusedAdam, self._adam).count.numpy()  # the same memory
+        count += 1  # cheaper than an operation of torch
 
     def clipped(self, gradients: list[Tensor], norm: Tensor) -> list[Tensor]:
         """Return the gradients, scaled so that their global norm is at most ``clip_norm``."""

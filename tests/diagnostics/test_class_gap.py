@@ -1,12 +1,14 @@
 """q(y | x) of an enumerated class: importance weights sum over y, so they do not depend on it."""
 
+import json
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from exact import linear_gaussian
 from torch import nn
-from verdict_helpers import gaps, weights
+from verdict_helpers import checked, gaps, weights
 
 import pyro_vae as pv
 from pyro_vae.diagnostics import signs, verdict
@@ -144,3 +146,52 @@ def test_a_class_that_all_data_share_is_refused_and_not_diagnosed():
         pv.class_gap(Shared(), torch.zeros(5).double())
     found = pv.diagnose(Shared(), torch.zeros(20).double(), budget=1e-3, progress=False)
     assert "class_gap" not in {**found.results, **found.failed, **found.not_applicable}
+
+
+def test_one_row_has_no_error_and_is_no_sign(x):
+    alone = pv.class_gap(Classes(3.0), x[:1])
+    assert alone.standard_error != alone.standard_error
+    assert json.loads(json.dumps(alone.as_dict(), allow_nan=False))["standard_error"] is None
+    assert not signs.guide_signs({"class_gap": alone})
+
+
+def test_rows_beyond_one_pass_have_the_gaps_of_their_own(x):
+    pair = Classes(3.0)
+    few = pv.class_gap(pair, x, num_samples=2).per_datum
+    many = pv.class_gap(pair, x.repeat(20, 1), num_samples=2).per_datum
+    assert torch.allclose(many, few.repeat(20), atol=1e-9)
+
+
+def on_guide(results):
+    return [one for one in verdict.findings(results, torch.arange(200))[1] if one.about == "guide"]
+
+
+def test_class_gap_alone_is_no_trust_in_the_guide_of_other_latents():
+    none = ClassGap(torch.zeros(100).double(), ("y",), 20)
+    results = {"class_gap": none, "model_check": checked()}
+    assert not on_guide(results)
+    (told,) = on_guide(results | {"gaps": gaps()})
+    assert (told.kind, told.words[-15:]) == ("trust", "gaps, class_gap")
+
+
+def test_the_sign_in_full():
+    spread = torch.tensor([1.0, 2.0] * 50).double()
+    (sign,) = signs.guide_signs({"class_gap": ClassGap(spread, ("y", "label"), 20)})
+    words = "other probabilities of 'y', 'label' would raise the ELBO by 1.50 ± 0.05 nats"
+    assert sign == ("place", "class_gap", words, 1.5)
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.16, False), (0.18, True)])
+def test_a_gap_within_three_errors_is_not_a_sign(value, said):
+    """The error is 0.05, and the limit 0.02 + 3 * 0.05 = 0.17."""
+    apart = torch.tensor([-1.0, 1.0] * 50).double()
+    apart = 0.05 * 10 * apart / apart.std()
+    assert bool(signs.guide_signs({"class_gap": ClassGap(value + apart, ("y",), 20)})) is said
+
+
+@pytest.mark.parametrize("encoder", [0.0, 0.2])
+def test_the_gap_of_the_class_adds_to_that_of_the_encoder(encoder):
+    results = {"class_gap": found(0.3), "gaps": gaps(encoder=encoder, family=0.4)}
+    results["log_likelihood"] = weights(gap=encoder + 0.4, n=400)  # more rows than the gaps have
+    sizes = {one.part: one.nats for one in verdict.blamed(results)}
+    assert sizes == {"encoder": pytest.approx(encoder + 0.3), "family": pytest.approx(0.4)}

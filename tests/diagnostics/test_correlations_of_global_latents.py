@@ -39,7 +39,7 @@ def test_marginals_that_are_right_do_not_excuse_a_lost_correlation():
 def test_an_exact_guide_is_reliable_and_its_correlations_are_told():
     found, exact = weighed(correlated=True)
     one = global_studies.of_weights(found)
-    assert one.uncorrelated is None
+    assert one.misjudged_pair is None
     assert one.guide_correlation[0, 1] == pytest.approx(exact, abs=0.08)
     (told,) = judge_globals(["w"], {"global_weights": found}, {})
     assert told.kind == "trust"
@@ -66,7 +66,7 @@ def evidence(posterior=0.0, guide=0.0, draws=1000.0):
     ],
 )
 def test_a_correlation_is_off_beyond_its_limit_and_three_errors(posterior, guide, draws, off):
-    assert (evidence(posterior, guide, draws).uncorrelated == (0, 1)) is off
+    assert (evidence(posterior, guide, draws).misjudged_pair == (0, 1)) is off
 
 
 def test_nuts_tells_the_correlation_of_its_chains(monkeypatch):

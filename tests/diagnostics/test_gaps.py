@@ -78,7 +78,7 @@ def test_errors_are_those_of_differences():
     before = 0.9 * common + 0.2 * own - 1
     after = 0.5 * common
     chosen = torch.arange(3000) % 2 == 0
-    found = _split(before, after, chosen)
+    found = _split(before, after, chosen, torch.float64)
     for value, error in found[:6]:
         for half in (chosen, ~chosen):
             ratio = value[half].std() / error[half].square().mean().sqrt()

@@ -22,7 +22,7 @@ def test_gaps_by_hand():
     """log p(x) is from the refined draws of the first datum, and from those of the second's guide;
     errors are those of the differences, draw by draw."""
     chosen = torch.tensor([True, False])
-    found = _split(BEFORE, AFTER, chosen)
+    found = _split(BEFORE, AFTER, chosen, torch.float64)
     weights = torch.stack([AFTER[:, 0], BEFORE[:, 1]], 1)
     log_p = weights.exp().mean(0).log()
     share = weights.exp() / weights.exp().mean(0)

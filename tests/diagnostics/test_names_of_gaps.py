@@ -47,7 +47,7 @@ def test_blocks_of_data_are_joined_by_field(monkeypatch):
         x = pair.marginal().sample((5,)).detach()
         before, after = torch.randn(2, 40, 5, dtype=torch.float64)
     chosen = torch.tensor([True, False, True, False, True])
-    whole = _split(before, after, chosen)
+    whole = _split(before, after, chosen, torch.float64)
     torch.testing.assert_close(whole.amortized.per_datum, before.mean(0))
     torch.testing.assert_close(whole.refined.per_datum, after.mean(0))
     log_p = torch.where(chosen, after, before).exp().mean(0).log()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from verdict_helpers import checked, normals
 
@@ -28,3 +29,11 @@ def test_a_unit_that_is_nearly_always_masked_is_not_judged():
     assert not misses(scores)
     scores[:60, 1] = 3.0 + normals(60)
     assert misses(scores)
+
+
+@pytest.mark.parametrize(("off", "said"), [(-0.003, False), (0.003, True)])
+def test_the_spread_of_few_scores_is_that_of_a_sample(off, said):
+    """Of 51 scores, the limit is 1.3 + 3 / sqrt(102)."""
+    scores = normals(51)
+    scores = (1.3 + 3 / 102**0.5 + off) * (scores - scores.mean()) / scores.std()
+    assert misses(scores[:, None]) is said

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import distributed
 
+import pyro_vae as pv
 from pyro_vae.pairs.processes import join_processes
 
 SECONDS = 30.0
@@ -59,3 +60,21 @@ def test_restarted_processes_join_in_the_store_that_torchrun_keeps():
     )
     for restart in range(3):
         assert attempt(store.port, restart) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "variables", "words"),
+    [
+        ("mpi", {}, "must be 'gloo' or 'nccl', got 'mpi'"),
+        ("gloo", {}, "start the program with torchrun"),
+        ("gloo", {"RANK": "0"}, "cannot join the processes by gloo: .*WORLD_SIZE"),
+    ],
+)
+def test_what_cannot_join_is_told_in_one_line(monkeypatch, backend, variables, words):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(pv.UsageError, match=words) as error:
+        join_processes(backend)
+    assert "\n" not in str(error.value)

@@ -178,3 +178,34 @@ def test_a_parameter_without_a_gradient_keeps_the_update_outside(monkeypatch):
     assert engine._whole is None
     moved = {n for n, p in vae.named_parameters() if not torch.equal(p, before[n])}
     assert moved == before.keys() - {"unused"}
+
+
+class Priced(torch.nn.Module):
+    """A mean, and a factor that does not depend on it, so the gradient stays finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.nn.Parameter(torch.zeros(()))
+        self.register_buffer("price", torch.zeros(()))
+
+    def model(self, x):
+        pyro.factor("price", self.price)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.mean, 1.0), obs=x)
+
+    def guide(self, x):
+        pass
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_although_its_gradient_is_finite(monkeypatch):
+    pair, x = Priced(), torch.ones(4)
+    engine, svi = uncompiled(monkeypatch, pair)
+    svi.step(x)
+    assert engine._whole is not None
+    moved = pair.mean.item()
+    assert moved > 0
+    pair.price.fill_(torch.inf)
+    with pytest.raises(FloatingPointError):
+        svi.step(x)
+    assert pair.mean.item() == moved
+    assert svi.optim.get_state()["state"][0]["step"] == 1
