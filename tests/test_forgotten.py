@@ -11,7 +11,7 @@ from pairs import EVERY, LIKELIHOODS, make, rows
 import pyro_vae as pv
 from pyro_vae.cli.make_parts import make_likelihood
 from pyro_vae.cli.options import Model
-from pyro_vae.diagnostics import guide_studies, model_studies, signs, verdict
+from pyro_vae.diagnostics import attribution, guide_studies, model_studies, signs
 from pyro_vae.diagnostics.studies import STUDIES
 from pyro_vae.diagnostics.study import Bench
 from pyro_vae.parts import likelihoods
@@ -80,7 +80,7 @@ def test_every_study_is_documented(names):
 
 def test_every_part_and_every_tool_of_the_verdict_is_in_its_page():
     page = (DOCS / "diagnostics/verdict.md").read_text()
-    assert all(f"| `{part}` |" in page for part in verdict.PARTS)
+    assert all(f"| `{part}` |" in page for part in attribution.PARTS)
     assert all(f"`{tool}`" in page for tool in [*signs.GUIDE_TOOLS, "gaps", "annealing"])
     assert all(f"`{tool}`" in page for tool in ("model_check", "predictive_check", "kl_parts"))
 

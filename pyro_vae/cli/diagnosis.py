@@ -169,7 +169,7 @@ def verdict_lines(found: "Diagnosis") -> list[str]:
 
 
 def _faults(found: "Diagnosis") -> str:
-    from pyro_vae.diagnostics.verdict import PARTS
+    from pyro_vae.diagnostics.attribution import PARTS
 
     told = [
         PARTS[blame.part][0] + ("" if blame.nats is None else f" ({blame.nats:.2f} nats)")

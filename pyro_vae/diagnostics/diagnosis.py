@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows, parts
 from pyro_vae.diagnostics import verdict
+from pyro_vae.diagnostics.attribution import Blame, of_globals
 from pyro_vae.diagnostics.global_studies import judge_globals, judge_local, limited
 from pyro_vae.diagnostics.sharing import share_out
 from pyro_vae.diagnostics.signs import Sign
 from pyro_vae.diagnostics.studies import STUDIES
 from pyro_vae.diagnostics.study import KINDS, REASONS, Bench, Finding, Rung, Study, latent_names
-from pyro_vae.diagnostics.verdict import Blame
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
@@ -111,7 +111,7 @@ class Diagnosis:
         verdicts += judge_local(local, self.results)
         findings = limited(self.findings, verdicts, shared, local)
         # All numbers rest on the global latents, so a fault of their guide is the first one.
-        faults = [verdict.of_globals(found) for found in verdicts if found.kind == "doubt"]
+        faults = [of_globals(found) for found in verdicts if found.kind == "doubt"]
         self.blamed = [*faults, *self.blamed]
         told = [found for found in verdicts if not faults or found.kind in ("trust", "unchecked")]
         self.findings = [*(blame.finding for blame in faults), *told, *findings]

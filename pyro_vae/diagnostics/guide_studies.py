@@ -10,10 +10,12 @@ from pyro_vae.diagnostics.class_gap import ClassGap, class_gap, class_sites
 from pyro_vae.diagnostics.gaps import Gaps, gaps
 from pyro_vae.diagnostics.local_calibration import LocalCalibration, local_calibration
 from pyro_vae.diagnostics.study import GAP, GRADIENT, Bench, Finding, Rung, Study, sizes
+from pyro_vae.errors import UsageError
 from pyro_vae.inference.annealing import Annealing, Sandwich, anneal, sandwich
 from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.importance import LogLikelihood, log_likelihood
 from pyro_vae.inference.nuts import Posterior, nuts
+from pyro_vae.inference.refinement import require_refinable
 
 LEAPFROG = 60
 """Approximate number of gradients in a transition of NUTS."""
@@ -85,18 +87,15 @@ def gaps_study(bench: Bench) -> Study:
         (300, 300, 500),
         (1000, 300, 500),
     )
-    return Study(
-        "gaps",
-        4,
-        [
-            Rung(
-                bench.cost(steps, GRADIENT * 8 * n) + bench.draws(4, n, k),
-                partial(run, n, steps, k),
-            )
-            for n, steps, k in sizes(bench, *wanted)
-        ],
-        figures={"gaps": diagnostic_figures.gap_bars},
-    )
+    rungs = [
+        Rung(bench.cost(steps, GRADIENT * 8 * n) + bench.draws(4, n, k), partial(run, n, steps, k))
+        for n, steps, k in sizes(bench, *wanted)
+    ]
+    try:
+        require_refinable(bench.pair, bench.some(2))
+    except UsageError:  # the refusal needs no time, and the verdict needs to know of it
+        rungs[0] = rungs[0]._replace(cost=0.0)
+    return Study("gaps", 4, rungs, figures={"gaps": diagnostic_figures.gap_bars})
 
 
 def calibration_study(bench: Bench) -> Study:

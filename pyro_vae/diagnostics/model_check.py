@@ -14,8 +14,9 @@ from pyro_vae.diagnostics.two_samples import (
     WIDEST,
     Difference,
     Separation,
-    dependence_statistics,
+    correlation_statistic,
     difference,
+    explained,
     scale_statistics,
     separation,
     some_columns,
@@ -81,9 +82,9 @@ class ModelCheck:
     """How well a classifier tells codes of data from codes of own data, by latent site, beside the
     context. If the prior fits, it cannot."""
     scale: Difference | None
-    """Logarithm of the mean square of standardized residuals, data minus own data. Below 0 the
-    likelihood is too wide, above 0 too narrow. None if the likelihood has no scale. A scale for all
-    data would gain ``scale_nats``."""
+    """Logarithm of the mean square of standardized residuals after ``regression``, data minus own
+    data. Below 0 the likelihood is too wide, above 0 too narrow. None if the likelihood has no
+    scale. A scale for all data would gain ``scale_nats``."""
     row_scale: Difference | None
     """Nats per example that a scale for each row would gain, data minus own data."""
     column_scale: Difference | None
@@ -92,8 +93,8 @@ class ModelCheck:
     """Nats per example in the correlations of residuals, data minus own data: structure that the
     decoder does not explain. At most 30 elements are used."""
     regression: Difference | None
-    """Nats per example that codes and context still explain in the residuals, data minus own
-    data. At most 30 columns of each are used."""
+    """Nats per example that a constant, codes and context would gain as a part of the mean of the
+    residuals, data minus own data. At most 30 columns of codes and of context are used."""
     num_elements: float
     """Observed elements of a row with a residual, on average."""
     units: tuple[str, ...]
@@ -229,7 +230,8 @@ def model_check(
     - of the codes (classifier): of the prior;
     - of the scale of standardized residuals :math:`(x - E[x|z]) / \mathrm{sd}[x|z]`, over all
       elements, by row or by element: of the likelihood's scale;
-    - of their correlations, and of their regression on codes and context: of the decoder.
+    - of their correlations, and of what codes and context explain in them: of the decoder. The
+      scale is that of the rest, so a wrong mean is not charged to it.
 
     Arguments:
         pair: any pair with ``template(n)``. Global and group latents are held at one draw of the
@@ -342,22 +344,28 @@ def _separations(data: Side, own: Side, seed: int) -> dict[str, Separation]:
 
 
 def _differences(data: Side, own: Side, seed: int) -> dict[str, Difference | None]:
-    """Return the differences of residuals by name; None without residuals or without a scale."""
+    """Return the differences of residuals by name; None without residuals or without a scale.
+
+    What codes and context explain is the decoder's. So the scale is that of what they leave.
+    """
     found: dict[str, Difference | None] = dict.fromkeys(DIFFERENCES)
     if data.residuals is None or own.residuals is None:
         return found
-    if data.scaled:
-        scales = difference(scale_statistics, data.residuals, own.residuals, seed)
-        found |= dict(zip(DIFFERENCES[:3], scales, strict=True))
-    columns = some_columns(data.residuals.shape[1], seed)
-    first, second = (_codes_and_residuals(side, columns) for side in (data, own))
-    statistics = dependence_statistics(first.shape[1] - len(columns))
-    rest = difference(statistics, first, second, seed)
-    return found | dict(zip(DIFFERENCES[3:], rest, strict=True))
+    first, second = map(_causes_and_residuals, (data, own))
+    width = first.shape[1] - data.residuals.shape[1]
+    columns = width + some_columns(data.residuals.shape[1], seed)
+
+    def statistics(rows: Tensor) -> Tensor:
+        gain, left = explained(rows[:, :width], rows[:, width:])
+        related = correlation_statistic(rows[:, columns])
+        return torch.stack([*scale_statistics(left), related.to(gain.dtype), gain])
+
+    found |= dict(zip(DIFFERENCES, difference(statistics, first, second, seed), strict=True))
+    return found if data.scaled else found | dict.fromkeys(DIFFERENCES[:3])
 
 
-def _codes_and_residuals(side: Side, columns: Tensor) -> Tensor:
+def _causes_and_residuals(side: Side) -> Tensor:
     """Return codes and context, which should not explain residuals, and the residuals."""
     assert side.residuals is not None
     codes = torch.cat([*side.codes.values(), side.context[:, :0]], 1)
-    return torch.cat([codes[:, :WIDEST], side.context, side.residuals[:, columns]], 1)
+    return torch.cat([codes[:, :WIDEST], side.context, side.residuals], 1).float()

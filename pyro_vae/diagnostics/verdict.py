@@ -1,16 +1,16 @@
-"""The verdict: which part of a pair is at fault, by how many nats, and what to try next.
+"""The verdict: the parts at fault, and what the results say about each quantity, once.
 
 The rules are in docs/diagnostics/verdict.md, and `tests/diagnostics/test_verdict.py` holds each
 of them.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from pyro_vae.diagnostics.global_studies import ADVICE
+from pyro_vae.diagnostics.attribution import Blame, blamed, misses_mass
 from pyro_vae.diagnostics.signs import (
     ERRORS,
     NATS,
@@ -19,60 +19,13 @@ from pyro_vae.diagnostics.signs import (
     annealed_higher,
     class_nats,
     guide_signs,
-    model_signs,
-    of_classes,
     too_low_for_truth,
 )
 from pyro_vae.diagnostics.study import GAP, Finding
 from pyro_vae.inference.annealing import Annealing
 
-PARTS: dict[str, tuple[str, str]] = {
-    "globals": ("the guide of global latents", ADVICE),
-    "encoder": (
-        "the encoder",
-        "a larger encoder, fitted to training data and many draws of the model "
-        "(pyro_vae.refit_guide), or pyro_vae.refine for the rows that you analyze; if only some "
-        "rows are wrong, look at their inputs",
-    ),
-    "family": (
-        "the family of the guide",
-        "a richer posterior family (pyro_vae.refit_guide shows the gain)",
-    ),
-    "prior": ("the prior", "a richer prior, such as GaussianMixture, VampPrior or FlowPrior"),
-    "likelihood scale": (
-        "the scale of the likelihood",
-        "a learned or predicted scale, or a likelihood with heavier tails",
-    ),
-    "decoder": (
-        "the model: its decoder or its structure",
-        "a larger decoder, more latents, or KL warm-up and free bits if latents have collapsed",
-    ),
-    "data": (
-        "too little data",
-        "more data, or a smaller model if log p(x) of held-out data rises with it",
-    ),
-}
-"""The parts that can be at fault, in words, and what to try next."""
-
-OWN_GUIDE = {
-    "encoder": "a larger encoder in your guide, fitted again, or pyro_vae.refine for the rows that "
-    "you analyze; if only some rows are wrong, look at their inputs",
-    "family": "a richer family of the local latents in your guide",
-}
-"""What to try if the pair has global latents, which pyro_vae.refit_guide refuses."""
-
 TOGETHER = 0.3
 """Two estimates agree only if difference plus two errors is at most this many nats per example."""
-
-MINOR = 0.2
-"""Of two gaps, one that is less than this fraction of the other is not reported as a fault."""
-
-LEAST_GAPS, SMALL_GAP = 40, 0.1
-"""With fewer rows, or fewer nats per example, the two gaps do not overrule wrong means and scales.
-Refinement may stop some hundredths of a nat short, and the family would be blamed for them."""
-
-TOLD = 3
-"""Number of signs that the summary tells for each part."""
 
 FEW = 5
 """Number of unreliable rows that a finding names."""
@@ -88,160 +41,6 @@ NOT_LOOKED = (
     "calibration do; they need template(n) and time)"
 )
 """Why a number without a fault is not reliable."""
-
-
-@dataclass(frozen=True)
-class Blame:
-    """A part of the pair that is at fault."""
-
-    part: str
-    """A key of `PARTS`."""
-    nats: float | None
-    """Its size in nats per example, if a tool measured it."""
-    evidence: tuple[Sign, ...]
-    """What the tools found."""
-    own_guide: bool = False
-    """Whether the pair has global latents, so that `pyro_vae.refit_guide` refuses it."""
-
-    @property
-    def next(self) -> str:
-        """The one thing to try next."""
-        own = OWN_GUIDE.get(self.part) if self.own_guide else None
-        return own or PARTS[self.part][1]
-
-    @property
-    def words(self) -> str:
-        """The part, its size and the evidence in one sentence."""
-        size = "" if self.nats is None else f" ({self.nats:.2f} nats per example)"
-        told = list(dict.fromkeys(sign.words for sign in self.evidence))
-        more = f" (and {len(told) - TOLD} more)" if len(told) > TOLD else ""
-        return f"{PARTS[self.part][0]}{size}: {'; '.join(told[:TOLD])}{more}. Try {self.next}"
-
-    @property
-    def finding(self) -> Finding:
-        """The part of the summary."""
-        return Finding("fault", self.words, self.part)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the part, its size, its evidence and the advice for metrics.json."""
-        return {
-            "part": self.part,
-            "nats": self.nats,
-            "evidence": [sign._asdict() for sign in self.evidence],
-            "next": self.next,
-        }
-
-
-def blamed(results: Mapping[str, Any], more: Sequence[Sign] = ()) -> list[Blame]:
-    """Return the parts at fault, the largest first, with the signs ``more`` of single studies.
-
-    Faults of the guide go to encoder or family by the gaps, see `_guide_blames`. Faults of the
-    model are those of the studies that compare data with the model's own data.
-    """
-    found = _guide_blames(results)
-    by_part: dict[str, list[Sign]] = {}
-    if "model_check" in results:  # it does not charge faults of the guide to the prior
-        more = [sign for sign in more if sign.tool != "information"]
-    if any(_misses_mass(blame) for blame in found):  # replicates rest on weighted draws
-        more = [sign for sign in more if sign.tool != "predictive"]
-    for sign in (*model_signs(results), *more):
-        by_part.setdefault(sign.kind, []).append(sign)
-    for part, signs in by_part.items():
-        sizes = [sign.nats for sign in signs if sign.nats is not None]
-        found.append(Blame(part, max(sizes, default=None), tuple(signs)))
-    return sorted(found, key=lambda blame: -_size(blame))
-
-
-def of_globals(found: Finding) -> Blame:
-    """Return the fault that a finding on the guide of global latents describes."""
-    return Blame("globals", None, (Sign("globals", "global_nuts", found.words),))
-
-
-def _misses_mass(blame: Blame) -> bool:
-    return any(sign.kind == "mass" for sign in blame.evidence)
-
-
-def _size(blame: Blame) -> float:
-    if _misses_mass(blame):
-        return float("inf")  # all other numbers rest on its draws
-    return float("-inf") if blame.nats is None else blame.nats
-
-
-def _guide_blames(results: Mapping[str, Any]) -> list[Blame]:
-    """Return encoder or family, or both, for the signs that the guide is wrong.
-
-    A guide that misses a part of the posterior: the family. Else the gaps decide: what the
-    refinement of each datum cures is due to the encoder, and what remains is due to the family.
-    Without gaps, wrong means, scales and single rows are due to the encoder, and wrong correlations
-    and tails to the family. Weights of most rows that are not reliable, while nothing else is off,
-    show wrong tails.
-    """
-    signs = guide_signs(results)
-    mass = tuple(sign for sign in signs if sign.kind == "mass")
-    if mass:
-        return [Blame("family", mass[0].nats, tuple(signs))]
-    kinds = {sign.kind for sign in signs}
-    placed = "place" in kinds and "shape" not in kinds
-    if (shares := gap_shares(results)) and not (placed and too_small(results, shares)):
-        told, total = _gap_words(results), inference_gap(results)
-        parts = sorted(shares, key=lambda part: -shares[part])
-        evidence = {parts[0]: (told, *signs)}  # the signs are told once, with the larger part
-        return [Blame(p, shares[p] * total, evidence.get(p, (told,))) for p in parts]
-    if not signs:
-        return []
-    part = "encoder" if "place" in kinds or kinds == {"rows"} else "family"
-    size = inference_gap(results) if "gaps" in results else class_nats(results) or None
-    return [Blame(part, size, tuple(signs))]
-
-
-def too_small(results: Mapping[str, Any], shares: Mapping[str, float]) -> bool:
-    """Whether the gaps are so small, or of so few rows, that wrong means and scales tell more."""
-    small = inference_gap(results) < SMALL_GAP and max(shares, key=shares.__getitem__) == "family"
-    return small or len(results["gaps"].pareto_k) < LEAST_GAPS
-
-
-def gap_shares(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return the share of each gap that exceeds its error, by the part that causes it.
-
-    The errors hold the Monte Carlo error and the spread over rows.
-    """
-    found = results.get("gaps")
-    if found is None:
-        return {}
-    gaps = {"encoder": found.amortization, "family": found.approximation}
-    sizes = {
-        part: gap.value for part, gap in gaps.items() if gap.value > NATS + ERRORS * _error(gap)
-    }
-    if "class_gap" in results and of_classes(results["class_gap"]):
-        sizes["encoder"] = sizes.get("encoder", 0.0) + class_nats(results)
-    most = max(sizes.values(), default=0.0)
-    sizes = {part: size for part, size in sizes.items() if size >= MINOR * most}
-    return {part: size / sum(sizes.values()) for part, size in sizes.items()}
-
-
-def _error(gap: Any) -> float:
-    spread = gap.per_datum.std() / len(gap.per_datum) ** 0.5
-    return float((gap.standard_error**2 + spread**2) ** 0.5)
-
-
-def inference_gap(results: Mapping[str, Any]) -> float:
-    """Return the distance of log p(x) and the ELBO, in nats per example, from the most rows."""
-    found, weighed = results["gaps"], results.get("log_likelihood")
-    if weighed is None or len(weighed.per_datum) <= len(found.pareto_k):
-        return float(found.inference.value) + class_nats(results)
-    return float(weighed.value - weighed.elbo) + class_nats(results)
-
-
-def _gap_words(results: Mapping[str, Any]) -> Sign:
-    found = results["gaps"]
-    whole = found.amortization.value + found.approximation.value
-    share = min(max(found.amortization.value / whole, 0.0), 1.0) if whole > 0 else 0.0
-    given = f" given one draw of {', '.join(found.given)}" if found.given else ""
-    words = (
-        f"refining the guide of {len(found.pareto_k)} data{given} closes {100 * share:.0f} % "
-        "of the gap between ELBO and log p(x)"
-    )
-    return Sign("gaps", "gaps", words, inference_gap(results))
 
 
 def findings(
@@ -260,11 +59,12 @@ def findings(
         not_applicable: the studies that do not apply to the pair, and are not advised.
         shared: the global and group latents of the pair.
     """
-    blames = [replace(blame, own_guide=bool(shared)) for blame in blamed(results, more)]
+    found_faults = blamed(results, more, not_applicable)
+    blames = [replace(blame, own_guide=bool(shared)) for blame in found_faults]
     found = [blame.finding for blame in blames]
     parts = {blame.part for blame in blames}
     found += _on_guide(results, parts) + _on_model(results, parts)
-    mass = any(_misses_mass(blame) for blame in blames)
+    mass = any(misses_mass(blame) for blame in blames)
     found += _on_log_likelihood(results, rows, mass, "annealing" not in not_applicable)
     found += _on_annealing(results)
     return blames, found

@@ -56,9 +56,10 @@ def pareto_shape(log_weights: Tensor) -> Tensor:
     Arguments:
         log_weights: logarithms of the weights, of shape (n, S).
 
-    Returns a float64 tensor of shape (n,). An entry is infinite if a weight is infinite or NaN, if
-    all weights are 0, or if ties leave fewer than five weights above the rest. Raises `UsageError`
-    for fewer than 21 weights.
+    Returns a float64 tensor of shape (n,). An entry is 0 if the largest weight occurs five times or
+    more, as with discrete latents: such weights are bounded. It is infinite if a weight is infinite
+    or NaN, if all weights are 0, or if other ties leave fewer than five weights above the rest.
+    Raises `UsageError` for fewer than 21 weights.
 
     >>> steep = -(torch.arange(1, 1001) / 1001).log()[None]  # weights of Pareto shape 1
     >>> bool((pareto_shape(steep) - 1).abs() < 0.2)
@@ -104,7 +105,8 @@ def _fitted(greatest: Tensor) -> Tensor:
     excess = torch.where(inside, x.exp() - cutoff.exp(), 0.0)
     length = inside.sum(1)
     shape = _generalized_pareto(excess, length.clamp(min=1))
-    return torch.where(length > 4, shape, torch.inf)
+    bounded = (x == 0).sum(1) > 4
+    return torch.where(bounded, 0.0, torch.where(length > 4, shape, torch.inf))
 
 
 def _generalized_pareto(excess: Tensor, length: Tensor) -> Tensor:

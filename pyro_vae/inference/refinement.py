@@ -165,7 +165,7 @@ def refine(
     batch = joined(rows, prepare)
     parts = list(in_chunks(batch, REFINED_ROWS))
     whole = (*batch, torch.arange(len(batch[0]), device=batch[0].device))
-    _require_refinable(pair, tuple(part[:2] for part in parts[0]))
+    require_refinable(pair, tuple(part[:2] for part in parts[0]))
     ready = replace(prepare, binarize=False, whole=True)
     before = estimate(pair, Arrays(batch), ready, num_samples, seed, engine, False)
     with frozen(pair), seeded(seed), bar(progress, steps * len(parts), "refine", 2) as shown:
@@ -179,7 +179,7 @@ def refine(
     return Refinement(before, after, refined, whole)
 
 
-def _require_refinable(pair: nn.Module, few: Batch) -> None:
+def require_refinable(pair: nn.Module, few: Batch) -> None:
     """Raise `UsageError` before the bounds, which may take long."""
     with using(pair, 0):
         structure(pair, few)

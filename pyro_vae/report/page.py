@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pyro_vae.diagnostics.attribution import PARTS
 from pyro_vae.diagnostics.study import KINDS, REASONS
-from pyro_vae.diagnostics.verdict import PARTS
 from pyro_vae.pairs.figures import DPI
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import metrics as run_metrics

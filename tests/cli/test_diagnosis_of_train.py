@@ -12,9 +12,9 @@ import pyro_vae as pv
 from pyro_vae.cli.diagnosis import verdict_lines
 from pyro_vae.cli.main import main
 from pyro_vae.diagnostics import diagnosis, guide_studies, model_studies
+from pyro_vae.diagnostics.attribution import PARTS, Blame
 from pyro_vae.diagnostics.diagnosis import Diagnosis
 from pyro_vae.diagnostics.study import Finding
-from pyro_vae.diagnostics.verdict import PARTS, Blame
 
 TRAIN = (
     "train {data} --out {run} --likelihood gaussian --epochs 1 --batch-size 200 --latent-dim 2 "

@@ -6,8 +6,9 @@ import pytest
 import torch
 from verdict_helpers import annealed, checked, weights
 
+from pyro_vae.diagnostics.attribution import PARTS, Blame
 from pyro_vae.diagnostics.signs import annealed_difference
-from pyro_vae.diagnostics.verdict import PARTS, Blame, findings
+from pyro_vae.diagnostics.verdict import findings
 
 ROWS = torch.arange(200)
 ENCODER = (

@@ -17,13 +17,13 @@ from verdict_helpers import (
     weights,
 )
 
-from pyro_vae.diagnostics import signs, verdict
+from pyro_vae.diagnostics import attribution, signs, verdict
+from pyro_vae.diagnostics.attribution import Blame
 from pyro_vae.diagnostics.calibration import JOINT, LIKELIHOOD, Calibration
 from pyro_vae.diagnostics.gaps import PerDatum
 from pyro_vae.diagnostics.signs import Sign
 from pyro_vae.diagnostics.study import Finding
 from pyro_vae.diagnostics.two_samples import Difference, Separation
-from pyro_vae.diagnostics.verdict import Blame
 
 ROWS = torch.arange(1000, 2000)
 PLACE = {"calibration": ranks(mean=0.3)}
@@ -93,7 +93,7 @@ def test_a_part_is_told_with_its_evidence_and_its_advice(part):
 
 
 def test_all_parts_are_in_the_table():
-    assert verdict.PARTS == ADVICE
+    assert attribution.PARTS == ADVICE
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_three_signs_are_told(number, words):
 def test_the_fault_of_a_guide_of_global_latents_has_no_size():
     found = Finding("doubt", "it is off", "w")
     sign = Sign("globals", "global_nuts", "it is off")
-    assert verdict.of_globals(found) == Blame("globals", None, (sign,))
+    assert attribution.of_globals(found) == Blame("globals", None, (sign,))
 
 
 # Which part, and in which order
@@ -203,7 +203,7 @@ def test_the_size_without_a_gap_over_its_error_is_the_whole_gap():
 @pytest.mark.parametrize(("n", "size"), [(49, 0.4), (50, 0.4), (51, 0.8)])
 def test_the_gap_is_that_of_the_most_rows(n, size):
     results = {"gaps": gaps(0.3, 0.1, n=50), "log_likelihood": weights(gap=0.8, n=n)}
-    assert verdict.inference_gap(results) == pytest.approx(size)
+    assert attribution.inference_gap(results) == pytest.approx(size)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_the_error_of_a_gap_holds_the_spread_of_rows_and_the_monte_carlo_error(
     each = 0.2 + spread * n**0.5 * side / side.std()
     errors = torch.full((n,), error * n**0.5).double()
     found = gaps(n=n)._replace(amortization=PerDatum(each, errors))
-    assert verdict.gap_shares({"gaps": found}) == ({"encoder": 1.0} if blamed else {})
+    assert attribution.gap_shares({"gaps": found}) == ({"encoder": 1.0} if blamed else {})
 
 
 # What is said about each number

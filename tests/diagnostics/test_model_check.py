@@ -12,8 +12,9 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae.diagnostics import signs
 from pyro_vae.diagnostics.two_samples import (
-    dependence_statistics,
+    correlation_statistic,
     difference,
+    explained,
     scale_statistics,
     separation,
     some_columns,
@@ -73,17 +74,53 @@ def test_scales_of_residuals_by_hand():
     assert columns.item() == pytest.approx(by_column)
 
 
-def test_dependence_of_residuals_has_its_closed_form():
+def test_correlated_residuals_have_their_closed_form():
     torch.manual_seed(0)
-    z, e = torch.randn(20_000, 1).double(), torch.randn(20_000, 2).double()
+    e = torch.randn(20_000, 2).double()
     correlated = torch.stack([e[:, 0], 0.6 * e[:, 0] + 0.8 * e[:, 1]], 1)
-    joint, on_codes = dependence_statistics(1)(torch.cat([z, correlated], 1))
-    assert joint.item() == pytest.approx(-0.5 * torch.tensor(1 - 0.36).log().item(), rel=0.05)
-    assert on_codes.item() < 1e-3
-    explained = torch.stack([0.6 * z[:, 0] + 0.8 * e[:, 0], e[:, 1]], 1)
-    joint, on_codes = dependence_statistics(1)(torch.cat([z, explained], 1))
-    assert joint.item() < 1e-3
-    assert on_codes.item() == pytest.approx(-0.5 * torch.tensor(1 - 0.36).log().item(), rel=0.05)
+    wanted = -0.5 * torch.tensor(1 - 0.36).log().item()
+    assert correlation_statistic(correlated).item() == pytest.approx(wanted, rel=0.05)
+    assert correlation_statistic(3 * correlated + 1).item() == pytest.approx(wanted, rel=0.05)
+    assert correlation_statistic(e).item() < 1e-3
+
+
+Z = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0)).double()
+
+
+@pytest.mark.parametrize(
+    ("effect", "nats"),
+    [
+        (torch.zeros(20_000), 0.0),
+        (torch.full((20_000,), 0.7), 0.5 * 0.49),
+        (2 * Z[:, 0], 0.5 * 4),
+        (Z[:, 0].square() - Z[:, 1].square(), 0.5 * 4),
+        (Z[:, 0] * Z[:, 1], 0.5),
+    ],
+    ids=["nothing", "a constant", "a line", "squares", "a product"],
+)
+@pytest.mark.parametrize("holes", [False, True])
+def test_what_codes_explain_is_half_of_its_mean_square(effect, nats, holes):
+    """A mean that is off by a(z) costs E[a(z)^2] / 2 nats, and the rest keeps its scale."""
+    torch.manual_seed(1)
+    residuals = 1.5 * torch.randn(20_000, 2).double()
+    residuals[:, 0] += effect
+    if holes:
+        residuals[:10_000, 0], nats = torch.nan, nats / 2
+    gain, left = explained(Z, residuals)
+    assert gain.item() == pytest.approx(nats, rel=0.1, abs=0.02)
+    assert left.square().nanmean(0).tolist() == pytest.approx([2.25, 2.25], rel=0.03)
+    assert torch.equal(left.isnan(), residuals.isnan())
+
+
+@pytest.mark.parametrize("causes", [0, 3, 40])
+def test_regression_on_noise_gains_nothing_on_average(causes):
+    """Also with more terms than a quarter of the rows, which are then left out."""
+    torch.manual_seed(0)
+    both = [explained(torch.randn(100, causes), 2 * torch.randn(100, 5)) for _ in range(200)]
+    gains = torch.stack([gain for gain, _ in both])
+    assert abs(gains.mean()) < 4 * gains.std() / 200**0.5
+    left = torch.stack([left.square().mean() for _, left in both])
+    assert left.mean().item() == pytest.approx(4, rel=0.02)
 
 
 def test_a_difference_is_standard_normal_under_equal_distributions():

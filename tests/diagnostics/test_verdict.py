@@ -17,7 +17,7 @@ from verdict_helpers import (
     weights,
 )
 
-from pyro_vae.diagnostics import signs, verdict
+from pyro_vae.diagnostics import attribution, signs, verdict
 from pyro_vae.diagnostics.signs import Sign
 
 ROWS = torch.arange(1000, 2000)
@@ -286,7 +286,7 @@ def test_the_size_is_the_gap_of_the_most_rows_in_the_shares_of_the_refined_ones(
         "encoder": pytest.approx(0.6),
         "family": pytest.approx(0.2),
     }
-    assert verdict.inference_gap({"gaps": gaps(0.3, 0.1)}) == pytest.approx(0.4)
+    assert attribution.inference_gap({"gaps": gaps(0.3, 0.1)}) == pytest.approx(0.4)
 
 
 def test_codes_beside_the_prior_by_kl_parts_count_only_without_a_model_check():

@@ -9,7 +9,7 @@ import torch
 from bad_input_helpers import binary, refused, small
 
 import pyro_vae as pv
-from pyro_vae.diagnostics.verdict import PARTS
+from pyro_vae.diagnostics.attribution import PARTS
 from pyro_vae.report.page import shown_verdict
 from pyro_vae.runs import metrics as run_metrics
 

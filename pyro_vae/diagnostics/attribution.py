@@ -1,0 +1,254 @@
+"""Which part of a pair is at fault, by how many nats, and what to try next.
+
+The rules are in docs/diagnostics/verdict.md, and `tests/diagnostics/test_blame.py` holds each of
+them.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyro_vae.diagnostics.global_studies import ADVICE
+from pyro_vae.diagnostics.signs import (
+    ERRORS,
+    NATS,
+    Sign,
+    class_nats,
+    guide_signs,
+    model_signs,
+    of_classes,
+)
+from pyro_vae.diagnostics.study import Finding
+
+PARTS: dict[str, tuple[str, str]] = {
+    "globals": ("the guide of global latents", ADVICE),
+    "encoder": (
+        "the encoder",
+        "a larger encoder, fitted to training data and many draws of the model "
+        "(pyro_vae.refit_guide), or pyro_vae.refine for the rows that you analyze; if only some "
+        "rows are wrong, look at their inputs",
+    ),
+    "family": (
+        "the family of the guide",
+        "a richer posterior family (pyro_vae.refit_guide shows the gain)",
+    ),
+    "prior": ("the prior", "a richer prior, such as GaussianMixture, VampPrior or FlowPrior"),
+    "likelihood scale": (
+        "the scale of the likelihood",
+        "a learned or predicted scale, or a likelihood with heavier tails",
+    ),
+    "decoder": (
+        "the model: its decoder or its structure",
+        "a larger decoder, more latents, or KL warm-up and free bits if latents have collapsed",
+    ),
+    "data": (
+        "too little data",
+        "more data, or a smaller model if log p(x) of held-out data rises with it",
+    ),
+}
+"""The parts that can be at fault, in words, and what to try next."""
+
+OWN_GUIDE = {
+    "encoder": "a larger encoder in your guide, fitted again, or pyro_vae.refine for the rows that "
+    "you analyze; if only some rows are wrong, look at their inputs",
+    "family": "a richer family of the local latents in your guide",
+}
+"""What to try if the pair has global latents, which pyro_vae.refit_guide refuses."""
+
+MINOR = 0.2
+"""Of two gaps, one that is less than this fraction of the other is not reported as a fault."""
+
+LEAST_GAPS, SMALL_GAP = 40, 0.1
+"""With fewer rows, or fewer nats per example, the two gaps do not overrule wrong means and scales.
+Refinement may stop some hundredths of a nat short, and the family would be blamed for them."""
+
+TOLD = 3
+"""Number of signs that the summary tells for each part."""
+
+
+@dataclass(frozen=True)
+class Blame:
+    """A part of the pair that is at fault."""
+
+    part: str
+    """A key of `PARTS`."""
+    nats: float | None
+    """Its size in nats per example, if a tool measured it."""
+    evidence: tuple[Sign, ...]
+    """What the tools found."""
+    own_guide: bool = False
+    """Whether the pair has global latents, so that `pyro_vae.refit_guide` refuses it."""
+
+    @property
+    def next(self) -> str:
+        """The one thing to try next."""
+        own = OWN_GUIDE.get(self.part) if self.own_guide else None
+        return own or PARTS[self.part][1]
+
+    @property
+    def words(self) -> str:
+        """The part, its size and the evidence in one sentence."""
+        size = "" if self.nats is None else f" ({self.nats:.2f} nats per example)"
+        told = list(dict.fromkeys(sign.words for sign in self.evidence))
+        more = f" (and {len(told) - TOLD} more)" if len(told) > TOLD else ""
+        return f"{PARTS[self.part][0]}{size}: {'; '.join(told[:TOLD])}{more}. Try {self.next}"
+
+    @property
+    def finding(self) -> Finding:
+        """The part of the summary."""
+        return Finding("fault", self.words, self.part)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the part, its size, its evidence and the advice for metrics.json."""
+        return {
+            "part": self.part,
+            "nats": self.nats,
+            "evidence": [sign._asdict() for sign in self.evidence],
+            "next": self.next,
+        }
+
+
+def blamed(
+    results: Mapping[str, Any], more: Sequence[Sign] = (), not_applicable: Collection[str] = ()
+) -> list[Blame]:
+    """Return the parts at fault, the largest first, with the signs ``more`` of single studies.
+
+    Faults of the guide go to encoder or family by the gaps, see `_guide_blames`. Faults of the
+    model are those of the studies that compare data with the model's own data.
+    """
+    refinable = "gaps" not in not_applicable
+    found = _guide_blames(results) if refinable else _blames_of_discrete(results)
+    by_part: dict[str, list[Sign]] = {}
+    if "model_check" in results:  # it does not charge faults of the guide to the prior
+        more = [sign for sign in more if sign.tool != "information"]
+    if any(misses_mass(blame) for blame in found):  # replicates rest on weighted draws
+        more = [sign for sign in more if sign.tool != "predictive"]
+    for sign in (*model_signs(results), *more):
+        by_part.setdefault(sign.kind, []).append(sign)
+    for part, signs in by_part.items():
+        sizes = [sign.nats for sign in signs if sign.nats is not None]
+        found.append(Blame(part, max(sizes, default=None), tuple(signs)))
+    return sorted(found, key=lambda blame: -_size(blame))
+
+
+def of_globals(found: Finding) -> Blame:
+    """Return the fault that a finding on the guide of global latents describes."""
+    return Blame("globals", None, (Sign("globals", "global_nuts", found.words),))
+
+
+def misses_mass(blame: Blame) -> bool:
+    return any(sign.kind == "mass" for sign in blame.evidence)
+
+
+def _size(blame: Blame) -> float:
+    if misses_mass(blame):
+        return float("inf")  # all other numbers rest on its draws
+    return float("-inf") if blame.nats is None else blame.nats
+
+
+def _guide_blames(results: Mapping[str, Any]) -> list[Blame]:
+    """Return encoder or family, or both, for the signs that the guide is wrong.
+
+    A guide that misses a part of the posterior: the family. Else the gaps decide: what the
+    refinement of each datum cures is due to the encoder, and what remains is due to the family.
+    Without gaps, wrong means, scales and single rows are due to the encoder, and wrong correlations
+    and tails to the family. Weights of most rows that are not reliable, while nothing else is off,
+    show wrong tails.
+    """
+    signs = guide_signs(results)
+    mass = tuple(sign for sign in signs if sign.kind == "mass")
+    if mass:
+        return [Blame("family", mass[0].nats, tuple(signs))]
+    kinds = {sign.kind for sign in signs}
+    placed = "place" in kinds and "shape" not in kinds
+    if (shares := gap_shares(results)) and not (placed and too_small(results, shares)):
+        told, total = _gap_words(results), inference_gap(results)
+        parts = sorted(shares, key=lambda part: -shares[part])
+        evidence = {parts[0]: (told, *signs)}  # the signs are told once, with the larger part
+        return [Blame(p, shares[p] * total, evidence.get(p, (told,))) for p in parts]
+    if not signs:
+        return []
+    part = "encoder" if "place" in kinds or kinds == {"rows"} else "family"
+    size = inference_gap(results) if "gaps" in results else class_nats(results) or None
+    return [Blame(part, size, tuple(signs))]
+
+
+def _blames_of_discrete(results: Mapping[str, Any]) -> list[Blame]:
+    """Return encoder or family for a guide without latents that can be refined, such as discrete
+    ones: no tool has gaps.
+
+    If log p(x) is reliable, its distance from the ELBO is itself the sign. A table of probabilities
+    can be any q, so bad weights of most rows are the encoder's too; only a wrong joint density is
+    the family's.
+    """
+    signs = guide_signs(results)
+    mass = tuple(sign for sign in signs if sign.kind == "mass")
+    if not mass and (far := _far_from_log_likelihood(results)) is not None:
+        signs = [far, *signs]
+    if not signs:
+        return []
+    part = "family" if mass or {sign.kind for sign in signs} == {"shape"} else "encoder"
+    sizes = [sign.nats for sign in mass or signs if sign.nats is not None]
+    return [Blame(part, max(sizes, default=None), tuple(signs))]
+
+
+def _far_from_log_likelihood(results: Mapping[str, Any]) -> Sign | None:
+    found = results.get("log_likelihood")
+    if found is None or bool(found.unreliable.any() | (found.infinite_weights > 0).any()):
+        return None
+    gap = found.value - found.elbo
+    error = (found.total_error**2 + found.elbo_standard_error**2) ** 0.5
+    if not gap > NATS + ERRORS * error:
+        return None
+    words = f"the ELBO is {gap:.2f} ± {error:.2f} nats below log p(x)"
+    return Sign("place", "log_likelihood", words, gap)
+
+
+def too_small(results: Mapping[str, Any], shares: Mapping[str, float]) -> bool:
+    """Whether the gaps are so small, or of so few rows, that wrong means and scales tell more."""
+    small = inference_gap(results) < SMALL_GAP and max(shares, key=shares.__getitem__) == "family"
+    return small or len(results["gaps"].pareto_k) < LEAST_GAPS
+
+
+def gap_shares(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the share of each gap that exceeds its error, by the part that causes it.
+
+    The errors hold the Monte Carlo error and the spread over rows.
+    """
+    found = results.get("gaps")
+    if found is None:
+        return {}
+    gaps = {"encoder": found.amortization, "family": found.approximation}
+    sizes = {
+        part: gap.value for part, gap in gaps.items() if gap.value > NATS + ERRORS * _error(gap)
+    }
+    if "class_gap" in results and of_classes(results["class_gap"]):
+        sizes["encoder"] = sizes.get("encoder", 0.0) + class_nats(results)
+    most = max(sizes.values(), default=0.0)
+    sizes = {part: size for part, size in sizes.items() if size >= MINOR * most}
+    return {part: size / sum(sizes.values()) for part, size in sizes.items()}
+
+
+def _error(gap: Any) -> float:
+    spread = gap.per_datum.std() / len(gap.per_datum) ** 0.5
+    return float((gap.standard_error**2 + spread**2) ** 0.5)
+
+
+def inference_gap(results: Mapping[str, Any]) -> float:
+    """Return the distance of log p(x) and the ELBO, in nats per example, from the most rows."""
+    found, weighed = results["gaps"], results.get("log_likelihood")
+    if weighed is None or len(weighed.per_datum) <= len(found.pareto_k):
+        return float(found.inference.value) + class_nats(results)
+    return float(weighed.value - weighed.elbo) + class_nats(results)
+
+
+def _gap_words(results: Mapping[str, Any]) -> Sign:
+    found = results["gaps"]
+    whole = found.amortization.value + found.approximation.value
+    share = min(max(found.amortization.value / whole, 0.0), 1.0) if whole > 0 else 0.0
+    given = f" given one draw of {', '.join(found.given)}" if found.given else ""
+    words = (
+        f"refining the guide of {len(found.pareto_k)} data{given} closes {100 * share:.0f} % "
+        "of the gap between ELBO and log p(x)"
+    )
+    return Sign("gaps", "gaps", words, inference_gap(results))
