@@ -14,6 +14,7 @@ from pyro_vae.diagnostics.two_samples import (
     WIDEST,
     Difference,
     Separation,
+    clipped,
     correlation_statistic,
     difference,
     explained,
@@ -351,7 +352,8 @@ def _differences(data: Side, own: Side, seed: int) -> dict[str, Difference | Non
     found: dict[str, Difference | None] = dict.fromkeys(DIFFERENCES)
     if data.residuals is None or own.residuals is None:
         return found
-    first, second = map(_causes_and_residuals, (data, own))
+    residuals = clipped(data.residuals, own.residuals)
+    first, second = map(_causes_and_residuals, (data, own), residuals)
     width = first.shape[1] - data.residuals.shape[1]
     columns = width + some_columns(data.residuals.shape[1], seed)
 
@@ -364,8 +366,7 @@ def _differences(data: Side, own: Side, seed: int) -> dict[str, Difference | Non
     return found if data.scaled else found | dict.fromkeys(DIFFERENCES[:3])
 
 
-def _causes_and_residuals(side: Side) -> Tensor:
+def _causes_and_residuals(side: Side, residuals: Tensor) -> Tensor:
     """Return codes and context, which should not explain residuals, and the residuals."""
-    assert side.residuals is not None
     codes = torch.cat([*side.codes.values(), side.context[:, :0]], 1)
-    return torch.cat([codes[:, :WIDEST], side.context, side.residuals], 1).float()
+    return torch.cat([codes[:, :WIDEST], side.context, residuals], 1).float()

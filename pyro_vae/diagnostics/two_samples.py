@@ -19,6 +19,9 @@ WIDEST = 30
 SQUARES = 10
 """With at most this many columns, the classifier also sees their products."""
 
+CLIP, NORMAL_MEDIAN = 10, 0.6745
+"""Residuals are clipped at so many deviations; the median of the size of a standard normal."""
+
 
 class Difference(NamedTuple):
     """How much a number differs between two samples."""
@@ -129,6 +132,18 @@ def correlation_statistic(residuals: Tensor) -> Tensor:
     r = (r - r.mean(0)) / r.std(0).clamp(min=1e-12)
     c = r.T @ r / (len(r) - 1) + 1e-9 * torch.eye(r.shape[1], dtype=r.dtype)
     return -0.5 * torch.linalg.slogdet(c)[1]
+
+
+def clipped(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Clip standardized residuals of both samples at `CLIP` deviations, or as many times the robust
+    deviation of a column in either sample if this is larger.
+
+    An element that a model predicts almost surely, such as a background pixel, has residuals near 0
+    and rarely one of 1,000. Their mean square says nothing.
+    """
+    medians = [side.abs().nanmedian(0).values.nan_to_num(0.0) for side in (first, second)]
+    limit = CLIP * (torch.maximum(*medians) / NORMAL_MEDIAN).clamp(min=1)
+    return first.clamp(-limit, limit), second.clamp(-limit, limit)
 
 
 def explained(causes: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae.diagnostics import signs
 from pyro_vae.diagnostics.two_samples import (
+    clipped,
     correlation_statistic,
     difference,
     explained,
@@ -121,6 +122,21 @@ def test_regression_on_noise_gains_nothing_on_average(causes):
     assert abs(gains.mean()) < 4 * gains.std() / 200**0.5
     left = torch.stack([left.square().mean() for _, left in both])
     assert left.mean().item() == pytest.approx(4, rel=0.02)
+
+
+def test_residuals_are_clipped_at_ten_robust_deviations_of_both_samples():
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 5000, 3).double()
+    first[:, 1] *= 100  # a scale that is far off stays
+    second[:, 2] = 0.0
+    second[0, 2], first[0, 2], first[1, 2] = 1000.0, -12.0, torch.nan
+    one, other = clipped(first, second)
+    assert torch.equal(one[:, :2], first[:, :2])
+    assert torch.equal(other[:, :2], second[:, :2])
+    assert (other[0, 2], one[0, 2]) == (10, -10)
+    assert one[1, 2].isnan()
+    nothing = torch.full((50, 1), torch.nan)
+    assert clipped(nothing, nothing)[0].isnan().all()
 
 
 def test_a_difference_is_standard_normal_under_equal_distributions():

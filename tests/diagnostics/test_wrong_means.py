@@ -1,5 +1,7 @@
 """A wrong mean of an element is the decoder's fault, although it also makes residuals larger."""
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from exact import LinearGaussian
@@ -66,3 +68,32 @@ def test_a_wrong_noise_is_charged_to_the_scale_first(noise, side):
 
 def test_the_exact_pair_has_no_fault():
     assert checked(nothing)[1] == []
+
+
+def test_an_element_that_is_almost_sure_does_not_hide_the_others():
+    """One more element has residuals near 0, and rarely a large one, as background pixels have."""
+
+    class WithBackground(LinearGaussian):
+        def model(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+                loc = torch.cat([z @ self.weight.T, x.new_zeros(len(x), 1)], 1)
+                scale = torch.tensor([*[NOISE] * 6, 1e-4]).double()
+                pyro.sample("x", dist.Normal(loc, scale).to_event(1), obs=x)
+
+        def guide(self, x):
+            super().guide(x[:, :6])
+
+        def template(self, n):
+            return (torch.zeros(n, 7).double(),)
+
+    torch.manual_seed(0)
+    z = torch.randn(400, 2).double()
+    x = z @ WEIGHT.T.double() + NOISE * torch.randn(400, 6)
+    x[:, 5] += 0.5
+    background = torch.zeros(400, 1).double()
+    background[:2] = 1.0  # 10,000 deviations
+    pair = WithBackground(WEIGHT.double(), NOISE)
+    found = pv.model_check(pair, torch.cat([x, background], 1), num_samples=50, progress=False)
+    assert found.regression.deviations > 5
+    assert found.regression.value == pytest.approx(0.9, abs=0.3)
