@@ -42,6 +42,9 @@ LEAST_ANNEALED = 5
 ROWS, LEAST_BAD = 0.01, 3
 """Unreliable rows are a sign if they are at least this fraction of the data, and this many."""
 
+MANY = 0.2
+"""If this fraction of the rows is unreliable, and nothing else is off, the tails of q are light."""
+
 NATS = 0.02
 """A part of this many nats per example, or less, is not reported as a fault."""
 
@@ -61,7 +64,7 @@ class Sign(NamedTuple):
 
     kind: str
     """Of the guide: "place" (mean or scale), "shape" (correlations, tails), "rows" (some rows
-    only), "tails" (most rows), "mass" (a part of the posterior is missed). Of the model: a part of
+    only), "tails" (many rows), "mass" (a part of the posterior is missed). Of the model: a part of
     `PARTS`."""
     tool: str
     """The name of the study."""
@@ -160,7 +163,7 @@ def _of_weights(found: Any) -> list[Sign]:
         return []
     percent = 100 * over / len(found.unreliable)
     words = f"importance weights of {over} data ({percent:.0f} %) are not reliable"
-    kind = "tails" if 2 * over >= len(found.unreliable) else "rows"
+    kind = "tails" if over >= MANY * len(found.unreliable) else "rows"
     return [Sign(kind, "log_likelihood", words)]
 
 

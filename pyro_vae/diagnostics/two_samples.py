@@ -157,7 +157,7 @@ def explained(causes: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
     n, holes = len(residuals), residuals.isnan()
     q, _ = torch.linalg.qr(_terms(causes)[:, : n // 4])
     seen = n - holes.sum(0)
-    slopes = q.T @ residuals.nan_to_num(0.0) * (n / seen.clamp(min=1))
+    slopes = q.T @ residuals.nan_to_num(0.0) * (n / seen)
     chance = q.shape[1] / seen.clamp(min=2 * q.shape[1])
     left = torch.addmm(residuals, q, slopes, alpha=-1).mul_((1 - chance).rsqrt())
     gained = residuals.square().nansum() - left.square().nansum()
@@ -166,7 +166,6 @@ def explained(causes: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
 
 def _terms(causes: Tensor) -> Tensor:
     z = causes - causes.mean(0)
-    z = z / z.square().mean(0).sqrt().clamp(min=1e-12)
     first, second = torch.triu_indices(width := z.shape[1], width, 1)
     products = z[:, first] * z[:, second] if width <= SQUARES else z[:, :0]
     return torch.cat([z.new_ones(len(z), 1), z, z.square(), products], 1)
