@@ -210,8 +210,8 @@ def test_nothing_is_left_after_a_run(tmp_path):
             exchange = Exchange(parameters(), here())
             kept = exchange.parameters
             exchange.begin(1, stop=False)
+            kept[0].grad = torch.ones(7, 3)
             exchange()
-            here().gather(open_files)
             during = open_files()
             exchange.close()
             del exchange
