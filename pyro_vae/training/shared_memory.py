@@ -31,7 +31,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -217,4 +217,6 @@ def _received(link: socket.socket, size: int, key: bytes) -> mmap.mmap:
 
 def _close(links: list[socket.socket]) -> None:
     for link in links:
+        with suppress(OSError):  # it is closed already
+            link.shutdown(socket.SHUT_RDWR)  # also for workers of a loader, which inherited it
         link.close()

@@ -249,14 +249,20 @@ def test_a_killed_process_ends_the_others_and_leaves_nothing(dead, tmp_path):
 
 
 def test_a_process_that_leaves_ends_the_others(tmp_path):
-    """It does not need to die: an error between two steps closes the exchange."""
+    """It does not need to die, nor its children, such as workers of a loader."""
 
     def work(rank):
         exchange = Exchange(parameters(), here())
         steps(exchange, rank)
         if rank == 2:
+            child = os.fork()
+            if child == 0:
+                time.sleep(SECONDS)
+                os._exit(0)
             exchange.close()
             here().gather(lambda: None)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
             return ""
         with pytest.raises(pv.UsageError) as error:
             steps(exchange, rank)
