@@ -1,14 +1,15 @@
 """Several processes against one: examples per second, and a run whose process is killed.
 
-    python benchmarks/many_processes.py speed --rounds 5     # 1 and 2 processes of one thread each
+    python benchmarks/many_processes.py speed --batch 256    # 1 and 2 processes of one thread each
     python benchmarks/many_processes.py kills --kills 5      # one of 2 processes is killed 5 times
     python benchmarks/many_processes.py nodes                # two "nodes" of one process each
     python benchmarks/many_processes.py gradients            # those of 2 and 4 processes against 1
 
-``speed`` alternates the two, so that the load of the machine affects both. ``kills`` starts
-torchrun with ``--max-restarts`` and kills a process at random times. It compares the result with
-that of a run without kills, whose rows must have the order that seed and epoch give. ``gradients``
-fixes the noise of each row.
+``speed`` alternates one process, two that share memory, and two that use gloo, every few epochs. It
+counts only epochs in which other programs used less than a tenth of a core, if there are any.
+``kills`` starts torchrun with ``--max-restarts`` and kills a process at random times. It compares
+the result with that of a run without kills, whose rows must have the order that seed and epoch
+give. ``gradients`` fixes the noise of each row.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import statistics
@@ -23,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +34,11 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae.data.order import order
-from pyro_vae.pairs.processes import Team, here, join_processes, restarts
+from pyro_vae.pairs.processes import Team, here, join_processes, restarts, single
 
 ROWS, WIDTH, BATCH, EPOCHS = 20_000, 784, 256, 3
+
+WAYS = ("one process", "two processes, shared memory", "two processes, gloo")
 
 
 def port() -> int:
@@ -57,30 +63,83 @@ def joined() -> None:
 
 
 def train(out: Path) -> None:
-    """Train a VAE of 784-400-20, and write the seconds of each epoch."""
+    """Train a VAE, and write the seconds of each epoch."""
     joined()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     assert here().count == int(os.environ.get("WORLD_SIZE", "1"))
-    x = torch.rand(ROWS, WIDTH).round()
-    vae = pv.VAE.mlp((WIDTH,), latent_dim=20, hidden=(400, 400))
-    history = pv.fit(vae, x, epochs=EPOCHS, batch_size=BATCH, engine="traced", progress=False)
+    seconds = fitted(BATCH, (400, 400), EPOCHS)[0]
     if here().first:
-        out.write_text(json.dumps([epoch.seconds for epoch in history.epochs[1:]]))
+        out.write_text(json.dumps(seconds))
 
 
-def speed(rounds: int) -> None:
-    found: dict[int, list[float]] = {1: [], 2: []}
+def fitted(
+    batch: int, hidden: tuple[int, ...], epochs: int, pids: Sequence[int] = ()
+) -> tuple[list[float], list[float]]:
+    """The seconds of each epoch but the first, and the cores that other programs used in it."""
+    torch.manual_seed(0)
+    x = torch.rand(ROWS, WIDTH).round()
+    vae = pv.VAE.mlp((WIDTH,), latent_dim=20, hidden=hidden)
+    marks: list[tuple[float, float]] = []
+    options = {"epochs": epochs, "batch_size": batch, "engine": "traced", "progress": False}
+    history = pv.fit(vae, x, on_epoch=[lambda _: marks.append(others(pids))], **options)
+    pairs = zip(marks[1:], marks, strict=False)
+    used = [(a[0] - b[0]) / (a[1] - b[1]) for a, b in pairs]
+    return [epoch.seconds for epoch in history.epochs[1:]], used
+
+
+def others(pids: Sequence[int]) -> tuple[float, float]:
+    """The seconds of all cores that programs other than these have used, and the time (Linux)."""
+    if not Path("/proc/stat").exists():
+        return 0.0, time.perf_counter()
+    user, nice, system, _, _, *interrupts = map(int, _words("/proc/stat")[1:9])
+    own = sum(sum(map(int, _words(f"/proc/{pid}/stat")[13:15])) for pid in pids)
+    ticks = user + nice + system + sum(interrupts) - own
+    return ticks / os.sysconf("SC_CLK_TCK"), time.perf_counter()
+
+
+def _words(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()[0].split()
+
+
+def alternate(out: Path, batch: int, hidden: tuple[int, ...], rounds: int) -> None:
+    """Two processes train in turn: the first one alone, both in shared memory, both by gloo."""
+    joined()
+    torch.set_num_threads(1)
+    team, found = here(), []
+    pids = [*team.gather(os.getpid), os.getppid()]  # torchrun, too
+    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for _ in range(rounds):
+        for way in WAYS:
+            alone = way == "one process"
+            if way == "two processes, gloo":  # the memory has a size, which is refused
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, whole[1]))
+            with single() if alone else nullcontext():
+                if team.first or not alone:
+                    # Only the first process calls `on_epoch`, and has the use by other programs.
+                    pairs = zip(*fitted(batch, hidden, EPOCHS, pids), strict=False)
+                    found += [(way, ROWS / seconds, used) for seconds, used in pairs]
+            resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+            team.gather(lambda: None)
+    if team.first:
+        out.write_text(json.dumps(found))
+
+
+def speed(batch: int, hidden: tuple[int, ...], rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(rounds):
-            for count, rates in found.items():
-                out = Path(folder) / "seconds.json"
-                assert torchrun(count, ["train", str(out)]).wait() == 0
-                rates += [ROWS / seconds for seconds in json.loads(out.read_text())]
-    for count, rates in found.items():
-        print(f"{count} processes: median {statistics.median(rates):.0f}, best {max(rates):.0f} /s")
-    print(f"ratio of medians {statistics.median(found[2]) / statistics.median(found[1]):.2f}")
-    print(f"ratio of the best {max(found[2]) / max(found[1]):.2f}")
+        out = Path(folder) / "rates.json"
+        words = ["alternate", str(out), "--batch", str(batch), "--rounds", str(rounds)]
+        assert torchrun(2, [*words, "--hidden", *map(str, hidden)]).wait() == 0
+        found = json.loads(out.read_text())
+    one = None
+    for way in WAYS:
+        measured = [(rate, used) for name, rate, used in found if name == way]
+        quiet = [(rate, used) for rate, used in measured if used < 0.1] or measured
+        rate, used = (statistics.median(column) for column in zip(*quiet, strict=True))
+        one = one or rate
+        print(
+            f"batch {batch}, {way}: median {rate:.0f}/s, {rate / one:.2f} times one process "
+            f"({len(quiet)} epochs; other programs used {used:.2f} cores)"
+        )
 
 
 KILL_ROWS, KILL_EPOCHS, KILL_BATCH = 300, 40, 16
@@ -218,7 +277,7 @@ def nodes() -> None:
         print("two nodes: finished,", json.loads(Path(out[0]).read_text()), "seconds by epoch")
 
 
-CHOICES = ["speed", "kills", "nodes", "gradients", "train", "killed", "gradient"]
+CHOICES = ["speed", "kills", "nodes", "gradients", "alternate", "train", "killed", "gradient"]
 """The trials, and what their processes run."""
 
 
@@ -226,11 +285,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=CHOICES)
     parser.add_argument("out", nargs="?", type=Path)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[400, 400])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kills", type=int, default=5)
     given = parser.parse_args()
     if given.what == "speed":
-        speed(given.rounds)
+        speed(given.batch, tuple(given.hidden), given.rounds)
+    elif given.what == "alternate":
+        alternate(given.out, given.batch, tuple(given.hidden), given.rounds)
     elif given.what == "kills":
         kills(given.kills)
     elif given.what == "nodes":

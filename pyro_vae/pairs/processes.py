@@ -96,7 +96,7 @@ def lost() -> Iterator[None]:
     """Raise `UsageError` if another process has gone."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise UsageError(
             f"another process of this run has ended or does not answer ({first_line(error)[:120]})"
         ) from error

@@ -38,8 +38,8 @@ def train(run: TrainingRun, state: TrainState, own: ExitStack) -> History:
     Arguments:
         own: holds the run's parameter store and generators, which it puts away for other threads.
     """
-    pace, exchange = Pace(run.settings.checkpoint_seconds, len(state.epochs)), exchange_of(run)
-    with signals() as stop, _board(run) as board:
+    pace = Pace(run.settings.checkpoint_seconds, len(state.epochs))
+    with signals() as stop, _board(run) as board, exchange_of(run) as exchange:
         seen_by = (*run.on_epoch, *board) if run.team.first else ()
         if not state.epochs and not state.batches:
             write(run, state)

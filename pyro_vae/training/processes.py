@@ -15,25 +15,37 @@ from pyro_vae.data.sources import Source
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import rng
 from pyro_vae.pairs.processes import Team, lost
+from pyro_vae.training.shared_memory import shared_sum
 from pyro_vae.training.state import Sums, TrainState, no_sums
 
 
 class Exchange:
-    """Adds up the gradients of all processes, in one flat all-reduce outside of the graph.
+    """Adds up the gradients of all processes, as one flat vector, outside of the graph.
 
-    The same message holds the number of rows, and says whether a process was asked to stop or has
-    failed. So all processes stop after the same step.
+    The vector also holds the number of rows, and says whether a process was asked to stop or has
+    failed. So all processes stop after the same step. Processes on one CPU machine add up the
+    vectors in memory that they share, all others by an all-reduce of torch.distributed.
     """
 
-    def __init__(self, parameters: list[Tensor]) -> None:
+    def __init__(self, parameters: list[Tensor], team: Team) -> None:
         self.parameters = parameters
-        like = max(parameters, key=lambda p: torch.finfo(p.dtype).bits)
-        self.sizes = [p.numel() for p in parameters]
-        self.flat = torch.zeros(
-            sum(self.sizes) + len(parameters) + 3, dtype=like.dtype, device=like.device
-        )
+        dtype = torch.float32  # bfloat16 cannot count 257 rows
+        for p in parameters:
+            dtype = torch.promote_types(dtype, p.dtype)
+        sizes = [*(p.numel() for p in parameters), 3 + len(parameters)]
+        flat = torch.zeros(sum(sizes), dtype=dtype, device=parameters[0].device)
+        self.shared = shared_sum(flat, team)
+        self.flat = flat if self.shared is None else self.shared.own
+        *gradients, self._told = self.flat.split(sizes)
+        self._gradients = [g.view(p.shape) for g, p in zip(gradients, parameters, strict=True)]
         self.rows, self.stop, self.failed = 0, False, False
         self.done = True
+
+    def close(self) -> None:
+        """Give back the shared memory, and tell the processes that still wait for this one."""
+        self.clear()  # the gradients are views of the memory
+        if self.shared is not None:
+            self.shared.close()
 
     def begin(self, rows: int, stop: bool) -> None:
         """Start a step of so many rows in this process; ``stop`` asks all processes to stop."""
@@ -55,27 +67,23 @@ class Exchange:
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """Replace the gradients by their sums over all processes, and return the global norm."""
-        gradients, present, flags = self._views()
-        for view, parameter in zip(gradients, self.parameters, strict=True):
+        for view, parameter in zip(self._gradients, self.parameters, strict=True):
             if parameter.grad is None:
                 view.zero_()
             else:
                 view.copy_(parameter.grad)
-        present.copy_(torch.tensor([float(p.grad is not None) for p in self.parameters]))
-        flags.copy_(torch.tensor([float(self.rows), float(self.stop), float(self.failed)]))
-        with lost():
-            dist.all_reduce(self.flat)
+        present = [float(p.grad is not None) for p in self.parameters]
+        self._told.copy_(
+            torch.tensor([self.rows, self.stop, self.failed, *present], dtype=torch.float32)
+        )
         self.done = True
-        rows, stop, failed, *known = torch.cat([flags, present]).tolist()
+        with lost():
+            dist.all_reduce(self.flat) if self.shared is None else self.shared()
+        rows, stop, failed, *known = self._told.tolist()
         self.rows, self.stop, self.failed = round(rows), stop > 0, failed > 0
-        for view, parameter, count in zip(gradients, self.parameters, known, strict=True):
+        for view, parameter, count in zip(self._gradients, self.parameters, known, strict=True):
             parameter.grad = view.to(parameter.dtype) if count else None
-        return torch.linalg.vector_norm(self.flat[: sum(self.sizes)])
-
-    def _views(self) -> tuple[list[Tensor], Tensor, Tensor]:
-        *gradients, present, flags = self.flat.split([*self.sizes, len(self.parameters), 3])
-        shaped = [g.view(p.shape) for g, p in zip(gradients, self.parameters, strict=True)]
-        return shaped, present, flags
+        return torch.linalg.vector_norm(self.flat[: -len(self._told)])
 
 
 def merged(parts: list[Sums]) -> Sums:

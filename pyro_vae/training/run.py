@@ -1,6 +1,7 @@
 """The parts that a training run works with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -64,12 +65,16 @@ class TrainingRun:
         return cast(int, self.settings.batch_size)
 
 
-def exchange_of(run: "TrainingRun") -> Exchange | None:
+@contextmanager
+def exchange_of(run: "TrainingRun") -> Iterator[Exchange | None]:
     """Let the optimizer add up the gradients of all processes, if the run has several."""
     if run.team.count == 1:
-        return None
-    run.optimizer.exchange = made = Exchange(list(run.optimizer.parameters.values()))
-    return made
+        yield None
+        return
+    exchange = Exchange(list(run.optimizer.parameters.values()), run.team)
+    with closing(exchange):
+        run.optimizer.exchange = exchange
+        yield exchange
 
 
 def assembled(

@@ -1,5 +1,6 @@
 """What each of several processes runs in `test_processes.py`; it writes its results to a file."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -172,6 +173,13 @@ def interrupted(folder):
     return torch.stack([weights(whole), weights(parts)])
 
 
+def kept_memory():
+    """How often the memory that processes share is still in this process."""
+    gc.collect()
+    maps = Path("/proc/self/maps")  # of Linux
+    return maps.exists() and maps.read_text().count("memfd:pyro_vae")
+
+
 def everything(folder: Path):
     """All results of one process."""
     items, pair = Items(X, NOISE), Normalized()
@@ -186,6 +194,7 @@ def everything(folder: Path):
         "resumed": interrupted(folder),
         "failures": failures(),
         "normalized": weights(pair),
+        "kept": kept_memory(),
     }
     fitted = make()
     fitted.eval()

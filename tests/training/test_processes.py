@@ -143,6 +143,11 @@ def test_tools_share_their_rows(both):
     assert both[0]["evaluated"] == both[1]["evaluated"]
 
 
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+def test_runs_and_runs_that_fail_give_their_shared_memory_back(both):
+    assert [found["kept"] for found in both] == [0, 0]
+
+
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 8])
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_parts_of_a_minibatch_hold_each_row_once(n, count):
