@@ -62,6 +62,10 @@ LEAST_GAPS, SMALL_GAP = 40, 0.1
 """With fewer rows, or fewer nats per example, the two gaps do not overrule wrong means and scales.
 Refinement may stop some hundredths of a nat short, and the family would be blamed for them."""
 
+CLEARLY = 2
+"""A decoder comes before the prior if it has more than this many times its nats. Those of the prior
+are a lower bound, and codes off the prior also leave structure in the residuals."""
+
 TOLD = 3
 """Number of signs that the summary tells for each part."""
 
@@ -128,7 +132,8 @@ def blamed(
     for part, signs in by_part.items():
         sizes = [sign.nats for sign in signs if sign.nats is not None]
         found.append(Blame(part, max(sizes, default=None), tuple(signs)))
-    return sorted(found, key=lambda blame: -_size(blame))
+    prior = next((blame.nats or 0.0 for blame in found if blame.part == "prior"), 0.0)
+    return sorted(found, key=lambda blame: -_place(blame, prior))
 
 
 def of_globals(found: Finding) -> Blame:
@@ -144,6 +149,13 @@ def _size(blame: Blame) -> float:
     if misses_mass(blame):
         return float("inf")  # all other numbers rest on its draws
     return float("-inf") if blame.nats is None else blame.nats
+
+
+def _place(blame: Blame, prior: float) -> float:
+    """Return the size by which a part is sorted. A decoder that is not clearly larger than the
+    prior comes after it."""
+    size = _size(blame)
+    return min(size, prior) if blame.part == "decoder" and size <= CLEARLY * prior else size
 
 
 def _guide_blames(results: Mapping[str, Any]) -> list[Blame]:

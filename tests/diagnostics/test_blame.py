@@ -549,3 +549,25 @@ def test_each_site_whose_codes_differ_is_named():
 def test_nuts_of_too_few_draws_says_nothing_and_nothing_is_said_without_results():
     assert told(nuts=chains(ratio=3.0, draws=40)) == []
     assert verdict.findings({}, ROWS) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("prior", "decoder", "order"),
+    [
+        (0.4, 0.3, ["prior", "decoder"]),
+        (0.4, 0.8, ["prior", "decoder"]),
+        (0.4, 0.81, ["decoder", "prior"]),
+        (None, 0.81, ["decoder"]),
+    ],
+)
+def test_the_prior_is_first_unless_the_decoder_is_clearly_larger(prior, decoder, order):
+    """The classifier gives a lower bound, and codes off the prior leave structure in residuals."""
+    found = checked(codes=prior or 0.0, auc=0.7, regression=decoder)
+    assert parts(model_check=found) == order
+    with_scale = checked(codes=prior or 0.0, auc=0.7, regression=decoder, row=0.5)
+    assert [part for part in parts(model_check=with_scale) if part in order] == order
+
+
+def test_a_part_between_prior_and_decoder_keeps_its_place():
+    found = checked(codes=0.4, auc=0.7, regression=0.7, row=0.5)
+    assert parts(model_check=found) == ["likelihood scale", "prior", "decoder"]
