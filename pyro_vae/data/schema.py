@@ -266,10 +266,15 @@ def _require_keys(name: str, change: Mapping[str, Any]) -> None:
 
 
 def _toml(column: Column) -> str:
-    lines = [f"[columns.{json.dumps(column.name)}]", f'kind = "{column.kind}"']
+    lines = [f"[columns.{_json(column.name)}]", f'kind = "{column.kind}"']
     lines.append(f'role = "{column.role}"')
     if column.categories:
-        lines.append(f"categories = {json.dumps(list(column.categories))}")
+        lines.append(f"categories = {_json(list(column.categories))}")
     if column.period:
         lines.append(f"period = {column.period!r}")
     return "\n".join(lines) + "\n"
+
+
+def _json(value: Any) -> str:
+    """JSON that is TOML, too, which has no pairs of escapes for one character, and no bare DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
