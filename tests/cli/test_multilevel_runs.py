@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from cli_helpers import SHORT, command, read
 
 import pyro_vae as pv
@@ -91,3 +92,13 @@ def test_wrong_commands_in_one_line(run, line, message, capsys):
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_each_end_of_an_interpolation_has_its_own_members(run):
+    command("interpolate {run} --num 2 --steps 2", run=run)
+    found = torch.from_numpy(np.load(run / "interpolations.npy"))
+    pair, data = pv.load(run), pv.load_data(run.parent / "visits.npz", group="patient").test
+    start, end = ((data.context[i : i + 2], data.lengths[i : i + 2]) for i in (0, 2))
+    assert not torch.equal(start[1], end[1])
+    codes = pv.encode(pair, data.x[2:4], *end)
+    torch.testing.assert_close(found[:, 1], pv.decode(pair, codes, *start))
