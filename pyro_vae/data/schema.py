@@ -61,6 +61,13 @@ class Column:
                 f"{nearest(self.role, ROLES)}"
             )
 
+        for one in self.categories:
+            if not isinstance(one, str | int | float | bool):
+                raise UsageError(
+                    f"the categories of column '{self.name}' must be words or numbers, got values "
+                    f"of type {type(one).__name__}: write them as words"
+                )
+
     @property
     def coded(self) -> bool:
         """Whether the column holds categories."""

@@ -1,5 +1,7 @@
 """Groups on the command line: train, evaluate, sample and encode a multilevel VAE."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
@@ -102,3 +104,14 @@ def test_each_end_of_an_interpolation_has_its_own_members(run):
     assert not torch.equal(start[1], end[1])
     codes = pv.encode(pair, data.x[2:4], *end)
     torch.testing.assert_close(found[:, 1], pv.decode(pair, codes, *start))
+
+
+def test_scores_name_their_groups(run):
+    command("score {run} --num-samples 21 --out {out}", run=run, out=run / "s.csv")
+    with open(run / "s.csv", newline="") as file:
+        found = [int(row["group"]) for row in csv.DictReader(file)]
+    data = pv.load_data(run.parent / "visits.npz", group="patient")
+    stored = np.load(run.parent / "visits.npz")["patient"]
+    assert found == stored[data.test.members[:, 0]].tolist()
+    command("encode {run}", run=run)
+    assert np.load(run / "codes.npz")["rows"].tolist() == found

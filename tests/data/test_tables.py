@@ -258,3 +258,14 @@ def test_any_word_of_a_schema_is_read_again(tmp_path):
     (tmp_path / "schema.toml").write_bytes(table.schema.to_file())
     assert stored_schema(tmp_path / "schema.toml") == table.schema
     assert table.schema.data[0].categories == tuple(sorted(words))
+
+
+def test_dates_cannot_be_categories():
+    frame = pd.DataFrame(
+        {"a": np.arange(4) / 2, "day": pd.to_datetime(["2020-01-01", "2021-01-01"] * 2)}
+    )
+    assert pv.read_table(frame).schema.columns[1].role == "ignored"
+    with pytest.raises(
+        pv.UsageError, match="must be words or numbers, got values of type datetime"
+    ):
+        pv.read_table(frame, {"day": "categorical"})
