@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 
 
 def ids_of(data: "Data", split: "Split") -> dict[str, list[Any]]:
-    """The row ids of a split: those of the table, paths of images, or the numbers of the rows."""
+    """The ids of the rows of a split: of groups, of the table, paths of images, or numbers."""
+    if split.members is not None and data.group_ids is not None:
+        return {"group": [data.group_ids[row] for row in split.members[:, 0].tolist()]}
     if split.rows is None:
         return {"row": list(range(len(split.x)))}
     rows = split.rows.tolist()
@@ -36,9 +38,7 @@ def training_rows(data: "Data", source: str, numbers: Sequence[int]) -> "NamedRo
     if isinstance(x, DiskArray):
         return NamedRows(x.rows_in_file(at), "row", "rows", f"of {source}, counted from 0")
     if split.members is not None:
-        first = [int(split.members[number, 0]) for number in at]
-        assert data.group_ids is not None
-        ids = [data.group_ids[row] for row in first]
+        (ids,) = ids_of(data, split._replace(members=split.members[at])).values()
         return NamedRows(ids, "the group", "the groups", f"of {source}")
     if split.rows is None:
         return NamedRows(at, "row", "rows", f"of the training part of {source}, counted from 0")

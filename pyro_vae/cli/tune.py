@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
+    from pyro_vae.data.split import Data
     from pyro_vae.training.history import Epoch
 
 WIDTHS = (32, 64, 128, 256, 512)
@@ -80,13 +81,19 @@ def tune(
     file = storage or Path(f"{run_of(data)}.tune")
     if report and not file.is_file():
         raise UsageError(f"must have trials, but {file} does not exist", argument="storage")
-    run = None
+    run, rows = None, None
     if not report:
         # Wrong options and data are refused before a file is written.
-        run = _runner(optuna, data, search, model, objective, source, settings)
+        loaded = _loaded(data, search, model, source)
+        run, rows = (
+            _runner(optuna, data, loaded, search, model, objective, source, settings),
+            loaded,
+        )
     with _quiet(optuna):
         fixed = {"model": model, "objective": objective, "source": source, "settings": settings}
         study = _study(optuna, file, None if report else _words(data, search, fixed), settings.seed)
+        if rows is not None:
+            _require_rows(study, file, rows)
         if run is not None:
             finished = optuna.study.MaxTrialsCallback(trials, states=_finished(optuna))
             if len(study.get_trials(states=_finished(optuna))) < trials:
@@ -148,6 +155,23 @@ def _study(optuna: Any, file: Path, words: str | None, seed: int) -> "Study":
     return study
 
 
+def _require_rows(study: "Study", file: Path, data: "Data") -> None:
+    """Raise `UsageError` if earlier trials had other rows, or other kinds of columns."""
+    from pyro_vae.runs.held_out_rows import split_checksums
+
+    kinds = {} if data.schema is None else {"schema": data.schema.to_toml()}
+    now = split_checksums(data) | kinds
+    known = study.user_attrs.get("rows")
+    if known is None:
+        study.set_user_attr("rows", now)
+    elif known != now:
+        raise UsageError(
+            f"{file} holds trials with the same file {data.name}, but its rows or columns have "
+            "changed since then, so bounds cannot be compared; give another file",
+            argument="storage",
+        )
+
+
 def _require_journal(file: Path) -> None:
     """Raise `UsageError` for a file that is not a journal of trials: a search appends to it."""
     try:
@@ -163,18 +187,9 @@ def _require_journal(file: Path) -> None:
         )
 
 
-def _runner(
-    optuna: Any,
-    name: str,
-    search: tuple[str, ...],
-    model: Model,
-    objective: Objective,
-    source: Input,
-    settings: Settings,
-) -> Callable[["Trial"], float]:
-    """The function of a trial: train a pair, and return its best validation bound."""
+def _loaded(name: str, search: tuple[str, ...], model: Model, source: Input) -> "Data":
+    """The data of a search. Raises `UsageError` for options that do not fit."""
     from pyro_vae.data.datasets import load_data
-    from pyro_vae.training.stopping import NonFiniteError
 
     if "scale" in search:
         replace(model, scale="learned")  # refused for other likelihoods
@@ -183,6 +198,21 @@ def _runner(
         name, source.data_dir, source.length, columns=source.columns, **named_data(source)
     )
     reject_ignored_by_data(source, data)
+    return data
+
+
+def _runner(
+    optuna: Any,
+    name: str,
+    data: "Data",
+    search: tuple[str, ...],
+    model: Model,
+    objective: Objective,
+    source: Input,
+    settings: Settings,
+) -> Callable[["Trial"], float]:
+    """The function of a trial: train a pair, and return its best validation bound."""
+    from pyro_vae.training.stopping import NonFiniteError
 
     def run(trial: "Trial") -> float:
         found = _proposed(trial, search)

@@ -141,6 +141,7 @@ def interpolate(run: RunFolder, *, num: int = 6, steps: int = 9, model: UserClas
         x[:half],
         x[half : 2 * half],
         *(part[:half] for part in context),
+        end_context=[part[half : 2 * half] for part in context],
         steps=steps,
         binarize=binarize_of(given),
     )

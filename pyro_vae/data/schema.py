@@ -61,6 +61,13 @@ class Column:
                 f"{nearest(self.role, ROLES)}"
             )
 
+        for one in self.categories:
+            if not isinstance(one, str | int | float | bool):
+                raise UsageError(
+                    f"the categories of column '{self.name}' must be words or numbers, got values "
+                    f"of type {type(one).__name__}: write them as words"
+                )
+
     @property
     def coded(self) -> bool:
         """Whether the column holds categories."""
@@ -266,10 +273,15 @@ def _require_keys(name: str, change: Mapping[str, Any]) -> None:
 
 
 def _toml(column: Column) -> str:
-    lines = [f"[columns.{json.dumps(column.name)}]", f'kind = "{column.kind}"']
+    lines = [f"[columns.{_json(column.name)}]", f'kind = "{column.kind}"']
     lines.append(f'role = "{column.role}"')
     if column.categories:
-        lines.append(f"categories = {json.dumps(list(column.categories))}")
+        lines.append(f"categories = {_json(list(column.categories))}")
     if column.period:
         lines.append(f"period = {column.period!r}")
     return "\n".join(lines) + "\n"
+
+
+def _json(value: Any) -> str:
+    """JSON that is TOML, too, which has no pairs of escapes for one character, and no bare DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -15,6 +15,9 @@ BINS = 20
 TREES = 20
 """Number of trees in a forest that predicts a factor."""
 
+LEAST_ROWS = 6
+"""A forest needs at least two rows in the held-out third."""
+
 VOTES, VOTERS = 800, 64
 """Votes of the FactorVAE score (one half for training, one half for testing), and rows in each."""
 
@@ -85,9 +88,10 @@ def _checked(codes: Tensor, factors: Tensor) -> tuple[np.ndarray, np.ndarray]:
     if factors.is_floating_point():
         raise UsageError(f"must be integers, got {factors.dtype}", argument="factors")
     known = (factors.long() >= 0).all(1)
-    if int(known.sum()) < 2:
+    if int(known.sum()) < LEAST_ROWS:
         raise UsageError(
-            f"must be known (not -1) in at least 2 rows, got {int(known.sum())}", argument="factors"
+            f"must be known (not -1) in at least {LEAST_ROWS} rows, got {int(known.sum())}",
+            argument="factors",
         )
     z, v = codes[known].double().cpu().numpy(), factors[known].cpu().numpy()
     if not np.isfinite(z).all():

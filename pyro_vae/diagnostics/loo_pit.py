@@ -18,6 +18,7 @@ from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.threads import alone
+from pyro_vae.parts.circular import on_its_circle
 
 INTERVALS = (0.5, 0.8, 0.9, 0.95)
 """Probabilities of the central predictive intervals for which coverage is computed."""
@@ -50,10 +51,10 @@ class LooPit:
     @property
     def coverage_errors(self) -> Tensor:
         """Standard errors of ``coverage`` by the spread of the rows, (4,). The entries of a row are
-        dependent."""
+        dependent. NaN for one row."""
         inside = self._inside()
         known = inside[~inside[:, 0].isnan()]
-        return known.std(0) / len(known) ** 0.5
+        return known.std(0) / len(known) ** 0.5 if len(known) > 1 else torch.full((4,), torch.nan)
 
     @property
     def unreliable(self) -> float:
@@ -81,9 +82,10 @@ class LooPit:
             "num_samples": self.num_samples,
             "unreliable": self.unreliable,
             "coverage": dict(zip(map(str, INTERVALS), self.coverage.tolist(), strict=True)),
-            "coverage_standard_error": dict(
-                zip(map(str, INTERVALS), self.coverage_errors.tolist(), strict=True)
-            ),
+            "coverage_standard_error": {
+                str(width): None if error != error else error
+                for width, error in zip(INTERVALS, self.coverage_errors.tolist(), strict=True)
+            },
         }
 
     _repr_html_ = shown_html
@@ -169,6 +171,7 @@ def _below(fn: Any, x: Tensor) -> Tensor:
     """P(x' < x), or for one draw whether it is below x."""
     if (known := _cdf(fn, x)) is not None:
         return known
+    x = on_its_circle(fn, x)  # as the draws, which start at one point of the circle
     if (values := _few_values(fn)) is not None:
         wide = (torch.full_like(x, value) for value in values)
         smaller = (torch.where(value < x, fn.log_prob(value).exp(), 0.0) for value in wide)

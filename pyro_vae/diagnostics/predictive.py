@@ -25,6 +25,7 @@ from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import data_site
 from pyro_vae.pairs.threads import alone
+from pyro_vae.parts.circular import on_its_circle
 
 Statistic: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -264,7 +265,9 @@ def predictive_check(
         for part in rows.batches(size):
             batch = prepare(part)
             model = trace_model(pair, batch, trace_guide(pair, batch))
-            observed = _measured(chosen, masks.seen(data_site(model), batch[0]))
+            site = data_site(model)
+            seen = on_its_circle(site["fn"], masks.seen(site, batch[0]))
+            observed = _measured(chosen, seen)
             found.append((observed, *replicates(pair, batch)))
             shown.update(len(observed))
     observed, k, unreliable = (torch.cat([part[i] for part in found]) for i in (0, 2, 3))

@@ -1,6 +1,7 @@
 """A VAE as an estimator of scikit-learn: codes, densities and samples of rows of numbers."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMix
     def _rows(self, X: ArrayLike, reset: bool = False) -> Tensor:
         options: dict[str, Any] = {"ensure_min_samples": 2} if reset else {}
         array = validate_data(self, X, reset=reset, dtype=[np.float64, np.float32], **options)
-        return torch.from_numpy(array.astype(np.float32))
+        return torch.tensor(array)  # in its own type: `standardize` needs all digits
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -134,7 +135,9 @@ def fit_vae(
         likelihood: makes the likelihood of the VAE from the standardized one.
     """
     estimator.seed_ = int(check_random_state(estimator.random_state).randint(2**31))
+    # A fit trains its own copy, so the next fit starts where this one did.
     family = Gaussian(learned=True) if estimator.likelihood is None else estimator.likelihood
+    family = deepcopy(family)
     with seeded(estimator.seed_):
         standardized = Standardized(family, (x.shape[1],)).standardize(x)
         estimator.pair_ = VAE.mlp(

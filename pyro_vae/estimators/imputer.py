@@ -66,7 +66,7 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def fit(self, X: ArrayLike, y: Any = None) -> "VAEImputer":
         """Fit the VAE to rows (n, features) with NaN for missing entries; y is ignored."""
-        x = torch.from_numpy(self._rows(X, reset=True).astype(np.float32))
+        x = torch.tensor(self._rows(X, reset=True))
         empty = x.isnan().all(0)
         if bool(empty.any()):
             raise UsageError(f"column {int(empty.nonzero()[0])} of X has no observed entry")
@@ -97,7 +97,7 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         anew = self.sample_posterior
         return impute(
             self.pair_,
-            torch.from_numpy(array.astype(np.float32)),
+            torch.tensor(array),
             draws=draws,
             num_samples=self.num_samples,
             seed=int(self.random_state_.randint(2**31)) if anew else self.seed_,

@@ -193,7 +193,7 @@ def _closed_mean(fn: Any) -> Tensor:
 def _parameters(site: Site) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
     """The name, the value (data first) and the meaning of each parameter of a site."""
     fn, base = site["fn"], _base(site["fn"])
-    parts = base.parts if isinstance(base, ByColumn) else [(None, base)]
+    parts = base.parts if isinstance(base, ByColumn) else [(None, one) for one in _nested(base)]
     for columns, part in parts:
         family = type(part).__name__.lstrip("_")
         words = {"distribution": family} | ({} if columns is None else {"columns": columns})
@@ -202,8 +202,15 @@ def _parameters(site: Site) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
             value = torch.as_tensor(getattr(part, key))
             own = part.arg_constraints[key].event_dim
             value = value.expand(part.batch_shape + value.shape[value.dim() - own :])
-            name = key if columns is None else f"{family}.{key}"
+            name = key if part is base else f"{family}.{key}"
             yield name, value.movedim(-1 - inner - own, 0), words
+
+
+def _nested(fn: Any) -> Iterator[Any]:
+    """A distribution, and those inside it that have more parameters, as of a zero-inflated one."""
+    yield fn
+    if any(key in vars(fn) for key in fn.arg_constraints) and "base_dist" in vars(fn):
+        yield from _nested(_base(fn.base_dist))
 
 
 def _base(fn: Any) -> Any:

@@ -191,6 +191,7 @@ def interpolate(
     start: Tensor,
     end: Tensor,
     *context: Any,
+    end_context: Sequence[Any] = (),
     steps: int = 9,
     site: str | None = None,
     binarize: str = "dynamic",
@@ -200,7 +201,8 @@ def interpolate(
 
     Arguments:
         start, end: data of n rows each.
-        context: the context of ``start``; it stays the same along the line.
+        context: the context of ``start``, with which all points of the line are decoded.
+        end_context: the context with which ``end`` is encoded; that of ``start`` by default.
         steps: number of points on each line, including both ends.
 
     Latents that are not real numbers take the values of the nearer end. Returns a tensor of shape
@@ -217,7 +219,8 @@ def interpolate(
         raise UsageError(f"must be at least 2, got {steps}", argument="steps")
     with using(pair, seed):
         (batch,) = prepared_batches(pair, start, context, binarize, at_once=True)
-        (other,) = prepared_batches(pair, end, context, binarize, at_once=True)
+        of_end = tuple(end_context) or context
+        (other,) = prepared_batches(pair, end, of_end, binarize, at_once=True)
         first, last = (latent_values(pair, part, True) for part in (batch, other))
         shared = global_latents(pair, batch)
         real = [name for name, of in supports_of(pair, batch).items() if not of.is_discrete]

@@ -80,10 +80,24 @@ def circle_of(fn: Any) -> Any:
     It has ``period``, which is 0 for entries that are not circular, and ``wrapped``.
     """
     while not hasattr(fn, "period"):
+        if isinstance(fn, dist.VonMises):
+            start = torch.as_tensor(-pi).to(fn.loc)
+            return Circular(fn.loc, fn.concentration, start, -2 * start)
         if not hasattr(fn, "base_dist"):
             return None
         fn = fn.base_dist
     return fn if bool((fn.period > 0).any()) else None
+
+
+def on_its_circle(fn: Any, value: Tensor) -> Tensor:
+    """The same points, circular numbers within the period from which ``fn`` draws.
+
+    >>> fn = Circular(torch.tensor(23.0), torch.tensor(4.0), torch.tensor(0.0), torch.tensor(24.0))
+    >>> on_its_circle(fn, torch.tensor(25.0))
+    tensor(1.)
+    """
+    circle = circle_of(fn)
+    return value if circle is None else circle.wrapped(value)
 
 
 def near(value: Tensor, around: Tensor, period: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pyro_vae.parts.distributions import ExactNegativeBinomial
 from pyro_vae.parts.factors import Family, bounded_scale, unbounded_scale
 from pyro_vae.parts.missing import PartlyObserved
 from pyro_vae.parts.networks import Shape
-from pyro_vae.parts.standardized import require_precision, require_rows
+from pyro_vae.parts.standardized import require_precision, require_rows, varies
 
 NUMERIC = ("continuous", "positive", "count")
 """Kinds of columns that hold numbers."""
@@ -105,7 +105,8 @@ class Columns(Family):
 
         They are those of log x for positive columns, of log(1 + x) for counts, and 0 and 1 for
         categories. Missing entries are left out. Returns the family. Raises `UsageError` for rows
-        of another shape, and for a standard deviation that is too small beside the mean.
+        of another shape, and for a standard deviation that is too small beside the mean, too small
+        or too large.
         """
         require_rows(x, (len(self.kinds),))
         seen = self.transformed(x.double())
@@ -115,7 +116,7 @@ class Columns(Family):
         require_precision(center, spread * numeric, self.center.dtype)
         usable = numeric & center.isfinite()
         self.center.copy_(torch.where(usable, center, 0.0))
-        self.spread.copy_(torch.where(usable & (spread > 1e-12), spread, 1.0))
+        self.spread.copy_(torch.where(usable & varies(center, spread), spread, 1.0))
         for j in self.of_kind("circular"):
             if bool((x[:, j] < 0).any()):  # the circle starts at the opposite of 0
                 self.center[j] = -self.periods[j] / 2
@@ -126,7 +127,7 @@ class Columns(Family):
         kinds = self.kinds
         logged = torch.tensor([kind == "positive" for kind in kinds], device=x.device)
         counted = torch.tensor([kind == "count" for kind in kinds], device=x.device)
-        safe = torch.where(logged, x.clamp(min=1e-30), 1.0).log()
+        safe = torch.where(logged, x.clamp(min=torch.finfo(x.dtype).tiny), 1.0).log()
         more = torch.where(counted, x.clamp(min=0), 0.0).log1p()
         found = torch.where(logged, safe, torch.where(counted, more, x))
         return torch.where(x.isnan(), torch.nan, found)

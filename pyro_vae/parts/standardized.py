@@ -25,18 +25,31 @@ def require_rows(x: Tensor, shape: Shape) -> None:
         )
 
 
+def varies(center: Tensor, spread: Tensor) -> Tensor:
+    """Which entries vary by more than the rounding errors of a constant, booleans."""
+    return spread > 1e-13 * center.abs()
+
+
 def require_precision(center: Tensor, spread: Tensor, dtype: torch.dtype) -> None:
-    """Raise `UsageError` if numbers of this type cannot tell the values of an entry apart."""
-    step = torch.finfo(dtype).eps * center.abs()
-    varies = spread > 1e-13 * center.abs()  # more than rounding errors of a constant
-    lost = varies & (spread < LEAST_DIGITS * step)
-    if bool(lost.any()):
-        at = int(lost.flatten().nonzero()[0])
-        mean, width = center.flatten()[at].item(), spread.flatten()[at].item()
-        raise UsageError(
-            f"column {at} of x has mean {mean:.6g} and standard deviation {width:.3g}, which "
-            f"{dtype} cannot represent: subtract a number near the mean from the column"
-        )
+    """Raise `UsageError` if numbers of this type cannot tell the values of an entry apart.
+
+    Densities use squares of the values, which the type must represent, too.
+    """
+    kind, vary = torch.finfo(dtype), varies(center, spread)
+    lost = vary & (spread < LEAST_DIGITS * kind.eps * center.abs())
+    least, most = kind.tiny**0.4, kind.max**0.4
+    extreme = vary & ~((spread >= least) & (spread <= most))
+    for wrong, why in (
+        (lost, "which {} cannot represent: subtract a number near the mean from the column"),
+        (extreme, "whose square {} cannot represent: give the column another unit"),
+    ):
+        if bool(wrong.any()):
+            at = int(wrong.flatten().nonzero()[0])
+            mean, width = center.flatten()[at].item(), spread.flatten()[at].item()
+            raise UsageError(
+                f"column {at} of x has mean {mean:.6g} and standard deviation {width:.3g}, "
+                f"{why.format(dtype)}"
+            )
 
 
 class Standardized(Family):
@@ -72,7 +85,7 @@ class Standardized(Family):
 
         Missing entries (NaN) are left out. A constant entry keeps s = 1. Returns the family.
         Raises `UsageError` for rows of another shape, and for an entry whose standard deviation is
-        too small beside its mean for the type of the constants.
+        too small beside its mean, too small or too large for the type of the constants.
         """
         require_rows(x, self.data_shape)
         x = x.double()
@@ -80,7 +93,7 @@ class Standardized(Family):
         spread = (x - center).square().nanmean(0).sqrt()
         require_precision(center, spread, self.center.dtype)
         self.center.copy_(center.nan_to_num(0.0))
-        self.spread.copy_(torch.where(spread > 1e-12, spread, 1.0))
+        self.spread.copy_(torch.where(varies(center, spread), spread, 1.0))
         return self
 
     def view(self, shape: Shape) -> nn.Module | None:

@@ -157,11 +157,18 @@ def traversals(
     return grid(rows)
 
 
-def interpolations(
-    pair: nn.Module, start: Tensor, end: Tensor, context: Sequence[Tensor] = ()
-) -> "Figure":
-    """Straight lines between the codes of start and end data, with the data at both ends."""
-    lines = alike(interpolate(pair, start, end, *context, steps=9), start)
+def interpolated(
+    pair: nn.Module, x: Tensor, context: Sequence[Tensor], n: int, steps: int
+) -> Tensor:
+    """Straight lines between the codes of the first n data and the next n."""
+    starts, ends = ([part[i : i + n] for part in context] for i in (0, n))
+    return interpolate(pair, x[:n], x[n : 2 * n], *starts, end_context=ends, steps=steps)
+
+
+def interpolations(pair: nn.Module, x: Tensor, context: Sequence[Tensor], n: int) -> "Figure":
+    """Lines of `interpolated`, with the data at both ends."""
+    start, end = x[:n], x[n : 2 * n]
+    lines = alike(interpolated(pair, x, context, n, steps=9), start)
     rows = [
         ("", torch.cat([intensity(a)[None].to(line), line, intensity(b)[None].to(line)]))
         for a, line, b in zip(start, lines, end, strict=True)

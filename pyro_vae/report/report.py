@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_vae.data.schema import SCHEMA, stored_schema
 from pyro_vae.errors import UsageError, first_line
-from pyro_vae.inference.generation import interpolate, reconstruct, sample
+from pyro_vae.inference.generation import reconstruct, sample
 from pyro_vae.pairs import enumeration
 from pyro_vae.pairs.figures import png
 from pyro_vae.pairs.processes import single
@@ -172,9 +172,7 @@ def _figures(
         made.append(("traversals", pictures.traversals(pair, x[:1], one, units, site)))
         n = min(4, len(x) // 2)
         if n:
-            ends = [part[:n] for part in context]
-            lines = pictures.interpolations(pair, x[:n], x[n : 2 * n], ends)
-            made.append(("interpolations", lines))
+            made.append(("interpolations", pictures.interpolations(pair, x, context, n)))
         made.append(("latent", _plane(pair, x, context, labels)))
     if kl:
         made.append(("kl", pictures.kl_by_unit(kl)))
@@ -201,8 +199,7 @@ def _texts(
     few, half = [part[:8] for part in context], min(4, len(x) // 2)
     rows = [("data", x[:8]), ("reconstruction", reconstruct(pair, x[:8], *few))]
     drawn = sample(pair, 20, *(part[:1] for part in context), seed=seed)
-    ends = [part[:half] for part in context]
-    between = interpolate(pair, x[:half], x[half : 2 * half], *ends, steps=7)
+    between = pictures.interpolated(pair, x, context, half, steps=7)
     made: list[tuple[str, Figure | str]] = [
         ("samples", canvas.lines([("", drawn)], vocabulary)),
         ("reconstructions", canvas.lines(rows, vocabulary, across=True)),

@@ -1,7 +1,10 @@
 """Groups on the command line: train, evaluate, sample and encode a multilevel VAE."""
 
+import csv
+
 import numpy as np
 import pytest
+import torch
 from cli_helpers import SHORT, command, read
 
 import pyro_vae as pv
@@ -91,3 +94,24 @@ def test_wrong_commands_in_one_line(run, line, message, capsys):
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_each_end_of_an_interpolation_has_its_own_members(run):
+    command("interpolate {run} --num 2 --steps 2", run=run)
+    found = torch.from_numpy(np.load(run / "interpolations.npy"))
+    pair, data = pv.load(run), pv.load_data(run.parent / "visits.npz", group="patient").test
+    start, end = ((data.context[i : i + 2], data.lengths[i : i + 2]) for i in (0, 2))
+    assert not torch.equal(start[1], end[1])
+    codes = pv.encode(pair, data.x[2:4], *end)
+    torch.testing.assert_close(found[:, 1], pv.decode(pair, codes, *start))
+
+
+def test_scores_name_their_groups(run):
+    command("score {run} --num-samples 21 --out {out}", run=run, out=run / "s.csv")
+    with open(run / "s.csv", newline="") as file:
+        found = [int(row["group"]) for row in csv.DictReader(file)]
+    data = pv.load_data(run.parent / "visits.npz", group="patient")
+    stored = np.load(run.parent / "visits.npz")["patient"]
+    assert found == stored[data.test.members[:, 0]].tolist()
+    command("encode {run}", run=run)
+    assert np.load(run / "codes.npz")["rows"].tolist() == found

@@ -84,6 +84,19 @@ def test_trials_of_other_options_are_not_mixed(data, tmp_path, capsys):
     assert "holds trials with other data or options" in refusal(capsys, line, **paths)
 
 
+def test_trials_of_rows_that_have_changed_are_not_mixed(tmp_path, capsys):
+    rows = np.random.default_rng(0).normal(5.0, 2.0, (60, 3)).astype(np.float32)
+    paths = {"data": tmp_path / "rows.npy", "file": tmp_path / "trials"}
+    line = f"tune {{data}} --trials {{n}} --search latent_dim --storage {{file}} {OPTIONS}"
+    np.save(paths["data"], rows)
+    command(line, n=1, **paths)
+    np.save(paths["data"], 100 * rows)
+    assert "its rows or columns have changed" in refusal(capsys, line, n=2, **paths)
+    np.save(paths["data"], rows)
+    command(line, n=2, **paths)
+    assert "2 trials" in capsys.readouterr().out
+
+
 def test_wrong_use_and_a_missing_library_are_named_in_one_line(data, tmp_path, capsys, monkeypatch):
     paths = {"data": data, "file": tmp_path / "trials"}
     line = "tune {data} --report --storage {file}"

@@ -183,3 +183,14 @@ def test_a_latent_is_traversed_within_its_support():
     for latent, values in (("r", [-1.0]), ("c", [0.5]), ("c", [-1]), ("k", [1.0, 0.0])):
         with pytest.raises(UsageError, match=f"within the support of latent '{latent}'"):
             pv.traverse(pair, x, latent=latent, values=values)
+
+
+def test_both_ends_of_an_interpolation_are_encoded_with_their_own_context():
+    torch.manual_seed(0)
+    pair = pv.VAE.mlp((4,), latent_dim=2, hidden=(8,), context_shapes=((3,),))
+    start, end = torch.rand(2, 5, 4).round()
+    one, two = torch.eye(3)[:2, None].expand(2, 5, 3)
+    line = pv.interpolate(pair, start, end, one, end_context=[two], steps=2)
+    for frame, (x, label) in zip(line.unbind(1), ((start, one), (end, two)), strict=True):
+        code = pv.encode(pair, x, label, binarize="none")
+        torch.testing.assert_close(frame, pv.decode(pair, code, one))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
+from pyro_vae.data.schema import stored_schema
 
 
 def frame(n=60, seed=0):
@@ -249,3 +250,22 @@ def test_tables_need_arrow(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(pv.UsageError, match=r"run pip install 'pyro-vae\[tables\]'"):
         pv.read_table(frame())
+
+
+def test_any_word_of_a_schema_is_read_again(tmp_path):
+    words = ["😀", "a\x7fb", 'say "x"\n', "Köln\\"]
+    table = pv.read_table({"🙂": [*words] * 5, "b": [0.5 * i for i in range(20)]})
+    (tmp_path / "schema.toml").write_bytes(table.schema.to_file())
+    assert stored_schema(tmp_path / "schema.toml") == table.schema
+    assert table.schema.data[0].categories == tuple(sorted(words))
+
+
+def test_dates_cannot_be_categories():
+    frame = pd.DataFrame(
+        {"a": np.arange(4) / 2, "day": pd.to_datetime(["2020-01-01", "2021-01-01"] * 2)}
+    )
+    assert pv.read_table(frame).schema.columns[1].role == "ignored"
+    with pytest.raises(
+        pv.UsageError, match="must be words or numbers, got values of type datetime"
+    ):
+        pv.read_table(frame, {"day": "categorical"})

@@ -177,7 +177,7 @@ def test_rows_without_a_factor_count_in_no_score_of_disentanglement():
     known = (hidden >= 0).all(1)
     found = pv.disentanglement_scores(codes, hidden)
     assert found == pv.disentanglement_scores(codes[known], factors[known])
-    with pytest.raises(UsageError, match=r"factors must be known .* in at least 2 rows, got 0"):
+    with pytest.raises(UsageError, match=r"factors must be known .* in at least 6 rows, got 0"):
         pv.disentanglement_scores(codes, torch.full_like(factors, -1))
 
 

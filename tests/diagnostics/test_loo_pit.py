@@ -127,3 +127,10 @@ def test_missing_entries_other_pairs_and_figure():
 def test_misuse():
     with pytest.raises(pv.UsageError, match="num_samples must be at least 21"):
         pv.loo_pit(linear_gaussian(), data(linear_gaussian()), num_samples=5)
+
+
+def test_one_row_has_no_standard_error():
+    found = pv.loo_pit(linear_gaussian(), data(linear_gaussian(), 1), num_samples=50, **QUIET)
+    assert bool(found.coverage_errors.isnan().all())
+    assert set(found.as_dict()["coverage_standard_error"].values()) == {None}
+    assert "nan %" in str(found)

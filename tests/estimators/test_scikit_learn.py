@@ -147,3 +147,21 @@ def test_complete_rows_stay_and_empty_columns_are_refused():
     x[:, 2] = np.nan
     with pytest.raises(pv.UsageError, match="column 2 of X has no observed entry"):
         pv.VAEImputer(**SMALL).fit(x)
+
+
+def test_a_fit_does_not_change_the_likelihood_that_it_was_given():
+    x = correlated(60)
+    vae = pv.VAEEstimator(
+        **SMALL | {"epochs": 5}, likelihood=pv.Gaussian(learned=True), num_samples=5
+    )
+    before = pickle.dumps(vae.likelihood.state_dict())
+    scores = vae.fit(x).score_samples(x)
+    assert pickle.dumps(vae.likelihood.state_dict()) == before
+    assert np.array_equal(vae.fit(x).score_samples(x), scores)
+
+
+@pytest.mark.parametrize("kind", [pv.VAEEstimator, pv.VAEImputer])
+def test_numbers_that_single_precision_cannot_tell_apart_are_refused(kind):
+    x = correlated(60)
+    with pytest.raises(pv.UsageError, match=r"standard deviation .* cannot represent"):
+        kind(**SMALL).fit(0.01 * x + 1e9)  # equal numbers after rounding

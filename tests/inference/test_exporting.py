@@ -216,3 +216,26 @@ def test_the_command_exports_a_run(digits, tmp_path):
     x = x.reshape(3, *shape["row_shape"])
     loc, _ = loaded(tmp_path / "encoder.pt2")(x)
     torch.testing.assert_close(loc, pv.encode(pair, x)["z"])
+
+
+def test_zero_inflated_counts_have_the_parameters_of_the_counts_too(tmp_path):
+    pair = pairs.ALL["negative-binomial-library"]()
+    x, size = pair.template(6)
+    x, size = torch.poisson(torch.full_like(x, 2.0)), torch.full_like(size, 1.5)
+    pv.export(pair, x, size, folder=tmp_path, formats=["torch"])
+    described = json.loads((tmp_path / "config.json").read_text())["parts"]["decoder"]
+    z = torch.randn(6, *pv.encode(pair, x, size)["z"].shape[1:])
+    given = {"z": z, "x1": size}
+    decoder = loaded(tmp_path / "decoder.pt2")
+    found = decoder(*(given[name] for name in described["inputs"]))
+    found = dict(zip(described["outputs"], found, strict=True))
+    counts, logits, gate = (
+        found[f"x.{name}"]
+        for name in (
+            "ExactNegativeBinomial.total_count",
+            "ExactNegativeBinomial.logits",
+            "gate_logits",
+        )
+    )
+    mean = (1 - gate.sigmoid()) * counts * logits.exp()
+    torch.testing.assert_close(mean, pv.decode(pair, {"z": z}, size))

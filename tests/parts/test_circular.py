@@ -4,6 +4,8 @@ import csv
 from math import log, pi
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from cli_helpers import command
@@ -146,3 +148,58 @@ def test_periods_must_fit_the_kinds():
     with pytest.raises(pv.UsageError, match=r"is count, so it cannot have the period 2\.0"):
         pv.Columns(["circular", "count"], [0, 0], periods=(1.0, 2.0))
     assert pv.Columns(["circular", "count"], [0, 0]).periods == (pytest.approx(2 * pi), 0.0)
+
+
+class Near(torch.nn.Module):
+    """A pair whose entries are near the end of the circle from which draws are taken."""
+
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def template(self, n):
+        return (torch.zeros(n, 2),)
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            fn = self.fn.expand((*z.shape, 2)).mask(~x.isnan()).to_event(1)
+            pyro.sample("x", fn, obs=x.nan_to_num(0.0))
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+
+
+ANGLES = {
+    "hours": (Circular(torch.tensor(23.5), torch.tensor(3.0), torch.tensor(0.0), HOURS), 24.0),
+    "angles": (dist.VonMises(torch.tensor(3.0), torch.tensor(3.0)), 2 * pi),
+}
+
+
+@pytest.mark.parametrize("name", ANGLES)
+@pytest.mark.parametrize("turns", [-1, 1, 10])
+def test_other_turns_of_the_circle_do_not_change_checks(name, turns):
+    fn, period = ANGLES[name]
+    pair = Near(fn)
+    x = pv.sample(pair, 60, seed=0)
+    moved = x + turns * period
+    one, two = (pv.loo_pit(pair, part, num_samples=50, progress=False) for part in (x, moved))
+    torch.testing.assert_close(one.pit, two.pit, atol=0.05, rtol=0)  # a draw may be a tie
+    assert 0.3 < float(two.pit.mean()) < 0.7
+    one, two = (
+        pv.predictive_check(pair, part, num_replicates=20, progress=False) for part in (x, moved)
+    )
+    torch.testing.assert_close(one.observed, two.observed, atol=1e-3, rtol=1e-3)
+
+
+def test_an_imputed_angle_of_a_von_mises_is_not_at_the_other_side_of_the_circle():
+    pair = Near(ANGLES["angles"][0])
+    found = pv.impute(pair, torch.tensor([[torch.nan, 1.0]]), num_samples=4000)
+    mean, low, high = (float(part[0, 0]) for part in (found.mean, found.low, found.high))
+    width = stats.vonmises.ppf(0.95, 3.0)
+    assert (mean - 3.0 + pi) % (2 * pi) - pi == pytest.approx(0.0, abs=0.05)
+    assert (low - mean, high - mean) == (
+        pytest.approx(-width, abs=0.1),
+        pytest.approx(width, abs=0.1),
+    )

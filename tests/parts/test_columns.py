@@ -1,6 +1,7 @@
 """The likelihood by column: its densities, its mask, its standardization, and what encoders see."""
 
 from copy import deepcopy
+from math import log
 
 import pyro.distributions as dist
 import pytest
@@ -248,3 +249,30 @@ def test_a_semi_supervised_pair_takes_columns(tmp_path):
     holes = torch.where(torch.rand(40, 6) < 0.2, torch.nan, x)
     pv.fit(pair, holes, y, epochs=1, engine="eager", progress=False, out=tmp_path)
     assert torch.equal(pv.predict(pair, holes), pv.predict(pv.load(tmp_path), holes))
+
+
+@pytest.mark.parametrize("unit", [1e-15, 1e-13, 1e-9, 1e9, 1e15])
+@pytest.mark.parametrize("family", ["columns", "standardized"])
+def test_other_units_move_densities_by_the_logarithm_of_the_unit(family, unit):
+    x = torch.tensor([[-1.0], [0.5], [2.0]]).double()
+    raw, densities = torch.zeros(3, 2), []
+    for rows in (x, x * unit):
+        if family == "columns":
+            likelihood = pv.Columns(["continuous"], [0], robust=False).standardize(rows)
+        else:
+            likelihood = pv.Standardized(pv.Gaussian(), (1,)).standardize(rows)
+        densities.append(likelihood(raw, (1,)).log_prob(rows.float()))
+    torch.testing.assert_close(densities[1], densities[0] - log(unit), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+def test_units_that_single_precision_cannot_square_are_refused(unit):
+    x = unit * torch.tensor([[-1.0], [0.5], [2.0]]).double()
+    for likelihood in (
+        pv.Columns(["continuous"], [0]),
+        pv.Standardized(pv.Gaussian(), (1,)),
+    ):
+        with pytest.raises(pv.UsageError, match="give the column another unit"):
+            likelihood.standardize(x)
+        doubled = likelihood.double().standardize(x)
+        assert float(doubled.spread) == pytest.approx(unit * 1.2247, rel=1e-3)
