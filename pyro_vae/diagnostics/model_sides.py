@@ -18,6 +18,7 @@ from pyro_vae.pairs.moments import num_values
 from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.sites import data_first, data_site, latents
 from pyro_vae.pairs.traces import DataFirst, trace
+from pyro_vae.parts.circular import circle_of, near
 
 MOMENT_DRAWS = 50
 """Draws of a likelihood that has no mean or variance in closed form."""
@@ -207,6 +208,8 @@ def _residuals(model: Trace, x: Tensor) -> tuple[Tensor | None, bool]:
         data_first(part.expand(site["value"].shape), site).double().reshape(value.shape)
         for part in (mean, variance)
     )
+    if (circle := circle_of(site["fn"])) is not None:
+        value = near(value, mean, circle.period)
     found = torch.where(variance > TINY, (value - mean) / variance.sqrt(), torch.nan)
     return found.reshape(len(x), -1).cpu(), _has_scale(site["fn"])
 
