@@ -68,8 +68,8 @@ class LogLikelihood(NamedTuple):
     pareto_k: Tensor
     """The Pareto shape of the tail of each datum's weights (see `pyro_vae.inference.pareto`), of
     shape (n,). Over ``k_threshold`` neither the estimate nor its error is reliable. It is 0 if the
-    weights are constant up to rounding, or if the largest occurs five times; infinite if a weight is infinite, and NaN for fewer than 21
-    samples, which have no tail."""
+    weights are constant up to rounding, or if the largest occurs five times; infinite if a weight
+    is infinite, and NaN for fewer than 21 samples, which have no tail."""
     infinite_weights: Tensor
     """The number of each datum's weights that are infinite or NaN, of shape (n,). These belong to
     draws of the guide to which the guide itself gives no density. The estimate is then infinite or
