@@ -200,8 +200,8 @@ def _blames_of_discrete(results: Mapping[str, Any]) -> list[Blame]:
     if not signs:
         return []
     part = "family" if mass or {sign.kind for sign in signs} == {"shape"} else "encoder"
-    sizes = [sign.nats for sign in mass or signs if sign.nats is not None]
-    return [Blame(part, max(sizes, default=None), tuple(signs))]
+    parts = sum(sign.nats for sign in signs if sign.nats is not None)  # of y, and of the others
+    return [Blame(part, mass[0].nats if mass else parts or None, tuple(signs))]
 
 
 def _far_from_log_likelihood(results: Mapping[str, Any]) -> Sign | None:

@@ -568,6 +568,10 @@ def test_the_prior_is_first_unless_the_decoder_is_clearly_larger(prior, decoder,
     assert [part for part in parts(model_check=with_scale) if part in order] == order
 
 
+def test_without_a_prior_the_decoder_keeps_its_place():
+    assert parts(model_check=checked(regression=1.5, row=1.2)) == ["decoder", "likelihood scale"]
+
+
 def test_a_part_between_prior_and_decoder_keeps_its_place():
     found = checked(codes=0.4, auc=0.7, regression=0.7, row=0.5)
     assert parts(model_check=found) == ["likelihood scale", "prior", "decoder"]

@@ -5,8 +5,13 @@ import torch
 from verdict_helpers import checked, ranks, weights
 
 from pyro_vae.diagnostics import verdict
+from pyro_vae.diagnostics.class_gap import ClassGap
 
 NO_GAPS = ("gaps",)
+
+
+def class_gap(value):
+    return ClassGap(torch.full((100,), value).double(), ("y",), 20)
 
 
 def blames(not_applicable=NO_GAPS, **results):
@@ -73,3 +78,12 @@ def test_findings_know_that_gaps_does_not_apply():
     found, _ = verdict.findings(results, torch.arange(200), not_applicable=NO_GAPS)
     assert [blame.part for blame in found] == ["encoder"]
     assert verdict.findings(results, torch.arange(200))[0] == []
+
+
+def test_classes_and_other_latents_add_up():
+    """Importance weights sum over the class, so its part is not in their distance."""
+    both = {"log_likelihood": weights(gap=0.5), "class_gap": class_gap(1.5)}
+    (blame,) = blames(**both)
+    assert (blame.part, blame.nats) == ("encoder", pytest.approx(2.0))
+    (missed,) = blames(**both, model_check=checked(missed=0.7))
+    assert (missed.part, missed.nats) == ("family", pytest.approx(0.7))
