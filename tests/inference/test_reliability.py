@@ -49,10 +49,14 @@ WEIGHTS = {
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.filterwarnings("ignore")
 def test_the_shape_is_that_of_arviz(kind):
+    """It is 0 if the largest weight occurs five times, where ArviZ fits a tail of ties."""
     generator = np.random.default_rng(0)
     for samples in (21, 26, 100, 225, 1000, 5000):
         weights = WEIGHTS[kind](generator, (6, samples))
         want = torch.from_numpy(arviz.psislw(weights.copy())[1])
+        greatest = weights.max(1, keepdims=True)
+        bounded = ((weights == greatest) & np.isfinite(greatest)).sum(1) >= 5
+        want[torch.from_numpy(bounded)] = 0.0
         found = pareto_shape(torch.from_numpy(weights))
         torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-6, equal_nan=True)
 
