@@ -263,9 +263,10 @@ def test_the_error_of_few_samples_is_that_of_a_sample():
     assert relative_error(ratio, 1).isnan().all()
 
 
-def test_equal_greatest_weights_above_others_are_not_constant():
-    """The shape is 0 only for an exact guide; a tail of ties has no shape."""
-    greatest = torch.zeros(2, 9, dtype=torch.float64)
-    least = torch.tensor([0.0, -2.0], dtype=torch.float64)
+def test_few_equal_greatest_weights_above_others_are_not_constant():
+    """Four equal weights do not show that weights are bounded, and have no shape; five do."""
+    greatest = torch.zeros(3, 9, dtype=torch.float64)
+    greatest[1, 4:], greatest[2, 5:] = -1.0, -1.0
+    least = torch.tensor([0.0, -2.0, -2.0], dtype=torch.float64)
     found = _shapes(greatest, least, torch.finfo(torch.float64).eps)
-    assert found.tolist() == [0.0, inf]
+    assert found.tolist() == [0.0, inf, 0.0]
