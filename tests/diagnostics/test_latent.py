@@ -311,10 +311,11 @@ def test_factor_vae_by_hand():
         ),
         (torch.zeros(5), torch.zeros(5, 2).long(), r"got \(5,\) and"),
         (torch.zeros(5, 3), torch.rand(5, 2), "factors must be integers, got torch.float32"),
-        (torch.rand(5, 3), torch.zeros(5, 2).long(), "factor 0 must have at least 2 values"),
-        (torch.zeros(5, 3), torch.eye(5).long(), "of which at least one varies"),
-        (torch.rand(5, 1), torch.eye(5).long(), "codes must have at least 2 units"),
-        (torch.full((5, 2), torch.nan), torch.eye(5).long(), "codes must be finite"),
+        (torch.rand(5, 3), torch.eye(5).long(), "in at least 6 rows, got 5"),
+        (torch.rand(6, 3), torch.zeros(6, 2).long(), "factor 0 must have at least 2 values"),
+        (torch.zeros(6, 3), torch.eye(6).long(), "of which at least one varies"),
+        (torch.rand(6, 1), torch.eye(6).long(), "codes must have at least 2 units"),
+        (torch.full((6, 2), torch.nan), torch.eye(6).long(), "codes must be finite"),
     ],
 )
 def test_scores_refuse(codes, factors, words):

@@ -69,7 +69,8 @@ def test_the_error_of_a_mean_of_shared_and_of_own_draws():
 
 def test_weights_that_differ_by_rounding_alone_have_no_tail():
     """A hundred roundings of the greatest weight, or of 1 where that is smaller."""
-    greatest = torch.tensor([[500.0] * 9, [0.1] * 9, [500.0] * 9, [0.1] * 9]).double()
+    large, small = [500.0] * 4 + [499.0] * 5, [0.1] * 4 + [0.05] * 5  # too few for a shape
+    greatest = torch.tensor([large, small, large, small]).double()
     rounding = 1e-3
     least = greatest[:, 0] - torch.tensor([49.0, 0.09, 51.0, 0.11]).double()
     found = _shapes(greatest, least, rounding)
