@@ -358,9 +358,9 @@ def _differences(data: Side, own: Side, seed: int) -> dict[str, Difference | Non
     columns = width + some_columns(data.residuals.shape[1], seed)
 
     def statistics(rows: Tensor) -> Tensor:
-        gain, left = explained(rows[:, :width], rows[:, width:])
-        related = correlation_statistic(rows[:, columns])
-        return torch.stack([*scale_statistics(left), related.to(gain.dtype), gain])
+        gain, left = explained(rows[..., :width], rows[..., width:])
+        rest = [correlation_statistic(rows[..., columns]).to(gain.dtype), gain]
+        return torch.cat([scale_statistics(left), torch.stack(rest, -1)], -1)
 
     found |= dict(zip(DIFFERENCES, difference(statistics, first, second, seed), strict=True))
     return found if data.scaled else found | dict.fromkeys(DIFFERENCES[:3])

@@ -10,6 +10,9 @@ from torch import Tensor
 PERMUTATIONS = 200
 """Random permutations of the rows of both samples, for the errors of a difference."""
 
+SHUFFLED_CELLS = 2**20
+"""Numbers in the permuted rows that are compared at once."""
+
 FOLDS = 3
 """Folds of the classifier; each row is scored by a classifier that has not seen it."""
 
@@ -86,23 +89,27 @@ def _log_odds(x: "np.ndarray", y: "np.ndarray", seed: int) -> "np.ndarray":
 def difference(
     statistic: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, seed: int = 0
 ) -> list[Difference]:
-    """Compare statistics, (s,), of two samples of rows by random permutations of all rows.
+    """Compare statistics of two samples of rows by random permutations of all rows.
 
     Under equal distributions each assignment of the rows to the samples has the same probability.
+
+    Arguments:
+        statistic: maps samples (..., n, d) to numbers (..., s).
     """
     rows, n = torch.cat([first, second]), len(first)
     generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(rows), generator=generator) for _ in range(PERMUTATIONS)]
     shuffled = []
-    for _ in range(PERMUTATIONS):
-        order = torch.randperm(len(rows), generator=generator)
-        shuffled.append(statistic(rows[order[:n]]) - statistic(rows[order[n:]]))
-    value, null = statistic(first) - statistic(second), torch.stack(shuffled)
+    for part in torch.stack(orders).split(max(1, SHUFFLED_CELLS // rows.numel())):
+        halves = rows[part].split([n, len(rows) - n], -2)
+        shuffled.append(statistic(halves[0]) - statistic(halves[1]))
+    value, null = statistic(first) - statistic(second), torch.cat(shuffled)
     deviations = (value - null.mean(0)) / null.std(0).clamp(min=1e-12)
     return [Difference(*pair) for pair in zip(value.tolist(), deviations.tolist(), strict=True)]
 
 
 def scale_statistics(residuals: Tensor) -> Tensor:
-    r"""Return three statistics of the scale of standardized residuals (n, d); NaN is missing.
+    r"""Return three statistics of the scale of standardized residuals (..., n, d); NaN is missing.
 
     They are the logarithm of the mean square; and the nats per row that a scale for each row, and a
     scale for each column, would gain: :math:`\tfrac12 \sum (c - 1 - \log c)` with c the mean
@@ -111,15 +118,16 @@ def scale_statistics(residuals: Tensor) -> Tensor:
     """
     squares = residuals.square()
     if bool(squares.sum().isnan()):
-        number, present = (seen := ~squares.isnan()).sum(1), seen.to(squares.dtype).mean(0)
-        by_row, by_column, whole = squares.nanmean(1), squares.nanmean(0), squares.nanmean()
+        number, present = (seen := ~squares.isnan()).sum(-1), seen.to(squares.dtype).mean(-2)
+        by_row, by_column = squares.nanmean(-1), squares.nanmean(-2)
+        whole = squares.nanmean((-2, -1))
     else:  # three times as fast
-        number, present = torch.tensor(squares.shape[1]), torch.ones(())
-        by_row, by_column = squares.mean(1), squares.mean(0)
-        whole = by_column.mean()
-    rows = 0.5 * (number * _excess(by_row)).nanmean()
-    columns = 0.5 * (present * _excess(by_column)).nansum()
-    return torch.stack([whole.log(), rows, columns])
+        number, present = torch.tensor(squares.shape[-1]), torch.ones(())
+        by_row, by_column = squares.mean(-1), squares.mean(-2)
+        whole = by_column.mean(-1)
+    rows = 0.5 * (number * _excess(by_row)).nanmean(-1)
+    columns = 0.5 * (present * _excess(by_column)).nansum(-1)
+    return torch.stack([whole.log(), rows, columns], -1)
 
 
 def _excess(c: Tensor) -> Tensor:
@@ -129,8 +137,8 @@ def _excess(c: Tensor) -> Tensor:
 def correlation_statistic(residuals: Tensor) -> Tensor:
     r"""Return the nats per row in the correlations C, :math:`-\tfrac12 \log \det C`."""
     r = residuals.double().nan_to_num(0.0)
-    r = (r - r.mean(0)) / r.std(0).clamp(min=1e-12)
-    c = r.T @ r / (len(r) - 1) + 1e-9 * torch.eye(r.shape[1], dtype=r.dtype)
+    r = (r - r.mean(-2, keepdim=True)) / r.std(-2, keepdim=True).clamp(min=1e-12)
+    c = r.mT @ r / (r.shape[-2] - 1) + 1e-9 * torch.eye(r.shape[-1], dtype=r.dtype)
     return -0.5 * torch.linalg.slogdet(c)[1]
 
 
@@ -147,28 +155,28 @@ def clipped(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def explained(causes: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Regress standardized residuals (n, d) on causes (n, k); NaN is missing.
+    r"""Regress standardized residuals (..., n, d) on causes (..., n, k); NaN is missing.
 
     The terms are a constant, the causes and their squares, and of few causes the products, but at
     most a quarter of the number of rows. Returns the nats per row that the regression would gain
     as a part of the mean, :math:`\tfrac12 \sum_j (m_j - l_j)` with the mean squares m before and l
     after it (corrected for the number of terms); and the residuals after it.
     """
-    n, holes = len(residuals), residuals.isnan()
-    q, _ = torch.linalg.qr(_terms(causes)[:, : n // 4])
-    seen = n - holes.sum(0)
-    slopes = q.T @ residuals.nan_to_num(0.0) * (n / seen)
-    chance = q.shape[1] / seen.clamp(min=2 * q.shape[1])
-    left = torch.addmm(residuals, q, slopes, alpha=-1).mul_((1 - chance).rsqrt())
-    gained = residuals.square().nansum() - left.square().nansum()
+    n, holes = residuals.shape[-2], residuals.isnan()
+    q, _ = torch.linalg.qr(_terms(causes)[..., : n // 4])
+    seen = n - holes.sum(-2, keepdim=True)
+    slopes = q.mT @ residuals.nan_to_num(0.0) * (n / seen)
+    chance = q.shape[-1] / seen.clamp(min=2 * q.shape[-1])
+    left = (residuals - q @ slopes).mul_((1 - chance).rsqrt())
+    gained = residuals.square().nansum((-2, -1)) - left.square().nansum((-2, -1))
     return 0.5 * gained / n, left
 
 
 def _terms(causes: Tensor) -> Tensor:
-    z = causes - causes.mean(0)
-    first, second = torch.triu_indices(width := z.shape[1], width, 1)
-    products = z[:, first] * z[:, second] if width <= SQUARES else z[:, :0]
-    return torch.cat([z.new_ones(len(z), 1), z, z.square(), products], 1)
+    z = causes - causes.mean(-2, keepdim=True)
+    first, second = torch.triu_indices(width := z.shape[-1], width, 1)
+    products = z[..., first] * z[..., second] if width <= SQUARES else z[..., :0]
+    return torch.cat([z.new_ones(*z.shape[:-1], 1), z, z.square(), products], -1)
 
 
 def some_columns(width: int, seed: int = 0) -> Tensor:
