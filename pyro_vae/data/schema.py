@@ -60,7 +60,6 @@ class Column:
                 f"column '{self.name}' has an unknown role '{self.role}'; "
                 f"{nearest(self.role, ROLES)}"
             )
-
         for one in self.categories:
             if not isinstance(one, str | int | float | bool):
                 raise UsageError(

@@ -2,13 +2,12 @@
 
 import json
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from apart import Apart
 from exact import LinearGaussian, linear_gaussian
 from pairs import make, rows
-from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.diagnostics.loo_figures import loo_pit_bars
@@ -52,24 +51,6 @@ def test_coverage_of_a_right_model_and_of_one_with_half_the_noise():
     narrow = pv.loo_pit(wrong, x, num_samples=300, **QUIET)
     assert (narrow.coverage - exact.double().mean((0, 1))).abs().max() < 0.03
     assert bool((narrow.coverage < wanted - 0.15).all())
-
-
-class Apart(nn.Module):
-    """Entries that do not depend on the latent, so that their distribution is known."""
-
-    def __init__(self, fn):
-        super().__init__()
-        self.fn = fn
-
-    def model(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            fn = self.fn.expand((*z.shape, 2)).mask(~x.isnan()).to_event(1)
-            pyro.sample("x", fn, obs=x.nan_to_num(0.0))
-
-    def guide(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ import csv
 from math import log, pi
 
 import numpy as np
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from apart import Apart
 from cli_helpers import command
 from scipy import stats
 
@@ -150,27 +150,6 @@ def test_periods_must_fit_the_kinds():
     assert pv.Columns(["circular", "count"], [0, 0]).periods == (pytest.approx(2 * pi), 0.0)
 
 
-class Near(torch.nn.Module):
-    """A pair whose entries are near the end of the circle from which draws are taken."""
-
-    def __init__(self, fn):
-        super().__init__()
-        self.fn = fn
-
-    def template(self, n):
-        return (torch.zeros(n, 2),)
-
-    def model(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            fn = self.fn.expand((*z.shape, 2)).mask(~x.isnan()).to_event(1)
-            pyro.sample("x", fn, obs=x.nan_to_num(0.0))
-
-    def guide(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-
-
 ANGLES = {
     "hours": (Circular(torch.tensor(23.5), torch.tensor(3.0), torch.tensor(0.0), HOURS), 24.0),
     "angles": (dist.VonMises(torch.tensor(3.0), torch.tensor(3.0)), 2 * pi),
@@ -181,7 +160,7 @@ ANGLES = {
 @pytest.mark.parametrize("turns", [-1, 1, 10])
 def test_other_turns_of_the_circle_do_not_change_checks(name, turns):
     fn, period = ANGLES[name]
-    pair = Near(fn)
+    pair = Apart(fn)
     x = pv.sample(pair, 60, seed=0)
     moved = x + turns * period
     one, two = (pv.loo_pit(pair, part, num_samples=50, progress=False) for part in (x, moved))
@@ -194,7 +173,7 @@ def test_other_turns_of_the_circle_do_not_change_checks(name, turns):
 
 
 def test_an_imputed_angle_of_a_von_mises_is_not_at_the_other_side_of_the_circle():
-    pair = Near(ANGLES["angles"][0])
+    pair = Apart(ANGLES["angles"][0])
     found = pv.impute(pair, torch.tensor([[torch.nan, 1.0]]), num_samples=4000)
     mean, low, high = (float(part[0, 0]) for part in (found.mean, found.low, found.high))
     width = stats.vonmises.ppf(0.95, 3.0)
