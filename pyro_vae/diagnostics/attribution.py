@@ -20,13 +20,14 @@ from pyro_vae.diagnostics.signs import (
 )
 from pyro_vae.diagnostics.study import Finding
 
+REFINE = ", or pyro_vae.refine for the rows that you analyze"
+
 PARTS: dict[str, tuple[str, str]] = {
     "globals": ("the guide of global latents", ADVICE),
     "encoder": (
         "the encoder",
         "a larger encoder, fitted to training data and many draws of the model "
-        "(pyro_vae.refit_guide), or pyro_vae.refine for the rows that you analyze; if only some "
-        "rows are wrong, look at their inputs",
+        f"(pyro_vae.refit_guide){REFINE}; if only some rows are wrong, look at their inputs",
     ),
     "family": (
         "the family of the guide",
@@ -49,11 +50,12 @@ PARTS: dict[str, tuple[str, str]] = {
 """The parts that can be at fault, in words, and what to try next."""
 
 OWN_GUIDE = {
-    "encoder": "a larger encoder in your guide, fitted again, or pyro_vae.refine for the rows that "
-    "you analyze; if only some rows are wrong, look at their inputs",
+    "encoder": f"a larger encoder in your guide, fitted again{REFINE}; if only some rows are "
+    "wrong, look at their inputs",
     "family": "a richer family of the local latents in your guide",
 }
-"""What to try if the pair has global latents, which pyro_vae.refit_guide refuses."""
+"""What to try if pyro_vae.refit_guide refuses the pair: with global latents, and with latents that
+cannot be refined."""
 
 MINOR = 0.2
 """Of two gaps, one that is less than this fraction of the other is not reported as a fault."""
@@ -82,12 +84,15 @@ class Blame:
     """What the tools found."""
     own_guide: bool = False
     """Whether the pair has global latents, so that `pyro_vae.refit_guide` refuses it."""
+    refinable: bool = True
+    """Whether the guide has latents that `pyro_vae.refine` serves."""
 
     @property
     def next(self) -> str:
         """The one thing to try next."""
-        own = OWN_GUIDE.get(self.part) if self.own_guide else None
-        return own or PARTS[self.part][1]
+        own = OWN_GUIDE.get(self.part) if self.own_guide or not self.refinable else None
+        words = own or PARTS[self.part][1]
+        return words if self.refinable else words.replace(REFINE, "")
 
     @property
     def words(self) -> str:
@@ -201,7 +206,7 @@ def _blames_of_discrete(results: Mapping[str, Any]) -> list[Blame]:
         return []
     part = "family" if mass or {sign.kind for sign in signs} == {"shape"} else "encoder"
     parts = sum(sign.nats for sign in signs if sign.nats is not None)  # of y, and of the others
-    return [Blame(part, mass[0].nats if mass else parts or None, tuple(signs))]
+    return [Blame(part, mass[0].nats if mass else parts or None, tuple(signs), refinable=False)]
 
 
 def _far_from_log_likelihood(results: Mapping[str, Any]) -> Sign | None:

@@ -87,3 +87,21 @@ def test_classes_and_other_latents_add_up():
     assert (blame.part, blame.nats) == ("encoder", pytest.approx(2.0))
     (missed,) = blames(**both, model_check=checked(missed=0.7))
     assert (missed.part, missed.nats) == ("family", pytest.approx(0.7))
+
+
+@pytest.mark.parametrize(
+    ("results", "advice"),
+    [
+        (
+            {"log_likelihood": weights(gap=0.5)},
+            "a larger encoder in your guide, fitted again; if only some rows are wrong, look at "
+            "their inputs",
+        ),
+        ({"calibration": ranks(joint=0.3)}, "a richer family of the local latents in your guide"),
+    ],
+)
+def test_the_advice_names_no_tool_that_refuses_the_pair(results, advice):
+    assert blames(**results)[0].next == advice
+    found, said = verdict.findings(results, torch.arange(200), not_applicable=NO_GAPS)
+    assert found[0].next == advice
+    assert any(one.words.endswith(f"Try {advice}") for one in said)

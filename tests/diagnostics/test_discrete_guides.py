@@ -70,6 +70,10 @@ def test_a_guide_of_classes_that_is_off_is_charged_to_the_encoder_with_its_size(
     assert blame.part == "encoder"
     assert blame.nats == pytest.approx(pair.gap(data), abs=0.03)
     assert "the ELBO is" in blame.words
+    for tool, options in ((pv.refine, {}), (pv.refit_guide, {"posterior": pv.DiagonalNormal})):
+        with pytest.raises(pv.UsageError):
+            tool(pair, data, **options)
+        assert f"pyro_vae.{tool.__name__}" not in blame.next
     weighed = found.results["log_likelihood"]
     exact = log_joint(data).logsumexp(-1)[found.rows][: len(weighed.per_datum)].mean().item()
     assert abs(weighed.value - exact) < 4 * weighed.total_error + 1e-4
