@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributions import AffineTransform, Transform, constraints
 
 import pyro_vae as pv
-from pyro_vae.diagnostics import diagnosis
+from pyro_vae.diagnostics import sizing
 from pyro_vae.pairs.rng import seeded
 
 ROWS = 1000
@@ -418,7 +418,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     if options.clock == "cpu":
-        diagnosis._now = time.process_time
+        sizing.now = time.process_time
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for shape in options.pairs:
             for i, fault in enumerate(FAULTS):

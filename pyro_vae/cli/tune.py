@@ -257,7 +257,8 @@ def _proposed(trial: "Trial", search: tuple[str, ...]) -> dict[str, Any]:
         width = trial.suggest_categorical("width", WIDTHS)
         found["hidden"] = tuple(max(WIDTHS[0] // 2, width // 2**i) for i in range(layers))
     if "learning_rate" in search:
-        found["learning_rate"] = trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)
+        rate = trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)
+        found["learning_rate"] = float(f"{rate:.2e}")  # the one that `_options` prints
     if "scale" in search:
         found["scale"] = trial.suggest_categorical("scale", ["predicted", "learned"])
     trial.set_user_attr("options", {name: _plain(value) for name, value in found.items()})

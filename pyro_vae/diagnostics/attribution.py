@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyro_vae.diagnostics.global_studies import ADVICE
+from pyro_vae.diagnostics.global_studies import ADVICE, mixed
 from pyro_vae.diagnostics.signs import (
     ERRORS,
     NATS,
@@ -19,11 +19,16 @@ from pyro_vae.diagnostics.signs import (
     of_classes,
 )
 from pyro_vae.diagnostics.study import Finding
+from pyro_vae.inference.prior_tail import in_tail
 
 REFINE = ", or pyro_vae.refine for the rows that you analyze"
 
 PARTS: dict[str, tuple[str, str]] = {
     "globals": ("the guide of global latents", ADVICE),
+    "prior of globals": (
+        "the prior of global latents",
+        "a prior that allows such values, or a model that explains them",
+    ),
     "encoder": (
         "the encoder",
         "a larger encoder, fitted to training data and many draws of the model "
@@ -144,6 +149,21 @@ def blamed(
 def of_globals(found: Finding) -> Blame:
     """Return the fault that a finding on the guide of global latents describes."""
     return Blame("globals", None, (Sign("globals", "global_nuts", found.words),))
+
+
+def of_prior_conflict(results: Mapping[str, Any]) -> list[Blame]:
+    """Return the fault that global or group latents lie in the tail of their prior, if they do.
+
+    It needs draws of the posterior: those of NUTS, or those of the guide with reliable weights.
+    """
+    chains, weights = results.get("global_nuts"), results.get("global_weights")
+    sources = {"global_nuts": chains if chains is not None and mixed(chains) else None}
+    for tool, found in (sources | {"global_weights": weights}).items():
+        tails = None if found is None else found.prior_tails
+        if tails is not None and tails.conflicts:
+            sign = Sign("prior of globals", tool, in_tail(tails.conflicts))
+            return [Blame(sign.kind, None, (sign,))]
+    return []
 
 
 def misses_mass(blame: Blame) -> bool:

@@ -1,10 +1,8 @@
 """`diagnose`: all checks of the inference of a pair, within a time budget."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from textwrap import fill
-from time import perf_counter as _now
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,19 +10,19 @@ from torch import Tensor, nn
 
 from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows, parts
-from pyro_vae.diagnostics import verdict
-from pyro_vae.diagnostics.attribution import Blame, of_globals
+from pyro_vae.diagnostics import sizing, verdict
+from pyro_vae.diagnostics.attribution import Blame, of_globals, of_prior_conflict
 from pyro_vae.diagnostics.global_studies import judge_globals, judge_local, limited
 from pyro_vae.diagnostics.sharing import share_out
 from pyro_vae.diagnostics.signs import Sign
+from pyro_vae.diagnostics.sizing import Climb, climb_all
 from pyro_vae.diagnostics.studies import STUDIES
-from pyro_vae.diagnostics.study import KINDS, REASONS, Bench, Finding, Rung, Study, latent_names
+from pyro_vae.diagnostics.study import KINDS, REASONS, Bench, Finding, latent_names
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.processes import here, single
-from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import require_seed
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.showing import shown_html
@@ -37,17 +35,6 @@ if TYPE_CHECKING:
 
 TIMED_DRAWS = 10
 """Number of draws of each row for the measurement of the time of a draw."""
-
-SAFETY = 1.5
-"""Safety factor on the slope of seconds over cost."""
-
-ROUNDS = 3
-"""In the first round each diagnostic runs at its smallest size. In the second round it gets its
-share of the rest of the time. The third uses what is left."""
-
-FIRST = 0.2
-"""The smallest size of a diagnostic may take this fraction of the time, even if that is more than
-its share."""
 
 TIMED_ROWS = 500
 """Number of rows for the measurement of the time of a pass."""
@@ -99,6 +86,36 @@ class Diagnosis:
             parts.insert(0, "At fault: no part, as far as the diagnostics have checked.")
         return "\n".join(parts) or "No diagnostic gave a result."
 
+    def add(self, climb: Climb) -> None:
+        """Add the result of a diagnostic, or the reason for its absence."""
+        study, name, sizes = climb.study, climb.study.name, len(climb.study.rungs)
+        if climb.known:
+            self.seconds[name] = climb.seconds
+        if climb.fault is not None:
+            kind, words = climb.fault
+            getattr(self, kind)[name] = words
+            if kind == "failed":
+                words = f"the diagnostic '{name}': it failed"
+                self.findings.append(Finding("unchecked", words, f"diagnostic {name}"))
+        elif not climb.known:
+            self.left_out[name] = "it did not run"
+        elif not climb.over:
+            self.left_out[name] = f"it ran at size {climb.at + 1} of {sizes}"
+        if climb.result is not None:
+            self.results[name] = climb.result
+            told = study.judge(climb.result)
+            self.findings += [one for one in told if isinstance(one, Finding)]
+            self.signs += [one for one in told if isinstance(one, Sign)]
+            for title, figure in study.figures.items():
+                try:
+                    self.figures[title] = figure(climb.result)
+                except Exception as error:  # without a picture the findings remain
+                    climb.notes[f"'{title}' cannot be drawn: {first_line(error)}"] = None
+                    continue
+                self.pictures.setdefault(name, []).append(title)
+        if climb.notes:
+            self.notes[name] = list(climb.notes)
+
     def judge(self, shared: Sequence[str], local: Sequence[str]) -> None:
         """Add the verdict: on the parts of the pair, and on each latent.
 
@@ -112,9 +129,11 @@ class Diagnosis:
         findings = limited(self.findings, verdicts, shared, local)
         # All numbers rest on the global latents, so a fault of their guide is the first one.
         faults = [of_globals(found) for found in verdicts if found.kind == "doubt"]
-        self.blamed = [*faults, *self.blamed]
+        priors = of_prior_conflict(self.results)
+        self.blamed = [*faults, *self.blamed, *priors]
         told = [found for found in verdicts if not faults or found.kind in ("trust", "unchecked")]
-        self.findings = [*(blame.finding for blame in faults), *told, *findings]
+        first, last = ([blame.finding for blame in blames] for blames in (faults, priors))
+        self.findings = [*first, *told, *findings, *last]
 
     def worst(self, number: int = 10) -> Tensor:
         """Return the rows whose log p(x) is least reliable, the worst first."""
@@ -203,21 +222,21 @@ def diagnose(
     require_seed(seed)
     team = here()
     with single():
-        end = _now() + budget
+        end = sizing.now() + budget
         bench = team.together(
             lambda: _bench(pair, (x, context), other, train, binarize, seed, engine)
         )
-        climbs = [_Climb(study) for make in STUDIES if (study := make(bench)) is not None]
+        climbs = [Climb(study) for make in STUDIES if (study := make(bench)) is not None]
         share_out(
             climbs,
             team,
             budget,
             bench.batch,
-            lambda own: _climb(own, end, progress and team.first),
+            lambda own: climb_all(own, end, progress and team.first),
         )
         found = Diagnosis(bench.rows, budget)
-        for climb in climbs:
-            climb.tell(found)
+        for one in climbs:
+            found.add(one)
         found.judge(bench.shared, bench.local)
     return found
 
@@ -247,31 +266,14 @@ def _bench(
     return Bench(pair, shuffled, order, seed, engine, *costs, strangers, fitted, shared, local)
 
 
-def _climb(climbs: Sequence["_Climb"], end: float, progress: bool) -> None:
-    """Run diagnostics at growing sizes until the time is over."""
-    with bar(progress, ROUNDS * len(climbs), "diagnose") as shown:
-        for turn in range(ROUNDS):
-            for i, climb in enumerate(climbs):
-                shown.set_postfix_str(f" {climb.study.name}")
-                rest = sum(other.study.weight for other in climbs[i:] if not other.over)
-                if not climb.over:
-                    left = end - _now()
-                    share = left * climb.study.weight / rest
-                    if turn == 0:
-                        climb.go(max(share, FIRST * left), 1)
-                    else:
-                        climb.go(share)
-                shown.update()
-
-
 def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, float, float]:
     """Return the seconds of a pass of one row, of each further row, and of each further draw."""
 
     def seconds(rows: int) -> float:
         part = _repeated(batch, rows)
-        start = _now()
+        start = sizing.now()
         trace_model(pair, part, trace_guide(pair, part))
-        return _now() - start
+        return sizing.now() - start
 
     with using(pair, seed):
         seconds(TIMED_ROWS)  # the first pass includes work that is done only once
@@ -289,111 +291,11 @@ def _draw_seconds(pair: nn.Module, batch: Batch, one: float, rate: float) -> flo
         return rate
     if not vectorized:
         return one / len(part[0]) + rate
-    start = _now()
+    start = sizing.now()
     log_weights(pair, part, TIMED_DRAWS, nesting)
-    rest = _now() - start - one - rate * len(part[0])
+    rest = sizing.now() - start - one - rate * len(part[0])
     return min(rate, max(0.0, rest) / TIMED_ROWS)
 
 
 def _repeated(batch: Batch, rows: int) -> Batch:
     return tuple(t[torch.arange(rows, device=t.device) % len(t)] for t in batch)
-
-
-class _Climb:
-    """Runs one diagnostic at growing sizes, as long as the next size fits into its time."""
-
-    def __init__(self, study: Study) -> None:
-        self.study = study
-        self.at, self.result, self.seconds = -1, None, 0.0
-        self.known: list[tuple[float, float]] = []
-        """Costs and seconds of the finished sizes."""
-        self.fault: tuple[str, str] | None = None
-        """The field of `Diagnosis` for an error, and the error in words."""
-        self.notes: dict[str, None] = {}
-
-    @property
-    def over(self) -> bool:
-        """Whether the diagnostic failed or ran at its largest size."""
-        return self.fault is not None or self.at == len(self.study.rungs) - 1
-
-    def go(self, allotted: float, most: int | None = None) -> None:
-        """Run further sizes within the allotted seconds, at most this number of them."""
-        start, ran = _now(), 0
-        while not self.over and ran != most and (fits := self._fits(start + allotted - _now())):
-            ran += 1
-            self.at = fits[-1]
-            self._run(self.study.rungs[self.at])
-        self.seconds += _now() - start
-
-    def _fits(self, left: float) -> list[int]:
-        """Return the sizes that are expected to fit.
-
-        After one run, the part of its time that grows with size is not known. So a size beyond the
-        next one must fit even if all of this time grows.
-        """
-        rungs = self.study.rungs
-        if not self.known:
-            return [0] if rungs[0].cost <= left else []
-        larger = range(self.at + 1, len(rungs))
-        fits = [i for i in larger if _predicted(self.known, rungs[i].cost) <= left]
-        if len(self.known) > 1:
-            return fits
-        cost, seconds = self.known[0]
-        return [i for i in fits if i == larger[0] or seconds * rungs[i].cost <= left * cost]
-
-    def _run(self, rung: Rung) -> None:
-        start = _now()
-        with warnings.catch_warnings(record=True) as heard:
-            warnings.simplefilter("always", UserWarning)
-            try:
-                self.result = rung.run()
-            except UsageError as error:
-                self.fault = "not_applicable", str(error)
-            except Exception as error:  # a user's pair may raise anything; the others continue
-                self.fault = "failed", f"{type(error).__name__}: {first_line(error)}"
-        self.notes |= dict.fromkeys(str(warning.message) for warning in heard)
-        self.known.append((rung.cost, _now() - start))
-
-    def tell(self, found: Diagnosis) -> None:
-        """Put the result, or the reason for its absence, into the diagnosis."""
-        study, name, sizes = self.study, self.study.name, len(self.study.rungs)
-        if self.known:
-            found.seconds[name] = self.seconds
-        if self.fault is not None:
-            kind, words = self.fault
-            getattr(found, kind)[name] = words
-            if kind == "failed":
-                words = f"the diagnostic '{name}': it failed"
-                found.findings.append(Finding("unchecked", words, f"diagnostic {name}"))
-        elif not self.known:
-            found.left_out[name] = "it did not run"
-        elif not self.over:
-            found.left_out[name] = f"it ran at size {self.at + 1} of {sizes}"
-        if self.result is not None:
-            found.results[name] = self.result
-            told = study.judge(self.result)
-            found.findings += [one for one in told if isinstance(one, Finding)]
-            found.signs += [one for one in told if isinstance(one, Sign)]
-            for title, figure in study.figures.items():
-                try:
-                    found.figures[title] = figure(self.result)
-                except Exception as error:  # without a picture the findings remain
-                    self.notes[f"'{title}' cannot be drawn: {first_line(error)}"] = None
-                    continue
-                found.pictures.setdefault(name, []).append(title)
-        if self.notes:
-            found.notes[name] = list(self.notes)
-
-
-def _predicted(known: Sequence[tuple[float, float]], cost: float) -> float:
-    """Predict the seconds of a run from costs and seconds of earlier runs.
-
-    A part of the first run, such as tracing, does not grow with size. So the first prediction uses
-    the costs, and later ones use the slope of the last two runs.
-    """
-    last, seconds = known[-1]
-    slope = 1.0
-    if len(known) > 1:
-        first, before = known[-2]
-        slope = SAFETY * max(0.0, seconds - before) / (last - first)
-    return min(seconds * cost / last, seconds + slope * (cost - last))

@@ -9,6 +9,9 @@ from pyro_vae.diagnostics.study import Bench, Rung, Study, sizes
 from pyro_vae.diagnostics.tarp import Tarp, tarp
 from pyro_vae.inference.moment_matching import ROUNDS
 
+WEIGHT = 0.25
+"""Their share of the time: what the verdict rests on comes first."""
+
 
 def tarp_study(bench: Bench) -> Study:
     def run(simulations: int, draws: int) -> Tarp:
@@ -23,7 +26,7 @@ def tarp_study(bench: Bench) -> Study:
 
     wanted = ((200, 19), (1000, 49), (2000, 99))
     rungs = [Rung(bench.draws(2, n, draws), partial(run, n, draws)) for n, draws in wanted]
-    return Study("tarp", 1, rungs)
+    return Study("tarp", WEIGHT, rungs)
 
 
 def power_scaling_study(bench: Bench) -> Study:
@@ -36,7 +39,7 @@ def power_scaling_study(bench: Bench) -> Study:
     # The draws of every row are moved and stretched, in up to ROUNDS rounds, before they count.
     passes = 4 + 2 * ROUNDS
     rungs = [Rung(bench.draws(passes, n, k), partial(run, n, k)) for n, k in wanted]
-    return Study("power_scaling", 1, rungs)
+    return Study("power_scaling", WEIGHT, rungs)
 
 
 def loo_pit_study(bench: Bench) -> Study:
@@ -47,4 +50,4 @@ def loo_pit_study(bench: Bench) -> Study:
 
     wanted = sizes(bench, (50, 100), (200, 200), (1000, 500))
     rungs = [Rung(bench.draws(4, n, k), partial(run, n, k)) for n, k in wanted]
-    return Study("loo_pit", 1, rungs, figures={"loo-pit": loo_pit_bars})
+    return Study("loo_pit", WEIGHT, rungs, figures={"loo-pit": loo_pit_bars})

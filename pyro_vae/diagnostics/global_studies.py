@@ -252,7 +252,7 @@ def judge_globals(
         reasons: why a study has no result, by its name.
     """
     weights, chains = results.get("global_weights"), results.get("global_nuts")
-    evidence = [] if chains is None or not _mixed(chains) else [of_nuts(chains)]
+    evidence = [] if chains is None or not mixed(chains) else [of_nuts(chains)]
     if weights is not None and weights.reliable:
         evidence.append(of_weights(weights))
     for one in evidence:
@@ -276,7 +276,8 @@ def _noisy(found: GlobalWeights) -> bool:
     return not found.noise <= max(NOISE, NOISE_SHARE * spread)
 
 
-def _mixed(found: JointPosterior) -> bool:
+def mixed(found: JointPosterior) -> bool:
+    """Whether the chains agree so far that they can show a fault."""
     return bool(found.shared.r_hat.nan_to_num(0.0).max() <= MIXED)
 
 

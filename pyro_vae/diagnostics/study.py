@@ -66,7 +66,7 @@ class Study(NamedTuple):
     name: str
     """The name of the diagnostic."""
     weight: float
-    """Its share of the time, relative to the studies after it."""
+    """Its share of the time, relative to the other studies."""
     rungs: Sequence[Rung]
     """Its sizes, from the smallest up."""
     judge: Callable[[Any], list[Any]] = lambda found: []

@@ -25,6 +25,7 @@ from pyro_vae.pairs.sites import data_first, is_factor, latents, observed
 from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.traces import DataFirst, Given, Means, trace
 from pyro_vae.parts.by_column import ByColumn
+from pyro_vae.parts.circular import Circular
 from pyro_vae.runs import files
 
 TOLERANCE = 1e-5
@@ -44,8 +45,8 @@ class Exported(NamedTuple):
     inputs: dict[str, Tensor]
     """The name of each input, and example rows."""
     outputs: dict[str, dict[str, Any]]
-    """The name of each output, such as ``z.loc``, and what it is: the family of its distribution
-    and, for a part of the columns of a table, their indices."""
+    """The name of each output, such as ``z.loc``, and what it is: the family of its distribution,
+    for a part of the columns of a table their indices, and the periods of circular columns."""
     reference: Callable[..., Sequence[Tensor]]
     """The pair's own program for the same tensors."""
 
@@ -152,13 +153,10 @@ def _exported(
     def parameters(*tensors: Tensor) -> list[Tensor]:
         with using(pair), pyro.validation_enabled(False):
             local = {n: site for n, site in sites(*tensors).items() if is_local(site)}
-            found = {
-                f"{n}.{key}": (value, words)
-                for n, site in local.items()
-                for key, value, words in _parameters(site)
-            }
-        outputs.update({key: words for key, (_, words) in found.items()})
-        return [value.contiguous() for value, _ in found.values()]
+            found = {f"{n}.{p.name}": p for n, site in local.items() for p in _parameters(site)}
+            if not outputs:  # within a graph, numbers are not known
+                outputs.update({key: parameter.words for key, parameter in found.items()})
+        return [parameter.value.contiguous() for parameter in found.values()]
 
     tensors = list(inputs.values())
     try:
@@ -190,20 +188,44 @@ def _closed_mean(fn: Any) -> Tensor:
         raise NotTraceable(f"the mean of {type(fn).__name__} has no closed form") from error
 
 
-def _parameters(site: Site) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-    """The name, the value (data first) and the meaning of each parameter of a site."""
+class _Parameter(NamedTuple):
+    """A parameter of a site."""
+
+    name: str
+    value: Tensor
+    """Its values, data first."""
+    of: Any
+    """The distribution."""
+    columns: list[int] | None
+    """The columns of a table to which it belongs; None for all."""
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """The meaning of the parameter."""
+        found: dict[str, Any] = {"distribution": _family(self.of)}
+        if self.columns is not None:
+            found["columns"] = self.columns
+        if isinstance(self.of, Circular):
+            found["period"] = self.of.period.tolist()
+        return found
+
+
+def _family(fn: Any) -> str:
+    return type(fn).__name__.lstrip("_")
+
+
+def _parameters(site: Site) -> Iterator[_Parameter]:
+    """The parameters of a site."""
     fn, base = site["fn"], _base(site["fn"])
     parts = base.parts if isinstance(base, ByColumn) else [(None, one) for one in _nested(base)]
     for columns, part in parts:
-        family = type(part).__name__.lstrip("_")
-        words = {"distribution": family} | ({} if columns is None else {"columns": columns})
         inner = len(part.batch_shape) - len(fn.batch_shape)
         for key in _parameter_names(part):
             value = torch.as_tensor(getattr(part, key))
             own = part.arg_constraints[key].event_dim
             value = value.expand(part.batch_shape + value.shape[value.dim() - own :])
-            name = key if part is base else f"{family}.{key}"
-            yield name, value.movedim(-1 - inner - own, 0), words
+            name = key if part is base else f"{_family(part)}.{key}"
+            yield _Parameter(name, value.movedim(-1 - inner - own, 0), part, columns)
 
 
 def _nested(fn: Any) -> Iterator[Any]:

@@ -16,6 +16,7 @@ from pyro_vae.inference.importance import CELLS
 from pyro_vae.inference.inference_data import unit_names
 from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold
 from pyro_vae.inference.passes import in_chunks
+from pyro_vae.inference.prior_tail import DRAWS, PriorTails, prior_tails, resampled
 from pyro_vae.pairs import fold_plan
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
@@ -51,6 +52,9 @@ class GlobalWeights:
     """The standard deviation of a log weight that is due to the draws of the local latents, in nats
     for the whole data set. If it is not small, it enlarges ``pareto_k`` however right the guide of
     the global latents is. It falls with the root of ``num_samples``. NaN for one sample."""
+    prior_tails: PriorTails | None = None
+    """How far the weighted draws lie in the tail of their prior; None if ``pareto_k`` is too large,
+    or if no prior can be drawn."""
 
     @property
     def k_threshold(self) -> float:
@@ -128,6 +132,7 @@ class GlobalWeights:
             "pareto_k": self.pareto_k if finite else None,
             "k_threshold": self.k_threshold,
             "effective_sample_size": self.effective_sample_size if finite else None,
+            "in_tail_of_prior": None if self.prior_tails is None else self.prior_tails.conflicts,
             "by_unit": {
                 unit: {name: value[i].item() for name, value in columns.items()}
                 for i, unit in enumerate(self.units)
@@ -158,6 +163,8 @@ class GlobalWeights:
             )
         if len(self.units) > SHOWN:
             lines.append(f"the {SHOWN} of {len(self.units)} units with the largest shift")
+        if self.prior_tails is not None:
+            lines.append(str(self.prior_tails))
         return "\n".join(lines)
 
 
@@ -227,12 +234,17 @@ def global_weights(
             noise.append(variance.item())
             draws.append(values)
             shown.update()
-    found = {name: torch.stack([one[name] for one in draws]).cpu() for name in names}
+        values = {name: torch.stack([one[name] for one in draws]) for name in names}
+        log_weights = torch.stack(weights)
+        k = _shape(log_weights, torch.finfo(placement(pair)[1]).eps)
+        tails = None
+        if k <= threshold(num_draws):
+            chosen = resampled(log_weights.softmax(0), min(num_draws, DRAWS))
+            tails = prior_tails(pair, batch, {n: value[chosen] for n, value in values.items()})
+    found = {name: value.cpu() for name, value in values.items()}
     units = [unit for name in names for unit in unit_names(name, found[name].shape[1:])]
-    log_weights = torch.stack(weights)
-    k = _shape(log_weights, torch.finfo(placement(pair)[1]).eps)
     n, spread = len(batch[0]), (sum(noise) / len(noise)) ** 0.5
-    return GlobalWeights(found, log_weights, tuple(units), k, evidence.number, n, spread)
+    return GlobalWeights(found, log_weights, tuple(units), k, evidence.number, n, spread, tails)
 
 
 def _shape(log_weights: Tensor, rounding: float) -> float:

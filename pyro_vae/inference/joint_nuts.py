@@ -12,6 +12,7 @@ from pyro_vae.errors import UsageError
 from pyro_vae.inference.chains import ENOUGH_DRAWS, PER_UNIT, STARTS, Posterior, compared, energy
 from pyro_vae.inference.joint_density import Whole
 from pyro_vae.inference.posterior import joint_draws
+from pyro_vae.inference.prior_tail import PriorTails, prior_tails
 from pyro_vae.pairs.formatting import in_words
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
@@ -42,6 +43,9 @@ class JointPosterior:
     """The local latents of each row, given the data of all rows; None for a pair without any."""
     num_examples: int
     """The number of rows."""
+    prior_tails: PriorTails | None = None
+    """How far the draws of global and group latents lie in the tail of their prior; None if no
+    prior can be drawn."""
 
     @property
     def agrees(self) -> bool:
@@ -84,6 +88,7 @@ class JointPosterior:
             "too_few_draws": self.too_few_draws,
             "divergences": int(found.divergences.sum()),
             "global": found.as_dict() | {"num_examples": self.num_examples},
+            "in_tail_of_prior": None if self.prior_tails is None else self.prior_tails.conflicts,
             "by_unit": by_unit,
             "local": None if self.local is None else self.local.as_dict(),
         }
@@ -110,6 +115,8 @@ class JointPosterior:
             lines.append(f"the {SHOWN} of {len(found.units)} units with the largest shift")
         if self.too_few_draws:
             lines.append(f"too few draws: bulk and tail should be at least {ENOUGH_DRAWS}")
+        if self.prior_tails is not None:
+            lines.append(str(self.prior_tails))
         if self.local is not None:
             of_rows = self.local
             lines.append(
@@ -174,10 +181,9 @@ def joint_nuts(
             divergences += len(mcmc.diagnostics()["divergences"]["chain 0"])
         values = [whole.constrained(one) for one in z.flatten(0, 1)]
         guide = joint_draws(pair, batch, min(GUIDE_DRAWS, num_chains * num_draws))
-    draws = {
-        name: torch.stack([one[name] for one in values]).cpu().unflatten(0, z.shape[:2])
-        for name in whole.shapes
-    }
+        stacked = {name: torch.stack([one[name] for one in values]) for name in whole.shapes}
+        tails = prior_tails(pair, batch, {name: stacked[name] for name in whole.shared})
+    draws = {name: value.cpu().unflatten(0, z.shape[:2]) for name, value in stacked.items()}
     count = torch.tensor([divergences])
     n = len(batch[0])
     return JointPosterior(
@@ -196,6 +202,7 @@ def joint_nuts(
         if whole.local
         else None,
         n,
+        tails,
     )
 
 

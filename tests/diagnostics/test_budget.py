@@ -7,7 +7,7 @@ import torch
 from exact import linear_gaussian
 
 import pyro_vae as pv
-from pyro_vae.diagnostics import diagnosis
+from pyro_vae.diagnostics import diagnosis, sizing
 from pyro_vae.diagnostics.study import Rung, Study
 
 
@@ -20,19 +20,25 @@ class Clock:
         return self.now
 
 
-def ran(monkeypatch, budget, sizes):
-    """Diagnose by one study whose sizes have these expected and true seconds."""
+def ran(monkeypatch, budget, *studies, weights=(1,)):
+    """Diagnose by studies whose sizes have these expected and true seconds.
+
+    Returns the true seconds of the largest size of each study, and of all of them.
+    """
     clock = Clock()
-    monkeypatch.setattr(diagnosis, "_now", clock)
+    monkeypatch.setattr(sizing, "now", clock)
 
     def pretend(true):
         clock.now += true
         return true
 
-    rungs = [Rung(expected, partial(pretend, true)) for expected, true in sizes]
-    monkeypatch.setattr(diagnosis, "STUDIES", [lambda bench: Study("one", 1, rungs)])
+    made = [
+        Study(str(i), weights[i], [Rung(cost, partial(pretend, true)) for cost, true in sizes])
+        for i, sizes in enumerate(studies)
+    ]
+    monkeypatch.setattr(diagnosis, "STUDIES", [lambda bench, one=one: one for one in made])
     found = pv.diagnose(linear_gaussian(), torch.zeros(4, 6), budget=budget, progress=False)
-    return found.results["one"], clock.now
+    return [found.results.get(study.name) for study in made], clock.now
 
 
 @pytest.mark.parametrize("factor", [0.5, 1, 10])
@@ -41,9 +47,36 @@ def test_a_study_that_costs_more_than_expected_stays_in_its_budget(monkeypatch, 
     sizes = [(cost, factor * cost) for cost in (0.1, 0.8, 3.6, 9.0)]
     largest, seconds = ran(monkeypatch, 20, sizes)
     assert seconds <= 20
-    assert largest == {0.5: 4.5, 1: 9, 10: 8}[factor]
+    assert largest == [{0.5: 4.5, 1: 9, 10: 8}[factor]]
 
 
 def test_a_start_that_does_not_grow_does_not_stop_the_climb(monkeypatch):
     sizes = [(cost, 5 + cost) for cost in (0.1, 0.8, 3.6, 9.0)]
-    assert ran(monkeypatch, 30, sizes) == (14, pytest.approx(5.1 + 5.8 + 14))
+    assert ran(monkeypatch, 30, sizes) == ([14], pytest.approx(5.1 + 5.8 + 14))
+
+
+def test_what_the_shares_leave_goes_to_the_next_sizes_that_fit(monkeypatch):
+    """The second study has nine tenths of the time, and a next size that does not fit."""
+    small, large = [(1, 1), (2, 2), (3, 3), (9, 9)], [(1, 1), (100, 100)]
+    assert ran(monkeypatch, 8, small, large, weights=(1, 9)) == ([3, 1], 7)
+    assert ran(monkeypatch, 8, large, small, weights=(9, 1)) == ([1, 3], 7)
+
+
+def test_what_the_shares_leave_goes_to_the_cheapest_size_first(monkeypatch):
+    """One size of 4 seconds would fit, but not beside the other of 3 seconds."""
+    others = [(1, 1), (4, 4)], [(1, 1), (3, 3)], [(1, 1), (100, 100)]
+    assert ran(monkeypatch, 9, *others, weights=(1, 1, 20)) == ([1, 3, 1], 6)
+
+
+def test_what_the_shares_leave_goes_first_to_what_costs_least_for_its_weight(monkeypatch):
+    """A size of 4 seconds and weight 2 comes before one of 3 seconds and weight 1."""
+    others = [(1, 1), (4, 4)], [(1, 1), (3, 3)], [(1, 1), (100, 100)]
+    assert ran(monkeypatch, 9, *others, weights=(2, 1, 40)) == ([4, 1, 1], 7)
+    assert ran(monkeypatch, 10, *others, weights=(2, 1, 40)) == ([4, 3, 1], 10)
+
+
+def test_a_study_whose_first_size_exceeds_its_share_runs_in_the_time_left(monkeypatch):
+    """A first size may take a fifth of the time, or its share; here it needs more of both."""
+    late, long = [(3, 3)], [(1, 1), (100, 100)]
+    assert ran(monkeypatch, 10, late, long, weights=(1, 9)) == ([3, 1], 4)
+    assert ran(monkeypatch, 3.5, late, long, weights=(1, 9)) == ([None, 1], 1)

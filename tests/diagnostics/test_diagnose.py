@@ -14,7 +14,7 @@ from pairs import make, rows
 
 import pyro_vae as pv
 from pyro_vae.cli.main import main
-from pyro_vae.diagnostics import diagnosis, guide_studies, model_studies, studies
+from pyro_vae.diagnostics import diagnosis, guide_studies, model_studies, sizing, studies
 from pyro_vae.diagnostics.study import Bench, Rung, Study
 
 
@@ -215,7 +215,7 @@ class Clock:
 def run(monkeypatch):
     """Diagnose with these studies; each has a name, costs, and seconds."""
     clock = Clock()
-    monkeypatch.setattr(diagnosis, "_now", clock)
+    monkeypatch.setattr(sizing, "now", clock)
 
     def ran(budget, **ladders):
         def made(name, ladder):
@@ -242,13 +242,13 @@ def test_the_greatest_size_that_fits_is_run(run):
     assert found.seconds == {"slow": 5}
 
 
-def test_what_a_study_leaves_goes_to_the_next(run):
+def test_what_a_study_leaves_goes_to_the_others(run):
     found, _ = run(12, quick={1: 1}, slow={1: 1, 8: 8, 100: 100})
     assert found.results == {"quick": 1, "slow": 8}
     assert run(12, other={1: 6}, slow={1: 1, 8: 8, 100: 100})[0].results["slow"] == 1
 
 
-def test_time_that_is_left_in_the_end_goes_to_a_second_round(run):
+def test_time_that_is_left_in_the_end_is_used(run):
     found, seconds = run(20, slow={1: 1, 12: 12}, quick={1: 1})
     assert found.results == {"slow": 12, "quick": 1}
     assert seconds == 14
@@ -272,10 +272,10 @@ def test_a_time_that_was_underestimated_is_not_spent_twice(run):
 
 
 def test_a_cost_that_does_not_grow_is_learned():
-    assert diagnosis._predicted([(1, 3.0)], 10) == pytest.approx(12)
-    assert diagnosis._predicted([(1, 0.2)], 10) == pytest.approx(2)
-    assert diagnosis._predicted([(1, 2.0), (3, 2.2)], 10) == pytest.approx(3.25)
-    assert diagnosis._predicted([(1, 2.0), (3, 1.9)], 10) == pytest.approx(1.9)
+    assert sizing.predicted([(1, 3.0)], 10) == pytest.approx(12)
+    assert sizing.predicted([(1, 0.2)], 10) == pytest.approx(2)
+    assert sizing.predicted([(1, 2.0), (3, 2.2)], 10) == pytest.approx(3.25)
+    assert sizing.predicted([(1, 2.0), (3, 1.9)], 10) == pytest.approx(1.9)
 
 
 def test_an_error_of_any_kind_is_reported_and_the_rest_runs(monkeypatch):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import VonMises
 
 import pyro_vae as pv
-from pyro_vae.diagnostics import diagnosis
+from pyro_vae.diagnostics import diagnosis, sizing
 from pyro_vae.diagnostics.evaluation import PARTICLES
 from pyro_vae.pairs.scope import scope
 
@@ -199,7 +199,7 @@ def diagnose(idiom: Idiom, pair: nn.Module, batch: Batch) -> None:
     studies = [study for study in diagnosis.STUDIES if study.__name__ not in served]
     with (
         mock.patch.object(diagnosis, "STUDIES", studies),
-        mock.patch.object(diagnosis._Climb, "_fits", lambda self, left: [] if self.known else [0]),
+        mock.patch.object(sizing.Climb, "fits", lambda self, left: [] if self.known else [0]),
     ):
         found = pv.diagnose(pair, *batch, budget=60, **QUIET)
     assert found.failed == {}

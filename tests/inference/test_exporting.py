@@ -117,6 +117,25 @@ def test_tables_have_the_parameters_of_each_family_of_columns(tmp_path):
     torch.testing.assert_close(codes, pv.encode(pair, x)["z"])
 
 
+def test_circular_columns_have_their_periods(tmp_path):
+    """The mode of a column is its location, from the start of its period."""
+    columns = pv.Columns(["circular", "continuous", "circular"], periods=[24.0, 0.0, 360.0])
+    pair = pv.VAE.mlp((3,), latent_dim=2, hidden=(4,), likelihood=columns)
+    x = torch.tensor([[23.0, 2.0, 90.0], [1.0, 0.0, torch.nan]])
+    pv.export(pair, x, folder=tmp_path, formats=["torch"])
+    described = json.loads((tmp_path / "config.json").read_text())["parts"]["decoder"]["outputs"]
+    assert described["x.Circular.loc"]["columns"] == [0, 2]
+    assert described["x.Circular.loc"]["period"] == [24.0, 360.0]
+    assert described["x.Circular.concentration"]["period"] == [24.0, 360.0]
+    assert "period" not in described["x.StudentT.loc"]
+    z = torch.randn(5, 2)
+    found = dict(zip(described, loaded(tmp_path / "decoder.pt2")(z), strict=True))
+    turns = (found["x.Circular.loc"] - pv.decode(pair, {"z": z})[:, [0, 2]]) / torch.tensor(
+        [24.0, 360.0]
+    )
+    torch.testing.assert_close(turns, turns.round(), atol=1e-4, rtol=0)
+
+
 class Reads(Linear):
     def guide(self, x):
         with pyro.plate("data", len(x), dim=-1):

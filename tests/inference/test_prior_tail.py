@@ -1,0 +1,265 @@
+"""Global and group latents in the tail of their prior: p-values, names, and the verdict."""
+
+from types import SimpleNamespace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.diagnostics.attribution import of_prior_conflict
+from pyro_vae.inference.prior_tail import CONFLICT, SINGLE, PriorTails, in_tail, prior_tails
+from pyro_vae.pairs.scope import using
+
+QUIET = {"progress": False}
+
+
+class Means(nn.Module):
+    """w ~ N(0, 1) for each column and x_i ~ N(w, 2), with the exact guide of these data."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor((1 + len(x) / 4) ** -0.5))
+        self.register_buffer("loc", self.scale**2 * x.sum(0) / 4)
+
+    def model(self, x):
+        w = pyro.sample("w", dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(w, 2.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.sample("w", dist.Normal(self.loc, self.scale).to_event(1))
+
+
+def drawn(means, n=40):
+    return torch.tensor(means) + 2 * torch.randn(n, len(means))
+
+
+def exact_tail(pair):
+    """E[2 Phi(-|w|)] for w ~ N(loc, scale^2), by quadrature."""
+    z = torch.linspace(-8, 8, 4001).double()
+    w = pair.loc[:, None] + pair.scale * z
+    density = torch.distributions.Normal(0.0, 1.0).log_prob(z).exp()
+    return (torch.erfc(w.abs() / 2**0.5) * density).sum(1) / density.sum()
+
+
+def test_the_mean_tail_is_the_integral_over_the_posterior():
+    x = drawn([0.0, 1.5, -2.5])
+    pair = Means(x)
+    found = pv.global_weights(pair, x, num_draws=200, **QUIET).prior_tails
+    assert found.elements == ("w[0]", "w[1]", "w[2]")
+    assert found.tails.shape == (200, 3)
+    exact = exact_tail(pair)
+    error = found.tails.std(0) / 200**0.5
+    assert bool(((found.tails.mean(0) - exact).abs() < 4 * error).all())
+    assert found.p_values == pytest.approx((6 * found.tails.mean(0) + 6 / 200_000).clamp(max=1))
+
+
+def test_one_posterior_draw_of_data_from_the_model_has_a_uniform_tail():
+    tails, rejected = [], 0
+    for _ in range(300):
+        w = torch.randn(1)
+        x = drawn(w.tolist(), 5)
+        draw = torch.distributions.Normal(Means(x).loc, Means(x).scale).sample((50,))
+        pair = Means(x)
+        with using(pair, 0):
+            found = prior_tails(pair, (x,), {"w": draw})
+        tails.append(found.tails[0, 0].item())
+        rejected += found.p_values[0].item() < 0.05
+    assert stats.kstest(tails, "uniform").pvalue > 1e-3
+    assert rejected <= 0.05 * 300 + 3 * (0.05 * 0.95 * 300) ** 0.5
+
+
+def test_weights_and_nuts_name_the_element_that_conflicts_with_its_prior():
+    x = drawn([0.3, 7.0])
+    pair = Means(x)
+    by_weights = pv.global_weights(pair, x, num_draws=100, **QUIET)
+    by_nuts = pv.nuts(pair, x, num_draws=100, warmup=100, num_chains=2, **QUIET)
+    for found in (by_weights, by_nuts):
+        assert list(found.prior_tails.conflicts) == ["w[1]"]
+        assert "the posterior of 'w[1]' lies in the tail of the prior" in str(found)
+        assert list(found.as_dict()["in_tail_of_prior"]) == ["w[1]"]
+    right = drawn([0.3, -1.0])
+    found = pv.global_weights(Means(right), right, num_draws=100, **QUIET)
+    assert found.prior_tails.conflicts == {}
+    assert "no part of the posterior lies in the tail of the prior" in str(found)
+
+
+def test_the_verdict_names_the_prior_of_global_latents():
+    x = drawn([0.3, 7.0])
+    found = pv.diagnose(Means(x), x, train=x, budget=20, **QUIET)
+    assert [blame.part for blame in found.blamed] == ["prior of globals"]
+    assert "At fault:\n- the prior of global latents: the posterior of 'w[1]'" in found.summary
+    right = drawn([0.3, -1.0])
+    assert pv.diagnose(Means(right), right, train=right, budget=20, **QUIET).blamed == []
+
+
+def test_weights_that_are_not_reliable_say_nothing_of_the_prior():
+    x = drawn([0.3, 7.0])
+    pair = Means(x)
+    pair.loc += 20 * pair.scale
+    found = pv.global_weights(pair, x, num_draws=100, **QUIET)
+    assert not found.reliable
+    assert found.prior_tails is None
+    assert found.as_dict()["in_tail_of_prior"] is None
+    assert "tail of the prior" not in str(found)
+
+
+class Groups(nn.Module):
+    """tau ~ HalfNormal(1), u_g ~ N(0, tau) for each group, with rows masked out in ``absent``."""
+
+    def __init__(self, absent=()):
+        super().__init__()
+        self.known = torch.ones(6, dtype=torch.bool)
+        self.known[list(absent)] = False
+
+    def model(self, x):
+        tau = pyro.sample("tau", dist.HalfNormal(x.new_tensor(1.0)))
+        with pyro.plate("groups", 6, dim=-1), pyro.poutine.mask(mask=self.known):
+            u = pyro.sample("u", dist.Normal(x.new_zeros(6, 2), tau).to_event(1))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(u.mean().expand(len(x), 1), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.sample("tau", dist.LogNormal(x.new_zeros(()), 0.1))
+        with pyro.plate("groups", 6, dim=-1), pyro.poutine.mask(mask=self.known):
+            pyro.sample("u", dist.Normal(x.new_zeros(6, 2), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_a_group_far_from_the_others_is_named_but_not_if_it_is_padding(absent):
+    """Given tau, the tail of u is 2 Phi(-|u| / tau)."""
+    pair, x = Groups([3] if absent else []), torch.zeros(4, 1)
+    u = torch.zeros(100, 6, 2)
+    u[:, 3, 1] = 3.0
+    draws = {"tau": torch.full((100,), 0.5), "u": u}
+    with using(pair, 0):
+        found = prior_tails(pair, (x,), draws)
+    assert found.elements[0] == "tau"
+    assert found.elements[1:3] == ("u[0, 0]", "u[0, 1]")
+    assert len(found.elements) == 13
+    assert list(found.conflicts) == ([] if absent else ["u[3, 1]"])
+    at_tau = torch.erfc(torch.tensor(0.5 / 2**0.5)).item()  # HalfNormal(1) at 0.5
+    assert found.tails[:, 0].mean().item() == pytest.approx(at_tau, abs=0.006)
+    if absent:
+        assert bool((found.tails[:, [7, 8]] == 1).all())
+
+
+class Prior(nn.Module):
+    """One global latent with any prior, and a guide that nobody reads."""
+
+    def __init__(self, prior):
+        super().__init__()
+        self.prior = prior
+
+    def model(self, x):
+        pyro.sample("w", self.prior)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(torch.zeros_like(x), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.sample("w", self.prior)
+
+
+def tails_at(prior, value, draws=50):
+    pair, x = Prior(prior), torch.zeros(3, 1)
+    with using(pair, 0):
+        return prior_tails(pair, (x,), {"w": value.expand(draws, *value.shape)})
+
+
+@pytest.mark.parametrize(
+    ("prior", "value", "exact", "elements"),
+    [
+        (dist.Exponential(1.0), torch.tensor(2.0), 0.1353, ("w",)),
+        (dist.HalfCauchy(torch.tensor(1.0)), torch.tensor(1.0), 0.5, ("w",)),
+        (dist.Poisson(torch.tensor(1.0)), torch.tensor(2.0), 0.2642, ("w",)),
+        # -2 log p is a chi-square of the squared Mahalanobis distance, here 2, with 2 freedoms.
+        (
+            dist.MultivariateNormal(torch.zeros(2), torch.eye(2)),
+            torch.ones(2),
+            0.3679,
+            ("w",),
+        ),
+        # Density 6 v (1 - v) of Beta(2, 2): P(v <= 0.1 or v >= 0.9) = 2 (3 0.01 - 2 0.001).
+        (dist.Dirichlet(torch.tensor([2.0, 2.0])), torch.tensor([0.1, 0.9]), 0.056, ("w",)),
+        (dist.Normal(torch.zeros(2), 1.0), torch.tensor([1.0, 1.0]), 0.3173, ("w[0]", "w[1]")),
+        (
+            dist.Normal(torch.zeros(2, 1), 1.0).to_event(2),
+            torch.tensor([[1.0], [1.0]]),
+            0.3173,
+            ("w[0, 0]", "w[1, 0]"),
+        ),
+    ],
+)
+def test_tails_of_other_priors(prior, value, exact, elements):
+    found = tails_at(prior, value)
+    assert found.elements == elements
+    error = (exact * (1 - exact) / 50_000) ** 0.5
+    assert found.tails.mean(0) == pytest.approx([exact] * len(elements), abs=4 * error)
+
+
+def test_a_large_site_is_compared_as_a_whole():
+    """Squares of N standard normals have the mean N and the variance 2 N."""
+    prior = dist.Normal(torch.zeros(SINGLE + 1), 1.0).to_event(1)
+    found = tails_at(prior, torch.full((SINGLE + 1,), 1.1))
+    assert found.elements == ("w",)
+    exact = stats.chi2.sf((SINGLE + 1) * 1.1**2, SINGLE + 1)
+    assert found.tails.mean().item() == pytest.approx(exact, abs=3e-4)
+    assert found.prior_draws.item() == 1000
+    large = tails_at(dist.Normal(torch.zeros(2**15), 1.0).to_event(1), torch.zeros(2**15), 2)
+    assert large.prior_draws.item() == 2**20 // 2**15
+
+
+def test_a_prior_that_cannot_be_drawn_is_left_out():
+    flat = Prior(dist.ImproperUniform(dist.constraints.real, (), ()))
+    flat.guide = lambda x: pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+    with using(flat, 0):
+        assert prior_tails(flat, (torch.zeros(3, 1),), {"w": torch.randn(30)}) is None
+
+
+def made(p, number=4):
+    """Results whose elements have these uncorrected mean tails."""
+    tails = torch.full((100, number), 0.5).double()
+    tails[:, 0] = p
+    return PriorTails(
+        tuple(f"w[{i}]" for i in range(number)), tails, torch.full((number,), 1000.0).double()
+    )
+
+
+def test_p_values_are_twice_the_mean_for_each_of_the_elements():
+    for number in (1, 4):
+        over, under = (made(size * CONFLICT / (2 * number), number) for size in (1.01, 0.9))
+        assert over.conflicts == {}
+        assert list(under.conflicts) == ["w[0]"]
+        assert under.conflicts["w[0]"] == pytest.approx(
+            0.9 * CONFLICT + 2 * number / 100_000, rel=1e-9
+        )
+
+
+def test_words_of_many_elements():
+    told = in_tail({f"w[{i}]": 1e-5 * (i + 1) for i in range(5)})
+    assert told == (
+        "the posterior of 'w[0]', 'w[1]', 'w[2]' and 2 more lies in the tail of the prior (p 1e-05)"
+    )
+
+
+def test_chains_that_disagree_say_nothing_of_the_prior():
+    shared = SimpleNamespace(r_hat=torch.tensor([[2.0]]))
+    chains = SimpleNamespace(shared=shared, prior_tails=made(0.0))
+    assert of_prior_conflict({"global_nuts": chains}) == []
+    chains.shared.r_hat = torch.tensor([[1.0]])
+    (blame,) = of_prior_conflict({"global_nuts": chains})
+    assert (blame.part, blame.nats, blame.evidence[0].tool) == (
+        "prior of globals",
+        None,
+        "global_nuts",
+    )
+    weights = SimpleNamespace(prior_tails=made(0.0))
+    chains.prior_tails = made(0.5)
+    (blame,) = of_prior_conflict({"global_nuts": chains, "global_weights": weights})
+    assert blame.evidence[0].tool == "global_weights"
+    weights.prior_tails = None
+    assert of_prior_conflict({"global_nuts": chains, "global_weights": weights}) == []
