@@ -1,11 +1,21 @@
 """Do global and group latents lie in the tail of their prior?"""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import pi
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent
+from torch.distributions import (
+    Cauchy,
+    Exponential,
+    HalfCauchy,
+    HalfNormal,
+    Independent,
+    Laplace,
+    Normal,
+)
 
 from pyro_vae.compat import scale_and_mask
 from pyro_vae.inference.importance import CELLS
@@ -21,6 +31,14 @@ DRAWS = 200
 
 PRIOR_DRAWS = 1000
 """The largest number of draws of the prior for each posterior draw."""
+
+CLOSED: dict[tuple[type, ...], Callable[[Tensor], Tensor]] = {
+    (Normal, HalfNormal): lambda z: torch.erfc(z / 2**0.5),
+    (Cauchy, HalfCauchy): lambda z: 2 / pi * torch.atan2(torch.ones_like(z), z),
+    (Laplace, Exponential): lambda z: (-z).exp(),
+}
+"""Families whose density falls on both sides of ``loc``, or from 0 on: t at the distance z from
+there, in units of the scale."""
 
 SINGLE = 1000
 """A site of more numbers is compared as a whole, since one in so many is never surprising."""
@@ -47,13 +65,23 @@ class PriorTails:
     tails: Tensor
     """t of each posterior draw and element, (draws, elements)."""
     prior_draws: Tensor
-    """The number of draws of the prior for each t, (elements,)."""
+    """The number of draws of the prior for each t, (elements,); infinite for a closed form."""
 
     @property
     def p_values(self) -> Tensor:
         """The p-value of each element, multiplied by their number (Bonferroni), (elements,)."""
-        least = 1 / (len(self.tails) * self.prior_draws)
-        return (len(self.elements) * 2 * (self.tails.mean(0) + least)).clamp(max=1)
+        return (len(self.elements) * 2 * self.tails.mean(0) + self._least).clamp(max=1)
+
+    @property
+    def _least(self) -> Tensor:
+        """The least p-value of each element that the number of draws allows, (elements,)."""
+        return len(self.elements) * 2 / (len(self.tails) * self.prior_draws)
+
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """The elements that are too many for the draws: no value of theirs could conflict."""
+        few = (self._least >= CONFLICT).tolist()
+        return tuple(name for name, out in zip(self.elements, few, strict=True) if out)
 
     @property
     def conflicts(self) -> dict[str, float]:
@@ -62,7 +90,10 @@ class PriorTails:
         return {self.elements[i]: p[i].item() for i in p.argsort().tolist() if p[i] < CONFLICT}
 
     def __str__(self) -> str:
-        return in_tail(self.conflicts)
+        told = in_tail(self.conflicts)
+        if few := self.unchecked:
+            told += f"; not checked for {_listed(few)}, which are too many for the draws"
+        return told
 
 
 SHOWN = 3
@@ -77,13 +108,15 @@ def in_tail(conflicts: Mapping[str, float]) -> str:
     """
     if not conflicts:
         return "no part of the posterior lies in the tail of the prior"
-    names = [f"'{name}'" for name in list(conflicts)[:SHOWN]]
-    if (more := len(conflicts) - SHOWN) > 0:
+    told, least = _listed(list(conflicts)), min(conflicts.values())
+    return f"the posterior of {told} lies in the tail of the prior (p {least:.0e})"
+
+
+def _listed(elements: Sequence[str]) -> str:
+    names = [f"'{name}'" for name in elements[:SHOWN]]
+    if (more := len(elements) - SHOWN) > 0:
         names.append(f"{more} more")
-    told = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    return (
-        f"the posterior of {told} lies in the tail of the prior (p {min(conflicts.values()):.0e})"
-    )
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def prior_tails(pair: nn.Module, batch: Batch, draws: Mapping[str, Tensor]) -> PriorTails | None:
@@ -133,6 +166,10 @@ def _tail(site: Site) -> Tensor:
         own = fn.reinterpreted_batch_ndims
         mask = mask[(..., *[None] * own)] if isinstance(mask, Tensor) else mask
         fn = fn.base_dist
+    if (exact := _closed(fn, value)) is not None:
+        used = torch.as_tensor(True if mask is None else mask, device=exact.device)
+        below = torch.where(used, exact, 1.0)
+        return torch.stack([below, torch.full_like(below, torch.inf)])
     number = max(1, min(PRIOR_DRAWS, CELLS // max(1, value.numel())))
     try:
         drawn = fn.sample((number,))
@@ -141,3 +178,12 @@ def _tail(site: Site) -> Tensor:
     above = fn.log_prob(drawn) - fn.log_prob(value)
     below = (scale_and_mask(above, mask=mask) <= 0).double().mean(0)
     return torch.stack([below, torch.full_like(below, number)])
+
+
+def _closed(fn: Any, value: Tensor) -> Tensor | None:
+    """Return t in closed form, or None if it has none."""
+    for families, tail in CLOSED.items():
+        if isinstance(fn, families):
+            scale = 1 / fn.rate if isinstance(fn, Exponential) else fn.scale
+            return tail(((value - getattr(fn, "loc", 0.0)).abs() / scale).double())
+    return None

@@ -57,7 +57,7 @@ def test_a_search_goes_on_where_it_stopped_and_shows_its_best_options(data, tmp_
     run = tmp_path / "run"
     main([*words, *OPTIONS.split(), "--out", str(run), "--no-report", "--num-eval-samples", "2"])
     history = np.genfromtxt(run / "history.csv", delimiter=",", names=True)
-    assert history["validation_bound"].max() == pytest.approx(bounds(shown)[0], abs=0.05)
+    assert history["validation_bound"].max() == pytest.approx(bounds(shown)[0], abs=6e-4)
 
 
 def test_a_trial_that_the_pruner_stops_ends_after_its_epoch(data):

@@ -119,7 +119,7 @@ def test_tables_have_the_parameters_of_each_family_of_columns(tmp_path):
 
 def test_circular_columns_have_their_periods(tmp_path):
     """The mode of a column is its location, from the start of its period."""
-    columns = pv.Columns(["circular", "continuous", "circular"], periods=[24.0, 0.0, 360.0])
+    columns = pv.Columns(["circular", "continuous", "circular"], [0, 0, 0], periods=[24.0, 0.0, 360.0])
     pair = pv.VAE.mlp((3,), latent_dim=2, hidden=(4,), likelihood=columns)
     x = torch.tensor([[23.0, 2.0, 90.0], [1.0, 0.0, torch.nan]])
     pv.export(pair, x, folder=tmp_path, formats=["torch"])

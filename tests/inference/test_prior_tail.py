@@ -55,7 +55,7 @@ def test_the_mean_tail_is_the_integral_over_the_posterior():
     exact = exact_tail(pair)
     error = found.tails.std(0) / 200**0.5
     assert bool(((found.tails.mean(0) - exact).abs() < 4 * error).all())
-    assert found.p_values == pytest.approx((6 * found.tails.mean(0) + 6 / 200_000).clamp(max=1))
+    assert found.p_values == pytest.approx((6 * found.tails.mean(0)).clamp(max=1))
 
 
 def test_one_posterior_draw_of_data_from_the_model_has_a_uniform_tail():
@@ -199,6 +199,45 @@ def test_tails_of_other_priors(prior, value, exact, elements):
     assert found.elements == elements
     error = (exact * (1 - exact) / 50_000) ** 0.5
     assert found.tails.mean(0) == pytest.approx([exact] * len(elements), abs=4 * error)
+
+
+@pytest.mark.parametrize(
+    ("prior", "law"),
+    [
+        (dist.Normal(1.0, 2.0), stats.norm(1, 2)),
+        (dist.Cauchy(1.0, 2.0), stats.cauchy(1, 2)),
+        (dist.Laplace(1.0, 2.0), stats.laplace(1, 2)),
+        (dist.HalfNormal(2.0), stats.halfnorm(0, 2)),
+        (dist.HalfCauchy(2.0), stats.halfcauchy(0, 2)),
+        (dist.Exponential(0.5), stats.expon(0, 2)),
+    ],
+)
+def test_closed_forms_are_those_of_scipy_far_out(prior, law):
+    """The tail of a density that falls from ``loc``: both sides of it, or one."""
+    both = prior.support is dist.constraints.real
+    for z in (0.1, 1.0, 5.0, 12.0):
+        exact = 2 * law.sf(1 + 2 * z) if both else law.sf(2 * z)
+        for value in (1 + 2 * z, 1 - 2 * z) if both else (2 * z,):
+            found = tails_at(prior, torch.tensor(value).double(), 2)
+            assert found.tails[0].item() == pytest.approx(exact, rel=1e-5)
+            assert found.prior_draws.item() == float("inf")
+
+
+def test_elements_too_many_for_the_draws_are_said_to_be_unchecked():
+    few, many = (
+        tails_at(dist.Gamma(torch.full((n,), 2.0), 1.0), torch.full((n,), 60.0), 200)
+        for n in (99, 101)
+    )
+    assert len(few.conflicts) == 99
+    assert few.unchecked == ()
+    assert many.conflicts == {}
+    assert many.unchecked == many.elements
+    assert str(many) == (
+        "no part of the posterior lies in the tail of the prior; not checked for 'w[0]', 'w[1]', "
+        "'w[2]' and 98 more, which are too many for the draws"
+    )
+    closed = tails_at(dist.Normal(torch.zeros(3000), 1.0), torch.full((3000,), 7.0), 2)
+    assert len(closed.conflicts) == 3000
 
 
 def test_a_large_site_is_compared_as_a_whole():
