@@ -158,7 +158,8 @@ def _exported(
                 outputs.update({key: parameter.words for key, parameter in found.items()})
         return [parameter.value.contiguous() for parameter in found.values()]
 
-    tensors = list(inputs.values())
+    # A graph holds the strides of its examples, and a file is given other tensors.
+    tensors = [tensor.contiguous() for tensor in inputs.values()]
     try:
         parameters(*tensors)  # a first run decides what a graph cannot decide
         graph, used = any_rows(parameters, tensors)

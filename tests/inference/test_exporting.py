@@ -119,7 +119,9 @@ def test_tables_have_the_parameters_of_each_family_of_columns(tmp_path):
 
 def test_circular_columns_have_their_periods(tmp_path):
     """The mode of a column is its location, from the start of its period."""
-    columns = pv.Columns(["circular", "continuous", "circular"], [0, 0, 0], periods=[24.0, 0.0, 360.0])
+    columns = pv.Columns(
+        ["circular", "continuous", "circular"], [0, 0, 0], periods=[24.0, 0.0, 360.0]
+    )
     pair = pv.VAE.mlp((3,), latent_dim=2, hidden=(4,), likelihood=columns)
     x = torch.tensor([[23.0, 2.0, 90.0], [1.0, 0.0, torch.nan]])
     pv.export(pair, x, folder=tmp_path, formats=["torch"])
@@ -134,6 +136,32 @@ def test_circular_columns_have_their_periods(tmp_path):
         [24.0, 360.0]
     )
     torch.testing.assert_close(turns, turns.round(), atol=1e-4, rtol=0)
+
+
+def test_groups_have_the_parameters_of_their_members(tmp_path):
+    """Latents of members have the groups first, which are not in that order in memory."""
+    pair = pv.MultilevelVAE.mlp((3,), latent_dim=2, group_dim=1, hidden=(4,), members=5)
+    x, sizes = torch.randn(6, 5, 3), torch.tensor([1, 2, 3, 5, 5, 4])
+    pv.export(pair, x, sizes, folder=tmp_path, formats=["torch"])
+    described = json.loads((tmp_path / "config.json").read_text())["parts"]
+    z = {"u": torch.randn(4, 1), "z": torch.randn(4, 5, 2)}
+    given = [(z | {"x1": sizes[:4]})[name] for name in described["decoder"]["inputs"]]
+    parameters = dict(
+        zip(described["decoder"]["outputs"], loaded(tmp_path / "decoder.pt2")(*given), strict=True)
+    )
+    torch.testing.assert_close(parameters["x.loc"], pv.decode(pair, z, sizes[:4]))
+    found = dict(
+        zip(described["encoder"]["outputs"], loaded(tmp_path / "encoder.pt2")(x, sizes), strict=True)
+    )
+    torch.testing.assert_close(found["u.loc"], pv.encode(pair, x, sizes)["u"])
+
+
+def test_data_in_another_order_in_memory_are_exported(tmp_path):
+    pair = pv.VAE.mlp((4, 3), latent_dim=2, hidden=(4,), likelihood=pv.Gaussian)
+    x = torch.randn(3, 4, 6).permute(2, 1, 0)
+    pv.export(pair, x, folder=tmp_path, formats=["torch"])
+    loc, _ = loaded(tmp_path / "encoder.pt2")(x.contiguous())
+    torch.testing.assert_close(loc, pv.encode(pair, x)["z"])
 
 
 class Reads(Linear):
