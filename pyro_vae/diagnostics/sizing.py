@@ -122,7 +122,7 @@ def predicted(known: Sequence[tuple[float, float]], cost: float) -> float:
     """
     last, seconds = known[-1]
     slope = 1.0
-    if len(known) > 1:
+    if len(known) > 1 and last > known[-2][0]:
         first, before = known[-2]
         slope = SAFETY * max(0.0, seconds - before) / (last - first)
     return min(seconds * cost / last, seconds + slope * (cost - last))

@@ -62,6 +62,13 @@ def test_what_the_shares_leave_goes_to_the_next_sizes_that_fit(monkeypatch):
     assert ran(monkeypatch, 8, large, small, weights=(9, 1)) == ([1, 3], 7)
 
 
+def test_sizes_of_equal_cost_run_one_after_another(monkeypatch):
+    """Few rows may make two sizes equal in cost, though not in what they compute."""
+    sizes = [(1, 1), (1, 1), (1, 2), (3, 3)]
+    assert ran(monkeypatch, 20, sizes, [(1, 1), (100, 100)], weights=(1, 40)) == ([3, 1], 8)
+    assert sizing.predicted([(2, 3.0), (2, 4.0)], 4) == pytest.approx(6)
+
+
 def test_what_the_shares_leave_goes_to_the_cheapest_size_first(monkeypatch):
     """One size of 4 seconds would fit, but not beside the other of 3 seconds."""
     others = [(1, 1), (4, 4)], [(1, 1), (3, 3)], [(1, 1), (100, 100)]
