@@ -39,6 +39,10 @@ TIMED_DRAWS = 10
 TIMED_ROWS = 500
 """Number of rows for the measurement of the time of a pass."""
 
+LEAST = 0.1
+"""The measured rows together take at least this fraction of the pass of one row, and a draw this
+fraction of a row. So a larger size always costs more, even if the measurement finds no time."""
+
 BUDGET = 200.0
 """Default time budget of `diagnose`, in seconds."""
 
@@ -278,7 +282,7 @@ def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, floa
     with using(pair, seed):
         seconds(TIMED_ROWS)  # the first pass includes work that is done only once
         one, many = seconds(1), seconds(TIMED_ROWS)
-        rate = max(0.0, many - one) / (TIMED_ROWS - 1)
+        rate = max(LEAST * one, many - one) / (TIMED_ROWS - 1)
         return one, rate, _draw_seconds(pair, batch, one, rate)
 
 
@@ -294,7 +298,7 @@ def _draw_seconds(pair: nn.Module, batch: Batch, one: float, rate: float) -> flo
     start = sizing.now()
     log_weights(pair, part, TIMED_DRAWS, nesting)
     rest = sizing.now() - start - one - rate * len(part[0])
-    return min(rate, max(0.0, rest) / TIMED_ROWS)
+    return min(rate, max(LEAST * rate, rest / TIMED_ROWS))
 
 
 def _repeated(batch: Batch, rows: int) -> Batch:

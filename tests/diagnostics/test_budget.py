@@ -87,3 +87,16 @@ def test_a_study_whose_first_size_exceeds_its_share_runs_in_the_time_left(monkey
     late, long = [(3, 3)], [(1, 1), (100, 100)]
     assert ran(monkeypatch, 10, late, long, weights=(1, 9)) == ([3, 1], 4)
     assert ran(monkeypatch, 3.5, late, long, weights=(1, 9)) == ([None, 1], 1)
+
+
+def test_more_rows_and_more_draws_always_cost_more(monkeypatch):
+    """On this clock 500 rows take as long as one, and draws take no time."""
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(sizing, "now", lambda: float(next(ticks)))
+    benches = []
+    monkeypatch.setattr(diagnosis, "STUDIES", [lambda bench: benches.append(bench)])
+    pv.diagnose(linear_gaussian(), torch.zeros(4, 6), budget=1e6, progress=False)
+    (bench,) = benches
+    assert bench.overhead == 1
+    assert bench.cost(1, 500) == pytest.approx(1.1, rel=0.01)
+    assert bench.draws(1, 500, 10) == pytest.approx(1.2, rel=0.02)
