@@ -150,9 +150,8 @@ def test_groups_have_the_parameters_of_their_members(tmp_path):
         zip(described["decoder"]["outputs"], loaded(tmp_path / "decoder.pt2")(*given), strict=True)
     )
     torch.testing.assert_close(parameters["x.loc"], pv.decode(pair, z, sizes[:4]))
-    found = dict(
-        zip(described["encoder"]["outputs"], loaded(tmp_path / "encoder.pt2")(x, sizes), strict=True)
-    )
+    codes = loaded(tmp_path / "encoder.pt2")(x, sizes)
+    found = dict(zip(described["encoder"]["outputs"], codes, strict=True))
     torch.testing.assert_close(found["u.loc"], pv.encode(pair, x, sizes)["u"])
 
 
