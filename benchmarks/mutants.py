@@ -94,14 +94,24 @@ RULES = [
     "tests/diagnostics/test_scores_of_masked_units.py",
     "tests/diagnostics/test_blame_of_discrete_guides.py",
     "tests/diagnostics/test_verdict.py",
+    "tests/inference/test_prior_tail.py",
     "-k",
-    "not contradicts",
+    "not contradicts and not the_verdict_names_the_prior",
 ]
+SIZES = "study or grow or leaves or size or left or underestimated or cost or share"
 DIAGNOSTICS, INFERENCE = "tests/diagnostics/", "tests/inference/"
 TARGETS = {
     "signs": Target("pyro_vae.diagnostics.signs", RULES),
     "verdict": Target("pyro_vae.diagnostics.verdict", RULES),
     "attribution": Target("pyro_vae.diagnostics.attribution", RULES),
+    "prior_tail": Target(
+        "pyro_vae.inference.prior_tail",
+        [INFERENCE + "test_prior_tail.py", "-k", "not the_verdict_names and not uniform_tail"],
+    ),
+    "sizing": Target(
+        "pyro_vae.diagnostics.sizing",
+        [DIAGNOSTICS + "test_budget.py", DIAGNOSTICS + "test_diagnose.py", "-k", SIZES],
+    ),
     "two_samples": Target(
         "pyro_vae.diagnostics.two_samples",
         [DIAGNOSTICS + "test_two_samples.py"],
@@ -219,6 +229,8 @@ MEMORY = "how much is computed at once changes no result"
 INFINITE = "the shape of a tail with so few weights is set to infinity"
 ROUNDING = "the change is below the rounding of the sums"
 EQUIVALENT = [
+    Equivalent("sizing", "with bar(progress, 3 * len", "", "a bar changes no result"),
+    Equivalent("sizing", "if rest else 0.0", "0.0 to 1", "all studies are over"),
     Equivalent("signs", "if factor < 1", "Lt to LtE", "a factor of 1 is not told"),
     Equivalent("signs", "sign.nats is not None and", "side 1", "for mypy: the size is known"),
     Equivalent("signs", "abs(found[0]) <= max(AGREE", "LtE to Lt", REAL),

@@ -9,6 +9,7 @@ from exact import linear_gaussian
 import pyro_vae as pv
 from pyro_vae.diagnostics import diagnosis, sizing
 from pyro_vae.diagnostics.study import Rung, Study
+from pyro_vae.errors import UsageError
 
 
 class Clock:
@@ -20,15 +21,20 @@ class Clock:
         return self.now
 
 
-def ran(monkeypatch, budget, *studies, weights=(1,)):
+def ran(monkeypatch, budget, *studies, weights=(1,), order=None):
     """Diagnose by studies whose sizes have these expected and true seconds.
 
-    Returns the true seconds of the largest size of each study, and of all of them.
+    Returns the true seconds of the largest size of each study, and of all of them. ``order`` gets
+    the seconds of each run. A size whose seconds are an error raises it.
     """
     clock = Clock()
     monkeypatch.setattr(sizing, "now", clock)
 
     def pretend(true):
+        if order is not None:
+            order.append(true)
+        if isinstance(true, Exception):
+            raise true
         clock.now += true
         return true
 
@@ -67,6 +73,7 @@ def test_sizes_of_equal_cost_run_one_after_another(monkeypatch):
     sizes = [(1, 1), (1, 1), (1, 2), (3, 3)]
     assert ran(monkeypatch, 20, sizes, [(1, 1), (100, 100)], weights=(1, 40)) == ([3, 1], 8)
     assert sizing.predicted([(2, 3.0), (2, 4.0)], 4) == pytest.approx(6)
+    assert sizing.predicted([(2, 1.0)], 4) == pytest.approx(2)
 
 
 def test_what_the_shares_leave_goes_to_the_cheapest_size_first(monkeypatch):
@@ -87,6 +94,41 @@ def test_a_study_whose_first_size_exceeds_its_share_runs_in_the_time_left(monkey
     late, long = [(3, 3)], [(1, 1), (100, 100)]
     assert ran(monkeypatch, 10, late, long, weights=(1, 9)) == ([3, 1], 4)
     assert ran(monkeypatch, 3.5, late, long, weights=(1, 9)) == ([None, 1], 1)
+
+
+def test_a_first_size_may_take_a_fifth_of_the_time_or_its_share(monkeypatch):
+    """Before or after the other study has had its share: then it leaves too little."""
+    other = [(1, 1), (7.5, 7.5)]
+    assert ran(monkeypatch, 10, [(1.9, 1.9)], other, weights=(1, 99)) == ([1.9, 1], 2.9)
+    assert ran(monkeypatch, 10, [(2.1, 2.1)], other, weights=(1, 99)) == ([None, 7.5], 8.5)
+    order = []
+    ran(monkeypatch, 10, [(3, 3), (4, 4)], [(2.9, 2.9)], weights=(9, 1), order=order)
+    assert order == [3, 2.9, 4]
+
+
+def test_shares_are_those_of_the_time_that_is_left(monkeypatch):
+    small, large = [(1, 1), (1.1, 1.1)], [(1, 1), (7, 7)]
+    assert ran(monkeypatch, 10, small, large, weights=(1, 9)) == ([1, 7], 9)
+    small, large = [(1, 1), (2, 2)], [(1, 1), (4, 4), (5, 5)]
+    assert ran(monkeypatch, 10, small, large, weights=(2, 8)) == ([2, 5], 9)
+
+
+def test_a_share_that_another_study_has_taken_is_not_spent_again(monkeypatch):
+    slow, other = [(1, 1), (3, 6)], [(1, 1), (4, 4)]
+    assert ran(monkeypatch, 10, slow, other, weights=(5, 5)) == ([6, 1], 8)
+
+
+def test_sizes_that_take_exactly_the_time_that_is_left_fit(monkeypatch):
+    assert ran(monkeypatch, 10, [(10, 10)]) == ([10], 10)
+    assert ran(monkeypatch, 5, [(1, 1), (2, 2), (4, 4)]) == ([4], 5)
+
+
+@pytest.mark.parametrize("error", [UsageError("not this study"), ValueError("a bug")])
+def test_a_study_that_fails_runs_once(monkeypatch, error):
+    order = []
+    failing, other = [(1, error), (2, 2)], [(1, 1), (3, 3)]
+    assert ran(monkeypatch, 20, failing, other, weights=(1, 1), order=order)[0] == [None, 3]
+    assert order == [error, 1, 3]
 
 
 def test_more_rows_and_more_draws_always_cost_more(monkeypatch):
