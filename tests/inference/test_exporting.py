@@ -151,7 +151,9 @@ def test_groups_have_the_parameters_of_their_members(tmp_path):
     )
     torch.testing.assert_close(parameters["x.loc"], pv.decode(pair, z, sizes[:4]))
     found = dict(
-        zip(described["encoder"]["outputs"], loaded(tmp_path / "encoder.pt2")(x, sizes), strict=True)
+        zip(
+            described["encoder"]["outputs"], loaded(tmp_path / "encoder.pt2")(x, sizes), strict=True
+        )
     )
     torch.testing.assert_close(found["u.loc"], pv.encode(pair, x, sizes)["u"])
 
