@@ -39,6 +39,9 @@ TIMED_DRAWS = 10
 TIMED_ROWS = 500
 """Number of rows for the measurement of the time of a pass."""
 
+TIMED_PASSES = 3
+"""Number of measurements of the time of a pass of one row, of which the shortest counts."""
+
 LEAST = 0.1
 """The measured rows together take at least this fraction of the pass of one row, and a draw this
 fraction of a row. So a larger size always costs more, even if the measurement finds no time."""
@@ -281,7 +284,7 @@ def _pass_seconds(pair: nn.Module, batch: Batch, seed: int) -> tuple[float, floa
 
     with using(pair, seed):
         seconds(TIMED_ROWS)  # the first pass includes work that is done only once
-        one, many = seconds(1), seconds(TIMED_ROWS)
+        one, many = min(seconds(1) for _ in range(TIMED_PASSES)), seconds(TIMED_ROWS)
         rate = max(LEAST * one, many - one) / (TIMED_ROWS - 1)
         return one, rate, _draw_seconds(pair, batch, one, rate)
 

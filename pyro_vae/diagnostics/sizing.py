@@ -56,18 +56,19 @@ class Climb:
     def fits(self, left: float) -> list[int]:
         """Return the sizes that are expected to fit.
 
-        After one run, the part of its time that grows with size is not known. So a size beyond the
-        next one must fit even if all of this time grows.
+        While the part of its time that grows with size is not known, a size beyond the next one
+        must cost more and fit even if all of this time grows.
         """
         rungs = self.study.rungs
         if not self.known:
             return [0] if rungs[0].cost <= left else []
         larger = range(self.at + 1, len(rungs))
         fits = [i for i in larger if predicted(self.known, rungs[i].cost) <= left]
-        if len(self.known) > 1:
+        if grew(self.known):
             return fits
-        cost, seconds = self.known[0]
-        return [i for i in fits if i == larger[0] or seconds * rungs[i].cost <= left * cost]
+        last, seconds = self.known[-1]
+        most = left * last / max(seconds, 1e-9)
+        return [i for i in fits if i == larger[0] or last < rungs[i].cost <= most]
 
     def _run(self, rung: Rung) -> None:
         start = now()
@@ -114,15 +115,23 @@ def climb_all(climbs: Sequence[Climb], end: float, progress: bool) -> None:
         shown.update(len(climbs))
 
 
+def grew(known: Sequence[tuple[float, float]]) -> bool:
+    """Whether the last run cost more than the one before it, and took longer.
+
+    A first run that compiles may take longer than the second.
+    """
+    return len(known) > 1 and all(b > a for a, b in zip(*known[-2:], strict=True))
+
+
 def predicted(known: Sequence[tuple[float, float]], cost: float) -> float:
     """Predict the seconds of a run from costs and seconds of earlier runs.
 
-    A part of the first run, such as tracing, does not grow with size. So the first prediction uses
-    the costs, and later ones use the slope of the last two runs.
+    A part of the first run, such as tracing, does not grow with size. So the prediction uses the
+    slope of the last two runs, or the costs until this slope is known.
     """
     last, seconds = known[-1]
     slope = 1.0
-    if len(known) > 1 and last > known[-2][0]:
+    if grew(known):
         first, before = known[-2]
-        slope = SAFETY * max(0.0, seconds - before) / (last - first)
+        slope = SAFETY * (seconds - before) / (last - first)
     return min(seconds * cost / last, seconds + slope * (cost - last))

@@ -115,8 +115,8 @@ def pools(pair: nn.Module, batch: Batch, names: Sequence[str] | None = None) -> 
     half = len(batch[0]) // 2
     if not names or half < 1:
         return False
-    first = latents(trace_guide(pair, tuple(part[:half] for part in batch)))
-    values = {name: first[name]["value"] for name in names}
+    drawn = trace_guide(pair, tuple(part[:half] for part in batch))
+    first, values = latents(drawn), global_values(drawn, names)
     with Given(values):
         other = latents(trace_guide(pair, tuple(part[half:] for part in batch)))
     for name in names:

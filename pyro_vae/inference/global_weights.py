@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.given_globals import GivenGlobals, pools
+from pyro_vae.inference.given_globals import GivenGlobals, global_values, pools
 from pyro_vae.inference.importance import CELLS
 from pyro_vae.inference.inference_data import unit_names
 from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold
 from pyro_vae.inference.passes import in_chunks
-from pyro_vae.inference.prior_tail import DRAWS, PriorTails, prior_tails, resampled
+from pyro_vae.inference.prior_tail import DRAWS, PriorTails, in_metrics, prior_tails, resampled
 from pyro_vae.pairs import fold_plan
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
@@ -53,8 +53,8 @@ class GlobalWeights:
     for the whole data set. If it is not small, it enlarges ``pareto_k`` however right the guide of
     the global latents is. It falls with the root of ``num_samples``. NaN for one sample."""
     prior_tails: PriorTails | None = None
-    """How far the weighted draws lie in the tail of their prior; None if ``pareto_k`` is too large,
-    or if no prior can be drawn."""
+    """How far the weighted draws lie in the tail of their prior; None if ``pareto_k`` is too
+    large."""
 
     @property
     def k_threshold(self) -> float:
@@ -132,7 +132,7 @@ class GlobalWeights:
             "pareto_k": self.pareto_k if finite else None,
             "k_threshold": self.k_threshold,
             "effective_sample_size": self.effective_sample_size if finite else None,
-            "in_tail_of_prior": None if self.prior_tails is None else self.prior_tails.conflicts,
+            **in_metrics(self.prior_tails),
             "by_unit": {
                 unit: {name: value[i].item() for name, value in columns.items()}
                 for i, unit in enumerate(self.units)
@@ -272,8 +272,8 @@ def _drawn(
     pair: nn.Module, of: Batch, batch: Batch, names: Sequence[str]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return a draw of the global latents, and log p(w) - log q(w)."""
-    guide = latents(trace_guide(pair, of))
-    values = {name: guide[name]["value"] for name in names}
+    drawn = trace_guide(pair, of)
+    guide, values = latents(drawn), global_values(drawn, names)
     with Given(values):
         model = trace_model(pair, batch, trace_guide(pair, batch))
     ours = latents(model) | factors(model)
@@ -289,11 +289,11 @@ class _Evidence:
         self, pair: nn.Module, batch: Batch, names: Sequence[str], num_samples: int
     ) -> None:
         few = tuple(part[:2] for part in batch)
-        guide = latents(trace_guide(pair, batch))
+        guide = trace_guide(pair, batch)
         self.batch = batch
-        self.fixed = GivenGlobals(pair, {name: guide[name]["value"] for name in names})
+        self.fixed = GivenGlobals(pair, global_values(guide, names))
         self.nesting, self.vectorized, widest = structure(self.fixed, few)
-        self.local = len(guide) > len(names)
+        self.local = len(latents(guide)) > len(names)
         self.number = num_samples if self.local else 1
         self.rows = max(1, CELLS // (widest * self.number))
 

@@ -67,6 +67,12 @@ class Whole:
     def draw_prior(self) -> Tensor:
         """Draw all latents from their prior; returns shape (D,)."""
         drawn = latents(trace(cast(Pair, self.pair).model, self.batch))
+        for name in self.shapes:
+            if name not in drawn:
+                raise UsageError(
+                    f"the model does not draw latent site '{name}' in every run, so NUTS has no "
+                    "fixed set of latents to move: draw it always, and use it where you need it"
+                )
         return self._vector(self._free({name: drawn[name]["value"] for name in self.shapes}))
 
     def counts(self) -> Tensor:

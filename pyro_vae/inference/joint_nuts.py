@@ -12,7 +12,7 @@ from pyro_vae.errors import UsageError
 from pyro_vae.inference.chains import ENOUGH_DRAWS, PER_UNIT, STARTS, Posterior, compared, energy
 from pyro_vae.inference.joint_density import Whole
 from pyro_vae.inference.posterior import joint_draws
-from pyro_vae.inference.prior_tail import PriorTails, prior_tails
+from pyro_vae.inference.prior_tail import PriorTails, in_metrics, prior_tails
 from pyro_vae.pairs.formatting import in_words
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar
@@ -44,8 +44,7 @@ class JointPosterior:
     num_examples: int
     """The number of rows."""
     prior_tails: PriorTails | None = None
-    """How far the draws of global and group latents lie in the tail of their prior; None if no
-    prior can be drawn."""
+    """How far the draws of global and group latents lie in the tail of their prior."""
 
     @property
     def agrees(self) -> bool:
@@ -88,7 +87,7 @@ class JointPosterior:
             "too_few_draws": self.too_few_draws,
             "divergences": int(found.divergences.sum()),
             "global": found.as_dict() | {"num_examples": self.num_examples},
-            "in_tail_of_prior": None if self.prior_tails is None else self.prior_tails.conflicts,
+            **in_metrics(self.prior_tails),
             "by_unit": by_unit,
             "local": None if self.local is None else self.local.as_dict(),
         }

@@ -61,6 +61,19 @@ def test_a_start_that_does_not_grow_does_not_stop_the_climb(monkeypatch):
     assert ran(monkeypatch, 30, sizes) == ([14], pytest.approx(5.1 + 5.8 + 14))
 
 
+def test_a_first_run_that_is_slower_than_the_second_does_not_tell_how_time_grows(monkeypatch):
+    """The first run compiles: 5 of its 6 seconds come once. Then 1.25 seconds for each of cost."""
+    sizes = [(0.1, 6), (0.8, 1), (3.6, 4.5), (9.0, 11.25)]
+    assert ran(monkeypatch, 15, sizes) == ([4.5], 11.5)
+    assert ran(monkeypatch, 30, sizes) == ([11.25], 18.25)
+
+
+def test_sizes_of_equal_cost_are_tried_one_after_another(monkeypatch):
+    """Costs are equal if the time of a pass is measured to be the same for any number of rows."""
+    sizes = [(1, 1), (1, 2), (1, 4), (1, 100)]
+    assert ran(monkeypatch, 8, sizes) == ([4], 7)
+
+
 def test_what_the_shares_leave_goes_to_the_next_sizes_that_fit(monkeypatch):
     """The second study has nine tenths of the time, and a next size that does not fit."""
     small, large = [(1, 1), (2, 2), (3, 3), (9, 9)], [(1, 1), (100, 100)]

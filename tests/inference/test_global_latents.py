@@ -8,6 +8,7 @@ import pytest
 import torch
 from global_pairs import Amortized, Nested, data
 from pairs import make, rows
+from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.diagnostics.global_figures import global_marginals
@@ -333,6 +334,42 @@ def test_what_global_weights_refuses():
 
 
 # Local latents given the global ones
+
+
+class Guided(nn.Module):
+    """Models of x with the latent v, which some guides lack."""
+
+    def __init__(self, model, *guided):
+        super().__init__()
+        self.prior, self.guided = model, guided
+
+    def model(self, x):
+        v = self.prior(x)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(v.expand(x.shape), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        for name in self.guided:
+            pyro.sample(name, dist.Normal(x.new_zeros(()), 1.0))
+
+
+def enumerated(x):
+    w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+    half = dist.Bernoulli(x.new_tensor(0.5))
+    return w + pyro.sample("v", half, infer={"enumerate": "parallel"})[..., None, None]
+
+
+def sometimes(x):
+    w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+    return pyro.sample("v", dist.Normal(w, 1.0)) if w > -0.5 else w
+
+
+def test_global_latents_that_are_not_in_every_run_are_refused():
+    x, short = torch.zeros(6, 1), {"progress": False}
+    with pytest.raises(pv.UsageError, match="latent site 'v' of the model, but the guide does not"):
+        pv.global_weights(Guided(enumerated, "w"), x, num_draws=50, **short)
+    with pytest.raises(pv.UsageError, match="does not draw latent site 'v' in every run"):
+        pv.nuts(Guided(sometimes, "w", "v"), x, num_draws=20, warmup=20, num_chains=4, **short)
 
 
 def test_gaps_are_those_of_the_local_latents_given_a_draw():

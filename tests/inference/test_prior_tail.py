@@ -1,5 +1,6 @@
 """Global and group latents in the tail of their prior: p-values, names, and the verdict."""
 
+import math
 from types import SimpleNamespace
 
 import pyro
@@ -233,8 +234,8 @@ def test_elements_too_many_for_the_draws_are_said_to_be_unchecked():
     assert many.conflicts == {}
     assert many.unchecked == many.elements
     assert str(many) == (
-        "no part of the posterior lies in the tail of the prior; not checked for 'w[0]', 'w[1]', "
-        "'w[2]' and 98 more, which are too many for the draws"
+        "prior and posterior are not compared for 'w[0]', 'w[1]', 'w[2]' and 98 more: too many "
+        "for the draws"
     )
     closed = tails_at(dist.Normal(torch.zeros(3000), 1.0), torch.full((3000,), 7.0), 2)
     assert len(closed.conflicts) == 3000
@@ -252,11 +253,135 @@ def test_a_large_site_is_compared_as_a_whole():
     assert large.prior_draws.item() == 2**20 // 2**15
 
 
-def test_a_prior_that_cannot_be_drawn_is_left_out():
-    flat = Prior(dist.ImproperUniform(dist.constraints.real, (), ()))
-    flat.guide = lambda x: pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
-    with using(flat, 0):
-        assert prior_tails(flat, (torch.zeros(3, 1),), {"w": torch.randn(30)}) is None
+def chain(**lengths):
+    step = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+    return dist.GaussianHMM(step, torch.eye(1), step, torch.eye(1), step, **lengths)
+
+
+@pytest.mark.parametrize(
+    ("prior", "value", "why"),
+    [
+        (dist.ImproperUniform(dist.constraints.real, (), ()), torch.zeros(()), "ImproperUniform"),
+        (dist.Empirical(torch.arange(3.0), torch.zeros(3)), torch.ones(()), "Empirical"),
+        (chain(), torch.zeros(4, 1), "GaussianHMM"),
+        # A draw below exp(-104) rounds to 0, where LogNormal has no density.
+        (dist.LogNormal(torch.tensor(0.0), 50.0), torch.ones(()), "LogNormal"),
+        (dist.HalfCauchy(1.0).to_event(0).mask(torch.tensor(True)), torch.ones(()), None),
+        (chain(duration=4), torch.zeros(4, 1), None),
+    ],
+)
+def test_a_prior_that_cannot_be_compared_is_said(prior, value, why):
+    found = tails_at(prior, value)
+    if why is None:
+        assert (found.elements, found.not_checked) == (("w",), {})
+        return
+    reason = f"the density of draws of {why} cannot be computed"
+    assert (found.elements, found.not_checked, found.conflicts) == ((), {"w": reason}, {})
+    assert str(found) == f"prior and posterior are not compared for 'w': {reason}"
+
+
+class Summed(nn.Module):
+    """w ~ N(0, 1) and s ~ N(0, 1), with a factor that moves w to 10, and the guide there.
+
+    The factor is outside of the data plate, or each row has its part of it.
+    """
+
+    def __init__(self, in_rows):
+        super().__init__()
+        self.in_rows = in_rows
+
+    def model(self, x):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("s", dist.Normal(x.new_zeros(()), 1.0))
+        moving = -50 * (w - 10) ** 2
+        if not self.in_rows:
+            pyro.factor("moving", moving)
+        with pyro.plate("data", len(x), dim=-1):
+            if self.in_rows:
+                pyro.factor("moving", (moving / len(x)).expand(len(x)))
+            pyro.sample("x", dist.Normal(torch.zeros_like(x), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.sample("w", dist.Normal(x.new_tensor(1000 / 101), 101**-0.5))
+        pyro.sample("s", dist.Normal(x.new_zeros(()), 1.0))
+
+
+def test_a_factor_of_the_prior_leaves_nothing_to_compare():
+    """The prior of w is then not the distribution of its site. A factor of rows is of the data."""
+    x = torch.zeros(4, 1)
+    found = pv.global_weights(Summed(False), x, num_draws=100, **QUIET)
+    assert found.reliable
+    assert found.as_dict()["in_tail_of_prior"] == {}
+    reason = "the pyro.factor 'moving' may be a part of the prior"
+    assert found.as_dict()["not_compared_with_prior"] == {"w": reason, "s": reason}
+    assert str(found).endswith(f"prior and posterior are not compared for 'w' and 's': {reason}")
+    of_rows = pv.global_weights(Summed(True), x, num_draws=100, **QUIET)
+    assert list(of_rows.prior_tails.conflicts) == ["w"]
+    assert of_rows.as_dict()["not_compared_with_prior"] == {}
+
+
+def test_a_site_that_is_not_drawn_each_time_is_said():
+    class Branch(Prior):
+        def model(self, x):
+            if pyro.sample("w", self.prior) > 0:
+                pyro.sample("more", dist.Normal(0.0, 1.0))
+
+    draws = {"w": torch.tensor([1.0, -1.0]), "more": torch.zeros(2)}
+    pair = Branch(dist.Normal(0.0, 1.0))
+    with using(pair, 0):
+        found = prior_tails(pair, (torch.zeros(3, 1),), draws)
+    assert found.elements == ("w",)
+    assert found.left_out == {"more": "the model does not draw it each time"}
+
+
+def test_rounding_does_not_order_equal_densities():
+    """LKJ(1) is flat; a binomial of probability 1/2 has the same mass at 2 and at 8 of 10."""
+    for size in (3, 8):
+        flat = dist.LKJ(size, torch.tensor(1.0))
+        draws = flat.sample((1000,))
+        lowest = draws[flat.log_prob(draws).argmin()]
+        assert bool((tails_at(flat, lowest, 5).tails == 1).all())
+    for value in (2.0, 8.0):
+        found = tails_at(dist.Binomial(10, torch.tensor(0.5)), torch.tensor(value), 50)
+        exact = 2 * stats.binom.cdf(2, 10, 0.5)
+        assert found.tails.mean().item() == pytest.approx(exact, abs=0.006)
+
+
+def test_draws_that_overflow_have_equal_densities():
+    """An infinite value has the density 0; all infinite values are equally far out."""
+    found = tails_at(dist.LogNormal(torch.tensor(80.0), 30.0), torch.tensor(torch.inf))
+    exact = stats.norm.sf((math.log(torch.finfo(torch.float32).max) - 80) / 30)
+    assert found.tails.mean().item() == pytest.approx(exact, abs=0.009)
+
+
+def test_values_without_density_are_in_the_tail():
+    quiet = dist.Uniform(torch.tensor(0.0), 1.0, validate_args=False)
+    found = tails_at(quiet, torch.tensor(2.0))
+    assert list(found.conflicts) == ["w"]
+
+
+def test_a_subclass_with_its_own_density_has_no_closed_form_of_its_parent():
+    class Truncated(dist.Normal):
+        """N(0, 1) above 2."""
+
+        support = dist.constraints.greater_than(2.0)
+
+        def log_prob(self, value):
+            return super().log_prob(value) - stats.norm.logsf(2)
+
+        def sample(self, shape=()):
+            left = torch.rand(shape) * stats.norm.sf(2)
+            return torch.tensor(stats.norm.isf(left)).float()
+
+    found = tails_at(Truncated(torch.tensor(0.0), 1.0), torch.tensor(3.5))
+    exact = stats.norm.sf(3.5) / stats.norm.sf(2)
+    assert found.tails.mean().item() == pytest.approx(exact, abs=4 * (exact / 50_000) ** 0.5)
+
+
+def test_the_warnings_of_draws_of_the_prior_are_not_those_of_the_user():
+    """Wishart warns of singular draws, which it draws again; a warning is an error here."""
+    found = tails_at(dist.Wishart(torch.tensor(2.5), torch.eye(2)), torch.eye(2))
+    assert found.elements == ("w",)
 
 
 def made(p, number=4):
