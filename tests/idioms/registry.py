@@ -5,6 +5,7 @@ from pathlib import Path
 import pairs_discrete
 import pairs_global
 import pairs_local
+import pairs_reparam
 import pairs_sequences
 from idiom import TOOLS, Idiom
 
@@ -13,6 +14,7 @@ IDIOMS = [
     *pairs_discrete.IDIOMS,
     *pairs_sequences.IDIOMS,
     *pairs_global.IDIOMS,
+    *pairs_reparam.IDIOMS,
 ]
 
 PAGE = Path(__file__).parents[2] / "docs" / "models" / "idioms.md"
