@@ -79,9 +79,7 @@ def is_deterministic(site: Any) -> bool:
 
 def _is_masked_delta(fn: Any) -> bool:
     return (
-        isinstance(fn, MaskedDistribution)
-        and fn._mask is False
-        and isinstance(fn.base_dist, Delta)
+        isinstance(fn, MaskedDistribution) and fn._mask is False and isinstance(fn.base_dist, Delta)
     )
 
 

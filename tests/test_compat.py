@@ -380,7 +380,7 @@ def test_a_graph_that_was_compiled_before_is_found_on_disk():
 
 
 def test_only_observed_deltas_that_are_masked_out_are_deterministic():
-    """``poutine.reparam`` leaves such a site; other sites that are masked out are data or latents."""
+    """``poutine.reparam`` leaves such a site; other masked sites are data or latents."""
     one = torch.zeros(3)
     sites = {
         "named": lambda: pyro.deterministic("a", one),
