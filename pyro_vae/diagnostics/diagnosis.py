@@ -93,7 +93,7 @@ class Diagnosis:
             parts.insert(0, "At fault: no part, as far as the diagnostics have checked.")
         return "\n".join(parts) or "No diagnostic gave a result."
 
-    def add(self, climb: Climb) -> None:
+    def _add(self, climb: Climb) -> None:
         """Add the result of a diagnostic, or the reason for its absence."""
         study, name, sizes = climb.study, climb.study.name, len(climb.study.rungs)
         if climb.known:
@@ -243,7 +243,7 @@ def diagnose(
         )
         found = Diagnosis(bench.rows, budget)
         for one in climbs:
-            found.add(one)
+            found._add(one)
         found.judge(bench.shared, bench.local)
     return found
 
