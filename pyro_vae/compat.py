@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
 import torch
-from pyro.distributions import Delta
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.util import is_validation_enabled, zero_grads
 from pyro.poutine import Trace
@@ -67,20 +65,8 @@ PROTOCOL = {
 
 
 def is_deterministic(site: Any) -> bool:
-    """Whether a site only names a value: a ``pyro.deterministic``, which Pyro marks by this entry,
-    or a site that ``pyro.poutine.reparam`` computes from others, without the entry.
-
-    Both are observed, with a `Delta` that is masked out, so their density counts nowhere.
-    """
-    return bool(site["infer"].get("_deterministic")) or (
-        site["is_observed"] and _is_masked_delta(site["fn"])
-    )
-
-
-def _is_masked_delta(fn: Any) -> bool:
-    return (
-        isinstance(fn, MaskedDistribution) and fn._mask is False and isinstance(fn.base_dist, Delta)
-    )
+    """Whether a site is a ``pyro.deterministic``; Pyro marks it by this entry alone."""
+    return bool(site["infer"].get("_deterministic"))
 
 
 def enumerate_dim(site: Any) -> Any:

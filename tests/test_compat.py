@@ -14,7 +14,6 @@ import pyro.poutine as poutine
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
-from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import nn
@@ -377,26 +376,3 @@ def test_a_graph_that_was_compiled_before_is_found_on_disk():
     more = {name: count - before.get(name, 0) for name, count in counters["inductor"].items()}
     assert more["fxgraph_cache_hit"] == 1
     assert not more.get("fxgraph_cache_bypass")
-
-
-def test_only_observed_deltas_that_are_masked_out_are_deterministic():
-    """``poutine.reparam`` leaves such a site; other masked sites are data or latents."""
-    one = torch.zeros(3)
-    sites = {
-        "named": lambda: pyro.deterministic("a", one),
-        "reparametrized": lambda: pyro.poutine.reparam(
-            lambda: pyro.sample("a", pyro.distributions.Normal(one, 1.0)),
-            config={"a": LocScaleReparam(0.0)},
-        )(),
-        "data": lambda: pyro.sample("a", pyro.distributions.Normal(one, 1.0).mask(False), obs=one),
-        "part of the data": lambda: pyro.sample(
-            "a", pyro.distributions.Delta(one).mask(torch.tensor(False)), obs=one
-        ),
-        "equality": lambda: pyro.sample("a", pyro.distributions.Delta(one), obs=one),
-        "latent": lambda: pyro.sample("a", pyro.distributions.Delta(one).mask(False)),
-    }
-    found = {
-        name: compat.is_deterministic(pyro.poutine.trace(run).get_trace().nodes["a"])
-        for name, run in sites.items()
-    }
-    assert [name for name, is_it in found.items() if is_it] == ["named", "reparametrized"]

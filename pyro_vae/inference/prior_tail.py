@@ -26,6 +26,7 @@ from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.pair import Batch, Site
+from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import factors, latents
 from pyro_vae.pairs.traces import Given
 
@@ -104,6 +105,8 @@ class PriorTails:
     def not_checked(self) -> dict[str, str]:
         """The sites and elements that are not compared with their prior, with the reason."""
         return self.left_out | dict.fromkeys(self.unchecked, TOO_MANY)
+
+    _repr_html_ = shown_html
 
     def __str__(self) -> str:
         checked = len(self.unchecked) < len(self.elements)

@@ -8,12 +8,12 @@ from pyro.poutine import Trace
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor, nn
 
-from pyro_vae.compat import is_deterministic, was_observed
+from pyro_vae.compat import was_observed
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.data_plate_search import find_places
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.scope import using
-from pyro_vae.pairs.sites import latents
+from pyro_vae.pairs.sites import is_deterministic, latents
 from pyro_vae.pairs.traces import trace
 
 

@@ -3,12 +3,13 @@
 from typing import Any, cast
 
 import torch
-from pyro.distributions import Unit
+from pyro.distributions import Delta, Unit
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vae.compat import is_deterministic, scale_and_mask, site_is_subsample, was_observed
+from pyro_vae.compat import is_deterministic as is_marked
+from pyro_vae.compat import mask_of, scale_and_mask, site_is_subsample, was_observed
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import data_plate
 from pyro_vae.pairs.data_plate import is_local
@@ -49,6 +50,17 @@ def sample_sites(trace: Trace) -> dict[str, Site]:
         for name, site in nodes.items()
         if site["type"] == "sample" and not site_is_subsample(site) and not is_deterministic(site)
     }
+
+
+def is_deterministic(site: Site) -> bool:
+    """Whether a site only names a value: a ``pyro.deterministic``, or what ``pyro.poutine.reparam``
+    computes from other sites.
+
+    Pyro marks only the first. Both are observed, with a `Delta` that is masked out.
+    """
+    fn = site["fn"]
+    masked_out = site["is_observed"] and mask_of(fn) is False
+    return is_marked(site) or (masked_out and isinstance(fn.base_dist, Delta))
 
 
 def latents(trace: Trace) -> dict[str, Site]:
