@@ -102,3 +102,24 @@ def data(n=12, groups=2, seed=0):
     u = 1 + torch.randn(groups, generator=generator).double()
     noise = torch.randn(n, generator=generator).double() * (1 + NOISE**2) ** 0.5
     return (u[g] + noise)[:, None], g
+
+
+class Means(nn.Module):
+    """w ~ N(0, 1) for each column and x_i ~ N(w, 2), with the exact guide of these data."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor((1 + len(x) / 4) ** -0.5))
+        self.register_buffer("loc", self.scale**2 * x.sum(0) / 4)
+
+    def model(self, x):
+        w = pyro.sample("w", dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(w, 2.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.sample("w", dist.Normal(self.loc, self.scale).to_event(1))
+
+
+def drawn(means, n=40):
+    return torch.tensor(means) + 2 * torch.randn(n, len(means))

@@ -157,8 +157,9 @@ def of_prior_conflict(results: Mapping[str, Any]) -> list[Blame]:
     It needs draws of the posterior: those of NUTS, or those of the guide with reliable weights.
     """
     chains, weights = results.get("global_nuts"), results.get("global_weights")
-    sources = {"global_nuts": chains if chains is not None and mixed(chains) else None}
-    for tool, found in (sources | {"global_weights": weights}).items():
+    if chains is not None and not mixed(chains):
+        chains = None
+    for tool, found in (("global_nuts", chains), ("global_weights", weights)):
         tails = None if found is None else found.prior_tails
         if tails is not None and tails.conflicts:
             sign = Sign("prior of globals", tool, in_tail(tails.conflicts))

@@ -242,8 +242,8 @@ def diagnose(
             lambda own: climb_all(own, end, progress and team.first),
         )
         found = Diagnosis(bench.rows, budget)
-        for one in climbs:
-            found._add(one)
+        for climb in climbs:
+            found._add(climb)
         found.judge(bench.shared, bench.local)
     return found
 

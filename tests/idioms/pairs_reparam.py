@@ -1,5 +1,7 @@
 """Idioms with reparametrized effects of groups: the effects become deterministic."""
 
+from typing import Any, ClassVar
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -10,43 +12,40 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 
-class Noncentered(Grouped):
-    """A standardized effect of each group."""
+class Reparametrized(Grouped):
+    """An effect of each group, which Pyro computes from another latent."""
 
-    mean, spread = 0.5, 1.5
+    effect: ClassVar[dist.TorchDistribution]
+    reparam: ClassVar[Any]
+    latent: ClassVar[str]
 
     def model(self, x: Tensor, group: Tensor) -> None:
-        standard = pyro.poutine.reparam(config={"u": LocScaleReparam(0.0)})
-        with standard, pyro.plate("groups", self.groups):
-            u = pyro.sample("u", dist.Normal(self.mean, self.spread))
+        changed = pyro.poutine.reparam(config={"u": self.reparam})
+        with changed, pyro.plate("groups", self.groups):
+            u = pyro.sample("u", self.effect)
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(u[..., group], 1.0), obs=x)
 
     def guide(self, x: Tensor, group: Tensor) -> None:
         pyro.module("pair", self)
         with pyro.plate("groups", self.groups):
-            pyro.sample("u_decentered", dist.Normal(self.loc, softplus(self.raw)))
+            pyro.sample(self.latent, dist.Normal(self.loc, softplus(self.raw)))
+
+
+class Noncentered(Reparametrized):
+    """A standardized effect of each group."""
+
+    effect, reparam, latent = dist.Normal(0.5, 1.5), LocScaleReparam(0.0), "u_decentered"
 
     def log_p(self, x: Tensor, group: Tensor) -> Tensor:
-        loc = self.mean + self.spread * self.loc
-        scale = (1 + (self.spread * softplus(self.raw)).square()).sqrt()
+        loc, scale = 0.5 + 1.5 * self.loc, (1 + (1.5 * softplus(self.raw)).square()).sqrt()
         return dist.Normal(loc[group], scale[group]).log_prob(x)
 
 
-class Transformed(Grouped):
+class Transformed(Reparametrized):
     """A positive effect of each group; the latent is the base of its distribution."""
 
-    def model(self, x: Tensor, group: Tensor) -> None:
-        by_base = pyro.poutine.reparam(config={"u": TransformReparam()})
-        with pyro.plate("groups", self.groups), by_base:
-            u = pyro.sample("u", dist.LogNormal(0.5, 0.4))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(u[..., group], 1.0), obs=x)
-
-    def guide(self, x: Tensor, group: Tensor) -> None:
-        pyro.module("pair", self)
-        with pyro.plate("groups", self.groups):
-            pyro.sample("u_base", dist.Normal(self.loc, softplus(self.raw)))
+    effect, reparam, latent = dist.LogNormal(0.5, 0.4), TransformReparam(), "u_base"
 
     def log_p(self, x: Tensor, group: Tensor) -> Tensor:
         line = torch.linspace(-12, 12, 2401).to(x)

@@ -1,42 +1,20 @@
-"""Global and group latents in the tail of their prior: p-values, names, and the verdict."""
+"""Global and group latents in the tail of their prior: p-values and names."""
 
 import math
-from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from global_pairs import Means, drawn
 from scipy import stats
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.diagnostics.attribution import of_prior_conflict
 from pyro_vae.inference.prior_tail import CONFLICT, SINGLE, PriorTails, in_tail, prior_tails
 from pyro_vae.pairs.scope import using
 
 QUIET = {"progress": False}
-
-
-class Means(nn.Module):
-    """w ~ N(0, 1) for each column and x_i ~ N(w, 2), with the exact guide of these data."""
-
-    def __init__(self, x):
-        super().__init__()
-        self.register_buffer("scale", torch.tensor((1 + len(x) / 4) ** -0.5))
-        self.register_buffer("loc", self.scale**2 * x.sum(0) / 4)
-
-    def model(self, x):
-        w = pyro.sample("w", dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1))
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("x", dist.Normal(w, 2.0).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.sample("w", dist.Normal(self.loc, self.scale).to_event(1))
-
-
-def drawn(means, n=40):
-    return torch.tensor(means) + 2 * torch.randn(n, len(means))
 
 
 def exact_tail(pair):
@@ -87,15 +65,6 @@ def test_weights_and_nuts_name_the_element_that_conflicts_with_its_prior():
     found = pv.global_weights(Means(right), right, num_draws=100, **QUIET)
     assert found.prior_tails.conflicts == {}
     assert "no part of the posterior lies in the tail of the prior" in str(found)
-
-
-def test_the_verdict_names_the_prior_of_global_latents():
-    x = drawn([0.3, 7.0])
-    found = pv.diagnose(Means(x), x, train=x, budget=20, **QUIET)
-    assert [blame.part for blame in found.blamed] == ["prior of globals"]
-    assert "At fault:\n- the prior of global latents: the posterior of 'w[1]'" in found.summary
-    right = drawn([0.3, -1.0])
-    assert pv.diagnose(Means(right), right, train=right, budget=20, **QUIET).blamed == []
 
 
 def test_weights_that_are_not_reliable_say_nothing_of_the_prior():
@@ -408,22 +377,3 @@ def test_words_of_many_elements():
     assert told == (
         "the posterior of 'w[0]', 'w[1]', 'w[2]' and 2 more lies in the tail of the prior (p 1e-05)"
     )
-
-
-def test_chains_that_disagree_say_nothing_of_the_prior():
-    shared = SimpleNamespace(r_hat=torch.tensor([[2.0]]))
-    chains = SimpleNamespace(shared=shared, prior_tails=made(0.0))
-    assert of_prior_conflict({"global_nuts": chains}) == []
-    chains.shared.r_hat = torch.tensor([[1.0]])
-    (blame,) = of_prior_conflict({"global_nuts": chains})
-    assert (blame.part, blame.nats, blame.evidence[0].tool) == (
-        "prior of globals",
-        None,
-        "global_nuts",
-    )
-    weights = SimpleNamespace(prior_tails=made(0.0))
-    chains.prior_tails = made(0.5)
-    (blame,) = of_prior_conflict({"global_nuts": chains, "global_weights": weights})
-    assert blame.evidence[0].tool == "global_weights"
-    weights.prior_tails = None
-    assert of_prior_conflict({"global_nuts": chains, "global_weights": weights}) == []
