@@ -6,7 +6,7 @@ import torch
 from global_pairs import Means, drawn
 
 import pyro_vae as pv
-from pyro_vae.diagnostics import diagnosis, global_studies
+from pyro_vae.diagnostics import diagnosis, global_studies, sizing
 from pyro_vae.diagnostics.attribution import of_prior_conflict
 from pyro_vae.inference.prior_tail import PriorTails
 
@@ -15,6 +15,8 @@ QUIET = {"progress": False}
 
 def test_the_verdict_names_the_prior_of_global_latents(monkeypatch):
     monkeypatch.setattr(diagnosis, "STUDIES", [global_studies.global_weights_study])
+    # The smallest size is enough.
+    monkeypatch.setattr(sizing.Climb, "fits", lambda self, left: [] if self.known else [0])
     x = drawn([0.3, 7.0])
     found = pv.diagnose(Means(x), x, train=x, budget=60, **QUIET)
     assert [blame.part for blame in found.blamed] == ["prior of globals"]
