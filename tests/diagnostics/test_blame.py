@@ -47,6 +47,10 @@ ADVICE = {
         "a guide in which local latents depend on the global ones, q(w) q(z | x, w), or a richer "
         "q(w) (docs/models/global-latents.md)",
     ),
+    "prior of globals": (
+        "the prior of global latents",
+        "a prior that allows such values, or a model that explains them",
+    ),
     "encoder": (
         "the encoder",
         "a larger encoder, fitted to training data and many draws of the model "
