@@ -5,8 +5,9 @@
     python benchmarks/many_processes.py nodes                # two "nodes" of one process each
     python benchmarks/many_processes.py gradients            # those of 2 and 4 processes against 1
 
-``speed`` alternates one process, two that share memory, and two that use gloo, every few epochs. It
-counts only epochs in which other programs used less than a tenth of a core, if there are any.
+``speed`` alternates one process, two that share memory, two that use gloo, and two that exchange
+nothing, every few epochs. The last is what the cores can do at most. It counts only epochs in which
+other programs used less than a tenth of a core, if there are any.
 ``kills`` starts torchrun with ``--max-restarts`` and kills a process at random times. It compares
 the result with that of a run without kills, whose rows must have the order that seed and epoch
 give. ``gradients`` fixes the noise of each row.
@@ -38,7 +39,12 @@ from pyro_vae.pairs.processes import Team, here, join_processes, restarts, singl
 
 ROWS, WIDTH, BATCH, EPOCHS = 20_000, 784, 256, 3
 
-WAYS = ("one process", "two processes, shared memory", "two processes, gloo")
+WAYS = (
+    "one process",
+    "two processes, shared memory",
+    "two processes, gloo",
+    "two processes without an exchange",
+)
 
 
 def port() -> int:
@@ -73,11 +79,11 @@ def train(out: Path) -> None:
 
 
 def fitted(
-    batch: int, hidden: tuple[int, ...], epochs: int, pids: Sequence[int] = ()
+    batch: int, hidden: tuple[int, ...], epochs: int, pids: Sequence[int] = (), rows: int = ROWS
 ) -> tuple[list[float], list[float]]:
     """The seconds of each epoch but the first, and the cores that other programs used in it."""
     torch.manual_seed(0)
-    x = torch.rand(ROWS, WIDTH).round()
+    x = torch.rand(rows, WIDTH).round()
     vae = pv.VAE.mlp((WIDTH,), latent_dim=20, hidden=hidden)
     marks: list[tuple[float, float]] = []
     options = {"epochs": epochs, "batch_size": batch, "engine": "traced", "progress": False}
@@ -102,7 +108,7 @@ def _words(path: str) -> list[str]:
 
 
 def alternate(out: Path, batch: int, hidden: tuple[int, ...], rounds: int) -> None:
-    """Two processes train in turn: the first one alone, both in shared memory, both by gloo."""
+    """Two processes train in turn, in each of `WAYS`."""
     joined()
     torch.set_num_threads(1)
     team, found = here(), []
@@ -110,13 +116,15 @@ def alternate(out: Path, batch: int, hidden: tuple[int, ...], rounds: int) -> No
     whole = resource.getrlimit(resource.RLIMIT_FSIZE)
     for _ in range(rounds):
         for way in WAYS:
-            alone = way == "one process"
+            alone, apart = way == "one process", way.endswith("without an exchange")
+            parts = 2 if apart else 1  # each process has its own half of the rows
             if way == "two processes, gloo":  # the memory has a size, which is refused
                 resource.setrlimit(resource.RLIMIT_FSIZE, (0, whole[1]))
-            with single() if alone else nullcontext():
+            with single() if alone or apart else nullcontext():
                 if team.first or not alone:
                     # Only the first process calls `on_epoch`, and has the use by other programs.
-                    pairs = zip(*fitted(batch, hidden, EPOCHS, pids), strict=False)
+                    ran = fitted(batch // parts, hidden, EPOCHS, pids, ROWS // parts)
+                    pairs = zip(*ran, strict=False)
                     found += [(way, ROWS / seconds, used) for seconds, used in pairs]
             resource.setrlimit(resource.RLIMIT_FSIZE, whole)
             team.gather(lambda: None)

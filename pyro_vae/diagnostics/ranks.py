@@ -107,12 +107,16 @@ def _normal_scores(draws: int) -> Tensor:
 
 
 def in_words(ranks: Tensor, draws: int) -> str:
-    """Describe how ranks deviate from uniform: in location, in width, or in both."""
+    """Describe how ranks deviate from uniform: in location, in width, or in both.
+
+    If most true values are beyond all draws on one side, the ranks are far from the middle, as
+    those of draws that are too narrow are. They tell only the location.
+    """
     u = (ranks.double() + 0.5) / (draws + 1) - 0.5
     place = (u.mean() * (12 * len(u)) ** 0.5).item()
     width = ((u.square().mean() - 1 / 12) * (180 * len(u)) ** 0.5).item()
-    found = []
-    if abs(width) > max(3, abs(place) / 2):
+    found, one_sided = [], bool(u.mean().abs() > u.std())
+    if abs(width) > max(3, abs(place) / 2) and not (width > 0 and one_sided):
         found.append("too narrow (U shape)" if width > 0 else "too wide (dome)")
     if abs(place) > max(3, abs(width) / 2):
         found.append("too low (slope up)" if place > 0 else "too high (slope down)")
@@ -296,10 +300,17 @@ class Calibration:
         )
         for name, shares, bias, scale in columns:
             numbers = "".join(f"{100 * share:>7.1f} %" for share in shares)
-            numbers += f"{bias:>+8.2f}{scale:>7.2f}"
+            numbers += f"{_short(bias, '+.2f'):>8}{_short(scale, '.2f'):>7}"
             lines.append(f"{name:<20}{numbers}   {failures.get(name, 'uniform')}")
         lines.append(
             "bias and scale of the guide's draws, relative to the posterior (0 and 1 are exact)"
         )
         lines += [f"'{name}' is left out: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)
+
+
+def _short(value: float, form: str) -> str:
+    """A number of a table. Ranks that are almost all equal tell only that it is large."""
+    if abs(value) < 100:
+        return format(value, form)
+    return ">99" if value > 0 else "<-99"

@@ -29,10 +29,23 @@ def seeded(seed: int) -> Iterator[None]:
     """
     require_seed(seed)
     with kept():
-        torch.manual_seed(seed)
+        _seed_torch(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         yield
+
+
+def _seed_torch(seed: int) -> None:
+    """Seed torch's generators on all devices.
+
+    For each kind of device that this process has not used, ``torch.manual_seed`` keeps the stack
+    of its caller in text. That takes 0.3 to 1.2 ms, longer than many a pass of a small pair. A
+    machine without an accelerator has only one generator.
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 def derived(seed: int, what: str, number: int) -> int:

@@ -72,12 +72,19 @@ def test_the_error_of_a_deviation_of_few_ranks():
         (list(range(20)) * 1000, "ranks have another shape"),
         (list(range(10)) * 10, "draws are too high (slope down)"),
         (list(range(10, 20)) * 10, "draws are too low (slope up)"),
+        ([18, 19] * 50, "draws are too low (slope up)"),
+        ([0] * 50, "draws are too high (slope down)"),
         ([0, 19] * 50, "draws are too narrow (U shape)"),
         ([9, 10] * 50, "draws are too wide (dome)"),
     ],
 )
 def test_the_words_of_ranks(ranks, words):
     assert in_words(torch.tensor(ranks), 19) == words
+
+
+def test_numbers_that_such_ranks_do_not_determine_are_cut():
+    line = str(ranked(*[19] * 50, draws=19)).splitlines()[2]
+    assert "   <-99    >99   draws are too low (slope up)" in line
 
 
 @pytest.mark.parametrize(

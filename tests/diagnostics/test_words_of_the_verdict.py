@@ -44,6 +44,11 @@ SIGNS = [
         [("place", OWN + "narrow (scores of ranks spread by 1.40)")],
     ),
     ("calibration", ranks(spread=0.7), [("place", OWN + "wide (scores of ranks spread by 0.70)")]),
+    (
+        "calibration",  # all true values are above all draws, so their scores are equal
+        ranks(mean=9.0, spread=0.5),
+        [("place", OWN + "low (scores of ranks +2.58 ± 0.01)")],
+    ),
     ("calibration", ranks(joint=0.3), [("shape", DENSITY + "low (scores of ranks +0.30 ± 0.01)")]),
     (
         "local_calibration",
