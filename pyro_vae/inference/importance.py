@@ -147,7 +147,7 @@ class LogLikelihood(NamedTuple):
         k, n = self.pareto_k, len(self.pareto_k)
         size = (self.effective_sample_size / self.num_samples).median().item()
         lines = [
-            ("log p(x) ≥", f"{with_error(self.value, self.standard_error)} nats per example"),
+            ("log p(x) ≥", f"{with_error(self.value, self.total_error)} nats per example"),
             *unnormalized(self.factors),
             ("ELBO", with_error(self.elbo, self.elbo_standard_error)),
             ("samples", f"{self.num_samples} for each of {n} data"),
@@ -157,7 +157,7 @@ class LogLikelihood(NamedTuple):
             lines.append(("Pareto k", f"needs at least {LEAST} samples"))
         else:
             limits = {"0.7 (unreliable)": 0.7, "1 (no mean)": 1.0}
-            if self.k_threshold < 0.7:
+            if self.k_threshold < 0.695:  # else both would be printed as 0.7
                 limits = {f"{self.k_threshold:.2f} (too few samples)": self.k_threshold} | limits
             lines.append(("Pareto k", f"{k.median().item():.2f} (median)"))
             lines += [

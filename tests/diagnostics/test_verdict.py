@@ -305,6 +305,7 @@ def test_log_p_is_trusted_with_an_error_that_holds_its_bias():
     assert found.standard_error == pytest.approx(0.005)
     # log of a mean of weights of relative error s is too low by s^2 / 2 = 0.125
     assert found.total_error == pytest.approx((0.005**2 + 0.125**2) ** 0.5)
+    assert f"{found.value:.3f} ± 0.125 nats per example" in str(found)  # as in the verdict
     said = findings("trust", log_likelihood=found, model_check=checked())
     assert said["log p(x)"].startswith("log p(x) = -10.000 ± 0.125 nats per example (10000 data)")
 
