@@ -173,8 +173,10 @@ class PredictiveCheck:
             shown += f"{none:>13}" if p is None else f"{p:>13.3f}"
             shown += f"{none:>19}" if outside is None else f"{100 * outside:>17.1f} %"
             lines.append(f"{name:<18}{shown}")
+        n, used = len(self.observed), int(self.reliable.sum())
+        counted = n if used == n else f"{used} of {n}"
         lines.append(
-            f"{len(self.observed)} data, {self.num_replicates} replicates of each; latents: "
+            f"{counted} data, {self.num_replicates} replicates of each; latents: "
             f"{_SOURCES[self.latents]}"
         )
         if len(self.unreliable):

@@ -112,6 +112,7 @@ def test_unreliable_rows_are_named_and_left_out_of_the_whole():
     assert record["num_unreliable"] == len(found.unreliable)
     assert record["statistics"]["mean"]["observed"] == pytest.approx(kept[0].item())
     assert f"left out: {len(found.unreliable)} data" in str(found)
+    assert f"{int(found.reliable.sum())} of {len(found.observed)} data, " in str(found)
     nothing = pv.predictive_check(Guided(40.0, 0.2), x[:5], **QUIET)
     assert len(nothing.unreliable) == 5
     assert nothing.as_dict()["statistics"]["mean"]["p_value"] is None
