@@ -118,7 +118,7 @@ def _rank_words(found: Any, i: int) -> str:
     mean, spread = found.score_means[i].item(), found.score_deviations[i].item()
     name = found.names[i]
     # Of true values beyond all draws the scores are alike, and tell only the location.
-    if abs(mean) > max(1, spread) or abs(mean) / SHIFT > abs(log(spread)) / log(SCALE):
+    if abs(mean) > 1 or abs(mean) / SHIFT > abs(log(spread)) / log(SCALE):
         side = "low" if mean > 0 else "high"
         error = found.score_mean_errors[i].item()
         return f"{name} is too {side} (scores of ranks {mean:+.2f} ± {error:.2f})"

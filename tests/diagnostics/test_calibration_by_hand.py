@@ -74,6 +74,8 @@ def test_the_error_of_a_deviation_of_few_ranks():
         (list(range(10, 20)) * 10, "draws are too low (slope up)"),
         ([18, 19] * 50, "draws are too low (slope up)"),
         ([0] * 50, "draws are too high (slope down)"),
+        ([19] * 28 + [0] * 7, "draws are too narrow (U shape) and too low (slope up)"),
+        ([19] * 60 + [0] * 5, "draws are too low (slope up)"),
         ([0, 19] * 50, "draws are too narrow (U shape)"),
         ([9, 10] * 50, "draws are too wide (dome)"),
     ],

@@ -49,6 +49,16 @@ SIGNS = [
         ranks(mean=9.0, spread=0.5),
         [("place", OWN + "low (scores of ranks +2.58 ± 0.01)")],
     ),
+    (
+        "calibration",
+        ranks(mean=1.3, spread=0.05),
+        [("place", OWN + "low (scores of ranks +1.30 ± 0.01)")],
+    ),
+    (
+        "calibration",
+        ranks(mean=0.8, spread=0.05),
+        [("place", OWN + "wide (scores of ranks spread by 0.05)")],
+    ),
     ("calibration", ranks(joint=0.3), [("shape", DENSITY + "low (scores of ranks +0.30 ± 0.01)")]),
     (
         "local_calibration",
