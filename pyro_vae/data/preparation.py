@@ -241,7 +241,7 @@ def masking(
     if mask_rate:
         x, *context = prepare(batch)
         hidden = x.clone()
-        hidden.flatten(1)[:, 0] = torch.nan
+        hidden.reshape(len(x), -1)[:, 0] = torch.nan
         if not masks.scores_missing(pair, (hidden, *context)):
             raise UsageError(
                 "needs a likelihood that leaves out missing entries, such as "

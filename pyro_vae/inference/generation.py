@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -320,7 +321,10 @@ def _placed(
             raise UsageError(f"the model has no site '{name}'")
         site, local = sites[name], name not in shared
         like = data_first(site["value"], site) if local else site["value"]
+        if not like.dim():  # one number, as an array of one row
+            value = value[None] if isinstance(value, Tensor | np.ndarray) else [value]
         tensor = as_tensor(value, f"the value of '{name}'").to(like.device, like.dtype)
+        tensor = tensor if like.dim() else tensor[0]
         if tensor.shape[local:] != like.shape[local:]:
             wanted = ", ".join(["n"] * local + [str(size) for size in like.shape[local:]])
             raise UsageError(
