@@ -137,7 +137,10 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
 def _observation(pair: nn.Module, batch: Batch) -> Site | None:
     """The site that observes x in a batch."""
     with using(pair, seed=0), pyro.validation_enabled(False):
-        return x_site(_run(pair, batch))
+        model = _run(pair, batch)
+        if fault := masks.too_wide(model, "model"):
+            raise UsageError(fault)
+        return x_site(model)
 
 
 def _observes(site: Site, x: Tensor) -> bool:

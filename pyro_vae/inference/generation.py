@@ -32,6 +32,7 @@ from pyro_vae.pairs.sites import (
     latents,
     require_normalized,
     sample_sites,
+    x_site,
 )
 from pyro_vae.pairs.template import template
 from pyro_vae.pairs.threads import alone
@@ -184,6 +185,14 @@ def hidden(pair: nn.Module, x: Rows, *context: Any) -> Tensor:
             same = site["value"].numel() == batch[0].numel()
             parts.append((masks.seen(site, batch[0]) if same else batch[0]).isnan())
     return torch.cat(parts)
+
+
+@alone()
+def observes_x(pair: nn.Module, x: Tensor, *context: Tensor) -> bool:
+    """Return whether one site of the model observes x, and not several sites its parts."""
+    with using(pair, seed=0):
+        batch = next(iter(prepared_batches(pair, x[:2], [part[:2] for part in context], "dynamic")))
+        return x_site(trace_model(pair, batch, trace_guide(pair, batch))) is not None
 
 
 @alone()
