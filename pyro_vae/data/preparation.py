@@ -137,7 +137,10 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
 def _observation(pair: nn.Module, batch: Batch) -> Site | None:
     """The site that observes x in a batch."""
     with using(pair, seed=0), pyro.validation_enabled(False):
-        return x_site(_run(pair, batch))
+        model = _run(pair, batch)
+        if fault := masks.too_wide(model, "model"):
+            raise UsageError(fault)
+        return x_site(model)
 
 
 def _observes(site: Site, x: Tensor) -> bool:
@@ -241,7 +244,7 @@ def masking(
     if mask_rate:
         x, *context = prepare(batch)
         hidden = x.clone()
-        hidden.flatten(1)[:, 0] = torch.nan
+        hidden.reshape(len(x), -1)[:, 0] = torch.nan
         if not masks.scores_missing(pair, (hidden, *context)):
             raise UsageError(
                 "needs a likelihood that leaves out missing entries, such as "

@@ -297,7 +297,7 @@ def _usual(pair: nn.Module, batch: Batch) -> Mapping[str, Statistic]:
 
 
 def _share(k: int) -> Statistic:
-    return lambda x: (x.flatten(1) == k).double().mean(1)
+    return lambda x: _rows(x == k).double().mean(1)
 
 
 def _measured(statistics: Mapping[str, Statistic], x: Tensor) -> Tensor:

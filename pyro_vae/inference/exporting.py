@@ -114,6 +114,11 @@ def exported_parts(
         with Means():
             guide = latents(trace_guide(pair, batch))
         shared = {name: site["value"] for name, site in guide.items() if not is_local(site)}
+        if len(shared) == len(guide):
+            raise UsageError(
+                f"export needs a local latent in the guide, but the guide of {type(pair).__name__} "
+                f"has {'only global or group latents' if guide else 'none'}"
+            )
         with Means(), Given(shared):
             model = latents(trace(cast(Pair, pair).model, batch))
         local = {n: data_first(s["value"], s) for n, s in model.items() if n not in shared}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ from pyro_vae.pairs.sites import (
     latents,
     require_normalized,
     sample_sites,
+    x_site,
 )
 from pyro_vae.pairs.template import template
 from pyro_vae.pairs.threads import alone
@@ -186,6 +188,14 @@ def hidden(pair: nn.Module, x: Rows, *context: Any) -> Tensor:
 
 
 @alone()
+def observes_x(pair: nn.Module, x: Tensor, *context: Tensor) -> bool:
+    """Return whether one site of the model observes x, and not several sites its parts."""
+    with using(pair, seed=0):
+        batch = next(iter(prepared_batches(pair, x[:2], [part[:2] for part in context], "dynamic")))
+        return x_site(trace_model(pair, batch, trace_guide(pair, batch))) is not None
+
+
+@alone()
 def interpolate(
     pair: nn.Module,
     start: Tensor,
@@ -320,7 +330,10 @@ def _placed(
             raise UsageError(f"the model has no site '{name}'")
         site, local = sites[name], name not in shared
         like = data_first(site["value"], site) if local else site["value"]
+        if not like.dim():  # one number, as an array of one row
+            value = value[None] if isinstance(value, Tensor | np.ndarray) else [value]
         tensor = as_tensor(value, f"the value of '{name}'").to(like.device, like.dtype)
+        tensor = tensor if like.dim() else tensor[0]
         if tensor.shape[local:] != like.shape[local:]:
             wanted = ", ".join(["n"] * local + [str(size) for size in like.shape[local:]])
             raise UsageError(

@@ -13,7 +13,7 @@ from pyro_vae.data.sources import Arrays, Rows
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.inference.chained import Chained, chained_parts
 from pyro_vae.inference.pareto import LEAST, threshold
-from pyro_vae.inference.passes import observation
+from pyro_vae.inference.passes import Completed, observation
 from pyro_vae.inference.refinement import refine
 from pyro_vae.inference.weighted import Weighted, mixed_parts, require_not_pooled, require_samples
 from pyro_vae.pairs import masks
@@ -21,7 +21,7 @@ from pyro_vae.pairs.formatting import in_columns
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.moments import has_mean, typical
-from pyro_vae.pairs.pair import Batch, Site
+from pyro_vae.pairs.pair import Batch, Site, placement
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
@@ -75,7 +75,7 @@ class Imputation:
     _repr_html_ = shown_html
 
     def __str__(self) -> str:
-        rows = self.missing.flatten(1).any(1)
+        rows = _any(self.missing)
         bad = int((~self.reliable).sum())
         size = self.effective_sample_size[rows].median() if rows.any() else torch.tensor(torch.nan)
         limit = f"Pareto k over {threshold(self.num_samples):.2f}"
@@ -162,6 +162,11 @@ def impute(
     return found
 
 
+def _any(missing: Tensor) -> Tensor:
+    """Which rows have a missing entry, (n,)."""
+    return missing.reshape(len(missing), -1).any(1)
+
+
 class _Asked(NamedTuple):
     """How to impute; see `impute`."""
 
@@ -181,12 +186,13 @@ def _imputed(pair: nn.Module, batch: Batch, by_mask: bool, asked: _Asked) -> Imp
             missing = masks.seen(site, x).isnan()
     with using(pair):
         require_not_pooled(pair, batch)
-    holes = missing.flatten(1).any(1)
-    size = x.new_full((n,), float(asked.num_samples), dtype=torch.double)
+    holes = _any(missing)
+    size = torch.full((n,), float(asked.num_samples), dtype=torch.double, device=x.device)
+    known = x if x.is_floating_point() else x.to(placement(pair)[1])  # means are not integers
     whole = _Completed(
-        x.clone(),
-        x.clone(),
-        x.clone(),
+        known.clone(),
+        known.clone(),
+        known.clone(),
         x.expand(asked.draws, *x.shape).clone(),
         size,
         torch.zeros_like(size),
@@ -246,10 +252,11 @@ BY_ROW = ("effective_sample_size", "pareto_k", "r_hat", "reliable")
 
 def _posterior(pair: nn.Module, part: Weighted | Chained, draws: int, level: float) -> _Completed:
     like, shares = part.batch[0], part.shares
-    found = zip(*(_entries(pair, one) for one in part.passes), strict=True)
-    draws_of, centers_of, (classes, *_), (site, *_) = found
+    entries = zip(*(_entries(pair, one) for one in part.passes), strict=True)
+    draws_of, centers_of, (classes, *_), (site, *_) = entries
     drawn, centers = torch.cat(draws_of), torch.cat(centers_of)
-    wide = shares.reshape(*shares.shape, *[1] * (like.dim() - 1)).to(like.dtype)
+    dtype = like.dtype if like.is_floating_point() else placement(pair)[1]
+    wide = shares.reshape(*shares.shape, *[1] * (like.dim() - 1)).to(dtype)
     # A draw of weight 0 does not count, even if its mean is infinite in this type.
     mean = torch.where(wide > 0, wide * centers, 0.0).sum(0)
     circle = circle_of(site["fn"])
@@ -267,14 +274,15 @@ def _posterior(pair: nn.Module, part: Weighted | Chained, draws: int, level: flo
     rows = torch.arange(shares.shape[1], device=chosen.device)
     low, high = _quantiles(around, wide, ((1 - level) / 2, (1 + level) / 2))
     return _Completed(
-        mean, low, high, drawn[chosen, rows], *(getattr(part, name) for name in BY_ROW)
+        *(mean.to(dtype), low.to(dtype), high.to(dtype), drawn[chosen, rows]),
+        *(getattr(part, name) for name in BY_ROW),
     )
 
 
 def _entries(pair: nn.Module, part: Weighted | Chained) -> tuple[Tensor, Tensor, Tensor, Site]:
     """A draw and the mean of each entry at each draw of the latents, which entries are classes, and
     the site of the entries."""
-    site = observation(pair, part.batch, part.values)
+    site = observation(pair, part.batch, part.values, given=Completed)
     like = part.batch[0]
     shape = (-1, part.shares.shape[1], *like.shape[1:])
     drawn = data_first(site["value"], site).reshape(shape).to(like.dtype)

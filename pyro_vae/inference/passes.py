@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import pyro
+import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
@@ -39,12 +40,30 @@ def generate(
     return data_first(value, found).detach()
 
 
+class Completed(DataFirst):
+    """`DataFirst`, but entries of latents that a mask hides are drawn from the model.
+
+    Such an entry has no posterior of its own. The guide's draw of it may be any number.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        if msg["name"] in self.values:
+            counts = masks.scored(msg)
+            if not bool(counts.all()):
+                msg["value"] = torch.where(counts, msg["value"], msg["fn"]())
+
+
 def observation(
-    pair: nn.Module, batch: Batch, values: Mapping[str, Tensor], site: str | None = None
+    pair: nn.Module,
+    batch: Batch,
+    values: Mapping[str, Tensor],
+    site: str | None = None,
+    given: type[DataFirst] = DataFirst,
 ) -> Site:
     """Return the data site of the unconditioned model; latents are given (data first) or drawn."""
     find_places(pair, batch)
-    with DataFirst(dict(values)):
+    with given(dict(values)):
         traced = trace(unconditioned(pair), batch)
     for name in values:
         if name not in traced.nodes:

@@ -30,8 +30,8 @@ class Places(NamedTuple):
     """The index of the observed tensor for each site that observes a whole tensor; 0 is x."""
     num_data: int | None = None
     """N if the data plate treats its rows as a part of N data (``subsample_size=len(x)``)."""
-    declares: tuple[tuple[list[int], str], ...] = ()
-    """Row shapes and types of the batch whose first run made parameters, as an AutoGuide does."""
+    guided: bool = True
+    """Whether the guide ran. It fails, for example, on x of another type than it takes."""
 
     @property
     def x(self) -> str | None:
@@ -150,15 +150,20 @@ def _sizes(site: Any) -> dict[tuple[str, int], tuple[int, int | None]]:
 def _observed_parts(sites: Mapping[str, Any], batch: Sequence[Tensor]) -> dict[str, int]:
     """Which tensor of the batch each site observes: the same object, or else an equal tensor.
 
-    If there is only one site, it observes x, even if the model transforms x.
+    A site that only computes a value from x, such as ``x > 0``, may equal x in these rows. So a
+    tensor that a site observes as the same object is not compared with other sites. If there is
+    only one site, it observes x, even if the model transforms x.
     """
-    found = {}
+    found: dict[str, int] = {}
     for name, site in sites.items():
-        value = site["value"]
-        same = [i for i, tensor in enumerate(batch) if value is tensor]
-        same = same or [i for i, tensor in enumerate(batch) if _equal(value, tensor)]
-        if same:
-            found[name] = same[0]
+        for i, tensor in enumerate(batch):
+            if site["value"] is tensor:
+                found.setdefault(name, i)
+    free = [i for i in range(len(batch)) if i not in found.values()]
+    for name in [name for name in sites if name not in found]:
+        for i in free:
+            if _equal(sites[name]["value"], batch[i]):
+                found.setdefault(name, i)
     return found or (dict.fromkeys(sites, 0) if len(sites) == 1 else {})
 
 

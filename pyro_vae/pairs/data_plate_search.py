@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import data_plate
 from pyro_vae.pairs.pair import Pair
-from pyro_vae.pairs.scope import row_shapes, using
+from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import at_data, latents, observed, with_guides
 from pyro_vae.pairs.traces import trace
 
@@ -42,12 +42,12 @@ class _Run(NamedTuple):
 def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
     """Find the data plate of a pair and what its sites observe, by runs on two and three rows.
 
-    If the pair fails, both remain unknown; the next run reports the error. Raises `UsageError` if
-    the guide has a parameter with a row for each datum.
+    If the pair fails, both remain unknown; the next run reports the error. If only the guide fails,
+    the next call searches again. Raises `UsageError` if the guide has a parameter with a row for
+    each datum.
     """
-    if data_plate.known(pair) is not None:
+    if (found := data_plate.known(pair)) is not None and found.guided:
         return
-    parameters = len(list(pair.parameters()))
     # The rows of a short batch are repeated.
     runs = [_run(pair, [tensor[torch.arange(n) % len(tensor)] for tensor in batch]) for n in (2, 3)]
     first, other = runs if runs[0] is not None else reversed(runs)
@@ -61,10 +61,8 @@ def find_places(pair: nn.Module, batch: Sequence[Tensor]) -> None:
         _require_amortized(first, other, frozenset() if located is None else located.plates)
     if located is not None:
         guide = first.model if first.guide is None else first.guide
-        plates = with_guides(located.plates, first.model, guide)
-        grew = len(list(pair.parameters())) > parameters
-        declares = tuple(row_shapes(batch)) if grew else ()
-        data_plate.keep(pair, located._replace(plates=plates, declares=declares))
+        plates, guided = with_guides(located.plates, first.model, guide), first.guide is not None
+        data_plate.keep(pair, located._replace(plates=plates, guided=guided))
 
 
 def runs(pair: nn.Module, batch: Sequence[Tensor]) -> bool:

@@ -7,7 +7,7 @@ mean of the weights p(x, z) / q(z | x) is not p(x), and all results based on the
 """
 
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any, cast
 
 import pyro
@@ -124,7 +124,30 @@ def fault(pair: nn.Module, batch: Batch, model: Trace, guide: Trace) -> str | No
 
     Call this inside `pyro_vae.pairs.scope.using`.
     """
-    return _apart(model, guide) or _needed(pair, batch, guide)
+    wide = too_wide(model, "model") or too_wide(guide, "guide")
+    return wide or _apart(model, guide) or _needed(pair, batch, guide)
+
+
+def too_wide(traced: Trace, where: str) -> str | None:
+    """The error for a mask or scale that would count each row of a site several times.
+
+    A mask of shape (n, 1) around a site of shape (n,) makes its log density (n, n).
+
+    Arguments:
+        where: "model" or "guide", for the message.
+    """
+    for name, site in sample_sites(traced).items():
+        shape = tuple(site["fn"].batch_shape)
+        for what in ("mask", "scale"):
+            own = tuple(site[what].shape) if isinstance(site[what], Tensor) else ()
+            sizes = zip_longest(own[::-1], shape[::-1], fillvalue=1)
+            if any(size not in (1, plate) for size, plate in sizes):
+                return (
+                    f"the {what} of site '{name}' in the {where} has shape {own}, which does not "
+                    f"broadcast to the shape of its plates, {shape}: give it this shape, for "
+                    "example by .squeeze(-1)"
+                )
+    return None
 
 
 def scale_fault(model: Trace, guide: Trace) -> str | None:
@@ -161,10 +184,12 @@ def require(pair: nn.Module, batches: Iterable[Batch]) -> None:
 def require_present(pair: nn.Module, batch: Batch) -> tuple[Trace, Trace]:
     """Traces of guide and model on two rows; raise `UsageError` for a latent without a guide.
 
-    Without this check, draws of the prior would replace those of the posterior of this latent.
+    Without this check, draws of the prior would replace those of the posterior of this latent. A
+    mask or scale of a wrong shape raises it, too.
     """
     guide, model = _traces(pair, tuple(tensor[:2] for tensor in batch))
-    if found := _absent(model, guide):
+    wide = too_wide(model, "model") or too_wide(guide, "guide")
+    if found := wide or _absent(model, guide):
         raise UsageError(found)
     return guide, model
 

@@ -12,7 +12,7 @@ from pyro_vae.compat import was_observed
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.data_plate_search import find_places
 from pyro_vae.pairs.pair import Pair
-from pyro_vae.pairs.scope import using
+from pyro_vae.pairs.scope import keep_shapes, using
 from pyro_vae.pairs.sites import is_deterministic, latents
 from pyro_vae.pairs.traces import trace
 
@@ -20,7 +20,9 @@ from pyro_vae.pairs.traces import trace
 def trace_model(pair: nn.Module, batch: Sequence[Tensor], guide: Trace) -> Trace:
     """The trace of the model on a batch, replayed against a trace of the guide."""
     find_places(pair, batch)
-    return trace(poutine.replay(cast(Pair, pair).model, trace=guide), batch)
+    found = trace(poutine.replay(cast(Pair, pair).model, trace=guide), batch)
+    keep_shapes(pair, batch)
+    return found
 
 
 def unconditioned(pair: nn.Module) -> Callable[..., Any]:

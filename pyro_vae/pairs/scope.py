@@ -24,7 +24,6 @@ class _Adopted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.constraints: dict[str, Any] = {}
-        self.batch: list[tuple[list[int], str]] = []
 
     def state(self) -> dict[str, dict[str, Any]]:
         # get_parameter would reject the tensors that replace parameters while a graph is traced.
@@ -94,11 +93,8 @@ def _union(states: Sequence[dict[str, dict[str, Any]]], kind: str) -> dict[str, 
     return {name: value for state in states for name, value in state[kind].items()}
 
 
-def adopt(pair: nn.Module, batch: Sequence[Tensor]) -> None:
-    """Register each parameter that only the current store has as a parameter of the pair.
-
-    The pair also keeps the row shapes of the batch, for `adopted_batch`.
-    """
+def adopt(pair: nn.Module) -> None:
+    """Register each parameter that only the current store has as a parameter of the pair."""
     store = pyro.get_param_store()
     state, known = store.get_state(), {id(p) for p in pair.parameters()}
     for name, value in state["params"].items():
@@ -109,21 +105,25 @@ def adopt(pair: nn.Module, batch: Sequence[Tensor]) -> None:
         adopted, parameter = getattr(pair, _ADOPTED), nn.Parameter(value.detach())
         adopted.register_parameter(_key(name), parameter)
         adopted.constraints[name] = state["constraints"][name]
-        adopted.batch = row_shapes(batch)
         store.set_state({"params": {name: parameter}, "constraints": {}})
 
 
-def adopted_batch(pair: nn.Module) -> list[tuple[list[int], str]]:
-    """Row shapes and types of a batch on which the pair declares its adopted parameters."""
-    adopted, found = getattr(pair, _ADOPTED, None), data_plate.known(pair)
-    if isinstance(adopted, _Adopted):
-        return adopted.batch
-    return [] if found is None else list(found.declares)
+_RAN_ON = "_ran_on"
 
 
-def row_shapes(batch: Sequence[Tensor]) -> list[tuple[list[int], str]]:
-    """The row shape and the type of each tensor of a batch."""
-    return [(list(t.shape[1:]), str(t.dtype).removeprefix("torch.")) for t in batch]
+def keep_shapes(pair: nn.Module, batch: Sequence[Tensor]) -> None:
+    """Keep row shapes and types of the first batch on which a pair ran, also for its copies.
+
+    A new pair may need such a run to make its parameters, as an AutoGuide does.
+    """
+    if _RAN_ON not in vars(pair):
+        shapes = [[list(t.shape[1:]), str(t.dtype).removeprefix("torch.")] for t in batch]
+        setattr(pair, _RAN_ON, shapes)
+
+
+def ran_on(pair: nn.Module) -> list[list[Any]]:
+    """Row shape and type of each tensor of a batch on which the pair ran; empty if it never ran."""
+    return list(vars(pair).get(_RAN_ON, []))
 
 
 def registered(pair: nn.Module, program: Callable[..., Any]) -> Callable[..., Any]:

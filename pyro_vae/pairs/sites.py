@@ -125,8 +125,8 @@ def data_site(trace: Trace, name: str | None = None) -> Site:
         return only
     if name is None and sites:
         raise UsageError(
-            f"the model observes parts of x at several sites ({', '.join(sites)}): pass one of "
-            "these names as `site`"
+            f"the model observes parts of x at several sites ({', '.join(sites)}), but one site of "
+            "all of x is needed here; tools with an argument 'site' take one of these names"
         )
     if name not in sites:
         raise UsageError(
@@ -188,8 +188,9 @@ def site_kl(model_site: Site, guide_site: Site, closed: bool = True) -> Tensor:
     the event shape. Otherwise it is (batch,).
     """
     p, q, z, mask = model_site["fn"], guide_site["fn"], guide_site["value"], guide_site["mask"]
+    units = 0
     if factorizes(p) and factorizes(q):
-        p, q = p.base_dist, q.base_dist
+        p, q, units = p.base_dist, q.base_dist, q.event_dim
     try:
         kl = kl_divergence(q, p) if closed else None
     except NotImplementedError:
@@ -197,7 +198,7 @@ def site_kl(model_site: Site, guide_site: Site, closed: bool = True) -> Tensor:
     if not isinstance(kl, Tensor):  # a number if masks within the distributions hide everything
         kl = q.log_prob(z) - p.log_prob(z)
     if isinstance(mask, Tensor):
-        mask = mask.reshape(mask.shape + (1,) * (kl.dim() - len(guide_site["fn"].batch_shape)))
+        mask = mask.reshape(mask.shape + (1,) * units)  # values of enumerated sites are on the left
     return scale_and_mask(kl, mask=mask)
 
 

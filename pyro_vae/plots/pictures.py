@@ -176,10 +176,17 @@ def interpolations(pair: nn.Module, x: Tensor, context: Sequence[Tensor], n: int
     return grid(rows)
 
 
-def codes(pair: nn.Module, x: Tensor, context: Sequence[Tensor]) -> tuple[str, Tensor]:
-    """The local latent with the most units and its codes; a continuous site comes first."""
+def codes(pair: nn.Module, x: Tensor, context: Sequence[Tensor]) -> tuple[str, Tensor] | None:
+    """The local latent with the most units and its codes; a continuous site comes first.
+
+    None for a pair that has only global and group latents.
+    """
     found, _ = encode_parts(pair, x, context)
-    return max(found.items(), key=lambda item: (item[1].is_floating_point(), item[1][0].numel()))
+    return max(
+        found.items(),
+        key=lambda item: (item[1].is_floating_point(), item[1][0].numel()),
+        default=None,
+    )
 
 
 def scales(pair: nn.Module, x: Tensor, context: Sequence[Tensor], site: str) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_vae.data.schema import SCHEMA, stored_schema
 from pyro_vae.errors import UsageError, first_line
-from pyro_vae.inference.generation import reconstruct, sample
+from pyro_vae.inference.generation import observes_x, reconstruct, sample
 from pyro_vae.pairs import enumeration
 from pyro_vae.pairs.figures import png
 from pyro_vae.pairs.processes import single
@@ -144,45 +144,60 @@ def _figures(
         made.append(("curves", curves(history)))
     if vocabulary is not None:
         return [*made, *_texts(pair, x, context, metrics, vocabulary, seed)]
-    if (run / SCHEMA).is_file():
+    if table := (run / SCHEMA).is_file():
         if x.dim() == 2:  # not for groups of rows
             made += table_parts(pair, stored_schema(run / SCHEMA), x, context, ids, seed)
-        made.append(("latent", _plane(pair, x, context, labels)))
-        kl = _kl_by_unit(metrics)
-        return [*made, ("kl", pictures.kl_by_unit(kl))] if kl else made
+    elif observes_x(pair, x, *context):
+        made += _images(pair, x, context, labels, metrics, seed)
+    coded = pictures.codes(pair, x, context)
+    if coded is not None and (table or coded[1].is_floating_point()):
+        made.append(("latent", _plane(pair, x, context, labels, *coded)))
+    kl = _kl_by_unit(metrics)
+    return [*made, ("kl", pictures.kl_by_unit(kl))] if kl else made
+
+
+def _images(
+    pair: nn.Module,
+    x: Tensor,
+    context: Sequence[Tensor],
+    labels: Tensor | None,
+    metrics: dict[str, Any],
+    seed: int,
+) -> "list[tuple[str, Figure | str]]":
+    """Figures of data that the model reconstructs, draws or decodes."""
     few = [part[:12] for part in context]
-    made.append(("reconstructions", pictures.reconstructions(pair, x[:12], few)))
+    made: list[tuple[str, Figure | str]] = [
+        ("reconstructions", pictures.reconstructions(pair, x[:12], few))
+    ]
     if hasattr(pair, "template"):
         shown = [] if missing_context(pair, 1) else _contexts(context, labels)
         made.append(("samples", pictures.samples(pair, x, shown, seed)))
         found = enumeration.values(pair, template(pair, 2, [part[:1] for part in shown]))
         for name, values in list(found.items())[:1]:
             made.append(("classes", pictures.by_value(pair, x, shown, name, values[:20], seed)))
-    site, codes = pictures.codes(pair, x, context)
-    kl = _kl_by_unit(metrics)
-    if codes.is_floating_point():
+    coded = pictures.codes(pair, x, context)
+    if coded is not None and coded[1].is_floating_point():
+        site, codes = coded
+        kl = _kl_by_unit(metrics).get(site, [])
         spread = codes.reshape(len(codes), -1).var(0).tolist()
-        known = kl.get(site, [])
-        order = torch.tensor(known if len(known) == len(spread) else spread).argsort(
-            descending=True
-        )
+        order = torch.tensor(kl if len(kl) == len(spread) else spread).argsort(descending=True)
         one = [part[:1] for part in context]
-        used = max(3, sum(value > 0.01 for value in kl.get(site, [])))
-        units = order[: min(8, used)].tolist()
+        units = order[: min(8, max(3, sum(value > 0.01 for value in kl)))].tolist()
         made.append(("traversals", pictures.traversals(pair, x[:1], one, units, site)))
         n = min(4, len(x) // 2)
         if n:
             made.append(("interpolations", pictures.interpolations(pair, x, context, n)))
-        made.append(("latent", _plane(pair, x, context, labels)))
-    if kl:
-        made.append(("kl", pictures.kl_by_unit(kl)))
     return made
 
 
 def _plane(
-    pair: nn.Module, x: Tensor, context: Sequence[Tensor], labels: Tensor | None
+    pair: nn.Module,
+    x: Tensor,
+    context: Sequence[Tensor],
+    labels: Tensor | None,
+    site: str,
+    codes: Tensor,
 ) -> "Figure":
-    site, codes = pictures.codes(pair, x, context)
     scales = pictures.scales(pair, x, context, site) if codes.is_floating_point() else None
     same = scales is not None and scales.shape == codes.shape
     return pictures.latent_plane(codes.cpu(), labels, site, scales if same else None)
@@ -205,7 +220,8 @@ def _texts(
         ("reconstructions", canvas.lines(rows, vocabulary, across=True)),
         ("interpolations", canvas.lines([("", line) for line in between], vocabulary)),
     ]
-    made.append(("latent", _plane(pair, x, context, None)))
+    if (coded := pictures.codes(pair, x, context)) is not None:
+        made.append(("latent", _plane(pair, x, context, None, *coded)))
     if kl := _kl_by_unit(metrics):
         made.append(("kl", pictures.kl_by_unit(kl)))
     return made

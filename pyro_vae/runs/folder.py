@@ -20,8 +20,9 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Any, cast
 
+import pyro
 import torch
 from torch import Tensor, nn
 
@@ -32,9 +33,9 @@ from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs.arrays import DIVISOR, recorded_divisor
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
-from pyro_vae.pairs.pair import placement
+from pyro_vae.pairs.pair import Batch, placement
 from pyro_vae.pairs.rng import kept, seeded
-from pyro_vae.pairs.scope import adopt, adopted_batch, scope
+from pyro_vae.pairs.scope import adopt, keep_shapes, ran_on, scope
 from pyro_vae.pairs.threads import alone
 from pyro_vae.runs import checksums
 from pyro_vae.runs.description import built, built_arguments, is_ours, recipe
@@ -145,8 +146,7 @@ def _load(run: Path, pair: nn.Module | type[nn.Module] | None) -> nn.Module:
     for name, tensor in distinct(pair).items():  # tensors that no file has keep the widest type
         if name in floating and tensor.is_floating_point():
             tensor.data = tensor.data.to(floating[name])
-    if config.get("adopted_batch"):
-        _declare(pair, config["adopted_batch"], run / CONFIG)
+    _declare(pair, _rows(config.get("adopted_batch") or (), run / CONFIG), state)
     fill(pair, state, run / MODEL)
     if config.get(DIVISOR) in (1, 255):
         setattr(pair, DIVISOR, config[DIVISOR])
@@ -157,7 +157,7 @@ def write_config(pair: nn.Module, run: Path, config: Mapping[str, Any]) -> None:
     """Write config.json: how to rebuild the pair, versions, and the entries of the caller."""
     content = {
         "pair": recipe(pair),
-        "adopted_batch": adopted_batch(pair),
+        "adopted_batch": ran_on(pair),
         DIVISOR: recorded_divisor(pair),
         "versions": versions(),
         **config,
@@ -255,21 +255,39 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _declare(pair: nn.Module, spec: Any, path: Path) -> None:
-    """Run a pair once on rows of these shapes, so that it declares its adopted parameters."""
+def _rows(spec: Any, path: Path) -> Batch:
+    """Two rows of zeros, of the shapes and types in config.json."""
     try:
         with WithinMemory(str(path)):
-            batch = [torch.zeros(2, *shape, dtype=_DTYPES[kind]) for shape, kind in spec]
+            return tuple(torch.zeros(2, *shape, dtype=_DTYPES[kind]) for shape, kind in spec)
     except UsageError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UsageError(
             f"{path} describes a batch that cannot be created: {first_line(error)}"
         ) from error
-    batch = [tensor.to(placement(pair)[0]) for tensor in batch]
-    with scope(pair), torch.no_grad(), seeded(0):
-        trace_model(pair, batch, trace_guide(pair, batch))
-        adopt(pair, batch)
+
+
+def _declare(pair: nn.Module, rows: Batch, state: Mapping[str, Tensor]) -> None:
+    """Run a pair once, if it lacks tensors of the file, so that it makes these parameters.
+
+    It runs on zeros, and on rows of its template if it fails on zeros.
+    """
+    batches = []
+    if rows:
+        keep_shapes(pair, rows)
+        batches.append(lambda: rows)
+    if hasattr(pair, "template"):
+        batches.append(lambda: cast(Any, pair).template(2))
+    for batch in batches:
+        if all(name in pair.state_dict() for name in state):
+            return
+        # A user's own code may raise anything; `fill` names a tensor that is still missing.
+        with suppress(Exception), pyro.validation_enabled(False):
+            placed = tuple(tensor.to(placement(pair)[0]) for tensor in batch())
+            with scope(pair), torch.no_grad(), seeded(0):
+                trace_model(pair, placed, trace_guide(pair, placed))
+                adopt(pair)
 
 
 def _rebuilt(run: Path, config: dict[str, Any], pair: Any) -> nn.Module:

@@ -44,4 +44,7 @@ def require_fit(pair: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
     own = pair.state_dict()
     extra = [name for name in state if name not in own]
     if extra:
-        raise UsageError(f"{path} holds tensor '{extra[0]}', which the pair does not have")
+        raise UsageError(
+            f"{path} holds tensor '{extra[0]}', which the pair does not have: pass the class that "
+            "was saved, or an instance that has run once if its programs make parameters"
+        )

@@ -32,7 +32,7 @@ from pyro_vae.pairs.data_plate_search import find_places
 from pyro_vae.pairs.model import trace_model as run_model
 from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.rng import seeded
-from pyro_vae.pairs.scope import adopt, evaluation_mode, scope
+from pyro_vae.pairs.scope import adopt, evaluation_mode, keep_shapes, scope
 from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import by_datum, factors, latents, log_prob, sample_sites
 from pyro_vae.pairs.threads import alone
@@ -139,7 +139,8 @@ def _examine(
                 return Report(tuple(found))
         except UsageError as error:
             return Report((error.template,))
-        adopt(pair, batch)
+        adopt(pair)
+        keep_shapes(pair, batch)
         # New traces contain the adopted parameters as parameters of the pair.
         guide = run_guide(pair, batch)
         model = run_model(pair, batch, guide)

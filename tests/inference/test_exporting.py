@@ -285,3 +285,35 @@ def test_zero_inflated_counts_have_the_parameters_of_the_counts_too(tmp_path):
     )
     mean = (1 - gate.sigmoid()) * counts * logits.exp()
     torch.testing.assert_close(mean, pv.decode(pair, {"z": z}, size))
+
+
+class Coefficients(nn.Module):
+    """A regression, whose only latents are global."""
+
+    def model(self, x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(w, 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.sample("w", dist.Normal(torch.zeros(2), 0.1).to_event(1))
+
+
+class Classes(nn.Module):
+    """A class that is summed out, so the guide draws nothing."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(k[..., None] * torch.ones(2), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("pair", "says"), [(Coefficients(), "only global or group latents"), (Classes(), "has none")]
+)
+def test_a_pair_without_an_encoder_is_refused_with_the_reason(pair, says, tmp_path):
+    with pytest.raises(pv.UsageError, match=f"needs a local latent in the guide.*{says}"):
+        pv.export(pair, torch.randn(8, 2), folder=tmp_path, formats=["torch"])
