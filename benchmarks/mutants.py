@@ -106,7 +106,12 @@ TARGETS = {
     "attribution": Target("pyro_vae.diagnostics.attribution", RULES),
     "prior_tail": Target(
         "pyro_vae.inference.prior_tail",
-        [INFERENCE + "test_prior_tail.py", "-k", "not uniform_tail"],
+        [
+            INFERENCE + "test_prior_tail_by_hand.py",
+            INFERENCE + "test_prior_tail.py",
+            "-k",
+            "not uniform_tail",
+        ],
     ),
     "sizing": Target(
         "pyro_vae.diagnostics.sizing",
@@ -229,6 +234,13 @@ MEMORY = "how much is computed at once changes no result"
 INFINITE = "the shape of a tail with so few weights is set to infinity"
 ROUNDING = "the change is below the rounding of the sums"
 EQUIVALENT = [
+    Equivalent("prior_tail", "few, strict=True)", "True to False", "both sides have one length"),
+    Equivalent("prior_tail", "if name in left_out", "condition never", "a later reason is told"),
+    Equivalent("prior_tail", "none[0], *(tail[1, 0]", "0 to 1", "all draws have one number"),
+    Equivalent("prior_tail", "max=len(weights) - 1", "Sub to Add", ROUNDING),
+    Equivalent("prior_tail", "max=len(weights) - 1", "1 to 0", ROUNDING),
+    Equivalent("prior_tail", "max(1, value.numel())", "1 to 0", "a site has a number"),
+    Equivalent("prior_tail", "ours.isfinite(), ROUNDING", "0.0 to 1", "infinity minus 1"),
     Equivalent("sizing", "with bar(progress, 3 * len", "", "a bar changes no result"),
     Equivalent("sizing", "if rest else 0.0", "0.0 to 1", "all studies are over"),
     Equivalent("signs", "if factor < 1", "Lt to LtE", "a factor of 1 is not told"),
