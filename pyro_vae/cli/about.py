@@ -9,6 +9,7 @@ from pyro_vae.cli.app import RunFolder, UserClass, app
 from pyro_vae.cli.diagnosis import require_distinct
 from pyro_vae.cli.options import in_words, option_of
 from pyro_vae.cli.run import (
+    SCHEMA,
     binarize_of,
     context_of,
     load_of_run,
@@ -36,6 +37,8 @@ def info(run: RunFolder, *, model: UserClass = None) -> None:
     from pyro_vae.runs import metrics as run_metrics
 
     pair, given = pair_of_run(run, model)
+    if (run / SCHEMA).is_file():  # the likelihood of a table is that of its columns
+        given = {name: value for name, value in given.items() if name != "likelihood"}
     measured = run_metrics.read_metrics(run)
     current = measured.get("model") in (None, run_metrics.fingerprint(pair))
     named = run_folder.read_config(run)["pair"]["class"].rpartition(":")[2]
@@ -103,6 +106,8 @@ def repeat(run: RunFolder, *, out: Path | None = None, model: str | None = None)
         raise UsageError(f"{run} was not trained with pyro-vae train, so it records no options")
     new = out or run.parent / f"{run.name}-repeat"
     words = ["train", "--config", str(run / "config.json"), "--out", str(new)]
+    # Of a table, the run knows the columns, while the file of --columns may be another one by now.
+    words += ["--columns", str(run / SCHEMA)] if (run / SCHEMA).is_file() else []
     words += ["--model", model] if model else []
     command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
     command(*bound.args, **bound.kwargs)

@@ -288,14 +288,17 @@ def _npz_ids(data: "Data", split: "Split") -> dict[str, Any]:
 
 
 def names_of(data: "Data") -> list[str]:
-    """The name of each entry of a datum: those of the columns, or indices."""
+    """The name of each entry of a datum: its column, its member and column, or its indices."""
     if data.table is not None:
         return list(data.table.schema.names)
     if data.cells is not None:
         return list(data.cells.names)
     from itertools import product
 
-    return [",".join(map(str, index)) for index in product(*map(range, data.shape))]
+    axes: list[Any] = [range(size) for size in data.shape]
+    if data.schema is not None:  # a table in groups
+        axes[-1] = data.schema.names
+    return [",".join(map(str, entry)) for entry in product(*axes)]
 
 
 def written(table: Any, path: Path) -> Path:

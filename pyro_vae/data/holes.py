@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.pairs import masks
+from pyro_vae.pairs.arrays import as_context
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.pair import Batch, placement
@@ -57,8 +58,7 @@ def _name(found: Tensor, start: int | None) -> str:
 def _taken(pair: nn.Module, batch: Sequence[Tensor], found: Tensor) -> Batch:
     """A few of these rows, on the device and in the type of the pair."""
     device, dtype = placement(pair)
-    few = [tensor[found[:FEW]].to(device) for tensor in batch]
-    return tuple(part.to(dtype) if part.is_floating_point() else part for part in few)
+    return tuple(as_context(tensor[found[:FEW]].to(device), dtype) for tensor in batch)
 
 
 def _observes_more(pair: nn.Module, batch: Batch) -> bool:

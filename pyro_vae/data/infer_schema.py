@@ -1,12 +1,13 @@
 """Infer the kind and the role of each column of a table from its values."""
 
+import re
 from collections import Counter
 from collections.abc import Container, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
-from pyro_vae.data.schema import Column, Schema
+from pyro_vae.data.schema import Column, Schema, different
 from pyro_vae.errors import UsageError
 
 FEW = 12
@@ -17,6 +18,11 @@ MANY = 50
 
 LARGEST_COUNT = 100
 """Whole numbers from 0 whose mean is larger are continuous: a normal fits them as well."""
+
+WRITTEN = re.compile(r"[+-]?(\d+|\d{1,3}([ .'\u00a0\u202f]\d{3})+|\d{1,3}(,\d{3})+)([.,]\d+)?\s?%?")
+"""A number as people write it: with a decimal comma, with signs of thousands, with a percent."""
+
+PLAINLY = "write them with a decimal point and without other signs, as in 1234.5"
 
 ID_NAMES = ("id", "row_id", "rowid", "row", "index", "")
 """Names of columns that are row ids if their values differ."""
@@ -33,9 +39,13 @@ def infer_schema(
     - whole numbers: ordinal, up to 12 different ones; a count, from 0 with a mean up to 100;
     - numbers: positive, if all are above 0 and the logarithm is clearly less skewed; continuous.
 
+    Floats are whole numbers if all of them are whole and some are missing: pandas has no integers
+    with holes.
+
     The columns named in ``coded`` are categorical, whatever their words are.
 
-    Raises `UsageError` for a column that is all missing, constant, or of mixed types.
+    Raises `UsageError` for a column that is all missing, constant, or of mixed types, and for
+    numbers that are written as words, such as "1,5".
     """
     found: list[Column] = []
     for name, values in zip(names, columns, strict=True):
@@ -47,7 +57,7 @@ def infer_schema(
 
 
 def _coded(name: str, values: list[Any], rows: int, has_id: bool) -> Column:
-    return Column(name, "categorical", tuple(sorted(set(values))))
+    return Column(name, "categorical", different(name, values))
 
 
 def _column(name: str, values: list[Any], rows: int, has_id: bool) -> Column:
@@ -68,7 +78,9 @@ def _column(name: str, values: list[Any], rows: int, has_id: bool) -> Column:
     if not all(isinstance(value, int | float) for value in values):
         kind = type(values[0]).__name__
         return Column(name, role="ignored", why=f"holds values of type {kind}")
-    return _numbers(name, values, distinct)
+    if len(values) < rows and all(value % 1 == 0 for value in values):
+        values = list(map(int, values))
+    return _numbers(name, values, set(values))
 
 
 def _ignore(name: str) -> str:
@@ -76,6 +88,13 @@ def _ignore(name: str) -> str:
 
 
 def _words(name: str, values: list[Any], is_id: bool, has_id: bool) -> Column:
+    if all(WRITTEN.fullmatch(value) for value in values) and not all(map(_is_number, values)):
+        raise UsageError(
+            f"column '{name}' holds numbers that are written as words, such as "
+            f"{next(value for value in values if not _is_number(value))!r}: {PLAINLY}; if they are "
+            f"words, give it a kind, such as 'categorical', or a role in `columns` "
+            f'([columns."{name}"])'
+        )
     numbers = [value for value in values if _is_number(value)]
     if len(values) / 2 < len(numbers) < len(values):
         word = next(value for value in values if not _is_number(value))
@@ -91,7 +110,7 @@ def _words(name: str, values: list[Any], is_id: bool, has_id: bool) -> Column:
         return Column(name, "categorical", tuple(sorted(counts)))
     if is_id and not has_id:
         return Column(name, role="row id")
-    return Column(name, role="ignored", why=f"{len(counts)} different words")
+    return Column(name, role="ignored", why=f"{len(counts)} different words in {len(values)} rows")
 
 
 def _is_number(value: Any) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, pi
 from pathlib import Path
@@ -164,6 +164,20 @@ class Schema:
             for row in rows
         ]
         return "\n".join(line.rstrip() for line in lines)
+
+
+def different(name: str, values: Sequence[Any]) -> tuple[Value, ...]:
+    """The different values of a column of categories, sorted.
+
+    Raises `UsageError` for lists and mappings, which cannot be compared.
+    """
+    for value in values:
+        if not isinstance(value, Hashable):
+            raise UsageError(
+                f"column '{name}' holds values of type {type(value).__name__}, such as {value!r}, "
+                "which cannot be categories or groups: write them as words"
+            )
+    return tuple(sorted(set(values)))
 
 
 def read_schema(path: str | Path) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pyro_vae.data import holes
+from pyro_vae.data import group_numbers, holes
 from pyro_vae.data.disk import DiskArray, rows_of
 from pyro_vae.data.order import Place, order
 from pyro_vae.data.padding import without_padding
@@ -140,6 +140,8 @@ def source(x: Rows, context: Sequence[Any] = (), pair: nn.Module | None = None) 
         as_tensor(x, "x", finite=False)  # raises for a masked array
         raise UsageError(fault)
     if pair is not None and (fault := holes.unseen(pair, tensors)):
+        raise UsageError(fault)
+    if pair is not None and (fault := group_numbers.negative(pair, tensors)):
         raise UsageError(fault)
     return Arrays(tensors)
 

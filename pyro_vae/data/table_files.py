@@ -1,5 +1,6 @@
 """Read tables with Arrow: CSV, Parquet and Feather files, and data frames."""
 
+import codecs
 import io
 from collections.abc import Mapping
 from importlib import import_module
@@ -108,18 +109,31 @@ def _require_memory(path: Path) -> None:
 def _read_csv(path: Path) -> Any:
     csv = arrow("pyarrow.csv")
     own = "\t" if path.suffix == ".tsv" else ","
-    table = csv.read_csv(
-        io.BytesIO(read_bytes(path)),
-        parse_options=csv.ParseOptions(delimiter=own, newlines_in_values=True),
-        convert_options=csv.ConvertOptions(null_values=list(MISSING), strings_can_be_null=True),
-    )
-    header = table.column_names
-    for other in (";", "\t", "|", ","):
-        if len(header) == 1 and other != own and other in header[0]:
-            raise UsageError(
-                f"{path} has one column, '{header[0][:60]}', so its delimiter is probably "
-                f"{other!r}: write it with {own!r}"
-            )
+    content = read_bytes(path)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UsageError(f"{path}: it is not UTF-8; convert it with iconv -f UTF-16 -t UTF-8")
+    try:
+        table = csv.read_csv(
+            io.BytesIO(content),
+            parse_options=csv.ParseOptions(delimiter=own, newlines_in_values=True),
+            convert_options=csv.ConvertOptions(null_values=list(MISSING), strings_can_be_null=True),
+        )
+    except arrow().ArrowException:
+        _require_delimiter(path, content, own)  # decimal commas make rows of several lengths
+        raise
+    if len(table.column_names) == 1:
+        _require_delimiter(path, content, own)
     if "binary" in map(str, table.schema.types):
         raise UsageError(f"{path}: it is not UTF-8; convert it with iconv -f LATIN1 -t UTF-8")
     return table
+
+
+def _require_delimiter(path: Path, content: bytes, own: str) -> None:
+    """Raise `UsageError` if the first line of a file has another delimiter than the file should."""
+    header = content.split(b"\n", 1)[0].decode("utf-8", "replace").strip("\ufeff\r")
+    for other in (";", "\t", "|", ","):
+        if header.count(other) > header.count(own):
+            raise UsageError(
+                f"{path} starts with '{header[:60]}', so its delimiter is probably {other!r}: "
+                f"write it with {own!r}, and numbers with a decimal point"
+            )

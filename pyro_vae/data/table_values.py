@@ -1,12 +1,13 @@
 """Columns of plain values as numbers and codes, and back; the parts that columns name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from pyro_vae.data.schema import Column, Schema
+from pyro_vae.data.infer_schema import PLAINLY, WRITTEN
+from pyro_vae.data.schema import Column, Schema, different
 from pyro_vae.data.table_files import arrow
 from pyro_vae.errors import UsageError
 
@@ -28,9 +29,10 @@ def encoded(column: Column, values: list[Any]) -> np.ndarray:
     if column.coded:
         return codes(column, values)
     for row, value in enumerate(values):
-        if value is not None and (isinstance(value, str) or not np.isfinite(value)):
+        if value is not None and not (isinstance(value, int | float) and np.isfinite(value)):
             raise UsageError(
-                f"column '{column.name}' is {column.kind} but holds {value!r} in row {row}"
+                f"column '{column.name}' is {column.kind} but holds {value!r} in row {row}: "
+                f"{_as_number(value)}"
             )
     numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
     wrong = np.zeros(len(numbers), bool)
@@ -48,22 +50,43 @@ def encoded(column: Column, values: list[Any]) -> np.ndarray:
     return numbers
 
 
+def _as_number(value: Any) -> str:
+    """What to do about a value that should be a number."""
+    if isinstance(value, str):
+        return PLAINLY if WRITTEN.fullmatch(value) else "correct it, or leave its cell empty"
+    if isinstance(value, float):
+        return "correct it, or leave its cell empty"
+    return f"turn values of type {type(value).__name__} into numbers, such as days for dates"
+
+
 def codes(column: Column, values: list[Any]) -> np.ndarray:
     codes = {category: float(code) for code, category in enumerate(column.categories)}
-    found = np.full(len(values), np.nan)
+    found, unknown = np.full(len(values), np.nan), []
     for row, value in enumerate(values):
         if value is None:
             continue
-        if value not in codes and str(value) in codes:
+        if not isinstance(value, Hashable) or value not in codes:
             value = str(value)  # a file in which all words are numbers
-        if value not in codes:
-            known = ", ".join(map(str, column.categories[:8]))
-            raise UsageError(
-                f"column '{column.name}' holds {value!r} in row {row}, which is not one of its "
-                f"categories: {known}"
-            )
-        found[row] = codes[value]
+        if value in codes:
+            found[row] = codes[value]
+        else:
+            unknown.append(row)
+    if unknown:
+        raise UsageError(_unknown(column, values, unknown))
     return found
+
+
+def _unknown(column: Column, values: list[Any], rows: list[int]) -> str:
+    """What is unknown in these rows, and what to do about it."""
+    known = ", ".join(map(str, column.categories[:8]))
+    known += ", ..." if len(column.categories) > 8 else ""
+    more = f"; {len(rows)} rows hold such values" if len(rows) > 1 else ""
+    # The context of a row must be known.
+    empty = "" if column.role == "context" else ", or empty cells, which count as missing"
+    return (
+        f"column '{column.name}' holds {values[rows[0]]!r} in row {rows[0]}, which is not one of "
+        f"its categories: {known}{more}; write known categories{empty}"
+    )
 
 
 def frame_of(
@@ -116,6 +139,7 @@ def named_parts(column: Column, values: list[Any]) -> np.ndarray:
 def grouped_parts(column: Column, values: list[Any]) -> np.ndarray:
     """A part for each row: groups in random order fill test, validation and training in turn."""
     groups: dict[Any, list[int]] = {}
+    different(column.name, [value for value in values if value is not None])
     for row, value in enumerate(values):
         if value is None:
             raise UsageError(f"group column '{column.name}' is empty in row {row}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data.infer_schema import infer_schema
-from pyro_vae.data.schema import Column, Schema, read_schema
+from pyro_vae.data.schema import Column, Schema, different, read_schema
 from pyro_vae.data.split import Data, Split, taken, three_ways
 from pyro_vae.data.table_files import arrow, arrow_table
 from pyro_vae.data.table_values import (
@@ -297,11 +297,12 @@ def _with_categories(column: Column, table: Any) -> Column:
         return column
     if not (column.coded or label):
         return column
-    values = sorted({value for value in plain(table[column.name]) if value is not None})
+    present = [value for value in plain(table[column.name]) if value is not None]
+    values = different(column.name, present)
     if column.kind == "binary" and len(values) != 2:
         raise UsageError(f"column '{column.name}' has {len(values)} values, so it is not binary")
     kind = "categorical" if label else column.kind
-    return Column(column.name, kind, tuple(values), column.role)
+    return Column(column.name, kind, values, column.role)
 
 
 def _present(schema: Schema, names: Sequence[str]) -> Schema:

@@ -257,6 +257,6 @@ def _statistics(statistics: Statistics, sites: dict[str, Tensor], site: str) -> 
         if bool((value.isnan() & ~empty).any()):
             raise UsageError(
                 f"statistic '{name}' is NaN for some rows; masked entries of the data are NaN, so "
-                "the statistic must ignore them"
+                "the statistic must ignore them; for one entry, pass the rows that have it"
             )
     return {name: value.unflatten(0, data.shape[:2]) for name, value in found.items()}

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from pyro_vae.data.preparation import Preparation, held_rows, joined
 from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.importance import LogLikelihood, all_log_weights, unnormalized
 from pyro_vae.inference.pareto import LEAST, threshold, unreliable
 from pyro_vae.inference.refinement import CLEAR, COMPARED_DRAWS, Refinement, refine
 from pyro_vae.inference.weighted import steady_shape
+from pyro_vae.pairs.given_globals import at_one_draw
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.scope import using

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from pyro_vae.diagnostics.calibration import LEAST_DRAWS, LEAST_SIMULATIONS, Calibration
 from pyro_vae.diagnostics.ranks import ranks_of
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.given_globals import draw_globals, pools
 from pyro_vae.inference.inference_data import unit_names
 from pyro_vae.pairs.arrays import as_tensor, each_context
 from pyro_vae.pairs.formatting import in_words
+from pyro_vae.pairs.given_globals import draw_globals, pools
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch, Pair

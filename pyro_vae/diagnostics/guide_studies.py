@@ -12,10 +12,10 @@ from pyro_vae.diagnostics.local_calibration import LocalCalibration, local_calib
 from pyro_vae.diagnostics.study import GAP, GRADIENT, Bench, Finding, Rung, Study, sizes
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.annealing import Annealing, Sandwich, anneal, sandwich
-from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.importance import LogLikelihood, log_likelihood
 from pyro_vae.inference.nuts import Posterior, nuts
 from pyro_vae.inference.refinement import require_refinable
+from pyro_vae.pairs.given_globals import at_one_draw
 
 LEAPFROG = 60
 """Approximate number of gradients in a transition of NUTS."""

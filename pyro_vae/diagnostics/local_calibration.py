@@ -10,12 +10,12 @@ from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows
 from pyro_vae.diagnostics.local_moments import Compared, Units, compared
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.importance import CELLS
 from pyro_vae.inference.pareto import threshold
 from pyro_vae.inference.passes import in_chunks
 from pyro_vae.inference.weighted import require_samples
 from pyro_vae.pairs.formatting import with_error
+from pyro_vae.pairs.given_globals import at_one_draw
 from pyro_vae.pairs.particles import Particles
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.scope import using

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows
-from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.pareto import threshold
 from pyro_vae.inference.scoring import by_entry, log_prob_of
 from pyro_vae.inference.weighted import Weighted, require_samples, steady_shape, weighted_parts
+from pyro_vae.pairs.given_globals import at_one_draw
 from pyro_vae.pairs.moments import is_discrete
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import seeded

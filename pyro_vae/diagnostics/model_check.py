@@ -23,8 +23,8 @@ from pyro_vae.diagnostics.two_samples import (
     some_columns,
 )
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.inference.weighted import require_samples
+from pyro_vae.pairs.given_globals import at_one_draw
 from pyro_vae.pairs.masks import missing_entries
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.progress import bar

@@ -314,7 +314,10 @@ def _measured(statistics: Mapping[str, Statistic], x: Tensor) -> Tensor:
             )
         found = torch.where(empty, torch.nan, found.double())
         if bool((found.isnan() & ~empty).any()):
-            why = "; masked entries are NaN, so the statistic must ignore them"
+            why = (
+                "; masked entries are NaN, so the statistic must ignore them; for one entry, pass "
+                "the rows that have it"
+            )
             why = why if holes.any() else ""
             raise UsageError(f"statistic '{name}' is NaN for some data{why}")
         columns.append(found)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError, nearest
-from pyro_vae.inference.given_globals import GivenGlobals, draw_globals
 from pyro_vae.inference.pareto import threshold
 from pyro_vae.inference.passes import ROWS_AT_ONCE, latent_values, observation
 from pyro_vae.inference.weighted import Weighted, steady_shape, weighted_parts
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.data_plate import is_local
+from pyro_vae.pairs.given_globals import GivenGlobals, draw_globals
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch

@@ -12,10 +12,10 @@ from pyro_vae.errors import UsageError, first_line
 from pyro_vae.explore.levels import Level, levels
 from pyro_vae.inference.encoding import encode_parts
 from pyro_vae.inference.generation import reconstruct, require_inside, supports_of
-from pyro_vae.inference.given_globals import pools
 from pyro_vae.inference.importance import LogLikelihood, log_likelihood
 from pyro_vae.inference.passes import generate, prepared_batches
 from pyro_vae.inference.refinement import refine
+from pyro_vae.pairs.given_globals import pools
 from pyro_vae.pairs.scope import using
 from pyro_vae.plots.canvas import alike
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.given_globals import global_values
 from pyro_vae.inference.passes import (
     ROWS_AT_ONCE,
     generate,
@@ -21,6 +20,7 @@ from pyro_vae.inference.passes import (
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import as_tensor, each_context
 from pyro_vae.pairs.contract import run_in_words
+from pyro_vae.pairs.given_globals import global_values
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model, unconditioned
 from pyro_vae.pairs.moments import support_of

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.given_globals import GivenGlobals, global_values, pools
 from pyro_vae.inference.importance import CELLS
 from pyro_vae.inference.inference_data import unit_names
 from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold
@@ -19,6 +18,7 @@ from pyro_vae.inference.passes import in_chunks
 from pyro_vae.inference.prior_tail import DRAWS, PriorTails, in_metrics, prior_tails, resampled
 from pyro_vae.pairs import fold_plan
 from pyro_vae.pairs.data_plate import is_local
+from pyro_vae.pairs.given_globals import GivenGlobals, global_values, pools
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model
 from pyro_vae.pairs.pair import Batch, placement

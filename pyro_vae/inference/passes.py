@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from pyro_vae.data.preparation import held_out, preparation
 from pyro_vae.data.sources import Rows, source
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.given_globals import pools
 from pyro_vae.pairs import masks, summing
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.data_plate_search import find_places
+from pyro_vae.pairs.given_globals import pools
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import unconditioned
 from pyro_vae.pairs.moments import typical

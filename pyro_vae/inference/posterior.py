@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from pyro_vae.data.preparation import Preparation, held_rows, joined
 from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError, nearest
-from pyro_vae.inference.given_globals import draw_globals, pools
 from pyro_vae.inference.inference_data import (
     converted,
     installed_arviz,
@@ -20,6 +19,7 @@ from pyro_vae.inference.passes import ROWS_AT_ONCE, in_chunks, summed_out
 from pyro_vae.pairs import enumeration
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.frames import installed_pandas
+from pyro_vae.pairs.given_globals import draw_globals, pools
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, unconditioned
 from pyro_vae.pairs.pair import Batch

@@ -9,12 +9,12 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.given_globals import pools
 from pyro_vae.inference.importance import CELLS
 from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold, unreliable
 from pyro_vae.inference.passes import summed_out
 from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.data_plate import is_local
+from pyro_vae.pairs.given_globals import pools
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model
 from pyro_vae.pairs.pair import Batch

@@ -29,6 +29,7 @@ from pyro_vae.pairs.contract import (
 )
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.data_plate_search import find_places
+from pyro_vae.pairs.given_globals import at_one_draw
 from pyro_vae.pairs.model import trace_model as run_model
 from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.rng import seeded
@@ -215,13 +216,29 @@ def _groups(pair: nn.Module, batch: Sequence[Tensor], model: Trace) -> list[str]
         for name, sizes in plates.items()
         if sizes
     ]
-    if notes and not _broadcasts(pair, tuple(tensor[:2] for tensor in batch)):
+    few = tuple(tensor[:2] for tensor in batch)
+    if notes and not _broadcasts(pair, few):
         notes.append(
             "the pair does not broadcast over a plate of samples, so log_likelihood draws samples "
             "one at a time, which is slower: put the groups at dim=-1, and index from the right, "
             f"as in u[..., group]{users_line(None, cast(Pair, pair).model)}"
         )
+    elif plates and len(plates) < len(latents(model)) and not _broadcasts_given(pair, few):
+        notes.append(
+            "samples of the local latents do not broadcast with one value of the others, so "
+            "global_weights, gaps and diagnose draw samples one at a time, which is slower: expand "
+            "to the common shape, such as torch.broadcast_shapes(z.shape[:-1], u[..., group].shape)"
+            f"{users_line(None, cast(Pair, pair).model)}"
+        )
     return notes
+
+
+def _broadcasts_given(pair: nn.Module, batch: Batch) -> bool:
+    """Return the same for samples of local latents, given one draw of the global ones."""
+    try:
+        return _broadcasts(at_one_draw(pair, batch, seed=0)[0], batch)
+    except UsageError:
+        return True
 
 
 def _broadcasts(pair: nn.Module, batch: Batch) -> bool:

@@ -90,6 +90,27 @@ def test_repeat_refuses_changed_data(folder, tmp_path, capsys):
     assert not (tmp_path / "run-repeat").exists()
 
 
+def test_a_table_is_repeated_with_the_columns_of_the_run(tmp_path, capsys, monkeypatch):
+    only_smallest(monkeypatch)
+    numbers = np.random.default_rng(0).integers(1, 6, (40, 2))
+    rows = "".join(f"{a},{b},{a / 4 + b}\n" for a, b in numbers)
+    (tmp_path / "t.csv").write_text("a,b,c\n" + rows)
+    changes = tmp_path / "columns.toml"
+    changes.write_text('[columns.a]\nkind = "categorical"\n')
+    command(
+        "train {data} --out {run} --columns {columns} --epochs 2 --latent-dim 1 --hidden none "
+        "--num-eval-samples 2 --engine eager --no-report",
+        data=tmp_path / "t.csv",
+        run=tmp_path / "run",
+        columns=changes,
+    )
+    command("info {run}", run=tmp_path / "run")
+    assert "--likelihood" not in capsys.readouterr().out
+    changes.write_text('[columns.a]\nrole = "ignored"\n')
+    command("repeat {run}", run=tmp_path / "run")
+    assert f"weights             equal those of {tmp_path / 'run'}" in capsys.readouterr().out
+
+
 def test_help_of_train_has_groups_without_noise(capsys):
     main(["train", "--help"])
     out = capsys.readouterr().out

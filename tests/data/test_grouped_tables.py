@@ -57,6 +57,11 @@ def test_a_table_in_groups_trains_and_its_results_name_the_rows(visits, tmp_path
         assert codes["u_mean"].shape == (len(codes["members"]), 1)
         patients = [{rows[row][0] for row in own if row >= 0} for own in codes["members"]]
     assert all(len(own) == 1 for own in patients)
+    command("score {run} --num-samples 30", run=run)
+    with np.load(run / "scores.npz") as scores:
+        names = {name.partition(",") for name in scores["strangest_1"]}
+    assert {column for _, _, column in names} <= {"weight", "smokes"}
+    assert all(member.isdigit() for member, _, _ in names)
     command("sample {run} --num 3", run=run)
     drawn = list(csv.DictReader((run / "samples.csv").read_text().splitlines()))
     assert list(drawn[0]) == ["patient", "weight", "smokes"]

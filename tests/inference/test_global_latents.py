@@ -14,8 +14,8 @@ import pyro_vae as pv
 from pyro_vae.diagnostics.global_figures import global_marginals
 from pyro_vae.inference import joint_nuts
 from pyro_vae.inference.chains import compared
-from pyro_vae.inference.given_globals import at_one_draw
 from pyro_vae.pairs import frames
+from pyro_vae.pairs.given_globals import at_one_draw
 
 # encode
 

@@ -166,6 +166,25 @@ def test_check_says_that_a_latent_belongs_to_groups_and_what_makes_it_slow(kind)
         assert f"{__file__}:" in report.notes[1]
 
 
+class Expanded(Groups):
+    """It expands z to the samples of u, of which there are none if u has one value."""
+
+    def model(self, x: Tensor, group: Tensor) -> None:
+        with pyro.plate("groups", GROUPS, dim=-1):
+            u = pyro.sample("u", dist.Normal(x.new_zeros(()), 1.0))[..., group]
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(u, 1.0)).expand(u.shape)
+            pyro.sample("x", dist.Normal(z[..., None] * self.weight, 1.0).to_event(1), obs=x)
+
+
+def test_check_says_that_samples_do_not_broadcast_with_one_value_of_the_groups():
+    report = pv.check(Expanded(), data())
+    assert report.errors == ()
+    assert len(report.notes) == 2
+    assert "do not broadcast with one value of the others" in report.notes[1]
+    assert f"{__file__}:" in report.notes[1]
+
+
 def test_means_and_draws_of_rows_are_those_of_their_groups():
     pair, group = Groups(), torch.tensor([0, 3, 3])
     means = pv.sample(pair, 3, group, means=True)

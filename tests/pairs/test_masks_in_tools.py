@@ -114,7 +114,7 @@ def test_arviz_gets_nan_for_what_is_masked():
     (name,) = data.log_likelihood.data_vars
     mean = data.log_likelihood[name].values[0].mean(0)
     torch.testing.assert_close(torch.as_tensor(mean), pair.log_p(x, live), atol=0.15, rtol=0.1)
-    with pytest.raises(pv.UsageError, match="masked entries of the data are NaN"):
+    with pytest.raises(pv.UsageError, match="must ignore them; for one entry, pass the rows"):
         pv.to_arviz(pair, x, live, statistics={"total": lambda x: x.sum(1)}, **settings)
 
 
