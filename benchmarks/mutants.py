@@ -236,6 +236,7 @@ ROUNDING = "the change is below the rounding of the sums"
 EQUIVALENT = [
     Equivalent("prior_tail", "few, strict=True)", "True to False", "both sides have one length"),
     Equivalent("prior_tail", "if name in left_out", "condition never", "a later reason is told"),
+    Equivalent("prior_tail", "if len(names) > 1", "1 to 2", "two names are joined by 'and'"),
     Equivalent("prior_tail", "none[0], *(tail[1, 0]", "0 to 1", "all draws have one number"),
     Equivalent("prior_tail", "max=len(weights) - 1", "Sub to Add", ROUNDING),
     Equivalent("prior_tail", "max=len(weights) - 1", "1 to 0", ROUNDING),
