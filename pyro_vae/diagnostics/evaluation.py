@@ -8,25 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.compat import scale_and_mask
 from pyro_vae.data.preparation import Preparation, held_rows
 from pyro_vae.data.sources import Rows, Source, parts
 from pyro_vae.diagnostics.global_kl import global_kl
 from pyro_vae.diagnostics.labels import LabelScores, flat_codes, probe_accuracy_of, score_classes
+from pyro_vae.diagnostics.units import units, variance
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.importance import estimate, require_sizes, unnormalized
-from pyro_vae.pairs import enumeration, fold_plan, folding, folds, masks, summing
+from pyro_vae.inference.importance import LogLikelihood, estimate, require_sizes, unnormalized
+from pyro_vae.pairs import enumeration, fold_plan, folding, folds
 from pyro_vae.pairs.arrays import as_labels
-from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.formatting import in_columns, with_error
+from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.memory import smaller, told_smaller
-from pyro_vae.pairs.moments import is_category, is_discrete, mean
+from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.processes import Team, here, single
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.showing import shown_html
-from pyro_vae.pairs.sites import latents, observed, same_order, sample_sites, site_kl
 from pyro_vae.pairs.threads import alone
-from pyro_vae.parts.sequences import elements
 from pyro_vae.runs import files as run_files
 from pyro_vae.training.elbo import elbo
 from pyro_vae.training.validation import bound
@@ -92,6 +90,12 @@ class Evaluation:
     global_kl: dict[str, float] = field(default_factory=dict)
     """KL of each global and group latent, in nats for all data; for guides that read rows, given
     the first ``batch_size``. Point estimates and discrete latents that are summed out have none."""
+    elbo_standard_error: float = nan
+    """Monte Carlo standard error of ``elbo``, for these data. The importance samples give it, so
+    it is NaN for one sample, and for a guide that enumerates a latent, whose weights sum over it.
+    """
+    log_likelihood_total_error: float = nan
+    """``log_likelihood_standard_error`` and the bias, as in `LogLikelihood.total_error`."""
 
     @property
     def nll(self) -> float:
@@ -107,7 +111,7 @@ class Evaluation:
         )
 
     def _estimate(self) -> str:
-        found = with_error(self.log_likelihood, self.log_likelihood_standard_error)
+        found = with_error(self.log_likelihood, self.log_likelihood_total_error)
         if self.num_samples == 1:
             return f"{found}, 1 sample, which gives no error"
         return f"{found}, {self.num_samples} samples"
@@ -122,7 +126,7 @@ class Evaluation:
         )
         points = ", ".join(self.point_estimates)
         bounds = [
-            ("ELBO", f"{self.elbo:.3f} nats per example"),
+            ("ELBO", f"{with_error(self.elbo, self.elbo_standard_error)} nats per example"),
             ("log p(x) ≥", self._estimate()),
             *unnormalized(self.factors),
         ]
@@ -259,10 +263,10 @@ def _evaluated(
         how = (num_samples, seed, engine, progress, team, batch_size)
         likelihood = estimate(pair, rows, prepare, *how)
         _warn_of_rows(rows, prepare, likelihood.per_datum, batch_size)
-    units, codes, moves, dims = _units(pair, rows, prepare, batch_size, seed)
+    by_unit, codes, moves, dims = units(pair, rows, prepare, batch_size, seed)
     scores = LabelScores()
     if labels is not None and known is not None and train_labels is not None and codes:
-        train_codes = _units(pair, *known, batch_size, seed)[1]
+        train_codes = units(pair, *known, batch_size, seed)[1]
         scores.take(
             ("probe_accuracy",),
             lambda: probe_accuracy_of(
@@ -282,9 +286,9 @@ def _evaluated(
         reconstruction=measured.reconstruction,
         kl=sum(by_site.values()),
         kl_by_site=by_site,
-        kl_by_unit={name: kl.tolist() for name, kl in units.items()},
+        kl_by_unit={name: kl.tolist() for name, kl in by_unit.items()},
         num_units={name: code.shape[1] for name, code in codes.items()},
-        active_units={name: int((_variance(move) > ACTIVE).sum()) for name, move in moves.items()},
+        active_units={name: int((variance(move) > ACTIVE).sum()) for name, move in moves.items()},
         log_likelihood=nan if likelihood is None else likelihood.value,
         log_likelihood_standard_error=nan if likelihood is None else likelihood.standard_error,
         num_samples=num_samples,
@@ -293,9 +297,19 @@ def _evaluated(
         point_estimates=points.points,
         factors=factors,
         global_kl=global_kl(pair, prepare(rows.first(batch_size)), seed),
+        elbo_standard_error=nan if likelihood is None else _elbo_error(pair, few, likelihood),
+        log_likelihood_total_error=nan if likelihood is None else likelihood.total_error,
         not_computed=scores.missing,
         **scores.found,
     )
+
+
+def _elbo_error(pair: nn.Module, few: Batch, likelihood: LogLikelihood) -> float:
+    """The standard error of a mean of `PARTICLES` draws, each with the variance of a log weight."""
+    with using(pair, seed=0):
+        if enumeration.to_enumerate(trace_guide(pair, few)):
+            return nan
+    return likelihood.elbo_standard_error * (likelihood.num_samples / PARTICLES) ** 0.5
 
 
 def _labels_of(rows: Source, labels: Any, name: str) -> Tensor:
@@ -324,77 +338,3 @@ def _warn_of_rows(
                 stacklevel=3,
             )
         at += len(batch[0])
-
-
-def _units(
-    pair: nn.Module, rows: Source, prepare: Preparation, batch_size: int, seed: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], float]:
-    """Return KL by unit, codes by site, codes minus the prior's means, and the number of dims.
-
-    The dims are the entries of discrete data that are not masked.
-    """
-    kl: dict[str, Tensor] = {}
-    codes: dict[str, list[Tensor]] = {}
-    moves: dict[str, list[Tensor]] = {}
-    count, dims = 0, 0.0
-    nesting = enumeration.nesting(pair, prepare(rows.first(2)))
-    with using(pair, seed):
-        for batch in rows.batches(batch_size):
-            prepared = prepare(batch)
-            model, guide = enumeration.traces(pair, prepared, nesting)
-            terms = summing.terms(model, guide)
-            n, closed = len(prepared[0]), same_order(model, guide)
-            for name, site in latents(guide).items():
-                if is_category(site["fn"]) or not is_local(site):
-                    continue
-                each = _kl_of_units(terms, sample_sites(model).get(name), site, closed)
-                if each is not None:
-                    kl[name] = kl.get(name, 0) + each.reshape(n, -1).sum(0).cpu()
-                right, loc = len(site["fn"].event_shape), mean(site["fn"])
-                center = _closed_mean(sample_sites(model).get(name))
-                live = masks.scored(site)
-                code, move = torch.where(live, loc, 0.0), torch.where(live, loc - center, torch.nan)
-                for found, value in ((codes, code), (moves, move)):
-                    each = terms.units(value, right)
-                    if each is not None:
-                        by_row = each.movedim(-1 - right, 0)  # with inner plates as units
-                        found.setdefault(name, []).append(by_row.reshape(n, -1).cpu())
-            data = list(observed(model).values())
-            discrete = all(is_discrete(site["fn"]) for site in data)
-            for seen in data if discrete else []:
-                each = elements(seen["fn"], seen["value"])
-                dims += scale_and_mask(each, mask=seen["mask"]).sum().item()
-            count += n
-    return (
-        {name: total / count for name, total in kl.items()},
-        {name: torch.cat(parts) for name, parts in codes.items()},
-        {name: torch.cat(parts) for name, parts in moves.items()},
-        dims,
-    )
-
-
-def _variance(move: Tensor) -> Tensor:
-    """Return the variance of each unit over the data in which it is not masked."""
-    return (move - move.nanmean(0)).square().nanmean(0)
-
-
-def _closed_mean(prior: Any) -> Tensor | float:
-    """Return the mean of a prior if it is in closed form, and 0 otherwise."""
-    try:
-        loc = 0.0 if prior is None else prior["fn"].mean
-    except NotImplementedError:
-        return 0.0
-    return 0.0 if isinstance(loc, Tensor) and bool(loc.isnan().any()) else loc
-
-
-def _kl_of_units(terms: summing.Terms, prior: Any, site: Any, closed: bool) -> Tensor | None:
-    """Return the KL (batch, *units) of a latent site; None if it is not a sum over units."""
-    if prior is None or folds.is_delta(site["fn"]) or folds.shares(site):
-        return None
-    shape = site["fn"].event_shape
-    # If the weights depend on the draw, the weighted terms must use the same draw.
-    each = site_kl(prior, site, closed and not terms.dims)
-    if each.shape[max(1, each.dim() - len(shape)) :] != shape:
-        return None
-    means = terms.units(each, len(shape))
-    return means if means is not None and means.dim() == 1 + len(shape) else None

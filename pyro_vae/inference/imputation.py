@@ -13,7 +13,7 @@ from pyro_vae.data.sources import Arrays, Rows
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.inference.chained import Chained, chained_parts
 from pyro_vae.inference.pareto import LEAST, threshold
-from pyro_vae.inference.passes import Completed, observation
+from pyro_vae.inference.passes import HiddenDrawn, observation
 from pyro_vae.inference.refinement import refine
 from pyro_vae.inference.weighted import Weighted, mixed_parts, require_not_pooled, require_samples
 from pyro_vae.pairs import masks
@@ -282,7 +282,7 @@ def _posterior(pair: nn.Module, part: Weighted | Chained, draws: int, level: flo
 def _entries(pair: nn.Module, part: Weighted | Chained) -> tuple[Tensor, Tensor, Tensor, Site]:
     """A draw and the mean of each entry at each draw of the latents, which entries are classes, and
     the site of the entries."""
-    site = observation(pair, part.batch, part.values, given=Completed)
+    site = observation(pair, part.batch, part.values, given=HiddenDrawn)
     like = part.batch[0]
     shape = (-1, part.shares.shape[1], *like.shape[1:])
     drawn = data_first(site["value"], site).reshape(shape).to(like.dtype)

@@ -40,7 +40,7 @@ def generate(
     return data_first(value, found).detach()
 
 
-class Completed(DataFirst):
+class HiddenDrawn(DataFirst):
     """`DataFirst`, but entries of latents that a mask hides are drawn from the model.
 
     Such an entry has no posterior of its own. The guide's draw of it may be any number.
