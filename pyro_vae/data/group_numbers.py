@@ -29,8 +29,8 @@ def negative(pair: nn.Module, batch: Sequence[Tensor]) -> str | None:
         batch: x and its context, before they are prepared.
     """
     for i, values in enumerate(batch[1:], 1):
-        if values.is_floating_point() or values.dtype == torch.bool or not values.numel():
-            continue
+        if values.is_floating_point() or not values.dtype.is_signed or not values.numel():
+            continue  # torch does not compare unsigned integers of 16 bits and more
         rows = (values.reshape(len(values), -1) < 0).any(1).nonzero().flatten()
         if len(rows) and (size := _indexed(pair, [tensor[rows[:FEW]] for tensor in batch], i)):
             row = int(rows[0])
