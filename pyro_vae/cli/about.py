@@ -190,11 +190,12 @@ def _bound(measured: dict[str, Any]) -> str:
 
     if measured.get("elbo") is None:
         return "not measured: run evaluate"
-    for name in ("elbo", "log_likelihood", "log_likelihood_standard_error"):
+    errors = ("log_likelihood_total_error", "log_likelihood_standard_error")
+    for name in ("elbo", "log_likelihood", *errors):
         if not isinstance(measured.get(name) or 0.0, int | float):
             raise UsageError(f"metrics.json: '{name}' must be a number, got {measured[name]!r}")
     words = f"ELBO {measured['elbo']:.3f} nats per example"
-    value, error = measured.get("log_likelihood"), measured.get("log_likelihood_standard_error")
-    if value is not None:
-        words += f", log p(x) ≥ {with_error(value, float('nan') if error is None else error)}"
+    if (value := measured.get("log_likelihood")) is not None:
+        known = [measured[name] for name in errors if measured.get(name) is not None]
+        words += f", log p(x) ≥ {with_error(value, *known[:1] or [float('nan')])}"
     return words

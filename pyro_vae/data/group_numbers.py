@@ -6,16 +6,13 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.pairs.arrays import as_context
+from pyro_vae.data.holes import taken
 from pyro_vae.pairs.data_plate import in_data_plate
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
-from pyro_vae.pairs.pair import Batch, placement
+from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import log_prob, sample_sites
-
-FEW = 16
-"""The number of rows on which the pair is run."""
 
 
 def negative(pair: nn.Module, batch: Sequence[Tensor]) -> str | None:
@@ -32,7 +29,7 @@ def negative(pair: nn.Module, batch: Sequence[Tensor]) -> str | None:
         if values.is_floating_point() or not values.dtype.is_signed or not values.numel():
             continue  # torch does not compare unsigned integers of 16 bits and more
         rows = (values.reshape(len(values), -1) < 0).any(1).nonzero().flatten()
-        if len(rows) and (size := _indexed(pair, [tensor[rows[:FEW]] for tensor in batch], i)):
+        if len(rows) and (size := _indexed(pair, taken(pair, batch, rows), i)):
             row = int(rows[0])
             return (
                 f"context {i} numbers one of {size} groups, from 0, and holds "
@@ -43,10 +40,8 @@ def negative(pair: nn.Module, batch: Sequence[Tensor]) -> str | None:
     return None
 
 
-def _indexed(pair: nn.Module, raw: Sequence[Tensor], i: int) -> int:
+def _indexed(pair: nn.Module, batch: Batch, i: int) -> int:
     """The number of groups of which context i, which has negative numbers, is the number, or 0."""
-    device, dtype = placement(pair)
-    batch = tuple(as_context(tensor.to(device), dtype) for tensor in raw)
     found, sizes = _densities(pair, batch)
     for size in sizes:
         if size < 2 or int(batch[i].min()) < -size:
@@ -65,8 +60,10 @@ def _moved(values: Tensor, size: int, by: int) -> Tensor:
 
 
 def _equal(left: list[Tensor], right: list[Tensor]) -> bool:
-    pairs = zip(left, right, strict=False)
-    return bool(left) and all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+    if not left or len(left) != len(right):  # the pair fails for one of them, or branches
+        return False
+    pairs = zip(left, right, strict=True)
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
 
 
 def _densities(pair: nn.Module, batch: Batch) -> tuple[list[Tensor], set[int]]:

@@ -26,7 +26,7 @@ def unserved(pair: nn.Module, batch: Sequence[Tensor], start: int | None = None)
         start: the number of the first row of a minibatch in its epoch.
     """
     found = rows(batch[0])
-    if not len(found) or masks.scores_missing(pair, _taken(pair, batch, found)):
+    if not len(found) or masks.scores_missing(pair, taken(pair, batch, found)):
         return None
     return (
         "x holds values that are not finite (NaN or infinite), first in "
@@ -38,7 +38,7 @@ def unserved(pair: nn.Module, batch: Sequence[Tensor], start: int | None = None)
 def unseen(pair: nn.Module, batch: Sequence[Tensor], start: int | None = None) -> str | None:
     """Say that a row of x is all NaN; None if no row is, or if the model observes more than x."""
     found = rows(batch[0], every=True)
-    if not len(found) or _observes_more(pair, _taken(pair, batch, found)):
+    if not len(found) or _observes_more(pair, taken(pair, batch, found)):
         return None
     return f"x has no observed entry in {_name(found, start)}: remove rows that are all NaN"
 
@@ -55,8 +55,8 @@ def _name(found: Tensor, start: int | None) -> str:
     return f"row {(start or 0) + int(found[0])}{'' if start is None else ' of the epoch'}"
 
 
-def _taken(pair: nn.Module, batch: Sequence[Tensor], found: Tensor) -> Batch:
-    """A few of these rows, on the device and in the type of the pair."""
+def taken(pair: nn.Module, batch: Sequence[Tensor], found: Tensor) -> Batch:
+    """The first `FEW` of these rows, on the device and in the type of the pair."""
     device, dtype = placement(pair)
     return tuple(as_context(tensor[found[:FEW]].to(device), dtype) for tensor in batch)
 

@@ -143,7 +143,18 @@ class Diagnosis:
         self.findings = [*first, *told, *findings, *last]
 
     def worst(self, number: int = 10) -> Tensor:
-        """Return the rows whose log p(x) is least reliable, the worst first."""
+        """Return the rows whose log p(x) is least reliable, the worst first.
+
+        Raises `UsageError` if the diagnostic "log_likelihood" has no result.
+        """
+        if "log_likelihood" not in self.results:
+            reasons = self.left_out | self.not_applicable | self.failed
+            why = reasons.get("log_likelihood", "it did not run")
+            raise UsageError(
+                "the rows with the least reliable log p(x) come from the diagnostic "
+                f"'log_likelihood', which has no result: {why}; if it lacked time, give a larger "
+                "`budget`"
+            )
         return self.rows[self.results["log_likelihood"].worst(number)]
 
     def as_dict(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Evaluation:
     elbo_standard_error: float = nan
     """Monte Carlo standard error of ``elbo``, for these data. The importance samples give it, so
     it is NaN for one sample, and for a guide that enumerates a latent, whose weights sum over it.
-    """
+    If all data share draws of a global latent, it is an upper bound."""
     log_likelihood_total_error: float = nan
     """``log_likelihood_standard_error`` and the bias, as in `LogLikelihood.total_error`."""
 

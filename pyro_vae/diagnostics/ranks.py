@@ -311,6 +311,6 @@ class Calibration:
 
 def _short(value: float, form: str) -> str:
     """A number of a table. Ranks that are almost all equal tell only that it is large."""
-    if abs(value) < 100:
-        return format(value, form)
-    return ">99" if value > 0 else "<-99"
+    if abs(value) >= 100:
+        return ">99" if value > 0 else "<-99"
+    return format(value, form)  # NaN, too

@@ -144,12 +144,11 @@ def _figures(
         made.append(("curves", curves(history)))
     if vocabulary is not None:
         return [*made, *_texts(pair, x, context, metrics, vocabulary, seed)]
-    if table := (run / SCHEMA).is_file():
-        if x.dim() == 2:  # not for groups of rows
-            made += table_parts(pair, stored_schema(run / SCHEMA), x, context, ids, seed)
-    elif observes_x(pair, x, *context):
-        made += _images(pair, x, context, labels, metrics, seed)
-    coded = pictures.codes(pair, x, context)
+    coded, table = pictures.codes(pair, x, context), (run / SCHEMA).is_file()
+    if table and x.dim() == 2:  # not for groups of rows
+        made += table_parts(pair, stored_schema(run / SCHEMA), x, context, ids, seed)
+    elif not table and observes_x(pair, x, *context):
+        made += _images(pair, x, context, labels, metrics, coded, seed)
     if coded is not None and (table or coded[1].is_floating_point()):
         made.append(("latent", _plane(pair, x, context, labels, *coded)))
     kl = _kl_by_unit(metrics)
@@ -162,6 +161,7 @@ def _images(
     context: Sequence[Tensor],
     labels: Tensor | None,
     metrics: dict[str, Any],
+    coded: tuple[str, Tensor] | None,
     seed: int,
 ) -> "list[tuple[str, Figure | str]]":
     """Figures of data that the model reconstructs, draws or decodes."""
@@ -175,7 +175,6 @@ def _images(
         found = enumeration.values(pair, template(pair, 2, [part[:1] for part in shown]))
         for name, values in list(found.items())[:1]:
             made.append(("classes", pictures.by_value(pair, x, shown, name, values[:20], seed)))
-    coded = pictures.codes(pair, x, context)
     if coded is not None and coded[1].is_floating_point():
         site, codes = coded
         kl = _kl_by_unit(metrics).get(site, [])

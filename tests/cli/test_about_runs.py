@@ -42,6 +42,7 @@ def test_info_says_what_a_run_is(folder, capsys):
     assert told["options"].startswith(options)
     assert told["epochs"].startswith("2, best ")
     assert told["bound"].startswith(f"ELBO {measured['elbo']:.3f} nats per example, log p(x) ≥ ")
+    assert told["bound"].endswith(f" ± {measured['log_likelihood_total_error']:.3f}")
     assert told["verdict"] == "not diagnosed"
 
 

@@ -67,3 +67,17 @@ def test_other_negative_integers_are_used():
     pv.log_likelihood(Grouped(), x, group, change, num_samples=20)
     unknown = torch.where(torch.arange(N) < 5, -1, group)
     pv.log_likelihood(Grouped(masked=True), x, unknown, change, num_samples=20)
+
+
+class Stepped(Grouped):
+    """The change, from -1 to 2, has an effect for each value. There is none for 3."""
+
+    def model(self, x, group, change):
+        super().model(x, group, torch.tensor([0.5, 0.0, 1.0, 2.0])[change + 1])
+
+
+def test_a_number_that_cannot_count_from_the_last_group_is_used():
+    x, group, change = rows()
+    change = change.clamp(-1, 2)
+    found = pv.log_likelihood(Stepped(), x, group, change, num_samples=20)
+    assert found.per_datum.isfinite().all()

@@ -87,6 +87,8 @@ def test_the_words_of_ranks(ranks, words):
 def test_numbers_that_such_ranks_do_not_determine_are_cut():
     line = str(ranked(*[19] * 50, draws=19)).splitlines()[2]
     assert "   <-99    >99   draws are too low (slope up)" in line
+    one = str(ranked(7, draws=19)).splitlines()[2]  # one rank has no deviation
+    assert "   +nan    nan   " in one
 
 
 @pytest.mark.parametrize(

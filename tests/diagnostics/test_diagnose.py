@@ -261,6 +261,8 @@ def test_a_study_that_does_not_fit_is_left_out_and_listed(run):
     found, seconds = run(10, first={1: 1}, slow={50: 50}, last={2: 2})
     assert found.left_out == {"slow": "it did not run"}
     assert "slow lacked time: it did not run" in str(found)
+    with pytest.raises(pv.UsageError, match="no result: it did not run; if it lacked time"):
+        found.worst()
     assert found.results == {"first": 1, "last": 2}
     assert seconds == 3
 

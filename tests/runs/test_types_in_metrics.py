@@ -45,7 +45,10 @@ def test_a_list_is_refused(tmp_path):
         read_metrics(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["elbo", "log_likelihood", "log_likelihood_standard_error"])
+ERRORS = ("log_likelihood_standard_error", "log_likelihood_total_error")
+
+
+@pytest.mark.parametrize("name", ["elbo", "log_likelihood", *ERRORS])
 def test_info_names_an_entry_that_must_be_a_number(tmp_path, capsys, name):
     pv.save(pv.VAE.mlp((2,), latent_dim=1, hidden=()), tmp_path / "run")
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(SOUND | {name: "high"}))
