@@ -1,6 +1,6 @@
 """One epoch of a small VAE on a large .npy file: memory, and speed against rows in memory.
 
-    python benchmarks/big_array.py --gigabytes 20 --memory-rows 200000
+    python benchmarks/big_array.py --gigabytes 20 --memory-rows 200000 --threads 2
 
 The file is sparse: its rows are zeros, which the system reads like rows of its cache. Some rows of
 the same kind are also trained in memory and from disk, in turn.
@@ -23,9 +23,9 @@ from pyro_vae.data import disk
 WIDTH = 784
 
 
-def epoch(path: Path, rows: int | None, in_memory: bool, found: Any) -> None:
+def epoch(threads: int, path: Path, rows: int | None, in_memory: bool, found: Any) -> None:
     """Train an epoch, and tell its rows per second and the largest resident size in GiB."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     if rows is not None:
         disk.LEAST_BYTES = 1
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=20.0)
     parser.add_argument("--memory-rows", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
@@ -62,13 +63,12 @@ def main() -> None:
         rates: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(given.rounds):
             for in_memory, kept in rates.items():
-                kept.append(
-                    apart(path, min(given.memory_rows, len(np.load(path, "r"))), in_memory)[0]
-                )
+                rows = min(given.memory_rows, len(np.load(path, "r")))
+                kept.append(apart(given.threads, path, rows, in_memory)[0])
         on_disk, in_memory = (statistics.median(rates[kind]) for kind in (False, True))
         print(f"rows per second: {on_disk:.0f} from disk, {in_memory:.0f} in memory")
         print(f"ratio {on_disk / in_memory:.3f}")
-        rate, peak = apart(path, None, False)
+        rate, peak = apart(given.threads, path, None, False)
         print(f"{given.gigabytes:g} GB: {rate:.0f} rows per second, {peak:.2f} GiB resident")
 
 

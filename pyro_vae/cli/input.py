@@ -22,8 +22,9 @@ class Input:
     Parameters
     ----------
     data_dir
-        Folder of the torchvision data sets, and of the decoded images of folders. The default is
-        the environment variable PYRO_VAE_DATA, or ~/.cache/pyro_vae.
+        Folder of the torchvision data sets, of the decoded images of folders, and of converted
+        tables of 1 GiB or more. The default is the environment variable PYRO_VAE_DATA, or
+        ~/.cache/pyro_vae.
     binarize
         How gray intensities become binary for --likelihood bernoulli: drawn again at each visit
         (dynamic), drawn once (fixed), or not at all (none, which does not define a likelihood).
@@ -84,6 +85,7 @@ def named_data(source: Input) -> dict[str, Any]:
 def reject_ignored_by_data(source: Input, data: Data) -> None:
     """Raise `UsageError` for options that do not apply to these data."""
     from pyro_vae.data.datasets import TORCHVISION
+    from pyro_vae.data.large_tables import LargeTable
 
     if source.standardize is not None and data.schema is not None:
         raise UsageError(
@@ -93,8 +95,10 @@ def reject_ignored_by_data(source: Input, data: Data) -> None:
 
     if source.length != Input.length and data.vocabulary is None:
         raise UsageError(f"applies only to text; {data.name} is not text", argument="length")
-    if source.data_dir is not None and data.name not in TORCHVISION and data.files is None:
+    converted = data.files is not None or isinstance(data.table, LargeTable)
+    if source.data_dir is not None and data.name not in TORCHVISION and not converted:
         raise UsageError(
-            f"applies only to {', '.join(TORCHVISION)} and folders of images; got {data.name}",
+            f"applies only to {', '.join(TORCHVISION)}, folders of images, and tables of 1 GiB or "
+            f"more; got {data.name}",
             argument="data_dir",
         )

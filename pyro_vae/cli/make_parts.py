@@ -29,7 +29,9 @@ def with_likelihood(config: Model, data: Any) -> Model:
 
 def _usual(data: Any) -> Any:
     """The usual likelihood of arrays: by their type and range."""
-    x = data.train.x
+    from pyro_vae.data.disk import sampled
+
+    x = sampled(data.train.x)
     if in_color(data):
         return "discretized-logistic"
     known = x[~x.isnan()]

@@ -170,9 +170,10 @@ def open_run(
     """
     pair, given = pair_of_run(run, model)
     if data is not None and part in (None, "all") and _is_table(run, given):
-        from pyro_vae.data.tables import read_table
+        from pyro_vae.data.datasets import load_new
 
-        return pair, read_table(data, schema_of_run(run)).new(), given
+        folder = data_dir or given.get("data_dir")
+        return pair, load_new(data, folder, schema_of_run(run)), given
     loaded = load_of_run(run, given, data, data_dir)
     if data is None:
         require_split(run, loaded)
@@ -188,11 +189,11 @@ def load_of_run(
     name = data or given.get("data")
     if name is None:
         raise UsageError(f"{run} does not record its data; name them with --data")
+    folder = data_dir or given.get("data_dir")
     if (run / SCHEMA).is_file():
-        return load_data(name, columns=schema_of_run(run), group=given.get("group"))
+        return load_data(name, folder, columns=schema_of_run(run), group=given.get("group"))
     if "cells" in given and Path(name).suffix in CELLS:
         return _cells_of_run(run, given, name)
-    folder = data_dir or given.get("data_dir")
     vocabulary, length = given.get("vocabulary"), given.get("length", Input.length)
     if vocabulary is not None:
         (length,) = given["data_shape"]

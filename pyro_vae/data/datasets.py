@@ -14,6 +14,8 @@ from pyro_vae.data.cells import read_cells
 from pyro_vae.data.files import UNREADABLE, load_file, load_music, load_text
 from pyro_vae.data.grouped_tables import grouped
 from pyro_vae.data.image_folders import image_options, load_images
+from pyro_vae.data.large_tables import is_large, load_table
+from pyro_vae.data.schema import Schema
 from pyro_vae.data.shapes import draw
 from pyro_vae.data.split import Data, Split, three_ways, with_validation
 from pyro_vae.data.table_files import FILES as TABLES
@@ -59,17 +61,19 @@ def load_data(
               ``x_validation``, with ``y_train`` and so on. Context is rows or images; 8-bit context
               becomes floats in [0, 1]. Sequences have the shape (n, steps, d). They need
               ``lengths`` (n,) if their lengths differ;
-            - ``.csv``, ``.tsv``, ``.parquet``, ``.feather``: a table, see `pyro_vae.read_table`;
+            - ``.csv``, ``.tsv``, ``.parquet``, ``.feather``: a table, see `pyro_vae.read_table`. A
+              table of 1 GiB or more is converted once, and its rows stay on disk;
             - ``.h5ad``, ``.zarr``: cells with the counts of their genes, see `pyro_vae.data.cells`;
             - ``.txt``: one datum in each line;
             - ``.json``: music, see `pyro_vae.data.music`.
 
             A folder holds images of any size. Sub-folders, if any, are the labels; or the parts,
             if they are named train, test and optionally validation. Unreadable images are skipped
-            with a warning; more than one image and 5 % raise an error.
-        data_dir: the folder with the files of torchvision and the decoded images of folders. The
-            default is the environment variable
-            ``PYRO_VAE_DATA``, or ``~/.cache/pyro_vae`` if it is not set.
+            with a warning; more than one image and 5 % raise an error. Images that need 1 GiB or
+            more when decoded stay on disk.
+        data_dir: the folder with the files of torchvision, the decoded images of folders, and the
+            converted tables. The default is the environment variable ``PYRO_VAE_DATA``, or
+            ``~/.cache/pyro_vae`` if it is not set.
         length: for text, the largest width of a row of tokens, including the end token.
         vocabulary: for text, the character of each token. Rows then have exactly the width
             ``length``. The default is all characters that occur in the text.
@@ -115,6 +119,8 @@ def load_data(
     if path.suffix in TABLES:
         if group is not None:
             return grouped(path, columns, group)
+        if is_large(path):
+            return load_table(path, columns, _root(data_dir))
         return read_table(path, columns).split()
     if path.suffix in CELLS:
         return read_cells(path, columns, layer, batch).split()
@@ -138,6 +144,13 @@ def load_data(
         "(or pass a folder of images, a .zarr store, or a .csv, .parquet, .h5ad, .npy, .npz, .txt "
         "or .json file)"
     )
+
+
+def load_new(path: str | Path, data_dir: str | Path | None, schema: Schema) -> Data:
+    """All rows of a table as test data, for a pair that was fitted to other rows."""
+    if is_large(Path(path)):
+        return load_table(Path(path), schema, _root(data_dir), new=True)
+    return read_table(path, schema).new()
 
 
 def _root(data_dir: str | Path | None) -> Path:

@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,9 @@ class DiskArray:
         """The rows of a block of this array, by its number here."""
         first = int(self.blocks[number]) * self.block
         found = self.read(first, min(first + self.block, self.rows_of_file))
-        rows = torch.from_numpy(np.ascontiguousarray(found, found.dtype.newbyteorder("=")))
         if self.last:
-            rows = rows.permute(0, 3, 1, 2).contiguous()
+            found = found.transpose(0, 3, 1, 2)
+        rows = torch.from_numpy(np.ascontiguousarray(found, found.dtype.newbyteorder("=")))
         return rows.reshape(len(rows), *self.row)
 
     def between(self, start: int, stop: int) -> Tensor:
@@ -81,7 +82,11 @@ class DiskArray:
         parts = [self.read_block(number) for number in range(first, past)]
         if not parts:
             return torch.empty((0, *self.row), dtype=self.dtype)
-        return torch.cat(parts)[start - first * self.block : stop - first * self.block]
+        if len(parts) == 1:
+            joined = parts[0]
+        else:  # by NumPy, as `pyro_vae.data.stored` explains
+            joined = torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
+        return joined[start - first * self.block : stop - first * self.block]
 
     def __getitem__(self, rows: Any) -> Tensor:
         if isinstance(rows, slice) and rows.step in (None, 1):
@@ -94,6 +99,23 @@ class DiskArray:
     def rows_in_file(self, rows: Sequence[int]) -> list[int]:
         """The numbers in the file of rows of this array."""
         return [int(self.blocks[n // self.block]) * self.block + n % self.block for n in rows]
+
+    def numbers(self) -> np.ndarray:
+        """The numbers in the file of all rows of this array."""
+        found = self.blocks[:, None] * self.block + np.arange(self.block)
+        return found[found < self.rows_of_file]
+
+    def shared(self, shares: Sequence[int], name: str) -> list["DiskArray"]:
+        """Parts of these shares: random blocks with a fixed seed. ``name`` is for messages.
+
+        Raises `UsageError` for fewer than 10 blocks.
+        """
+        if len(self.blocks) < 10:
+            raise UsageError(f"{name} has {len(self.blocks)} blocks of rows, but needs at least 10")
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(self.blocks), generator=generator).numpy()
+        ends = [len(order) * sum(shares[:i]) // sum(shares) for i in range(len(shares) + 1)]
+        return [self.part(order[a:b]) for a, b in pairwise(ends)]
 
     def sample(self) -> Tensor:
         """The rows of at most 64 evenly spaced blocks."""

@@ -6,7 +6,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, BinaryIO, cast
@@ -141,12 +140,8 @@ def _in_blocks(path: Path, x: DiskArray) -> Data:
 
     Rows that follow each other stay together in one part, as far as blocks go.
     """
-    if len(x.blocks) < 10:
-        raise UsageError(f"{path} has {len(x.blocks)} blocks of rows, but needs at least 10")
-    order = torch.randperm(len(x.blocks), generator=torch.Generator().manual_seed(0)).numpy()
-    ends = [len(order) * share // 10 for share in (0, 7, 8, 10)]
-    train, validation, test = (Split(cast(Any, x.part(order[a:b]))) for a, b in pairwise(ends))
-    return Data(path.stem, train, validation, test)
+    parts = [Split(cast(Any, part)) for part in x.shared((7, 1, 2), str(path))]
+    return Data(path.stem, parts[0], parts[1], parts[2])
 
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, SyntaxError, TokenError, MemoryError)

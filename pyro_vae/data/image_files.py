@@ -3,9 +3,11 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+_T = TypeVar("_T")
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 """The formats that Pillow may open. Others, such as EPS, would start another program."""
@@ -19,8 +21,8 @@ MOST_PIXELS = 80_000_000
 """An image with more pixels is skipped: a small file may claim to be huge."""
 
 
-def open_image(path: Path, use: Callable[[Any], None]) -> None:
-    """Call a function with an image that is upright but may not be decoded yet."""
+def open_image(path: Path, use: Callable[[Any], _T]) -> _T:
+    """What a function finds in an image, which is upright but may not be decoded yet."""
     from PIL import Image
 
     with warnings.catch_warnings():
@@ -31,7 +33,7 @@ def open_image(path: Path, use: Callable[[Any], None]) -> None:
                 raise ValueError(
                     f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}"
                 )
-            use(image)
+            return use(image)
 
 
 def upright_size(image: Any) -> tuple[int, int]:

@@ -3,30 +3,22 @@
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pyro_vae.data.image_files import ENDINGS, FORMATS, as_array, open_image, upright_size
+from pyro_vae.data.disk import DiskArray, rows_of
+from pyro_vae.data.image_decoding import Decoded, ImageOptions, decoded, on_disk
+from pyro_vae.data.image_files import ENDINGS
 from pyro_vae.data.split import Data, Split, shuffled, taken, three_ways
+from pyro_vae.data.stores import known
 from pyro_vae.data.temporary import flush_folder, sweep, temporary
-from pyro_vae.errors import UsageError, first_line, warn
-from pyro_vae.pairs.progress import bar
-
-MOST_BYTES = 4 * 2**30
-"""The decoded images must fit into this memory."""
-
-MOST_UNREADABLE = 0.05
-"""The share of unreadable files above which a folder is refused; one file is always allowed."""
-
-MOST_SCALES = 4
-"""Sides that differ by a larger factor have no sensible default size."""
+from pyro_vae.errors import UsageError, warn
 
 _SHOWN = 5
 
@@ -39,33 +31,6 @@ PARTS = {
 
 _VERSION = 1
 """A cache of another version is decoded again."""
-
-
-@dataclass(frozen=True)
-class ImageOptions:
-    """How images become arrays of one shape.
-
-    Arguments:
-        size: height and width; None for the size of most images, or the median size.
-        color: whether images have three channels; None for yes if any image has color.
-        crop: whether an image is scaled to cover the size and its center is kept. Otherwise, it is
-            stretched.
-    """
-
-    size: tuple[int, int] | None = None
-    color: bool | None = None
-    crop: bool = True
-
-
-class _Decoded(NamedTuple):
-    """The content of a folder; each image that is not listed as unreadable has a row."""
-
-    x: np.ndarray
-    """The images (n, channels, height, width), uint8."""
-    unreadable: dict[str, str]
-    """Why each unreadable file cannot be read."""
-    sizes: list[list[int]]
-    """The least and the greatest height and width of the files; empty without a readable file."""
 
 
 def image_options(size: Any, color: bool | None, crop: bool) -> ImageOptions:
@@ -103,19 +68,23 @@ def load_images(folder: Path, options: ImageOptions, cache: Path) -> Data:
     # Below the folders of parts, if there are any, sub-folders are labels.
     depth = 1 if parts else 0
     classes = _classes(folder, ["/".join(file.split("/")[depth:]) for file in files])
-    decoded = _cached(folder, files, options, cache)
-    if decoded.unreadable:
-        warn(_listing(folder, decoded.unreadable))
-    kept = tuple(file for file in files if file not in decoded.unreadable)
+    found = _cached(folder, files, options, cache)
+    if found.unreadable:
+        warn(_listing(folder, found.unreadable))
+    kept = tuple(file for file in files if file not in found.unreadable)
     labels = None
     if classes:
         labels = torch.tensor([classes.index(file.split("/")[depth]) for file in kept])
-    whole = Split(torch.from_numpy(decoded.x), labels)
-    if parts:
-        data = _by_folder(name, folder, whole, [parts[file.split("/")[0]] for file in kept])
+    named = [parts[file.split("/")[0]] for file in kept] if parts else []
+    if isinstance(found.x, np.memmap):
+        data = _on_disk(name, folder, found.x, labels, named)
     else:
-        data = three_ways(name, whole, "readable images")
-    summary = _summary(decoded, options, others)
+        whole = Split(torch.from_numpy(found.x), labels)
+        if parts:
+            data = _by_folder(name, folder, whole, named)
+        else:
+            data = three_ways(name, whole, "readable images")
+    summary = _summary(found, options, others)
     return replace(data, files=kept, classes=classes, summary=summary)
 
 
@@ -152,6 +121,43 @@ def _by_folder(name: str, folder: Path, whole: Split, parts: Sequence[str]) -> D
         if part not in split or not len(split[part].x):
             raise UsageError(f"{folder} has too few readable {part} images")
     return Data(name, split["train"], split["validation"], split["test"])
+
+
+def _on_disk(
+    name: str, folder: Path, x: np.memmap, labels: Tensor | None, parts: Sequence[str]
+) -> Data:
+    """Large data in the parts of their folders, or 70 : 10 : 20; whole blocks are in one part."""
+    found: dict[str, tuple[Any, np.ndarray]] = {}
+    for part in sorted(set(parts)) or ["all"]:
+        at = np.flatnonzero(np.array(parts) == part) if parts else np.arange(len(x))
+        own = x[at[0] : at[-1] + 1]  # the files of a sub-folder follow each other
+        found[part] = (rows_of(own), at)
+        if found[part][0] is None:
+            found[part] = (torch.from_numpy(np.array(own)), at)
+    if not {"train", "test"} <= set(found) and parts:
+        raise UsageError(f"{folder} has too few readable images of its parts")
+    if not parts:
+        cut_up, names = found.pop("all"), ("train", "validation", "test")
+        found = dict(zip(names, _cut(cut_up, (7, 1, 2), folder), strict=True))
+    elif "validation" not in found:
+        found["train"], found["validation"] = _cut(found["train"], (5, 1), folder)
+    splits = []
+    for part in ("train", "validation", "test"):
+        images, at = found[part]
+        rows = torch.from_numpy(at)
+        splits.append(Split(images, None if labels is None else labels[rows], rows=rows))
+    return Data(name, splits[0], splits[1], splits[2])
+
+
+def _cut(
+    images: tuple[Any, np.ndarray], shares: Sequence[int], folder: Path
+) -> list[tuple[Any, np.ndarray]]:
+    """Cut images, with their numbers, into parts of these shares."""
+    x, at = images
+    if isinstance(x, DiskArray):
+        return [(part, at[part.numbers()]) for part in x.shared(shares, str(folder))]
+    cut = shuffled(Split(x, rows=torch.from_numpy(at)), shares)
+    return [(part.x, cast(Tensor, part.rows).numpy()) for part in cut]
 
 
 def _listed(folder: Path) -> tuple[list[str], int]:
@@ -193,15 +199,18 @@ def _classes(folder: Path, files: Iterable[str]) -> tuple[str, ...] | None:
     return tuple(tops) if len(tops) > 1 else None
 
 
-def _cached(folder: Path, files: Sequence[str], options: ImageOptions, cache: Path) -> _Decoded:
+def _cached(folder: Path, files: Sequence[str], options: ImageOptions, cache: Path) -> Decoded:
     """The decoded images, from the cache if nothing has changed."""
     key = _key(folder, files, options)
     words = os.fsencode(os.path.realpath(folder)) + str(options).encode()
-    place = hashlib.sha256(words).hexdigest()[:16]
-    path = cache / "image-folders" / f"{place}.npz"
-    found = _read(path, key)
-    if found is None:
-        found = _decode(folder, files, options)
+    place = cache / "image-folders" / hashlib.sha256(words).hexdigest()[:16]
+    path = place.with_suffix(".npz")
+    if (found := _read(path, key)) is not None:
+        return found
+    if (about := known(place, key)) is not None:
+        return on_disk(place, about)
+    found = decoded(folder, files, options, place, key)
+    if not isinstance(found.x, np.memmap):
         _write(path, key, found)
     return found
 
@@ -218,26 +227,26 @@ def _key(folder: Path, files: Iterable[str], options: ImageOptions) -> str:
     return hashlib.sha256(words.encode()).hexdigest()
 
 
-def _read(path: Path, key: str) -> _Decoded | None:
+def _read(path: Path, key: str) -> Decoded | None:
     """The content of a cache; None if it is missing, damaged, or has another key."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
                 return None
             about = json.loads(str(arrays["about"]))
-            return _Decoded(arrays["x"], about["unreadable"], about["sizes"])
+            return Decoded(arrays["x"], about["unreadable"], about["sizes"])
     except Exception:  # a damaged archive may raise anything, and the images are still there
         return None
 
 
-def _write(path: Path, key: str, decoded: _Decoded) -> None:
+def _write(path: Path, key: str, found: Decoded) -> None:
     """Write a cache, which gets its name only when it is complete."""
-    about = json.dumps({"unreadable": decoded.unreadable, "sizes": decoded.sizes})
+    about = json.dumps({"unreadable": found.unreadable, "sizes": found.sizes})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
         with temporary(path) as (file, part):
-            np.savez(file, key=np.array(key), about=np.array(about), x=decoded.x)
+            np.savez(file, key=np.array(key), about=np.array(about), x=found.x)
             file.flush()
             os.fsync(file.fileno())
             if os.name == "nt":  # Windows does not rename an open file
@@ -246,104 +255,6 @@ def _write(path: Path, key: str, decoded: _Decoded) -> None:
         flush_folder(path.parent)
     except OSError as error:
         warn(f"the decoded images cannot be kept in {path.parent} ({error.strerror or error})")
-
-
-class _Failures:
-    """The files that cannot be read; too many of them end the reading."""
-
-    def __init__(self, folder: Path, files: Sequence[str]) -> None:
-        self.folder, self.files = folder, files
-        self.most = max(1, int(MOST_UNREADABLE * len(files)))
-        self.found: dict[str, str] = {}
-
-    def attempt(self, title: str, read: Callable[[str, Any], None]) -> None:
-        """Call ``read`` with each readable file and its image; show a bar after two seconds."""
-        with bar(True, len(self.files), title, delay=2) as shown:
-            for file in self.files:
-                shown.update()
-                if file in self.found:
-                    continue
-                try:
-                    open_image(self.folder / file, partial(read, file))
-                except Exception as error:  # the decoders of broken files raise anything
-                    self._add(file, error)
-
-    def _add(self, file: str, error: Exception) -> None:
-        from PIL import UnidentifiedImageError
-
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = f"not a {', '.join(FORMATS)} file" if unknown else first_line(error)
-        self.found[file] = " ".join(reason.split())[:100]
-        if len(self.found) > self.most:
-            raise UsageError(
-                f"{self.folder}: at most {self.most} of {len(self.files)} images may be "
-                f"unreadable, and these are more: {_named(self.found)}; remove or repair them"
-            ) from error
-
-
-def _decode(folder: Path, files: Sequence[str], options: ImageOptions) -> _Decoded:
-    """Decode all images of a folder at one size."""
-    failures, sizes = _Failures(folder, files), {}
-    if options.size is None:
-        failures.attempt(
-            "sizes of images",
-            lambda file, image: sizes.update({file: upright_size(image)}),
-        )
-    size = options.size or _usual_size(folder, list(sizes.values()))
-    channels = 1 if options.color is False else 3
-    _require_memory(folder, len(files) * channels, size)
-    x = np.empty((len(files), channels, *size), np.uint8)
-    rows: list[int] = []
-
-    def read(file: str, image: Any) -> None:
-        sizes[file] = upright_size(image)
-        x[len(rows)] = as_array(image, size, options.color is not False, options.crop)
-        rows.append(len(rows))
-
-    failures.attempt("decoding images", read)
-    x = x[: len(rows)]
-    if options.color is None and not _has_color(x):
-        x = np.ascontiguousarray(x[:, :1])
-    used = np.array([size for file, size in sizes.items() if file not in failures.found])
-    extremes = [used.min(0).tolist(), used.max(0).tolist()] if len(used) else []
-    return _Decoded(x, failures.found, extremes)
-
-
-def _has_color(x: np.ndarray) -> bool:
-    """Whether the channels of any image differ."""
-    return any(bool((image != image[:1]).any()) for image in x)
-
-
-def _usual_size(folder: Path, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The size of most images, or the median height and width."""
-    if not sizes:
-        return (1, 1)  # no image can be read; the decoding reports it
-    (most, count), *_ = Counter(sizes).most_common(1)
-    if 2 * count > len(sizes):
-        return most
-    low, high = np.min(sizes, 0), np.max(sizes, 0)
-    if (high > MOST_SCALES * low).any():
-        raise UsageError(
-            f"is needed: the images of {folder} are from {low[0]} x {low[1]} to {high[0]} x "
-            f"{high[1]} (height x width), too different for a default",
-            argument="image_size",
-        )
-    height, width = np.median(sizes, 0)
-    return int(height), int(width)
-
-
-def _require_memory(folder: Path, planes: int, size: tuple[int, int]) -> None:
-    needed = planes * size[0] * size[1]
-    if needed > MOST_BYTES:
-        raise UsageError(
-            f"must be smaller: the images of {folder} at {size[0]} x {size[1]} need "
-            f"{needed / 2**30:.1f} GiB, more than {MOST_BYTES / 2**30:.0f} GiB",
-            argument="image_size",
-        )
-
-
-def _named(unreadable: dict[str, str]) -> str:
-    return ", ".join(f"{file} ({why})" for file, why in list(unreadable.items())[:3])
 
 
 def _listing(folder: Path, unreadable: dict[str, str]) -> str:
@@ -355,13 +266,13 @@ def _listing(folder: Path, unreadable: dict[str, str]) -> str:
     return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
 
 
-def _summary(decoded: _Decoded, options: ImageOptions, others: int) -> str:
+def _summary(found: Decoded, options: ImageOptions, others: int) -> str:
     """What was done to the images, in one line."""
-    n, channels, height, width = decoded.x.shape
+    n, channels, height, width = found.x.shape
     kind = "gray" if channels == 1 else "color"
     words = [f"{n} {kind} images of {height} x {width} (height x width)"]
-    if decoded.sizes != [[height, width]] * 2:
-        (low, narrow), (high, wide) = decoded.sizes
+    if found.sizes != [[height, width]] * 2:
+        (low, narrow), (high, wide) = found.sizes
         how = "scaled and cropped" if options.crop else "stretched"
         words.append(f"{how}; the files have {low} x {narrow} to {high} x {wide}")
     if others:

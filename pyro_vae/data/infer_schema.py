@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Container, Hashable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ ID_NAMES = ("id", "row_id", "rowid", "row", "index", "")
 
 
 def infer_schema(
-    names: Sequence[str], columns: Sequence[list[Any]], coded: Container[str] = ()
+    names: Sequence[str], columns: Iterable[list[Any]], coded: Container[str] = ()
 ) -> Schema:
     """The schema of columns of plain Python values, where None is a missing entry.
 
@@ -98,9 +98,8 @@ def _words(name: str, values: list[Any], is_id: bool, has_id: bool) -> Column:
     numbers = [value for value in values if _is_number(value)]
     if len(values) / 2 < len(numbers) < len(values):
         word = next(value for value in values if not _is_number(value))
-        row = values.index(word)
         raise UsageError(
-            f"column '{name}' mixes numbers and words, such as {word!r} in its entry {row}: "
+            f"column '{name}' mixes numbers and words, such as {word!r}: "
             f"correct the words, leave their cells empty, or {_ignore(name)}"
         )
     counts = Counter(values)

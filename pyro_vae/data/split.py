@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vae.data.disk import DiskArray, sampled
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.showing import shown_html
 
@@ -64,12 +65,14 @@ class Data:
     def __repr__(self) -> str:
         sizes = [len(part.x) for part in (self.train, self.validation, self.test)]
         few = [f"{size:,} {part} rows" for size, part in zip(sizes, PARTS, strict=True)]
-        holes = sum(int(part.x.isnan().sum()) for part in (self.train, self.validation, self.test))
+        parts = [sampled(part.x) for part in (self.train, self.validation, self.test)]
+        holes = sum(int(part.isnan().sum()) for part in parts)
+        about = "" if parts[0] is self.train.x else " in a sample"
         told = [
-            f"{self.name}: {', '.join(few)}, each {_in_words(self.train.x)}",
+            f"{self.name}: {', '.join(few)}, each {_in_words(parts[0])}{about}",
             f"{self.num_classes} classes" if self.num_classes else "",
             _context_in_words(self.train),
-            f"{holes:,} missing entries" if holes else "",
+            f"{holes:,} missing entries{about}" if holes else "",
             self.summary,
         ]
         return "; ".join(filter(None, told))
@@ -136,9 +139,17 @@ def part_of(data: Data, name: str) -> Split:
     if name != "all":
         found = parts[name]
         of_file = (data.table, data.files, data.cells) != (None, None, None)
-        if found.rows is None or not of_file:
-            return found
+        if found.rows is None or not of_file or isinstance(found.x, DiskArray):
+            return found  # rows on disk are in the order of the file
         return taken(found, found.rows.argsort())
+    held = [part for part in parts.values() if len(part.x)]
+    if any(isinstance(part.x, DiskArray) for part in held):
+        if len(held) == 1:
+            return held[0]
+        raise UsageError(
+            f"must be train, validation or test, because {data.name} is on disk; got 'all'",
+            argument="part",
+        )
     columns = zip(*parts.values(), strict=True)
     whole = Split(*(torch.cat(list(c)) if _known(c) else None for c in columns))  # type: ignore
     return whole if whole.rows is None else taken(whole, whole.rows.argsort())

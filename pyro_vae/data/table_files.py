@@ -2,7 +2,7 @@
 
 import codecs
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,16 +42,24 @@ def arrow_table(source: Any) -> Any:
     columns of one name.
     """
     table = _of_frame(source) if is_frame(source) or isinstance(source, Mapping) else _read(source)
-    # The index of a pandas frame, if it has no name.
-    table = table.rename_columns([_PANDAS.get(name, name) for name in table.column_names])
+    table = table.rename_columns(columns_named(table.column_names))
     what = "the table" if is_frame(source) or isinstance(source, Mapping) else str(source)
-    names = table.column_names
+    require_columns(table.column_names, table.num_rows, what)
+    return table.combine_chunks()
+
+
+def require_columns(names: Sequence[str], rows: int, what: str) -> None:
+    """Raise `UsageError` for a table without rows, or with two columns of one name."""
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"{what} has {names.count(name)} columns of the name '{name}'")
-    if not names or not table.num_rows:
+    if not names or not rows:
         raise UsageError(f"{what} has no rows")
-    return table.combine_chunks()
+
+
+def columns_named(names: Sequence[str]) -> list[str]:
+    """The names of columns; the index of a pandas frame has one, too."""
+    return [_PANDAS.get(name, name) for name in names]
 
 
 def _of_frame(source: Any) -> Any:
@@ -107,29 +115,48 @@ def _require_memory(path: Path) -> None:
 
 
 def _read_csv(path: Path) -> Any:
-    csv = arrow("pyarrow.csv")
-    own = "\t" if path.suffix == ".tsv" else ","
     content = read_bytes(path)
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UsageError(f"{path}: it is not UTF-8; convert it with iconv -f UTF-16 -t UTF-8")
+    require_csv(path, content)
+    parse, convert = csv_options(path)
     try:
-        table = csv.read_csv(
-            io.BytesIO(content),
-            parse_options=csv.ParseOptions(delimiter=own, newlines_in_values=True),
-            convert_options=csv.ConvertOptions(null_values=list(MISSING), strings_can_be_null=True),
-        )
+        table = arrow("pyarrow.csv").read_csv(io.BytesIO(content), None, parse, convert)
     except arrow().ArrowException:
-        _require_delimiter(path, content, own)  # decimal commas make rows of several lengths
+        _require_delimiter(path, content)  # decimal commas make rows of several lengths
         raise
-    if len(table.column_names) == 1:
-        _require_delimiter(path, content, own)
-    if "binary" in map(str, table.schema.types):
-        raise UsageError(f"{path}: it is not UTF-8; convert it with iconv -f LATIN1 -t UTF-8")
+    require_utf8(path, table.schema)
     return table
 
 
-def _require_delimiter(path: Path, content: bytes, own: str) -> None:
+def csv_options(path: Path) -> tuple[Any, Any]:
+    """How a .csv or .tsv file is parsed, and how its words become values."""
+    csv = arrow("pyarrow.csv")
+    return (
+        csv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=True),
+        csv.ConvertOptions(null_values=list(MISSING), strings_can_be_null=True),
+    )
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix == ".tsv" else ","
+
+
+def require_csv(path: Path, head: bytes) -> None:
+    """Raise `UsageError` if the head of a file shows another encoding or delimiter."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UsageError(f"{path}: it is not UTF-8; convert it with iconv -f UTF-16 -t UTF-8")
+    if _delimiter(path).encode() not in head.split(b"\n", 1)[0]:
+        _require_delimiter(path, head)
+
+
+def require_utf8(path: Path, types: Any) -> None:
+    """Raise `UsageError` if a column is binary, which words are that are not UTF-8."""
+    if "binary" in map(str, types.types):
+        raise UsageError(f"{path}: it is not UTF-8; convert it with iconv -f LATIN1 -t UTF-8")
+
+
+def _require_delimiter(path: Path, content: bytes) -> None:
     """Raise `UsageError` if the first line of a file has another delimiter than the file should."""
+    own = _delimiter(path)
     header = content.split(b"\n", 1)[0].decode("utf-8", "replace").strip("\ufeff\r")
     for other in (";", "\t", "|", ","):
         if header.count(other) > header.count(own):

@@ -11,8 +11,10 @@ from pyro_vae.data.schema import Column, Schema, different
 from pyro_vae.data.table_files import arrow
 from pyro_vae.errors import UsageError
 
-PARTS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
-PARTS |= {"val": "validation", "test": "test"}
+PARTS = ("train", "validation", "test")
+
+_PARTS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
+_PARTS |= {"val": "validation", "test": "test"}
 """The words of a column with the role split."""
 
 
@@ -24,17 +26,63 @@ def plain(column: Any) -> list[Any]:
     ]
 
 
-def encoded(column: Column, values: list[Any]) -> np.ndarray:
-    """Values as float64, codes for categories, NaN where missing, checked against the kind."""
+def encoded(column: Column, values: Any, first: int = 0) -> np.ndarray:
+    """An Arrow column as float64: codes for categories, NaN where missing; its kind is checked.
+
+    Arguments:
+        first: the number of the first row, for messages.
+    """
+    pa = arrow()
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    kind = values.type
+    try:
+        if column.coded:
+            return _by_category(column, values)
+        if pa.types.is_integer(kind) or kind in (pa.float32(), pa.float64(), pa.bool_()):
+            numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+            if not np.isinf(numbers).any():
+                return _checked(column, numbers, first)
+    except (UsageError, pa.ArrowException):
+        pass  # the values one by one say which row is wrong
+    return _one_by_one(column, plain(values), first)
+
+
+def coded(column: Column, values: Any, first: int = 0) -> np.ndarray:
+    """An Arrow column as the codes of the categories, float64, NaN where missing."""
+    pa = arrow()
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    try:
+        return _by_category(column, values)
+    except (UsageError, pa.ArrowException):
+        return codes(column, plain(values), first)
+
+
+def _by_category(column: Column, values: Any) -> np.ndarray:
+    """Codes, of each different value once."""
+    pa = arrow()
+    found = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
+    numbers = found.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+    used = np.unique(numbers[numbers >= 0])
+    of_value = np.full(len(found.dictionary) + 1, np.nan)
+    of_value[used] = codes(column, plain(found.dictionary.take(pa.array(used))))
+    return of_value[numbers]  # the last one is for nulls
+
+
+def _one_by_one(column: Column, values: list[Any], first: int) -> np.ndarray:
     if column.coded:
-        return codes(column, values)
-    for row, value in enumerate(values):
+        return codes(column, values, first)
+    for row, value in enumerate(values, first):
         if value is not None and not (isinstance(value, int | float) and np.isfinite(value)):
             raise UsageError(
                 f"column '{column.name}' is {column.kind} but holds {value!r} in row {row}: "
                 f"{_as_number(value)}"
             )
     numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
+    return _checked(column, numbers, first)
+
+
+def _checked(column: Column, numbers: np.ndarray, first: int) -> np.ndarray:
+    """Numbers that are possible for the kind of a column."""
     wrong = np.zeros(len(numbers), bool)
     if column.kind == "positive":
         wrong = numbers <= 0
@@ -45,7 +93,7 @@ def encoded(column: Column, values: list[Any]) -> np.ndarray:
         needs = "numbers above 0" if column.kind == "positive" else "whole numbers from 0"
         raise UsageError(
             f"column '{column.name}' is {column.kind}, which needs {needs}, but holds "
-            f"{numbers[row]:g} in row {row}"
+            f"{numbers[row]:g} in row {first + row}"
         )
     return numbers
 
@@ -59,7 +107,8 @@ def _as_number(value: Any) -> str:
     return f"turn values of type {type(value).__name__} into numbers, such as days for dates"
 
 
-def codes(column: Column, values: list[Any]) -> np.ndarray:
+def codes(column: Column, values: list[Any], first: int = 0) -> np.ndarray:
+    """The codes of plain values, NaN where missing; ``first`` is the number of the first row."""
     codes = {category: float(code) for code, category in enumerate(column.categories)}
     found, unknown = np.full(len(values), np.nan), []
     for row, value in enumerate(values):
@@ -72,11 +121,11 @@ def codes(column: Column, values: list[Any]) -> np.ndarray:
         else:
             unknown.append(row)
     if unknown:
-        raise UsageError(_unknown(column, values, unknown))
+        raise UsageError(_unknown(column, values, unknown, first))
     return found
 
 
-def _unknown(column: Column, values: list[Any], rows: list[int]) -> str:
+def _unknown(column: Column, values: list[Any], rows: list[int], first: int) -> str:
     """What is unknown in these rows, and what to do about it."""
     known = ", ".join(map(str, column.categories[:8]))
     known += ", ..." if len(column.categories) > 8 else ""
@@ -84,8 +133,8 @@ def _unknown(column: Column, values: list[Any], rows: list[int]) -> str:
     # The context of a row must be known.
     empty = "" if column.role == "context" else ", or empty cells, which count as missing"
     return (
-        f"column '{column.name}' holds {values[rows[0]]!r} in row {rows[0]}, which is not one of "
-        f"its categories: {known}{more}; write known categories{empty}"
+        f"column '{column.name}' holds {values[rows[0]]!r} in row {first + rows[0]}, which is not "
+        f"one of its categories: {known}{more}; write known categories{empty}"
     )
 
 
@@ -125,38 +174,44 @@ def array(values: list[Any], kind: Any) -> Any:
         return pa.array(values)
 
 
-def named_parts(column: Column, values: list[Any]) -> np.ndarray:
-    found = [PARTS.get(str(value).strip().lower(), "") for value in values]
-    if "" in found:
-        row = found.index("")
+def named_parts(column: Column, values: Any, first: int = 0) -> np.ndarray:
+    """The number of the part of each row that an Arrow column names: training, validation, test."""
+    found = values.dictionary_encode().combine_chunks()
+    names = [_PARTS.get(str(value).strip().lower()) for value in found.dictionary.to_pylist()]
+    numbers = np.array([-1 if name is None else PARTS.index(name) for name in [*names, None]])
+    parts = numbers[found.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)]
+    if (parts < 0).any():
+        row = int((parts < 0).argmax())
         raise UsageError(
             f"split column '{column.name}' must hold train, validation or test, got "
-            f"{values[row]!r} in row {row}"
+            f"{plain(values.slice(row, 1))[0]!r} in row {first + row}"
         )
-    return np.array(found)
+    return parts
 
 
-def grouped_parts(column: Column, values: list[Any]) -> np.ndarray:
-    """A part for each row: groups in random order fill test, validation and training in turn."""
-    groups: dict[Any, list[int]] = {}
-    different(column.name, [value for value in values if value is not None])
-    for row, value in enumerate(values):
-        if value is None:
-            raise UsageError(f"group column '{column.name}' is empty in row {row}")
-        groups.setdefault(value, []).append(row)
-    if len(groups) < 3:
+def grouped_parts(column: Column, values: Any) -> np.ndarray:
+    """The number of the part of each row of an Arrow column of groups.
+
+    Groups in random order fill test, validation and training data in turn.
+    """
+    different(column.name, plain(values.slice(0, 1)))
+    if values.null_count:
+        row = values.is_null().index(True).as_py()
+        raise UsageError(f"group column '{column.name}' is empty in row {row}")
+    found = values.dictionary_encode().combine_chunks()
+    members = found.indices.to_numpy(zero_copy_only=False)
+    sizes = np.bincount(members, minlength=len(found.dictionary))
+    if len(sizes) < 3:
         raise UsageError(
-            f"group column '{column.name}' has {len(groups)} groups; three parts need 3"
+            f"group column '{column.name}' has {len(sizes)} groups; three parts need 3"
         )
-    order = np.random.default_rng(0).permutation(len(groups))
-    found = np.full(len(values), "train", dtype=object)
-    rows, members = 0, list(groups.values())
-    for place, at in enumerate(order):
+    order = np.random.default_rng(0).permutation(len(sizes))
+    of_group = np.zeros(len(sizes), np.int8)
+    rows = 0
+    for place, at in enumerate(order.tolist()):
         left = len(order) - place
         share = rows / len(values)
-        part = "test" if share < 0.2 and left > 2 else "validation" if share < 0.3 else "train"
-        if part == "validation" and left == 1:
-            part = "train"
-        found[members[at]] = part
-        rows += len(members[at])
-    return found
+        part = 2 if share < 0.2 and left > 2 else 1 if share < 0.3 else 0
+        of_group[at] = 0 if part == 1 and left == 1 else part
+        rows += int(sizes[at])
+    return of_group[members]

@@ -14,8 +14,9 @@ from pyro_vae.data.schema import Column, Schema, different, read_schema
 from pyro_vae.data.split import Data, Split, taken, three_ways
 from pyro_vae.data.table_files import arrow, arrow_table
 from pyro_vae.data.table_values import (
+    PARTS,
     array,
-    codes,
+    coded,
     encoded,
     frame_of,
     grouped_parts,
@@ -35,6 +36,8 @@ class Table:
     """The data columns, float64 (n, columns): numbers, and codes of categories; NaN is missing."""
     source: Any
     """The Arrow table."""
+    first: int = 0
+    """The number of the first row in the file, for messages."""
 
     def __len__(self) -> int:
         return len(self.x)
@@ -57,7 +60,8 @@ class Table:
         column = self.schema.one("label")
         if column is None:
             return None
-        return torch.from_numpy(codes(column, self._values(column))).nan_to_num(nan=-1).long()
+        found = coded(column, self.source[column.name], self.first)
+        return torch.from_numpy(found).nan_to_num(nan=-1).long()
 
     @property
     def context(self) -> Tensor | None:
@@ -73,9 +77,9 @@ class Table:
         return plain(self.source[column.name])
 
     def _context(self, column: Column) -> Tensor:
-        values = torch.from_numpy(encoded(column, self._values(column)))
+        values = torch.from_numpy(encoded(column, self.source[column.name], self.first).copy())
         if bool(values.isnan().any()):
-            row = int(values.isnan().nonzero()[0])
+            row = self.first + int(values.isnan().nonzero()[0])
             raise UsageError(
                 f"context column '{column.name}' is empty in row {row}: only data columns can "
                 "have missing entries"
@@ -90,24 +94,24 @@ class Table:
         Rows of one group are in the same part. Raises `UsageError` if a part would be empty.
         """
         whole = Split(self.x, self.labels, self.context, rows=torch.arange(len(self)))
-        of_split = self.schema.one("split")
-        if of_split is not None:
-            parts = named_parts(of_split, self._values(of_split))
-        elif (group := self.schema.one("group")) is not None:
-            parts = grouped_parts(group, self._values(group))
-        else:
+        if (parts := self._parts()) is None:
             data = three_ways(self.name, whole)
             return Data(
                 self.name, data.train, data.validation, data.test, table=self, schema=self.schema
             )
-        found = [
-            taken(whole, torch.from_numpy(np.flatnonzero(parts == name)))
-            for name in ("train", "validation", "test")
-        ]
-        for name, part in zip(("train", "validation", "test"), found, strict=True):
+        found = [taken(whole, torch.from_numpy(np.flatnonzero(parts == i))) for i in range(3)]
+        for name, part in zip(PARTS, found, strict=True):
             if not len(part.x):
                 raise UsageError(f"{self.name} has no {name} rows")
         return Data(self.name, found[0], found[1], found[2], table=self, schema=self.schema)
+
+    def _parts(self) -> np.ndarray | None:
+        """The number of the part of each row, if a column determines it."""
+        if (column := self.schema.one("split")) is not None:
+            return named_parts(column, self.source[column.name], self.first)
+        if (column := self.schema.one("group")) is not None:
+            return grouped_parts(column, self.source[column.name])
+        return None
 
     def new(self) -> Data:
         """All rows as test data, for a pair that was fitted to other rows."""
@@ -229,14 +233,19 @@ def read_table(
     """
     made = arrow_table(source)
     name = Path(source).stem if isinstance(source, str | Path) else "table"
-    schema = schema_of(made, columns)
+    return table_of(name, made, schema_of(made, columns))
+
+
+def table_of(name: str, made: Any, schema: Schema, first: int = 0) -> Table:
+    """An Arrow table as tensors by its schema; ``first`` is the number of its first row."""
     if not schema.data:
         raise UsageError(f"{name} has no column with the role 'data'")
-    x = np.stack([encoded(c, plain(made[c.name])) for c in schema.data], 1)
+    x = np.stack([encoded(column, made[column.name], first) for column in schema.data], 1)
     empty = np.isnan(x).all(1)
     if empty.any():
-        raise UsageError(f"row {int(empty.argmax())} of {name} has no observed entry: remove it")
-    return Table(name, schema, torch.from_numpy(x), made)
+        row = first + int(empty.argmax())
+        raise UsageError(f"row {row} of {name} has no observed entry: remove it")
+    return Table(name, schema, torch.from_numpy(x), made, first)
 
 
 def schema_of(table: Any, columns: Mapping[str, Any] | str | Path | Schema | None) -> Schema:
@@ -259,7 +268,7 @@ def _inferred(table: Any, changes: Mapping[str, Any]) -> Schema:
     roles = {name for name in changes if told[name].role not in ("data", "context", "label")}
     examined = [name for name in names if name not in roles]
     coded = {name for name in changes if told[name].coded and name not in roles}
-    found = infer_schema(examined, [plain(table[name]) for name in examined], coded)
+    found = infer_schema(examined, (plain(table[name]) for name in examined), coded)
     by_name = {
         c.name: _of_dictionary(c, table.schema.field(c.name).type, table[c.name])
         for c in found.columns

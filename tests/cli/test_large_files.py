@@ -3,12 +3,13 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import pyro_vae as pv
 from pyro_vae.cli.main import main
-from pyro_vae.data import disk
+from pyro_vae.data import disk, table_streams
 from pyro_vae.data.datasets import load_data
 from pyro_vae.data.disk import DiskArray
 from pyro_vae.errors import UsageError
@@ -37,6 +38,14 @@ def test_train_reads_a_large_file_by_index_and_notices_its_change(tmp_path, caps
     with pytest.raises(SystemExit):
         main(f"evaluate {tmp_path}/run --num-samples 2".split())
     assert "has changed since" in capsys.readouterr().err
+
+
+def test_train_chooses_the_likelihood_of_a_large_file(tmp_path):
+    np.save(tmp_path / "x.npy", RNG.standard_normal((203, 4)).astype(np.float32))
+    line = f"train {tmp_path}/x.npy --out {tmp_path}/run --epochs 1 --batch-size 16 --engine eager"
+    main(f"{line} --num-eval-samples 2 --no-report".split())
+    given = json.loads((tmp_path / "run" / "config.json").read_text())["train"]
+    assert given["likelihood"] == "gaussian"
 
 
 @pytest.mark.parametrize(
@@ -73,3 +82,67 @@ def test_other_commands_refuse_several_processes(words, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit):
         main(words.split())
     assert "runs in one process, so start it without torchrun" in capsys.readouterr().err
+
+
+def table(n):
+    sex, site = RNG.integers(0, 2, n), RNG.integers(0, 3, n)
+    height = 170 + 8 * RNG.standard_normal(n) + 6 * sex
+    found = pd.DataFrame({"person": [f"p{i}" for i in range(n)], "height": height})
+    found["weight"] = height - 100 + 5 * RNG.standard_normal(n)
+    found["sex"], found["site"] = np.array(["f", "m"])[sex], np.array(["a", "b", "c"])[site]
+    found.loc[RNG.choice(n, n // 10, replace=False), "weight"] = np.nan
+    return found
+
+
+def test_commands_take_a_large_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYRO_VAE_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(table_streams, "ROWS_AT_ONCE", 50)
+    table(200).to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "columns.toml").write_text('[columns.site]\nrole = "label"\n')
+    run = tmp_path / "run"
+    line = f"train {tmp_path}/t.parquet --out {run} --columns {tmp_path}/columns.toml --epochs 2"
+    main(
+        f"{line} --batch-size 16 --engine eager --num-eval-samples 5 --diagnosis-seconds 1".split()
+    )
+    assert (run / "report.html").is_file()
+    whole = pv.read_table(tmp_path / "t.parquet", {"site": "label"})
+    test = whole.split().test.rows.sort().values.tolist()
+    made = tmp_path / "made.csv"
+    main(f"encode {run} --out {made}".split())
+    codes = pd.read_csv(made)
+    assert codes["person"].tolist() == [f"p{row}" for row in test]
+    assert codes["labels"].tolist() == whole.labels[test].tolist()
+    for command in ("score", "reconstruct"):
+        main(f"{command} {run} --out {made}".split())
+        assert pd.read_csv(made)["person"].tolist() == codes["person"].tolist()
+    main(f"impute {run} --part test --draws 2 --num-samples 25 --out {made}".split())
+    filled = pd.read_csv(made)
+    assert list(filled) == list(table(10))
+    known = whole.source.to_pandas().iloc[test]["weight"].to_numpy()
+    held = ~np.isnan(known)
+    assert np.allclose(filled["weight"][held], known[held])
+    assert not filled["weight"].isna().any()
+    main(f"evaluate {run} --num-samples 3".split())
+    table(300).to_parquet(tmp_path / "new.parquet")  # all rows of another table are served
+    main(f"encode {run} --data {tmp_path}/new.parquet --out {made}".split())
+    assert pd.read_csv(made)["person"].tolist() == [f"p{row}" for row in range(300)]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(f"encode {run} --part all --out {made}".split())
+    assert (
+        "--part must be train, validation or test, because t is on disk" in capsys.readouterr().err
+    )
+
+
+def test_a_large_table_changes_between_train_and_resume(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYRO_VAE_DATA", str(tmp_path / "cache"))
+    held = table(200)
+    held.to_parquet(tmp_path / "t.parquet")
+    line = f"train {tmp_path}/t.parquet --out {tmp_path}/run --engine eager --num-eval-samples 5"
+    main(f"{line} --epochs 1 --no-report --batch-size 16".split())
+    main(f"{line} --epochs 2 --no-report --batch-size 16 --resume".split())
+    held.assign(height=held.height + 1).to_parquet(tmp_path / "t.parquet")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(f"{line} --epochs 3 --no-report --batch-size 16 --resume".split())
+    assert "has changed since" in capsys.readouterr().err

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import shutil
 import warnings
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from data_helpers import flat_images
 from PIL import Image
 
 from pyro_vae import UsageError, load_data
-from pyro_vae.data import image_folders
+from pyro_vae.data import image_decoding, sizes
 from pyro_vae.data.split import part_of
 
 TINY = "--epochs 1 --num-eval-samples 2 --engine eager --latent-dim 2 --hidden 8 --no-report"
@@ -186,9 +188,16 @@ def test_a_wrong_size_is_refused(tmp_path, size):
         load_data(write(tmp_path / "a", GRAY), image_size=size)
 
 
-def test_too_much_memory_is_refused_before_decoding(tmp_path):
-    with pytest.raises(UsageError, match=r"image_size must be smaller: .* GiB, more than 4 GiB"):
-        load_data(write(tmp_path / "a", GRAY), image_size=20_000)
+def test_too_much_memory_or_disk_is_refused_before_decoding(tmp_path, monkeypatch):
+    folder = write(tmp_path / "a", GRAY)
+    with pytest.raises(UsageError, match=r"image_size must be smaller: 20000 x 20000 pixels"):
+        load_data(folder, image_size=20_000)
+    monkeypatch.setattr(sizes, "available_memory", lambda: 100)
+    with pytest.raises(UsageError, match=r"the images of .* needs .* GiB of memory"):
+        load_data(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    with pytest.raises(UsageError, match=r"need 2\.1 GiB in .*, whose disk has 1\.0 GiB left"):
+        load_data(folder, image_size=8000)
 
 
 def test_options_of_images_are_refused_for_other_data():
@@ -320,9 +329,9 @@ def test_more_broken_files_than_the_limit_are_refused_in_one_line(tmp_path):
 
 def counted(monkeypatch):
     """The names of the files that are opened from now on."""
-    opened, real = [], image_folders.open_image
+    opened, real = [], image_decoding.open_image
     monkeypatch.setattr(
-        image_folders, "open_image", lambda path, use: (opened.append(path.name), real(path, use))
+        image_decoding, "open_image", lambda path, use: opened.append(path.name) or real(path, use)
     )
     return opened
 

@@ -1,5 +1,8 @@
 """Arrays on disk: they are read by blocks, and give what the same arrays in memory give."""
 
+import os
+import subprocess
+import sys
 import threading
 from itertools import chain
 
@@ -194,3 +197,35 @@ def test_other_maps_are_read_into_memory(mode, mapped, tmp_path, monkeypatch):
 
 def test_rows_on_disk_are_not_recorded_one_by_one(mapped):
     assert held_out_rows.fitted_to(pair(), mapped) is None
+
+
+TEAM = """
+import os, sys
+import numpy as np, torch
+import pyro_vae as pv
+from pyro_vae.data import disk, stored
+from pyro_vae.data.order import Place
+from pyro_vae.data.sources import source
+
+disk.LEAST_BYTES, stored.WINDOW_BLOCKS = 1, 4
+torch.set_num_threads(2)
+torch.rand(10**6).sin()  # this thread starts its team
+pair = pv.VAE.mlp((400,), hidden=(4,), likelihood=pv.Missing(pv.Gaussian(1.0)))
+rows = source(np.load(sys.argv[1], mmap_mode="r"), pair=pair)
+before, most = len(os.listdir("/proc/self/task")), 0
+for _ in rows.epoch(300, Place(0, 0)):
+    most = max(most, len(os.listdir("/proc/self/task")))
+print(most - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted on Linux")
+@pytest.mark.parametrize("holes", [False, True])
+def test_reading_ahead_starts_no_team_of_threads(holes, tmp_path):
+    """A second team of OpenMP would halve the speed of training."""
+    x = np.random.default_rng(0).standard_normal((4000, 400))
+    x[::7, 3] = np.nan if holes else 0
+    np.save(tmp_path / "x.npy", x)
+    words = [sys.executable, "-c", TEAM, str(tmp_path / "x.npy")]
+    found = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "1", found.stderr
