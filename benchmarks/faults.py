@@ -52,10 +52,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import numpy as np
+import pandas as pd
 import torch
 
 import pyro_vae as pv
 from pyro_vae.cli.main import main as command_line
+from pyro_vae.data import disk
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import folder as run_folder
 from pyro_vae.runs import held_out_rows
@@ -738,7 +740,10 @@ def fuzzed(target: str, sound: Path, place: Path, draw: random.Random) -> None:
         (place / "given.json").write_bytes(text if draw.random() < 0.7 else mutated(text, draw))
         command_line(["train", "--config", str(place / "given.json"), *out])
     else:
-        kind = draw.choice(["npy", "npz", "csv", "txt", "json", "toml"])
+        kind = draw.choice(["npy", "npz", "csv", "txt", "json", "toml", "parquet", "feather"])
+        if draw.random() < 0.3:  # in this process only: tables and arrays are large
+            disk.LEAST_BYTES = 1
+            os.environ["PYRO_VAE_DATA"] = str(place / "cache")
         path = place / f"data.{kind}"
         path.write_bytes(mutated(_sample(kind, table), draw))
         named = ["--columns", str(path)] if kind == "toml" else []
@@ -755,6 +760,11 @@ def _sample(kind: str, table: Path) -> bytes:
         return buffer.getvalue()
     if kind == "csv":
         return table.read_bytes()
+    if kind in ("parquet", "feather"):
+        sink = io.BytesIO()
+        frame = pd.read_csv(table)
+        frame.to_parquet(sink) if kind == "parquet" else frame.to_feather(sink)
+        return sink.getvalue()
     if kind == "toml":
         return (table.parent / "run" / "schema.toml").read_bytes()
     if kind == "json":

@@ -149,5 +149,6 @@ def _is_positive(numbers: np.ndarray) -> bool:
 
 
 def _skewness(numbers: np.ndarray) -> float:
+    numbers = numbers / max(np.abs(numbers).max(), 1e-300)  # so that no power overflows
     off = numbers - numbers.mean()
     return float((off**3).mean() / max((off**2).mean(), 1e-300) ** 1.5)

@@ -148,7 +148,15 @@ def _opened(path: Path, folder: Path) -> TableStream:
 
 def _few(stream: TableStream) -> Any:
     """The first rows of a table, for the names and types of its columns."""
-    return next(stream.parts())[1].slice(0, 2)
+    for _, part in stream.parts():
+        return part.slice(0, 2)
+    raise _cut_short(stream, 0)
+
+
+def _cut_short(stream: TableStream, rows: int) -> UsageError:
+    return UsageError(
+        f"{stream.path} is cut short or damaged: it declares {stream.rows} rows, but holds {rows}"
+    )
 
 
 def _plain(schema: Schema) -> list[dict[str, Any]]:
@@ -209,8 +217,14 @@ class _Seen:
         self.hole = self.fraction = False
         self.low, self.high = np.inf, -np.inf
 
-    def new(self, values: Any) -> Iterator[int]:
-        """The rows of a part of a column that hold something new."""
+    def new(self, values: Any) -> list[int]:
+        """The rows of a part of a column that hold something new; none if Arrow cannot compare."""
+        try:
+            return list(self._new(values))
+        except arrow().ArrowException:
+            return []
+
+    def _new(self, values: Any) -> Iterator[int]:
         pa = arrow()
         if values.null_count and not self.hole:
             self.hole = True
@@ -248,7 +262,10 @@ def _shown(stream: TableStream, title: str) -> Iterator[tuple[int, Any]]:
 
 def _convert(stream: TableStream, schema: Schema, folder: Path, new: bool) -> dict[str, Any]:
     """Write the arrays of each part of a table into a folder, and return their numbers of rows."""
+    require_memory(9 * stream.rows, f"the order of the {stream.rows} rows of {stream.path}")
     parts = _parts(stream, schema, new)
+    if len(parts) != stream.rows:
+        raise _cut_short(stream, len(parts))
     counts = np.bincount(parts, minlength=3).tolist()
     for part, count in zip(PARTS, counts, strict=True):
         if not count and not new:
@@ -256,11 +273,15 @@ def _convert(stream: TableStream, schema: Schema, folder: Path, new: bool) -> di
     require_space(folder, 8 * stream.rows * (len(schema.data) + 2))
     with ExitStack() as opened:
         files: dict[str, BinaryIO] = {}
+        read = 0
         for first, rows in _shown(stream, "converting"):
             table = table_of(stream.path.stem, rows, schema, first)
             arrays = {"x": table.x, "labels": table.labels, "context": table.context}
             arrays["rows"] = torch.arange(first, first + len(table))
             of_row = parts[first : first + len(table)]
+            read += len(table)
+            if read > stream.rows:
+                break
             held = [(name, array.numpy()) for name, array in arrays.items() if array is not None]
             for (name, array), (number, part) in product(held, enumerate(PARTS)):
                 file, chosen = f"{name}-{part}.npy", array[of_row == number]
@@ -268,6 +289,8 @@ def _convert(stream: TableStream, schema: Schema, folder: Path, new: bool) -> di
                     files[file] = opened.enter_context(open(folder / file, "wb"))
                     _begin(files[file], (counts[number], *chosen.shape[1:]), chosen.dtype)
                 files[file].write(np.ascontiguousarray(chosen).data)
+        if read != stream.rows:
+            raise _cut_short(stream, read)
         for written in files.values():
             written.flush()
             os.fsync(written.fileno())

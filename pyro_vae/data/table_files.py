@@ -91,9 +91,10 @@ def _read(source: Any) -> Any:
         if path.suffix in (".csv", ".tsv"):
             return _read_csv(path)
         _require_memory(path)
-        if path.suffix == ".parquet":
-            return arrow("pyarrow.parquet").read_table(path)
-        return arrow("pyarrow.feather").read_table(path)
+        kind = "parquet" if path.suffix == ".parquet" else "feather"
+        table = arrow(f"pyarrow.{kind}").read_table(path)
+        table.validate(full=True)  # a damaged file may lead out of its buffers
+        return table
     except UsageError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -48,6 +48,7 @@ class TableStream:
         first = 0
         with _faults(self.path):
             for batch in _batches(self.path, self.types):
+                batch.validate(full=True)  # a damaged file may lead out of its buffers
                 table = arrow().Table.from_batches([batch]).rename_columns(self.names)
                 yield first, table
                 first += len(table)
@@ -86,7 +87,9 @@ def _faults(path: Path) -> Iterator[None]:
     """Turn the errors of a file that cannot be read into one line."""
     try:
         yield
-    except (arrow().ArrowException, OSError) as error:
+    except UsageError:
+        raise
+    except (arrow().ArrowException, OSError, ValueError, OverflowError) as error:
         words = first_line(error)[:120]
         raise UsageError(f"{path} cannot be read as a {path.suffix} table ({words})") from error
 

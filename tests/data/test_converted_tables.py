@@ -1,11 +1,14 @@
 """Tables that stay on disk have the rows, the parts and the schema of those in memory."""
 
+import contextlib
 import datetime
 import multiprocessing
 import os
+import random
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 
@@ -296,3 +299,42 @@ def test_training_on_disk_reaches_the_same_bound(tmp_path):
         history = pv.fit(pair, data.train.x, validation=valid, progress=False, **options)
         bounds.append(history["validation_elbo"][-1])
     assert bounds[0] == pytest.approx(bounds[1], abs=0.3)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_feather_file_that_leads_out_of_its_buffers_is_refused(large, tmp_path):
+    offsets = pa.array([0, 1, 2**30, 3] * 80, pa.int32()).buffers()[1]
+    words = pa.StringArray.from_buffers(319, offsets, pa.py_buffer(b"abc"))
+    table = pa.table({"x": words, "other": np.arange(319.0)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    path = tmp_path / "t.feather"
+    path.write_bytes(sink.getvalue())
+    with pytest.raises(pv.UsageError, match=r"cannot be read as a \.feather table"):
+        load_table(path, None, tmp_path / "cache") if large else pv.read_table(path)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "feather", "csv"])
+def test_damaged_files_are_read_or_refused_in_one_line(ending, tmp_path):
+    whole = save(frame(), tmp_path / f"t.{ending}").read_bytes()
+    rng, found = random.Random(0), []
+    for _ in range(40):
+        content = bytearray(whole)
+        at = rng.choice([rng.randrange(len(whole)), len(whole) - 1 - rng.randrange(900)])
+        content[at] ^= 1 << rng.randrange(8)
+        path = tmp_path / f"bad.{ending}"
+        path.write_bytes(content if rng.random() < 0.8 else content[:at])
+        with contextlib.suppress(pv.UsageError):
+            found.append(load_table(path, CHANGES, tmp_path / "cache").train.x[:])
+    assert len(found) < 38
+
+
+def test_a_table_with_other_rows_than_it_declares_is_refused(tmp_path, monkeypatch):
+    path = save(frame(), tmp_path / "t.parquet")
+    load_table(path, CHANGES, tmp_path / "cache")
+    for rows in (N - 1, N + 1, 2**50):
+        words = "GiB of memory" if rows > N + 1 else f"declares {rows} rows, but holds {N}"
+        other = table_streams.TableStream(path, rows, table_streams.streamed(path).types)
+        monkeypatch.setattr(large_tables, "_opened", lambda *_, other=other: other)
+        refused(path, tmp_path / f"cache{rows}", CHANGES, words)
