@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -55,24 +56,46 @@ class Decoded(NamedTuple):
     """The least and the greatest height and width of the files; empty without a readable file."""
 
 
-def named(unreadable: dict[str, str]) -> str:
-    return ", ".join(f"{file} ({why})" for file, why in list(unreadable.items())[:3])
+class _Reader:
+    """Reads the images of a folder; too many files that cannot be read end the reading."""
 
-
-class _Failures:
-    """The files that cannot be read; too many of them end the reading."""
-
-    def __init__(self, folder: Path, files: Sequence[str]) -> None:
-        self.folder, self.files = folder, files
+    def __init__(self, folder: Path, files: Sequence[str], options: ImageOptions) -> None:
+        self.folder, self.files, self.options = folder, files, options
         self.most = max(1, int(MOST_UNREADABLE * len(files)))
-        self.found: dict[str, str] = {}
+        self.unreadable = dict[str, str]()
+        self.sizes = dict[str, tuple[int, int]]()
 
-    def attempt(self, title: str, read: Callable[[Any], _T], use: Callable[[str, _T], Any]) -> None:
+    def measure(self) -> list[tuple[int, int]]:
+        """The height and width of each readable image."""
+        self._attempt("sizes of images", upright_size, self.sizes.__setitem__)
+        return list(self.sizes.values())
+
+    def decode(self, size: tuple[int, int], put: Callable[[np.ndarray], Any]) -> None:
+        """Put the pixels of each readable image, at this size, into memory or a file."""
+
+        def read(image: Any) -> tuple[tuple[int, int], np.ndarray]:
+            color, crop = self.options.color is not False, self.options.crop
+            return upright_size(image), as_array(image, size, color, crop)
+
+        def use(file: str, found: tuple[tuple[int, int], np.ndarray]) -> None:
+            self.sizes[file] = found[0]
+            put(found[1])
+
+        self._attempt("decoding images", read, use)
+
+    def extremes(self) -> list[list[int]]:
+        """The least and the greatest height and width; empty without a readable image."""
+        used = np.array([size for file, size in self.sizes.items() if file not in self.unreadable])
+        return [used.min(0).tolist(), used.max(0).tolist()] if len(used) else []
+
+    def _attempt(
+        self, title: str, read: Callable[[Any], _T], use: Callable[[str, _T], Any]
+    ) -> None:
         """Read each readable image, and use what is found; show a bar after two seconds."""
         with bar(True, len(self.files), title, delay=2) as shown:
             for file in self.files:
                 shown.update()
-                if file in self.found:
+                if file in self.unreadable:
                     continue
                 try:
                     found = open_image(self.folder / file, read)
@@ -86,11 +109,12 @@ class _Failures:
 
         unknown = isinstance(error, UnidentifiedImageError)
         reason = f"not a {', '.join(FORMATS)} file" if unknown else first_line(error)
-        self.found[file] = " ".join(reason.split())[:100]
-        if len(self.found) > self.most:
+        self.unreadable[file] = " ".join(reason.split())[:100]
+        if len(self.unreadable) > self.most:
+            few = ", ".join(f"{file} ({why})" for file, why in list(self.unreadable.items())[:3])
             raise UsageError(
                 f"{self.folder}: at most {self.most} of {len(self.files)} images may be "
-                f"unreadable, and these are more: {named(self.found)}; remove or repair them"
+                f"unreadable, and these are more: {few}; remove or repair them"
             ) from error
 
 
@@ -103,59 +127,38 @@ def decoded(
         place: the folder for images that need 1 GiB or more, which are not loaded.
         key: plain values that determine the decoded images.
     """
-    failures, sizes = _Failures(folder, files), dict[str, tuple[int, int]]()
-    if options.size is None:
-        failures.attempt("sizes of images", upright_size, sizes.__setitem__)
-    size = options.size or _usual_size(folder, list(sizes.values()))
-    shape = (len(files), 1 if options.color is False else 3, *size)
-    if math.prod(size) > MOST_PIXELS:
+    reader = _Reader(folder, files, options)
+    height, width = options.size or _usual_size(folder, reader.measure())
+    if height * width > MOST_PIXELS:
         raise UsageError(
-            f"must be smaller: {size[0]} x {size[1]} pixels are more than {MOST_PIXELS:,}",
+            f"must be smaller: {height} x {width} pixels are more than {MOST_PIXELS:,}",
             argument="image_size",
         )
-
-    def decode(put: Callable[[np.ndarray], Any]) -> None:
-        def read(image: Any) -> tuple[tuple[int, int], np.ndarray]:
-            pixels = as_array(image, size, options.color is not False, options.crop)
-            return upright_size(image), pixels
-
-        def use(file: str, found: tuple[tuple[int, int], np.ndarray]) -> None:
-            sizes[file] = found[0]
-            put(found[1])
-
-        failures.attempt("decoding images", read, use)
-
-    def about() -> tuple[dict[str, str], list[list[int]]]:
-        used = np.array([size for file, size in sizes.items() if file not in failures.found])
-        return failures.found, [used.min(0).tolist(), used.max(0).tolist()] if len(used) else []
-
+    shape = (len(files), 1 if options.color is False else 3, height, width)
     if math.prod(shape) >= disk.LEAST_BYTES:
-
-        def make(part: Path) -> dict[str, Any]:
-            require_space(part, math.prod(shape))
-            with open(part / _FILE, "wb") as file:
-                decode(lambda pixels: file.write(np.ascontiguousarray(pixels).data))
-                file.flush()
-                os.fsync(file.fileno())
-            unreadable, extremes = about()
-            kept: tuple[int, ...] = (len(files) - len(unreadable), *shape[1:])
-            if options.color is None:
-                kept = _without_color(part / _FILE, kept)
-            return {"shape": kept, "unreadable": unreadable, "sizes": extremes}
-
-        return on_disk(place, stored(place, key, make))
+        return on_disk(place, stored(place, key, lambda part: _written(reader, shape, part)))
     require_memory(math.prod(shape), f"the images of {folder}")
-    x, rows = np.empty(shape, np.uint8), list[int]()
-
-    def keep(pixels: np.ndarray) -> None:
-        x[len(rows)] = pixels
-        rows.append(len(rows))
-
-    decode(keep)
-    x = x[: len(rows)]
+    x, rows = np.empty(shape, np.uint8), count()
+    reader.decode((height, width), lambda pixels: x.__setitem__(next(rows), pixels))
+    x = x[: len(files) - len(reader.unreadable)]
     if options.color is None and not _has_color(x):
         x = np.ascontiguousarray(x[:, :1])
-    return Decoded(x, *about())
+    return Decoded(x, reader.unreadable, reader.extremes())
+
+
+def _written(reader: _Reader, shape: tuple[int, ...], part: Path) -> dict[str, Any]:
+    """Write the decoded images into a folder, and return what `on_disk` needs to know."""
+    require_space(part, math.prod(shape))
+    with open(part / _FILE, "wb") as file:
+        reader.decode(
+            (shape[2], shape[3]), lambda pixels: file.write(np.ascontiguousarray(pixels).data)
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    shape = (shape[0] - len(reader.unreadable), *shape[1:])
+    if reader.options.color is None:
+        shape = _without_color(part / _FILE, shape)
+    return {"shape": shape, "unreadable": reader.unreadable, "sizes": reader.extremes()}
 
 
 def on_disk(place: Path, about: dict[str, Any]) -> Decoded:
@@ -192,8 +195,8 @@ def _usual_size(folder: Path, sizes: Sequence[tuple[int, int]]) -> tuple[int, in
     """The size of most images, or the median height and width."""
     if not sizes:
         return (1, 1)  # no image can be read; the decoding reports it
-    (most, count), *_ = Counter(sizes).most_common(1)
-    if 2 * count > len(sizes):
+    (most, times), *_ = Counter(sizes).most_common(1)
+    if 2 * times > len(sizes):
         return most
     low, high = np.min(sizes, 0), np.max(sizes, 0)
     if (high > MOST_SCALES * low).any():

@@ -117,6 +117,11 @@ def _by_folder(name: str, folder: Path, whole: Split, parts: Sequence[str]) -> D
     }
     if "validation" not in split and "train" in split:
         split["train"], split["validation"] = shuffled(split["train"], (5, 1))
+    return _in_three(name, folder, split)
+
+
+def _in_three(name: str, folder: Path, split: dict[str, Split]) -> Data:
+    """The three parts of the data; raise `UsageError` if one has no image."""
     for part in ("train", "validation", "test"):
         if part not in split or not len(split[part].x):
             raise UsageError(f"{folder} has too few readable {part} images")
@@ -127,37 +132,33 @@ def _on_disk(
     name: str, folder: Path, x: np.memmap, labels: Tensor | None, parts: Sequence[str]
 ) -> Data:
     """Large data in the parts of their folders, or 70 : 10 : 20; whole blocks are in one part."""
-    found: dict[str, tuple[Any, np.ndarray]] = {}
+    split: dict[str, Split] = {}
     for part in sorted(set(parts)) or ["all"]:
         at = np.flatnonzero(np.array(parts) == part) if parts else np.arange(len(x))
-        own = x[at[0] : at[-1] + 1]  # the files of a sub-folder follow each other
-        found[part] = (rows_of(own), at)
-        if found[part][0] is None:
-            found[part] = (torch.from_numpy(np.array(own)), at)
-    if not {"train", "test"} <= set(found) and parts:
-        raise UsageError(f"{folder} has too few readable images of its parts")
-    if not parts:
-        cut_up, names = found.pop("all"), ("train", "validation", "test")
-        found = dict(zip(names, _cut(cut_up, (7, 1, 2), folder), strict=True))
-    elif "validation" not in found:
-        found["train"], found["validation"] = _cut(found["train"], (5, 1), folder)
-    splits = []
-    for part in ("train", "validation", "test"):
-        images, at = found[part]
+        own: Any = x[at[0] : at[-1] + 1]  # the files of a sub-folder follow each other
         rows = torch.from_numpy(at)
-        splits.append(Split(images, None if labels is None else labels[rows], rows=rows))
-    return Data(name, splits[0], splits[1], splits[2])
+        known = None if labels is None else labels[rows]
+        # A part may be below the size from which arrays stay on disk.
+        images: Any = rows_of(own) or torch.from_numpy(np.array(own))
+        split[part] = Split(images, known, rows=rows)
+    if not parts:
+        cut = _cut(split["all"], (7, 1, 2), folder)
+        split = dict(zip(("train", "validation", "test"), cut, strict=True))
+    elif "validation" not in split and "train" in split:
+        split["train"], split["validation"] = _cut(split["train"], (5, 1), folder)
+    return _in_three(name, folder, split)
 
 
-def _cut(
-    images: tuple[Any, np.ndarray], shares: Sequence[int], folder: Path
-) -> list[tuple[Any, np.ndarray]]:
-    """Cut images, with their numbers, into parts of these shares."""
-    x, at = images
-    if isinstance(x, DiskArray):
-        return [(part, at[part.numbers()]) for part in x.shared(shares, str(folder))]
-    cut = shuffled(Split(x, rows=torch.from_numpy(at)), shares)
-    return [(part.x, cast(Tensor, part.rows).numpy()) for part in cut]
+def _cut(whole: Split, shares: Sequence[int], folder: Path) -> list[Split]:
+    """Cut images into parts of these shares: whole blocks of images on disk."""
+    x: Any = whole.x
+    if not isinstance(x, DiskArray):
+        return shuffled(whole, shares)
+    found = []
+    for part in x.shared(shares, str(folder)):
+        others = taken(whole._replace(x=cast(Any, None)), torch.from_numpy(part.numbers()))
+        found.append(others._replace(x=cast(Any, part)))
+    return found
 
 
 def _listed(folder: Path) -> tuple[list[str], int]:

@@ -28,7 +28,7 @@ from pyro_vae.data.stores import require_space, state_of, stored
 from pyro_vae.data.table_files import arrow, require_columns
 from pyro_vae.data.table_streams import TableStream, first_rows, streamed
 from pyro_vae.data.table_values import PARTS, frame_of, grouped_parts, named_parts
-from pyro_vae.data.tables import Table, schema_of, table_of
+from pyro_vae.data.tables import Table, present, schema_of, table_of
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.progress import bar
 
@@ -56,8 +56,7 @@ class LargeTable:
     @property
     def id_name(self) -> str:
         """The name of the column of row ids."""
-        column = self.schema.one("row id")
-        return "row" if column is None else column.name
+        return self.schema.id_name
 
     def rows(self, index: torch.Tensor) -> Table:
         """These rows of the table, in memory. The whole file is read once."""
@@ -115,14 +114,16 @@ def load_table(path: Path, columns: Any, cache: Path, new: bool = False) -> Data
     """
     folder = cache / "tables"
     stream = _opened(path, folder)
-    schema = columns if isinstance(columns, Schema) else _inferred(stream, columns, folder)
-    schema = schema_of(_few(stream), schema)
+    if isinstance(columns, Schema):
+        schema = present(columns, stream.names)
+    else:
+        schema = _inferred(stream, columns, folder)
     if not schema.data:
         raise UsageError(f"{path.stem} has no column with the role 'data'")
     key = [_VERSION, state_of(path), _plain(schema), new]
     place = folder / _name([str(path.resolve()), _plain(schema), new])
-    about = stored(place, key, lambda made: _convert(stream, schema, made, new))
-    splits = [_split(place, part, about) for part in PARTS]
+    stored(place, key, lambda made: _convert(stream, schema, made, new))
+    splits = [_split(place, part) for part in PARTS]
     ids: Sequence[Any] = range(stream.rows)
     if schema.one("row id") is not None:
         pa = arrow()
@@ -144,13 +145,6 @@ def _opened(path: Path, folder: Path) -> TableStream:
     pa = arrow()
     types = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(about["types"])))
     return TableStream(path, about["rows"], types)
-
-
-def _few(stream: TableStream) -> Any:
-    """The first rows of a table, for the names and types of its columns."""
-    for _, part in stream.parts():
-        return part.slice(0, 2)
-    raise _cut_short(stream, 0)
 
 
 def _cut_short(stream: TableStream, rows: int) -> UsageError:
@@ -200,6 +194,8 @@ def _representative(stream: TableStream, changes: Any) -> Any:
         for name, so_far in seen.items():
             rows.update(so_far.new(part[name].combine_chunks()))
         found.append(part.take(pa.array(sorted(rows), pa.int64())))
+    if not found:
+        raise _cut_short(stream, 0)
     return pa.concat_tables(found).unify_dictionaries().combine_chunks()
 
 
@@ -261,7 +257,7 @@ def _shown(stream: TableStream, title: str) -> Iterator[tuple[int, Any]]:
 
 
 def _convert(stream: TableStream, schema: Schema, folder: Path, new: bool) -> dict[str, Any]:
-    """Write the arrays of each part of a table into a folder, and return their numbers of rows."""
+    """Write the arrays of each part of a table into a folder; nothing else is known about them."""
     require_memory(9 * stream.rows, f"the order of the {stream.rows} rows of {stream.path}")
     parts = _parts(stream, schema, new)
     if len(parts) != stream.rows:
@@ -296,7 +292,7 @@ def _convert(stream: TableStream, schema: Schema, folder: Path, new: bool) -> di
             os.fsync(written.fileno())
     if (column := schema.one("row id")) is not None:
         _write_ids(stream, column, folder / "ids.arrow")
-    return {"rows": counts}
+    return {}
 
 
 def _begin(file: BinaryIO, shape: tuple[int, ...], kind: np.dtype[Any]) -> None:
@@ -333,7 +329,7 @@ def _write_ids(stream: TableStream, column: Column, path: Path) -> None:
             writer.write_table(rows.select([column.name]).cast(kept))
 
 
-def _split(place: Path, part: str, about: dict[str, Any]) -> Split:
+def _split(place: Path, part: str) -> Split:
     """A part of a converted table: its rows stay on disk if they need 1 GiB or more."""
     arrays: dict[str, Any] = {}
     for name in ("x", "labels", "context", "rows"):

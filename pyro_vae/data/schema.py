@@ -104,6 +104,12 @@ class Schema:
         return self.of("data")
 
     @property
+    def id_name(self) -> str:
+        """The name of the column of row ids; ``row`` if no column has this role."""
+        column = self.one("row id")
+        return "row" if column is None else column.name
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of the columns that the pair models."""
         return tuple(column.name for column in self.data)

@@ -11,7 +11,7 @@ cores: training then took twice as long.
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -159,30 +159,31 @@ class Stored(Arriving):
             row, holes = read.start, False
             for batch in read.batches:
                 for i, part in enumerate(batch):
-                    sound, missing = self._examined(part, i == 0)
-                    if not sound:
+                    if self._is_clean(part, i == 0):
+                        continue
+                    if i or not self._has_only_holes(part):
                         self.require_sound(part, f"context {i}" if i else "x", row)
-                    holes = holes or missing
+                    holes = holes or (i == 0 and bool(np.isnan(part.numpy()).any()))
                 row += len(batch[0])
             yield read._replace(holes=holes)
 
-    def _examined(self, part: Tensor, is_x: bool) -> tuple[bool, bool]:
-        """Whether all values of an array can be used, and whether some of them are missing.
-
-        If the first is False, `require_sound` decides, and names the row.
-        """
+    def _is_clean(self, part: Tensor, is_x: bool) -> bool:
+        """Whether no value of an array is missing, infinite or too large; else look closer."""
         values = part.numpy()
+        if not values.size:
+            return True
         if not part.is_floating_point():
-            limited = is_x and self.greatest is not None
-            return not limited or int(values.max(initial=0)) <= cast(int, self.greatest), False
-        if values.dtype not in (np.float32, np.float64) or not values.size:
-            return False, False
+            return not is_x or self.greatest is None or int(values.max()) <= self.greatest
         most = torch.finfo(self.dtype or part.dtype).max
-        if max(values.max(), -values.min()) <= most:  # NaN is not
-            return True, False
-        greatest = max(np.fmax.reduce(values, None), -np.fmin.reduce(values, None))
-        only_holes = bool(np.isnan(greatest) or greatest <= most)
-        return is_x and self.pair is not None and only_holes, only_holes
+        return float(max(values.max(), -values.min())) <= most  # NaN is not
+
+    def _has_only_holes(self, part: Tensor) -> bool:
+        """Whether the values of x that are not clean are missing ones, which the pair may serve."""
+        values = part.numpy()
+        if self.pair is None or not part.is_floating_point():
+            return False
+        greatest = float(max(np.fmax.reduce(values, None), -np.fmin.reduce(values, None)))
+        return greatest != greatest or greatest <= torch.finfo(self.dtype or part.dtype).max
 
 
 def _joined(parts: Sequence[Tensor]) -> np.ndarray:

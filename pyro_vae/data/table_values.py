@@ -176,7 +176,7 @@ def array(values: list[Any], kind: Any) -> Any:
 
 def named_parts(column: Column, values: Any, first: int = 0) -> np.ndarray:
     """The number of the part of each row that an Arrow column names: training, validation, test."""
-    found = values.dictionary_encode().combine_chunks()
+    found = _numbered(values)
     names = [_PARTS.get(str(value).strip().lower()) for value in found.dictionary.to_pylist()]
     numbers = np.array([-1 if name is None else PARTS.index(name) for name in [*names, None]])
     parts = numbers[found.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)]
@@ -189,16 +189,26 @@ def named_parts(column: Column, values: Any, first: int = 0) -> np.ndarray:
     return parts
 
 
+def _numbered(values: Any) -> Any:
+    """An Arrow column with a number for each different value, in the order of their first rows.
+
+    The dictionary of a column, as of a pandas category, has its own order, and unused values.
+    """
+    kind = values.type
+    plainly = values.cast(kind.value_type) if arrow().types.is_dictionary(kind) else values
+    return plainly.dictionary_encode().combine_chunks()
+
+
 def grouped_parts(column: Column, values: Any) -> np.ndarray:
     """The number of the part of each row of an Arrow column of groups.
 
     Groups in random order fill test, validation and training data in turn.
     """
     different(column.name, plain(values.slice(0, 1)))
-    if values.null_count:
-        row = values.is_null().index(True).as_py()
-        raise UsageError(f"group column '{column.name}' is empty in row {row}")
-    found = values.dictionary_encode().combine_chunks()
+    empty = values.is_null(nan_is_null=True).index(True).as_py()
+    if empty >= 0:
+        raise UsageError(f"group column '{column.name}' is empty in row {empty}")
+    found = _numbered(values)
     members = found.indices.to_numpy(zero_copy_only=False)
     sizes = np.bincount(members, minlength=len(found.dictionary))
     if len(sizes) < 3:

@@ -51,8 +51,7 @@ class Table:
     @property
     def id_name(self) -> str:
         """The name of the column of row ids."""
-        column = self.schema.one("row id")
-        return "row" if column is None else column.name
+        return self.schema.id_name
 
     @property
     def labels(self) -> Tensor | None:
@@ -251,7 +250,7 @@ def table_of(name: str, made: Any, schema: Schema, first: int = 0) -> Table:
 def schema_of(table: Any, columns: Mapping[str, Any] | str | Path | Schema | None) -> Schema:
     """The schema of an Arrow table, with changes, or by the whole schema of another table."""
     if isinstance(columns, Schema):
-        schema = _present(columns, table.column_names)
+        schema = present(columns, table.column_names)
     else:
         changes = read_schema(columns) if isinstance(columns, str | Path) else columns or {}
         schema = _inferred(table, changes)
@@ -314,7 +313,7 @@ def _with_categories(column: Column, table: Any) -> Column:
     return Column(column.name, kind, values, column.role)
 
 
-def _present(schema: Schema, names: Sequence[str]) -> Schema:
+def present(schema: Schema, names: Sequence[str]) -> Schema:
     """The schema of a run for another table, which may lack labels, groups, ids and the split."""
     for column in schema.columns:
         if column.name not in names and column.role in ("data", "context"):

@@ -69,6 +69,27 @@ def test_images_and_labels_are_those_of_a_folder_in_memory(pictures, color, tmp_
     assert 50 <= len(large.train.x) <= 62
 
 
+def test_gray_images_that_need_color_to_be_large_are_loaded(tmp_path, monkeypatch):
+    folder = write(tmp_path / "images", flat_images(80, 4, 6))
+    large, small = both(folder, monkeypatch)
+    monkeypatch.setattr(disk, "LEAST_BYTES", 2 * 80 * 4 * 6)  # three channels have more bytes
+    for path in tmp_path.glob("cache/image-folders/*.npz"):
+        path.unlink()
+    found = load_data(folder)
+    assert isinstance(found.train.x, torch.Tensor)
+    assert by_file(found) == by_file(small) == by_file(large)
+
+
+def test_a_part_without_readable_images_is_refused(tmp_path, monkeypatch):
+    write(tmp_path / "images" / "train", flat_images(60, 4, 6))
+    (tmp_path / "images" / "test").mkdir()
+    (tmp_path / "images" / "test" / "broken.png").write_bytes(b"no image")
+    monkeypatch.setattr(disk, "LEAST_BYTES", 1)
+    refused = pytest.raises(UsageError, match="has too few readable test images")
+    with pytest.warns(UserWarning, match="skipped 1"), refused:
+        load_data(tmp_path / "images")
+
+
 @pytest.mark.parametrize("parts", [("train", "test"), ("train", "val", "test")])
 def test_folders_that_are_parts_stay_so(parts, tmp_path, monkeypatch):
     for i, part in enumerate(parts):

@@ -199,6 +199,16 @@ def test_rows_on_disk_are_not_recorded_one_by_one(mapped):
     assert held_out_rows.fitted_to(pair(), mapped) is None
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_a_hole_that_the_pair_does_not_leave_out_is_refused_in_every_type(kind, tmp_path):
+    x = X.astype(kind)
+    x[77, 1] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    rows = np.load(tmp_path / "x.npy", mmap_mode="r")
+    with pytest.raises(UsageError, match="for NaN as a missing entry, use a likelihood that"):
+        fitted(rows, epochs=1)
+
+
 TEAM = """
 import os, sys
 import numpy as np, torch

@@ -269,3 +269,10 @@ def test_dates_cannot_be_categories():
         pv.UsageError, match="must be words or numbers, got values of type datetime"
     ):
         pv.read_table(frame, {"day": "categorical"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), None])
+def test_a_group_without_a_number_is_refused_with_its_row(value):
+    table = {"of": [1.5, 2.5, value, *range(9)], "x": [i % 5 * 0.5 for i in range(12)]}
+    with pytest.raises(pv.UsageError, match="group column 'of' is empty in row 2"):
+        pv.read_table(table, {"of": "group"}).split()
