@@ -5,7 +5,7 @@ BIN = .venv/bin
 OLDEST = .venv-oldest/bin
 PROSE = README.md AGENTS.md CONTRIBUTING.md CHANGELOG.md SECURITY.md docs examples benchmarks pyro_vae tests
 
-.PHONY: train test test-oldest lint docs tutorials package try-package clean
+.PHONY: train test test-all test-oldest lint docs tutorials package try-package clean
 
 train: .venv/installed
 	$(BIN)/pyro-vae train digits --out runs/digits --overwrite \
@@ -13,7 +13,11 @@ train: .venv/installed
 		--epochs 120 --batch-size 64 --learning-rate 3e-3 --learning-rate-schedule cosine \
 		--warm-up linear --warm-up-epochs 60
 
+# Without the tests that are marked as thorough. See docs/design/testing.md.
 test: .venv/installed-test
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not thorough"
+
+test-all: .venv/installed-test
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # The engine, the contract of a pair and run folders, with the oldest versions allowed.

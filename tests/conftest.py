@@ -12,6 +12,22 @@ from cli_helpers import train
 
 import pyro_vae as pv
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as thorough all variants of a sampled test but n at equal distances."""
+    sampled = {}
+    for item in items:
+        if item.get_closest_marker("sample"):
+            sampled.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for variants in sampled.values():
+        (number,) = variants[0].get_closest_marker("sample").args
+        kept = {len(variants) * place // number for place in range(number)}
+        for place, item in enumerate(variants):
+            if place not in kept:
+                item.add_marker(pytest.mark.thorough)
+
+
 torch.set_num_threads(1)  # the tensors of tests are small: threads would only wait for each other
 
 

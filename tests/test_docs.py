@@ -25,6 +25,21 @@ def blocks(page):
     return grab_code_blocks(page.read_text(), lang="python")
 
 
+SLOW = (
+    "diagnostics/annealing",
+    "diagnostics/local-checks",
+    "diagnostics/nuts",
+    "how-to/other-tools",
+    "models/nested",
+    "models/sequence",
+)
+CASES = [
+    pytest.param(page, marks=[pytest.mark.thorough] if named(page) in SLOW else [])
+    for page in PAGES
+    if blocks(page)
+]
+
+
 @pytest.fixture
 def _small(monkeypatch, tmp_path):
     torch.manual_seed(0)  # pages do not seed the first parameters
@@ -33,7 +48,7 @@ def _small(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=named)
+@pytest.mark.parametrize("page", CASES, ids=named)
 @pytest.mark.usefixtures("_small")
 @pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:DeprecationWarning")
 def test_the_blocks_of_a_page_run(page):

@@ -31,11 +31,15 @@ RUNS = {
 }
 
 
+SLOW = ("guide_swap.py", "text.py", "trust.py")
+CASES = [pytest.param(n, marks=[pytest.mark.thorough] if n in SLOW else []) for n in RUNS]
+
+
 def test_every_example_is_run():
     assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(RUNS)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", CASES)
 def test_example(name, tmp_path, monkeypatch, capsys):
     words = [word.replace("OUT", str(tmp_path / "run")) for word in RUNS[name]]
     monkeypatch.chdir(tmp_path)

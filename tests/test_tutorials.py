@@ -40,6 +40,7 @@ def shortened(code, values):
     return code
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SHORT)
 @pytest.mark.filterwarnings("ignore")
 def test_the_statements_of_a_tutorial_are_true(name, monkeypatch, tmp_path):

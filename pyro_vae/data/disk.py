@@ -88,6 +88,18 @@ class DiskArray:
             joined = torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
         return joined[start - first * self.block : stop - first * self.block]
 
+    def into(self, found: np.ndarray, start: int, stop: int) -> None:
+        """Read rows that follow each other into memory that is there, of the same dtype."""
+        read, (number, ahead) = self.read, divmod(start, self.block)
+        in_one_block = ahead + stop - start <= self.block
+        if in_one_block and isinstance(read, _PlainFile) and self._is_as_in_file(read, found):
+            read.into(found, int(self.blocks[number]) * self.block + ahead)
+        else:
+            found[:] = self.between(start, stop).numpy()
+
+    def _is_as_in_file(self, read: "_PlainFile", found: np.ndarray) -> bool:
+        return not self.last and found.dtype == read.dtype and found.flags.c_contiguous
+
     def __getitem__(self, rows: Any) -> Tensor:
         if isinstance(rows, slice) and rows.step in (None, 1):
             start, stop, _ = rows.indices(len(self))
@@ -200,20 +212,24 @@ class _PlainFile:
         weakref.finalize(self, os.close, self.descriptor)
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
+        found = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        self.into(found, start)
+        return found
+
+    def into(self, found: np.ndarray, start: int) -> None:
+        """Read the rows from this number on into memory that lies in one piece."""
         if self._version() != self.version:
             raise UsageError(
                 f"{self.path} has been changed while it was read: start again with a file that "
                 "stays as it is"
             )
         row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        found = np.empty((stop - start, *self.shape[1:]), self.dtype)
         view, at = memoryview(found.reshape(-1).view(np.uint8).data), self.offset + start * row
         while len(view):
             done = os.preadv(self.descriptor, [view], at)
             if done <= 0:
                 raise UsageError(f"{self.path} is cut short: row {start} cannot be read")
             view, at = view[done:], at + done
-        return found
 
     def _version(self) -> tuple[int, int]:
         """The size and the time of the last change of the file that is open."""

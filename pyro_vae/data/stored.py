@@ -8,6 +8,7 @@ this thread, and the threads of OpenMP sleep between operations as soon as they 
 cores: training then took twice as long.
 """
 
+import math
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,9 @@ from pyro_vae.pairs.pair import Batch
 
 WINDOW_BLOCKS = 128
 """The number of blocks whose rows are shuffled together, about 32 MiB of x."""
+
+PART_BYTES = 2**22
+"""About the size of the shuffled rows that are made at once."""
 
 
 class _Portion(NamedTuple):
@@ -104,7 +108,7 @@ class Stored(Arriving):
     def epoch(self, batch_size: int, place: Place) -> Iterator[Batch]:
         """This process's part of each remaining minibatch of an epoch, in a random order."""
         done = place.batches * batch_size
-        for batch in self._served(_read(self._shuffled(place, done), batch_size, done)):
+        for batch in self._served(_read(self._shuffled(batch_size, place, done), batch_size, done)):
             yield tuple(place.team.of(part) for part in batch)
 
     def numbers(self, batch_size: int, place: Place) -> Tensor:
@@ -117,12 +121,27 @@ class Stored(Arriving):
                 break
         return place.team.of(found[:batch_size])
 
-    def _shuffled(self, place: Place, done: int) -> Iterator[Batch]:
-        """The shuffled rows of one window after another, without the first ``done`` rows."""
+    def _shuffled(self, batch_size: int, place: Place, done: int) -> Iterator[Batch]:
+        """The shuffled rows of an epoch in parts of some minibatches, without the first ``done``.
+
+        All windows are read into the same memory. New memory for each would take longer than the
+        copies.
+        """
+        at_once = max(1, PART_BYTES // (batch_size * _row_bytes(self.x))) * batch_size
+        most = min(len(self), WINDOW_BLOCKS * self.x.block)
+        memory = [_empty(array, most) for array in self.arrays]
+        served = 0
         for window, mixed in self._orders(place, done):
-            parts = [self._between(*span) for span in self._spans(window)]
+            at = 0
+            for start, stop in self._spans(window):
+                for array, kept in zip(self.arrays, memory, strict=True):
+                    _into(array, kept[at : at + stop - start], start, stop)
+                at += stop - start
             index = mixed.numpy()
-            yield tuple(torch.from_numpy(_joined(part)[index]) for part in zip(*parts, strict=True))
+            while len(index):
+                some, index = np.split(index, [at_once - served % batch_size])
+                served += len(some)
+                yield tuple(torch.from_numpy(kept[some]) for kept in memory)
 
     def _orders(self, place: Place, done: int) -> Iterator[tuple[Window, Tensor]]:
         """Each window with the order of its rows, without the first ``done`` rows of all."""
@@ -184,6 +203,24 @@ class Stored(Arriving):
             return False
         greatest = float(max(np.fmax.reduce(values, None), -np.fmin.reduce(values, None)))
         return greatest != greatest or greatest <= torch.finfo(self.dtype or part.dtype).max
+
+
+def _row_bytes(array: DiskArray) -> int:
+    return max(1, math.prod(array.row) * array.dtype.itemsize)
+
+
+def _empty(array: DiskArray | Tensor, length: int) -> np.ndarray:
+    """Memory for some rows of an array."""
+    dtype = torch.empty(0, dtype=array.dtype).numpy().dtype
+    return np.empty((length, *array.shape[1:]), dtype)
+
+
+def _into(array: DiskArray | Tensor, found: np.ndarray, start: int, stop: int) -> None:
+    """Read rows that follow each other into memory."""
+    if isinstance(array, DiskArray):
+        array.into(found, start, stop)
+    else:
+        found[:] = array[start:stop].numpy()
 
 
 def _joined(parts: Sequence[Tensor]) -> np.ndarray:

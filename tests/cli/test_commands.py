@@ -195,6 +195,7 @@ def test_convolutions(tmp_path):
     assert np.load(run / "samples.npy").shape == (3, 1, 8, 8)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     "options",
     [
@@ -218,6 +219,7 @@ def test_options_reach_training(options, tmp_path):
     assert np.isfinite(read(run / "metrics.json")["log_likelihood"])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("rows", "options"), [(10, ""), (20, "--condition label")])
 def test_a_small_table_goes_all_the_way(rows, options, tmp_path):
     x = np.random.default_rng(0).normal(size=(rows, 5))

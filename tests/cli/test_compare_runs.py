@@ -56,6 +56,7 @@ def table(out):
     return {cells[0]: cells[1:] for cells in (re.split("  +", row) for row in rows)}
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("runs")
 def test_the_table_repeats_the_single_diagnoses(capsys):
     single = {}
@@ -83,6 +84,7 @@ def test_the_table_repeats_the_single_diagnoses(capsys):
         )
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("runs")
 def test_copies_agree_and_each_keeps_its_own_report(capsys):
     main(["diagnose", "a", "copy"])

@@ -69,6 +69,7 @@ def test_train_diagnoses_the_held_out_rows_for_ten_seconds(table, tmp_path, caps
     assert page.index("Can the inference be believed?") < page.index("<h2>Numbers</h2>")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     ("options", "budget"),

@@ -175,6 +175,7 @@ def test_json_restores_numbers_that_are_not_finite(tmp_path):
     assert again["d"] == math.inf
 
 
+@pytest.mark.thorough
 def test_a_run_with_an_extreme_test_row_has_metrics_and_a_report(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     x = X.copy()

@@ -29,6 +29,7 @@ class Grouped(nn.Module):
             pyro.sample("u", dist.Normal(self.loc, self.log_scale[0].exp()))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", [torch.int8, torch.int16, torch.uint8, torch.int32])
 def test_any_integers_number_the_groups_of_rows_with_holes(kind):
     torch.manual_seed(0)

@@ -82,6 +82,7 @@ def test_a_part_whose_images_are_all_unreadable_is_refused(tmp_path):
         load_data(tmp_path / "a")
 
 
+@pytest.mark.thorough
 def test_the_report_names_the_files_of_its_worst_pictures(tmp_path):
     write(tmp_path / "a" / "train", range(12))
     write(tmp_path / "a" / "test", range(12, 16))

@@ -50,6 +50,7 @@ TRAIN = ("--model", "deep-markov", "--epochs", 1, "--hidden", 4, "--latent-dim",
 TRAIN += ("--engine", "eager", "--num-eval-samples", 2, "--diagnosis-seconds", 0)
 
 
+@pytest.mark.thorough
 def test_the_command_line_works_with_music(chorales, tmp_path):
     out = tmp_path / "run"
     run("train", chorales, "--out", out, *TRAIN, "--batch-size", 4, "--no-report")

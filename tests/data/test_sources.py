@@ -125,6 +125,7 @@ def test_the_last_smaller_batch_is_counted(n):
     assert history["objective"][0] == pytest.approx(truth.log_joint, rel=1e-5)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "wrap",
     [

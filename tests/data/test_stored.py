@@ -78,8 +78,10 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("part_bytes", [1, 200])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_on_disk_are_those_in_memory(kind, tmp_path):
+def test_rows_on_disk_are_those_in_memory(kind, part_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "PART_BYTES", part_bytes)  # one minibatch, and two
     rows = source(KINDS[kind](tmp_path), [C])
     assert isinstance(rows, Stored)
     assert len(rows) == N

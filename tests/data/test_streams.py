@@ -117,6 +117,7 @@ def test_the_numbers_of_rows_are_those_of_the_sampler(name):
     assert rows.steps(20) == len(batches)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["subset", "weighted"])
 def test_the_posterior_of_a_global_latent_counts_the_different_rows(name):
     make, epoch, different = LOADERS[name]

@@ -130,6 +130,7 @@ def test_two_models_are_compared():
     assert list(found.index) == ["right", "wrong"]
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("name", ALL | GLOBAL)
 def test_every_pair(name):
     batch = rows(name, 7)
@@ -167,6 +168,7 @@ class Shared(torch.nn.Module):
             pyro.sample("z", dist.Normal((x - w) / 1.25, 0.5))
 
 
+@pytest.mark.thorough
 def test_loo_leaves_a_datum_out_of_what_all_share():
     x = torch.tensor([-1.0, 0.4, 3.0, 1.1], dtype=torch.float64)
     data = pv.to_arviz(Shared(x), x, num_samples=3000, num_particles=10)

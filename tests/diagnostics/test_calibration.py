@@ -171,6 +171,7 @@ def test_ties_are_broken_evenly():
     assert len({int(ranks_of(drawn, nearly)) for _ in range(50)}) > 3
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("name", ALL)
 def test_any_pair(name):
     pair, batch = make(name), rows(name, 30)

@@ -168,10 +168,13 @@ def test_a_model_that_makes_other_data_is_doubted(monkeypatch):
 QUICK = ("latents", "information", "calibration", "log_likelihood")
 
 
+ALL_BUT_TWO = [make(BENCH).name for make in studies.STUDIES if make(BENCH) is not None][:-2]
+
+
 @pytest.mark.parametrize(
     ("name", "which"),
     [
-        ("bags", [make(BENCH).name for make in studies.STUDIES if make(BENCH) is not None][:-2]),
+        pytest.param("bags", ALL_BUT_TWO, marks=pytest.mark.thorough),
         ("conditional", QUICK),
         ("deep-markov", QUICK),
         ("text", QUICK),
@@ -432,6 +435,7 @@ class Own(torch.nn.Module):
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("cheap")
 def test_text_is_shown_in_words(tmp_path):
     run = tmp_path / "run"

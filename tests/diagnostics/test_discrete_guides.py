@@ -54,6 +54,7 @@ def diagnosed(pair, x):
     return pv.diagnose(pair, x, budget=6, progress=False)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("factor", [1.0, 0.9])
 def test_a_guide_of_classes_that_is_almost_exact_has_no_fault(data, factor):
     pair = Classes(factor)
@@ -63,6 +64,7 @@ def test_a_guide_of_classes_that_is_almost_exact_has_no_fault(data, factor):
     assert "guide" in {one.about for one in found.findings if one.kind == "trust"}
 
 
+@pytest.mark.thorough
 def test_a_guide_of_classes_that_is_off_is_charged_to_the_encoder_with_its_size(data):
     pair = Classes(0.5)
     found = diagnosed(pair, data)
@@ -80,6 +82,7 @@ def test_a_guide_of_classes_that_is_off_is_charged_to_the_encoder_with_its_size(
     assert "log p(x)" in {one.about for one in found.findings if one.kind == "trust"}
 
 
+@pytest.mark.thorough
 def test_a_guide_of_classes_that_ignores_the_data_is_charged_to_the_encoder(data):
     assert diagnosed(Classes(0.0), data).blamed[0].part == "encoder"
 

@@ -15,6 +15,7 @@ def measured(pair, x, seeds, num_samples=50):
     return elbo, errors
 
 
+@pytest.mark.thorough
 def test_the_error_of_the_elbo_is_its_spread_over_seeds():
     torch.manual_seed(1)
     pair = pv.VAE.mlp((4,), latent_dim=2, hidden=(8,), likelihood=pv.Gaussian)

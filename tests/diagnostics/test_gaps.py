@@ -37,6 +37,7 @@ def closed_forms(pair, x):
     return pair.marginal().log_prob(x).detach(), least, pair.kl(x, pair.q(x)) - least
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("shift", "stretch"), [(0.0, 1.0), (0.6, 1.4), (-0.4, 0.7)])
 def test_a_diagonal_family_on_a_correlated_posterior(shift, stretch):
     pair = Spoiled("diagonal", shift, stretch, MILD)
@@ -88,6 +89,7 @@ def test_errors_are_those_of_differences():
     assert (found.amortization.standard_errors / independent).median() < 0.6  # shared draws
 
 
+@pytest.mark.thorough
 def test_choosing_the_better_proposal_does_not_lift_the_bound():
     """Two noisy bounds: their maximum would exceed log p(x) on average."""
     pair = Spoiled("diagonal", 0.9, 0.6)
@@ -125,6 +127,7 @@ def test_a_better_bound_is_taken_as_it_is():
         pv.gaps(pair, x, log_likelihood=Given(log_p[:3], log_p[:3]), **OPTIONS)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["params", "flows", "hierarchical", "semi-supervised", "bags"])
 def test_any_pair(name, monkeypatch):
     pair, batch = make(name), rows(name, 7)
@@ -144,6 +147,7 @@ def test_any_pair(name, monkeypatch):
     assert torch.equal(again.inference.per_datum, found.inference.per_datum)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cells", [2**20, 6 * 64 * 5, 7])
 def test_weights_in_blocks_of_rows_and_draws(cells, monkeypatch):
     monkeypatch.setattr("pyro_vae.inference.importance.CELLS", cells)

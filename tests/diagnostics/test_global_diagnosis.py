@@ -139,6 +139,7 @@ def test_a_guide_ten_posterior_sds_off_is_never_reliable(monkeypatch):
     assert found.blamed[0].part == "globals"
 
 
+@pytest.mark.thorough
 def test_a_guide_that_is_too_narrow_is_named_by_nuts(monkeypatch):
     """The mean-field fault: the scale of q(w) is a fifth of that of the posterior."""
     x, g = data(3)

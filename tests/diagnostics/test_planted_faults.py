@@ -60,6 +60,7 @@ STUDIES = [
 ]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "fault",
     [

@@ -126,6 +126,7 @@ def test_a_latent_of_the_model_alone_is_drawn_given_the_data():
     torch.testing.assert_close(found.replicated_mean, x.double(), atol=0.6, rtol=0)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("name", ALL)
 def test_any_pair(name):
     pair, batch = make(name), rows(name, 12)
@@ -183,6 +184,7 @@ def test_the_area_is_that_of_pairs():
     assert _auroc(inside, broken)["-log p(x)"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.thorough
 def test_simple_images_are_more_probable_than_what_was_learned():
     """An empty image has a higher log p(x) than digits (known failure); other scores detect it."""
     digits = pv.load_data("digits")
@@ -265,6 +267,7 @@ class Shared(nn.Module):
             pyro.sample("z", dist.Normal(x.new_zeros(1), 0.01).to_event(1))
 
 
+@pytest.mark.thorough
 def test_each_replicate_of_all_data_has_its_own_draw_of_what_they_share():
     found = pv.predictive_check(Shared(), torch.full((5, 1), 0.3), num_replicates=400, **QUIET)
     mean = found.names.index("mean")

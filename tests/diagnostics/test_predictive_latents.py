@@ -141,6 +141,7 @@ class Shared(nn.Module):
             pyro.sample("z", dist.Normal(loc, 0.5**0.5).to_event(1))
 
 
+@pytest.mark.thorough
 def test_global_latents_are_drawn_once_for_each_replicate():
     """Given w, a replicate has the mean (x + w) / 2, although the guide of z is 0.5 too high."""
     x = torch.linspace(-1, 1, 30).double()[:, None]

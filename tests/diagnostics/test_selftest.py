@@ -19,6 +19,7 @@ def run(group):
         return list(selftest.CHECKS[group]())
 
 
+@pytest.mark.thorough
 def test_everything_is_right_here(capsys):
     state = torch.get_rng_state()
     main(["selftest"])

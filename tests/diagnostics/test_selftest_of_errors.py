@@ -78,6 +78,7 @@ SPOILED = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("module", "name", "by", "group", "seen"), SPOILED)
 def test_a_wrong_estimator_or_error_is_seen(monkeypatch, module, name, by, group, seen):
     changed(monkeypatch, module, name, by)

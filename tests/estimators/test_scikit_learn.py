@@ -127,6 +127,7 @@ def test_imputations_are_near_the_conditional_means_of_the_true_moments():
     assert 0.8 < inside.mean() < 0.97
 
 
+@pytest.mark.thorough
 def test_draws_of_the_posterior_differ_from_call_to_call_and_means_do_not():
     damaged, holes = with_holes(correlated(60))
     means = pv.VAEImputer(**SMALL).fit(damaged)

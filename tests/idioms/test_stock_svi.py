@@ -70,6 +70,7 @@ def by_stock(idiom: Idiom) -> dict[str, Tensor]:
     return declared | {name: p.detach() for name, p in pair.named_parameters()}
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize(
     "idiom", [one for one in IDIOMS if "fit" not in one.refuses], ids=lambda one: one.name
 )

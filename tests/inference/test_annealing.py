@@ -78,6 +78,7 @@ def test_every_pair_has_its_weights_at_vectors_of_its_draws(name):
         torch.testing.assert_close(alone[key], value)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["bernoulli", "flows", "semi-supervised", "mixture", "bags"])
 def test_the_joint_density_integrates_to_p_and_the_guide_to_one(name):
     """Compare with a grid over the two latents, also for enumerated pairs."""
@@ -247,6 +248,7 @@ def test_a_pair_without_graph_and_plate_is_moved_particle_by_particle():
 # Bounds
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("scale", [0.7, 1.3])
 def test_forward_and_reverse_bracket_the_truth(scale):
     """Ten dimensions, 1,000 temperatures; the bound of the guide is off by at least three nats."""
@@ -350,6 +352,7 @@ def test_a_mode_that_the_guide_misses_shows_in_the_gap_alone():
 PAIRS = ("flows", "hierarchical", "deep-markov", "semi-supervised", "bags", "params", "conditional")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", PAIRS)
 def test_other_pairs_are_annealed(name):
     """The bound is below the true value, which importance sampling finds for these small pairs."""

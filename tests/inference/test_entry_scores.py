@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch import nn
 from torch.distributions import MultivariateNormal
@@ -42,6 +43,7 @@ def moments(pair, size):
     return (0.2 * slope + start).repeat(size), cov
 
 
+@pytest.mark.thorough
 def test_entries_of_groups_with_holes_have_their_exact_conditional_densities():
     torch.manual_seed(1)
     x = torch.randn(24, 2) * torch.tensor([5.0, 0.2]) + torch.tensor([100.0, -3.0])

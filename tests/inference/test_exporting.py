@@ -72,6 +72,7 @@ def test_conditional_pairs_take_their_context(tmp_path):
     torch.testing.assert_close(logits.sigmoid(), pv.decode(pair, {"z": z}, label))
 
 
+@pytest.mark.thorough
 def test_levels_of_latents_get_the_means_of_the_levels_above(tmp_path):
     pair = pairs.ALL["hierarchical"]()
     x = pair.template(6)[0].round()
@@ -94,6 +95,7 @@ def test_global_latents_have_the_means_of_the_guide(tmp_path):
     torch.testing.assert_close(logits.sigmoid(), expected)
 
 
+@pytest.mark.thorough
 def test_tables_have_the_parameters_of_each_family_of_columns(tmp_path):
     pair = pv.VAE.mlp(
         (3,),

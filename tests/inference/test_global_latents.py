@@ -150,6 +150,7 @@ def test_chains_that_do_not_move_do_not_agree():
     assert not found.agrees.any()
 
 
+@pytest.mark.thorough
 def test_an_enumerated_latent_is_summed_out_of_the_joint():
     """Two components with unknown means; compare with a grid over both."""
 
@@ -194,6 +195,7 @@ def test_an_enumerated_latent_is_summed_out_of_the_joint():
     assert bool(((shared.moments.mean[0] - mean).abs() < 4 * shared.mean_standard_error[0]).all())
 
 
+@pytest.mark.thorough
 def test_nuts_draws_all_latents_from_their_exact_posterior():
     x, g = data(4)
     pair = Nested().set(x, g, shift=1.0, stretch=0.5)

@@ -25,6 +25,7 @@ def data(pair, n=40):
         return pair.marginal().sample((n,)).detach()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", ["diagonal", "full", "low-rank"])
 def test_refining_takes_back_what_spoils_the_encoder(family):
     pair = Spoiled(family, shift=0.6, stretch=1.4)
@@ -50,6 +51,7 @@ def test_an_optimal_guide_gains_nothing():
     assert result.gain.abs().mean() < 0.02
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("name", ALL)
 def test_without_offsets_a_refined_guide_is_the_guide(name):
     pair, batch = make(name), rows(name, 9)
@@ -66,6 +68,7 @@ def test_without_offsets_a_refined_guide_is_the_guide(name):
         torch.testing.assert_close(codes[site], code)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["flows", "params", "semi-supervised", "hierarchical"])
 def test_any_pair_is_refined_and_left_as_it_was(name):
     pair, batch = make(name), rows(name, 12)
@@ -186,6 +189,7 @@ def test_the_elbo_beside_log_p_is_the_closed_form_with_its_error():
     assert one.elbo_standard_error != one.elbo_standard_error
 
 
+@pytest.mark.thorough
 def test_another_family_is_fitted_to_a_model_that_stays(tmp_path):
     truth = Spoiled("diagonal")
     x = data(truth, 400)

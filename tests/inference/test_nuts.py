@@ -71,6 +71,7 @@ def test_rates_keep_to_their_support():
     assert bool((result.moments.standard_deviation / exact.stddev - 1).abs().max() < 0.25)
 
 
+@pytest.mark.thorough
 def test_an_enumerated_latent_is_summed_out():
     """Compare with a grid over the two other latents."""
     pair, batch = make("bags"), rows("bags", 1)

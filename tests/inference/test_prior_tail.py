@@ -37,6 +37,7 @@ def test_the_mean_tail_is_the_integral_over_the_posterior():
     assert found.p_values == pytest.approx((6 * found.tails.mean(0)).clamp(max=1))
 
 
+@pytest.mark.thorough
 def test_one_posterior_draw_of_data_from_the_model_has_a_uniform_tail():
     tails, rejected = [], 0
     for _ in range(300):
@@ -193,6 +194,7 @@ def test_closed_forms_are_those_of_scipy_far_out(prior, law):
             assert found.prior_draws.item() == float("inf")
 
 
+@pytest.mark.thorough
 def test_elements_too_many_for_the_draws_are_said_to_be_unchecked():
     few, many = (
         tails_at(dist.Gamma(torch.full((n,), 2.0), 1.0), torch.full((n,), 60.0), 200)

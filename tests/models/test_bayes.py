@@ -134,6 +134,7 @@ def test_minibatches_lead_to_the_conjugate_posterior():
     assert history["kl_z"][-1] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.thorough
 @same_posterior
 def test_a_bayesian_decoder_reaches_the_conjugate_posterior():
     """With ten draws of the weights for each step; the remaining error is from these draws."""

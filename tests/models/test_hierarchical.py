@@ -117,6 +117,7 @@ def test_a_pair_brings_a_recipe_that_arguments_switch_off(tmp_path):
     assert plain["objective"] == pytest.approx(plain["elbo"], rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_the_recipe_prevents_collapsed_levels():
     """Without the recipe, the upper level of a Markov pair collapses; with it, it is used."""
     digits = pv.load_data("digits")

@@ -65,6 +65,7 @@ def test_the_kl_of_u_is_that_of_its_posterior(effects, groups):
     assert found.kl_by_site["u"] == pytest.approx(kl, abs=0.5)  # an estimate of 10 draws
 
 
+@pytest.mark.thorough
 def test_nuts_finds_the_posterior_of_u():
     """Of a group of two among three members: NUTS must not move the padding."""
     effects = Effects(1, 1, 2)

@@ -39,6 +39,7 @@ def train(pair, batch, **settings):
     return pv.fit(pair, *batch, **settings)
 
 
+@pytest.mark.sample(15)
 @every_pair
 def test_is_sound_and_every_parameter_is_trained(name):
     pair, batch = make(name), rows(name)
@@ -55,6 +56,7 @@ def test_is_sound_and_every_parameter_is_trained(name):
     )
 
 
+@pytest.mark.sample(15)
 @every_pair
 def test_shapes_of_every_tool(name):
     pair, batch = make(name), rows(name, 7)
@@ -86,6 +88,7 @@ def test_shapes_of_every_tool(name):
     assert set(result.kl_by_site) == set(codes) - set(shared)
 
 
+@pytest.mark.sample(14)
 @pytest.mark.parametrize("name", [name for name in (*ALL, *GLOBAL) if name not in UNORDERED])
 def test_sampling_is_that_of_the_prior_and_the_likelihood(name):
     pair, batch = make(name), rows(name, 7)
@@ -97,6 +100,7 @@ def test_sampling_is_that_of_the_prior_and_the_likelihood(name):
     assert torch.equal(draws, pv.sample(pair, 3000, *one, seed=1))
 
 
+@pytest.mark.sample(12)
 @every_pair
 def test_save_and_load_score_the_same_batch_to_the_last_bit(name, tmp_path):
     pair, batch = make(name), rows(name)
@@ -110,6 +114,7 @@ def test_save_and_load_score_the_same_batch_to_the_last_bit(name, tmp_path):
     assert pv.evaluate(again, *batch, num_samples=4) == want
 
 
+@pytest.mark.sample(9)
 @every_style
 def test_evaluating_changes_nothing(name):
     pair, batch = make(name), rows(name)
@@ -126,6 +131,7 @@ def test_evaluating_changes_nothing(name):
         assert torch.equal(value, before[key])
 
 
+@pytest.mark.sample(8)
 @every_style
 def test_two_pairs_of_one_class_train_side_by_side(name):
     batch = rows(name)
@@ -158,6 +164,7 @@ def stock_training(pair, batch, steps_seed, objective, epochs=3, batch_size=16):
     return losses
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("name", [*OURS, "registered"])
 def test_stock_svi_trains_the_same_step_for_step(name):
     batch = rows(name)
@@ -256,6 +263,7 @@ def test_discrete_latents_are_encoded_by_their_mode():
     assert torch.isfinite(pv.reconstruct(pair, x)).all()
 
 
+@pytest.mark.sample(10)
 @our_pairs
 def test_bound_is_below_log_likelihood(name):
     pair, batch = make(name), rows(name)

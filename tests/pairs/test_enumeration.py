@@ -388,6 +388,7 @@ def test_stock_enumeration_takes_no_weight_on_the_kl():
         pv.fit(pair, *batch, objective=stock, batch_size=3, epochs=1, progress=False, engine="auto")
 
 
+@pytest.mark.sample(1)
 @every_pair
 def test_the_default_is_the_enumerated_bound_in_a_graph(name):
     ours, other = make(name), make(name)

@@ -84,6 +84,7 @@ def test_log_p_includes_the_factors_and_names_them(kind):
     assert any("factor 'energy'" in note for note in pv.check(pair, x).notes)
 
 
+@pytest.mark.thorough
 def test_nuts_annealing_and_gaps_include_the_factors():
     pair, x = Energy(), torch.tensor([2.0])
     options = {"progress": False}

@@ -131,6 +131,7 @@ def test_bounds_kl_and_scales_are_those_of_the_latent(how):
     assert (scales / scale - 1).abs().max() < (1e-6 if exact else 0.35)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("how", HOW)
 def test_tools_of_inference_take_the_latent_with_its_density(how):
     pair, x = Linear(how), rows(4)
@@ -200,6 +201,7 @@ def test_mean_and_scale_of_a_constrained_latent_are_its_own():
     torch.testing.assert_close(pv.encode(pair, x, what="scale")["s"], exact.stddev)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["positive", "simplex"])
 def test_log_p_of_a_constrained_latent_agrees_with_quadrature(kind):
     pair, x = Positive(kind), torch.tensor([0.5, 1.0, 3.0])
@@ -274,6 +276,7 @@ class Shared(nn.Module):
         return (torch.zeros(n, 3),)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", [*AUTO])
 def test_every_tool_with_a_guide_of_pyros(kind, tmp_path):
     pair, x = Shared(kind), 1 + 0.5 * torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
@@ -324,6 +327,7 @@ def test_every_tool_with_a_guide_of_pyros(kind, tmp_path):
     torch.testing.assert_close(pv.sample(loaded, 3, seed=0), pv.sample(pair, 3, seed=0))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("kind", "engine"),
     [
@@ -378,6 +382,7 @@ class Mixed(nn.Module):
             return pyro.sample("s", dist.Delta(u.exp(), -u))
 
 
+@pytest.mark.thorough
 def test_beside_a_latent_that_is_summed_out():
     x = torch.tensor([0.5, 1.5, 3.0])
     plain, pair = Mixed(False), Mixed(True)

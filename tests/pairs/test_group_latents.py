@@ -140,6 +140,7 @@ def test_fit_takes_the_steps_of_stock_svi_with_groups_missing_from_minibatches(k
         assert torch.allclose(pair.get_parameter(name), value, atol=1e-5), name
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_log_p_of_rows_of_few_groups_is_exact(kind):
     pair, (x, group) = kind(), data()

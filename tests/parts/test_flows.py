@@ -42,6 +42,7 @@ def flow(layer, bijection, context_dim, dim=2, seed=0, layers=2, strength=0.5, b
         return Flow(loc, scale, torch.randn(*batch, context_dim).double(), made)
 
 
+@pytest.mark.sample(4)
 @every_kind
 def test_a_flow_integrates_to_one_and_has_the_moments_of_its_draws(layer, bijection, context_dim):
     q = flow(layer, bijection, context_dim, strength=0.3)
@@ -280,6 +281,7 @@ CASES = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("shape", CASES)
 def test_a_flow_reaches_a_posterior_that_no_normal_does(shape):
     x, bijection, steps, most = CASES[shape]

@@ -72,6 +72,7 @@ def correlated():
         return truth, truth.marginal().sample((500,)).detach()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("posterior", "best"),
     [(pv.DiagonalNormal, False), (pv.FullRankNormal, True), (pv.LowRankNormal(1), True)],

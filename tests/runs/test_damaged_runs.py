@@ -57,6 +57,7 @@ def refused(read, run, name):
     assert str(run / name) in message
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("name", "read"), READERS.items())
 def test_a_flipped_bit_is_detected_everywhere(name, read, run):
     """Flip all bits of both ends, which have headers and checksums, and a sample of other bits."""
@@ -266,6 +267,7 @@ assert n > 20, n
 """
 
 
+@pytest.mark.sample(1)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("kind", ["begin", "restart", "overwrite"])
 def test_a_run_killed_at_any_write_can_be_trained_or_resumed(kind, tmp_path):

@@ -84,6 +84,7 @@ def test_numbers_and_report_name_their_weights(here):
     assert run_metrics.fingerprint(other) != model
 
 
+@pytest.mark.thorough
 def test_numbers_of_earlier_weights_are_not_shown(here):
     main(["diagnose", "run", "--budget", "0.1"])
     elbo = f"{metrics(here)['elbo']:.4g}"
@@ -157,6 +158,7 @@ def test_metrics_of_0_1_0_are_shown_with_a_remark(here):
     assert "do not say on which weights they were measured" in shown(here)
 
 
+@pytest.mark.thorough
 def test_a_report_in_python_describes_the_given_pair(here):
     """metrics.json does not describe a pair that was changed in memory."""
     pair, x = pv.load(here), pv.load_data("x.npy").test.x
@@ -284,6 +286,7 @@ class Named(nn.Module):
         return (torch.zeros(n, 4),)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["$\\frac{$", "$x$", "<script>alert(1)</script>", "\n", "$"])
 def test_names_of_sites_are_escaped_in_page_and_pictures(name, tmp_path):
     pair = Named(name)

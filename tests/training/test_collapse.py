@@ -59,6 +59,7 @@ def fitted(noise, said, **settings):
     return pair, history
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("noise", "kept"), [(6.0, 0), (1.6, 2), (0.8, 3)])
 def test_as_many_units_collapse_as_theory_predicts(noise, kept):
     """Units with an eigenvalue below the noise collapse. Others: log(eigenvalue / noise) / 2."""

@@ -62,6 +62,7 @@ def served(name, objective):
 CASES = [(name, o) for name in (*ALL, *MORE, *GLOBAL) for o in OBJECTIVES if served(name, o)]
 
 
+@pytest.mark.sample(18)
 @pytest.mark.parametrize(("name", "objective"), CASES)
 def test_a_traced_step_is_that_of_stock_pyro(name, objective):
     """Two shapes and both modes: losses and every gradient, then parameters and buffers."""
@@ -84,6 +85,7 @@ COMPILED = [("normalized", "elbo"), ("conditional", "importance-weighted")]
 COMPILED += [("tied", "particles"), ("params", "doubly"), ("semi-supervised", "enumerated")]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("name", "objective"), COMPILED)
 def test_a_compiled_step_is_that_of_stock_pyro(name, objective):
     stock, compiled = Run(name, objective), Run(name, objective, "compiled", batch_size=12)
@@ -98,6 +100,7 @@ def test_a_compiled_step_is_that_of_stock_pyro(name, objective):
     assert compiled.engine.engine == "compiled"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["gaussian-learned", "params"])
 def test_parameters_agree_after_200_steps(name):
     stock, traced = Run(name), Run(name, engine="traced")
@@ -150,6 +153,7 @@ CHANGES = [change_rate, change_beta, change_beta_to_a_tensor, change_parameter, 
 CHANGES += [change_attribute, change_setting, freeze]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_between_steps_takes_effect(change):
     stock, traced, unchanged = (Run("normalized", engine=e) for e in (None, "traced", "traced"))

@@ -122,6 +122,7 @@ def test_the_history_is_the_same_norms_and_parts_and_clipping_too():
     assert histories[0][0]["gradient_norm"] > 2.0  # so clipping has an effect
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("engine", ["traced", "compiled"])
 def test_resuming_is_bit_identical_under_each_engine(tmp_path, engine):
     x = rows("bernoulli", 60)[0]
@@ -173,6 +174,7 @@ def test_log_likelihood_of_what_cannot_be_traced_is_eager(monkeypatch):
     assert torch.equal(found.per_datum, eager.per_datum)
 
 
+@pytest.mark.thorough
 def test_bfloat16_ends_where_float32_does():
     """Over three seeds, on digits; the graph runs the networks in bfloat16, as autocast does."""
     x = pv.load_data("digits").train.x

@@ -17,6 +17,7 @@ def alive():
     return len(gc.get_objects())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("engine", ["eager", "traced"])
 def test_a_fit_keeps_no_objects(engine, monkeypatch):
     """A graph that stays would have hundreds of nodes in each call."""

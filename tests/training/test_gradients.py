@@ -131,6 +131,7 @@ BOUNDS = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("beta", [1.0, 0.4])
 @pytest.mark.parametrize("bound", ["elbo", "three samples"])
 @pytest.mark.parametrize("name", PAIRS)
@@ -196,6 +197,7 @@ def test_an_exact_guide_gets_no_gradient_at_all(bound):
     assert path[:2].abs().min() > 0.1
 
 
+@pytest.mark.thorough
 def test_signal_to_noise_by_number_of_samples():
     """Rainforth et al., 2018: it falls as 1/sqrt(K); Tucker et al., 2019: it grows as sqrt(K)."""
     pair, x = TwoLevels(), torch.tensor([0.7], dtype=torch.float64)

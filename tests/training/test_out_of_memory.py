@@ -59,6 +59,7 @@ def found(folder):
     return {name: (kind, message) for name, kind, message in lines}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_the_line_names_a_smaller_batch_size(name, found):
     kind, message = found[name]

@@ -137,6 +137,7 @@ def test_two_fits_in_two_threads_are_two_fits():
         assert same(want, [job.result(120) for job in jobs])
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ALL)
 def test_a_fit_that_gives_way_is_the_same_fit(name):
     def run():
@@ -195,6 +196,7 @@ def test_a_sample_does_not_wait_for_the_end_of_a_fit():
         assert isinstance(job.exception(60), Enough)
 
 
+@pytest.mark.thorough
 def test_the_pair_in_training_may_be_used_and_each_call_sees_one_state_of_it():
     vae, x = made()
     steps, seen = [0], []
@@ -244,6 +246,7 @@ def test_pairs_may_share_parts_that_hold_no_tensors():
         assert same(want, [job.result(60) for job in jobs])
 
 
+@pytest.mark.thorough
 def test_one_pair_is_not_fitted_by_two_threads_at_once(tmp_path):
     vae, x = made()
     trains, over = threading.Event(), threading.Event()
@@ -410,6 +413,7 @@ class TestForks:
             assert in_a_child(lambda: pv.sample(vae, 3, seed=0)) == want
             assert in_a_child(in_a_thread) == want
 
+    @pytest.mark.thorough
     def test_workers_of_a_loader_run_pairs_while_other_threads_do(self):
         vae, x = made()
         codes = torch.cat([pv.encode(vae, x[i : i + 1])["z"] for i in range(len(x))])
@@ -529,6 +533,7 @@ def watched(monkeypatch):
     return loose
 
 
+@pytest.mark.sample(14)
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_public_function_gives_the_same_beside_other_threads(name, tmp_path, watched):

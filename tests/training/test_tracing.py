@@ -27,6 +27,7 @@ REASONS = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("kind", "engine"),
     [*((kind, "auto") for kind in REASONS), ("branch", "compiled"), ("python", "traced")],

@@ -64,6 +64,7 @@ def stop(run, folder, number):
     return error
 
 
+@pytest.mark.thorough
 def test_a_run_that_was_stopped_and_killed_ends_bit_identical(tmp_path):
     run, folder = program(tmp_path), tmp_path / "stopped"
     subprocess.run([*run, tmp_path / "whole", "40"], check=True)
@@ -87,6 +88,7 @@ class StopAt:
         return 1.0
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("source", ["tensor", "dataset", "loader"])
 @pytest.mark.parametrize("epoch", [0.1, 1.0, 1.5, 2.7])
 def test_resuming_within_an_epoch_is_bit_identical(tmp_path, source, epoch):
