@@ -243,6 +243,8 @@ EQUIVALENT = [
     Equivalent("prior_tail", "max(1, value.numel())", "1 to 0", "a site has a number"),
     Equivalent("prior_tail", "ours.isfinite(), ROUNDING", "0.0 to 1", "infinity minus 1"),
     Equivalent("sizing", "with bar(progress, 3 * len", "", "a bar changes no result"),
+    Equivalent("sizing", "max(seconds, 1e-9)", "1e-09 to", "a run takes longer"),
+    Equivalent("sizing", "zip(*known[-2:], strict", "True to False", "both have a cost and a time"),
     Equivalent("sizing", "if rest else 0.0", "0.0 to 1", "all studies are over"),
     Equivalent("signs", "if factor < 1", "Lt to LtE", "a factor of 1 is not told"),
     Equivalent("signs", "sign.nats is not None and", "side 1", "for mypy: the size is known"),

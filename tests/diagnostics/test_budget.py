@@ -144,6 +144,16 @@ def test_a_study_that_fails_runs_once(monkeypatch, error):
     assert order == [error, 1, 3]
 
 
+def test_a_study_that_fails_is_told_with_the_error_of_its_pair(monkeypatch):
+    def fail():
+        raise ValueError("a bug\n Trace Shapes:")
+
+    study = Study("mine", 1, [Rung(1, fail)])
+    monkeypatch.setattr(diagnosis, "STUDIES", [lambda bench: study])
+    found = pv.diagnose(linear_gaussian(), torch.zeros(4, 6), budget=20, progress=False)
+    assert found.failed == {"mine": "ValueError: a bug"}
+
+
 def test_more_rows_and_more_draws_always_cost_more(monkeypatch):
     """On this clock 500 rows take as long as one, and draws take no time."""
     ticks = iter(range(10_000))
