@@ -336,6 +336,16 @@ def test_steps_beyond_the_length_count_for_nothing():
     assert a == pv.evaluate(pair, other, lengths, num_samples=5)
 
 
+@pytest.mark.parametrize("shape", [(4, 2), (1, 4, 2), (4, 1, 2)])
+def test_steps_after_the_end_are_not_missing(shape):
+    """They do not exist; at z = 0 the emission would fill them with numbers that mean nothing."""
+    pair = pv.DeepMarkovModel.usual(4, 2, latent_dim=1, hidden=3, ragged=True)
+    x, lengths = torch.ones(6, *shape), torch.tensor([1, 2, 3, 4, 4, 2])
+    for method in ("importance", "nuts"):
+        with pytest.raises(pv.UsageError, match="no missing entry"):
+            pv.impute(pair, x, lengths, method=method, num_samples=30)
+
+
 def test_elements_are_those_that_are_scored():
     full = dist.Bernoulli(torch.full((4, 3, 2), 0.5)).to_event(2)
     assert elements(full, torch.zeros(4, 3, 2)).tolist() == [6.0] * 4
