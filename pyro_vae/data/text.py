@@ -29,8 +29,8 @@ def as_tokens(lines: Sequence[str], vocabulary: str, length: int) -> Tensor:
 
     A line with ``length`` or more characters is cut to ``length`` and has no end token.
 
-    Raises `UsageError` for a character that is not in the vocabulary, for a vocabulary that does not
-    start with the end of a line, and for a length below 1.
+    Raises `UsageError` for a character that is not in the vocabulary, for a vocabulary that does
+    not start with the end of a line, and for a length below 1.
 
     >>> as_tokens(["ab", "abc"], "\\nabc", 3)
     tensor([[1, 2, 0],

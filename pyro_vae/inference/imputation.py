@@ -113,8 +113,8 @@ def impute(
 
     Arguments:
         pair: any pair that masks missing entries. They are NaN in x or, if x is an array without
-            NaN, the entries that a mask of the model hides (docs/how-to/missing-values.md), but not the
-            steps after the end of a `MarkovChain`. If the model has a latent site
+            NaN, the entries that a mask of the model hides (docs/how-to/missing-values.md), but not
+            the steps after the end of a `MarkovChain`. If the model has a latent site
             ``x_unobserved`` beside its site ``x``, the entries are this latent's draws.
         x, context: the data, as `pyro_vae.log_likelihood` takes them.
         method: "importance" uses the guide of the pair as proposal. "refine" first refines the

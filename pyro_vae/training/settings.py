@@ -83,7 +83,9 @@ class Settings:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in list(vars(self).items()):  # numbers of NumPy, as a grid search gives them
+        for name, value in list(
+            vars(self).items()
+        ):  # numbers of NumPy, as a grid search gives them
             kind = next((kind for number, kind in _NUMBERS if isinstance(value, number)), None)
             if kind is not None and not isinstance(value, int | float):
                 object.__setattr__(self, name, kind(value))
