@@ -78,7 +78,7 @@ def test_a_file_of_arrays_may_have_lengths(tmp_path, capsys):
     )
     assert "unequal lengths need --model deep-markov" in refused(capsys, path)
     np.savez(path, x=x, lengths=np.arange(20) - 1.0)
-    with pytest.raises(pv.UsageError, match="lengths must be whole numbers from 0 .*, got -1"):
+    with pytest.raises(pv.UsageError, match=r"lengths must be whole numbers from 0 .*, got -1"):
         pv.load_data(path)
     np.savez(path, x=x, lengths=np.arange(20))
     with pytest.raises(pv.UsageError, match="lengths must be from 1 to 4, got 0 to 19"):
