@@ -17,6 +17,7 @@ from pyro_vae.cli.make_parts import (
     make_likelihood,
     make_posterior,
     make_prior,
+    missing_entries,
     standardizes,
     with_likelihood,
     with_linear,
@@ -69,7 +70,7 @@ def _make_pair(config: Model, data: Data, standardize: bool, masked: bool) -> nn
     if config.model == "multilevel":
         return _multilevel_vae(config, data, masked)
     if config.model == "deep-markov":
-        return _deep_markov_model(config, data)
+        return _deep_markov_model(config, data, masked)
     makers: dict[str, Callable[[Model, dict[str, Any]], tuple[Any, nn.Module | None]]] = {
         "vae": _make_vae,
         "hierarchical": _make_hierarchical,
@@ -195,7 +196,7 @@ def plain_dim(latent_dim: Sequence[int]) -> int | tuple[int, ...]:
     return latent_dim[0] if len(latent_dim) == 1 else tuple(latent_dim)
 
 
-def _deep_markov_model(config: Model, data: Data) -> nn.Module:
+def _deep_markov_model(config: Model, data: Data, masked: bool) -> nn.Module:
     """The deep Markov model that a configuration describes."""
     _reject(("network", "prior", "condition", "activation"), config, "--model deep-markov")
     _reject(("library_size", "embedding_dim", "word_dropout"), config, "--model deep-markov")
@@ -207,12 +208,14 @@ def _deep_markov_model(config: Model, data: Data) -> nn.Module:
             f"{'text' if data.vocabulary else f'rows of shape {data.shape}'}"
         )
     from pyro_vae.models.sequence import DeepMarkovModel
+    from pyro_vae.parts.missing import Missing
 
+    likelihood = make_likelihood(config)
     return DeepMarkovModel.usual(
         *sequence,
         latent_dim=config.top_dim,
         hidden=config.hidden[0],
-        likelihood=make_likelihood(config),
+        likelihood=Missing(likelihood) if masked or missing_entries(data) else likelihood,
         posterior=make_posterior(config),
         ragged=data.train.lengths is not None,
     )

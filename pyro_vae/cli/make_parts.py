@@ -140,11 +140,26 @@ def _started(likelihood: Any, config: Model, x: Any) -> Any:
 
 
 def missing_entries(data: Any) -> int:
-    """The number of entries of the data that are NaN, in a sample of rows on disk."""
+    """The number of entries of the data that are NaN, in a sample of rows on disk.
+
+    Steps after the end of a sequence do not count.
+    """
+    return sum(map(_missing_of_part, (data.train, data.validation, data.test)))
+
+
+def _missing_of_part(part: Any) -> int:
+    import torch
+
     from pyro_vae.data.disk import sampled
 
-    parts = map(sampled, (data.train.x, data.validation.x, data.test.x))
-    return sum(int(part.isnan().sum()) for part in parts if part.is_floating_point())
+    x = sampled(part.x)
+    if not x.is_floating_point():
+        return 0
+    missing, lengths = x.isnan(), getattr(part, "lengths", None)
+    if lengths is not None and part.members is None:  # (n, ..., steps, d)
+        ends = lengths.reshape(-1, *[1] * (x.dim() - 2))
+        missing = missing & (torch.arange(x.shape[-2]) < ends)[..., None]
+    return int(missing.sum())
 
 
 def standardizes(config: Model, data: Any, asked: bool | None) -> bool:

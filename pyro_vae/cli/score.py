@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from pyro_vae.data.split import Data, Split
     from pyro_vae.inference.imputation import Imputation
+    from pyro_vae.inference.scoring import RowScores
 
 
 @app.command
@@ -28,6 +29,8 @@ def score(
     seed: int = 0,
 ) -> None:
     """Write log p(x) of each row, its Pareto k, and the columns that make the row strange.
+
+    For text there is the line instead of these columns.
 
     nats_1 to nats_3 say how strange these columns are. They are not reliable where their Pareto k,
     pareto_k_1 to pareto_k_3, is over 0.63, the limit for 500 samples. The limit for K samples is
@@ -47,38 +50,51 @@ def score(
     seed
         Random seed.
     """
-    from pyro_vae.inference import scoring
+    from pyro_vae.data.text import as_text
+    from pyro_vae.inference import importance, scoring, weighted
 
     require_positive("num_samples", num_samples)
+    weighted.require_samples(num_samples)
     pair, loaded, given = open_run(run, data, None, model, part)
     split = chosen_part(loaded, data, part)
-    found = scoring.score(
-        pair,
-        split.x,
-        *context_of(given, loaded, split),
-        num_samples=num_samples,
-        binarize=binarize_of(given),
-        seed=seed,
-        progress=True,
-    )
-    columns: dict[str, Any] = ids_of(loaded, split) | {
-        "log_likelihood": found.log_likelihood.tolist(),
-        "pareto_k": found.pareto_k.tolist(),
-    }
-    names = names_of(loaded)
-    for place in range(min(3, len(names))):
-        entries = [found.entries(row, place + 1)[place] for row in range(len(split.x))]
-        columns[f"strangest_{place + 1}"] = [names[entry] for entry in entries]
-        columns[f"nats_{place + 1}"] = [
-            found.strangeness[row].flatten()[entry].item() for row, entry in enumerate(entries)
-        ]
-        columns[f"pareto_k_{place + 1}"] = [
-            found.entry_pareto_k[row].flatten()[entry].item() for row, entry in enumerate(entries)
-        ]
+    rows = (split.x, *context_of(given, loaded, split))
+    how: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress": True}
+    how["binarize"] = binarize_of(given)
+    if loaded.vocabulary is not None:  # a line does not split into characters
+        of_lines = importance.log_likelihood(pair, *rows, **how)
+        columns = _scored_rows(loaded, split, of_lines.per_datum, of_lines.pareto_k)
+        columns["text"] = as_text(split.x, loaded.vocabulary)
+    else:
+        found = scoring.score(pair, *rows, **how)
+        columns = _scored_rows(loaded, split, found.log_likelihood, found.pareto_k)
+        columns |= _strangest(found, names_of(loaded))
     path = written(columns, out or run / f"scores{_usual(loaded)}")
-    few = found.strangest(5).tolist()
-    head = f"{'row':<12}{'log p(x)':>12}{'Pareto k':>10}  strangest"
+    values = columns["log_likelihood"]
+    few = sorted(range(len(values)), key=values.__getitem__)[:5]
+    last = "strangest" if loaded.vocabulary is None else "text"
+    head = f"{'row':<12}{'log p(x)':>12}{'Pareto k':>10}  {last}"
     print(head, *(_line(columns, row) for row in few), path, sep="\n")
+
+
+def _scored_rows(
+    data: "Data", split: "Split", log_likelihood: "Tensor", pareto_k: "Tensor"
+) -> dict[str, Any]:
+    numbers = {"log_likelihood": log_likelihood.tolist(), "pareto_k": pareto_k.tolist()}
+    return ids_of(data, split) | numbers
+
+
+def _strangest(found: "RowScores", names: list[str]) -> dict[str, Any]:
+    """The columns of the three entries that make each row strange."""
+    columns: dict[str, Any] = {}
+    rows = range(len(found.log_likelihood))
+    for place in range(min(3, len(names))):
+        entries = [found.entries(row, place + 1)[place] for row in rows]
+        columns[f"strangest_{place + 1}"] = [names[entry] for entry in entries]
+        for name, values in (("nats", found.strangeness), ("pareto_k", found.entry_pareto_k)):
+            columns[f"{name}_{place + 1}"] = [
+                values[row].flatten()[entry].item() for row, entry in enumerate(entries)
+            ]
+    return columns
 
 
 def _line(columns: dict[str, Any], row: int) -> str:
@@ -88,6 +104,7 @@ def _line(columns: dict[str, Any], row: int) -> str:
         for i in (1, 2, 3)
         if f"strangest_{i}" in columns
     )
+    words = columns["text"][row] if "text" in columns else words
     value, k = columns["log_likelihood"][row], columns["pareto_k"][row]
     return f"{ids[row]!s:<12}{value:>12.3f}{k:>10.2f}  {words}"
 

@@ -35,6 +35,9 @@ WIDTHS = (32, 64, 128, 256, 512)
 
 DIMENSIONS = (1, 2, 4, 8, 16, 32, 64)
 
+LAYERS = 3
+"""The greatest number of hidden layers."""
+
 SHOWN = 20
 """Number of trials in the table."""
 
@@ -69,7 +72,8 @@ def tune(
     trials
         Number of trials in the storage at the end, those that were stopped early included.
     search
-        Options to search. latent_dim: 1 to 64; hidden: one to three layers of 32 to 512;
+        Options to search. latent_dim: 1 to 64, halved from level to level, for as many levels as
+        --latent-dim has; hidden: one to three layers of 32 to 512 (one for text and deep-markov);
         learning_rate: 1e-4 to 1e-2; scale: predicted or learned, for --likelihood gaussian.
     storage
         File that keeps the trials. The default is runs/DATA.tune.
@@ -214,8 +218,11 @@ def _runner(
     """The function of a trial: train a pair, and return its best validation bound."""
     from pyro_vae.training.stopping import NonFiniteError
 
+    # An LSTM has one number of units.
+    layers = 1 if model.model == "deep-markov" or data.vocabulary is not None else LAYERS
+
     def run(trial: "Trial") -> float:
-        found = _proposed(trial, search)
+        found = _proposed(trial, search, model, layers)
         of_model = {key: value for key, value in found.items() if key != "learning_rate"}
         rate = found.get("learning_rate", settings.learning_rate)
         job = make_job(
@@ -247,13 +254,17 @@ def _bound(optuna: Any, trial: "Trial", job: Job) -> float:
     return best.bound
 
 
-def _proposed(trial: "Trial", search: tuple[str, ...]) -> dict[str, Any]:
-    """Values of the options that are searched."""
+def _proposed(
+    trial: "Trial", search: tuple[str, ...], model: Model, most_layers: int
+) -> dict[str, Any]:
+    """Values of the options that are searched, of which the model takes each."""
     found: dict[str, Any] = {}
     if "latent_dim" in search:
-        found["latent_dim"] = (trial.suggest_categorical("latent_dim", DIMENSIONS),)
+        dims = [dim for dim in DIMENSIONS if dim > 1 or model.prior != "flow"]
+        dim = trial.suggest_categorical("latent_dim", dims)
+        found["latent_dim"] = tuple(max(1, dim // 2**i) for i in range(len(model.latent_dim)))
     if "hidden" in search:
-        layers = trial.suggest_int("layers", 1, 3)
+        layers = trial.suggest_int("layers", 1, most_layers)
         width = trial.suggest_categorical("width", WIDTHS)
         found["hidden"] = tuple(max(WIDTHS[0] // 2, width // 2**i) for i in range(layers))
     if "learning_rate" in search:

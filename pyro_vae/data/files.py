@@ -43,6 +43,8 @@ def load_text(name: str, lines: list[str], length: int, vocabulary: str | None) 
         raise UsageError(f"must be at least 2, got {length}", argument="length")
     if vocabulary is None:
         vocabulary, length = vocabulary_of(lines), min(length, 1 + max(map(len, lines), default=0))
+    # Lines that differ only beyond the cut would be the same row in several parts.
+    lines = list(dict.fromkeys(line[:length] for line in lines))
     data = three_ways(name, Split(as_tokens(lines, vocabulary, length)))
     return replace(data, vocabulary=vocabulary)
 
@@ -220,7 +222,7 @@ def _split(arrays: dict[str, np.ndarray], x: Tensor, suffix: str, path: Path) ->
 
 def read_lengths(array: np.ndarray | None, x: Tensor, path: Path) -> Tensor | None:
     """The number of steps of each row (n,)."""
-    lengths = read_labels(array, len(x), path)  # like labels, they are whole numbers from 0
+    lengths = read_labels(array, len(x), path, "lengths")
     if lengths is not None and not 1 <= int(lengths.min()) <= int(lengths.max()) <= x.shape[-2]:
         raise UsageError(
             f"{path}: lengths must be from 1 to {x.shape[-2]}, got {int(lengths.min())} to "
@@ -285,18 +287,20 @@ def require_observed_rows(x: Tensor, path: Path) -> None:
         )
 
 
-def read_labels(array: np.ndarray | None, n: int, path: Path) -> Tensor | None:
-    """Whole numbers from 0, one for each row (n,)."""
+def read_labels(
+    array: np.ndarray | None, n: int, path: Path, what: str = "labels"
+) -> Tensor | None:
+    """Whole numbers from 0, one for each row (n,); ``what`` are these numbers."""
     if array is None:
         return None
     if array.dtype.kind not in "biuf":
-        raise UsageError(f"{path}: labels must be whole numbers, got {array.dtype}")
+        raise UsageError(f"{path}: {what} must be whole numbers, got {array.dtype}")
     flat = array.reshape(-1)
     wrong = flat[(flat < 0) | (flat != np.floor(flat)) | (flat.astype(float) >= 2.0**63)]
     if len(wrong):
         raise UsageError(
-            f"{path}: labels must be whole numbers from 0 to {2**63 - 1}, got {wrong[0]}"
+            f"{path}: {what} must be whole numbers from 0 to {2**63 - 1}, got {wrong[0]}"
         )
     if len(flat) != n:
-        raise UsageError(f"{path} has {len(flat)} labels but {n} rows; they must match")
+        raise UsageError(f"{path} has {len(flat)} {what} but {n} rows; they must match")
     return torch.from_numpy(flat.astype(np.int64))

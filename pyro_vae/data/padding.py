@@ -29,14 +29,16 @@ def without_padding(pair: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
     An unusable entry that counts stays, and the checks of the data report it.
     """
     x, *context = tensors
-    if x.dtype in (torch.uint8, torch.bool) or x.is_complex() or len(x) == 0:
+    if x.dtype == torch.bool or x.is_complex() or len(x) == 0:
         return [x, *context]
     finite = torch.isfinite(x)
     usable = torch.where(finite, x, torch.zeros_like(x))
     # A user's own code may raise anything; what runs the pair next explains it.
     with suppress(Exception), using(pair, 0), pyro.validation_enabled(False):
         site = _site(pair, tuple(part[:2] for part in (usable, *context)))
-        if not masks.is_masked(site) and not hasattr(site["fn"], "counted"):
+        # 8-bit pixels are in the support only after their conversion.
+        masked = masks.is_masked(site) and x.dtype != torch.uint8
+        if not masked and not hasattr(site["fn"], "counted"):
             return [x, *context]
         columns = zip(*(part.split(MASKED_ROWS) for part in (usable, *context)), strict=True)
         found = [_faults(pair, batch) for batch in columns]
@@ -52,13 +54,15 @@ def _faults(pair: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     site = _site(pair, batch)
     hidden = masks.seen({**site, "value": torch.zeros_like(site["value"])}, batch[0]).isnan()
     support, value = site["fn"].support, site["value"]
+    after_the_end = torch.zeros_like(hidden)
     if hasattr(site["fn"], "counted"):  # the end of a sequence of tokens
-        hidden = hidden | ~site["fn"].counted(value).reshape(hidden.shape)
+        after_the_end = ~site["fn"].counted(value).reshape(hidden.shape)
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     outside = ~support.check(value) if support.event_dim == 0 else torch.zeros_like(hidden)
     outside = outside.movedim(outside.dim() - 1 - site["fn"].event_dim, 0)
-    return hidden, outside.reshape(batch[0].shape)
+    # Tokens after the end may be any tokens; all become 0, as in replicates of the data.
+    return hidden | after_the_end, outside.reshape(batch[0].shape) | after_the_end
 
 
 def _site(pair: nn.Module, batch: Batch) -> Site:

@@ -3,6 +3,7 @@
 import re
 import sysconfig
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -28,12 +29,18 @@ def as_tokens(lines: Sequence[str], vocabulary: str, length: int) -> Tensor:
 
     A line with ``length`` or more characters is cut to ``length`` and has no end token.
 
-    Raises `UsageError` for a character that is not in the vocabulary.
+    Raises `UsageError` for a character that is not in the vocabulary, for a vocabulary that does
+    not start with the end of a line, and for a length below 1.
 
     >>> as_tokens(["ab", "abc"], "\\nabc", 3)
     tensor([[1, 2, 0],
             [1, 2, 3]])
     """
+    if isinstance(lines, str) or not all(isinstance(line, str) for line in lines):
+        raise UsageError("must be a list of strings", argument="lines")
+    if not isinstance(length, Integral) or length < 1:
+        raise UsageError(f"must be a whole number of at least 1, got {length}", argument="length")
+    _require_vocabulary(vocabulary)
     number = {character: token for token, character in enumerate(vocabulary)}
     rows = torch.zeros(len(lines), length, dtype=torch.long)
     for row, line in zip(rows, lines, strict=True):
@@ -50,11 +57,33 @@ def as_tokens(lines: Sequence[str], vocabulary: str, length: int) -> Tensor:
 def as_text(rows: Tensor, vocabulary: str) -> list[str]:
     """Rows of tokens (n, length) as lines, each up to its first end token.
 
+    Raises `UsageError` for a token that is not in the vocabulary, for rows of another shape, and
+    for a vocabulary that does not start with the end of a line.
+
     >>> as_text(torch.tensor([[1, 2, 0, 3], [3, 3, 3, 3]]), "\\nabc")
     ['ab', 'cccc']
     """
+    _require_vocabulary(vocabulary)
+    rows = torch.as_tensor(rows)
+    if rows.dim() != 2:
+        raise UsageError(f"must have shape (n, length), got {tuple(rows.shape)}", argument="rows")
+    known = (rows >= 0) & (rows < len(vocabulary)) & (rows == rows.floor())
+    if not bool(known.all()):
+        raise UsageError(
+            f"must hold tokens from 0 to {len(vocabulary) - 1}, got {rows[~known][0].item():g}",
+            argument="rows",
+        )
     lines = ("".join(vocabulary[int(token)] for token in row) for row in rows.tolist())
     return [line.split(END)[0] for line in lines]
+
+
+def _require_vocabulary(vocabulary: str) -> None:
+    if vocabulary[:1] != END or len(set(vocabulary)) != len(vocabulary):
+        raise UsageError(
+            "must be different characters, of which the first is the end of a line ('\\n'), got "
+            f"{vocabulary[:20]!r}",
+            argument="vocabulary",
+        )
 
 
 def read_lines(path: Path) -> list[str]:

@@ -114,7 +114,7 @@ def calibration(
     counts = (ranks >= 0).sum(0).tolist()
     kept = [i for i, number in enumerate(counts) if number >= LEAST_SIMULATIONS]
     left_out |= {
-        simulated.names[i]: f"it is masked in all except {number} simulations"
+        simulated.names[i]: f"it is masked in all{f' except {number}' * (number > 0)} simulations"
         for i, number in enumerate(counts)
         if i not in kept
     }

@@ -14,9 +14,10 @@ from sklearn.base import (
     TransformerMixin,
 )
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
+from pyro_vae.errors import UsageError
 from pyro_vae.inference.encoding import encode
 from pyro_vae.inference.generation import decode, sample
 from pyro_vae.inference.importance import log_likelihood
@@ -93,7 +94,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMix
     def inverse_transform(self, X: ArrayLike) -> Array:
         """Return the means of p(x|z), (n, features), for codes (n, latent_dim)."""
         check_is_fitted(self)
-        z = torch.as_tensor(np.asarray(X), dtype=torch.float32)
+        codes = check_array(X, dtype=[np.float64, np.float32], input_name="X")
+        z = torch.tensor(codes, dtype=torch.float32)
         return like(decode(self.pair_, {"z": z}), X)
 
     def score_samples(self, X: ArrayLike) -> Array:
@@ -143,7 +145,7 @@ def fit_vae(
         estimator.pair_ = VAE.mlp(
             (x.shape[1],),
             latent_dim=estimator.latent_dim,
-            hidden=tuple(estimator.hidden),
+            hidden=_widths(estimator.hidden),
             likelihood=likelihood(standardized),
         )
     estimator.history_ = fit_pair(
@@ -155,6 +157,15 @@ def fit_vae(
         seed=estimator.seed_,
         progress=False,
     )
+
+
+def _widths(hidden: Any) -> tuple[int, ...]:
+    try:
+        return tuple(hidden)
+    except TypeError as error:
+        raise UsageError(
+            f"must be a tuple of integers, got {hidden!r}", argument="hidden"
+        ) from error
 
 
 def like(values: Tensor, X: ArrayLike) -> Array:

@@ -30,7 +30,7 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         num_samples: importance samples of each row with missing entries.
 
     ``impute`` returns draws of the missing entries and the Pareto k of each row. Raises
-    ``ValueError`` for infinite numbers and for a column without an observed entry.
+    ``ValueError`` for infinite numbers, and for a column or a row without an observed entry.
     Mattei & Frellsen, MIWAE, 2019 (https://arxiv.org/abs/1812.02633).
 
     >>> import numpy as np

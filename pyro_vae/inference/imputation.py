@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae.compat import UNOBSERVED_PART
@@ -26,7 +27,7 @@ from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.showing import shown_html
-from pyro_vae.pairs.sites import data_first, data_site
+from pyro_vae.pairs.sites import data_first, data_site, latents
 from pyro_vae.pairs.threads import alone
 from pyro_vae.parts.circular import circle_of, circular_mean, near
 
@@ -112,9 +113,9 @@ def impute(
 
     Arguments:
         pair: any pair that masks missing entries. They are NaN in x or, if x is an array without
-            NaN, the entries that a mask of the model hides (docs/how-to/missing-values.md). If the
-            model has a latent site ``x_unobserved`` beside its site ``x``, the entries are this
-            latent's draws.
+            NaN, the entries that a mask of the model hides (docs/how-to/missing-values.md), but not
+            the steps after the end of a `MarkovChain`. If the model has a latent site
+            ``x_unobserved`` beside its site ``x``, the entries are this latent's draws.
         x, context: the data, as `pyro_vae.log_likelihood` takes them.
         method: "importance" uses the guide of the pair as proposal. "refine" first refines the
             guide for each row with missing entries (`pyro_vae.refine`). "nuts" draws the latents of
@@ -162,6 +163,22 @@ def impute(
     return found
 
 
+def _after_the_end(model: Trace, x: Tensor) -> Tensor:
+    """Which entries of x come after the end of a `MarkovChain`: they do not exist.
+
+    Rows have shape (steps, ...) or (1, steps, ...).
+    """
+    ended = torch.zeros_like(x, dtype=torch.bool)
+    for site in latents(model).values():
+        if x.dim() > 1 and hasattr(site["fn"], "inside"):
+            counts = data_first(masks.scored(site), site).any(-1)  # (n, steps)
+            steps = counts.shape[1]
+            if steps in (x.shape[1], x.shape[1:3].numel()):
+                wide = counts.repeat_interleave(x[0].numel() // steps, 1)
+                ended |= ~wide.reshape(x.shape)
+    return ended
+
+
 def _any(missing: Tensor) -> Tensor:
     """Which rows have a missing entry, (n,)."""
     return missing.reshape(len(missing), -1).any(1)
@@ -182,8 +199,8 @@ def _imputed(pair: nn.Module, batch: Batch, by_mask: bool, asked: _Asked) -> Imp
     missing = x.isnan()
     if by_mask:
         with using(pair):
-            site = data_site(trace_model(pair, batch, trace_guide(pair, batch)))
-            missing = masks.seen(site, x).isnan()
+            model = trace_model(pair, batch, trace_guide(pair, batch))
+            missing = masks.seen(data_site(model), x).isnan() & ~_after_the_end(model, x)
     with using(pair):
         require_not_pooled(pair, batch)
     holes = _any(missing)

@@ -1,12 +1,15 @@
 """The deep Markov model: a trajectory of latent vectors for each sequence."""
 
+from math import prod
+
 import pyro
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_vae.compat import has_values
 from pyro_vae.errors import UsageError
-from pyro_vae.parts.factors import Factor, Family, made
+from pyro_vae.parts.factors import Factor, Family, made, viewed
 from pyro_vae.parts.likelihoods import Bernoulli
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import DiagonalNormal
@@ -32,7 +35,8 @@ class DeepMarkovModel(PyroModule):
             steps are ignored.
 
     Rows of data have shape ``(steps, *emission.shape)``, or another shape of the same size.
-    Raises `UsageError` if lengths are missing or not expected.
+    Raises `UsageError` if lengths are missing or not expected, or are not whole numbers from 0 to
+    ``steps``.
     Krishnan, Shalit & Sontag, Structured inference networks for nonlinear state space models, 2017
     (https://arxiv.org/abs/1609.09869).
 
@@ -85,6 +89,7 @@ class DeepMarkovModel(PyroModule):
             )
         places = torch.arange(self.steps, device=x.device)
         each = lengths[0] if lengths else torch.full((len(x),), self.steps, device=x.device)
+        _require_lengths(each, self.steps)
         return x.reshape(len(x), self.steps, *self.emission.shape), places < each[:, None]
 
     @classmethod
@@ -112,11 +117,26 @@ class DeepMarkovModel(PyroModule):
         outputs = posterior.outputs(latents)
         emission = MLP(latent_dim, (hidden,), likelihood.outputs((data_dim,)))
         smoother = MLP([latent_dim, hidden], (hidden,), outputs, nn.Tanh)
+        reader = viewed(lambda seen: BackwardLSTM(prod(seen), hidden), likelihood, (data_dim,))
         return cls(
             Factor(GatedTransition(latent_dim, hidden), DiagonalNormal(), latents),
             Factor(emission, likelihood, (data_dim,)),
             Factor(smoother, posterior, latents),
-            BackwardLSTM(data_dim, hidden),
+            reader,
             steps,
             ragged,
+        )
+
+
+def _require_lengths(lengths: Tensor, steps: int) -> None:
+    if lengths.dim() != 1:
+        raise UsageError(
+            "the lengths must be one number for each row, got rows of shape "
+            f"{tuple(lengths.shape[1:])}"
+        )
+    known = (lengths >= 0) & (lengths <= steps) & (lengths == lengths.floor())
+    if has_values(known) and not bool(known.all()):
+        raise UsageError(
+            f"the lengths must be whole numbers from 0 to {steps}, the steps of the model, got "
+            f"{lengths[~known][0].item():g}"
         )

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
-from typing import Any
+from numbers import Integral
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -214,6 +215,9 @@ def require_sizes(data_shape: Shape, latent_dim: int, hidden: Sequence[int]) -> 
     for name, value in (("data_shape", data_shape), ("hidden", hidden)):
         if not isinstance(value, Sequence):
             raise UsageError(f"must be a tuple of integers, got {value!r}", argument=name)
+    for size in (latent_dim, *hidden, *data_shape):
+        if not isinstance(size, Integral):
+            raise UsageError(f"sizes must be whole numbers, got {size!r}")
     if min(latent_dim, *hidden, *data_shape) < 1:
         raise UsageError(
             f"sizes must be positive, got `data_shape` {tuple(data_shape)}, `latent_dim` "
@@ -258,9 +262,10 @@ def zip_sizes(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> zip:
 
 def shapes_of(inputs: int | Sequence[int | Shape]) -> list[Shape]:
     """The shape of each input, given one width or a list of widths and shapes."""
-    if isinstance(inputs, int):
-        inputs = [inputs]
-    return [(item,) if isinstance(item, int) else tuple(item) for item in inputs]
+    if isinstance(inputs, Integral):
+        inputs = [int(inputs)]
+    items = cast(Sequence[Any], inputs)
+    return [(int(item),) if isinstance(item, Integral) else tuple(item) for item in items]
 
 
 def all_sizes(image: Shape, halvings: int) -> list[tuple[int, int]]:

@@ -63,8 +63,9 @@ class BackwardLSTM(nn.Module):
         inputs: the width of each step.
         hidden: the units of the LSTM.
 
-    Sequences have shape (..., steps, inputs) and their lengths have shape (...,). The states have
-    shape (..., steps, hidden); beyond the length they have no meaning.
+    Sequences have shape (..., steps, inputs), or another shape of each step of the same size, and
+    their lengths have shape (...,). The states have shape (..., steps, hidden); beyond the length
+    they have no meaning.
 
     >>> import torch
     >>> BackwardLSTM(2, 5)(torch.zeros(3, 4, 2), torch.tensor([4, 2, 1])).shape
@@ -77,6 +78,7 @@ class BackwardLSTM(nn.Module):
         self.lstm = nn.LSTM(inputs, hidden, batch_first=True)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        x = x.flatten(lengths.dim() + 1)
         return backwards(recur(self.lstm, backwards(x, lengths))[0], lengths)
 
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from importlib import import_module
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ def describe(value: Any, place: str = "pair", known: dict[int, str] | None = Non
     known = {} if known is None else known
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, Integral):  # NumPy's numbers are not numbers of JSON
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
     if isinstance(value, (list, tuple, nn.ModuleList)):
         return [describe(item, f"{place}.{i}", known) for i, item in enumerate(value)]
     if isinstance(value, type):

@@ -301,7 +301,12 @@ def _rebuilt(run: Path, config: dict[str, Any], pair: Any) -> nn.Module:
                 "load(run, MyPair(...))"
             )
         return pair(**built_arguments(made["arguments"], "pair", {}))
-    if made["arguments"] is None or not is_ours(made["class"]):
+    if made["arguments"] is None and is_ours(made["class"]):
+        raise UsageError(
+            f"{run} does not record the arguments of {made['class']}: build the pair in the same "
+            "way and pass it, load(run, pair)"
+        )
+    if not is_ours(made["class"]):
         raise UsageError(
             f"{run} holds a pair of class {made['class']}, which is not part of this library: pass "
             "the class or an instance, load(run, MyPair) or --model module:Class"

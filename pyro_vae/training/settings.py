@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import inf
+from numbers import Integral, Real
 from typing import Literal, TypeAlias, get_args
 
 from pyro_vae.errors import UsageError, nearest
@@ -11,6 +12,8 @@ from pyro_vae.errors import UsageError, nearest
 EngineName: TypeAlias = Literal["auto", "eager", "traced", "compiled"]
 Precision: TypeAlias = Literal["float32", "bfloat16", "auto"]
 OnNonfinite: TypeAlias = Literal["stop", "skip"]
+
+_NUMBERS = ((Integral, int), (Real, float))
 
 ENGINES: tuple[str, ...] = get_args(EngineName)
 
@@ -80,6 +83,12 @@ class Settings:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in list(
+            vars(self).items()
+        ):  # numbers of NumPy, as a grid search gives them
+            kind = next((kind for number, kind in _NUMBERS if isinstance(value, number)), None)
+            if kind is not None and not isinstance(value, int | float):
+                object.__setattr__(self, name, kind(value))
         for name in ("epochs", "batch_size", "patience", "skip_limit"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):

@@ -60,6 +60,32 @@ def test_a_search_goes_on_where_it_stopped_and_shows_its_best_options(data, tmp_
     assert history["validation_bound"].max() == pytest.approx(bounds(shown)[0], abs=6e-4)
 
 
+RECURRENT = "--epochs 1 --engine eager --trials 3"
+
+
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [
+        ("steps.npy", "--model deep-markov --likelihood gaussian"),
+        ("lines.txt", "--length 8"),
+        ("steps.npy", "--model hierarchical --latent-dim 32 16 8 --likelihood gaussian"),
+    ],
+)
+def test_each_model_gets_options_that_it_takes(tmp_path, capsys, monkeypatch, file, options):
+    monkeypatch.setattr(tune, "WIDTHS", (32,))
+    np.save(tmp_path / "steps.npy", np.random.default_rng(0).normal(size=(20, 3, 2)))
+    (tmp_path / "lines.txt").write_text("\n".join(f"line {i}" for i in range(20)))
+    paths = {"data": tmp_path / file, "storage": tmp_path / "trials"}
+    command(f"tune {{data}} --storage {{storage}} {RECURRENT} {options}", **paths)
+    words = capsys.readouterr().out.splitlines()[-1].split()
+    at, then = words.index("--latent-dim"), words.index("--hidden")
+    dims = list(map(int, words[at + 1 : then]))
+    assert dims == [max(1, dims[0] // 2**i) for i in range(len(dims))]
+    assert len(dims) == (3 if "hierarchical" in options else 1)
+    if "hierarchical" not in options:
+        assert words.index("--learning-rate") == then + 2
+
+
 def test_a_trial_that_the_pruner_stops_ends_after_its_epoch(data):
     job = make_job(
         str(data),

@@ -78,9 +78,24 @@ def test_a_file_of_arrays_may_have_lengths(tmp_path, capsys):
         np.arange(20) % 4 + 1
     )
     assert "unequal lengths need --model deep-markov" in refused(capsys, path)
+    np.savez(path, x=x, lengths=np.arange(20) - 1.0)
+    with pytest.raises(pv.UsageError, match=r"lengths must be whole numbers from 0 .*, got -1"):
+        pv.load_data(path)
     np.savez(path, x=x, lengths=np.arange(20))
     with pytest.raises(pv.UsageError, match="lengths must be from 1 to 4, got 0 to 19"):
         pv.load_data(path)
+
+
+@pytest.mark.parametrize("where", ["within", "after the end"])
+def test_only_missing_entries_within_a_sequence_change_the_pair(tmp_path, where):
+    x, path = np.random.default_rng(0).normal(size=(20, 4, 3)), tmp_path / "x.npz"
+    lengths = np.arange(20) % 3 + 1
+    x[np.arange(20), 0 if where == "within" else lengths, 1] = np.nan
+    np.savez(path, x=x.astype(np.float32), lengths=lengths)
+    words = ("--model", "deep-markov", "--likelihood", "gaussian", "--epochs", 1, "--hidden", 4)
+    run("train", path, "--out", tmp_path / "run", *words, "--no-report", "--num-eval-samples", 2)
+    masked = isinstance(pv.load(tmp_path / "run").emission.family, pv.Missing)
+    assert masked == (where == "within")
 
 
 @pytest.mark.parametrize(

@@ -148,3 +148,15 @@ def test_entries_that_the_model_itself_finds_missing_are_refused():
     x, seen = data("entries")
     with pytest.raises(UsageError, match="not finite"):
         pv.log_likelihood(ByValue("entries"), torch.where(seen, x, torch.nan), seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8])
+def test_tokens_after_the_end_change_no_predictive_check(dtype):
+    """A replicate has zeros after its end, so the share of zeros of the data counts zeros there."""
+    pair = pv.VAE.recurrent((5,), 4, latent_dim=2, hidden=4)
+    x = torch.randint(0, 4, (60, 5), generator=torch.Generator().manual_seed(0))
+    after = (x == 0).cumsum(1) - (x == 0).long() > 0
+    wanted = pv.predictive_check(pair, torch.where(after, 0, x), num_replicates=20)
+    found = pv.predictive_check(pair, x.to(dtype), num_replicates=20)
+    assert bool((x[after] > 0).any())
+    assert str(found) == str(wanted)

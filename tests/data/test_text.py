@@ -9,6 +9,7 @@ import torch
 import pyro_vae as pv
 from pyro_vae.cli.main import main
 from pyro_vae.data.datasets import load_data
+from pyro_vae.data.split import part_of
 from pyro_vae.data.text import docstrings
 
 LINES = [f"{who} {what} {how}." for who in "ABC" for what in ("runs", "eats") for how in "xyzw"]
@@ -32,10 +33,58 @@ def test_lines_become_tokens_and_lines_again(file):
 
 
 def test_a_line_that_is_too_long_is_cut_and_has_no_end(file):
-    data = load_data(file, length=5)
-    assert data.shape == (5,)
+    data = load_data(file, length=8)
+    assert data.shape == (8,)
     assert bool((data.train.x > 0).all())
-    assert set(pv.as_text(data.train.x, data.vocabulary)) <= {line[:5] for line in LINES}
+    assert set(pv.as_text(data.train.x, data.vocabulary)) <= {line[:8] for line in LINES}
+
+
+def test_lines_that_are_equal_up_to_the_cut_are_kept_once(tmp_path):
+    """Otherwise the test data would contain rows of the training data."""
+    path = tmp_path / "log.txt"
+    path.write_text("\n".join(f"line {i} of a log, {end}" for i in range(30) for end in "abc"))
+    data = load_data(path, length=9)
+    rows = [
+        pv.as_text(part.x, data.vocabulary) for part in (data.train, data.validation, data.test)
+    ]
+    assert sorted(line for part in rows for line in part) == sorted(
+        {f"line {i} of"[:9] for i in range(30)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([[1, -1]], "rows must hold tokens from 0 to 2, got -1"),
+        ([[1, 3]], "got 3"),
+        ([[1.0, 0.5]], "got 0.5"),
+        ([[1.0, float("nan")]], "got nan"),
+        ([1, 2], r"must have shape \(n, length\), got \(2,\)"),
+    ],
+)
+def test_tokens_outside_the_vocabulary_are_refused(rows, words):
+    with pytest.raises(pv.UsageError, match=words):
+        pv.as_text(torch.tensor(rows), "\nab")
+
+
+@pytest.mark.parametrize(
+    ("lines", "vocabulary", "length", "words"),
+    [
+        ("ab", "\nab", 3, "lines must be a list of strings"),
+        ([3], "\nab", 3, "lines must be a list of strings"),
+        (["ab"], "\nab", -1, "length must be a whole number of at least 1, got -1"),
+        (
+            ["ab"],
+            "xab",
+            3,
+            "vocabulary must be different characters, of which the first is",
+        ),
+        (["ab"], "\naba", 3, "vocabulary must be different characters"),
+    ],
+)
+def test_lines_that_have_no_tokens_are_refused(lines, vocabulary, length, words):
+    with pytest.raises(pv.UsageError, match=words):
+        pv.as_tokens(lines, vocabulary, length)
 
 
 def test_the_vocabulary_of_a_run_gives_the_same_tokens_and_width(file):
@@ -113,6 +162,13 @@ def test_the_command_line_works_with_text(file, tmp_path, capsys):
             assert line.strip() in text
     run("evaluate", out, "--num-samples", 2)
     run("traverse", out, "--steps", 2)
+    run("score", out, "--num-samples", 30)
+    scores, test = np.load(out / "scores.npz"), part_of(load_data(file), "test")
+    x, rows = test.x, test.rows.tolist()
+    wanted = pv.log_likelihood(pv.load(out), x, num_samples=30, progress=False).per_datum
+    assert scores["log_likelihood"].tolist() == pytest.approx(wanted.tolist())
+    assert scores["row"].tolist() == rows
+    assert scores["text"].tolist() == pv.as_text(x, config["vocabulary"])
     other = tmp_path / "other.txt"
     other.write_text("\n".join(line[::-1] for line in LINES))
     run("evaluate", out, "--data", other, "--num-samples", 2)

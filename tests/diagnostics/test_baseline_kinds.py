@@ -3,15 +3,18 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
 
+import pyro_vae as pv
 from pyro_vae.cli.baseline import baseline_of
 from pyro_vae.data.split import Split
 from pyro_vae.diagnostics.baseline import (
     independent_counts,
     independent_levels,
+    of_table,
     pairs_of_characters,
 )
 
@@ -118,3 +121,69 @@ def test_context_and_missing_entries_have_no_baseline(given):
     x = COUNTS[:60] if "condition" in given else COUNTS[:60].where(COUNTS[:60] > 0, torch.nan)
     data = SimpleNamespace(train=Split(x), vocabulary=None, table=None)
     assert baseline_of(data, Split(x), {"likelihood": "poisson"} | given) is None
+
+
+HOURS = GENERATOR.vonmises(0.0, 2.0, 500) * 12 / np.pi
+OF_COLUMNS = {
+    "hour": {"kind": "circular", "period": 24.0},
+    "rare": "count",
+    "level": "continuous",
+    "word": "categorical",
+}
+
+
+def mixed_table(turns=0, holes=False):
+    """Hours around midnight, counts that are nearly always 0, numbers and words."""
+    rng = np.random.default_rng(3)
+    frame = pd.DataFrame(
+        {
+            "hour": HOURS + 24 * turns * (np.arange(500) % 2),
+            "rare": rng.poisson(0.02, 500).astype(float),
+            "level": rng.normal(5, 2, 500),
+            "word": rng.choice(["a", "b"], 500),
+        }
+    )
+    if holes:
+        frame.loc[::7, "rare"] = np.nan
+        frame.loc[::5, "hour"] = np.nan
+    return pv.read_table(frame, OF_COLUMNS).split()
+
+
+def test_counts_and_circular_columns_of_a_table_have_their_own_distributions():
+    data = mixed_table()
+    train, held = data.train.x.double().numpy(), data.test.x.double().numpy()
+    found = of_table(data.schema, data.train.x, data.test.x, 1)
+    assert found.name == "probabilistic PCA and independent columns"
+    scale = 2 * np.pi / 24
+    k, loc, _ = stats.vonmises.fit(train[:, 0] * scale, fscale=1)
+    wanted = (stats.vonmises.logpdf(held[:, 0] * scale, k, loc) + np.log(scale)).mean()
+    wanted += independent_counts(data.train.x[:, 1:2], data.test.x[:, 1:2])
+    wanted += stats.norm.logpdf(held[:, 2], train[:, 2].mean(), train[:, 2].std()).mean()
+    ones = train[:, 3].sum()
+    shares = np.log(np.array([len(train) - ones + 1, ones + 1]) / (len(train) + 2))
+    wanted += shares[held[:, 3].astype(int)].mean()
+    assert found.log_likelihood == pytest.approx(wanted, abs=1e-3)
+    # A normal density of a column of zeros is above 1, which no probability is.
+    assert independent_counts(data.train.x[:, 1:2], data.test.x[:, 1:2]) < 0
+
+
+def test_full_turns_of_some_rows_do_not_change_the_baseline_of_a_circular_column():
+    one, other = mixed_table(), mixed_table(turns=3)
+    values = [of_table(d.schema, d.train.x, d.test.x, 1).log_likelihood for d in (one, other)]
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+def test_missing_counts_and_angles_add_nothing():
+    data = mixed_table(holes=True)
+    found = of_table(data.schema, data.train.x, data.test.x, 1).log_likelihood
+    scale, held = 2 * np.pi / 24, data.test.x.double().numpy()
+    known = data.train.x.double().numpy()
+    k, loc, _ = stats.vonmises.fit(known[~np.isnan(known[:, 0]), 0] * scale, fscale=1)
+    logs = stats.vonmises.logpdf(held[:, 0] * scale, k, loc) + np.log(scale)
+    wanted = np.nansum(logs) / len(held)
+    counts = [x[:, 1:2][~x[:, 1].isnan()] for x in (data.train.x, data.test.x)]
+    wanted += independent_counts(*counts) * len(counts[1]) / len(held)
+    rest = [x[:, 2:] for x in (data.train.x, data.test.x)]
+    few = data.schema.changed({"hour": "ignored", "rare": "ignored"})
+    wanted += of_table(few, *rest, 1).log_likelihood
+    assert found == pytest.approx(wanted, abs=1e-3)

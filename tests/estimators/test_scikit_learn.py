@@ -166,3 +166,36 @@ def test_numbers_that_single_precision_cannot_tell_apart_are_refused(kind):
     x = correlated(60)
     with pytest.raises(pv.UsageError, match=r"standard deviation .* cannot represent"):
         kind(**SMALL).fit(0.01 * x + 1e9)  # equal numbers after rounding
+
+
+def test_a_grid_search_may_give_integers_and_floats_of_numpy(tmp_path):
+    """`numpy.arange` is the usual grid, and its integers are not integers of Python."""
+    grid = {"latent_dim": np.arange(1, 3), "epochs": np.array([1]), "hidden": [np.array([8])]}
+    grid["learning_rate"] = np.array([1e-3], "float32")
+    search = GridSearchCV(pv.VAEEstimator(random_state=0, num_samples=25), grid, cv=2)
+    best = search.fit(correlated(40)).best_estimator_
+    pv.save(best.pair_, tmp_path / "run")
+    loaded = pv.load(tmp_path / "run")
+    assert loaded.decoder.network.shapes == [(best.latent_dim,)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"latent_dim": 2.0}, "sizes must be whole numbers, got 2.0"),
+        ({"hidden": 8}, "hidden must be a tuple of integers, got 8"),
+    ],
+)
+def test_sizes_that_are_not_whole_numbers_are_refused(options, words):
+    with pytest.raises(pv.UsageError, match=words):
+        pv.VAEEstimator(**SMALL | options).fit(correlated(20))
+
+
+def test_codes_that_are_not_numbers_are_refused_as_by_scikit_learn(linear):
+    vae, _ = linear
+    for codes in (["ab", "cd"], [0.0, 1.0], [[np.nan, 0.0]]):
+        with pytest.raises(ValueError):  # noqa: PT011 - the words are those of scikit-learn
+            vae.inverse_transform(codes)
+    read_only = np.zeros((2, 2))
+    read_only.flags.writeable = False  # as the array of a data frame may be
+    assert vae.inverse_transform(read_only).shape == (2, 4)

@@ -231,16 +231,20 @@ def linear_chain(spread=1.0):
 
 
 def kalman(x):
-    """log p(x) of one sequence from the Kalman filter: predict, score, correct."""
+    """log p(x) of one sequence from the Kalman filter: predict, score, correct; NaN is missing."""
     mean, covariance, total = FIRST, torch.zeros(2, 2).double(), 0.0
     for seen in x:
         mean = TURN @ mean
         covariance = TURN @ covariance @ TURN.T + DRIFT**2 * torch.eye(2).double()
-        spread = SEEN @ covariance @ SEEN.T + NOISE**2 * torch.eye(3).double()
-        total += torch.distributions.MultivariateNormal(SEEN @ mean, spread).log_prob(seen).item()
-        gain = covariance @ SEEN.T @ torch.linalg.inv(spread)
-        mean = mean + gain @ (seen - SEEN @ mean)
-        covariance = covariance - gain @ SEEN @ covariance
+        known = ~seen.isnan()
+        if not known.any():
+            continue
+        map_, seen = SEEN[known], seen[known]
+        spread = map_ @ covariance @ map_.T + NOISE**2 * torch.eye(len(map_)).double()
+        total += torch.distributions.MultivariateNormal(map_ @ mean, spread).log_prob(seen).item()
+        gain = covariance @ map_.T @ torch.linalg.inv(spread)
+        mean = mean + gain @ (seen - map_ @ mean)
+        covariance = covariance - gain @ map_ @ covariance
     return total
 
 
@@ -267,6 +271,60 @@ def test_with_a_wider_guide_the_estimate_nears_the_kalman_filters_likelihood():
     found = pv.log_likelihood(pair, x, lengths, num_samples=4000)
     assert ((found.per_datum - want).abs() < 5 * found.standard_errors + 1e-5).all()
     assert pv.evaluate(pair, x, lengths, num_samples=2).elbo < want.mean() - 0.1
+
+
+def test_missing_entries_and_steps_are_left_out_as_by_the_kalman_filter():
+    """The usual reader sees 0 and a mask where the likelihood leaves entries out."""
+    exact, family = linear_chain(), pv.Missing(pv.Gaussian(NOISE))
+    with seeded(0):
+        pair = pv.DeepMarkovModel.usual(STEPS, 3, 2, 16, family, pv.FullRankNormal, ragged=True)
+    pair = pair.double()
+    pair.transition, pair.start = exact.transition, exact.start
+    pair.emission = pv.Factor(exact.emission.network, family, (3,))
+    for part in (*pair.transition.parameters(), *pair.emission.parameters(), pair.start):
+        part.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, STEPS + 1, (300,), generator=generator)
+    x = pv.sample(exact, 300, lengths, seed=0)
+    hidden = torch.rand(x.shape, generator=generator) < 0.3
+    hidden[::3, 1] = True  # whole steps
+    hidden[:, 0, 0] = False
+    x = torch.where(hidden, torch.nan, x)
+    pv.fit(pair, x, lengths, epochs=30, batch_size=30, learning_rate=1e-2, progress=False)
+    found = pv.log_likelihood(pair, x[:40], lengths[:40], num_samples=2000, progress=False)
+    want = torch.tensor([kalman(r[:n]) for r, n in zip(x[:40], lengths[:40], strict=True)])
+    near = (found.per_datum - want).abs() < 5 * found.standard_errors + 1e-5
+    assert near[~found.unreliable].all()
+    assert int(found.unreliable.sum()) < 8
+    assert not pv.impute(pair, x[:5], lengths[:5], num_samples=100).mean.isnan().any()
+
+
+@pytest.mark.parametrize(
+    "likelihood", [pv.NegativeBinomial(), pv.Missing(pv.Gaussian()), pv.Categorical(3, tokens=True)]
+)
+def test_the_reader_sees_what_the_likelihood_shows_to_encoders(likelihood):
+    pair = pv.DeepMarkovModel.usual(3, 2, latent_dim=1, hidden=4, likelihood=likelihood)
+    x = torch.tensor([[[0.0, 1], [2, 2], [1, 0]]]).expand(4, 3, 2)
+    view = likelihood.view((2,))
+    assert pair.reader.network.inputs == view(x).flatten(2).shape[-1]
+    assert pv.encode(pair, x)["z"].shape == (4, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ([9, 1], "whole numbers from 0 to 4, the steps of the model, got 9"),
+        ([-1, 1], "got -1"),
+        ([1.5, 1], "got 1.5"),
+        ([[1], [1]], r"one number for each row, got rows of shape \(1,\)"),
+    ],
+)
+def test_lengths_that_a_row_cannot_have_are_refused(lengths, words):
+    x = torch.ones(2, STEPS, 3).double()
+    with pytest.raises(pv.UsageError, match=words):
+        pv.log_likelihood(linear_chain(), x, torch.tensor(lengths), num_samples=3)
+    with pytest.raises(pv.UsageError, match=words):
+        pv.fit(linear_chain(), x, torch.tensor(lengths), epochs=1, progress=False)
 
 
 def test_means_are_those_of_the_exact_smoother():
@@ -334,6 +392,16 @@ def test_steps_beyond_the_length_count_for_nothing():
         ).double()
     a = pv.evaluate(pair, x, lengths, num_samples=5)
     assert a == pv.evaluate(pair, other, lengths, num_samples=5)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (1, 4, 2), (4, 1, 2)])
+def test_steps_after_the_end_are_not_missing(shape):
+    """They do not exist; at z = 0 the emission would fill them with numbers that mean nothing."""
+    pair = pv.DeepMarkovModel.usual(4, 2, latent_dim=1, hidden=3, ragged=True)
+    x, lengths = torch.ones(6, *shape), torch.tensor([1, 2, 3, 4, 4, 2])
+    for method in ("importance", "nuts"):
+        with pytest.raises(pv.UsageError, match="no missing entry"):
+            pv.impute(pair, x, lengths, method=method, num_samples=30)
 
 
 def test_elements_are_those_that_are_scored():

@@ -193,7 +193,7 @@ def test_calibration_ranks_what_counts():
     assert (found.counts[1] / 400).item() == pytest.approx(2 / 3, abs=0.1)
     assert bool(((found.coverage - torch.tensor([0.5, 0.8, 0.9, 0.95])).abs() < 0.12).all())
     hidden = pv.calibration(pair, live & torch.tensor([1, 0]).bool(), **settings)
-    assert hidden.left_out == {"z[1]": "it is masked in all except 0 simulations"}
+    assert hidden.left_out == {"z[1]": "it is masked in all simulations"}
     assert hidden.names[0] == "z[0]"
     wrong = Latent(same, same, events=True)  # off by 0.2, where it counts
     assert {"z[0]", "z[1]"} <= pv.calibration(wrong, live, **settings).failures.keys()
