@@ -260,6 +260,7 @@ EQUIVALENT = [
     Equivalent("verdict", "isinstance(found, Annealing)", "side 1", "then other is None, too"),
     Equivalent("chain_measures", "correction=0", "0 to 1", "a factor of 1 - 1 / draws"),
     Equivalent("ranks", "if abs(width) > max", "Gt to GtE", REAL),
+    Equivalent("ranks", "if abs(width) > max", "0 to 1", "a width that is told is over 3"),
     Equivalent("ranks", "if width > 0", "Gt to GtE", "a width of 0 is not told"),
     Equivalent("ranks", "middle <= interval", "LtE to Lt", REAL),
     Equivalent("ranks", "one > 1e-18", "Gt to GtE", REAL),
