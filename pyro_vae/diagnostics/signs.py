@@ -33,8 +33,8 @@ LEAST_SCORES = 50
 """Least number of true values for this judgment."""
 
 MUCH = 0.3
-"""If log p(x) of the model's own data is too low by more nats than this, the guide misses a part of
-the posterior. If it is less, another fault of the guide may be the cause."""
+"""If log p(x) of the model's own data is too low by more nats than this, the guide misses a part.
+If it is less, another fault of the guide may be the cause."""
 
 LEAST_ANNEALED = 5
 """Least number of rows with reliable weights for the comparison with annealing."""
@@ -257,10 +257,12 @@ def _far_from_weighted_draws(results: Mapping[str, Any]) -> Sign | None:
 def masked_by_classes(results: Mapping[str, Any]) -> bool:
     """Whether wrong q(y | x) of enumerated latents may be why true latents are far from draws.
 
-    `model_check` draws y. log p(x) by weights sums over y, so this does not show that it is wrong.
+    `model_check` draws y, and weights sum over y. With all mass in S, KL(q, p) is over -log p(S).
     """
-    off = "class_gap" in results and bool(of_classes(results["class_gap"]))
-    return off and (_far_from_weighted_draws(results) or _too_low_if_drawn(results)) is not None
+    if "class_gap" not in results or not of_classes(results["class_gap"]):
+        return False
+    far = _far_from_weighted_draws(results) or _too_low_if_drawn(results)
+    return far is not None and not results["model_check"].missed.value > class_nats(results)
 
 
 def too_low_for_truth(results: Mapping[str, Any]) -> Missed | None:
@@ -270,16 +272,14 @@ def too_low_for_truth(results: Mapping[str, Any]) -> Missed | None:
 
 def _too_low_if_drawn(results: Mapping[str, Any]) -> Missed | None:
     found = results["model_check"].missed if "model_check" in results else None
-    if found is None or not found.value > (
-        max(NATS, ERRORS * found.standard_error) + ERRORS * found.bias
-    ):
+    if found is None:
         return None
-    return found
+    least = max(NATS, ERRORS * found.standard_error) + ERRORS * found.bias
+    return found if found.value > least else None
 
 
 def _seen_at_the_data(results: Mapping[str, Any]) -> bool:
-    """Whether the weights themselves show that the guide is off, so that low weights have a cause
-    within its reach."""
+    """Whether the weights show that the guide is off: low weights have a cause within its reach."""
     return "local_calibration" in results and bool(_of_moments(results["local_calibration"]))
 
 

@@ -1,4 +1,4 @@
-"""Copies of rows are no independent data: they would make differences look sure."""
+"""Copies of rows are not independent data: they would make differences look sure."""
 
 import dataclasses
 

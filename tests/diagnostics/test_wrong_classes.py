@@ -49,6 +49,15 @@ def test_wrong_probabilities_of_an_enumerated_class_explain_far_true_latents(see
     )
 
 
+@pytest.mark.parametrize(("value", "part"), [(0.6, "family"), (0.8, "encoder")])
+def test_classes_explain_no_more_than_their_gap(value, part):
+    """True latents show 0.7 nats. What q(y | x) misses is less than its KL from the best one."""
+    results = {"log_likelihood": weights(error=0.0), "gaps": gaps(), "model_check": LOW}
+    results["class_gap"] = enumerated(value)
+    assert verdict.blamed(results)[0].part == part
+    assert kinds(results)["log p(x)"] == ("doubt" if part == "family" else "unchecked")
+
+
 def test_right_probabilities_explain_nothing():
     results = {"log_likelihood": weights(error=0.0), "model_check": LOW}
     assert verdict.blamed(results | {"class_gap": enumerated(0.01)})[0].part == "family"
