@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pyro_vae.diagnostics.calibration import JOINT, LIKELIHOOD
 from pyro_vae.diagnostics.global_studies import ADVICE, mixed
 from pyro_vae.diagnostics.signs import (
     ERRORS,
@@ -15,8 +16,10 @@ from pyro_vae.diagnostics.signs import (
     Sign,
     class_nats,
     guide_signs,
+    masked_by_classes,
     model_signs,
     of_classes,
+    units_off,
 )
 from pyro_vae.diagnostics.study import Finding
 from pyro_vae.inference.prior_tail import in_tail
@@ -135,7 +138,8 @@ def blamed(
     by_part: dict[str, list[Sign]] = {}
     if "model_check" in results:  # it does not charge faults of the guide to the prior
         more = [sign for sign in more if sign.tool != "information"]
-    if any(misses_mass(blame) for blame in found):  # replicates rest on weighted draws
+    # Replicates rest on weighted draws.
+    if any(misses_mass(blame) for blame in found) or masked_by_classes(results):
         more = [sign for sign in more if sign.tool != "predictive"]
     for sign in (*model_signs(results), *more):
         by_part.setdefault(sign.kind, []).append(sign)
@@ -251,7 +255,8 @@ def too_small(results: Mapping[str, Any], shares: Mapping[str, float]) -> bool:
 def gap_shares(results: Mapping[str, Any]) -> dict[str, float]:
     """Return the share of each gap that exceeds its error, by the part that causes it.
 
-    The errors hold the Monte Carlo error and the spread over rows.
+    The errors hold the Monte Carlo error and the spread over rows. If probabilities that refinement
+    does not reach are off, what it leaves is the encoder's too: they can be any q.
     """
     found = results.get("gaps")
     if found is None:
@@ -262,9 +267,23 @@ def gap_shares(results: Mapping[str, Any]) -> dict[str, float]:
     }
     if "class_gap" in results and of_classes(results["class_gap"]):
         sizes["encoder"] = sizes.get("encoder", 0.0) + class_nats(results)
+    if drawn_classes_off(results):
+        sizes = {"encoder": sum(sizes.values())} if sizes else {}
     most = max(sizes.values(), default=0.0)
     sizes = {part: size for part, size in sizes.items() if size >= MINOR * most}
     return {part: size / sum(sizes.values()) for part, size in sizes.items()}
+
+
+def drawn_classes_off(results: Mapping[str, Any]) -> bool:
+    """Whether the ranks of a latent are off that refinement leaves as it is: a class that the guide
+    draws."""
+    refined, ranked = results["gaps"].refinement, results.get("calibration")
+    if refined is None or ranked is None:
+        return False
+    reached = {place.site for place in refined.pair.places} | {JOINT, LIKELIHOOD}
+    reached |= set(results["class_gap"].sites) if "class_gap" in results else set()
+    wrong = zip(ranked.names, units_off(ranked).tolist(), strict=True)
+    return any(off and name.split("[")[0] not in reached for name, off in wrong)
 
 
 def _error(gap: Any) -> float:

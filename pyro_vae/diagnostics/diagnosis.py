@@ -131,6 +131,7 @@ class Diagnosis:
         odd, reasons = self.not_applicable, self.not_applicable | self.left_out
         self.blamed, found = verdict.findings(self.results, self.rows, self.signs, odd, shared)
         self.findings = found + self.findings
+        self.findings += verdict.on_unseen_model(self.results, self.blamed, reasons)
         verdicts = judge_globals(shared, self.results, reasons) if shared else []
         verdicts += judge_local(local, self.results)
         findings = limited(self.findings, verdicts, shared, local)

@@ -297,7 +297,9 @@ def outlier_histograms(found: OutlierScores) -> "Figure":
     figure = new_figure(2.8 * len(inside), 2.4)
     for axis, name in zip(figure.subplots(1, len(inside), squeeze=False)[0], inside, strict=True):
         kept = [scores[name][torch.isfinite(scores[name])] for scores in (inside, other) if scores]
-        bins = np.linspace(*torch.cat(kept).aminmax(), 40)
+        low, high = torch.cat(kept).aminmax()
+        wide = 0.5 * float(low == high)  # equal scores still get bins of some width
+        bins = np.linspace(low - wide, high + wide, 40)
         for scores, color, label in zip(kept, (BLUE, ORANGE), ("x", "other"), strict=False):
             axis.hist(scores.numpy(), bins=bins, color=color, alpha=0.6, label=label, density=True)
         area = "" if found.auroc is None else f"\nAUROC {found.auroc[name]:.3f}"

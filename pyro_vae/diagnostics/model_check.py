@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyro_vae.data.preparation import whole
 from pyro_vae.data.sources import Rows
+from pyro_vae.diagnostics.copies import without_copies
 from pyro_vae.diagnostics.model_sides import Side, through_inference
 from pyro_vae.diagnostics.two_samples import (
     WIDEST,
@@ -239,7 +240,9 @@ def model_check(
             guide. Then only ``missed`` and the ranks are measured: data that the model draws at
             this value may differ from yours although the model is right.
         x, context: held-out data, at least 50 rows. Each row of context serves one row of both
-            sides; entries that are missing (NaN) in x are missing on the other side too.
+            sides; entries that are missing (NaN) in x are missing on the other side too. Copies of
+            rows are left out, unless the model draws copies too, such as of binary data: they would
+            count as independent data.
         num_samples: importance samples of each row, at least 21.
         binarize, seed: as in `pyro_vae.evaluate`.
         progress: show a bar if the run takes over two seconds.
@@ -263,14 +266,13 @@ def model_check(
     """
     require_samples(num_samples)
     batch = whole(pair, x, context, binarize)
-    if len(batch[0]) < LEAST_ROWS:
-        got = len(batch[0])
-        raise UsageError(f"model_check needs at least {LEAST_ROWS} rows of data, got {got}")
+    _enough(batch)
     if not hasattr(pair, "template"):
         template(pair, 1)  # its error names this pair
     pair, given = at_one_draw(pair, batch, seed)
     with using(pair, seed):
-        own, truth = _own_data(pair, batch)
+        batch = _enough(without_copies(pair, batch))
+        own, truth = simulate(pair, len(batch[0]), batch[1:], missing_entries(batch[0]))
     with using(pair, seed + 1), bar(progress, 2, "model check", delay=2) as shown:
         data = through_inference(pair, batch, {}, num_samples)
         shown.update()
@@ -279,10 +281,11 @@ def model_check(
     return _compared(data, theirs, num_samples, given, seed)
 
 
-def _own_data(pair: nn.Module, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
-    """Return as many rows that the model draws, with the same context and the same holes, and the
-    latents that generated them."""
-    return simulate(pair, len(batch[0]), batch[1:], missing_entries(batch[0]))
+def _enough(batch: Batch) -> Batch:
+    """Return a batch, or raise `UsageError` for too few rows."""
+    if (got := len(batch[0])) < LEAST_ROWS:
+        raise UsageError(f"model_check needs at least {LEAST_ROWS} different rows, got {got}")
+    return batch
 
 
 def _more(data: Tensor, own: Tensor) -> bool:
@@ -333,15 +336,22 @@ def _marginal_p(data: Side, own: Side) -> float:
 
 def _separations(data: Side, own: Side, seed: int) -> dict[str, Separation]:
     """Codes are told apart beside their context, so that a prior without its effect is seen."""
+    sides = {name: (data.codes[name], own.codes[name]) for name in data.codes}
+    sides |= {name: _indicators(data.classes[name], own.classes[name]) for name in data.classes}
     return {
         name: separation(
-            torch.cat([data.codes[name], data.context], 1),
-            torch.cat([own.codes[name], own.context], 1),
-            seed,
+            torch.cat([first, data.context], 1), torch.cat([second, own.context], 1), seed
         )
-        for name in data.codes
-        if bool((torch.cat([data.codes[name], own.codes[name]]).std(0) > 0).any())
+        for name, (first, second) in sides.items()
+        if bool((torch.cat([first, second]).std(0) > 0).any())
     }
+
+
+def _indicators(data: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a column of zeros and ones for each unit and value of whole numbers (n, units)."""
+    values = torch.cat([data, own]).unique()
+    first, second = ((side[..., None] == values).flatten(1)[:, :WIDEST] for side in (data, own))
+    return first.double(), second.double()
 
 
 def _differences(data: Side, own: Side, seed: int) -> dict[str, Difference | None]:

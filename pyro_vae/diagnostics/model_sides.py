@@ -36,6 +36,8 @@ class Side(NamedTuple):
     """Whether the importance weights are not reliable, booleans (n,)."""
     codes: dict[str, Tensor]
     """A draw of the posterior of each local latent of real numbers, (n, units); 0 if masked."""
+    classes: dict[str, Tensor]
+    """The same of latents that are categories, as whole numbers; -1 if masked."""
     residuals: Tensor | None
     """Standardized residuals of x given this draw, (n, elements), NaN where x is missing."""
     scaled: bool
@@ -53,6 +55,7 @@ class Side(NamedTuple):
             self.log_likelihood[rows],
             self.unreliable[rows],
             {name: part[rows] for name, part in self.codes.items()},
+            {name: part[rows] for name, part in self.classes.items()},
             None if self.residuals is None else self.residuals[rows],
             self.scaled,
             {name: part[rows] for name, part in self.scores.items()},
@@ -92,6 +95,7 @@ def through_inference(
         torch.cat([part.log_likelihood for part in parts]),
         torch.cat([part.unreliable for part in parts]),
         {name: torch.cat([part.codes[name] for part in parts]) for name in parts[0].codes},
+        {name: torch.cat([part.classes[name] for part in parts]) for name in parts[0].classes},
         torch.cat(residuals) if len(residuals) == len(parts) else None,
         parts[0].scaled,
         {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
@@ -174,13 +178,19 @@ def _of_rows(
         for name, value in values.items()
         if value.is_floating_point() and value.numel()
     }
+    classes = {
+        name: torch.where(counts[name], value.reshape(n, -1).cpu(), -1)
+        for name, value in values.items()
+        if not value.is_floating_point() and value.numel()
+    }
     scores = {
         name: torch.where(counts[name], _scores(part.values[name], true, part.shares), torch.nan)
         for name, true in truth.items()
     }
     wide = [torch.zeros(n, 0), *(part.reshape(n, -1).cpu() for part in batch[1:])]
     context = torch.cat([part.double().nan_to_num(0.0) for part in wide], 1)
-    return Side(log_p.cpu(), unreliable.cpu(), codes, residuals, scaled, scores, bridge, context)
+    weighted = log_p.cpu(), unreliable.cpu()
+    return Side(*weighted, codes, classes, residuals, scaled, scores, bridge, context)
 
 
 def _counts(model: Trace, values: dict[str, Tensor]) -> dict[str, Tensor]:

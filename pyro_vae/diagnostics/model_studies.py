@@ -5,6 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyro_vae.diagnostics import figures as diagnostic_figures
+from pyro_vae.diagnostics.copies import without_copies
 from pyro_vae.diagnostics.evaluation import PARTICLES, Evaluation, evaluate
 from pyro_vae.diagnostics.information import KLParts, kl_parts
 from pyro_vae.diagnostics.model_check import ModelCheck, model_check
@@ -13,7 +14,9 @@ from pyro_vae.diagnostics.predictive import PredictiveCheck, predictive_check
 from pyro_vae.diagnostics.signs import DEVIATIONS, Sign
 from pyro_vae.diagnostics.study import GAP, GRADIENT, Bench, Finding, Rung, Study, sizes
 from pyro_vae.diagnostics.uncertainty import Uncertainty, uncertainty
+from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import log_likelihood
+from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.showing import shown_html
 from pyro_vae.plots.canvas import is_picture
 from pyro_vae.training import collapse
@@ -115,6 +118,9 @@ def predictive_study(bench: Bench) -> Study:
             words = f"predictions: the latents of {left} of {len(found.observed)} data cannot be "
             return [Finding("unchecked", words + "resampled from the posterior", "predictions")]
         far = {name: by for name, by in off.items() if abs(by) > DEVIATIONS}
+        if far and (copies := _copies(bench, len(found.observed))):
+            words = f"predictions: {copies} of {len(found.observed)} data are copies of others"
+            return [Finding("unchecked", words, "predictions")]
         if not far:
             words = f"the data agree with the model's replicates in {', '.join(off)}"
             return [Finding("trust", words, "predictions")]
@@ -132,6 +138,16 @@ def predictive_study(bench: Bench) -> Study:
     wanted = sizes(bench, (100, 20), (250, 30), (500, 50), (2000, 100))
     rungs = [Rung(bench.cost(2, n * r), partial(run, n, r)) for n, r in wanted]
     return Study("predictive", 1, rungs, judge, figures)
+
+
+def _copies(bench: Bench, rows: int) -> int:
+    """Return how many of the first rows are copies of others, which replicates would not be."""
+    batch = bench.some(rows)
+    try:
+        with using(bench.pair, bench.seed):
+            return rows - len(without_copies(bench.pair, batch)[0])
+    except UsageError:  # the model draws no data
+        return 0
 
 
 def outliers_study(bench: Bench) -> Study | None:

@@ -33,8 +33,8 @@ LEAST_SCORES = 50
 """Least number of true values for this judgment."""
 
 MUCH = 0.3
-"""If log p(x) of the model's own data is too low by more nats than this, the guide misses a part of
-the posterior. If it is less, another fault of the guide may be the cause."""
+"""If log p(x) of the model's own data is too low by more nats than this, the guide misses a part.
+If it is less, another fault of the guide may be the cause."""
 
 LEAST_ANNEALED = 5
 """Least number of rows with reliable weights for the comparison with annealing."""
@@ -93,19 +93,24 @@ def model_signs(results: Mapping[str, Any]) -> list[Sign]:
     return found
 
 
-def _of_ranks(found: Any) -> list[Sign]:
-    """Effect sizes of the ranks: they see a bias that the coverage of intervals does not show."""
+def units_off(found: Any) -> Tensor:
+    """Which ranked quantities of a `Calibration` are off, (quantities,)."""
     mean, spread = found.score_means, found.score_deviations
     far = mean.abs() > SHIFT + ERRORS * found.score_mean_errors
     off = (spread - 1).abs() > ERRORS * found.score_deviation_errors
-    off &= spread.log().abs() > log(SCALE) + found.score_deviation_errors
+    return far | (off & (spread.log().abs() > log(SCALE) + found.score_deviation_errors))
+
+
+def _of_ranks(found: Any) -> list[Sign]:
+    """Effect sizes of the ranks: they see a bias that the coverage of intervals does not show."""
+    mean, spread, wrong = found.score_means, found.score_deviations, units_off(found)
     densities = torch.tensor([name in (JOINT, LIKELIHOOD) for name in found.names])
     signs = []
     for which, kind, start in (
         (~densities, "place", "on the model's own data, the guide"),
         (densities, "shape", "on the model's own data, the density of draws"),
     ):
-        bad = which & (far | off)
+        bad = which & wrong
         if bool(bad.any()):
             worst = (mean.abs() / SHIFT).maximum(spread.log().abs() / log(SCALE)) * bad
             order = worst.argsort(descending=True)[:SHOWN].tolist()
@@ -213,7 +218,7 @@ def missing_mass(results: Mapping[str, Any]) -> Sign | None:
     that log p(x) is too low. And so do annealed chains. A little may also be missing because means,
     scales or correlations are off. So if the weights at the data show that, it is the fault.
     """
-    if (far := _far_from_weighted_draws(results)) is not None:
+    if not masked_by_classes(results) and (far := _far_from_weighted_draws(results)) is not None:
         return far
     seen, low = _seen_at_the_data(results), too_low_for_truth(results)
     if low is not None and not (seen and low.value <= MUCH + ERRORS * low.standard_error):
@@ -249,19 +254,32 @@ def _far_from_weighted_draws(results: Mapping[str, Any]) -> Sign | None:
     return Sign("mass", "model_check", words)
 
 
+def masked_by_classes(results: Mapping[str, Any]) -> bool:
+    """Whether wrong q(y | x) of enumerated latents may be why true latents are far from draws.
+
+    `model_check` draws y, and weights sum over y. With all mass in S, KL(q, p) is over -log p(S).
+    """
+    if "class_gap" not in results or not of_classes(results["class_gap"]):
+        return False
+    far = _far_from_weighted_draws(results) or _too_low_if_drawn(results)
+    return far is not None and not results["model_check"].missed.value > class_nats(results)
+
+
 def too_low_for_truth(results: Mapping[str, Any]) -> Missed | None:
     """Return by how much log p(x) of the model's own data is too low, if true latents show it."""
+    return None if masked_by_classes(results) else _too_low_if_drawn(results)
+
+
+def _too_low_if_drawn(results: Mapping[str, Any]) -> Missed | None:
     found = results["model_check"].missed if "model_check" in results else None
-    if found is None or not found.value > (
-        max(NATS, ERRORS * found.standard_error) + ERRORS * found.bias
-    ):
+    if found is None:
         return None
-    return found
+    least = max(NATS, ERRORS * found.standard_error) + ERRORS * found.bias
+    return found if found.value > least else None
 
 
 def _seen_at_the_data(results: Mapping[str, Any]) -> bool:
-    """Whether the weights themselves show that the guide is off, so that low weights have a cause
-    within its reach."""
+    """Whether the weights show that the guide is off: low weights have a cause within its reach."""
     return "local_calibration" in results and bool(_of_moments(results["local_calibration"]))
 
 

@@ -19,6 +19,7 @@ from pyro_vae.diagnostics.signs import (
     annealed_higher,
     class_nats,
     guide_signs,
+    masked_by_classes,
     too_low_for_truth,
 )
 from pyro_vae.diagnostics.study import GAP, Finding
@@ -41,6 +42,12 @@ NOT_LOOKED = (
     "calibration do; they need template(n) and time)"
 )
 """Why a number without a fault is not reliable."""
+
+MASKED = (
+    "the probabilities of the classes are so wrong that no tool can tell whether the guide misses "
+    "a part of the posterior of the other latents"
+)
+"""The same, if `model_check` has looked."""
 
 
 def findings(
@@ -99,6 +106,18 @@ def _on_model(results: Mapping[str, Any], parts: set[str]) -> list[Finding]:
     return [Finding("trust", f"{words} ({len(found.log_likelihood)} data)", "model")]
 
 
+def on_unseen_model(
+    results: Mapping[str, Any], blames: Sequence[Blame], reasons: Mapping[str, str]
+) -> list[Finding]:
+    """Say that no tool has compared the model's own data with yours, and why, unless it has a
+    fault."""
+    parts = {"prior", "likelihood scale", "decoder"} & {blame.part for blame in blames}
+    if "model_check" in results or parts or "model_check" not in reasons:
+        return []
+    words = f"the model: its own data were not compared with yours: {reasons['model_check']}"
+    return [Finding("unchecked", words, "model")]
+
+
 def _on_log_likelihood(
     results: Mapping[str, Any], rows: Tensor, mass: bool, annealable: bool
 ) -> list[Finding]:
@@ -124,7 +143,8 @@ def _on_log_likelihood(
     kind, words = "trust", f"log p(x) = {value} by importance weights{_agreement(results)}"
     words += _resolution(results)
     if not looked_for_mass(results):
-        kind, words = "unchecked", f"{words}, but {NOT_LOOKED}"
+        why = MASKED if masked_by_classes(results) else NOT_LOOKED
+        kind, words = "unchecked", f"{words}, but {why}"
     of_elbo = f"the ELBO is {distance} ({n} data)"
     return [
         Finding(kind, words, "log p(x)"),
@@ -175,6 +195,7 @@ def looked_for_mass(results: Mapping[str, Any]) -> bool:
     """
     found, ranks = results.get("model_check"), results.get("calibration")
     enough = found is not None and found.missed.value == found.missed.value
+    enough = enough and not masked_by_classes(results)
     return enough or (ranks is not None and not guide_signs({"calibration": ranks}))
 
 

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import transform_to
+from torch.distributions import constraints, transform_to
 
 from pyro_vae.data.preparation import held_rows, joined
 from pyro_vae.data.sources import Arrays, Rows
@@ -75,8 +75,10 @@ class Refined(nn.Module):
 
     If the guide draws a latent from a distribution with parameters :math:`\lambda`, row i uses
     :math:`t(t^{-1}(\lambda) + \delta_i)` instead, where :math:`t` maps real numbers to the
-    constraint of the parameter. With :math:`\delta = 0` this is the guide itself. Dependence
-    between latents stays: the offset is added after the guide has used the earlier latents.
+    constraint of the parameter. A Cholesky factor L of D units becomes :math:`L\,t(\delta_i)`, with
+    the entries of :math:`\delta_i` below the diagonal times 2 / D. With :math:`\delta = 0` this is
+    the guide itself. Dependence between latents stays: the offset is added after the guide has used
+    the earlier latents.
 
     Arguments:
         pair: any pair.
@@ -278,7 +280,12 @@ class _Moved(Messenger):
 
 def _moved(value: Tensor, offset: Tensor, constraint: Any) -> Tensor:
     to_constrained = transform_to(constraint)
-    return to_constrained(to_constrained.inv(value) + offset)
+    if constraint is not constraints.lower_cholesky:
+        return to_constrained(to_constrained.inv(value) + offset)
+    # Each step moves all D (D - 1) / 2 entries below the diagonal. So their noise would grow with
+    # D and hide the gain. With smaller steps it is that of two units.
+    smaller = offset.tril(-1) * min(1.0, 2 / value.shape[-1])
+    return value @ to_constrained(smaller + offset.diagonal(dim1=-2, dim2=-1).diag_embed())
 
 
 def _changed(fn: Any, change: Callable[[str, Tensor, Any], Tensor]) -> Any:

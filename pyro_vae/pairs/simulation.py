@@ -11,7 +11,7 @@ from pyro_vae.errors import UsageError
 from pyro_vae.pairs import data_plate, masks
 from pyro_vae.pairs.data_plate_search import find_places
 from pyro_vae.pairs.model import unconditioned
-from pyro_vae.pairs.pair import Batch, Pair
+from pyro_vae.pairs.pair import Batch, Pair, Site
 from pyro_vae.pairs.sites import data_first, data_site, latents, observed, require_normalized
 from pyro_vae.pairs.template import template
 from pyro_vae.pairs.traces import Given, trace
@@ -34,7 +34,7 @@ def simulate(
     find_places(pair, batch)
     drawn = trace(unconditioned(pair), batch)
     require_normalized(drawn, "data cannot be simulated from it")
-    batch = tuple(_with_draws(list(batch), drawn))
+    batch = tuple(_with_draws(list(batch), drawn, _observes(pair, batch, drawn)))
     sites = latents(drawn)
     values = {name: site["value"] for name, site in sites.items() if not was_observed(site)}
     with Given(values):
@@ -82,12 +82,39 @@ def _hidden(pair: nn.Module, batch: Batch, missing: Tensor) -> Batch:
     return hidden
 
 
-def _with_draws(batch: list[Tensor], drawn: Trace) -> list[Tensor]:
-    """The batch, with each observed tensor replaced by the draws at its site."""
-    found, sites = data_plate.known(), observed(drawn)
-    observes = {data_site(drawn)["name"]: 0} if found is None else found.observes
+def _observes(pair: nn.Module, batch: Batch, drawn: Trace) -> dict[str, int]:
+    """Which tensor of the batch each site observes; context may be observed where it counts only.
+
+    The label of a row is an example: the model observes it where it is known, and a mask hides the
+    site where it is missing.
+    """
+    found = data_plate.known()
+    observes = {data_site(drawn)["name"]: 0} if found is None else dict(found.observes)
     if 0 not in observes.values():
         data_site(drawn)
+    if observed(drawn).keys() <= observes.keys() or len(batch) == 1:
+        return observes
+    for name, site in observed(trace(cast(Pair, pair).model, batch)).items():
+        free = (i for i in range(1, len(batch)) if i not in observes.values())
+        for i in free if name not in observes else ():
+            value, counts = data_first(site["value"], site), _counts(site)
+            if value.shape == batch[i].shape and bool((value == batch[i])[counts].all()):
+                observes[name] = i
+                break
+    return observes
+
+
+def _counts(site: Site) -> Tensor:
+    """Which entries of an observed value count, with the data first."""
+    return data_first(masks.scored(site).expand(site["value"].shape), site)
+
+
+def _with_draws(batch: list[Tensor], drawn: Trace, observes: dict[str, int]) -> list[Tensor]:
+    """The batch, with each observed tensor replaced by the draws at its site.
+
+    Context keeps its values where they do not count: a missing label stays missing.
+    """
+    sites = observed(drawn)
     for name, i in observes.items():
         value = data_first(sites[name]["value"], sites[name])
         if value.numel() != batch[i].numel():
@@ -95,5 +122,7 @@ def _with_draws(batch: list[Tensor], drawn: Trace) -> list[Tensor]:
                 f"the model draws data of shape {tuple(value.shape)} at site '{name}' but the "
                 f"batch has a tensor of shape {tuple(batch[i].shape)}; they must match"
             )
-        batch[i] = value.reshape(batch[i].shape).to(batch[i].dtype)
+        own = value.reshape(batch[i].shape).to(batch[i].dtype)
+        counts = _counts(sites[name]).reshape(own.shape)
+        batch[i] = torch.where(counts, own, batch[i]) if i else own
     return batch

@@ -181,7 +181,7 @@ def test_a_likelihood_without_a_variance_has_residuals_from_draws():
 
 def test_what_it_refuses():
     pair = linear_gaussian()
-    with pytest.raises(pv.UsageError, match="at least 50 rows of data, got 49"):
+    with pytest.raises(pv.UsageError, match="at least 50 different rows, got 49"):
         found(pair, data(pair, 49))
     with pytest.raises(pv.UsageError, match="num_samples must be at least 21"):
         pv.model_check(pair, data(pair), num_samples=20)

@@ -230,6 +230,8 @@ def test_scores_without_another_set():
     assert set(found.as_dict()) == {"reference_nll", "inside"}
     assert diagnostic_figures.outlier_histograms(found).axes
     assert "AUROC" in str(found)
+    found.inside.log_likelihood.fill_(-1.0)  # equal scores are drawn too, without a warning
+    assert diagnostic_figures.outlier_histograms(found).axes
 
 
 def test_misuse_raises_an_error_of_one_line():
