@@ -26,6 +26,7 @@ from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import x_site
 from pyro_vae.parts.by_column import ByColumn
+from pyro_vae.parts.distributions import LevelCategorical
 from pyro_vae.parts.missing import OrMissing, PartlyObserved
 
 BINARIZE = ("dynamic", "fixed", "none")
@@ -317,7 +318,11 @@ def _outside(value: float, x: Tensor, site: dict[str, Any]) -> str:
     fn = getattr(site["fn"], "base_dist", site["fn"])
     fn = fn.base_dist if isinstance(fn, PartlyObserved) else fn
     name = _FAMILIES.get(type(fn).__name__, type(fn).__name__)
-    if isinstance(fn, ByColumn):
+    codes = isinstance(fn, LevelCategorical) and (fn.whole or fn.levels != 256)
+    if codes and whole and low >= 0 and not eight_bit:
+        levels = int(max(high + 1, fn.levels))
+        fit = f"for whole numbers from 0 to {levels - 1}, use Categorical({levels}, tokens=True)"
+    elif isinstance(fn, ByColumn):
         fit = "counts are whole numbers from 0, positive numbers are above 0, codes are 0, 1, ..."
     return (
         f"x holds {value:g}, outside the support of the {name} likelihood of site "

@@ -302,3 +302,19 @@ def test_a_mixture_of_logistics_sums_its_components():
     torch.testing.assert_close(family(raw, (2,)).log_prob(x), expected)
     with pytest.raises(pv.UsageError, match="components must be at least 1, got 0"):
         pv.DiscretizedLogistic(components=0)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "greatest", "advice"),
+    [
+        (pv.Categorical(3), 2, r"from 0 to 2, use Categorical\(3, tokens=True\)"),
+        (pv.Categorical(3, tokens=True), 4, r"from 0 to 4, use Categorical\(5, tokens=True\)"),
+        (pv.Categorical, 255, "pass them as uint8"),
+    ],
+)
+def test_codes_that_do_not_fit_are_told_which_likelihood_fits(likelihood, greatest, advice):
+    x = torch.arange(40.0).remainder(greatest + 1).reshape(10, 4)
+    x[0, 0] = greatest
+    pair = pv.VAE.mlp((4,), hidden=(), likelihood=likelihood)
+    with pytest.raises(pv.UsageError, match=advice):
+        pv.fit(pair, x, epochs=1, engine="eager", progress=False)
