@@ -91,6 +91,7 @@ RULES = [
     "tests/diagnostics/test_bridge.py",
     "tests/diagnostics/test_advice_with_globals.py",
     "tests/diagnostics/test_class_gap.py",
+    "tests/diagnostics/test_wrong_classes.py",
     "tests/diagnostics/test_scores_of_masked_units.py",
     "tests/diagnostics/test_blame_of_discrete_guides.py",
     "tests/diagnostics/test_verdict.py",
@@ -288,7 +289,9 @@ EQUIVALENT = [
     Equivalent("gaps", "strict=True", "True to False", "both sides have one length"),
     Equivalent("information", "return low > log", "Gt to GtE", REAL),
     Equivalent("information", "strict=True", "True to False", "both sides have one length"),
-    Equivalent("signs", "not found.value > (", "Gt to GtE", REAL),
+    Equivalent("signs", "found.value > least", "Gt to GtE", REAL),
+    Equivalent("signs", "missed.value > class_nats", "Gt to GtE", REAL),
+    Equivalent("attribution", "units_off(ranked).tolist(), strict=True", "True to", "one length"),
     Equivalent("signs", "low.value <= MUCH", "LtE to Lt", REAL),
     Equivalent("signs", "mean.abs() > MISSING_SHIFT", "Gt to GtE", REAL),
     Equivalent("signs", "spread > MISSING", "Gt to GtE", REAL),
@@ -313,7 +316,7 @@ EQUIVALENT = [
     Equivalent("chain_measures", "apart.isnan(), apart, -1.0", "1.0 to ", "any negative number"),
     Equivalent("signs", "far = mean.abs() >", "Gt to GtE", REAL),
     Equivalent("signs", "off = (spread - 1).abs() >", "Gt to GtE", REAL),
-    Equivalent("signs", "off &= spread.log().abs() >", "Gt to GtE", REAL),
+    Equivalent("signs", "(spread.log().abs() > log(SCALE)", "Gt to GtE", REAL),
     Equivalent("signs", '"narrow" if spread > 1', "Gt to GtE", "a unit of spread 1 is not told"),
     Equivalent(
         "verdict", "masked_fill(~bad, -1)", "1 to ", "any number below the shape of bad rows"
