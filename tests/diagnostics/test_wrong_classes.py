@@ -121,6 +121,11 @@ def test_an_enumerated_class_is_not_in_the_gaps():
     assert [blame.part for blame in verdict.blamed(results)] == ["family"]
 
 
+def test_gaps_stay_as_they_are_without_ranks():
+    results = {"gaps": refined("z", family=0.5), "log_likelihood": weights(unreliable=150)}
+    assert [blame.part for blame in verdict.blamed(results)] == ["family"]
+
+
 def test_small_gaps_stay_no_fault():
     results = {"gaps": refined("z", family=0.01)}
     results["calibration"] = ranked(("k", "z[0]"), (0.3, 0.0))
