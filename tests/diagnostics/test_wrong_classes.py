@@ -58,8 +58,9 @@ def test_classes_explain_no_more_than_their_gap(value, part):
     assert kinds(results)["log p(x)"] == ("doubt" if part == "family" else "unchecked")
 
 
-def test_right_probabilities_explain_nothing():
-    results = {"log_likelihood": weights(error=0.0), "model_check": LOW}
+@pytest.mark.parametrize("seen", [FAR, LOW])
+def test_right_probabilities_explain_nothing(seen):
+    results = {"log_likelihood": weights(error=0.0), "model_check": seen}
     assert verdict.blamed(results | {"class_gap": enumerated(0.01)})[0].part == "family"
 
 
