@@ -57,6 +57,15 @@ PARTS: dict[str, tuple[str, str]] = {
 }
 """The parts that can be at fault, in words, and what to try next."""
 
+BY_REPLICATES = (
+    "the model: its likelihood, its decoder or its prior",
+    "a likelihood with another spread, a larger decoder or a richer prior: the replicates do not "
+    "tell which of them",
+)
+"""The words for the decoder if only replicates differ from the data. A variance that is too large
+may come from any of these parts; `model_check` would tell, but not for pairs with global latents.
+"""
+
 OWN_GUIDE = {
     "encoder": f"a larger encoder in your guide, fitted again{REFINE}; if only some rows are "
     "wrong, look at their inputs",
@@ -96,10 +105,17 @@ class Blame:
     """Whether the guide has latents that `pyro_vae.refine` serves."""
 
     @property
+    def _in_words(self) -> tuple[str, str]:
+        """The part, and what to try next."""
+        if self.part == "decoder" and {sign.tool for sign in self.evidence} == {"predictive"}:
+            return BY_REPLICATES
+        return PARTS[self.part]
+
+    @property
     def next(self) -> str:
         """The one thing to try next."""
         own = OWN_GUIDE.get(self.part) if self.own_guide or not self.refinable else None
-        words = own or PARTS[self.part][1]
+        words = own or self._in_words[1]
         return words if self.refinable else words.replace(REFINE, "")
 
     @property
@@ -108,7 +124,7 @@ class Blame:
         size = "" if self.nats is None else f" ({self.nats:.2f} nats per example)"
         told = list(dict.fromkeys(sign.words for sign in self.evidence))
         more = f" (and {len(told) - TOLD} more)" if len(told) > TOLD else ""
-        return f"{PARTS[self.part][0]}{size}: {'; '.join(told[:TOLD])}{more}. Try {self.next}"
+        return f"{self._in_words[0]}{size}: {'; '.join(told[:TOLD])}{more}. Try {self.next}"
 
     @property
     def finding(self) -> Finding:

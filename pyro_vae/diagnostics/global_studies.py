@@ -37,8 +37,8 @@ ENOUGH = 400
 """Least number of effective draws for a guide to be called reliable."""
 
 SHARE = 20
-"""The share of NUTS in the time: only NUTS can tell how far a guide is from the posterior if the
-importance weights are not reliable, and everything rests on global latents."""
+"""The share of each of the two tools in the time, since everything rests on global latents. Weights
+need the least time to call a guide reliable. If they are uneven, only NUTS tells how far it is."""
 
 LEAPFROG = 30
 """Approximate number of gradients in a transition. A traced gradient takes about half the time of
@@ -80,7 +80,7 @@ def global_weights_study(bench: Bench) -> Study | None:
         Rung(draws * (bench.cost(3, n) + bench.cost(1, n * k)), partial(run, draws, k))
         for draws, k in ((100, 30), (500, 100), (1000, 300))
     ]
-    return Study("global_weights", 2, rungs)
+    return Study("global_weights", SHARE, rungs)
 
 
 def global_nuts_study(bench: Bench) -> Study | None:

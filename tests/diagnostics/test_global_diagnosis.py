@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exact import linear_gaussian
-from global_pairs import Amortized, Nested, data
+from global_pairs import Amortized, Means, Nested, data
 
 import pyro_vae as pv
 from pyro_vae.cli.main import main
@@ -317,3 +317,31 @@ def test_a_study_without_a_result_is_not_counted(monkeypatch):
     x, g = data(3)
     found = pv.diagnose(Nested(), x, g, train=(x, g), progress=False)
     assert "the guide of 'w', 'u'" in words(found, "unchecked")
+
+
+# Shares of the time, and the words for the model
+
+
+def test_weights_of_cheap_passes_get_enough_draws_for_a_verdict():
+    """They got a tenth of the time of NUTS, and an exact guide of 90 rows was not checked."""
+    batch = data(90)
+    bench = Bench(Amortized(), batch, torch.arange(90), 0, "eager", 1e-3, 2e-7, 2e-7)
+    bench = bench._replace(train=batch, shared=("w", "u"), local=("z",))
+    weights = global_studies.global_weights_study(bench)
+    chains = global_studies.global_nuts_study(bench)
+    trusting = next(rung for rung in weights.rungs if rung.run.args[0] >= global_studies.ENOUGH)
+    share = weights.weight / (weights.weight + chains.weight)
+    seconds = 2 * trusting.cost
+    assert trusting.cost < chains.rungs[1].cost
+    assert share * seconds >= trusting.cost
+
+
+def test_replicates_alone_do_not_charge_the_decoder(monkeypatch):
+    """The noise of the model is twice that of the data, and `model_check` does not judge it."""
+    torch.manual_seed(0)
+    x = torch.randn(100, 6)
+    found = diagnosed(monkeypatch, Means(x), (x,), model_studies.predictive_study)
+    (blame,) = found.blamed
+    assert "differ from the data in variance" in blame.words
+    assert blame.words.startswith("the model: its likelihood, its decoder or its prior: ")
+    assert blame.next.startswith("a likelihood with another spread, a larger decoder")
