@@ -11,11 +11,13 @@ from pyro_vae.pairs.simulation import simulate
 def without_copies(pair: nn.Module, batch: Batch) -> Batch:
     """Return the rows of a batch without copies of earlier rows.
 
-    If the model draws copies too, such as of binary data, they are data, and all rows stay. Call
-    this within `using`. Raises `UsageError` if there are copies and the model cannot draw data.
+    All rows of whole numbers stay: equal rows of them may be what is frequent, such as blank
+    pictures, and no copies. And if the model draws copies too, they are data. Call this within
+    `using`. Raises `UsageError` if there are copies and the model cannot draw data.
     """
     kept = _once(batch)
-    if len(kept) == len(batch[0]):
+    whole = bool((batch[0].isnan() | (batch[0] == batch[0].round())).all())
+    if whole or len(kept) == len(batch[0]):
         return batch
     own, _ = simulate(pair, len(batch[0]), batch[1:], missing_entries(batch[0]))
     return tuple(part[kept] for part in batch) if len(_once(own)) == len(own[0]) else batch

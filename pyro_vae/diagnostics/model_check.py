@@ -241,8 +241,8 @@ def model_check(
             this value may differ from yours although the model is right.
         x, context: held-out data, at least 50 rows. Each row of context serves one row of both
             sides; entries that are missing (NaN) in x are missing on the other side too. Copies of
-            rows are left out, unless the model draws copies too, such as of binary data: they would
-            count as independent data.
+            rows would count as independent data, so they are left out, except rows of whole numbers
+            and data of which the model draws copies too.
         num_samples: importance samples of each row, at least 21.
         binarize, seed: as in `pyro_vae.evaluate`.
         progress: show a bar if the run takes over two seconds.

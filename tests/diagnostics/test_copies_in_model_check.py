@@ -72,6 +72,17 @@ def test_rows_that_the_model_repeats_too_all_count():
     assert len(checked(Coins(), x).log_likelihood) == 200
 
 
+def test_a_frequent_row_of_whole_numbers_is_no_copy():
+    """The model hardly draws two equal rows of twenty coins, and half of the data are equal."""
+    vae = pv.VAE.mlp((20,), latent_dim=1)
+    with seeded(3):
+        x = (torch.rand(200, 20) < 0.5).float()
+    x[::2] = 1.0
+    found = checked(vae, x)
+    assert len(found.log_likelihood) == 200
+    assert signs.model_signs({"model_check": found})
+
+
 @pytest.mark.parametrize("copies", [1, 20])
 def test_replicates_that_differ_from_copies_are_no_sign(copies):
     """Replicates of twenty copies are twenty independent rows, so their mean varies less."""

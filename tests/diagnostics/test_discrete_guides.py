@@ -54,7 +54,7 @@ def diagnosed(pair, x):
     return pv.diagnose(pair, x, budget=6, progress=False)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("factor", [1.0, 0.9])
 def test_a_guide_of_classes_that_is_almost_exact_has_no_fault(data, factor):
     pair = Classes(factor)

@@ -127,7 +127,7 @@ def test_a_better_bound_is_taken_as_it_is():
         pv.gaps(pair, x, log_likelihood=Given(log_p[:3], log_p[:3]), **OPTIONS)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["params", "flows", "hierarchical", "semi-supervised", "bags"])
 def test_any_pair(name, monkeypatch):
     pair, batch = make(name), rows(name, 7)

@@ -53,7 +53,7 @@ KINDS = {
 }
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("make", [semisupervised, mixture, plain])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_without_a_label_count_in_no_score(make, kind):

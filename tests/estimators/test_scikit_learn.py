@@ -33,6 +33,7 @@ def linear():
     return vae.set_params(random_state=0).fit(x), x
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "estimator", [pv.VAEEstimator(**SMALL, num_samples=5), pv.VAEImputer(**SMALL, num_samples=25)]
 )

@@ -56,7 +56,7 @@ def test_is_sound_and_every_parameter_is_trained(name):
     )
 
 
-@pytest.mark.sample(15)
+@pytest.mark.sample(10)
 @every_pair
 def test_shapes_of_every_tool(name):
     pair, batch = make(name), rows(name, 7)
@@ -100,7 +100,7 @@ def test_sampling_is_that_of_the_prior_and_the_likelihood(name):
     assert torch.equal(draws, pv.sample(pair, 3000, *one, seed=1))
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(8)
 @every_pair
 def test_save_and_load_score_the_same_batch_to_the_last_bit(name, tmp_path):
     pair, batch = make(name), rows(name)
@@ -114,7 +114,7 @@ def test_save_and_load_score_the_same_batch_to_the_last_bit(name, tmp_path):
     assert pv.evaluate(again, *batch, num_samples=4) == want
 
 
-@pytest.mark.sample(9)
+@pytest.mark.sample(6)
 @every_style
 def test_evaluating_changes_nothing(name):
     pair, batch = make(name), rows(name)

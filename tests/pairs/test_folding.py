@@ -131,7 +131,7 @@ def test_bounds_kl_and_scales_are_those_of_the_latent(how):
     assert (scales / scale - 1).abs().max() < (1e-6 if exact else 0.35)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("how", HOW)
 def test_tools_of_inference_take_the_latent_with_its_density(how):
     pair, x = Linear(how), rows(4)

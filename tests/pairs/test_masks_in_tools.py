@@ -162,6 +162,7 @@ class Rates(nn.Module):
             pyro.sample("rate", fn)
 
 
+@pytest.mark.thorough
 def test_no_jacobian_of_what_is_hidden_counts():
     live = torch.tensor([[True, False], [True, True]])
     x = torch.tensor([[3.0, 0.0], [1.0, 2.0]]).double()

@@ -281,7 +281,7 @@ CASES = {
 }
 
 
-@pytest.mark.sample(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", CASES)
 def test_a_flow_reaches_a_posterior_that_no_normal_does(shape):
     x, bijection, steps, most = CASES[shape]

@@ -152,6 +152,7 @@ def test_a_mixture_prior_finds_the_clusters_of_what_it_is_fitted_to():
     assert prior.means.detach().sort(0).values[:, 0].tolist() == pytest.approx([-6, 6], abs=0.15)
 
 
+@pytest.mark.thorough
 def test_a_prior_may_depend_on_the_context():
     """If labels determine the codes, the conditional prior learns them and the KL is near zero."""
     with seeded(4):

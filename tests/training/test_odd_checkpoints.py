@@ -57,6 +57,7 @@ def test_all_keys_are_tested(trained):
     assert sorted(KEYS) == sorted(run_files.read_checkpoint(trained))
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("key", KEYS)
 def test_odd_values_are_refused(key, trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
@@ -240,6 +241,7 @@ def full(trained, tmp_path_factory):
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
+@pytest.mark.thorough
 @needs_fork
 @pytest.mark.parametrize("size", SIZES)
 def test_a_full_disk_is_one_line_and_the_last_run_loads(size, full, trained):
@@ -255,6 +257,7 @@ def test_a_full_disk_is_one_line_and_the_last_run_loads(size, full, trained):
     assert len(resume(run)) == 2
 
 
+@pytest.mark.thorough
 @needs_fork
 def test_a_full_disk_while_exporting(full):
     folder, messages = full

@@ -137,7 +137,7 @@ def test_two_fits_in_two_threads_are_two_fits():
         assert same(want, [job.result(120) for job in jobs])
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ALL)
 def test_a_fit_that_gives_way_is_the_same_fit(name):
     def run():
@@ -533,7 +533,7 @@ def watched(monkeypatch):
     return loose
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_public_function_gives_the_same_beside_other_threads(name, tmp_path, watched):
