@@ -31,8 +31,14 @@ RUNS = {
 }
 
 
-SLOW = ("article.py", "autoencoder_vae_gan.py", "bayesian_decoder.py")
-SLOW += ("guide_swap.py", "text.py", "trust.py")
+SLOW = (
+    "article.py",
+    "autoencoder_vae_gan.py",
+    "bayesian_decoder.py",
+    "guide_swap.py",
+    "text.py",
+    "trust.py",
+)
 CASES = [pytest.param(n, marks=[pytest.mark.thorough] if n in SLOW else []) for n in RUNS]
 
 

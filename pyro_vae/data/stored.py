@@ -8,7 +8,6 @@ this thread, and the threads of OpenMP sleep between operations as soon as they 
 cores: training then took twice as long.
 """
 
-import math
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -127,9 +126,10 @@ class Stored(Arriving):
         All windows are read into the same memory. New memory for each would take longer than the
         copies.
         """
-        at_once = max(1, PART_BYTES // (batch_size * _row_bytes(self.x))) * batch_size
         most = min(len(self), WINDOW_BLOCKS * self.x.block)
         memory = [_empty(array, most) for array in self.arrays]
+        row_bytes = max(1, memory[0].nbytes // most)
+        at_once = max(1, PART_BYTES // (batch_size * row_bytes)) * batch_size
         served = 0
         for window, mixed in self._orders(place, done):
             at = 0
@@ -203,10 +203,6 @@ class Stored(Arriving):
             return False
         greatest = float(max(np.fmax.reduce(values, None), -np.fmin.reduce(values, None)))
         return greatest != greatest or greatest <= torch.finfo(self.dtype or part.dtype).max
-
-
-def _row_bytes(array: DiskArray) -> int:
-    return max(1, math.prod(array.row) * array.dtype.itemsize)
 
 
 def _empty(array: DiskArray | Tensor, length: int) -> np.ndarray:

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.parts.circular import Circular
 from pyro_vae.parts.recurrent import token_lengths
 
 SMALLEST = 1e-8
 """The least variance of the noise, relative to the mean variance of the columns. Below it, a
 column is a linear function of others, and the likelihood has no maximum."""
+
+MOST_CONCENTRATED = 1e4
+"""The largest concentration of angles, which equal angles would make infinite."""
 
 
 class Baseline(NamedTuple):
@@ -160,24 +162,15 @@ def independent_numbers(train: Tensor, held: Tensor) -> Tensor:
 def independent_angles(train: Tensor, held: Tensor, period: float) -> Tensor:
     """log p of circular numbers (n,) under the von Mises distribution of the known training rows.
 
-    It has their mean direction and the concentration of the maximum likelihood, at most 10,000.
+    Its mean direction and its concentration, at most `MOST_CONCENTRATED`, have maximum likelihood.
     """
-    angles = train[~train.isnan()].double() * (2 * pi / period)
-    east, north = angles.cos().mean(), angles.sin().mean()
-    concentration = _concentration(torch.hypot(east, north))
-    loc = torch.atan2(north, east) * period / (2 * pi)
-    fn = Circular(loc, concentration, torch.zeros_like(loc), torch.full_like(loc, period))
-    return torch.where(held.isnan(), 0.0, fn.log_prob(held.double().nan_to_num(0.0)))
+    from scipy.stats import vonmises
 
-
-def _concentration(length: Tensor) -> Tensor:
-    """The concentration k with I_1(k) / I_0(k) = length, by bisection, from 1e-4 to 1e4."""
-    low, high = torch.tensor([-4.0, 4.0]).double() * log(10)
-    for _ in range(60):
-        middle = ((low + high) / 2).exp()
-        below = torch.special.i1e(middle) / torch.special.i0e(middle) < length
-        low, high = (middle.log(), high) if bool(below) else (low, middle.log())
-    return low.exp()
+    scale = 2 * pi / period
+    concentration, loc, _ = vonmises.fit(train[~train.isnan()].double().numpy() * scale, fscale=1)
+    concentration = min(concentration, MOST_CONCENTRATED)
+    logs = vonmises.logpdf(held.double().numpy() * scale, concentration, loc) + log(scale)
+    return torch.from_numpy(logs).where(~held.isnan(), 0.0)
 
 
 def of_table(schema: Any, train: Tensor, held: Tensor, dim: int) -> Baseline:

@@ -83,9 +83,8 @@ class Settings:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in list(
-            vars(self).items()
-        ):  # numbers of NumPy, as a grid search gives them
+        for name, value in list(vars(self).items()):
+            # A grid search gives numbers of NumPy. Those of Python stay as they are.
             kind = next((kind for number, kind in _NUMBERS if isinstance(value, number)), None)
             if kind is not None and not isinstance(value, int | float):
                 object.__setattr__(self, name, kind(value))

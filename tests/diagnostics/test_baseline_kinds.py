@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy import stats
+from scipy import optimize, special, stats
 
 import pyro_vae as pv
 from pyro_vae.cli.baseline import baseline_of
 from pyro_vae.data.split import Split
 from pyro_vae.diagnostics.baseline import (
+    independent_angles,
     independent_counts,
     independent_levels,
     of_table,
@@ -149,14 +150,30 @@ def mixed_table(turns=0, holes=False):
     return pv.read_table(frame, OF_COLUMNS).split()
 
 
+def von_mises(train, held, period=24.0):
+    """Log densities whose concentration k has I_1(k) / I_0(k) = the length of the mean vector."""
+    scale = 2 * np.pi / period
+    mean = np.exp(1j * train * scale).mean()
+    k = optimize.brentq(lambda k: special.i1e(k) / special.i0e(k) - abs(mean), 1e-6, 1e6)
+    logs = k * np.cos(held * scale - np.angle(mean)) - np.log(2 * np.pi * special.i0e(k)) - k
+    return logs + np.log(scale)
+
+
+def test_equal_angles_have_a_finite_baseline():
+    train, held = torch.full((20,), 6.0), torch.tensor([6.0, 18.0, torch.nan])
+    at, opposite, missing = independent_angles(train, held, 24.0).tolist()
+    wanted = -np.log(2 * np.pi * special.i0e(1e4)) + np.log(2 * np.pi / 24)
+    assert at == pytest.approx(wanted, abs=1e-5)
+    assert opposite == pytest.approx(wanted - 2e4, abs=1e-3)
+    assert missing == 0
+
+
 def test_counts_and_circular_columns_of_a_table_have_their_own_distributions():
     data = mixed_table()
     train, held = data.train.x.double().numpy(), data.test.x.double().numpy()
     found = of_table(data.schema, data.train.x, data.test.x, 1)
     assert found.name == "probabilistic PCA and independent columns"
-    scale = 2 * np.pi / 24
-    k, loc, _ = stats.vonmises.fit(train[:, 0] * scale, fscale=1)
-    wanted = (stats.vonmises.logpdf(held[:, 0] * scale, k, loc) + np.log(scale)).mean()
+    wanted = von_mises(train[:, 0], held[:, 0]).mean()
     wanted += independent_counts(data.train.x[:, 1:2], data.test.x[:, 1:2])
     wanted += stats.norm.logpdf(held[:, 2], train[:, 2].mean(), train[:, 2].std()).mean()
     ones = train[:, 3].sum()
@@ -176,11 +193,8 @@ def test_full_turns_of_some_rows_do_not_change_the_baseline_of_a_circular_column
 def test_missing_counts_and_angles_add_nothing():
     data = mixed_table(holes=True)
     found = of_table(data.schema, data.train.x, data.test.x, 1).log_likelihood
-    scale, held = 2 * np.pi / 24, data.test.x.double().numpy()
-    known = data.train.x.double().numpy()
-    k, loc, _ = stats.vonmises.fit(known[~np.isnan(known[:, 0]), 0] * scale, fscale=1)
-    logs = stats.vonmises.logpdf(held[:, 0] * scale, k, loc) + np.log(scale)
-    wanted = np.nansum(logs) / len(held)
+    known, held = (part.x.double().numpy()[:, 0] for part in (data.train, data.test))
+    wanted = np.nansum(von_mises(known[~np.isnan(known)], held)) / len(held)
     counts = [x[:, 1:2][~x[:, 1].isnan()] for x in (data.train.x, data.test.x)]
     wanted += independent_counts(*counts) * len(counts[1]) / len(held)
     rest = [x[:, 2:] for x in (data.train.x, data.test.x)]
