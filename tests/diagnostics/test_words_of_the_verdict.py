@@ -14,6 +14,7 @@ from verdict_helpers import (
 )
 
 from pyro_vae.diagnostics import signs, verdict
+from pyro_vae.diagnostics.attribution import PARTS, Blame
 from pyro_vae.diagnostics.signs import Sign
 
 OWN = "on the model's own data, the guide is off: z[0] is too "
@@ -303,3 +304,23 @@ def test_what_is_said_if_the_guide_misses_a_part_of_the_posterior():
 def test_each_finding_in_full(results, told):
     _, found = verdict.findings(results, torch.arange(1000, 2000))
     assert [tuple(finding) for finding in found] == told
+
+
+@pytest.mark.parametrize(
+    ("part", "tools", "by_replicates"),
+    [
+        ("decoder", ("predictive",), True),
+        ("decoder", ("predictive", "model_check"), False),
+        ("decoder", ("model_check",), False),
+        ("prior", ("predictive",), False),
+    ],
+)
+def test_replicates_alone_do_not_tell_which_part_of_the_model_is_wrong(part, tools, by_replicates):
+    blame = Blame(part, None, tuple(Sign(part, tool, "data differ") for tool in tools))
+    words = (
+        "the model: its likelihood, its decoder or its prior: data differ. Try a likelihood with "
+        "another spread, a larger decoder or a richer prior: the replicates do not tell which of "
+        "them"
+    )
+    assert (blame.words == words) is by_replicates
+    assert by_replicates or blame.next == PARTS[part][1]
