@@ -35,7 +35,7 @@ def training_rows(data: "Data", source: str, numbers: Sequence[int]) -> "NamedRo
 
     split, at = data.train, list(numbers)
     x: Any = split.x
-    if isinstance(x, DiskArray):
+    if isinstance(x, DiskArray) and split.rows is None:
         return NamedRows(x.rows_in_file(at), "row", "rows", f"of {source}, counted from 0")
     if split.members is not None:
         (ids,) = ids_of(data, split._replace(members=split.members[at])).values()

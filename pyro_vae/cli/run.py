@@ -169,11 +169,14 @@ def open_run(
     ``part`` is None or "all", need not make three parts.
     """
     pair, given = pair_of_run(run, model)
-    if data is not None and part in (None, "all") and _is_table(run, given):
-        from pyro_vae.data.datasets import load_new
-
+    if data is not None and part in (None, "all"):
         folder = data_dir or given.get("data_dir")
-        return pair, load_new(data, folder, schema_of_run(run)), given
+        if _is_table(run, given):
+            from pyro_vae.data.datasets import load_new
+
+            return pair, load_new(data, folder, schema_of_run(run)), given
+        if _are_cells(given, data):
+            return pair, _cells_of_run(run, given, data, folder, new=True), given
     loaded = load_of_run(run, given, data, data_dir)
     if data is None:
         require_split(run, loaded)
@@ -192,8 +195,8 @@ def load_of_run(
     folder = data_dir or given.get("data_dir")
     if (run / SCHEMA).is_file():
         return load_data(name, folder, columns=schema_of_run(run), group=given.get("group"))
-    if "cells" in given and Path(name).suffix in CELLS:
-        return _cells_of_run(run, given, name)
+    if _are_cells(given, name):
+        return _cells_of_run(run, given, name, folder)
     vocabulary, length = given.get("vocabulary"), given.get("length", Input.length)
     if vocabulary is not None:
         (length,) = given["data_shape"]
@@ -210,14 +213,21 @@ def _of_images(given: dict[str, Any], other: bool) -> dict[str, Any]:
     return {"image_size": size, "color": color, "crop": given.get("crop", True)}
 
 
-def _cells_of_run(run: Path, given: dict[str, Any], name: str) -> "Data":
-    from pyro_vae.data.cells import read_cells
+def _are_cells(given: dict[str, Any], name: str) -> bool:
+    """Whether data of this name are cells, for a run on cells."""
+    return "cells" in given and Path(name).suffix in CELLS
+
+
+def _cells_of_run(
+    run: Path, given: dict[str, Any], name: str, folder: Any, new: bool = False
+) -> "Data":
+    from pyro_vae.data.datasets import load_cells_of
     from pyro_vae.runs import files as run_files
 
     found = given["cells"]
     if not isinstance(found.get("genes"), list) or not isinstance(found.get("columns"), dict):
         raise UsageError(f"{run / run_files.CONFIG}: 'cells' must have 'genes' and 'columns'")
-    return read_cells(name, layer=given.get("layer"), recorded=found).split()
+    return load_cells_of(name, folder, given.get("layer"), found, new)
 
 
 def _is_table(run: Path, given: dict[str, Any]) -> bool:
@@ -266,7 +276,10 @@ def context_of(given: dict[str, Any], data: "Data", split: "Split") -> list["Ten
             )
         context.append(split.context)
     if given.get("library_size"):
-        totals = split.x.flatten(1).double().sum(1, keepdim=True)
+        import torch
+
+        parts = split.x.split(4096)  # x may be on disk
+        totals = torch.cat([part.flatten(1).double().sum(1, keepdim=True) for part in parts])
         if not bool((totals > 0).all()):
             raise UsageError(
                 f"a library size must be positive, but {data.name} has a row with total "

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from pyro_vae.data.cell_stores import opened, require_whole, strings
+from pyro_vae.data.cell_stores import require_whole, strings
 from pyro_vae.data.files import require_observed_rows
 from pyro_vae.data.schema import Column, Schema, read_schema, whole_schema
 from pyro_vae.data.sizes import available_memory
@@ -66,18 +65,23 @@ class Cells:
         """Training, validation and test data: by the split column, or 70 : 10 : 20 at random."""
         return replace(self.table.split(), table=None, schema=None, cells=self)
 
+    def new(self) -> Data:
+        """All cells as test data, for a pair that was fitted to other cells."""
+        return replace(self.table.new(), table=None, schema=None, cells=self)
 
-def read_cells(
-    path: str | Path,
-    columns: Mapping[str, Any] | str | Path | None = None,
-    layer: str | None = None,
-    batch: str | None = None,
-    recorded: Mapping[str, Any] | None = None,
-) -> Cells:
-    """Read the counts of an AnnData file, which become a dense array of float32.
+
+def described(
+    file: Any,
+    path: Path,
+    columns: Mapping[str, Any] | str | Path | None,
+    layer: str | None,
+    batch: str | None,
+    recorded: Mapping[str, Any] | None,
+) -> tuple[Cells, Any]:
+    """The cells of an open file without their counts, and the matrix that holds these.
 
     Arguments:
-        path: a .h5ad file, or a .zarr store, which is a folder.
+        file: the root group of a .h5ad file or of a .zarr store.
         columns: the roles of columns of obs, as `pyro_vae.read_table` takes them: context, label,
             group or split.
         layer: the layer with the counts; the default is X.
@@ -85,17 +89,27 @@ def read_cells(
         recorded: `Cells.recorded` of the training data. The genes must be the same, and the
             categories are those of training.
 
-    Raises `UsageError` if the file cannot be read, lacks what is named, or does not fit into
-    memory.
+    Raises `UsageError` if the file lacks what is named, or if the counts are not a matrix.
     """
-    path = Path(path)
-    with opened(path) as file:
-        names = tuple(_unique(_index(file, "var", path)))
-        if recorded is not None:
-            _require_genes(names, recorded["genes"], path)
-        table = _obs_table(path, file, _roles(columns, batch, recorded))
-        x = _counts(_found(file, path, layer), (len(table.ids), len(names)), path)
-    return Cells(replace(table, x=x), names)
+    names = tuple(_unique(_index(file, "var", path)))
+    if recorded is not None:
+        _require_genes(names, recorded["genes"], path)
+    table = _obs_table(path, file, _roles(columns, batch, recorded))
+    matrix = _found(file, path, layer)
+    _require_matrix(matrix, (table.source.num_rows, len(names)), path)
+    return Cells(table, names), matrix
+
+
+def with_counts(cells: Cells, matrix: Any, path: Path) -> Cells:
+    """Cells with their counts as a dense array of float32 in memory.
+
+    Raises `UsageError` if they cannot be read or do not fit into memory.
+    """
+    _require_memory((cells.table.source.num_rows, len(cells.names)), path)
+    whole = matrix if form_of(matrix, path) == "array" else sparse_rows(matrix, path)
+    x = as_tensor(_dense(whole, path), str(path), missing=True)
+    require_observed_rows(x, path)
+    return replace(cells, table=replace(cells.table, x=x))
 
 
 def _found(file: Any, path: Path, layer: str | None) -> Any:
@@ -111,7 +125,7 @@ def _found(file: Any, path: Path, layer: str | None) -> Any:
     return file["layers"][layer]
 
 
-def _form(element: Any, path: Path) -> str:
+def form_of(element: Any, path: Path) -> str:
     """How an element is encoded."""
     form = element.attrs.get("encoding-type")
     if not form:
@@ -126,7 +140,7 @@ def _index(file: Any, name: str, path: Path) -> list[str]:
     """The names of the rows of obs or var."""
     if name not in file:
         raise UsageError(f"{path} has no {name}, so it is not a complete {path.suffix} file")
-    _form(file[name], path)
+    form_of(file[name], path)
     names = file[name][file[name].attrs["_index"]]
     require_whole(names, path)
     return list(map(str, _column(names, path).to_pylist()))
@@ -134,7 +148,7 @@ def _index(file: Any, name: str, path: Path) -> list[str]:
 
 def _column(element: Any, path: Path) -> Any:
     """A column of obs or var as an Arrow array, with nulls for missing values."""
-    pa, form = arrow(), _form(element, path)
+    pa, form = arrow(), form_of(element, path)
     if form == "string-array":
         return pa.array(strings(element).tolist(), pa.string())
     if form == "array":
@@ -175,10 +189,9 @@ def _require_memory(shape: tuple[int, ...], path: Path) -> None:
         )
 
 
-def _counts(element: Any, shape: tuple[int, int], path: Path) -> Tensor:
-    """The matrix of an element, (n, genes): dense ones are read in blocks, sparse ones whole."""
-    _require_memory(shape, path)
-    form = _form(element, path)
+def _require_matrix(element: Any, shape: tuple[int, int], path: Path) -> None:
+    """Raise `UsageError` unless an element is a matrix of numbers of this shape."""
+    form = form_of(element, path)
     if form not in ("array", "csr_matrix", "csc_matrix"):
         raise UsageError(f"{path}: the counts must be a matrix of numbers (cells, genes)")
     is_dense = form == "array"
@@ -189,23 +202,30 @@ def _counts(element: Any, shape: tuple[int, int], path: Path) -> Tensor:
             f"{path}: the counts must be a matrix of numbers of shape {shape}, for obs and var; "
             f"got {numbers.dtype} of shape {declared}"
         )
-    matrix = element if is_dense else _sparse(element, form, path)
-    x = as_tensor(_dense(matrix, path), str(path), missing=True)
-    require_observed_rows(x, path)
-    return x
 
 
-def _sparse(element: Any, form: str, path: Path) -> Any:
-    """A sparse matrix in rows, whose indices are inside its shape."""
-    from scipy import sparse
+def sparse_rows(element: Any, path: Path) -> Any:
+    """A sparse matrix in memory, in rows, whose indices are inside its shape."""
+    arrays = sparse_arrays(element, path)
+    return checked_rows(tuple(array[:] for array in arrays), element, path)
 
+
+def sparse_arrays(element: Any, path: Path) -> list[Any]:
+    """The arrays data, indices and indptr of a sparse matrix on disk."""
     arrays = [element[name] for name in ("data", "indices", "indptr")]
     for array in arrays:
         require_whole(array, path)
-    parts = tuple(array[:] for array in arrays)
+    return arrays
+
+
+def checked_rows(parts: tuple[Any, ...], element: Any, path: Path, rows: int | None = None) -> Any:
+    """A sparse matrix of these arrays in rows; ``rows`` is the number of its rows."""
+    from scipy import sparse
+
     shape = tuple(int(size) for size in element.attrs["shape"])
     try:
-        matrix = getattr(sparse, form)(parts, shape=shape)
+        made = getattr(sparse, form_of(element, path))
+        matrix = made(parts, shape=shape if rows is None else (rows, shape[1]))
         matrix.check_format(full_check=True)
     except ValueError as error:
         raise UsageError(f"{path} holds a damaged sparse matrix ({first_line(error)})") from error
@@ -218,14 +238,20 @@ def _dense(matrix: Any, path: Path) -> np.ndarray:
     for start in range(0, len(made), CELLS_AT_ONCE):
         rows = matrix[start : start + CELLS_AT_ONCE]
         rows = rows.toarray() if hasattr(rows, "toarray") else rows
-        with np.errstate(over="ignore"):  # infinite numbers are refused later
-            block = made[start : start + CELLS_AT_ONCE] = rows.astype(np.float32)
-        rounded = (block != rows) & (rows == np.floor(rows))
-        if rounded.any():
-            raise UsageError(
-                f"{path} holds the whole number {rows[rounded][0]:.0f}; whole numbers above "
-                f"{2**24:,} are not exact in float32"
-            )
+        made[start : start + CELLS_AT_ONCE] = in_float32(rows, path)
+    return made
+
+
+def in_float32(numbers: np.ndarray, path: Path) -> np.ndarray:
+    """Numbers as float32; raise `UsageError` for a whole number that would be rounded."""
+    with np.errstate(over="ignore"):  # infinite numbers are refused later
+        made = numbers.astype(np.float32)
+    rounded = (made != numbers) & (numbers == np.floor(numbers))
+    if rounded.any():
+        raise UsageError(
+            f"{path} holds the whole number {numbers[rounded][0]:.0f}; whole numbers above "
+            f"{2**24:,} are not exact in float32"
+        )
     return made
 
 

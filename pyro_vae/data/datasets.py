@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.data.cell_stores import ENDINGS as CELLS
-from pyro_vae.data.cells import read_cells
 from pyro_vae.data.files import UNREADABLE, load_file, load_music, load_text
 from pyro_vae.data.grouped_tables import grouped
 from pyro_vae.data.image_folders import image_options, load_images
+from pyro_vae.data.large_cells import load_cells
 from pyro_vae.data.large_tables import is_large, load_table
 from pyro_vae.data.schema import Schema
 from pyro_vae.data.shapes import draw
@@ -63,7 +63,8 @@ def load_data(
               ``lengths`` (n,) if their lengths differ;
             - ``.csv``, ``.tsv``, ``.parquet``, ``.feather``: a table, see `pyro_vae.read_table`. A
               table of 1 GiB or more is converted once, and its rows stay on disk;
-            - ``.h5ad``, ``.zarr``: cells with the counts of their genes, see `pyro_vae.data.cells`;
+            - ``.h5ad``, ``.zarr``: cells with the counts of their genes, see `pyro_vae.data.cells`.
+              Counts that need 1 GiB or more as float32 are converted once, and stay on disk;
             - ``.txt``: one datum in each line;
             - ``.json``: music, see `pyro_vae.data.music`.
 
@@ -123,7 +124,7 @@ def load_data(
             return load_table(path, columns, _root(data_dir))
         return read_table(path, columns).split()
     if path.suffix in CELLS:
-        return read_cells(path, columns, layer, batch).split()
+        return load_cells(path, columns, layer, batch, _root(data_dir))
     if columns is not None:
         raise UsageError(f"applies only to tables; '{name}' is not a table", argument="columns")
     if path.suffix == ".json" and path.is_file():
@@ -151,6 +152,17 @@ def load_new(path: str | Path, data_dir: str | Path | None, schema: Schema) -> D
     if is_large(Path(path)):
         return load_table(Path(path), schema, _root(data_dir), new=True)
     return read_table(path, schema).new()
+
+
+def load_cells_of(
+    path: str | Path,
+    data_dir: str | Path | None,
+    layer: str | None,
+    recorded: dict[str, Any],
+    new: bool = False,
+) -> Data:
+    """Cells as a run recorded them (`Cells.recorded`); with ``new``, all cells are test data."""
+    return load_cells(Path(path), None, layer, None, _root(data_dir), recorded, new)
 
 
 def _root(data_dir: str | Path | None) -> Path:

@@ -92,12 +92,12 @@ class DiskArray:
         """Read rows that follow each other into memory that is there, of the same dtype."""
         read, (number, ahead) = self.read, divmod(start, self.block)
         in_one_block = ahead + stop - start <= self.block
-        if in_one_block and isinstance(read, _PlainFile) and self._is_as_in_file(read, found):
+        if in_one_block and isinstance(read, PlainFile) and self._is_as_in_file(read, found):
             read.into(found, int(self.blocks[number]) * self.block + ahead)
         else:
             found[:] = self.between(start, stop).numpy()
 
-    def _is_as_in_file(self, read: "_PlainFile", found: np.ndarray) -> bool:
+    def _is_as_in_file(self, read: "PlainFile", found: np.ndarray) -> bool:
         return not self.last and found.dtype == read.dtype and found.flags.c_contiguous
 
     def __getitem__(self, rows: Any) -> Tensor:
@@ -141,6 +141,43 @@ class DiskArray:
     def split(self, size: int) -> Any:
         """Read the rows in parts of this size, one after another."""
         return (self.between(i, min(i + size, len(self))) for i in range(0, len(self), size))
+
+
+def merged(parts: Sequence[tuple[DiskArray | Tensor, np.ndarray]], name: str) -> DiskArray:
+    """One array of the rows of several ones, each with the places of its rows, which increase."""
+    x, length = parts[0][0], sum(len(rows) for _, rows in parts)
+    row = tuple(x.shape[1:])
+    reader = _Merged(tuple(parts), row, torch.empty(0, dtype=x.dtype).numpy().dtype)
+    return array_of(reader, length, row, x.dtype, name)
+
+
+def array_of(
+    read: Callable[[int, int], np.ndarray],
+    length: int,
+    row: tuple[int, ...],
+    dtype: torch.dtype,
+    name: str,
+) -> DiskArray:
+    """Rows of this shape that a function reads, in blocks of the usual size."""
+    size = max(1, BLOCK_BYTES // max(1, int(np.prod(row)) * dtype.itemsize))
+    return DiskArray(read, length, size, np.arange(-(-length // size)), row, dtype, name)
+
+
+@dataclass(eq=False)
+class _Merged:
+    """Reads rows of several arrays, each with the places of its rows."""
+
+    parts: tuple[tuple[DiskArray | Tensor, np.ndarray], ...]
+    row: tuple[int, ...]
+    dtype: np.dtype
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        found = np.empty((stop - start, *self.row), self.dtype)
+        for array, rows in self.parts:
+            first, past = map(int, np.searchsorted(rows, (start, stop)))
+            if first < past:
+                found[rows[first:past] - start] = array[first:past].numpy()
+        return found
 
 
 def rows_of(value: Any, name: str = "x") -> DiskArray | None:
@@ -194,11 +231,11 @@ def _of_map(array: np.memmap) -> Callable[[int, int], np.ndarray] | None:
     if not array.flags.c_contiguous or array.mode == "c" or array.filename is None:
         return None
     ahead = array.__array_interface__["data"][0] - root.__array_interface__["data"][0]
-    return _PlainFile(Path(array.filename), root.offset + ahead, tuple(array.shape), array.dtype)
+    return PlainFile(Path(array.filename), root.offset + ahead, tuple(array.shape), array.dtype)
 
 
 @dataclass(eq=False)
-class _PlainFile:
+class PlainFile:
     """Reads rows of a file without mapping it into memory."""
 
     path: Path

@@ -276,11 +276,11 @@ def _odd_shape(path: Path, shape: Sequence[int]) -> UsageError:
     )
 
 
-def require_observed_rows(x: Tensor, path: Path) -> None:
-    """Raise `UsageError` for a row whose entries are all missing."""
+def require_observed_rows(x: Tensor, path: Path, start: int = 0) -> None:
+    """Raise `UsageError` for a row whose entries are all missing; rows count from ``start``."""
     empty = x.reshape(len(x), -1).isnan().all(1)
     if bool(empty.any()):
-        row = int(empty.int().argmax())
+        row = start + int(empty.int().argmax())
         raise UsageError(
             f"{path} holds values that are not finite (NaN) in all of row {row}: remove rows "
             "without an observed entry"

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data.disk import DiskArray, sampled
+from pyro_vae.data.disk import DiskArray, merged, sampled
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.showing import shown_html
 
@@ -144,15 +145,38 @@ def part_of(data: Data, name: str) -> Split:
         return taken(found, found.rows.argsort())
     held = [part for part in parts.values() if len(part.x)]
     if any(isinstance(part.x, DiskArray) for part in held):
-        if len(held) == 1:
-            return held[0]
-        raise UsageError(
-            f"must be train, validation or test, because {data.name} is on disk; got 'all'",
-            argument="part",
-        )
+        return held[0] if len(held) == 1 else _whole_on_disk(held, data.name)
     columns = zip(*parts.values(), strict=True)
     whole = Split(*(torch.cat(list(c)) if _known(c) else None for c in columns))  # type: ignore
     return whole if whole.rows is None else taken(whole, whole.rows.argsort())
+
+
+def _whole_on_disk(parts: Sequence[Split], name: str) -> Split:
+    """All rows of parts on disk, in the order of the file, or one part after another."""
+    ends = np.cumsum([0, *(len(part.x) for part in parts)])
+    numbers = [_numbers(part) for part in parts]
+    if any((np.diff(rows) <= 0).any() for rows in numbers) or not _are_all(numbers):
+        numbers = [np.arange(a, b) for a, b in pairwise(ends)]
+    order = np.concatenate(numbers).argsort()
+    places = np.split(order.argsort(), ends[1:-1])
+    x = merged([(part.x, at) for part, at in zip(parts, places, strict=True)], name)
+    columns = zip(*(part[1:] for part in parts), strict=True)
+    joined = (torch.cat(list(c)) if _known(c) else None for c in columns)
+    return Split(cast(Any, x), *(None if column is None else column[order] for column in joined))
+
+
+def _numbers(part: Split) -> np.ndarray:
+    """The number of each row of a part in the file; -1 if it is not known."""
+    x: Any = part.x
+    if part.rows is not None:
+        return part.rows.numpy()
+    return x.numbers() if isinstance(x, DiskArray) else np.full(len(x), -1)
+
+
+def _are_all(numbers: Sequence[np.ndarray]) -> bool:
+    """Whether these are the numbers from 0 on, in any order."""
+    rows = np.sort(np.concatenate(numbers))
+    return bool((rows == np.arange(len(rows))).all())
 
 
 def _known(column: Sequence[Tensor | None]) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_vae.compat import UNOBSERVED_PART
 from pyro_vae.data.preparation import held_rows
+from pyro_vae.data.sizes import require_memory
 from pyro_vae.data.sources import Arrays, Rows
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.inference.chained import Chained, chained_parts
@@ -132,8 +133,8 @@ def impute(
     once for each 21 samples and at most 200 times, so draws and intervals contain their
     uncertainty. Their draws have equal weights: the guide was fitted to these rows, or to rows like
     them. Two rows of one draw may have other values of them.
-    Raises `UsageError` if ``draws`` or ``num_samples`` is too small, if no entry is missing, or if
-    the method does not serve the latents of the pair.
+    Raises `UsageError` if ``draws`` or ``num_samples`` is too small, if no entry is missing, if the
+    result does not fit into memory, or if the method does not serve the latents of the pair.
     Mattei & Frellsen, MIWAE, 2019 (https://arxiv.org/abs/1812.02633).
 
     >>> import torch, pyro_vae as pv
@@ -152,6 +153,9 @@ def impute(
     rows, prepare = held_rows(pair, x, context, binarize)
     by_mask = not (isinstance(rows, Arrays) and bool(rows.tensors[0].isnan().any()))
     asked = _Asked(method, draws, num_samples, level)
+    entries = len(rows) * rows.first(1)[0][0].numel()
+    need = 2 * (draws + 4) * entries * prepare.dtype.itemsize  # the parts, and then all of them
+    require_memory(need, f"{draws} draws of {len(rows)} rows")
     parts: list[Imputation] = []
     with seeded(seed), bar(progress, len(rows), "impute") as shown:
         for raw in rows.batches(IMPUTED_ROWS):

@@ -127,3 +127,14 @@ def test_a_row_of_a_file_on_disk(size, table, capsys, monkeypatch):
     row = round(float(x[17:18][0, 0]) * 100) // 2
     table[row, 0] = MARK
     assert f"row {row} of data.npy" in refused(npy(table, None), capsys, size)
+
+
+@pytest.mark.parametrize("names", [None, NAMES])
+def test_a_row_of_a_table_on_disk(names, table, capsys, monkeypatch, tmp_path):
+    """Parts of a converted table have files of their own, whose row numbers nobody knows."""
+    monkeypatch.setenv("PYRO_VAE_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(disk, "LEAST_BYTES", 1)
+    monkeypatch.setattr(disk, "BLOCK_BYTES", 48)
+    source, row = marked(csv, table, names, 11)
+    wanted = f"row {row} of data.csv" if names is None else f"with id {names[row]} of data.csv"
+    assert wanted in refused(source, capsys)

@@ -12,6 +12,7 @@ from cli_helpers import command, read
 
 import pyro_vae as pv
 from pyro_vae.data import cells
+from pyro_vae.data.datasets import load_cells_of
 from pyro_vae.data.split import part_of
 from pyro_vae.runs.cells import write_codes
 
@@ -176,10 +177,10 @@ def test_files_of_anndata_are_read_and_written(tmp_path):
     made = anndata.AnnData(sp.csc_matrix(counts()), frame, pd.DataFrame(index=list(GENES)))
     path, out = tmp_path / "cells.h5ad", tmp_path / "coded.h5ad"
     made.write_h5ad(path)
-    found = cells.read_cells(path, batch="batch", columns={"kind": "label"})
-    assert np.array_equal(found.table.x.numpy(), counts())
-    assert found.table.context[:, 1].tolist() == [1, 0] * 20
-    assert found.table.labels.tolist() == [1, 0] * 20
+    found = part_of(pv.load_data(path, batch="batch", columns={"kind": "label"}), "all")
+    assert np.array_equal(found.x.numpy(), counts())
+    assert found.context[:, 1].tolist() == [1, 0] * 20
+    assert found.labels.tolist() == [1, 0] * 20
     codes = np.random.default_rng(0).normal(size=(40, 2))
     write_codes(path, {"z": codes}, out)
     again = anndata.read_h5ad(out)
@@ -280,7 +281,7 @@ def test_other_files_must_have_the_genes_and_batches_of_the_run(trained, tmp_pat
         tmp_path / "other.h5ad", layers={"raw": counts()}, obs={"batch": ["c", "a"] * 20}
     )
     recorded = read(trained / "run" / "config.json")["train"]["cells"]
-    found = cells.read_cells(path, layer="raw", recorded=recorded).table.context
+    found = load_cells_of(path, None, "raw", recorded, new=True).test.context
     assert found.argmax(1).tolist() == [2, 0] * 20
 
 

@@ -123,10 +123,11 @@ def test_stores_of_anndata_are_read(tmp_path):
     for form in FORMATS:
         anndata.settings.zarr_write_format = form
         made.write_zarr(tmp_path / f"{form}.zarr")
-        found = cells.read_cells(tmp_path / f"{form}.zarr", batch="batch")
-        assert np.array_equal(found.table.x.numpy(), counts())
-        assert found.table.context[:, 1].tolist() == [1, 0] * 20
-        assert found.ids == tuple(frame.index)
+        data = pv.load_data(tmp_path / f"{form}.zarr", batch="batch")
+        found = part_of(data, "all")
+        assert np.array_equal(found.x.numpy(), counts())
+        assert found.context[:, 1].tolist() == [1, 0] * 20
+        assert data.cells.ids == tuple(frame.index)
 
 
 class Ran:
@@ -193,7 +194,7 @@ def test_the_shape_of_a_sparse_matrix_is_compared_before_it_is_made(tmp_path, mo
     with h5py.File(file, "r+") as opened:
         opened["X"].attrs["shape"] = (10**9, len(GENES))
     path = file if ending == ".h5ad" else as_store(file)
-    monkeypatch.setattr(cells, "_sparse", None)  # no matrix is made
+    monkeypatch.setattr(cells, "sparse_rows", None)  # no matrix is made
     with pytest.raises(pv.UsageError, match=r"got int64 of shape \(1000000000, 5\)"):
         pv.load_data(path)
 

@@ -7,6 +7,7 @@ from imputation_helpers import WIDTH, Holes, rows
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.data import sizes
 
 
 def test_the_masked_bound_and_log_p_are_exact():
@@ -149,3 +150,14 @@ def test_wrong_numbers_are_one_line(options, words):
 def test_complete_rows_are_nothing_to_impute():
     with pytest.raises(pv.UsageError, match="x has no missing entry"):
         pv.impute(Holes(), rows(share=0.0)[:1])
+
+
+def test_an_imputation_larger_than_the_memory_is_refused_at_once(monkeypatch):
+    vae = pv.VAE.mlp((3,), latent_dim=2, likelihood=pv.Missing(pv.Gaussian))
+    x = torch.randn(50, 3)
+    x[0, 0] = torch.nan
+    need = 2 * (6 + 4) * 150 * 4
+    monkeypatch.setattr(sizes, "available_memory", lambda: need)
+    pv.impute(vae, x, draws=6, num_samples=21)
+    with pytest.raises(pv.UsageError, match=r"7 draws of 50 rows needs .* GiB of memory"):
+        pv.impute(vae, x, draws=7, num_samples=21)
