@@ -43,7 +43,8 @@ def sample(
     num
         Number of samples.
     out
-        For a table: file to write. The default is samples.csv in the run folder.
+        File to write: a table, or the array as a .npy file. The default is samples.csv or
+        samples.npy in the run folder.
     label
         Class of the samples, for a pair that is conditional on labels (default: each class in
         turn), or value of the discrete latent. Other context is taken from the test data in turn.
@@ -57,6 +58,8 @@ def sample(
     from pyro_vae.inference import generation
 
     require_positive("num", num)
+    if not (run / SCHEMA).is_file():
+        _require_npy(out)
     pair, given = pair_of_run(run, model)
     conditional = "label" in given.get("condition", ())
     context, parents = _asked(run, given, num, label, model)
@@ -71,10 +74,13 @@ def sample(
             table = table.add_column(0, "parent", [parents])
         print(written(table, out or run / "samples.csv"))
         return
-    _write(run, given, "samples", images, [("", part) for part in images[:100].split(10)])
+    rows = [("", part) for part in images[:100].split(10)]
+    _write(run, given, "samples", images, rows, out=out)
     if parents is not None:
         numbers = list(range(num))
-        print(written({"sample": numbers, "parent": parents}, run / "samples_parents.npz"))
+        beside = out or run / "samples.npy"
+        path = beside.with_name(f"{beside.stem}_parents.npz")
+        print(written({"sample": numbers, "parent": parents}, path))
 
 
 @app.command
@@ -100,13 +106,16 @@ def reconstruct(
     part
         Part of the data: train, validation, test or all. The default is test, or all with --data.
     out
-        For a table: file to write. The default is reconstructions.csv in the run folder.
+        File to write: a table, or the array as a .npy file. The default is reconstructions.csv or
+        reconstructions.npy in the run folder.
     """
     from pyro_vae.inference import generation
     from pyro_vae.plots import canvas
 
     require_positive("num", num)
     pair, loaded, given = open_run(run, data, None, model, part)
+    if loaded.table is None:
+        _require_npy(out)
     split = chosen_part(loaded, data, part)
     x, context = split.x, context_of(given, loaded, split)
     if loaded.table is not None:
@@ -116,7 +125,7 @@ def reconstruct(
     x, context = x[:num], [one[:num] for one in context]
     images = generation.reconstruct(pair, x, *context, binarize=binarize_of(given))
     rows = [("data", canvas.intensity(x)[:16]), ("reconstruction", images[:16])]
-    _write(run, given, "reconstructions", images, rows, across=True)
+    _write(run, given, "reconstructions", images, rows, across=True, out=out)
 
 
 @app.command
@@ -249,6 +258,14 @@ def _asked(
     return context, parents
 
 
+def _require_npy(out: Path | None) -> None:
+    """Raise `UsageError` for a file that is not one of an array."""
+    if out is not None and out.suffix != ".npy":
+        raise UsageError(
+            f"must end in .npy for data that are not a table, got {out}", argument="out"
+        )
+
+
 def _write(
     run: Path,
     given: dict[str, Any],
@@ -256,8 +273,9 @@ def _write(
     array: "Tensor",
     rows: list[tuple[str, "Tensor"]],
     across: bool = False,
+    out: Path | None = None,
 ) -> None:
-    """Write an array as NAME.npy, and as figures/NAME.png or, for text, as NAME.txt."""
+    """Write an array as NAME.npy or OUT, and as figures/NAME.png or, for text, as NAME.txt."""
     import io
 
     import numpy as np
@@ -271,16 +289,17 @@ def _write(
     array, rows = canvas.alike(array, like), [(label, canvas.alike(x, like)) for label, x in rows]
     buffer = io.BytesIO()
     np.save(buffer, array.cpu().numpy())
-    with run_files.atomic(run / f"{name}.npy") as file:
+    path = out or run / f"{name}.npy"
+    with run_files.atomic(path) as file:
         file.write(buffer.getvalue())
     if "vocabulary" in given:
         text = canvas.lines(rows, given["vocabulary"], across)
         with run_files.atomic(run / f"{name}.txt") as file:
             file.write(f"{text}\n".encode())
-        print(run / f"{name}.npy")
+        print(path)
         print(run / f"{name}.txt", text, sep="\n\n")
         return
     with run_files.atomic(run / run_files.FIGURES / f"{name}.png") as file:
         file.write(png(canvas.grid(rows)))
-    print(run / f"{name}.npy")
+    print(path)
     print(run / run_files.FIGURES / f"{name}.png")

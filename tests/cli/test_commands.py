@@ -281,6 +281,34 @@ def test_sample(run, capsys):
     assert 0 < means.min() < means.max() < 1
 
 
+def test_arrays_go_where_out_says(run, tmp_path, capsys):
+    (run / "samples.npy").unlink(missing_ok=True)
+    command("sample {run} --num 5 --seed 3 --out {out}", run=run, out=tmp_path / "s.npy")
+    command("reconstruct {run} --num 4 --out {out}", run=run, out=tmp_path / "r.npy")
+    assert np.load(tmp_path / "s.npy").shape == (5, 1, 8, 8)
+    assert np.load(tmp_path / "r.npy").shape == (4, 1, 8, 8)
+    assert not (run / "samples.npy").exists()
+    for line in ("sample {run} --out {out}", "reconstruct {run} --out {out}"):
+        with pytest.raises(SystemExit):
+            command(line, run=run, out=tmp_path / "s.csv")
+        assert "--out must end in .npy for data that are not a table" in capsys.readouterr().err
+
+
+def test_rows_of_the_context_are_beside_the_samples(tmp_path):
+    x = np.random.default_rng(0).random((40, 4)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x, context=x[:, :1])
+    command(
+        "train {data} --out {run} --likelihood gaussian --condition context --epochs 1 --latent-dim 2 "
+        "--hidden 8 --engine eager --no-report --num-eval-samples 2",
+        data=tmp_path / "x.npz",
+        run=tmp_path / "run",
+    )
+    command("sample {run} --num 3 --out {out}", run=tmp_path / "run", out=tmp_path / "s.npy")
+    with np.load(tmp_path / "s_parents.npz") as found:
+        assert found["sample"].tolist() == [0, 1, 2]
+        assert set(found["parent"].tolist()) <= set(range(40))
+
+
 def test_counts_with_their_library_size(tmp_path):
     generator = np.random.default_rng(0)
     depth = generator.integers(50, 500, (60, 1))
