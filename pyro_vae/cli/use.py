@@ -87,7 +87,7 @@ def sample(
 def reconstruct(
     run: RunFolder,
     *,
-    num: int = 12,
+    num: int | None = None,
     data: str | None = None,
     part: str | None = None,
     out: Path | None = None,
@@ -95,12 +95,12 @@ def reconstruct(
 ) -> None:
     """Encode and decode data; write reconstructions.npy and figures/reconstructions.png.
 
-    For a table, the reconstructions of all rows of the part are written as a table.
+    For a table, the reconstructions are written as a table.
 
     Parameters
     ----------
     num
-        Number of data, if they are not a table.
+        Number of data. The default is 12, or all rows of a table.
     data
         Data to use instead of those of training: a name or a file, as for train.
     part
@@ -112,17 +112,21 @@ def reconstruct(
     from pyro_vae.inference import generation
     from pyro_vae.plots import canvas
 
-    require_positive("num", num)
+    if num is not None:
+        require_positive("num", num)
     pair, loaded, given = open_run(run, data, None, model, part)
+    split = chosen_part(loaded, data, part)
     if loaded.table is None:
         _require_npy(out)
-    split = chosen_part(loaded, data, part)
+        num = num or 12
     x, context = split.x, context_of(given, loaded, split)
+    if num is not None:
+        x, context = x[:num], [one[:num] for one in context]
+        split = split._replace(x=x, rows=None if split.rows is None else split.rows[:num])
     if loaded.table is not None:
         made = generation.reconstruct(pair, x, *context)
         print(written(as_frame(loaded, made, split), out or run / "reconstructions.csv"))
         return
-    x, context = x[:num], [one[:num] for one in context]
     images = generation.reconstruct(pair, x, *context, binarize=binarize_of(given))
     rows = [("data", canvas.intensity(x)[:16]), ("reconstruction", images[:16])]
     _write(run, given, "reconstructions", images, rows, across=True, out=out)

@@ -298,8 +298,8 @@ def test_rows_of_the_context_are_beside_the_samples(tmp_path):
     x = np.random.default_rng(0).random((40, 4)).astype(np.float32)
     np.savez(tmp_path / "x.npz", x=x, context=x[:, :1])
     command(
-        "train {data} --out {run} --likelihood gaussian --condition context --epochs 1 --latent-dim 2 "
-        "--hidden 8 --engine eager --no-report --num-eval-samples 2",
+        "train {data} --out {run} --likelihood gaussian --condition context --epochs 1 "
+        "--latent-dim 2 --hidden 8 --engine eager --no-report --num-eval-samples 2",
         data=tmp_path / "x.npz",
         run=tmp_path / "run",
     )

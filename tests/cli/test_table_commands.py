@@ -123,6 +123,9 @@ def test_results_carry_ids_in_the_order_of_the_file(trained, run, tmp_path):
     codes = [float(row["z_mean_1"]) for row in table(tmp_path / "encode.csv")]
     assert codes == pytest.approx(pv.encode(pair, x)["z"][:, 1].tolist())
     assert {row["city"] for row in table(tmp_path / "reconstruct.csv")} <= {"Bern", "Lyon", "Graz"}
+    few = tmp_path / "few.csv"
+    command("reconstruct {run} --data {data} --num 3 --out {out}", run=run, data=other, out=few)
+    assert table(few) == table(tmp_path / "reconstruct.csv")[:3]
     command("encode {run} --part train", run=run)
     with np.load(run / "codes.npz") as arrays:
         assert list(arrays["rows"]) == sorted(arrays["rows"])
