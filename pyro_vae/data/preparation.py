@@ -17,6 +17,7 @@ from pyro_vae.data.streams import mixed_eight_bit
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import DIVISOR, as_context, recorded_divisor
+from pyro_vae.pairs.contract import faults_of_shapes
 from pyro_vae.pairs.data_plate_search import runs
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
@@ -138,9 +139,15 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
 def _observation(pair: nn.Module, batch: Batch) -> Site | None:
     """The site that observes x in a batch."""
     with using(pair, seed=0), pyro.validation_enabled(False):
-        model = _run(pair, batch)
+        guide, model = _run(pair, batch)
         if fault := masks.too_wide(model, "model"):
             raise UsageError(fault)
+        if faults := faults_of_shapes(model, guide, batch):
+            shapes = ", ".join(str(tuple(tensor.shape[1:])) for tensor in batch)
+            raise UsageError(
+                f"{faults[0]}; or, if a row of x or of context has a wrong shape, correct it (the "
+                f"shapes are {shapes})"
+            )
         return x_site(model)
 
 
@@ -216,10 +223,11 @@ FEWEST_LEVELS = 64
 """8-bit data whose largest value is below this, and above 1, are probably not intensities."""
 
 
-def _run(pair: nn.Module, batch: Batch) -> Trace:
-    """The trace of the model, replayed against the guide; the pair may fail on these data."""
+def _run(pair: nn.Module, batch: Batch) -> tuple[Trace, Trace]:
+    """The traces of guide and model; the pair may fail on these data."""
     try:
-        return trace_model(pair, batch, trace_guide(pair, batch))
+        guide = trace_guide(pair, batch)
+        return guide, trace_model(pair, batch, guide)
     except UsageError:
         raise
     except Exception as error:  # the code of a user may raise anything

@@ -29,8 +29,8 @@ MISSING, MISSING_SHIFT = 1.3, 0.3
 """If scores of true values among weighted draws spread by this factor, or have a mean this far from
 0, the guide misses a part of the posterior."""
 
-LEAST_SCORES = 50
-"""Least number of true values for this judgment."""
+LEAST_SCORES, MOSTLY = 50, 0.5
+"""Least number of true values for this judgment, and the largest fraction of unreliable rows."""
 
 MUCH = 0.3
 """If log p(x) of the model's own data is too low by more nats than this, the guide misses a part.
@@ -214,11 +214,13 @@ def missing_mass(results: Mapping[str, Any]) -> Sign | None:
     """Return the sign of a guide that misses a part of the posterior, such as a mode.
 
     Draws of the guide never reach that part, so importance weights do not see it. True values of
-    the model's own data do: their ranks are off even among weighted draws, or their weights show
-    that log p(x) is too low. And so do annealed chains. A little may also be missing because means,
-    scales or correlations are off. So if the weights at the data show that, it is the fault.
+    the model's own data do: their ranks are off even among weighted draws (if most of these are
+    reliable), or their weights show that log p(x) is too low. And so do annealed chains. A little
+    may also be missing because means, scales or correlations are off. So if the weights at the data
+    show that, it is the fault.
     """
-    if not masked_by_classes(results) and (far := _far_from_weighted_draws(results)) is not None:
+    far = None if masked_by_classes(results) else _far_from_weighted_draws(results)
+    if far is not None and results["model_check"].own_unreliable.double().mean() <= MOSTLY:
         return far
     seen, low = _seen_at_the_data(results), too_low_for_truth(results)
     if low is not None and not (seen and low.value <= MUCH + ERRORS * low.standard_error):
@@ -233,8 +235,7 @@ def missing_mass(results: Mapping[str, Any]) -> Sign | None:
 
 
 def _far_from_weighted_draws(results: Mapping[str, Any]) -> Sign | None:
-    found = results.get("model_check")
-    if found is None:
+    if (found := results.get("model_check")) is None:
         return None
     scores = found.weighted_scores
     n = (~scores.isnan()).sum(0)  # a masked unit has no score
@@ -317,8 +318,7 @@ def annealed_higher(results: Mapping[str, Any]) -> tuple[float, float, int] | No
 def _bias(results: Mapping[str, Any]) -> float:
     """How much log p(x) by weights may be too low: about half the variance of the mean weight,
     which heavy tails hide, so three times as much."""
-    weighed = results["log_likelihood"]
-    kept = weighed.standard_errors[~weighed.unreliable]
+    kept = results["log_likelihood"].standard_errors[~results["log_likelihood"].unreliable]
     return ERRORS * kept.square().mean().item() / 2
 
 

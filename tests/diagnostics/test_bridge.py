@@ -15,6 +15,7 @@ from pyro_vae.diagnostics import signs, verdict
 from pyro_vae.diagnostics.model_sides import _bridge, _scores, through_inference
 from pyro_vae.diagnostics.signs import Sign
 from pyro_vae.inference.weighted import Weighted
+from pyro_vae.pairs.rng import seeded
 
 ROWS = torch.arange(N)
 
@@ -273,6 +274,38 @@ def test_the_words_of_true_values_that_are_far_from_weighted_draws():
     words = "true values of 'z[0]' are far from the guide's draws, also after weighting: the guide "
     words += "misses a part of the posterior"
     assert signs.missing_mass(found) == Sign("mass", "model_check", words)
+
+
+@pytest.mark.parametrize(("bad", "parts"), [(0, ["family"]), (100, ["family"]), (101, [])])
+def test_ranks_of_few_reliable_rows_show_no_missed_part(bad, parts):
+    found = replace(checked(scores=2 * normals(200)[:, None]), own_unreliable=bad > ROWS)
+    assert [blame.part for blame in verdict.blamed({"model_check": found})] == parts
+
+
+class Third(nn.Module):
+    """z ~ N(0, 1), x ~ N(z, 1), with the exact mean and a third of the posterior's scale."""
+
+    def template(self, n):
+        return (torch.zeros(n),)
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5 / 3))
+
+
+def test_a_guide_that_is_far_too_narrow_misses_no_part_of_the_posterior():
+    """Another scale would cure it, so it is the encoder's; its weights are not reliable."""
+    with seeded(0):
+        x = 2**0.5 * torch.randn(600)
+    found = pv.model_check(Third(), x, num_samples=100, progress=False)
+    assert len(found.weighted_scores) > signs.LEAST_SCORES
+    assert found.weighted_scores.std() > 1.6
+    assert signs.missing_mass({"model_check": found}) is None
 
 
 PREDICTIVE = Sign("decoder", "predictive", "replicates differ")

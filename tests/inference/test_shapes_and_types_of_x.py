@@ -242,3 +242,48 @@ def test_the_codes_of_a_pair_with_a_global_number_can_be_decoded():
     ):
         with pytest.raises(pv.UsageError, match=says):
             pv.decode(pair, {"w": wrong, "z": codes["z"]}, seen)
+
+
+class Shifted(nn.Module):
+    """z ~ N(c, 1) and x ~ N(z, 1), for context c of shape (n,), or (n, 1) if ``columns``."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns = columns
+
+    def model(self, x, c):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(c, 1.0).to_event(self.columns))
+            loc = z if self.columns else z[..., None]
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def guide(self, x, c):
+        loc = (c + (x if self.columns else x[:, 0])) / 2
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(loc, 0.5**0.5).to_event(self.columns))
+
+
+TOOLS = {
+    "log_likelihood": {},
+    "evaluate": {},
+    "score": {},
+    "encode": {},
+    "reconstruct": {},
+    "diagnose": {"budget": 1, "progress": False},
+    "predictive_check": {},
+}
+
+
+@pytest.mark.parametrize("columns", [0, 1])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_context_of_a_wrong_shape_does_not_count_rows_several_times(tool, columns):
+    """A column (n, 1) in place of (n,) broadcasts to (n, n): log p(x) would be n times as large."""
+    pair, c = Shifted(columns), torch.randn(N, generator=generator(0))
+    x = c[:, None] + torch.randn(N, 1, generator=generator(1))
+    right, wrong = (c[:, None], c) if columns else (c, c[:, None])
+    exact = dist.Normal(c, 2**0.5).log_prob(x[:, 0])
+    found = pv.log_likelihood(pair, x, right, num_samples=2).per_datum
+    assert torch.allclose(found, exact.double(), atol=1e-5)
+    with pytest.raises(pv.UsageError, match="row of x or of context has a wrong shape") as caught:
+        getattr(pv, tool)(pair, x, wrong, **TOOLS[tool])
+    assert "\n" not in str(caught.value)
