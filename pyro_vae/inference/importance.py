@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data.preparation import Preparation, held_rows
+from pyro_vae.data.preparation import Preparation, shared_rows
 from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.datum_weights import Weighed, weighed
@@ -226,7 +226,7 @@ def log_likelihood(
     require_sizes(num_samples=num_samples, batch_size=batch_size)
     team = here()
     with single(), told_smaller(lambda: smaller(batch_size)):
-        rows, prepare = team.together(lambda: held_rows(pair, x, context, binarize))
+        rows, prepare = shared_rows(team, pair, x, context, binarize)
         return estimate(pair, rows, prepare, num_samples, seed, engine, progress, team, batch_size)
 
 

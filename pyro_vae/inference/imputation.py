@@ -9,14 +9,21 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae.compat import UNOBSERVED_PART
-from pyro_vae.data.preparation import Preparation, held_rows
+from pyro_vae.data.preparation import Preparation
 from pyro_vae.data.sources import Arrays, Rows, Source
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.inference.chained import Chained, chained_parts
 from pyro_vae.inference.pareto import LEAST, threshold
 from pyro_vae.inference.passes import HiddenDrawn, observation
 from pyro_vae.inference.refinement import refine
-from pyro_vae.inference.weighted import Weighted, mixed_parts, require_not_pooled, require_samples
+from pyro_vae.inference.weighted import (
+    WEIGHED_ROWS,
+    Weighted,
+    mixed_parts,
+    require_not_pooled,
+    require_samples,
+    rows_to_weigh,
+)
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.formatting import in_columns
 from pyro_vae.pairs.guide import trace_guide
@@ -33,9 +40,6 @@ from pyro_vae.pairs.threads import alone
 from pyro_vae.parts.circular import circle_of, circular_mean, near
 
 METHODS = ("importance", "refine", "nuts")
-
-IMPUTED_ROWS = 500
-"""Rows that are prepared at once."""
 
 
 @dataclass(frozen=True)
@@ -156,13 +160,13 @@ def impute(
         by_mask = not (isinstance(rows, Arrays) and bool(rows.tensors[0].isnan().any()))
         found, shown = [], bar(progress and team.first, len(rows), "impute")
         with seeded(derived(seed, "process", team.rank)), shown:
-            for raw in team.own(rows.batches(team.share(len(rows), IMPUTED_ROWS))):
+            for raw in team.own(rows.batches(team.share(len(rows), WEIGHED_ROWS))):
                 found.append(_imputed(pair, prepare(raw), by_mask, asked))
                 shown.update(team.count * len(raw[0]))
         return found
 
     with single():
-        rows, prepare = team.together(lambda: held_rows(pair, x, context, binarize))
+        rows, prepare = rows_to_weigh(team, pair, x, context, binarize)
         found = _joined(list(in_order(team.gather(lambda: own(rows, prepare)))))
     if not bool(found.missing.any()):
         raise UsageError("x has no missing entry, so nothing is to be imputed")

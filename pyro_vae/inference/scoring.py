@@ -10,16 +10,17 @@ from pyro.distributions import MaskedDistribution
 from torch import Tensor, nn
 from torch.distributions import Independent
 
-from pyro_vae.data.preparation import Preparation, held_rows
+from pyro_vae.data.preparation import Preparation
 from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.imputation import IMPUTED_ROWS
 from pyro_vae.inference.pareto import threshold
 from pyro_vae.inference.weighted import (
+    WEIGHED_ROWS,
     Weighted,
     mixed_parts,
     require_not_pooled,
     require_samples,
+    rows_to_weigh,
     steady_shape,
 )
 from pyro_vae.pairs import masks
@@ -109,7 +110,7 @@ def score(
         seeded = using(pair, derived(seed, "process", team.rank))
         shown = bar(progress and team.first, len(rows), "score")
         with seeded, torch.no_grad(), shown:
-            for raw in team.own(rows.batches(team.share(len(rows), IMPUTED_ROWS))):
+            for raw in team.own(rows.batches(team.share(len(rows), WEIGHED_ROWS))):
                 batch = prepare(raw)
                 require_not_pooled(pair, batch)
                 found.append([_scored(pair, p) for p in mixed_parts(pair, batch, num_samples)])
@@ -117,7 +118,7 @@ def score(
         return found
 
     with single():
-        rows, prepare = team.together(lambda: held_rows(pair, x, context, binarize))
+        rows, prepare = rows_to_weigh(team, pair, x, context, binarize)
         parts = [one for few in in_order(team.gather(lambda: own(rows, prepare))) for one in few]
     return RowScores(
         torch.cat([part.log_likelihood for part in parts]),
