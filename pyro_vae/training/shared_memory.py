@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.pairs.processes import Team
-from pyro_vae.pairs.waiting import AT_ONCE, lost, wait
+from pyro_vae.pairs.waiting import AT_ONCE, wait
 
 T = TypeVar("T")
 
@@ -86,10 +86,6 @@ class SharedSum:
         """Wait until all processes are here."""
         try:
             wait(self._tell, self._heard)
-            if self._first:
-                with lost():
-                    for link in self._links:
-                        link.send(b".")
         except BaseException:
             self.close()
             raise
@@ -101,12 +97,18 @@ class SharedSum:
         return list(self._links)
 
     def _heard(self, left: list[socket.socket]) -> bool:
-        """Whether all of these have answered within about a second; those that have are removed."""
+        """Whether all of these have answered within about a second; those that have are removed.
+
+        Then the first process answers all others.
+        """
         try:
             while left:
                 if not left[-1].recv(1):
                     raise ConnectionError("its connection is closed")
                 left.pop()
+            if self._first:
+                for link in self._links:
+                    link.send(b".")
         except TimeoutError:
             return False
         except OSError:
