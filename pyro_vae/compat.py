@@ -122,10 +122,7 @@ class Enumerate(EnumMessenger):
 
 @contextmanager
 def free_plate_dims() -> Iterator[None]:
-    """Let the plates inside take any dimension, also those that plates around them have taken.
-
-    Pyro has one allocator for all plates, and refuses a dimension that is taken.
-    """
+    """Let plates inside take dimensions of plates around them; Pyro has one allocator for all."""
     taken = list(_DIM_ALLOCATOR._stack)
     _DIM_ALLOCATOR._stack.clear()
     try:
@@ -161,8 +158,7 @@ def particle_traces(
 
 def particle_loss(objective: Any, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any]:
     """The loss of a ``Trace_ELBO`` for one particle, and what it differentiates."""
-    loss, surrogate = objective._differentiable_loss_particle(model_trace, guide_trace)
-    return loss, surrogate
+    return objective._differentiable_loss_particle(model_trace, guide_trace)
 
 
 def tapped(objective: Any, tap: Callable[[Trace, Trace], None]) -> Any:
@@ -271,7 +267,6 @@ def has_step_hooks(optimizer: Any) -> bool:
 REORDERS = torch.__version__ < "2.14"  # by number: it is a TorchVersion
 """Whether Inductor may draw in another order than the graph that it compiles."""
 
-
 Formulas: TypeAlias = Mapping[OpOverload, Callable[..., Any]]
 """What replaces an operation."""
 
@@ -344,8 +339,7 @@ def compile_graph(
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    # The generators are those of the eager step, so that the draws are the same.
-    options: dict[str, Any] = {"fallback_random": True}
+    options: dict[str, Any] = {"fallback_random": True}  # the draws are those of the eager step
     if REORDERS:
         options["reorder_for_locality"] = False
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
@@ -354,26 +348,33 @@ def compile_graph(
     return cast(Callable[..., list[Tensor]], compiled)
 
 
-# Errors that have no type of their own
-#
-# What follows reads messages, for want of types or fields to look at. `tests/test_compat.py` raises
-# each of them in torch and Pyro themselves.
+# Processes
+
+
+def group_store() -> Any:
+    """The store in which the processes of the default group have met."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def group_timeout() -> float:
+    """How many seconds the processes of the default group wait for each other."""
+    device = torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    group: Any = torch.distributed.group.WORLD
+    return group._get_backend(device).options._timeout.total_seconds()
+
+
+# Errors that have no type of their own. `tests/test_compat.py` raises each of them.
 
 
 def depends_on_values(error: Exception) -> bool:
-    """Whether `make_graph` failed since the function reads the values of tensors.
-
-    `make_fx` raises a plain RuntimeError where ``item()`` is called.
-    """
+    """Whether `make_graph` failed at an ``item()``: `make_fx` may raise a plain RuntimeError."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     kinds = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
     return isinstance(error, kinds) or "data-dependent" in str(error)
 
 
-_MISMATCH = re.compile(
-    r"Shape mismatch inside plate\('(.+)'\) at site (\S+) dim -1, (\d+) vs (\d+)"
-)
+_MISMATCH = r"Shape mismatch inside plate\('(.+)'\) at site (\S+) dim -1, (\d+) vs (\d+)"
 
 
 def plate_mismatch(message: str) -> "re.Match[str] | None":
@@ -381,7 +382,7 @@ def plate_mismatch(message: str) -> "re.Match[str] | None":
 
     None for other messages. A plate raises a plain ValueError before any handler sees the site.
     """
-    return _MISMATCH.match(message)
+    return re.match(_MISMATCH, message)
 
 
 def bad_parameter(error: Exception) -> str | None:

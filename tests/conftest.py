@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import signal
+import time
+import traceback
 import warnings
 
 import pyro
@@ -9,6 +12,7 @@ import pytest
 import torch
 from bad_input_helpers import FAST, binary, small
 from cli_helpers import train
+from torch import distributed
 
 import pyro_vae as pv
 
@@ -94,3 +98,41 @@ def conditional(tmp_path_factory):
     """A run conditional on the label, left as it is."""
     folder = tmp_path_factory.mktemp("runs") / "conditional"
     return train(folder, "--condition label --no-report")
+
+
+@pytest.fixture
+def in_two(tmp_path, forks):
+    """Run a function of the rank in two processes that have joined a group; return the results."""
+    started = []
+
+    def run(work):
+        for rank in range(2):
+            process = os.fork()
+            if process == 0:
+                _joined(tmp_path, rank, work)
+            started.append(process)
+        end = time.monotonic() + 60.0
+        left = list(started)
+        while left and time.monotonic() < end:
+            left = [process for process in left if os.waitpid(process, os.WNOHANG)[0] == 0]
+            time.sleep(0.02)
+        for process in left:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        assert not left, "a process waits"
+        return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+    return run
+
+
+def _joined(folder, rank, work):
+    try:
+        torch.set_num_threads(1)
+        where = f"file://{folder}/store"
+        distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+        torch.save(work(rank), folder / f"{rank}.pt")
+        distributed.barrier()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)

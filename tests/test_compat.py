@@ -6,6 +6,7 @@ The package is read for such names: attributes, strings, keywords and imports.
 import ast
 import math
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pyro
@@ -16,7 +17,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.nn import PyroModule, PyroParam
 from pyro.poutine.enum_messenger import EnumMessenger
-from torch import nn
+from torch import distributed, nn
 
 import pyro_vae as pv
 from pyro_vae import compat
@@ -376,3 +377,15 @@ def test_a_graph_that_was_compiled_before_is_found_on_disk():
     more = {name: count - before.get(name, 0) for name, count in counters["inductor"].items()}
     assert more["fxgraph_cache_hit"] == 1
     assert not more.get("fxgraph_cache_bypass")
+
+
+def test_a_process_group_has_its_store_and_its_timeout(tmp_path):
+    limit = timedelta(seconds=1234)
+    where = {"init_method": f"file://{tmp_path}/store", "world_size": 1, "rank": 0}
+    distributed.init_process_group("gloo", timeout=limit, **where)
+    try:
+        assert compat.group_timeout() == 1234
+        compat.group_store().set("key", "value")
+        assert compat.group_store().get("key") == b"value"
+    finally:
+        distributed.destroy_process_group()

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt as error:
-        print(f"pyro-vae: {error or 'interrupted'}", file=sys.stderr)
+        print(f"pyro-vae: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
 
 

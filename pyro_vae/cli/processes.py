@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stdout
 
 from pyro_vae.errors import UsageError
 
-SHARED = ("train", "evaluate", "diagnose", "encode")
+SHARED = ("train", "evaluate", "diagnose", "encode", "score", "impute")
 """The commands whose work several processes share."""
 
 
@@ -56,7 +56,18 @@ def _join() -> None:
     gpus = torch.cuda.device_count() >= max(1, beside)
     if gpus:
         torch.cuda.set_device(place)
-    join_processes("nccl" if gpus else "gloo")
+    join_processes("nccl" if gpus else "gloo", _timeout())
+
+
+def _timeout() -> float:
+    """The seconds that the processes wait for one that shows no sign of life."""
+    from pyro_vae.pairs.waiting import PATIENCE
+
+    given = os.environ.get("PYRO_VAE_TIMEOUT") or PATIENCE
+    try:
+        return float(given)
+    except ValueError as error:
+        raise UsageError(f"PYRO_VAE_TIMEOUT must be a number of seconds, got {given!r}") from error
 
 
 @contextmanager

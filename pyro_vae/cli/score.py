@@ -52,6 +52,7 @@ def score(
     """
     from pyro_vae.data.text import as_text
     from pyro_vae.inference import importance, scoring, weighted
+    from pyro_vae.pairs.processes import here
 
     require_positive("num_samples", num_samples)
     weighted.require_samples(num_samples)
@@ -68,6 +69,8 @@ def score(
         found = scoring.score(pair, *rows, **how)
         columns = _scored_rows(loaded, split, found.log_likelihood, found.pareto_k)
         columns |= _strangest(found, names_of(loaded))
+    if not here().first:
+        return
     path = written(columns, out or run / f"scores{_usual(loaded)}")
     values = columns["log_likelihood"]
     few = sorted(range(len(values)), key=values.__getitem__)[:5]
@@ -156,6 +159,7 @@ def impute(
         Random seed.
     """
     from pyro_vae.inference import imputation
+    from pyro_vae.pairs.processes import here
 
     require_positive("draws", draws)
     pair, loaded, given = open_run(run, data, None, model, part)
@@ -177,6 +181,8 @@ def impute(
         seed=seed,
         progress=True,
     )
+    if not here().first:
+        return
     if loaded.table is None:
         arrays = {"mean": found.mean, "draws": found.draws, "missing": found.missing}
         arrays |= {"low": found.low, "high": found.high, "pareto_k": found.pareto_k}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import pyro
 import torch
 from pyro.poutine import Trace
@@ -23,6 +24,7 @@ from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.moments import support_of
 from pyro_vae.pairs.pair import Batch, Site, placement
+from pyro_vae.pairs.processes import Team
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import x_site
@@ -271,6 +273,32 @@ def held_rows(
         rows = source(x, context, pair)
         rows, prepare = held_out(rows, preparation(pair, rows, binarize))
     require_masks(pair, rows, prepare)
+    return rows, prepare
+
+
+def shared_rows(
+    team: Team, pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str = "dynamic"
+) -> tuple[Source, Preparation]:
+    """`held_rows` in each process of a team.
+
+    Raises `UsageError` in all processes if one has other rows.
+    """
+    rows, prepare = team.together(lambda: held_rows(pair, x, context, binarize))
+    if team.count == 1:
+        return rows, prepare
+
+    def sums() -> list[float]:
+        columns = rows.tensors if isinstance(rows, Arrays) else rows.first(16)
+        return [len(rows), *(t.double().abs().nansum().item() for t in columns)]
+
+    found = team.gather(sums)
+    for rank, other in enumerate(found):
+        # Another kind of CPU may add up in another order.
+        if len(other) != len(found[0]) or not np.allclose(other, found[0], rtol=1e-9, atol=0.0):
+            raise UsageError(
+                f"process {rank} has other data than process 0: give the same data to each "
+                "process, which then takes its part of the rows"
+            )
     return rows, prepare
 
 

@@ -249,7 +249,6 @@ def diagnose(
         share_out(
             climbs,
             team,
-            budget,
             bench.batch,
             lambda own: climb_all(own, end, progress and team.first),
         )

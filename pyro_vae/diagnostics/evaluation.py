@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data.preparation import Preparation, held_rows
+from pyro_vae.data.preparation import Preparation, held_rows, shared_rows
 from pyro_vae.data.sources import Rows, Source, parts
 from pyro_vae.diagnostics.global_kl import global_kl
 from pyro_vae.diagnostics.labels import LabelScores, flat_codes, probe_accuracy_of, score_classes
@@ -247,7 +247,7 @@ def _evaluated(
     team: Team,
 ) -> Evaluation:
     """Do what `evaluate` says; several processes share the two estimates over rows."""
-    rows, prepare = team.together(lambda: held_rows(pair, *data, binarize))
+    rows, prepare = shared_rows(team, pair, *data, binarize)
     given = None if train is None else parts(train)
     known = None if given is None else held_rows(pair, given[0], given[1:], binarize)
     if labels is not None:

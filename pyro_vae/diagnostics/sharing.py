@@ -6,19 +6,13 @@ not depend on the number of processes, except that more time allows larger sizes
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.processes import Team
-
-PATIENCE = 1800.0
-"""Seconds beyond the time budget that a process waits for the others: the last diagnostic of a
-process may take longer than expected."""
 
 
 def shares(weights: Sequence[float], team: Team) -> list[int]:
@@ -37,7 +31,6 @@ def shares(weights: Sequence[float], team: Team) -> list[int]:
 def share_out(
     climbs: Sequence[Any],
     team: Team,
-    budget: float,
     data: Sequence[Tensor],
     run: Callable[[Sequence[Any]], None],
 ) -> None:
@@ -55,13 +48,9 @@ def share_out(
         return
     owners = shares([climb.study.weight for climb in climbs], team)
     own = {i: climbs[i] for i, rank in enumerate(owners) if rank == team.rank}
-    group = dist.new_group(timeout=timedelta(seconds=budget + PATIENCE), backend="gloo")
-    try:
-        sums = team.gather(lambda: [(t.shape, t.double().nansum().item()) for t in data], group)
-        team.together(lambda: _require_same(sums))
-        outcomes = team.gather(lambda: _ran(own, run), group)
-    finally:
-        dist.destroy_process_group(group)
+    sums = team.gather(lambda: [(t.shape, t.double().nansum().item()) for t in data])
+    team.together(lambda: _require_same(sums))
+    outcomes = team.gather(lambda: _ran(own, run))
     for content in outcomes:
         for i, outcome in _unpacked(content).items():
             vars(climbs[i]).update(outcome)

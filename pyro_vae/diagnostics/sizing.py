@@ -7,6 +7,7 @@ from time import perf_counter as now
 from pyro_vae.diagnostics.study import Rung, Study
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs.progress import bar
+from pyro_vae.pairs.waiting import sign_of_life
 
 SAFETY = 1.5
 """Safety factor on the slope of seconds over cost."""
@@ -82,6 +83,7 @@ class Climb:
                 self.fault = "failed", f"{type(error).__name__}: {first_line(error)}"
         self.notes |= dict.fromkeys(str(warning.message) for warning in heard)
         self.known.append((rung.cost, now() - start))
+        sign_of_life()
 
 
 def climb_all(climbs: Sequence[Climb], end: float, progress: bool) -> None:

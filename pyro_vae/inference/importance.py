@@ -1,13 +1,13 @@
 """Estimates of log p(x) by importance sampling, with the guide as proposal."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import isfinite
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.data.preparation import Preparation, held_rows
+from pyro_vae.data.preparation import Preparation, shared_rows
 from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.datum_weights import Weighed, weighed
@@ -17,7 +17,7 @@ from pyro_vae.pairs.formatting import with_error
 from pyro_vae.pairs.memory import smaller, told_smaller
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
-from pyro_vae.pairs.processes import ALONE, Team, here, single
+from pyro_vae.pairs.processes import ALONE, Team, here, in_order, single
 from pyro_vae.pairs.progress import bar
 from pyro_vae.pairs.rng import derived
 from pyro_vae.pairs.scope import using
@@ -26,8 +26,6 @@ from pyro_vae.pairs.threads import alone
 from pyro_vae.pairs.weights import log_weights, log_weights_alone, structure
 from pyro_vae.training.settings import require_engine
 from pyro_vae.training.tracing import Named, traced
-
-T = TypeVar("T")
 
 CELLS = 2**20
 """Numbers in the largest tensor of one pass; this many fit into the caches of a core."""
@@ -228,7 +226,7 @@ def log_likelihood(
     require_sizes(num_samples=num_samples, batch_size=batch_size)
     team = here()
     with single(), told_smaller(lambda: smaller(batch_size)):
-        rows, prepare = team.together(lambda: held_rows(pair, x, context, binarize))
+        rows, prepare = shared_rows(team, pair, x, context, binarize)
         return estimate(pair, rows, prepare, num_samples, seed, engine, progress, team, batch_size)
 
 
@@ -260,7 +258,7 @@ def estimate(
     parts = team.gather(
         lambda: _weigh(pair, rows, prepare, num_samples, seed, engine, progress, team, at_once)
     )
-    whole = Weighed(*map(torch.cat, zip(*_in_order(parts), strict=True)))
+    whole = Weighed(*map(torch.cat, zip(*in_order(parts), strict=True)))
     with using(pair, seed):
         first = prepare(next(iter(rows.batches(2))))
         shared, terms = bool(global_latents(pair, first)), folding.factors_of(pair, first)
@@ -311,12 +309,6 @@ def _weigh(
                 found.append(weighed(sums, prepare(batch), num_samples, chunk))
                 shown.update(team.count * len(batch[0]))
         return found
-
-
-def _in_order(parts: list[list[T]]) -> Iterator[T]:
-    """The results of all minibatches, of which each process took one after another."""
-    for i in range(len(parts[0])):
-        yield from (part[i] for part in parts if i < len(part))
 
 
 def _error_of_mean(errors: Tensor, shared: bool) -> float:

@@ -9,23 +9,31 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_vae.compat import UNOBSERVED_PART
-from pyro_vae.data.preparation import held_rows
+from pyro_vae.data.preparation import Preparation
 from pyro_vae.data.sizes import require_memory
-from pyro_vae.data.sources import Arrays, Rows
+from pyro_vae.data.sources import Arrays, Rows, Source
 from pyro_vae.errors import UsageError, nearest
 from pyro_vae.inference.chained import Chained, chained_parts
 from pyro_vae.inference.pareto import LEAST, threshold
 from pyro_vae.inference.passes import HiddenDrawn, observation
 from pyro_vae.inference.refinement import refine
-from pyro_vae.inference.weighted import Weighted, mixed_parts, require_not_pooled, require_samples
+from pyro_vae.inference.weighted import (
+    WEIGHED_ROWS,
+    Weighted,
+    mixed_parts,
+    require_not_pooled,
+    require_samples,
+    rows_to_weigh,
+)
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.formatting import in_columns
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
 from pyro_vae.pairs.moments import has_mean, typical
 from pyro_vae.pairs.pair import Batch, Site, placement
+from pyro_vae.pairs.processes import here, in_order, single
 from pyro_vae.pairs.progress import bar
-from pyro_vae.pairs.rng import seeded
+from pyro_vae.pairs.rng import derived, seeded
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import data_first, data_site, latents
@@ -33,9 +41,6 @@ from pyro_vae.pairs.threads import alone
 from pyro_vae.parts.circular import circle_of, circular_mean, near
 
 METHODS = ("importance", "refine", "nuts")
-
-IMPUTED_ROWS = 500
-"""Rows that are prepared at once."""
 
 
 @dataclass(frozen=True)
@@ -150,21 +155,30 @@ def impute(
     if not 0 < level < 1:
         raise UsageError(f"must be between 0 and 1, got {level}", argument="level")
     require_samples(num_samples)
-    rows, prepare = held_rows(pair, x, context, binarize)
-    by_mask = not (isinstance(rows, Arrays) and bool(rows.tensors[0].isnan().any()))
-    asked = _Asked(method, draws, num_samples, level)
-    entries = len(rows) * rows.first(1)[0][0].numel()
-    need = 2 * (draws + 4) * entries * prepare.dtype.itemsize  # the parts, and then all of them
-    require_memory(need, f"{draws} draws of {len(rows)} rows")
-    parts: list[Imputation] = []
-    with seeded(seed), bar(progress, len(rows), "impute") as shown:
-        for raw in rows.batches(IMPUTED_ROWS):
-            parts.append(_imputed(pair, prepare(raw), by_mask, asked))
-            shown.update(len(raw[0]))
-    found = _joined(parts)
+    team, asked = here(), _Asked(method, draws, num_samples, level)
+
+    def own(rows: Source, prepare: Preparation) -> list[Imputation]:
+        by_mask = not (isinstance(rows, Arrays) and bool(rows.tensors[0].isnan().any()))
+        found, shown = [], bar(progress and team.first, len(rows), "impute")
+        with seeded(derived(seed, "process", team.rank)), shown:
+            for raw in team.own(rows.batches(team.share(len(rows), WEIGHED_ROWS))):
+                found.append(_imputed(pair, prepare(raw), by_mask, asked))
+                shown.update(team.count * len(raw[0]))
+        return found
+
+    with single():
+        rows, prepare = rows_to_weigh(team, pair, x, context, binarize)
+        team.together(lambda: _require_memory(rows, prepare, draws))
+        found = _joined(list(in_order(team.gather(lambda: own(rows, prepare)))))
     if not bool(found.missing.any()):
         raise UsageError("x has no missing entry, so nothing is to be imputed")
     return found
+
+
+def _require_memory(rows: Source, prepare: Preparation, draws: int) -> None:
+    """Raise `UsageError` if the result does not fit into memory, first in parts and then joined."""
+    need = 2 * (draws + 4) * len(rows) * rows.first(1)[0][0].numel() * prepare.dtype.itemsize
+    require_memory(need, f"{draws} draws of {len(rows)} rows")
 
 
 def _after_the_end(model: Trace, x: Tensor) -> Tensor:

@@ -10,20 +10,23 @@ from pyro.distributions import MaskedDistribution
 from torch import Tensor, nn
 from torch.distributions import Independent
 
-from pyro_vae.data.preparation import held_rows
-from pyro_vae.data.sources import Rows
+from pyro_vae.data.preparation import Preparation
+from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
-from pyro_vae.inference.imputation import IMPUTED_ROWS
 from pyro_vae.inference.pareto import threshold
 from pyro_vae.inference.weighted import (
+    WEIGHED_ROWS,
     Weighted,
     mixed_parts,
     require_not_pooled,
     require_samples,
+    rows_to_weigh,
     steady_shape,
 )
 from pyro_vae.pairs import masks
+from pyro_vae.pairs.processes import here, in_order, single
 from pyro_vae.pairs.progress import bar
+from pyro_vae.pairs.rng import derived
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import data_site
 from pyro_vae.pairs.threads import alone
@@ -100,15 +103,23 @@ def score(
     (torch.Size([8]), torch.Size([8, 4]))
     """
     require_samples(num_samples)
-    rows, prepare = held_rows(pair, x, context, binarize)
-    parts: list[RowScores] = []
-    with using(pair, seed), torch.no_grad(), bar(progress, len(rows), "score") as shown:
-        for raw in rows.batches(IMPUTED_ROWS):
-            batch = prepare(raw)
-            require_not_pooled(pair, batch)
-            for part in mixed_parts(pair, batch, num_samples):
-                parts.append(_scored(pair, part))
-            shown.update(len(raw[0]))
+    team = here()
+
+    def own(rows: Source, prepare: Preparation) -> list[list[RowScores]]:
+        found = []
+        seeded = using(pair, derived(seed, "process", team.rank))
+        shown = bar(progress and team.first, len(rows), "score")
+        with seeded, torch.no_grad(), shown:
+            for raw in team.own(rows.batches(team.share(len(rows), WEIGHED_ROWS))):
+                batch = prepare(raw)
+                require_not_pooled(pair, batch)
+                found.append([_scored(pair, p) for p in mixed_parts(pair, batch, num_samples)])
+                shown.update(team.count * len(raw[0]))
+        return found
+
+    with single():
+        rows, prepare = rows_to_weigh(team, pair, x, context, binarize)
+        parts = [one for few in in_order(team.gather(lambda: own(rows, prepare))) for one in few]
     return RowScores(
         torch.cat([part.log_likelihood for part in parts]),
         torch.cat([part.pareto_k for part in parts]),

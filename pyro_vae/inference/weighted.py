@@ -1,13 +1,15 @@
 """Draws of the latents with importance weights: what imputation and scores by entry start from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
+from pyro_vae.data.preparation import Preparation, shared_rows
+from pyro_vae.data.sources import Rows, Source
 from pyro_vae.errors import UsageError
 from pyro_vae.inference.importance import CELLS
 from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold, unreliable
@@ -18,6 +20,8 @@ from pyro_vae.pairs.given_globals import pools
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model
 from pyro_vae.pairs.pair import Batch
+from pyro_vae.pairs.processes import Team
+from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import by_datum, data_first, latents, log_prob
 from pyro_vae.pairs.traces import Given
 from pyro_vae.pairs.weights import (
@@ -143,6 +147,24 @@ def require_not_pooled(pair: nn.Module, batch: Batch) -> None:
             "which here are parts of the data and their copies: use pyro_vae.log_likelihood or "
             "pyro_vae.posterior"
         )
+
+
+WEIGHED_ROWS = 500
+"""Rows that are prepared at once."""
+
+
+def rows_to_weigh(
+    team: Team, pair: nn.Module, x: Rows, context: Sequence[Any], binarize: str
+) -> tuple[Source, Preparation]:
+    """Rows of which each process of a team takes some minibatches.
+
+    Raises `UsageError` if the guide pools rows. A process might not see this in its own few rows.
+    """
+    rows, prepare = shared_rows(team, pair, x, context, binarize)
+    if team.count > 1:
+        with using(pair, seed=0):
+            require_not_pooled(pair, prepare(rows.first(WEIGHED_ROWS)))
+    return rows, prepare
 
 
 GLOBAL_DRAWS = 200

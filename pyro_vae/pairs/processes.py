@@ -6,9 +6,10 @@ error of one process ends all of them, and no process waits forever.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from pyro_vae.errors import UsageError, first_line
+from pyro_vae.pairs.waiting import LONGEST, PATIENCE, lost, meet, sign_of_life
 
 T = TypeVar("T")
 
@@ -48,15 +50,23 @@ class Team:
 
     def own(self, items: Iterable[T]) -> Iterator[T]:
         """The items that this process takes, for example minibatches: one of each ``count``."""
-        return islice(items, self.rank, None, self.count)
+        for item in islice(items, self.rank, None, self.count):
+            yield item
+            sign_of_life()
 
-    def gather(self, work: Callable[[], T], group: Any = None) -> list[T]:
+    def share(self, rows: int, most: int) -> int:
+        """The rows of a minibatch of `own`, at most ``most``, so that each process has some.
+
+        >>> Team(0, 1).share(700, 500), Team(0, 2).share(700, 500), Team(0, 2).share(1, 500)
+        (500, 350, 1)
+        """
+        return min(most, -(-rows // self.count))
+
+    def gather(self, work: Callable[[], T]) -> list[T]:
         """Do some work in every process, and return the results of all processes.
 
-        If it fails in a process, that process raises its error and the others `ElsewhereError`.
-
-        Arguments:
-            group: the group of torch.distributed that tells the results, if not the default one.
+        If it fails in a process, that process raises its error and the others `ElsewhereError`. If
+        a process does not come, the others raise `LostError`.
         """
         if self.count == 1:
             return [work()]
@@ -66,8 +76,9 @@ class Team:
         except Exception as error:
             failure, mine = error, (None, first_line(error))  # type: ignore[assignment]
         found: list[Any] = [None] * self.count
+        meet()
         with lost():
-            dist.all_gather_object(found, mine, group)
+            dist.all_gather_object(found, mine)
         failed = [(rank, words) for rank, (_, words) in enumerate(found) if words is not None]
         if not failed:
             return [result for result, _ in found]
@@ -91,15 +102,14 @@ class Team:
 ALONE = Team()
 
 
-@contextmanager
-def lost() -> Iterator[None]:
-    """Raise `UsageError` if another process has gone."""
-    try:
-        yield
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UsageError(
-            f"another process of this run has ended or does not answer ({first_line(error)[:120]})"
-        ) from error
+def in_order(parts: Sequence[Sequence[T]]) -> Iterator[T]:
+    """The results of all items that `Team.own` gave to the processes, in the order of the items.
+
+    >>> list(in_order([[0, 2, 4], [1, 3]]))
+    [0, 1, 2, 3, 4]
+    """
+    for i in range(len(parts[0])):
+        yield from (part[i] for part in parts if i < len(part))
 
 
 _SINGLE: list[None] = []
@@ -130,7 +140,7 @@ def single() -> Iterator[None]:
         _SINGLE.pop()
 
 
-def join_processes(backend: str = "gloo") -> None:
+def join_processes(backend: str = "gloo", timeout: float = PATIENCE) -> None:
     """Join the processes that torchrun started, so that `pyro_vae.fit` and other tools share work.
 
     This is ``torch.distributed.init_process_group`` that also works after torchrun has restarted
@@ -140,9 +150,13 @@ def join_processes(backend: str = "gloo") -> None:
 
     Arguments:
         backend: "gloo" for CPUs, "nccl" for one GPU for each process.
+        timeout: seconds after which the processes stop if one of them shows no sign of life. Its
+            signs are the steps of training, progress bars and shared work. It needs more than the
+            longest checkpoint, compilation or function in ``on_epoch``.
 
-    Raises `UsageError` for another backend, if torchrun did not start this process, if it has
-    joined before, or if it cannot join, for example by "nccl" without GPUs.
+    Raises `UsageError` for another backend, for a timeout that is not positive, if torchrun did not
+    start this process, if it has joined before, or if it cannot join, for example by "nccl" without
+    GPUs.
 
     >>> import pyro_vae as pv
     >>> pv.join_processes()
@@ -152,6 +166,10 @@ def join_processes(backend: str = "gloo") -> None:
     """
     if backend not in ("gloo", "nccl"):
         raise UsageError(f"must be 'gloo' or 'nccl', got {backend!r}", argument="backend")
+    if not 0 < timeout <= LONGEST.total_seconds():
+        raise UsageError(
+            f"must be positive and at most 30 days in seconds, got {timeout}", argument="timeout"
+        )
     if not dist.is_available():
         raise UsageError("this build of torch has no torch.distributed; install another build")
     if dist.is_initialized():
@@ -162,11 +180,13 @@ def join_processes(backend: str = "gloo") -> None:
             "without it, leave out this call"
         )
     try:
-        store, rank, count = next(dist.rendezvous("env://"))
+        limit = timedelta(seconds=timeout)
+        store, rank, count = next(dist.rendezvous("env://", timeout=limit))
         own = dist.PrefixStore(f"restart-{restarts()}", store)
-        dist.init_process_group(backend, store=own, rank=rank, world_size=count)
+        dist.init_process_group(backend, timeout=limit, store=own, rank=rank, world_size=count)
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"cannot join the processes by {backend}: {first_line(error)}") from error
+    meet()
 
 
 def restarts() -> int:

@@ -7,18 +7,22 @@ from typing import Any
 
 from tqdm import TqdmWarning, tqdm
 
+from pyro_vae.pairs.waiting import sign_of_life
+
 _LINE = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
 
 
 def bar(shown: bool, total: int, title: str, initial: int = 0, delay: float = 0) -> tqdm:
     """A progress bar of ``total`` steps, shown after ``delay`` seconds.
 
+    Each step tells other processes, which may wait for this one, that it works.
+
     If the output is neither a terminal nor a notebook, the bar is printed at most every ten
     seconds.
     """
     kind = _kind()
     quick = kind is not tqdm or _in_notebook() or sys.stderr.isatty()
-    return kind(
+    made = kind(
         total=total,
         initial=initial,
         disable=not shown,
@@ -28,6 +32,14 @@ def bar(shown: bool, total: int, title: str, initial: int = 0, delay: float = 0)
         mininterval=0.2 if quick else 10,
         bar_format=_LINE if kind is tqdm else None,
     )
+    show = made.update
+
+    def update(number: float | None = 1) -> bool | None:
+        sign_of_life()
+        return show(number)
+
+    made.update = update
+    return made
 
 
 @cache

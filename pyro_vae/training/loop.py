@@ -11,9 +11,11 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from pyro_vae.data.order import Place
+from pyro_vae.errors import first_line
 from pyro_vae.pairs import fold_plan, rng, threads
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.traces import BadNumbers
+from pyro_vae.pairs.waiting import LostError
 from pyro_vae.runs import files as run_files
 from pyro_vae.runs import tensors as run_tensors
 from pyro_vae.training.check import bad_parameter
@@ -39,7 +41,7 @@ def train(run: TrainingRun, state: TrainState, own: ExitStack) -> History:
         own: holds the run's parameter store and generators, which it puts away for other threads.
     """
     pace = Pace(run.settings.checkpoint_seconds, len(state.epochs))
-    with signals() as stop, _board(run) as board, exchange_of(run) as exchange:
+    with signals() as stop, _board(run) as board, _placed(state), exchange_of(run) as exchange:
         seen_by = (*run.on_epoch, *board) if run.team.first else ()
         if not state.epochs and not state.batches:
             write(run, state)
@@ -74,6 +76,18 @@ def train(run: TrainingRun, state: TrainState, own: ExitStack) -> History:
         if stop:  # during the last validation or the last writing
             _say_complete(run)
     return _history(run, state)
+
+
+@contextmanager
+def _placed(state: TrainState) -> Iterator[None]:
+    """Say where in training another process was lost."""
+    try:
+        yield
+    except LostError as error:
+        raise LostError(
+            f"training stopped in {state.where}: {first_line(error)}; `resume` continues a run "
+            "folder from its last checkpoint"
+        ) from error
 
 
 def _is_over(run: TrainingRun, state: TrainState) -> bool:

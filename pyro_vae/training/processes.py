@@ -14,7 +14,8 @@ from torch import distributed as dist
 from pyro_vae.data.sources import Source
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs import rng
-from pyro_vae.pairs.processes import Team, lost
+from pyro_vae.pairs.processes import Team
+from pyro_vae.pairs.waiting import lost, wait
 from pyro_vae.training.shared_memory import shared_sum
 from pyro_vae.training.state import Sums, TrainState, no_sums
 
@@ -77,13 +78,25 @@ class Exchange:
             torch.tensor([self.rows, self.stop, self.failed, *present], dtype=torch.float32)
         )
         self.done = True
-        with lost():
-            dist.all_reduce(self.flat) if self.shared is None else self.shared()
+        add_up(self.flat) if self.shared is None else self.shared()
         rows, stop, failed, *known = self._told.tolist()
         self.rows, self.stop, self.failed = round(rows), stop > 0, failed > 0
         for view, parameter, count in zip(self._gradients, self.parameters, known, strict=True):
             parameter.grad = view.to(parameter.dtype) if count else None
         return torch.linalg.vector_norm(self.flat[: -len(self._told)])
+
+
+def add_up(tensor: Tensor, how: Any = dist.ReduceOp.SUM) -> None:
+    """Replace a tensor by the sum over all processes, or by their least or greatest values.
+
+    Raises `LostError` if another process has ended or does not answer. NCCL does not let a program
+    wait for a time: after the timeout of the group it ends the process.
+    """
+    if tensor.is_cuda:
+        with lost():
+            dist.all_reduce(tensor, how)
+    else:
+        wait(lambda: dist.all_reduce(tensor, how, async_op=True))
 
 
 def merged(parts: list[Sums]) -> Sums:
@@ -104,10 +117,9 @@ def average_buffers(pair: nn.Module, team: Team) -> None:
         return
     for buffer in floats:
         least, most, total = buffer.clone(), buffer.clone(), buffer.clone()
-        with lost():
-            dist.all_reduce(least, dist.ReduceOp.MIN)
-            dist.all_reduce(most, dist.ReduceOp.MAX)
-            dist.all_reduce(total)
+        add_up(least, dist.ReduceOp.MIN)
+        add_up(most, dist.ReduceOp.MAX)
+        add_up(total)
         buffer.copy_(torch.where(least == most, buffer, total / team.count))
 
 

@@ -37,9 +37,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from pyro_vae.pairs.processes import Team
+from pyro_vae.pairs.waiting import AT_ONCE, wait
 
 T = TypeVar("T")
 
@@ -71,8 +71,8 @@ class SharedSum:
     def __call__(self) -> None:
         """Replace ``own`` by the sum over all processes.
 
-        Raises ``OSError`` if another process has ended, or does not answer for 30 minutes, the time
-        that torch.distributed waits. The others learn it too, because the sockets are closed.
+        Raises `LostError` if another process has ended or does not answer. The others learn it too,
+        because the sockets are closed.
         """
         first, second, *others, total = self._parts
         self._meet()
@@ -85,17 +85,36 @@ class SharedSum:
     def _meet(self) -> None:
         """Wait until all processes are here."""
         try:
-            if not self._first:
-                self._links[0].send(b".")
-            for link in self._links:
-                if not link.recv(1):
-                    raise ConnectionError("its connection is closed")
-            if self._first:
-                for link in self._links:
-                    link.send(b".")
+            wait(self._tell, self._heard)
         except BaseException:
             self.close()
             raise
+
+    def _tell(self) -> list[socket.socket]:
+        """Tell the first process that this one is here. Return the links that have to answer."""
+        if not self._first:
+            self._links[0].send(b".")
+        return list(self._links)
+
+    def _heard(self, left: list[socket.socket]) -> bool:
+        """Whether all of these have answered within about a second; those that have are removed.
+
+        Then the first process answers all others.
+        """
+        try:
+            while left:
+                if not left[-1].recv(1):
+                    raise ConnectionError("its connection is closed")
+                left.pop()
+            if self._first:
+                for link in self._links:
+                    link.send(b".")
+        except TimeoutError:
+            return False
+        except OSError:
+            self.close()  # so that the others learn it now, and tell the lost process from this one
+            raise
+        return True
 
     def close(self) -> None:
         """Tell the other processes that this one takes no more part."""
@@ -116,7 +135,7 @@ def shared_sum(like: Tensor, team: Team) -> SharedSum | None:
         if memory is None:
             return None
         for link in links:
-            link.settimeout(dist.default_pg_timeout.total_seconds())
+            link.settimeout(AT_ONCE)
         rows = torch.frombuffer(memory, dtype=like.dtype).view(team.count + 1, -1)
         opened.pop_all()
     return SharedSum(rows[:, : len(like)], team.rank, links)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -433,3 +434,17 @@ def test_an_error_names_options_and_leaves_other_words(here, capsys):
         "train digits --config option.json", capsys
     )
     assert "no run 'num_samples'" in complaint("evaluate num_samples", capsys)
+
+
+def test_ctrl_c_is_one_line(capsys):
+    """A timer interrupts as Ctrl-C does, also if the tests ignore Ctrl-C."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["selftest"])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "pyro-vae: interrupted"

@@ -73,22 +73,33 @@ def _run(said, commands, ports):
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "x.npy"
-    np.save(path, np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32))
+    x = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+    x[::7, 1] = np.nan
+    np.save(path, x)
     return str(path)
 
 
-def test_train_evaluate_diagnose_and_encode(tmp_path, data, monkeypatch):
+def test_commands_that_share_their_work(tmp_path, data, monkeypatch):
     only_smallest(monkeypatch, latents_study, reliability_study)
     run = str(tmp_path / "run")
     small = ["--latent-dim", "2", "--hidden", "8", "--engine", "eager", "--no-report"]
-    status, _ = in_two(
+    status, said = in_two(
         tmp_path,
         ["train", data, "--out", run, "--epochs", "1", "--num-eval-samples", "5", *small],
         ["evaluate", run, "--num-samples", "5"],
         ["diagnose", run, "--budget", "20", "--no-report"],
         ["encode", run],
+        ["score", run, "--num-samples", "30"],
+        ["impute", run, "--num-samples", "30"],
     )
     assert status == [0, 0]
+    assert said[0].count("scores.npz") == said[0].count("filled.npz") == 1
+    assert ".npz" not in said[1]
+    assert np.load(tmp_path / "run" / "scores.npz")["log_likelihood"].shape == (12,)
+    filled = np.load(tmp_path / "run" / "filled.npz")
+    assert filled["mean"].shape == (60, 3)
+    assert np.isfinite(filled["mean"]).all()
+    assert filled["missing"].sum() == 9
     found = read_metrics(tmp_path / "run")
     assert found["diagnostics"]["results"].keys() == {"latents", "log_likelihood"}
     assert found["num_examples"] == 12

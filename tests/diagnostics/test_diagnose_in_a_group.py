@@ -1,12 +1,6 @@
 """`diagnose` in a group of processes: they share the diagnostics, and have the same results."""
 
-import os
-import signal
-import time
-
-import pytest
 import torch
-from torch import distributed
 
 import pyro_vae as pv
 from pyro_vae.diagnostics import diagnosis
@@ -17,48 +11,6 @@ from pyro_vae.diagnostics.sharing import shares
 from pyro_vae.diagnostics.study import Rung, Study
 from pyro_vae.models.exact import linear_gaussian
 from pyro_vae.pairs.processes import Team, here, single
-
-SECONDS = 60.0
-"""A process that takes longer waits forever."""
-
-
-@pytest.fixture
-def processes(tmp_path):
-    """Run a function of the rank in two processes that have joined a group; return the results."""
-    started = []
-
-    def run(work):
-        for rank in range(2):
-            process = os.fork()
-            if process == 0:
-                _joined(tmp_path, rank, work)
-            started.append(process)
-        end = time.monotonic() + SECONDS
-        left = list(started)
-        while left and time.monotonic() < end:
-            left = [process for process in left if os.waitpid(process, os.WNOHANG)[0] == 0]
-            time.sleep(0.02)
-        for process in left:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-        assert not left, "a process waits"
-        return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-    return run
-
-
-def _joined(folder, rank, work):
-    try:
-        torch.set_num_threads(1)
-        where = f"file://{folder}/store"
-        distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
-        torch.save(work(rank), folder / f"{rank}.pt")
-        distributed.barrier()
-    finally:
-        os._exit(0)
-
-
-forks = pytest.mark.usefixtures("forks")
 
 KEPT = [latents_study, reliability_study, local_calibration_study, tarp_study]
 
@@ -79,8 +31,7 @@ def counted(study, ran):
     return make
 
 
-@forks
-def test_processes_share_the_diagnostics_and_have_equal_results(processes, monkeypatch):
+def test_processes_share_the_diagnostics_and_have_equal_results(in_two, monkeypatch):
     pair = linear_gaussian(spread=1.3)
     x = pair.marginal().sample((40,))
     ran = []
@@ -95,7 +46,7 @@ def test_processes_share_the_diagnostics_and_have_equal_results(processes, monke
         return ran, found.as_dict() | {"budget": 0.0}, found.worst(), sorted(found.figures)
 
     whole = pv.diagnose(pair, x, progress=False)
-    first, second = processes(work)
+    first, second = in_two(work)
     assert sorted(first[0] + second[0]) == sorted(whole.results)
     assert 1 <= len(first[0]) <= 3  # no process runs all of them
     assert str(first[1:]) == str(second[1:])
@@ -105,8 +56,7 @@ def test_processes_share_the_diagnostics_and_have_equal_results(processes, monke
     assert first[3] == sorted(whole.figures)
 
 
-@forks
-def test_an_error_of_one_process_is_told_by_all(processes, monkeypatch):
+def test_an_error_of_one_process_is_told_by_all(in_two, monkeypatch):
     pair = linear_gaussian()
     x = pair.marginal().sample((40,))
 
@@ -130,7 +80,7 @@ def test_an_error_of_one_process_is_told_by_all(processes, monkeypatch):
             said(lambda: pv.diagnose(pair, bad, progress=False).failed),
         ]
 
-    first, second = processes(work)
+    first, second = in_two(work)
     failed = {"fails": "ZeroDivisionError: division by zero"}
     assert first[0] == second[0] == failed
     assert first[1].startswith("process 1 has other data than process 0")
@@ -139,8 +89,7 @@ def test_an_error_of_one_process_is_told_by_all(processes, monkeypatch):
     assert "NaN" in second[2]
 
 
-@forks
-def test_within_single_a_process_is_alone(processes, monkeypatch):
+def test_within_single_a_process_is_alone(in_two, monkeypatch):
     monkeypatch.setattr(diagnosis, "STUDIES", [counted(reliability_study, [])])
     pair = linear_gaussian(spread=1.3)
     x = pair.marginal().sample((40,))
@@ -150,7 +99,7 @@ def test_within_single_a_process_is_alone(processes, monkeypatch):
             return rank or pv.diagnose(pair, x, progress=False).results["log_likelihood"].value
 
     whole = pv.diagnose(pair, x, progress=False).results["log_likelihood"].value
-    assert processes(work) == [whole, 1]
+    assert in_two(work) == [whole, 1]
 
 
 def test_each_diagnostic_has_one_owner_and_loads_are_even():

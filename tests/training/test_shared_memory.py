@@ -38,6 +38,7 @@ def together(count, work, folder, dead=()):
                 torch.set_num_threads(1)
                 store = distributed.FileStore(str(folder / "store"), count)
                 distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
+                here().gather(lambda: None)  # they have met before a test hinders them
                 torch.save(work(rank), folder / f"{rank}.pt")
                 code = 0
             except BaseException:
@@ -255,7 +256,7 @@ def test_a_killed_process_ends_the_others_and_leaves_nothing(dead, tmp_path):
 
     before = os.listdir("/dev/shm")
     for said, seconds in together(3, work, tmp_path, dead={dead}):
-        assert all(words.startswith("another process of this run has ended") for words in said)
+        assert all(f"process {dead} of 3 has ended" in words for words in said)
         assert seconds < 10
     assert set(os.listdir("/dev/shm")) <= set(before)
 
@@ -282,7 +283,7 @@ def test_a_process_that_leaves_ends_the_others(tmp_path):
         return str(error.value)
 
     *others, _ = together(3, work, tmp_path)
-    assert all(words.startswith("another process of this run has ended") for words in others)
+    assert all("has ended or does not answer, after" in words for words in others)
 
 
 def test_all_processes_learn_of_a_stop_an_error_and_a_bad_gradient(tmp_path):
