@@ -40,7 +40,7 @@ class LostError(UsageError):
     """Another process of the group has ended, or does not answer."""
 
 
-class _Place:
+class _Heartbeat:
     """How often this process has met the others, and its signs of life."""
 
     meetings = 0
@@ -54,11 +54,11 @@ class _Place:
 def sign_of_life() -> None:
     """Tell the other processes, at most once a second, that this one works."""
     now = time.monotonic()
-    if now - _Place.told < AT_ONCE or not dist.is_available() or not dist.is_initialized():
+    if now - _Heartbeat.told < AT_ONCE or not dist.is_available() or not dist.is_initialized():
         return
-    _Place.told, _Place.signs = now, _Place.signs + 1
+    _Heartbeat.told, _Heartbeat.signs = now, _Heartbeat.signs + 1
     with suppress(RuntimeError):  # the process that keeps the store has ended: others will say so
-        group_store().set(f"pyro_vae/alive/{dist.get_rank()}", str(_Place.signs))
+        group_store().set(f"pyro_vae/alive/{dist.get_rank()}", str(_Heartbeat.signs))
 
 
 def has_ended(work: Any) -> bool:
@@ -82,7 +82,7 @@ def wait(start: Callable[[], T], ended: Callable[[T], bool] = has_ended) -> None
 
     Raises `LostError`, which names the processes that have not come.
     """
-    _Place.meetings += 1
+    _Heartbeat.meetings += 1
     began = time.monotonic()
     try:
         work = start()
@@ -127,7 +127,7 @@ def meet() -> None:
 
     If one does not come, raise `LostError`.
     """
-    world, group = _Place.gloo
+    world, group = _Heartbeat.gloo
     if world is not dist.group.WORLD:
         if dist.get_backend() == "gloo":
             wait(lambda: dist.barrier(async_op=True))
@@ -138,7 +138,7 @@ def meet() -> None:
         make = partial(dist.new_group, backend="gloo", timeout=LONGEST)
         wait(lambda: _Call(lambda: made.append(make())), _Call.has_ended)
         (group,) = made
-        _Place.gloo = (dist.group.WORLD, group)
+        _Heartbeat.gloo = (dist.group.WORLD, group)
     wait(lambda: dist.barrier(group, async_op=True))
 
 
@@ -185,7 +185,7 @@ def _signs_of_others() -> Iterator[list[dict[int, int]]]:
     and so a thread makes it, for which the program does not wait at its end.
     """
     found: list[dict[int, int]] = []
-    over, store, mine = Event(), group_store(), _Place.meetings
+    over, store, mine = Event(), group_store(), _Heartbeat.meetings
 
     def read() -> None:
         with suppress(RuntimeError):

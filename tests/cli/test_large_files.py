@@ -74,7 +74,7 @@ def test_a_file_with_too_few_blocks_is_refused(tmp_path, monkeypatch):
         load_data(tmp_path / "x.npy")
 
 
-@pytest.mark.parametrize("words", ["sample run", "score run", "report run"])
+@pytest.mark.parametrize("words", ["sample run", "reconstruct run", "report run"])
 def test_other_commands_refuse_several_processes(words, tmp_path, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)

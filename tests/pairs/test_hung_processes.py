@@ -113,6 +113,7 @@ def here_rank():
     return distributed.get_rank()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("memory", "lost"), [(True, 1), (True, 0), (False, 1)])
 def test_a_process_that_hangs_in_training_ends_the_others(memory, lost, processes, monkeypatch):
     """In shared memory and by gloo. The third process is not the one that is named."""
