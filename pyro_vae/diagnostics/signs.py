@@ -29,7 +29,7 @@ MISSING, MISSING_SHIFT = 1.3, 0.3
 """If scores of true values among weighted draws spread by this factor, or have a mean this far from
 0, the guide misses a part of the posterior."""
 
-LEAST_SCORES, MOSTLY = 50, 0.5
+LEAST_SCORES, MOSTLY = 50, 2 / 3
 """Least number of true values for this judgment, and the largest fraction of unreliable rows."""
 
 MUCH = 0.3
@@ -214,7 +214,7 @@ def missing_mass(results: Mapping[str, Any]) -> Sign | None:
     """Return the sign of a guide that misses a part of the posterior, such as a mode.
 
     Draws of the guide never reach that part, so importance weights do not see it. True values of
-    the model's own data do: their ranks are off even among weighted draws (if most of these are
+    the model's own data do: their ranks are off even among weighted draws (if a third of these are
     reliable), or their weights show that log p(x) is too low. And so do annealed chains. A little
     may also be missing because means, scales or correlations are off. So if the weights at the data
     show that, it is the fault.

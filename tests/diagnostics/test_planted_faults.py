@@ -2,13 +2,14 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.diagnostics import diagnosis, guide_studies, model_studies
+from pyro_vae.diagnostics import diagnosis, guide_studies, model_studies, signs
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "planted_faults.py"
 
@@ -84,3 +85,23 @@ def test_the_right_part_is_blamed(planted, fault, monkeypatch):
     assert not planted.contradictions(found)
     exact = pair.log_likelihood(x)[found.rows]
     assert all(off < 4 for off in planted.trusted_errors(found, exact))
+
+
+@pytest.mark.parametrize(
+    ("fault", "scale", "kind"),
+    [
+        ("one mode of two", 1.0, "mass"),
+        ("scale of the guide 0.6", 0.6, None),
+        ("scale of the guide 0.6", 0.5, None),
+        ("scale of the guide 0.6", 0.3, None),
+    ],
+)
+def test_a_missed_mode_is_told_from_a_narrow_guide_though_most_rows_are_unreliable(
+    planted, fault, scale, kind
+):
+    pair, x = planted.made(fault, "linear", 0)
+    pair.plan = replace(pair.plan, scale=scale)
+    found = pv.model_check(pair, x[:300], progress=False)
+    assert found.own_unreliable.double().mean() > 0.5
+    sign = signs.missing_mass({"model_check": found})
+    assert (sign and sign.kind) == kind
