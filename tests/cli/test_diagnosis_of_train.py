@@ -44,6 +44,7 @@ def between(out, first, last):
     return lines[titles.index(first) + 1 : titles.index(last)]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("small")
 def test_train_diagnoses_the_held_out_rows_for_ten_seconds(table, tmp_path, capsys):
     run = tmp_path / "run"

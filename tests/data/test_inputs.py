@@ -159,6 +159,7 @@ def test_check_takes_context_as_every_tool_does():
         pv.check(Conditional(), *data(), Trace_ELBO())
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", [Words, Templated])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8])
 def test_integer_data_stay_integers_where_the_pair_takes_them(kind, dtype):

@@ -61,6 +61,7 @@ def test_the_exact_guide_passes_at_its_level():
     assert rejected <= 0.05 * BLOCKS + 4 * (BLOCKS * 0.05 * 0.95) ** 0.5
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("fault", "quantity", "words"),
     [

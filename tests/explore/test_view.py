@@ -149,6 +149,7 @@ ANY = [
 ]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", ANY)
 def test_the_code_of_a_datum_of_any_pair_decodes_to_its_reconstruction(name):
     pair, batch = make(name), rows(name, 6)

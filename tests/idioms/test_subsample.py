@@ -96,6 +96,7 @@ def parts_of_the_loss(pair: nn.Module, x: Tensor) -> dict[str, float]:
     return {"local": q["z"] - of["z"] - of["x"], "global": q["w"] - of["w"]}
 
 
+@pytest.mark.thorough
 def test_the_posterior_of_a_global_latent_is_that_of_all_data():
     x, pair = data(), Sized()
     options = {"epochs": 400, "batch_size": 12, "learning_rate": 0.03, "progress": False}

@@ -50,6 +50,7 @@ def first(batch):
 # The densities of one vector per datum
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("name", ALL)
 def test_every_pair_has_its_weights_at_vectors_of_its_draws(name):
     """With the sample plate of `log_likelihood`, and one draw at a time."""

@@ -140,6 +140,7 @@ def test_circular_columns_have_their_periods(tmp_path):
     torch.testing.assert_close(turns, turns.round(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.thorough
 def test_groups_have_the_parameters_of_their_members(tmp_path):
     """Latents of members have the groups first, which are not in that order in memory."""
     pair = pv.MultilevelVAE.mlp((3,), latent_dim=2, group_dim=1, hidden=(4,), members=5)

@@ -58,6 +58,7 @@ def test_scores_average_over_a_global_latent():
     torch.testing.assert_close(found.log_likelihood, again, rtol=0, atol=0.25)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("number", [21, GLOBAL_DRAWS - 1, GLOBAL_DRAWS + 1, 450])
 def test_each_number_of_samples_is_drawn(number):
     """Few samples have a global latent each; of more samples some share one."""

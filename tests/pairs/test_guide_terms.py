@@ -77,6 +77,7 @@ def data() -> tuple[Tensor, Tensor]:
     return torch.randn(N, generator=generator), torch.arange(N) % 2.0
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("engine", ["eager", "traced"])
 @pytest.mark.parametrize("objective", [Trace_ELBO, TraceCausalEffect_ELBO])
 @pytest.mark.parametrize("kind", KINDS)

@@ -149,6 +149,7 @@ def test_a_resumed_run_goes_on_with_the_engine_that_it_had(tmp_path, monkeypatch
     assert seen == ["traced"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "engine"),
     [("params", "traced"), ("conditional", "traced"), ("bernoulli", "compiled")],
