@@ -229,7 +229,11 @@ def checked_rows(parts: tuple[Any, ...], element: Any, path: Path, rows: int | N
         matrix.check_format(full_check=True)
     except ValueError as error:
         raise UsageError(f"{path} holds a damaged sparse matrix ({first_line(error)})") from error
-    return matrix.tocsr()
+    found = matrix.tocsr()
+    if not found.has_canonical_format:  # the sum of repeated entries may exceed their type
+        found = found.astype(np.float64)
+        found.sum_duplicates()
+    return found
 
 
 def _dense(matrix: Any, path: Path) -> np.ndarray:

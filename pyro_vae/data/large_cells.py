@@ -74,7 +74,7 @@ def load_cells(
         parts = [_in_order(part) for part in (data.train, data.validation, data.test)]
         part_of_row = np.empty(shape[0], np.int8)
         for i, part in enumerate(parts):
-            part_of_row[_rows(part)] = i
+            part_of_row[part.rows] = i
         digest = hashlib.sha256(part_of_row.tobytes()).hexdigest()
         key = [_VERSION, _state(path), layer, digest]
         words = json.dumps([str(path.resolve()), layer, digest]).encode()
@@ -91,12 +91,9 @@ def _with_numbers(cells: Cells, n: int) -> Cells:
 
 
 def _in_order(part: Split) -> Split:
-    return taken(part, torch.from_numpy(_rows(part).argsort()))
-
-
-def _rows(part: Split) -> np.ndarray:
+    """The rows of a part in the order of the file."""
     assert part.rows is not None
-    return part.rows.numpy()
+    return taken(part, part.rows.argsort())
 
 
 def _state(path: Path) -> list[Any]:
@@ -186,7 +183,8 @@ def _blocks(
     if form == "array":
         at_once = max(1, ENTRIES_AT_ONCE // width)
         for first in range(0, n, at_once):
-            yield first, sparse.csr_matrix(matrix[first : first + at_once])
+            dense = in_float32(matrix[first : first + at_once], path)  # SciPy has no float16
+            yield first, sparse.csr_matrix(dense)
         return
     data, indices, starts = sparse_arrays(matrix, path)
     require_space(folder, 8 * data.shape[0])
@@ -220,8 +218,7 @@ def _require_bounds(bounds: np.ndarray, n: int, entries: int, path: Path) -> Non
 
 
 def _checked(rows: Any, path: Path, first: int) -> Any:
-    """Sparse rows as float32, without repeated entries; raise `UsageError` for bad numbers."""
-    rows.sum_duplicates()  # it also sorts
+    """Sparse rows as float32; raise `UsageError` for bad numbers."""
     rows.data = in_float32(rows.data, path)
     bad = ~np.isfinite(rows.data)
     if bad.any():

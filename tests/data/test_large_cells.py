@@ -23,6 +23,7 @@ FORMS = {
     "csc": sp.csc_matrix,
     "dense": np.asarray,
     "int64": lambda x: np.asarray(x, np.int64),
+    "float16": lambda x: np.asarray(x, np.float16),
     "int16, sparse": lambda x: sp.csr_matrix(x.astype(np.int16)),
 }
 
@@ -100,6 +101,20 @@ def test_repeated_entries_are_added_up_and_holes_stay_holes(tmp_path, on_disk):
     found = part_of(pv.load_data(file_of(tmp_path, repeated)), "all").x[:].numpy()
     np.testing.assert_array_equal(found, wanted)
     assert np.isnan(found).sum() == 1
+
+
+@pytest.mark.parametrize("least", [1, 2**30])
+@pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_matrix])
+def test_the_sum_of_repeated_entries_may_exceed_their_type(form, least, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "LEAST_BYTES", least)
+    x = form(counts(N).astype(np.uint8))
+    x.indices = np.concatenate([[2, 2], x.indices])
+    x.data = np.concatenate([[200, 100], x.data]).astype(np.uint8)
+    x.indptr = x.indptr + 2
+    x.indptr[0] = 0
+    wanted = counts(N)
+    wanted[(0, 2) if form is sp.csr_matrix else (2, 0)] += 300
+    assert np.array_equal(part_of(pv.load_data(file_of(tmp_path, x)), "all").x[:].numpy(), wanted)
 
 
 def test_training_from_disk_equals_training_in_memory_on_the_same_rows(tmp_path, on_disk):

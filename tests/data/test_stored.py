@@ -12,8 +12,11 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae.data import disk, stored
+from pyro_vae.data.datasets import load_data
+from pyro_vae.data.disk import DiskArray
 from pyro_vae.data.order import Place
 from pyro_vae.data.sources import source
+from pyro_vae.data.split import Data, Split, part_of
 from pyro_vae.data.stored import Stored
 from pyro_vae.errors import UsageError
 from pyro_vae.pairs.processes import Team
@@ -216,6 +219,8 @@ import os, sys
 import numpy as np, torch
 import pyro_vae as pv
 from pyro_vae.data import disk, stored
+from pyro_vae.data.datasets import load_data
+from pyro_vae.data.disk import DiskArray
 from pyro_vae.data.order import Place
 from pyro_vae.data.sources import source
 
@@ -241,3 +246,29 @@ def test_reading_ahead_starts_no_team_of_threads(holes, tmp_path):
     words = [sys.executable, "-c", TEAM, str(tmp_path / "x.npy")]
     found = subprocess.run(words, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "1", found.stderr
+
+
+def test_all_parts_of_a_file_are_in_its_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "LEAST_BYTES", 1)
+    monkeypatch.setattr(disk, "BLOCK_BYTES", 64)  # four rows; the last block has three
+    x = np.arange(203 * 4, dtype=np.float32).reshape(203, 4)
+    np.save(tmp_path / "x.npy", x)
+    whole = part_of(load_data(tmp_path / "x.npy"), "all")
+    assert isinstance(whole.x, DiskArray)
+    assert np.array_equal(whole.x[:].numpy(), x)
+    assert np.array_equal(whole.x[[7, 150]].numpy(), x[[7, 150]])
+
+
+def test_parts_whose_rows_have_no_common_numbers_follow_each_other(tmp_path, monkeypatch):
+    """As a folder of images with test images of its own: labels stay with their rows."""
+    monkeypatch.setattr(disk, "LEAST_BYTES", 1)
+    np.save(tmp_path / "x.npy", np.arange(40, dtype=np.float32).reshape(20, 2))
+    mapped = disk.rows_of(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    order = torch.arange(20)
+    train = Split(mapped, order, rows=order)
+    test = Split(torch.full((3, 2), -1.0), torch.tensor([7, 8, 9]))
+    none = Split(torch.empty(0, 2), torch.empty(0, dtype=torch.long))
+    whole = part_of(Data("both", train, none, test), "all")
+    assert whole.labels.tolist() == [*range(20), 7, 8, 9]
+    assert whole.x[:].tolist() == [*mapped[:].tolist(), *test.x.tolist()]
+    assert whole.rows is None
