@@ -214,10 +214,9 @@ def missing_mass(results: Mapping[str, Any]) -> Sign | None:
     """Return the sign of a guide that misses a part of the posterior, such as a mode.
 
     Draws of the guide never reach that part, so importance weights do not see it. True values of
-    the model's own data do: their ranks are off even among weighted draws (if a third of these are
-    reliable), or their weights show that log p(x) is too low. And so do annealed chains. A little
-    may also be missing because means, scales or correlations are off. So if the weights at the data
-    show that, it is the fault.
+    the model's own data do: their ranks are off even among weighted draws, or their weights show
+    that log p(x) is too low. And so do annealed chains. A little may also be missing because means,
+    scales or correlations are off. So if the weights at the data show that, it is the fault.
     """
     far = None if masked_by_classes(results) else _far_from_weighted_draws(results)
     if far is not None and results["model_check"].own_unreliable.double().mean() <= MOSTLY:
@@ -318,7 +317,8 @@ def annealed_higher(results: Mapping[str, Any]) -> tuple[float, float, int] | No
 def _bias(results: Mapping[str, Any]) -> float:
     """How much log p(x) by weights may be too low: about half the variance of the mean weight,
     which heavy tails hide, so three times as much."""
-    kept = results["log_likelihood"].standard_errors[~results["log_likelihood"].unreliable]
+    weighed = results["log_likelihood"]
+    kept = weighed.standard_errors[~weighed.unreliable]
     return ERRORS * kept.square().mean().item() / 2
 
 
