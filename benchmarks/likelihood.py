@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bare_products import in_sequence
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -27,12 +28,11 @@ from pyro_vae.inference import importance
 def products(weights: list[Tensor], rows: int, cells: int) -> Callable[[], None]:
     """Return the matrix products of the decoder for a number of rows, chunk by chunk."""
     chunk = cells // weights[-1].shape[0]
-    inputs = [torch.randn(chunk, weight.shape[1]) for weight in weights]
+    step = in_sequence([(torch.randn(chunk, w.shape[1]), w.t()) for w in weights])
 
     def run() -> None:
         for _ in range(-(-rows // chunk)):
-            for x, weight in zip(inputs, weights, strict=True):
-                torch.mm(x, weight.t())
+            step()
 
     return run
 

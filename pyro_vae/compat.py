@@ -264,8 +264,8 @@ def has_step_hooks(optimizer: Any) -> bool:
 
 # Graphs
 
-REORDERS = torch.__version__ < "2.14"  # by number: it is a TorchVersion
-"""Whether Inductor may draw in another order than the graph that it compiles."""
+RECENT = torch.__version__ >= "2.14"  # by number: it is a TorchVersion
+"""Whether Inductor draws in the order of the graph, and its wrapper in C++ was tried."""
 
 Formulas: TypeAlias = Mapping[OpOverload, Callable[..., Any]]
 """What replaces an operation."""
@@ -274,15 +274,11 @@ Formulas: TypeAlias = Mapping[OpOverload, Callable[..., Any]]
 def make_graph(
     function: Callable[..., Any], inputs: Sequence[Tensor], formulas: Formulas | None = None
 ) -> torch.fx.GraphModule:
-    """The graph of a function of tensors, by ``make_fx``, the tracer below torch.compile.
-
-    ``torch.export`` is public, but gives no graph of a function that calls ``autograd.grad``.
-    """
+    """The graph of a function; public ``torch.export`` gives none if it calls ``autograd.grad``."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    table = dict(formulas or {})
-    made = make_fx(function, table, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-    return owning_source(made)
+    options: dict[str, Any] = {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
+    return owning_source(make_fx(function, dict(formulas or {}), **options)(*inputs))
 
 
 def owning_source(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -307,8 +303,12 @@ def value_in_graph(node: torch.fx.Node) -> Any:
 
 def has_fast_bfloat16() -> bool:
     """Whether the processor has instructions for products in bfloat16 (AVX-512)."""
-    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # from torch 2.6 on
-    return bool(known is not None and known())
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # from torch 2.6 on
+
+
+def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer by oneDNN, which the public function uses only for other types."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -330,7 +330,7 @@ def compile_graph(
 ) -> Callable[..., list[Tensor]]:
     """A graph as compiled by Inductor, whose public face, torch.compile, would trace once more.
 
-    Inductor keeps compiled graphs on disk, so a later process waits for two seconds instead of 26.
+    Inductor keeps compiled graphs on disk, so that a later process waits for two seconds only.
     This works only if a context knows the shapes, and without formulas (see `with_formulas`).
     """
     import torch._inductor.config
@@ -339,9 +339,8 @@ def compile_graph(
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    options: dict[str, Any] = {"fallback_random": True}  # the draws are those of the eager step
-    if REORDERS:
-        options["reorder_for_locality"] = False
+    # The draws are those of the eager step. The calls of the kernels take less time in C++.
+    options = {"fallback_random": True, "cpp_wrapper": RECENT, "reorder_for_locality": RECENT}
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
     with torch._inductor.config.patch(options), tracing(context):
         compiled = compile_fx(graph, list(examples))
@@ -378,9 +377,9 @@ _MISMATCH = r"Shape mismatch inside plate\('(.+)'\) at site (\S+) dim -1, (\d+) 
 
 
 def plate_mismatch(message: str) -> "re.Match[str] | None":
-    """The plate at dimension -1, the site, the size of the plate and that of the site: groups 1-4.
+    """Groups: the plate at dimension -1, the site, the size of the plate, and that of the site.
 
-    None for other messages. A plate raises a plain ValueError before any handler sees the site.
+    A plate raises a plain ValueError before any handler sees the site.
     """
     return re.match(_MISMATCH, message)
 
@@ -390,9 +389,8 @@ def bad_parameter(error: Exception) -> str | None:
 
     The distribution is not made then: torch raises a ValueError, and ``normal_`` a RuntimeError.
     """
-    said = str(error).strip().partition("\n")[0]
-    known = said.startswith(("Expected parameter", "normal expects"))
-    return said.split(" (", 1)[0] if known else None
+    said = str(error).strip().partition("\n")[0].partition(" (")[0]
+    return said if said.startswith(("Expected parameter", "normal expects")) else None
 
 
 def lacks_variance(error: Exception) -> bool:

@@ -28,6 +28,7 @@ from pyro_vae.pairs.scope import scope
 from pyro_vae.training.captured import runner
 from pyro_vae.training.decompositions import DECOMPOSITIONS
 from pyro_vae.training.graph import Found, Graph, Named, named
+from pyro_vae.training.products import choose_products
 from pyro_vae.training.tidying import tidy
 
 MOST_GRAPHS = 32
@@ -218,6 +219,7 @@ class Graphs:
             with pyro.validation_enabled(False), _quiet():
                 graph = compat.make_graph(flat, [*shared, *inputs])
             tidy(graph)  # it compares shapes, and shapes may depend on values
+            choose_products(graph)
         except NotTraceable:
             raise
         except Exception as error:  # user code may raise anything
