@@ -296,7 +296,7 @@ def _weigh(
         most = min(at_once, len(rows), cells // (widest * min(SAMPLES, num_samples)))
         batch_size = max(1, most)
         chunk = max(1, cells // (widest * batch_size)) if vectorized else 1
-        chunk = min(chunk, num_samples)
+        chunk = _divided(num_samples, min(chunk, num_samples))
         runs = -(-len(rows) // batch_size) * -(-num_samples // chunk)
         if engine == "auto":
             engine = "traced" if runs >= TRACED_RUNS else "eager"
@@ -309,6 +309,15 @@ def _weigh(
                 found.append(weighed(sums, prepare(batch), num_samples, chunk))
                 shown.update(team.count * len(batch[0]))
         return found
+
+
+def _divided(number: int, most: int) -> int:
+    """Return the size of equal chunks of a number of draws, if one is near the greatest size.
+
+    A smaller last chunk does not run in the graph, which has a fixed shape.
+    """
+    divisors = (size for size in range(most, 3 * most // 4, -1) if number % size == 0)
+    return next(divisors, most)
 
 
 def _error_of_mean(errors: Tensor, shared: bool) -> float:
