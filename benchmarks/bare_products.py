@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_vae.training.products import PRODUCT
+from pyro_vae.training.products import PLAIN, PRODUCT
 
 
 def fastest(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
@@ -15,7 +15,7 @@ def fastest(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
     ways: list[Callable[[], Tensor]] = [lambda: torch.mm(a, b), lambda: torch.mm(b.t(), a.t())]
     if a.dtype == torch.float32 and a.device.type == "cpu":
         rows = a.contiguous()
-        ways.append(lambda: PRODUCT(rows, b))
+        ways.append(lambda: PRODUCT(rows, b.t(), None, *PLAIN))
     return min(ways, key=seconds)
 
 

@@ -306,7 +306,7 @@ def has_fast_bfloat16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # from torch 2.6 on
 
 
-def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer by oneDNN, which the public function uses only for other types."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -326,12 +326,13 @@ def with_formulas(
 
 
 def compile_graph(
-    graph: torch.fx.GraphModule, examples: Sequence[Tensor]
+    graph: torch.fx.GraphModule, examples: Sequence[Tensor], in_c: dict[OpOverload, list[str]]
 ) -> Callable[..., list[Tensor]]:
     """A graph as compiled by Inductor, whose public face, torch.compile, would trace once more.
 
     Inductor keeps compiled graphs on disk, so that a later process waits for two seconds only.
     This works only if a context knows the shapes, and without formulas (see `with_formulas`).
+    ``in_c`` declares C functions for operations of our own.
     """
     import torch._inductor.config
     from torch._guards import TracingContext, tracing
@@ -339,12 +340,12 @@ def compile_graph(
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    # The draws are those of the eager step. The calls of the kernels take less time in C++.
-    options = {"fallback_random": True, "cpp_wrapper": RECENT, "reorder_for_locality": RECENT}
+    options: dict[str, Any] = {"fallback_random": True}  # the draws are those of the eager step
+    options |= {"cpp_wrapper": RECENT, "reorder_for_locality": RECENT}
+    options |= {"aot_inductor.custom_ops_to_c_shims": in_c} if RECENT else {}
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
     with torch._inductor.config.patch(options), tracing(context):
-        compiled = compile_fx(graph, list(examples))
-    return cast(Callable[..., list[Tensor]], compiled)
+        return cast(Callable[..., list[Tensor]], compile_fx(graph, list(examples)))
 
 
 # Processes

@@ -372,7 +372,7 @@ def test_a_graph_that_was_compiled_before_is_found_on_disk():
         graph = compat.make_graph(lambda x, y: [torch.log1p(x) * y.tanh()], inputs)
         before = dict(counters["inductor"])
         graph = compat.with_formulas(graph, inputs, DECOMPOSITIONS)
-        (found,) = compat.compile_graph(graph, inputs)(*inputs)
+        (found,) = compat.compile_graph(graph, inputs, {})(*inputs)
         torch.testing.assert_close(found, inputs[0].log1p() * inputs[1].tanh())
     more = {name: count - before.get(name, 0) for name, count in counters["inductor"].items()}
     assert more["fxgraph_cache_hit"] == 1

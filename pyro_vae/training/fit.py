@@ -171,7 +171,7 @@ def fit(
         raise UsageError("needs validation data: pass `validation`", argument="patience")
     if fault := no_pair(pair):
         raise UsageError(fault)
-    _require_parts(objective, beta, learning_rate_schedule, optimizer)
+    _require_parts(objective, beta, learning_rate_schedule, optimizer, on_epoch)
     require_free(pair)
     team = here()
     if team.count > 1 and chosen.on_nonfinite == "skip":
@@ -288,8 +288,13 @@ def torch_device(name: str) -> torch.device:
     return chosen
 
 
-def _require_parts(objective: Any, beta: Any, schedule: Any, optimizer: Any) -> None:
+def _require_parts(objective: Any, beta: Any, schedule: Any, optimizer: Any, on_epoch: Any) -> None:
     """Raise `UsageError` for words in place of objects, as the command line takes them."""
+    if not isinstance(on_epoch, (list, tuple)) or not all(map(callable, on_epoch)):
+        raise UsageError(
+            f"must be a list of functions, such as on_epoch=[print], got {on_epoch!r}",
+            argument="on_epoch",
+        )
     if objective is not None and not isinstance(objective, ELBO):
         raise UsageError(
             f"must be a Pyro ELBO, such as Trace_ELBO(), got {objective!r}", argument="objective"

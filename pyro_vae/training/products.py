@@ -3,7 +3,7 @@
 torch multiplies float32 matrices by MKL, which uses the full width of AVX-512 only on processors of
 Intel. On an AMD EPYC of the fifth generation (Zen 5), oneDNN needs half the time of MKL for the
 products of a 784-400-50 network with batches of 256. A call of oneDNN costs 10 µs more than one of
-MKL, so small products stay with MKL. See docs/benchmarks for the figures.
+MKL, so small products stay with MKL. docs/how-to/engine.md has the figures.
 """
 
 from functools import cache
@@ -12,29 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_vae.compat import linear_by_onednn, value_in_graph
+from pyro_vae.compat import by_onednn, value_in_graph
 
 aten = torch.ops.aten
 
-LEAST_WORK = 5_000_000
+LEAST_WORK = 3_000_000
 """From this number of multiplications on, oneDNN is used."""
 
 LEAST_WIDTH = 64
 """A product with fewer columns stays with MKL."""
 
-
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear_by_onednn(a, b.t(), bias)
-
-
-# An operation of our own keeps Inductor from copying the second matrix in every step.
+# An operation of our own keeps Inductor from copying matrices that are not in order of rows. Name
+# and arguments are those of a C function of torch, which compiled graphs call without Python.
+_NAME = "_linear_pointwise"
 _library = torch.library.Library("pyro_vae", "FRAGMENT")
-_library.define("product(Tensor a, Tensor b, Tensor? bias=None) -> Tensor")
-_library.impl("product", _product, "CPU")
-_library.impl("product", lambda a, b, bias=None: a.new_empty(len(a), b.shape[1]), "Meta")
+_library.define(
+    f"{_NAME}(Tensor x, Tensor weight, Tensor? bias, str after, Scalar?[] numbers, str? method) "
+    "-> Tensor"
+)
+_library.impl(_NAME, lambda x, weight, bias, *_: by_onednn(x, weight, bias), "CPU")
+_library.impl(_NAME, lambda x, weight, *_: x.new_empty(len(x), len(weight)), "Meta")
 
-PRODUCT = torch.ops.pyro_vae.product.default
-"""a b + bias, of shapes (m, k), (k, n) and (n,), as one operation of a graph."""
+PRODUCT = getattr(torch.ops.pyro_vae, _NAME).default
+"""A linear layer of x (m, k), weight (n, k) and bias (n,), as one operation of a graph."""
+
+PLAIN = ("none", [], "")
+"""The further arguments of `PRODUCT`: nothing is computed after it."""
+
+IN_C = {
+    PRODUCT: [
+        "AOTITorchError aoti_torch_cpu__linear_pointwise(AtenTensorHandle x, AtenTensorHandle "
+        "weight, AtenTensorHandle* bias, const char* after, const double** numbers, int64_t count, "
+        "const char** method, AtenTensorHandle* result)"
+    ]
+}
+"""The C function of each operation, for Inductor."""
 
 
 @cache
@@ -59,7 +71,7 @@ def choose_products(graph: fx.GraphModule) -> None:
             continue
         bias, a, b = arguments
         if _suits(value_in_graph(a), value_in_graph(b), bias):
-            node.target, node.args = PRODUCT, (_in_rows(a, node), b, bias)
+            node.target, node.args = PRODUCT, (_in_rows(a, node), _weight(b, node), bias, *PLAIN)
     graph.recompile()
 
 
@@ -84,3 +96,11 @@ def _in_rows(a: fx.Node, node: fx.Node) -> fx.Node:
         copy = node.graph.call_function(aten.clone.default, (a,), layout)
     copy.meta["val"] = value.clone(memory_format=torch.contiguous_format)
     return copy
+
+
+def _weight(b: fx.Node, node: fx.Node) -> fx.Node:
+    """Return the second matrix as the weight of a linear layer: transposed, without a copy."""
+    with node.graph.inserting_before(node):
+        transposed = node.graph.call_function(aten.t.default, (b,))
+    transposed.meta["val"] = value_in_graph(b).t()
+    return transposed

@@ -28,7 +28,7 @@ from pyro_vae.pairs.scope import scope
 from pyro_vae.training.captured import runner
 from pyro_vae.training.decompositions import DECOMPOSITIONS
 from pyro_vae.training.graph import Found, Graph, Named, named
-from pyro_vae.training.products import choose_products
+from pyro_vae.training.products import IN_C, choose_products
 from pyro_vae.training.tidying import tidy
 
 MOST_GRAPHS = 32
@@ -357,19 +357,21 @@ class _Dynamic(TorchFunctionMode):
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hide torch's own messages about tracing and compiling."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.utils.cpp_extension", "torch._inductor")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _compile(graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Any]:
     with torch.no_grad(), _quiet():
         plain = [tensor.detach() for tensor in examples]
         formulas = {**DECOMPOSITIONS, **noise.FORMULAS}
-        return compat.compile_graph(compat.with_formulas(graph, plain, formulas), plain)
+        return compat.compile_graph(compat.with_formulas(graph, plain, formulas), plain, IN_C)

@@ -20,13 +20,13 @@ needs_onednn = pytest.mark.skipif(
 def everywhere(monkeypatch):
     """Use oneDNN on this processor, whichever it is; return the shapes that it multiplies."""
     monkeypatch.setattr(products, "is_faster", lambda: True)
-    called, run = [], products.linear_by_onednn
+    called, run = [], products.by_onednn
 
     def counted(x, weight, bias):
         called.append((*x.shape, len(weight)))
         return run(x, weight, bias)
 
-    monkeypatch.setattr(products, "linear_by_onednn", counted)
+    monkeypatch.setattr(products, "by_onednn", counted)
     return called
 
 
