@@ -36,7 +36,7 @@ _library.impl(_NAME, lambda x, weight, *_: x.new_empty(len(x), len(weight)), "Me
 PRODUCT = getattr(torch.ops.pyro_vae, _NAME).default
 """A linear layer of x (m, k), weight (n, k) and bias (n,), as one operation of a graph."""
 
-PLAIN = ("none", [], "")
+PLAIN: tuple[Any, ...] = ("none", [], "")
 """The further arguments of `PRODUCT`: nothing is computed after it."""
 
 IN_C = {
