@@ -7,7 +7,7 @@ from pyro_vae.compat import has_fast_bfloat16
 from pyro_vae.pairs.pair import placement
 from pyro_vae.training.settings import Precision
 
-LEAST_WORK = 6e7
+LEAST_WORK = 1e8
 """From this many multiplications for a step on, products in bfloat16 save more time than their
 casts cost (docs/how-to/engine.md)."""
 
