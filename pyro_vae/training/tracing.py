@@ -218,8 +218,8 @@ class Graphs:
         try:
             with pyro.validation_enabled(False), _quiet():
                 graph = compat.make_graph(flat, [*shared, *inputs])
-            tidy(graph)  # it compares shapes, and shapes may depend on values
-            choose_products(graph)
+            choose_products(graph)  # this and the next compare shapes, which may depend on values
+            tidy(graph)
         except NotTraceable:
             raise
         except Exception as error:  # user code may raise anything

@@ -26,6 +26,8 @@ def small():
         ),
         ({"objective": pv.FreeBitsELBO}, "objective must be a Pyro ELBO"),
         ({"beta": "linear"}, "beta must be a number or a function of the epoch, got 'linear'"),
+        ({"on_epoch": print}, r"on_epoch must be a list of functions, such as on_epoch=\[print\]"),
+        ({"on_epoch": "tensorboard"}, "on_epoch must be a list of functions"),
         ({"learning_rate_schedule": "cosine"}, "learning_rate_schedule must be a function"),
         ({"learning_rate_schedule": 0.5}, "learning_rate_schedule must be a function"),
     ],

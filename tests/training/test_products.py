@@ -8,6 +8,7 @@ import pyro_vae as pv
 from pyro_vae.compat import make_graph
 from pyro_vae.training import products
 from pyro_vae.training.products import PRODUCT, choose_products
+from pyro_vae.training.tidying import tidy
 
 aten = torch.ops.aten
 
@@ -33,6 +34,7 @@ def everywhere(monkeypatch):
 def graph_of(function, *inputs):
     graph = make_graph(function, inputs)
     choose_products(graph)
+    tidy(graph)
     return graph
 
 
@@ -41,31 +43,34 @@ def targets(graph):
 
 
 def of_shape(rows, columns, layout):
-    """Return a matrix whose memory is in order of rows, of columns, or has gaps."""
+    """Return a matrix whose memory is in order of rows, of columns, has gaps, or is one row."""
     if layout == "rows":
         return torch.randn(rows, columns)
     if layout == "columns":
         return torch.randn(columns, rows).t()
-    return torch.randn(2 * rows, columns + 3)[::2, :columns]
+    if layout == "gaps":
+        return torch.randn(2 * rows, columns + 3)[::2, :columns]
+    return torch.randn(columns).expand(rows, columns)
 
 
-LAYOUTS = ("rows", "columns", "gaps")
+LAYOUTS = ("rows", "columns", "gaps", "one row")
 
 
 @needs_onednn
 @pytest.mark.parametrize("left", LAYOUTS)
 @pytest.mark.parametrize("right", LAYOUTS)
-@pytest.mark.parametrize("biased", [False, True])
-def test_values_and_layout_are_those_of_torch(everywhere, left, right, biased):
-    a, b, bias = of_shape(256, 200, left), of_shape(200, 110, right), torch.randn(110)
+@pytest.mark.parametrize("bias", [None, torch.randn(110), torch.randn(1).expand(110)])
+def test_values_and_layout_are_those_of_torch(everywhere, left, right, bias):
+    a, b = of_shape(256, 200, left), of_shape(200, 110, right)
 
     def function(a, b, bias):
-        return torch.addmm(bias, a, b) if biased else a @ b
+        return a @ b if bias is None else torch.addmm(bias, a, b)
 
     graph = graph_of(function, a, b, bias)
     assert PRODUCT in targets(graph)
     assert not {aten.mm.default, aten.addmm.default} & set(targets(graph))
-    found, exact = graph(a, b, bias), function(a.double(), b.double(), bias.double())
+    doubles = (value if value is None else value.double() for value in (a, b, bias))
+    found, exact = graph(a, b, bias), function(*doubles)
     assert found.dtype == torch.float32
     assert found.is_contiguous()
     assert (found - exact).abs().max() < 1e-4
@@ -76,9 +81,9 @@ def test_other_products_stay_as_they_are(everywhere):
     large, wide = torch.randn(300, 300), torch.randn(300, 300)
     cases = {
         "small": (lambda a, b: a[:10] @ b, large, wide),
-        "few columns": (lambda a, b: a @ b[:, :10], torch.randn(3000, 300), wide),
         "float64": (torch.mm, large.double(), wide.double()),
         "bfloat16": (torch.mm, large.bfloat16(), wide.bfloat16()),
+        "overlapping rows": (lambda a, b: a @ b.unfold(0, 300, 1), large, torch.randn(599)),
         "a matrix is added": (lambda a, b: torch.addmm(a, a, b), large, wide),
         "another weight": (lambda a, b: torch.addmm(a[0], a, b, alpha=2.0), large, wide),
     }
