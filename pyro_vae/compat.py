@@ -335,6 +335,7 @@ def compile_graph(
     ``in_c`` declares C functions for operations of our own.
     """
     import torch._inductor.config
+    from torch._dynamo.utils import get_metrics_context  # torch 2.6 needs one to find a graph
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
     from torch._subclasses import FakeTensorMode
@@ -344,7 +345,7 @@ def compile_graph(
     options |= {"cpp_wrapper": RECENT, "reorder_for_locality": RECENT}
     options |= {"aot_inductor.custom_ops_to_c_shims": in_c} if RECENT else {}
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
-    with torch._inductor.config.patch(options), tracing(context):
+    with torch._inductor.config.patch(options), tracing(context), get_metrics_context():
         return cast(Callable[..., list[Tensor]], compile_fx(graph, list(examples)))
 
 
