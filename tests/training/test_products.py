@@ -1,5 +1,7 @@
 """Products by oneDNN: the right products of a graph, with the same values as torch's."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -139,3 +141,19 @@ def test_estimates_of_log_p_x_are_those_of_the_eager_engine(everywhere):
     )
     assert torch.allclose(traced.per_datum, eager.per_datum, rtol=1e-5)
     assert everywhere
+
+
+@needs_onednn
+@pytest.mark.parametrize("engine", ["traced", "compiled"])
+def test_a_resumed_run_is_bit_identical(everywhere, engine, tmp_path):
+    x = torch.rand(512, 784)
+    options = {"batch_size": 256, "progress": False, "engine": engine}
+    torch.manual_seed(0)
+    whole = pv.VAE.mlp((784,), latent_dim=4, hidden=(64,))
+    part = copy.deepcopy(whole)
+    pv.fit(whole, x, epochs=4, **options)
+    pv.fit(part, x, epochs=2, out=tmp_path, **options)
+    pv.fit(part, x, epochs=4, out=tmp_path, resume=True, **options)
+    assert everywhere
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, part.state_dict()[name])
