@@ -24,6 +24,7 @@ from pyro_vae.inference.weighted import (
     require_not_pooled,
     require_samples,
     rows_to_weigh,
+    shares_of,
 )
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.formatting import in_columns
@@ -76,8 +77,11 @@ class Imputation:
     do not agree. It is NaN for the other methods."""
     reliable: Tensor
     """Whether the imputation of each row is reliable, booleans (n,). Its Pareto k is at most
-    ``min(1 - 1 / log10(num_samples), 0.7)``, or its weights vary by at most 1 %. Draws by NUTS:
-    chains agree, none diverged, and at least 400 draws are effective. True for a complete row."""
+    ``k_threshold``, or its weights vary by at most 1 %. Draws by NUTS: chains agree, none diverged,
+    and at least 400 draws are effective. True for a complete row."""
+    k_threshold: float
+    """The largest Pareto k for which the samples are enough, ``min(1 - 1 / log10(S), 0.7)``. S is
+    ``num_samples`` or, with global latents, the number of samples that share a draw of them."""
 
     _repr_html_ = shown_html
 
@@ -85,7 +89,7 @@ class Imputation:
         rows = _any(self.missing)
         bad = int((~self.reliable).sum())
         size = self.effective_sample_size[rows].median() if rows.any() else torch.tensor(torch.nan)
-        limit = f"Pareto k over {threshold(self.num_samples):.2f}"
+        limit = f"Pareto k over {self.k_threshold:.2f}"
         fault = "chains apart or short" if self.method == "nuts" else limit
         lines = [
             ("missing entries", f"{int(self.missing.sum())} in {int(rows.sum())} rows"),
@@ -221,6 +225,7 @@ def _imputed(pair: nn.Module, batch: Batch, by_mask: bool, asked: _Asked) -> Imp
             missing = masks.seen(data_site(model), x).isnan() & ~_after_the_end(model, x)
     with using(pair):
         require_not_pooled(pair, batch)
+        together = min(shares_of(pair, batch, asked.num_samples, fitted=True))
     holes = _any(missing)
     size = torch.full((n,), float(asked.num_samples), dtype=torch.double, device=x.device)
     known = x if x.is_floating_point() else x.to(placement(pair)[1])  # means are not integers
@@ -251,6 +256,7 @@ def _imputed(pair: nn.Module, batch: Batch, by_mask: bool, asked: _Asked) -> Imp
         missing=missing.cpu(),
         num_samples=asked.num_samples,
         method=asked.method,
+        k_threshold=threshold(together),
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.inference.pareto import LEAST
+from pyro_vae.inference.pareto import LEAST, threshold
 from pyro_vae.inference.weighted import GLOBAL_DRAWS, mixed_parts
 from pyro_vae.pairs.scope import using
 
@@ -58,17 +58,29 @@ def test_scores_average_over_a_global_latent():
     torch.testing.assert_close(found.log_likelihood, again, rtol=0, atol=0.25)
 
 
+def test_an_imputation_by_a_far_too_narrow_guide_is_not_reliable():
+    """The guide of z has 0.45 times the standard deviation that it needs without the first entry.
+    21 samples share each draw of w; their weights divided by their mean are below 21."""
+    x = torch.randn(30, 2)
+    x[:, 0] = torch.nan
+    found = pv.impute(Shared(), x, num_samples=2000)
+    assert found.reliable.float().mean().item() < 0.1
+    assert found.k_threshold == threshold(LEAST)
+    assert f"Pareto k over {found.k_threshold:.2f}" in str(found)
+
+
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("number", [21, GLOBAL_DRAWS - 1, GLOBAL_DRAWS + 1, 450])
 def test_each_number_of_samples_is_drawn(number):
-    """Few samples have a global latent each; of more samples some share one."""
+    """Each sample has a draw of the global latents of its own, except where these were fitted to
+    the rows."""
     batch = (torch.tensor([[0.3, torch.nan], [torch.nan, 1.0]]),)
     pair = Shared()
     with using(pair, 0):
         (joint,) = mixed_parts(pair, batch, number)
         (fitted,) = mixed_parts(pair, batch, number, fitted=True)
     assert joint.log_weights.shape == fitted.log_weights.shape == (number, 2)
-    assert len(joint.passes) == min(number, GLOBAL_DRAWS)
+    assert len(joint.passes) == number
     assert len(fitted.passes) == min(number // LEAST, GLOBAL_DRAWS)
     drawn = {block.values["w"].item() for block in joint.passes}
     assert len(drawn) == len(joint.passes)
