@@ -15,7 +15,7 @@ from pyro_vae.errors import UsageError
 from pyro_vae.pairs import masks, summing
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.data_plate_search import find_places
-from pyro_vae.pairs.given_globals import pools
+from pyro_vae.pairs.given_globals import POOLED_ROWS, pools
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import unconditioned
 from pyro_vae.pairs.moments import typical
@@ -100,7 +100,7 @@ def prepared_batches(
         masks.require_present(pair, prepare(rows.first(2)))
     if len(rows) > ROWS_AT_ONCE and not at_once:
         with using(pair, seed=0):
-            at_once = pools(pair, prepare(rows.first(4)))
+            at_once = pools(pair, prepare(rows.first(POOLED_ROWS)))
     for batch in rows.batches(len(rows) if at_once else ROWS_AT_ONCE):
         yield prepare(batch)
 

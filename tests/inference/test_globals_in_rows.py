@@ -151,3 +151,79 @@ def test_a_refined_guide_also_draws_the_global_latent_anew():
     found = pv.impute(Shared(), x, method="refine", num_samples=5000)
     width = 2 * torch.special.ndtri(torch.tensor(0.95)).item() * SPREAD
     assert (found.high - found.low)[:, 1].mean().item() == pytest.approx(width, rel=0.15)
+
+
+class MeanOfRows(nn.Module):
+    """w ~ N(0, 1) and x_i ~ N(w, 1) with the guide of w from the mean of the rows that it gets."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def model(self, x):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal((w + z)[..., None], 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        scale = len(x) ** -0.5 if self.count else 0.01
+        pyro.sample("w", dist.Normal(x.mean(), scale))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x[:, 0] / 2, 0.7))
+
+    def template(self, n):
+        return (torch.zeros(n, 1),)
+
+
+@pytest.mark.parametrize("count", [True, False])
+def test_pooling_is_seen_though_the_first_rows_are_equal(count):
+    x = 3 + torch.randn(1100, 1)
+    x[:5] = 0.0
+    pair = MeanOfRows(count)
+    assert pv.encode(pair, x)["w"].item() == pytest.approx(x.mean().item(), abs=1e-5)
+    drawn = pv.posterior(pair, x, draws=30, progress=False)["w"].mean().item()
+    assert drawn == pytest.approx(x.mean().item(), abs=0.05)
+
+
+@pytest.mark.parametrize("tool", [pv.score, pv.impute])
+def test_one_row_alone_is_refused_too_if_its_copies_would_count(tool):
+    class Counted(Shared):
+        def guide(self, x):
+            pyro.sample("w", dist.Normal(x[:, 0].nan_to_num().mean(), (1 + len(x)) ** -0.5))
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(x[:, 0].nan_to_num(), 0.5))
+
+    with pytest.raises(pv.UsageError, match="computes 'w' from the rows that it is given"):
+        tool(Counted(), torch.tensor([[0.5, torch.nan]]), num_samples=50)
+
+
+def test_a_plate_with_as_many_groups_as_the_rows_have_gets_all_rows():
+    class Growing(nn.Module):
+        def model(self, x, group):
+            with pyro.plate("groups", int(group.max()) + 1, dim=-1):
+                u = pyro.sample("u", dist.Normal(x.new_zeros(()), 1.0))
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", dist.Normal(u[..., group], 1.0))
+                pyro.sample("x", dist.Normal(z[..., None], 1.0).to_event(1), obs=x)
+
+        def guide(self, x, group):
+            count = torch.bincount(group)
+            with pyro.plate("groups", len(count), dim=-1):
+                pyro.sample("u", dist.Normal(self.total(x, group) / (count + 2), 0.1))
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(x[:, 0] / 2, 0.7))
+
+        def total(self, x, group):
+            return torch.zeros(int(group.max()) + 1).index_add(0, group, x[:, 0])
+
+    x, group = torch.randn(1500, 1), torch.arange(1500) // 500
+    exact = Growing().total(x, group) / 502
+    torch.testing.assert_close(pv.encode(Growing(), x, group)["u"], exact)
+    drawn = pv.posterior(Growing(), x, group, draws=50, progress=False)["u"].mean(0)
+    torch.testing.assert_close(drawn, exact, rtol=0, atol=0.08)
+
+
+def test_predict_refuses_no_draws():
+    with pytest.raises(pv.UsageError, match="num_samples must be at least 1, got 0"):
+        pv.predict(Shared(), torch.zeros(2, 2), num_samples=0)
