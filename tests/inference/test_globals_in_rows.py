@@ -227,3 +227,18 @@ def test_a_plate_with_as_many_groups_as_the_rows_have_gets_all_rows():
 def test_predict_refuses_no_draws():
     with pytest.raises(pv.UsageError, match="num_samples must be at least 1, got 0"):
         pv.predict(Shared(), torch.zeros(2, 2), num_samples=0)
+
+
+def test_a_guide_that_computes_a_global_latent_from_an_auxiliary_one_does_not_pool():
+    class Computed(Shared):
+        def guide(self, x):
+            noise = pyro.sample("noise", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+            pyro.sample("w", dist.Delta(noise))
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(0.8 * x[:, 0].nan_to_num(), 0.45))
+
+        def template(self, n):
+            return (torch.zeros(n, 2),)
+
+    assert pv.sample(Computed(), 500, seed=0)[:, 1].std().item() == pytest.approx(SPREAD, rel=0.2)
+    assert pv.score(Computed(), torch.zeros(3, 2), num_samples=50).log_likelihood.isfinite().all()
