@@ -32,8 +32,10 @@ def encode(
 ) -> dict[str, Tensor]:
     """Return the guide's means, scales (standard deviations) or draws of each latent.
 
-    If a latent depends on another, its mean is the mean given the means of the others. The mean
-    of a discrete latent is its mode. A category has no standard deviation, so it has no scale.
+    If a latent depends on another, its mean and its scale are those given the means of the others.
+    So the scale leaves out their uncertainty, for example that of a group in a latent of its rows:
+    take the standard deviation of draws of `pyro_vae.posterior`. The mean of a discrete latent is
+    its mode. A category has no standard deviation, so it has no scale.
     The model may enumerate latents that the guide does not have. Their modes and draws are those
     of their posterior given the data (see `predict`).
 

@@ -140,7 +140,7 @@ def posterior(
         rows, prepare = held_rows(pair, x, context, binarize)
         return _drawn(pair, rows, prepare, draws, from_prior, seed, progress)
     except UsageError as error:
-        if isinstance(error.__cause__, IndexError):
+        if isinstance(error.__cause__, IndexError) and "out of" in error.template:
             raise UsageError(f"{error.template}; {NEW_GROUP}") from error
         raise
 

@@ -242,3 +242,26 @@ def test_a_guide_that_computes_a_global_latent_from_an_auxiliary_one_does_not_po
 
     assert pv.sample(Computed(), 500, seed=0)[:, 1].std().item() == pytest.approx(SPREAD, rel=0.2)
     assert pv.score(Computed(), torch.zeros(3, 2), num_samples=50).log_likelihood.isfinite().all()
+
+
+TOOLS = {"score": pv.score, "impute": pv.impute, "encode": pv.encode, "reconstruct": pv.reconstruct}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize(
+    ("group", "words"),
+    [([0, 3], "index 3 is out of bounds"), ([0.0, 1.0], "tensors used as indices must be long")],
+)
+def test_a_wrong_group_of_a_row_with_holes_is_named(tool, group, words):
+    """The missing entry is not at fault."""
+    x = torch.tensor([[0.5, torch.nan], [torch.nan, 0.5]])
+    with pytest.raises(pv.UsageError, match=words):
+        TOOLS[tool](Effects(torch.zeros(3)), x, torch.tensor(group))
+
+
+def test_a_new_group_is_drawn_from_the_prior_and_a_wrong_type_is_not():
+    pair, x = Effects(torch.zeros(3)), torch.zeros(2, 2)
+    for group, hint in (([0, 3], True), ([0.0, 1.0], False)):
+        with pytest.raises(pv.UsageError) as caught:
+            pv.posterior(pair, x, torch.tensor(group), progress=False)
+        assert ("from_prior" in str(caught.value)) == hint
