@@ -141,7 +141,7 @@ def impute(
     ``impute(refined.pair, *refined.batch)``. Global and group latents are drawn from their guide,
     once for each 21 samples and at most 200 times, so draws and intervals contain their
     uncertainty. Their draws have equal weights: the guide was fitted to these rows, or to rows like
-    them. Two rows of one draw may have other values of them.
+    them. All rows of one completed copy have the same values of them.
     Raises `UsageError` if ``draws`` or ``num_samples`` is too small, if no entry is missing, if the
     result does not fit into memory, or if the method does not serve the latents of the pair.
     Mattei & Frellsen, MIWAE, 2019 (https://arxiv.org/abs/1812.02633).
@@ -159,7 +159,7 @@ def impute(
     if not 0 < level < 1:
         raise UsageError(f"must be between 0 and 1, got {level}", argument="level")
     require_samples(num_samples)
-    team, asked = here(), _Asked(method, draws, num_samples, level)
+    team, asked = here(), _Asked(method, draws, num_samples, level, seed)
 
     def own(rows: Source, prepare: Preparation) -> list[Imputation]:
         by_mask = not (isinstance(rows, Arrays) and bool(rows.tensors[0].isnan().any()))
@@ -213,6 +213,7 @@ class _Asked(NamedTuple):
     draws: int
     num_samples: int
     level: float
+    seed: int
 
 
 def _imputed(pair: nn.Module, batch: Batch, by_mask: bool, asked: _Asked) -> Imputation:
@@ -269,9 +270,9 @@ def _completed(pair: nn.Module, few: Batch, asked: _Asked) -> "list[_Completed]"
     if asked.method == "nuts":
         parts: Iterable[Any] = list(chained_parts(pair, few, asked.num_samples, seed))
     else:
-        parts = mixed_parts(pair, few, asked.num_samples, fitted=True)
+        parts = mixed_parts(pair, few, asked.num_samples, fitted=True, seed=asked.seed)
     with using(pair):
-        return [_posterior(pair, part, asked.draws, asked.level) for part in parts]
+        return [_posterior(pair, part, asked) for part in parts]
 
 
 class _Completed(NamedTuple):
@@ -291,7 +292,7 @@ BY_ROW = ("effective_sample_size", "pareto_k", "r_hat", "reliable")
 """The fields that have one value for each row."""
 
 
-def _posterior(pair: nn.Module, part: Weighted | Chained, draws: int, level: float) -> _Completed:
+def _posterior(pair: nn.Module, part: Weighted | Chained, asked: _Asked) -> _Completed:
     like, shares = part.batch[0], part.shares
     entries = zip(*(_entries(pair, one) for one in part.passes), strict=True)
     draws_of, centers_of, (classes, *_), (site, *_) = entries
@@ -311,13 +312,28 @@ def _posterior(pair: nn.Module, part: Weighted | Chained, draws: int, level: flo
         mean = torch.where(period > 0, turned, mean)
         # Quantiles may cross the end of the circle.
         around = near(drawn, mean, period)
-    chosen = torch.multinomial(shares.T, draws, replacement=True).T  # (draws, n)
+    chosen = _chosen(part, asked)
     rows = torch.arange(shares.shape[1], device=chosen.device)
-    low, high = _quantiles(around, wide, ((1 - level) / 2, (1 + level) / 2))
+    low, high = _quantiles(around, wide, ((1 - asked.level) / 2, (1 + asked.level) / 2))
     return _Completed(
         *(mean.to(dtype), low.to(dtype), high.to(dtype), drawn[chosen, rows]),
         *(getattr(part, name) for name in BY_ROW),
     )
+
+
+def _chosen(part: Weighted | Chained, asked: _Asked) -> Tensor:
+    """The draw of the latents that each completed copy takes for each row, (draws, n).
+
+    All rows of a copy take the same draw of the global latents.
+    """
+    if len(part.passes) == 1:
+        return torch.multinomial(part.shares.T, asked.draws, replacement=True).T
+    sizes = torch.tensor([len(one.shares) for one in part.passes])
+    with seeded(derived(asked.seed, "copies", 0)):  # the same for other rows
+        blocks = torch.multinomial(sizes.double(), asked.draws, replacement=True).tolist()
+    starts = (sizes.cumsum(0) - sizes).tolist()
+    shares = [one.shares.T for one in part.passes]
+    return torch.stack([torch.multinomial(shares[b], 1)[:, 0] + starts[b] for b in blocks])
 
 
 def _entries(pair: nn.Module, part: Weighted | Chained) -> tuple[Tensor, Tensor, Tensor, Site]:

@@ -16,11 +16,12 @@ from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold, unreliable
 from pyro_vae.inference.passes import summed_out
 from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.data_plate import is_local
-from pyro_vae.pairs.given_globals import pools
+from pyro_vae.pairs.given_globals import draw_globals, pools
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.processes import Team
+from pyro_vae.pairs.rng import derived, seeded
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import by_datum, data_first, latents, log_prob
 from pyro_vae.pairs.traces import Given
@@ -132,7 +133,7 @@ def weighted_parts(pair: nn.Module, batch: Batch, num_samples: int) -> Iterator[
 
 
 def mixed_parts(
-    pair: nn.Module, batch: Batch, num_samples: int, fitted: bool = False
+    pair: nn.Module, batch: Batch, num_samples: int, fitted: bool = False, seed: int = 0
 ) -> Iterator[Weighted]:
     """`weighted_parts`, with many draws of the global latents among the draws of each row.
 
@@ -143,21 +144,38 @@ def mixed_parts(
         fitted: the guide of the global latents was fitted to these rows, so they do not weigh its
             draws again: all draws of the global latents have equal weight. Several draws of the
             local latents share each of them.
+        seed: the seed of the draws of the global latents, which are then the same for all rows.
 
     Call `require_not_pooled` before, with all rows of the batch.
     """
-    if not global_latents(pair, batch):
+    if not (names := global_latents(pair, batch)):
         yield from weighted_parts(pair, batch, num_samples)
         return
+    few = tuple(tensor[[0, -1]] for tensor in batch)  # two rows, so that all calls draw alike
     sizes = shares_of(pair, batch, num_samples, fitted)
-    nesting, _, _ = structure(pair, tuple(tensor[:2] for tensor in batch))
+    nesting, _, _ = structure(pair, few)
+    shared = []
+    for i in range(len(sizes)):
+        with seeded(derived(seed, "global latents", i)):
+            shared.append(draw_globals(pair, few, names))
     rows = MANY * rows_at_once(pair, batch, num_samples)
     for part in zip(*(tensor.split(rows) for tensor in batch), strict=True):
-        blocks = tuple(weighted(pair, part, size, nesting) for size in sizes)
+        blocks = tuple(
+            _weighted_at(pair, part, size, nesting, values)
+            for size, values in zip(sizes, shared, strict=True)
+        )
         weights = [block.log_weights for block in blocks]
         if fitted:
             weights = [one - one.logsumexp(0) + log(len(one)) for one in weights]
         yield Weighted(part, {}, torch.cat(weights), blocks, fitted)
+
+
+def _weighted_at(
+    pair: nn.Module, batch: Batch, num_samples: int, nesting: int, shared: dict[str, Tensor]
+) -> Weighted:
+    """`weighted` with these values of the global latents."""
+    with Given(shared):
+        return weighted(pair, batch, num_samples, nesting)
 
 
 def shares_of(pair: nn.Module, batch: Batch, num_samples: int, fitted: bool) -> list[int]:

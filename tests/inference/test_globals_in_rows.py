@@ -265,3 +265,17 @@ def test_a_new_group_is_drawn_from_the_prior_and_a_wrong_type_is_not():
         with pytest.raises(pv.UsageError) as caught:
             pv.posterior(pair, x, torch.tensor(group), progress=False)
         assert ("from_prior" in str(caught.value)) == hint
+
+
+def test_all_rows_of_a_completed_copy_have_the_same_global_latent():
+    """Rows share w, also rows that are imputed apart: the covariance of their entries is Var(w)."""
+    x = torch.zeros(502, 2)
+    x[[0, 1, 501], 1] = torch.nan
+    found = pv.impute(Shared(), x, num_samples=LEAST * GLOBAL_DRAWS, draws=2000)
+    drawn = found.draws[:, [0, 1, 501], 1].T
+    assert drawn.std(1).mean().item() == pytest.approx(SPREAD, rel=0.15)
+    covariance = drawn.cov()
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert covariance[a, b].item() == pytest.approx(1.0, abs=0.4)  # of 200 draws of w
+    other = pv.impute(Shared(), x, num_samples=LEAST * GLOBAL_DRAWS, draws=2000, seed=1)
+    assert not torch.equal(other.mean, found.mean)
