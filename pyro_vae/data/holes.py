@@ -26,8 +26,11 @@ def unserved(pair: nn.Module, batch: Sequence[Tensor], start: int | None = None)
         start: the number of the first row of a minibatch in its epoch.
     """
     found = rows(batch[0])
-    if not len(found) or masks.scores_missing(pair, taken(pair, batch, found)):
+    if not len(found):
         return None
+    few = taken(pair, batch, found)
+    if masks.scores_missing(pair, few) or masks.fails(pair, (few[0].nan_to_num(), *few[1:])):
+        return None  # if the pair fails without missing entries, too, the tool says why
     return (
         "x holds values that are not finite (NaN or infinite), first in "
         f"{_name(found, start)}; for NaN as a missing entry, use a likelihood that leaves it out, "

@@ -16,6 +16,8 @@ from pyro_vae.inference.passes import (
     in_chunks,
     latent_values,
     prepared_batches,
+    require_known_groups,
+    require_no_rows,
 )
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import as_tensor, each_context
@@ -67,8 +69,9 @@ def sample(
         site: the observed site; the first by default.
         seed: random seed. Without it, the draws continue torch's own generator.
 
-    Returns a tensor of shape (n, *data_shape). Raises `UsageError` if n is below 1, and for a
-    model with a ``pyro.factor``, which has no independent draws.
+    Returns a tensor of shape (n, *data_shape). Raises `UsageError` if n is below 1, for a model
+    with a ``pyro.factor``, which has no independent draws, and for a guide that computes global
+    latents from rows.
 
     >>> import pyro_vae as pv
     >>> sample(pv.VAE.mlp((1, 8, 8)), 3, seed=0).unique()
@@ -78,6 +81,7 @@ def sample(
         raise UsageError(f"must be at least 1, got {n}", argument="n")
     context = each_context(context)
     batch = template(pair, n, context)
+    require_known_groups(pair, batch)
     few = tuple(tensor[:2] for tensor in batch)
     with using(pair, seed):
         drawn = run_in_words("model", lambda: trace(unconditioned(pair), few), few)
@@ -85,6 +89,8 @@ def sample(
     shared = global_latents(pair, batch)
     size = min(ROWS_AT_ONCE, -(-n // SHARED_DRAWS)) if shared else ROWS_AT_ONCE
     parts = []
+    with using(pair, seed=0):
+        require_no_rows(pair, batch, shared, "sample")
     with using(pair, seed):
         for part in in_chunks(batch, size):
             own = _global_values(pair, part, False, shared)
@@ -126,7 +132,7 @@ def decode(
         )
     if not values:
         raise UsageError("must give at least one latent site, got none", argument="values")
-    context = each_context(context)
+    context = tuple(as_tensor(part, "context") for part in each_context(context))
     few = template(pair, 1, tuple(part[:1] for part in context))
     shared = global_latents(pair, few)
     given = _placed(pair, few, values, shared)
@@ -137,6 +143,9 @@ def decode(
         )
     sizes = rows.values() or [len(part) for part in context]
     batch = template(pair, max(sizes, default=1), context)
+    require_known_groups(pair, batch)
+    with using(pair, seed=0):
+        require_no_rows(pair, batch, [name for name in shared if name not in given], "decode")
     with using(pair, seed):
         own = _global_values(pair, batch, means, shared)
         return generate(pair, batch, own | given, means, site)

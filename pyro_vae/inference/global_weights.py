@@ -18,7 +18,7 @@ from pyro_vae.inference.passes import in_chunks
 from pyro_vae.inference.prior_tail import DRAWS, PriorTails, in_metrics, prior_tails, resampled
 from pyro_vae.pairs import fold_plan
 from pyro_vae.pairs.data_plate import is_local
-from pyro_vae.pairs.given_globals import GivenGlobals, global_values, pools
+from pyro_vae.pairs.given_globals import GivenGlobals, global_values, pools, spread_rows
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model
 from pyro_vae.pairs.pair import Batch, placement
@@ -223,7 +223,7 @@ def global_weights(
     with using(pair, seed), bar(progress, num_draws, "global latents", delay=2) as shown:
         evidence = _Evidence(pair, batch, names, num_samples)
         few = tuple(part[:4] for part in batch)
-        of = batch if pools(pair, few, names) else few
+        of = batch if pools(pair, spread_rows(batch), names) else few
         draws: list[dict[str, Tensor]] = []
         weights: list[Tensor] = []
         noise: list[float] = []

@@ -24,6 +24,7 @@ from pyro_vae.inference.weighted import (
     require_not_pooled,
     require_samples,
     rows_to_weigh,
+    shares_of,
 )
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.formatting import in_columns
@@ -76,8 +77,11 @@ class Imputation:
     do not agree. It is NaN for the other methods."""
     reliable: Tensor
     """Whether the imputation of each row is reliable, booleans (n,). Its Pareto k is at most
-    ``min(1 - 1 / log10(num_samples), 0.7)``, or its weights vary by at most 1 %. Draws by NUTS:
-    chains agree, none diverged, and at least 400 draws are effective. True for a complete row."""
+    ``k_threshold``, or its weights vary by at most 1 %. Draws by NUTS: chains agree, none diverged,
+    and at least 400 draws are effective. True for a complete row."""
+    k_threshold: float
+    """The largest Pareto k for which the samples are enough, ``min(1 - 1 / log10(S), 0.7)``. S is
+    ``num_samples`` or, with global latents, the number of samples that share a draw of them."""
 
     _repr_html_ = shown_html
 
@@ -85,7 +89,7 @@ class Imputation:
         rows = _any(self.missing)
         bad = int((~self.reliable).sum())
         size = self.effective_sample_size[rows].median() if rows.any() else torch.tensor(torch.nan)
-        limit = f"Pareto k over {threshold(self.num_samples):.2f}"
+        limit = f"Pareto k over {self.k_threshold:.2f}"
         fault = "chains apart or short" if self.method == "nuts" else limit
         lines = [
             ("missing entries", f"{int(self.missing.sum())} in {int(rows.sum())} rows"),
@@ -137,7 +141,7 @@ def impute(
     ``impute(refined.pair, *refined.batch)``. Global and group latents are drawn from their guide,
     once for each 21 samples and at most 200 times, so draws and intervals contain their
     uncertainty. Their draws have equal weights: the guide was fitted to these rows, or to rows like
-    them. Two rows of one draw may have other values of them.
+    them. All rows of one completed copy have the same values of them.
     Raises `UsageError` if ``draws`` or ``num_samples`` is too small, if no entry is missing, if the
     result does not fit into memory, or if the method does not serve the latents of the pair.
     Mattei & Frellsen, MIWAE, 2019 (https://arxiv.org/abs/1812.02633).
@@ -155,7 +159,7 @@ def impute(
     if not 0 < level < 1:
         raise UsageError(f"must be between 0 and 1, got {level}", argument="level")
     require_samples(num_samples)
-    team, asked = here(), _Asked(method, draws, num_samples, level)
+    team, asked = here(), _Asked(method, draws, num_samples, level, seed)
 
     def own(rows: Source, prepare: Preparation) -> list[Imputation]:
         by_mask = not (isinstance(rows, Arrays) and bool(rows.tensors[0].isnan().any()))
@@ -209,6 +213,7 @@ class _Asked(NamedTuple):
     draws: int
     num_samples: int
     level: float
+    seed: int
 
 
 def _imputed(pair: nn.Module, batch: Batch, by_mask: bool, asked: _Asked) -> Imputation:
@@ -221,6 +226,7 @@ def _imputed(pair: nn.Module, batch: Batch, by_mask: bool, asked: _Asked) -> Imp
             missing = masks.seen(data_site(model), x).isnan() & ~_after_the_end(model, x)
     with using(pair):
         require_not_pooled(pair, batch)
+        together = min(shares_of(pair, batch, asked.num_samples, fitted=True))
     holes = _any(missing)
     size = torch.full((n,), float(asked.num_samples), dtype=torch.double, device=x.device)
     known = x if x.is_floating_point() else x.to(placement(pair)[1])  # means are not integers
@@ -251,6 +257,7 @@ def _imputed(pair: nn.Module, batch: Batch, by_mask: bool, asked: _Asked) -> Imp
         missing=missing.cpu(),
         num_samples=asked.num_samples,
         method=asked.method,
+        k_threshold=threshold(together),
     )
 
 
@@ -263,9 +270,9 @@ def _completed(pair: nn.Module, few: Batch, asked: _Asked) -> "list[_Completed]"
     if asked.method == "nuts":
         parts: Iterable[Any] = list(chained_parts(pair, few, asked.num_samples, seed))
     else:
-        parts = mixed_parts(pair, few, asked.num_samples, fitted=True)
+        parts = mixed_parts(pair, few, asked.num_samples, fitted=True, seed=asked.seed)
     with using(pair):
-        return [_posterior(pair, part, asked.draws, asked.level) for part in parts]
+        return [_posterior(pair, part, asked) for part in parts]
 
 
 class _Completed(NamedTuple):
@@ -285,7 +292,7 @@ BY_ROW = ("effective_sample_size", "pareto_k", "r_hat", "reliable")
 """The fields that have one value for each row."""
 
 
-def _posterior(pair: nn.Module, part: Weighted | Chained, draws: int, level: float) -> _Completed:
+def _posterior(pair: nn.Module, part: Weighted | Chained, asked: _Asked) -> _Completed:
     like, shares = part.batch[0], part.shares
     entries = zip(*(_entries(pair, one) for one in part.passes), strict=True)
     draws_of, centers_of, (classes, *_), (site, *_) = entries
@@ -305,13 +312,28 @@ def _posterior(pair: nn.Module, part: Weighted | Chained, draws: int, level: flo
         mean = torch.where(period > 0, turned, mean)
         # Quantiles may cross the end of the circle.
         around = near(drawn, mean, period)
-    chosen = torch.multinomial(shares.T, draws, replacement=True).T  # (draws, n)
+    chosen = _chosen(part, asked)
     rows = torch.arange(shares.shape[1], device=chosen.device)
-    low, high = _quantiles(around, wide, ((1 - level) / 2, (1 + level) / 2))
+    low, high = _quantiles(around, wide, ((1 - asked.level) / 2, (1 + asked.level) / 2))
     return _Completed(
         *(mean.to(dtype), low.to(dtype), high.to(dtype), drawn[chosen, rows]),
         *(getattr(part, name) for name in BY_ROW),
     )
+
+
+def _chosen(part: Weighted | Chained, asked: _Asked) -> Tensor:
+    """The draw of the latents that each completed copy takes for each row, (draws, n).
+
+    All rows of a copy take the same draw of the global latents.
+    """
+    if len(part.passes) == 1:
+        return torch.multinomial(part.shares.T, asked.draws, replacement=True).T
+    sizes = torch.tensor([len(one.shares) for one in part.passes])
+    with seeded(derived(asked.seed, "copies", 0)):  # the same for other rows
+        blocks = torch.multinomial(sizes.double(), asked.draws, replacement=True).tolist()
+    starts = (sizes.cumsum(0) - sizes).tolist()
+    shares = [one.shares.T for one in part.passes]
+    return torch.stack([torch.multinomial(shares[b], 1)[:, 0] + starts[b] for b in blocks])
 
 
 def _entries(pair: nn.Module, part: Weighted | Chained) -> tuple[Tensor, Tensor, Tensor, Site]:

@@ -19,7 +19,7 @@ from pyro_vae.inference.passes import ROWS_AT_ONCE, in_chunks, summed_out
 from pyro_vae.pairs import enumeration
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.frames import installed_pandas
-from pyro_vae.pairs.given_globals import draw_globals, pools
+from pyro_vae.pairs.given_globals import draw_globals, pools, spread_rows
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, unconditioned
 from pyro_vae.pairs.pair import Batch
@@ -140,7 +140,7 @@ def posterior(
         rows, prepare = held_rows(pair, x, context, binarize)
         return _drawn(pair, rows, prepare, draws, from_prior, seed, progress)
     except UsageError as error:
-        if isinstance(error.__cause__, IndexError):
+        if isinstance(error.__cause__, IndexError) and "out of" in error.template:
             raise UsageError(f"{error.template}; {NEW_GROUP}") from error
         raise
 
@@ -183,7 +183,7 @@ def joint_draws(
     """Draw as `posterior` does, for a prepared batch. Call this function within `using`."""
     few = tuple(part[:4] for part in batch)
     names = global_latents(pair, few)
-    of = batch if pools(pair, few, names) else few
+    of = batch if pools(pair, spread_rows(batch), names) else few
     summed = enumeration.enumerates(pair, few)
     local: list[dict[str, Tensor]] = []
     shared: list[dict[str, Tensor]] = []

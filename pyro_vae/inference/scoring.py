@@ -113,7 +113,8 @@ def score(
             for raw in team.own(rows.batches(team.share(len(rows), WEIGHED_ROWS))):
                 batch = prepare(raw)
                 require_not_pooled(pair, batch)
-                found.append([_scored(pair, p) for p in mixed_parts(pair, batch, num_samples)])
+                parts = mixed_parts(pair, batch, num_samples, seed=seed)
+                found.append([_scored(pair, part) for part in parts])
                 shown.update(team.count * len(raw[0]))
         return found
 

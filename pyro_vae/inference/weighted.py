@@ -16,11 +16,12 @@ from pyro_vae.inference.pareto import LEAST, pareto_shape, threshold, unreliable
 from pyro_vae.inference.passes import summed_out
 from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.data_plate import is_local
-from pyro_vae.pairs.given_globals import pools
+from pyro_vae.pairs.given_globals import draw_globals, pools
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import global_latents, trace_model
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.pairs.processes import Team
+from pyro_vae.pairs.rng import derived, seeded
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import by_datum, data_first, latents, log_prob
 from pyro_vae.pairs.traces import Given
@@ -47,6 +48,8 @@ class Weighted(NamedTuple):
     """Of shape (K, n), in float64."""
     blocks: tuple["Weighted", ...] = ()
     """The same draws in parts, if each part has its own draw of the global latents."""
+    fitted: bool = False
+    """Whether the weights of each block are divided by their mean: see `mixed_parts`."""
 
     @property
     def passes(self) -> tuple["Weighted", ...]:
@@ -65,8 +68,16 @@ class Weighted(NamedTuple):
 
     @property
     def pareto_k(self) -> Tensor:
-        """The Pareto shape of the tail of each row's weights, (n,); 0 for constant weights."""
-        return steady_shape(self.log_weights, self.batch[0].dtype)
+        """The Pareto shape of the tail of each row's weights, (n,); 0 for constant weights.
+
+        The mean of few weights is nearly the largest of them, and a weight divided by it is
+        bounded. So for weights of fitted blocks, the shape is that of weights divided by the median
+        of their block.
+        """
+        weights = self.log_weights
+        if self.fitted:
+            weights = torch.cat([_around_median(one.log_weights) for one in self.blocks])
+        return steady_shape(weights, self.batch[0].dtype)
 
     @property
     def r_hat(self) -> Tensor:
@@ -78,7 +89,16 @@ class Weighted(NamedTuple):
         """Whether the weights of each row give reliable means with so many draws, (n,)."""
         samples = len(self.log_weights)
         deviation = (samples * self.shares.square().sum(0) - 1).clamp(min=0).sqrt()
-        return ~unreliable(self.pareto_k, deviation, threshold(samples))
+        parts = self.blocks if self.fitted else (self,)  # each mean of weights needs enough of them
+        enough = threshold(min(len(part.log_weights) for part in parts))
+        return ~unreliable(self.pareto_k, deviation, enough)
+
+
+def _around_median(log_weights: Tensor) -> Tensor:
+    """Log weights minus their median over draws (K, n), or minus the largest if it is infinite."""
+    middle = log_weights.median(0).values
+    middle = torch.where(middle.isfinite(), middle, log_weights.amax(0))
+    return torch.where(middle.isfinite(), log_weights - middle, log_weights)
 
 
 def steady_shape(log_weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,29 +133,57 @@ def weighted_parts(pair: nn.Module, batch: Batch, num_samples: int) -> Iterator[
 
 
 def mixed_parts(
-    pair: nn.Module, batch: Batch, num_samples: int, fitted: bool = False
+    pair: nn.Module, batch: Batch, num_samples: int, fitted: bool = False, seed: int = 0
 ) -> Iterator[Weighted]:
     """`weighted_parts`, with many draws of the global latents among the draws of each row.
 
+    Each draw of a row has its own draw of the global latents, because weights with a common one are
+    not independent.
+
     Arguments:
         fitted: the guide of the global latents was fitted to these rows, so they do not weigh its
-            draws again: all draws of the global latents have equal weight.
+            draws again: all draws of the global latents have equal weight. Several draws of the
+            local latents share each of them.
+        seed: the seed of the draws of the global latents, which are then the same for all rows.
 
     Call `require_not_pooled` before, with all rows of the batch.
     """
-    if not global_latents(pair, batch):
+    if not (names := global_latents(pair, batch)):
         yield from weighted_parts(pair, batch, num_samples)
         return
-    number = min(GLOBAL_DRAWS, max(1, num_samples // LEAST) if fitted else num_samples)
-    sizes = [num_samples // number + (i < num_samples % number) for i in range(number)]
-    nesting, _, _ = structure(pair, tuple(tensor[:2] for tensor in batch))
+    few = tuple(tensor[[0, -1]] for tensor in batch)  # two rows, so that all calls draw alike
+    sizes = shares_of(pair, batch, num_samples, fitted)
+    nesting, _, _ = structure(pair, few)
+    shared = []
+    for i in range(len(sizes)):
+        with seeded(derived(seed, "global latents", i)):
+            shared.append(draw_globals(pair, few, names))
     rows = MANY * rows_at_once(pair, batch, num_samples)
     for part in zip(*(tensor.split(rows) for tensor in batch), strict=True):
-        blocks = tuple(weighted(pair, part, size, nesting) for size in sizes)
+        blocks = tuple(
+            _weighted_at(pair, part, size, nesting, values)
+            for size, values in zip(sizes, shared, strict=True)
+        )
         weights = [block.log_weights for block in blocks]
         if fitted:
             weights = [one - one.logsumexp(0) + log(len(one)) for one in weights]
-        yield Weighted(part, {}, torch.cat(weights), blocks)
+        yield Weighted(part, {}, torch.cat(weights), blocks, fitted)
+
+
+def _weighted_at(
+    pair: nn.Module, batch: Batch, num_samples: int, nesting: int, shared: dict[str, Tensor]
+) -> Weighted:
+    """`weighted` with these values of the global latents."""
+    with Given(shared):
+        return weighted(pair, batch, num_samples, nesting)
+
+
+def shares_of(pair: nn.Module, batch: Batch, num_samples: int, fitted: bool) -> list[int]:
+    """How many draws of `mixed_parts` share each draw of the global latents; all if it has none."""
+    if not global_latents(pair, batch):
+        return [num_samples]
+    number = min(GLOBAL_DRAWS, max(1, num_samples // LEAST)) if fitted else num_samples
+    return [num_samples // number + (i < num_samples % number) for i in range(number)]
 
 
 def require_not_pooled(pair: nn.Module, batch: Batch) -> None:
@@ -168,7 +216,7 @@ def rows_to_weigh(
 
 
 GLOBAL_DRAWS = 200
-"""The most draws of global latents among the draws of a row."""
+"""The most draws of global latents whose guide was fitted to the rows."""
 
 MANY = 4
 """How many times as much memory may be used, so that each draw of them serves several rows."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor, nn
@@ -109,18 +110,35 @@ def at_one_draw(pair: nn.Module, batch: Batch, seed: int) -> tuple[nn.Module, tu
 def pools(pair: nn.Module, batch: Batch, names: Sequence[str] | None = None) -> bool:
     """Whether the guide's distribution of global latents depends on the rows (amortization).
 
-    The guide runs on both halves of the batch. Call this function within `using`.
+    The guide runs on the first half of the batch and on the whole batch, or on one row and on two
+    copies of it. So a guide that counts rows is found even if all rows are equal. Call this
+    function within `using`.
     """
     names = global_latents(pair, batch) if names is None else names
-    half = len(batch[0]) // 2
-    if not names or half < 1:
+    if not names:
         return False
-    drawn = trace_guide(pair, tuple(part[:half] for part in batch))
+    n = len(batch[0])
+    other = batch if n > 1 else tuple(torch.cat([part, part]) for part in batch)
+    drawn = trace_guide(pair, tuple(part[: max(1, n // 2)] for part in batch))
     first, values = latents(drawn), global_values(drawn, names)
+    free = global_values(trace_guide(pair, other), names)
+    if any(free[name].shape != values[name].shape for name in names):
+        return True  # more rows have more groups
     with Given(values):
-        other = latents(trace_guide(pair, tuple(part[half:] for part in batch)))
+        second = latents(trace_guide(pair, other))
     for name in names:
-        ours, theirs = log_prob(first[name]), log_prob(other[name])
+        ours, theirs = log_prob(first[name]), log_prob(second[name])
         if ours.shape != theirs.shape or not bool(ours.isclose(theirs, 1e-4, 1e-4).all()):
             return True
     return False
+
+
+POOLED_ROWS = 64
+"""Rows on which `pools` runs the guide; fewer could all be equal, as rows of zeros."""
+
+
+def spread_rows(batch: Batch, number: int = POOLED_ROWS) -> Batch:
+    """At most this many rows of a batch, at equal distances."""
+    n = len(batch[0])
+    rows = torch.linspace(0, n - 1, min(n, number), device=batch[0].device).long()
+    return tuple(part[rows] for part in batch)

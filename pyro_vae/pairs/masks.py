@@ -57,6 +57,16 @@ def scores_missing(pair: nn.Module, batch: Batch) -> bool:
         return False
 
 
+def fails(pair: nn.Module, batch: Batch) -> bool:
+    """Whether the pair cannot be run on a batch, as with the number of a group that it lacks."""
+    try:
+        with using(pair, seed=0), pyro.validation_enabled(False), torch.no_grad():
+            _traces(pair, batch)
+            return False
+    except Exception:  # the code of a user may raise anything
+        return True
+
+
 def takes_missing(pair: nn.Module, batch: Batch) -> bool:
     """Whether a pair would leave out missing entries of x, which may have none."""
     x = batch[0].clone()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from pyro_vae.errors import UsageError
@@ -37,7 +38,7 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
         )
     placed = []
     for given, like in zip(context, batch[1:], strict=True):
-        given = as_tensor(given, "context").to(like.device, like.dtype)
+        given = _as_type(as_tensor(given, "context"), like.dtype).to(like.device)
         wanted = (n, *like.shape[1:])
         if tuple(given.shape) not in (wanted, (1, *wanted[1:])):
             raise UsageError(
@@ -47,6 +48,18 @@ def template(pair: nn.Module, n: int, context: Sequence[Tensor] = ()) -> Batch:
             )
         placed.append(given.expand(like.shape))
     return (batch[0], *placed)
+
+
+def _as_type(given: Tensor, dtype: torch.dtype) -> Tensor:
+    """Context in the type of the template's. Fractions are not cut off: 1.5 is not group 1."""
+    found = given.to(dtype)
+    if not dtype.is_floating_point and bool((other := found != given).any()):
+        row = int(other.reshape(len(given), -1).any(1).nonzero()[0])
+        raise UsageError(
+            f"context must be of {dtype}, as that of the template, got "
+            f"{given[row][other[row]].flatten()[0].item()} in row {row}"
+        )
+    return found
 
 
 def _draws_all(pair: nn.Module, batch: Sequence[Tensor]) -> bool:
