@@ -1,6 +1,7 @@
 """From latents to data: sample, decode, reconstruct, interpolate, traverse."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, cast
 
 import numpy as np
@@ -77,10 +78,10 @@ def sample(
     >>> sample(pv.VAE.mlp((1, 8, 8)), 3, seed=0).unique()
     tensor([0., 1.])
     """
-    if n < 1:
-        raise UsageError(f"must be at least 1, got {n}", argument="n")
+    if not isinstance(n, Integral) or n < 1:
+        raise UsageError(f"must be a whole number and at least 1, got {n}", argument="n")
     context = each_context(context)
-    batch = template(pair, n, context)
+    batch = template(pair, int(n), context)
     require_known_groups(pair, batch)
     few = tuple(tensor[:2] for tensor in batch)
     with using(pair, seed):

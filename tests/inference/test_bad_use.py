@@ -45,7 +45,11 @@ def test_one_row_can_be_evaluated():
 
 
 MISUSES = {
-    "sample none": (lambda: pv.sample(small(), 0), ["n must be at least 1, got 0"]),
+    "sample none": (
+        lambda: pv.sample(small(), 0),
+        ["n must be a whole number and at least 1, got 0"],
+    ),
+    "sample a part": (lambda: pv.sample(small(), 2.5), ["a whole number and at least 1, got 2.5"]),
     "sample without template": (lambda: pv.sample(Pair(), 3), ["Pair", "template(n)"]),
     "context too much": (
         lambda: pv.sample(small(), 3, torch.rand(3, 2)),

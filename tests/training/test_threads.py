@@ -457,7 +457,7 @@ CALLS = {
         p, x, num_simulations=100, num_draws=2, num_null=19, **QUIET
     ),
     "model_check": lambda p, x, out: pv.model_check(
-        p, x.repeat(50, 1)[:60], num_samples=21, **QUIET
+        p, x.repeat(50, 1)[:60] + torch.arange(60)[:, None] / 100, num_samples=21, **QUIET
     ),
     "local_calibration": lambda p, x, out: pv.local_calibration(p, x, num_samples=21, **QUIET),
     "log_likelihood": lambda p, x, out: pv.log_likelihood(p, x, num_samples=5),
