@@ -37,7 +37,8 @@ def as_store(file, form=3, **options):
 
 
 def copy_group(source, group, options):
-    for name, element in source.items():
+    # h5py holds its lock while it iterates, and zarr's own thread may need it to free a file.
+    for name, element in list(source.items()):
         if isinstance(element, h5py.Group):
             made = group.create_group(name)
             copy_group(element, made, options)
@@ -48,9 +49,9 @@ def copy_group(source, group, options):
             made = group.create_array(name, **kind, **(options if element.ndim == 2 else {}))
             if words:
                 made[:] = data
-    for name, value in source.attrs.items():
+    for name, value in list(source.attrs.items()):
         group.attrs[name] = value.tolist() if hasattr(value, "tolist") else value
-    for name, element in source.items():
+    for name, element in list(source.items()):
         if isinstance(element, h5py.Dataset):
             group[name].attrs.update(dict(element.attrs))
 
