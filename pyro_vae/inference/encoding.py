@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pyro_vae.data.sources import Rows
 from pyro_vae.errors import UsageError, nearest
-from pyro_vae.inference.passes import guide_of, prepared_batches, summed_out
+from pyro_vae.inference.passes import DRAWS, guide_of, prepared_batches, summed_out
 from pyro_vae.pairs import enumeration, summing
 from pyro_vae.pairs.data_plate import is_local
 from pyro_vae.pairs.moments import is_category
@@ -129,7 +129,7 @@ def predict(
     x: Rows,
     *context: Any,
     site: str | None = None,
-    num_samples: int = 100,
+    num_samples: int = DRAWS,
     binarize: str = "dynamic",
     seed: int = 0,
 ) -> Tensor:
