@@ -79,6 +79,15 @@ def test_values_and_layout_are_those_of_torch(everywhere, left, right, bias):
 
 
 @needs_onednn
+def test_a_bias_may_get_gaps_after_the_trace(everywhere):
+    a, b, whole = torch.randn(256, 200), torch.randn(200, 110), torch.randn(220)
+    graph = graph_of(lambda a, b, bias: torch.addmm(bias, a, b), a, b, torch.randn(110))
+    assert PRODUCT in targets(graph)
+    assert torch.allclose(graph(a, b, whole[::2]), whole[::2] + a @ b, atol=1e-4)
+    assert torch.allclose(graph(a, b, whole[:1].expand(110)), whole[0] + a @ b, atol=1e-4)
+
+
+@needs_onednn
 def test_other_products_stay_as_they_are(everywhere):
     large, wide = torch.randn(300, 300), torch.randn(300, 300)
     cases = {
