@@ -3,8 +3,8 @@
 The engine is a Pyro ``ELBO`` that runs another ELBO. Any ``pyro.infer.SVI`` accepts it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import pyro
@@ -16,23 +16,23 @@ from torch import Tensor, nn
 from pyro_vae.compat import get_trace, zero_grads
 from pyro_vae.errors import NotTraceable, warn
 from pyro_vae.pairs import data_plate
-from pyro_vae.pairs.noise import CounterDraws, SiteNoise, new_key
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.training.adam import FusedAdam
+from pyro_vae.training.captured import Run, captured, on_gpu, pinned, several
+from pyro_vae.training.graph import Found
 from pyro_vae.training.kl_weight import KLWeight
 from pyro_vae.training.optimizer import Optimizer
 from pyro_vae.training.recording import ELBOParts, recorded, surrogate
 from pyro_vae.training.settings import require_engine
+from pyro_vae.training.step_noise import StepNoise
 from pyro_vae.training.tracing import Graphs, Named, fall_back
+from pyro_vae.training.updates import NUMBERS, before_update, laid_out, update_after, with_update
 
 COMPILE_SECONDS = 20.0
 """About how long Inductor takes to compile a step."""
 
-NODE_SECONDS = 1e-5
+NODE_SECONDS, NODE_SECONDS_ON_GPU = 1e-5, 1.4e-6
 """About how much time a compiled graph saves in each step, for each operation of the graph."""
-
-NUMBERS = ("loss", "norm", "reconstruction", "kl")
-"""The kinds of ``Engine.numbers``."""
 
 
 class Step(SVI):
@@ -76,8 +76,8 @@ class Engine(ELBO):
         noise: draw the values of sample sites, and binarize, by `pyro_vae.pairs.noise`. A compiled
             graph computes this noise in its own kernels. Each step has a new key, which is drawn
             from torch's generator. By default all draws use torch's generator, as in stock Pyro.
-        optimizer: compiled graphs contain its update, if it is Adam or AdamW on a CPU. Only `Step`
-            runs such graphs.
+        optimizer: if it is Adam or AdamW, its update is part of compiled graphs, and on a GPU of
+            all graphs. Only `Step` runs such graphs.
 
     The attribute ``beta`` is the weight on the KL, a number or a tensor. Set it between steps. The
     engine assumes that everything else outside the pair which model and guide use stays constant.
@@ -85,7 +85,8 @@ class Engine(ELBO):
 
     After each step, ``numbers`` holds the loss, the global norm of its gradient, and the parts of
     the ELBO, summed over the minibatch. It is a tensor on the pair's device. ``names`` gives the
-    kind and the site of each number.
+    kind and the site of each number. On a GPU, a step does not wait for its numbers, and the counts
+    of values outside their support (kind "outside") are among them.
 
     >>> import torch, pyro.optim, pyro_vae as pv
     >>> from pyro.infer import SVI
@@ -115,7 +116,6 @@ class Engine(ELBO):
         self.pair, self.engine = pair, require_engine(engine)
         self.parts = ELBOParts(pair=pair)
         self.objective: Any = recorded(objective, self.parts)
-        self.prepare = prepare or tuple
         self.precision, self.declare = precision, declare
         self.batch_size, self.steps, self.say = batch_size, steps, say
         self.num_data = num_data
@@ -123,15 +123,20 @@ class Engine(ELBO):
         self.names: list[tuple[str, str]] = []
         self.numbers = torch.zeros(0)
         self._programs: tuple[Any, Any] = (None, None)
-        self.noise, self.optimizer = noise, optimizer
+        self.optimizer = optimizer
+        self._noise = StepNoise(noise, prepare or tuple)
         self._graphs: Graphs | None = None
         self._whole: Graphs | None = None
         self._update: FusedAdam | None = None
         self._refused = False
         """Whether a step together with its update cannot be a compiled graph."""
+        self._chains: dict[tuple[int, int], Run] = {}
+        """Several steps as one captured graph, by the graph of a step and their number."""
         self._beta = torch.zeros(())
         self._inputs = torch.zeros(4)
         """The weight on the KL and the numbers of the update, for graphs that contain it."""
+        self._given: list[float] = []
+        """What `_inputs` holds on a GPU."""
 
     def _get_trace(self, *args: Any) -> Any:
         return get_trace(self.objective, *args)
@@ -139,7 +144,7 @@ class Engine(ELBO):
     def loss(self, model: Any, guide: Any, *batch: Tensor) -> float:
         """Compute the objective's loss eagerly."""
         weight = self._weight(self.beta, batch)
-        return self.objective.loss(weight(model), weight(guide), *self.prepare(batch))
+        return self.objective.loss(weight(model), weight(guide), *self._noise.prepare(batch))
 
     def loss_and_grads(self, model: Any, guide: Any, *batch: Tensor) -> Tensor | float:
         """Return the loss, on the pair's device; write gradients to the pair's parameters."""
@@ -149,12 +154,16 @@ class Engine(ELBO):
             except NotTraceable as error:
                 self._become_eager(error)
         weight = self._weight(self.beta, batch)
-        with self._autocast(batch), self._noise(batch) as prepare:
+        if not self._programs[0]:
+            self._noise.place(next(self.pair.parameters()).device)
+        self._noise.draw()
+        with self._autocast(batch), self._noise.of(self._noise.number) as prepare:
             loss = self.objective.loss_and_grads(weight(model), weight(guide), *prepare(batch))
         gradients = [p.grad for p in self.pair.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         total = torch.as_tensor(loss, dtype=torch.float64, device=norm.device)
-        self._keep(_sums(total, norm, self.parts))
+        found = _sums(total, norm, self.parts)
+        self._keep({key: value for key, value in found.items() if key[0] in NUMBERS})
         return loss
 
     def _become_eager(self, error: NotTraceable) -> None:
@@ -168,41 +177,94 @@ class Engine(ELBO):
 
         Raises ``FloatingPointError`` if loss or gradient are not finite. Then nothing was updated.
         """
-        full = len(batch[0]) >= self.batch_size
-        if self.engine != "compiled" or self.optimizer is None or self._refused or not full:
+        found = self._whole_graph(model, guide, batch)
+        if found is None:
             return False
-        if self._graphs is None or self._programs != (model, guide):
-            self._start(model, guide)
-        adam = self.optimizer.for_graphs()
-        if adam is not self._update:  # the optimizer has another state
-            self._start(model, guide)
-        if self._whole is None or adam is None:
-            return False
-        # NumPy writes to the same memory, without the cost of an operation of torch.
-        self._inputs.numpy()[:] = [float(self.beta), *adam.numbers()]
-        try:
-            found = self._whole.found(self._inputs, *batch)
-        except NotTraceable:
-            self._whole, self._refused = None, True
-            return False
+        if on_gpu(self._inputs):
+            self._noise.draw()
+            (((_, names), self.numbers),) = found().items()
+            self.names, cast(Optimizer, self.optimizer).norm = list(names), self.numbers[1]
+            return True
         if not found.graph.compiled:
-            cast(Graphs, self._graphs).can_compile = self._whole.can_compile
+            cast(Graphs, self._graphs).can_compile = cast(Graphs, self._whole).can_compile
             self._whole, self._refused = None, True
             return False
+        self._noise.draw()
         results = found()
         self._require_inside(results)
         ((_, names), self.numbers), *_ = results.items()
         self.names = list(names)
         loss, norm, *_ = self.numbers.tolist()
-        self.optimizer.stepped(norm + 0 * loss)
+        cast(Optimizer, self.optimizer).stepped(norm + 0 * loss)
         return True
+
+    def several_steps(
+        self, model: Any, guide: Any, batch: Sequence[Tensor], plan: list[tuple[float, float]]
+    ) -> bool:
+        """Take several steps on a GPU as one captured graph; return whether there is one.
+
+        Then ``numbers`` has a row for each step.
+
+        Arguments:
+            batch: full minibatches, one after the other.
+            plan: the weight on the KL and the learning rate of each step.
+        """
+        count = len(plan)
+        first = tuple(tensor[: len(tensor) // count] for tensor in batch)
+        found = self._whole_graph(model, guide, first, plan[0])
+        if found is None or not on_gpu(self._inputs):
+            return False
+        rows = torch.zeros(count, 4, dtype=self._inputs.dtype)
+        rows[:, :2] = torch.tensor(plan, dtype=rows.dtype)
+        rows, *batch = self._placed((pinned(rows), *batch))
+        key = id(found.graph), count
+        if key not in self._chains:
+            trial = rows, self._noise.number.repeat(count, 2), *batch
+            single = cast(Run, found.graph.uncaptured)
+            try:
+                self._chains[key] = captured(several(single, count), found.values, trial)
+            except NotTraceable:
+                return False
+        (numbers,) = self._placed((pinned(self._noise.draw_several(count)),))
+        results = self._chains[key](found.values, (rows, numbers, *batch))
+        (((_, names), self.numbers),) = results.items()
+        self.names, cast(Optimizer, self.optimizer).norm = list(names), self.numbers[-1, 1]
+        return True
+
+    def _whole_graph(
+        self, model: Any, guide: Any, batch: Batch, plan: tuple[float, float] | None = None
+    ) -> Found | None:
+        """Return the graph of a step with its update, ready to run, if there is one."""
+        if self.engine == "eager" or self.optimizer is None or self._refused:
+            return None
+        if self._graphs is None or self._programs != (model, guide):
+            self._start(model, guide)
+        full = len(batch[0]) >= self.batch_size
+        if not on_gpu(self._inputs) and (self.engine != "compiled" or not full):
+            return None
+        adam = self.optimizer.for_graphs()
+        if adam is not self._update:  # the optimizer has another state
+            self._start(model, guide)
+        if self._whole is None or adam is None:
+            return None
+        self._put_inputs(adam, plan)
+        try:
+            found = self._whole.found(self._inputs, self._noise.number, *self._placed(batch))
+        except NotTraceable:
+            self._whole, self._refused = None, True
+            return None
+        if on_gpu(self._inputs):
+            self.engine = self._choice(self._whole.first_operations)
+        return found
 
     def _replay(self, model: Any, guide: Any, batch: Batch) -> Tensor:
         if self._graphs is None or self._programs != (model, guide):
             self._start(model, guide)
         graphs = cast(Graphs, self._graphs)
         self._beta.fill_(self.beta)
-        found = graphs(self._beta, *(t.to(self._beta.device) for t in batch))
+        ready = graphs.found(self._beta, self._noise.number, *self._placed(batch))
+        self._noise.draw()
+        found = ready()
         if self.engine == "auto":
             self.engine = self._choice(graphs.first_operations)
         self._require_inside(found)
@@ -226,58 +288,70 @@ class Engine(ELBO):
         tolerance = 1e-5 if self.precision == "float32" else 2e-2
         function = self._function(model, guide)
         self._graphs = Graphs(self.pair, function, self._compiles, tolerance, self.say)
-        double = like.dtype == torch.float64
-        self._inputs = torch.zeros(4, dtype=torch.float64 if double else torch.float32)
-        adam = self.optimizer.for_graphs() if self.optimizer and not like.is_cuda else None
-        self._whole, self._update = None, adam
-        if adam is not None:
-            whole = self._whole_function(function, adam)
+        kind: Any = {"dtype": torch.float64 if like.dtype == torch.float64 else torch.float32}
+        adam = self._update = self.optimizer.for_graphs() if self.optimizer else None
+        self._whole = None
+        # On a GPU the numbers of the update but the learning rate are part of the graph.
+        self._inputs = (
+            torch.zeros(2, device=like.device, **kind) if on_gpu(like) else torch.zeros(4, **kind)
+        )
+        self._given = [0.0, 0.0]
+        self._chains = {}
+        self._noise.place(like.device)
+        optimizer = self.optimizer
+        if optimizer is None or adam is None:
+            return
+        settings: Any = {
+            "tolerance": tolerance,
+            "say": self.say,
+            "held": adam.held,
+            "updates": True,
+        }
+        if on_gpu(like):
             self._whole = Graphs(
-                self.pair, whole, lambda *_: True, tolerance, self.say, adam.held, updates=True
+                self.pair,
+                before_update(function, optimizer, adam),
+                self._repays,
+                finish=update_after(adam),
+                fixed=2,
+                **settings,
             )
+        else:
+            whole = with_update(self.pair, function, optimizer, adam)
+            self._whole = Graphs(self.pair, whole, lambda *_: True, **settings)
 
-    def _whole_function(
-        self, function: Callable[..., Named], adam: FusedAdam
-    ) -> Callable[..., Named]:
-        """Return a function that also updates the parameters, and has no gradients as results."""
+    def _placed(self, batch: Iterable[Tensor]) -> Batch:
+        return tuple(tensor.to(self._beta.device, non_blocking=True) for tensor in batch)
 
-        def whole(numbers: Tensor, *batch: Tensor) -> Named:
-            found = function(numbers[0], *batch)
-            trained = [p for p in self.pair.parameters() if p.requires_grad]
-            if len(trained) != len(adam.params):
-                raise NotTraceable("a parameter was frozen")
-            if any(("gradient", i) not in found for i in range(len(trained))):
-                raise NotTraceable("a parameter has no gradient")
-            gradients = [found.pop(("gradient", i)) for i in range(len(trained))]
-            kept = {key: found.pop(key) for key in list(found) if key[0] in NUMBERS}
-            squares = [(g * g).sum(0).sum() for g in gradients]  # cheaper in Inductor than one sum
-            norm = kept["norm", ""] = torch.stack(squares).sum().sqrt()
-            # A loss that is not finite, and a value outside its support, move no parameter.
-            outside = [value for (kind, _), value in found.items() if kind == "outside"]
-            bad = [torch.where(count > 0, torch.nan, torch.zeros_like(norm)) for count in outside]
-            sound = torch.stack([*squares, 0 * kept["loss", ""].to(norm.dtype), *bad]).sum()
-            gradients = cast(Optimizer, self.optimizer).clipped(gradients, norm)
-            adam.update(trained, gradients, sound, numbers[1:])
-            return {("numbers", tuple(kept)): torch.stack(list(kept.values())), **found}
-
-        return whole
+    def _put_inputs(self, adam: FusedAdam, plan: tuple[float, float] | None) -> None:
+        """Write the numbers that change from step to step, without a wait for a GPU."""
+        if not on_gpu(self._inputs):
+            # NumPy writes to the same memory, without the cost of an operation of torch.
+            self._inputs.numpy()[:] = [float(self.beta), *adam.numbers()]
+            return
+        for i, number in enumerate(plan or (float(self.beta), adam.group["lr"])):
+            if number != self._given[i]:
+                self._inputs[i].fill_(number)
+                self._given[i] = number
 
     def _function(self, model: Any, guide: Any) -> Callable[..., Named]:
         """Return a function from the weight on the KL and a minibatch to all results of a step."""
 
-        def function(beta: Tensor, *batch: Tensor) -> Named:
+        def function(beta: Tensor, number: Tensor, *batch: Tensor) -> Named:
             weight = self._weight(beta, batch)
-            with self._autocast(batch), self._noise(batch) as prepare:
+            with self._autocast(batch), self._noise.of(number) as prepare:
                 loss, differentiable = surrogate(
                     self.objective, weight(model), weight(guide), prepare(batch)
                 )
                 trained = [p for p in self.pair.parameters() if p.requires_grad]
-                gradients = torch.autograd.grad(differentiable, trained, allow_unused=True)
+                found_gradients = torch.autograd.grad(differentiable, trained, allow_unused=True)
+            gradients = [
+                None if gradient is None else laid_out(gradient, parameter)
+                for gradient, parameter in zip(found_gradients, trained, strict=True)
+            ]
             present = [gradient for gradient in gradients if gradient is not None]
-            norms = [torch.linalg.vector_norm(gradient) for gradient in present]
-            norm = torch.linalg.vector_norm(torch.stack(norms))
+            norm = torch.nn.utils.get_total_norm(present, foreach=present[0].is_cuda)
             found: Named = _sums(loss.detach(), norm, self.parts)
-            found |= {("outside", name): number for name, number in self.parts.outside.items()}
             found |= {("gradient", i): g for i, g in enumerate(gradients) if g is not None}
             return found
 
@@ -292,21 +366,6 @@ class Engine(ELBO):
         self.parts.clear(share)
         return KLWeight(beta, share)
 
-    @contextmanager
-    def _noise(self, batch: Sequence[Tensor]) -> Iterator[Callable[[Sequence[Tensor]], Batch]]:
-        """Draw the noise of a step as ``noise`` says, and give the preparation of a minibatch."""
-        if not self.noise:
-            yield self.prepare
-            return
-        draws = CounterDraws(new_key(self._beta.device))
-
-        def prepare(batch: Sequence[Tensor]) -> Batch:
-            with draws:
-                return self.prepare(batch)
-
-        with SiteNoise(draws):
-            yield prepare
-
     def _keep(self, numbers: dict[tuple[str, str], Tensor]) -> None:
         # The stack is a copy. A captured graph writes each step's results to the same memory.
         self.names, self.numbers = list(numbers), torch.stack(list(numbers.values()))
@@ -320,17 +379,21 @@ class Engine(ELBO):
         """Return the engine that "auto" means for a graph of so many operations."""
         if self.engine != "auto":
             return self.engine
-        repays = self.steps * operations * NODE_SECONDS > COMPILE_SECONDS
+        saved = operations * (NODE_SECONDS_ON_GPU if on_gpu(self._inputs) else NODE_SECONDS)
+        repays = self.steps * saved > COMPILE_SECONDS
         return "compiled" if repays else "traced"
 
     def _compiles(self, inputs: Sequence[Tensor], operations: int) -> bool:
-        full = len(inputs[1]) >= self.batch_size
-        return full and self._whole is None and self._choice(operations) == "compiled"
+        return self._whole is None and self._repays(inputs, operations)
+
+    def _repays(self, inputs: Sequence[Tensor], operations: int) -> bool:
+        """Whether to compile the graph of a minibatch."""
+        return len(inputs[2]) >= self.batch_size and self._choice(operations) == "compiled"
 
 
 def _sums(loss: Tensor, norm: Tensor, parts: ELBOParts) -> dict[tuple[str, str], Tensor]:
-    """Return the numbers of a step by kind and site, all of the loss's type."""
-    named = {("loss", ""): loss, ("norm", ""): norm}
-    named |= {("reconstruction", name): value for name, value in parts.reconstruction.items()}
-    named |= {("kl", name): value for name, value in parts.kl.items()}
-    return {key: value.to(loss.dtype) for key, value in named.items()}
+    """Return the numbers of a step by kind and site, of the loss's type, and counts."""
+    named = {("loss", ""): loss, ("norm", ""): norm, **parts.named()}
+    return {
+        key: value if key[0] == "outside" else value.to(loss.dtype) for key, value in named.items()
+    }
