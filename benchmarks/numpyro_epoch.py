@@ -13,6 +13,7 @@ column is the training ELBO of the last epoch, in nats per example, for each see
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,11 @@ SETTINGS = {
     "784-128-64-20, batch 32, ReLU, binarized": ((128, 64), 20, 32, "relu", True),
     "784-200-200-50, batch 100, tanh, binarized": ((200, 200), 50, 100, "tanh", True),
 }
-FITS = {"fit": "float32", "fit, bf16": "bfloat16"}
+FITS = {
+    "fit": ("compiled", "float32"),
+    "fit, bf16": ("compiled", "bfloat16"),
+    "fit, traced": ("traced", "float32"),
+}
 SKIPPED = 2
 LOW, HIGH = 1e-4, 10.0
 """The bounds of scales of the posterior in `pyro_vae.DiagonalNormal`."""
@@ -41,7 +46,9 @@ def turn(seconds: float) -> None:
     sys.stdin.readline()
 
 
-def fit(data: str, epochs: int, setting: str, seed: int, precision: str) -> None:
+def fit(
+    data: str, epochs: int, setting: str, seed: int, batches: int, how: tuple[str, str]
+) -> None:
     import numpy as np
     import torch
 
@@ -49,6 +56,7 @@ def fit(data: str, epochs: int, setting: str, seed: int, precision: str) -> None
 
     warnings.filterwarnings("ignore", message="gr[ae]y intensities")  # intended, see above
     hidden, latent_dim, batch_size, activation, binarized = SETTINGS[setting]
+    batch_size = batches or batch_size
     kinds = {"softplus": torch.nn.Softplus, "relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}
     torch.manual_seed(seed)
     vae = pv.VAE.mlp((784,), latent_dim=latent_dim, hidden=hidden, activation=kinds[activation])
@@ -64,16 +72,16 @@ def fit(data: str, epochs: int, setting: str, seed: int, precision: str) -> None
         epochs=epochs,
         batch_size=batch_size,
         binarize="dynamic" if binarized else "none",
-        engine="compiled",
+        engine=how[0],
         seed=seed,
-        precision=precision,
+        precision=how[1],
         on_epoch=[took],
         progress=False,
     )
     print(f"elbo {history['elbo'][-1]}", flush=True)
 
 
-def numpyro(data: str, epochs: int, setting: str, seed: int) -> None:
+def numpyro(data: str, epochs: int, setting: str, seed: int, batches: int) -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -83,6 +91,7 @@ def numpyro(data: str, epochs: int, setting: str, seed: int) -> None:
     from numpyro.infer import SVI, Trace_ELBO
 
     hidden, latent_dim, batch_size, activation, binarized = SETTINGS[setting]
+    batch_size = batches or batch_size
     activate = {"softplus": jax.nn.softplus, "relu": jax.nn.relu, "tanh": jnp.tanh}[activation]
     rows = jnp.asarray(np.load(data))
     span, share = log(HIGH / LOW), log(1 / LOW) / log(HIGH / LOW)
@@ -165,13 +174,14 @@ def measured(
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Return the seconds of each epoch after the first ones, and the ELBO, of each contender."""
     words = [__file__, "--data", str(data), "--epochs", str(options.epochs), "--setting", setting]
-    words += ["--seed", str(seed)]
+    words += ["--seed", str(seed), "--batch-size", str(options.batch_size)]
     workers = {
         name: subprocess.Popen(
             [options.jax_python if name == "NumPyro" else sys.executable, *words, "--work", name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # they share a GPU
         )
         for name in ("NumPyro", *options.fits)
     }
@@ -206,12 +216,13 @@ def main() -> None:
     parser.add_argument("--jax-python", help="the Python of an environment with NumPyro")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=0, help="instead of a setting's own")
     parser.add_argument("--settings", nargs="+", type=int, default=range(len(SETTINGS)))
     parser.add_argument(
         "--fits",
         nargs="+",
         choices=FITS,
-        default=list(FITS),
+        default=["fit", "fit, bf16"],
         help="without bfloat16 in the processor, leave out 'fit, bf16', which takes minutes",
     )
     for hidden in ("--work", "--data", "--setting"):
@@ -219,7 +230,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.work, options.data, options.epochs, options.setting, options.seed)
+        job = (options.setting, options.seed, options.batch_size)
+        work(options.work, options.data, options.epochs, *job)
         return
     import numpy as np
     from torchvision import datasets

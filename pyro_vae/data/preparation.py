@@ -15,6 +15,7 @@ from torch.distributions import constraints
 
 from pyro_vae.data.sources import Arrays, Rows, Source, source
 from pyro_vae.data.streams import mixed_eight_bit
+from pyro_vae.data.supports import Allowed, outside
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import DIVISOR, as_context, recorded_divisor
@@ -28,9 +29,7 @@ from pyro_vae.pairs.processes import Team
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.sites import x_site
-from pyro_vae.parts.by_column import ByColumn
-from pyro_vae.parts.distributions import LevelCategorical
-from pyro_vae.parts.missing import OrMissing, PartlyObserved
+from pyro_vae.parts.missing import OrMissing
 
 BINARIZE = ("dynamic", "fixed", "none")
 
@@ -134,7 +133,11 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
             gray, inside = True, ((x >= 0) & (x <= 1)) | hidden
         if not bool(inside.all()):
             whole = rows.tensors[0] if isinstance(rows, Arrays) else x
-            raise UsageError(_outside(x[~inside][0].item(), whole, site))
+            raise UsageError(outside(x[~inside][0].item(), whole, site))
+    if not isinstance(rows, Arrays) and not masked and not own and support is not constraints.real:
+        rows.allowed = Allowed(
+            site, support, plain.dtype, plain.integers, not (plain.whole or plain.integers), gray
+        )
     return replace(plain, binarize=gray and binarize != "none")
 
 
@@ -326,41 +329,3 @@ def require_masks(pair: nn.Module, rows: Source, prepare: Preparation) -> None:
 
 # The supports of counts and of tokens; the support {0, 1} is another class in torch.
 _WHOLE = (type(constraints.nonnegative_integer), constraints.integer_interval)
-
-_FAMILIES = {
-    "TruncatedExponential": "ContinuousBernoulli",
-    "LevelCategorical": "Categorical",
-    "LevelLogistic": "DiscretizedLogistic",
-    "ByColumn": "Columns",
-    "MixtureSameFamily": "mixture",
-    "ExactPoisson": "Poisson",
-    "ExactNegativeBinomial": "NegativeBinomial",
-    "ZeroInflatedDistribution": "zero-inflated",
-}
-
-
-def _outside(value: float, x: Tensor, site: dict[str, Any]) -> str:
-    eight_bit, x = x.dtype == torch.uint8, x[~x.isnan()].double()
-    low, high = x.min().item(), x.max().item()
-    whole = bool((x == x.round()).all())
-    if eight_bit or (low >= 0 and high <= 1):
-        fit = "for values in [0, 1], use a ContinuousBernoulli or Gaussian likelihood"
-    elif whole and low >= 0 and high <= 255:
-        fit = "whole numbers up to 255 look like 8-bit pixels: pass them as uint8"
-    elif whole and low >= 0:
-        fit = "for counts, use a Poisson or NegativeBinomial likelihood"
-    else:
-        fit = "for real values, use a Gaussian likelihood"
-    fn = getattr(site["fn"], "base_dist", site["fn"])
-    fn = fn.base_dist if isinstance(fn, PartlyObserved) else fn
-    name = _FAMILIES.get(type(fn).__name__, type(fn).__name__)
-    codes = isinstance(fn, LevelCategorical) and (fn.whole or fn.levels != 256)
-    if codes and whole and low >= 0 and not eight_bit:
-        levels = int(max(high + 1, fn.levels))
-        fit = f"for whole numbers from 0 to {levels - 1}, use Categorical({levels}, tokens=True)"
-    elif isinstance(fn, ByColumn):
-        fit = "counts are whole numbers from 0, positive numbers are above 0, codes are 0, 1, ..."
-    return (
-        f"x holds {value:g}, outside the support of the {name} likelihood of site "
-        f"'{site['name']}' (data range {low:g} to {high:g}); {fit}"
-    )

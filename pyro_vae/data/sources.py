@@ -60,10 +60,18 @@ class Arrays:
 
     def epoch(self, batch_size: int, place: Place) -> Iterator[Batch]:
         """This process's part of each remaining minibatch of an epoch, in a random order."""
+        for batch, _ in self.joined(batch_size, place, 1):
+            yield batch
+
+    def joined(self, batch_size: int, place: Place, most: int) -> Iterator[tuple[Batch, int]]:
+        """The same with up to ``most`` full minibatches one after the other, and their number."""
         index = order(place.seed, place.epoch, len(self)).to(self.tensors[0].device)
-        for start in range(place.batches * batch_size, len(self), batch_size):
-            rows = place.team.of(index[start : start + batch_size])
-            yield tuple(tensor.index_select(0, rows) for tensor in self.tensors)
+        start = place.batches * batch_size
+        while start < len(self):
+            count = most if start + most * batch_size <= len(self) else 1
+            rows = place.team.of(index[start : start + count * batch_size])
+            yield tuple(tensor.index_select(0, rows) for tensor in self.tensors), count
+            start += count * batch_size
 
     def numbers(self, batch_size: int, place: Place) -> Tensor:
         """The numbers of the rows of this process's part of the next minibatch."""
@@ -79,8 +87,14 @@ class Arrays:
                 kept += [int(by_row.amin(1).argmin()), int(by_row.amax(1).argmax())]
         return tuple(tensor[kept] for tensor in self.tensors)
 
-    def to(self, device: torch.device) -> "Arrays":
-        """Return the same rows on another device."""
+    def near(self, device: torch.device) -> "Arrays":
+        """Return the same rows on a device, unless they need more than half of its free memory.
+
+        The rows of a minibatch are then gathered on the device itself.
+        """
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+        if device.type == "cuda" and needed > torch.cuda.mem_get_info(device)[0] / 2:
+            return self
         return Arrays([tensor.to(device) for tensor in self.tensors])
 
     def binarized(self, seed: int = 0) -> "Arrays":

@@ -178,9 +178,10 @@ class Stored(Arriving):
             row, holes = read.start, False
             for batch in read.batches:
                 for i, part in enumerate(batch):
-                    if self._is_clean(part, i == 0):
+                    inside = i > 0 or self.allowed is None or bool(self.allowed(part).all())
+                    if inside and self._is_clean(part, i == 0):
                         continue
-                    if i or not self._has_only_holes(part):
+                    if i or not inside or not self._has_only_holes(part):
                         self.require_sound(part, f"context {i}" if i else "x", row)
                     holes = holes or (i == 0 and bool(np.isnan(part.numpy()).any()))
                 row += len(batch[0])

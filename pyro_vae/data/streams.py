@@ -35,6 +35,8 @@ class Arriving:
         self.dtype, self.pair = dtype, pair
         self.greatest: int | None = None
         """The largest value that 8-bit data may have; None for an unlimited range."""
+        self.allowed: Any = None
+        """Tells which values of x the likelihood can score (`preparation.Allowed`), if known."""
         self.serves = False
         """Whether x had missing entries (NaN), which the pair leaves out."""
 
@@ -54,6 +56,10 @@ class Arriving:
         require_finite(item, name, self.dtype, row, of, missing=missing)
         if name == "x" and self.greatest is not None and int(item.max()) > self.greatest:
             raise UsageError(mixed_eight_bit(int(item.max())))
+        if name == "x" and self.allowed is not None:
+            inside = self.allowed(item)
+            if not bool(inside.all()):
+                raise UsageError(self.allowed.words(item, inside, row, of))
 
 
 class Stream(Arriving):

@@ -22,12 +22,22 @@ STRIDE = 2**40
 """The distance between the counters of two draws. No draw has more elements."""
 
 
-def new_key(device: torch.device | str = "cpu") -> Tensor:
-    """Draw a key from torch's generator: an odd number of 62 bits, as a tensor without dimensions.
+def new_number(out: Tensor | None = None) -> Tensor:
+    """Draw the number behind a key from torch's generator of the CPU, whatever the device.
 
-    The state of torch's generator thus determines the noise of all later steps.
+    The state of this generator thus determines the noise of all later steps.
     """
-    return torch.randint(2**61, (), device=device) * 2 + 1
+    return torch.randint(2**61, (), out=out)
+
+
+def key_of(number: Tensor) -> Tensor:
+    """Return the key of a number: odd, with 62 bits."""
+    return number * 2 + 1
+
+
+def new_key() -> Tensor:
+    """Draw a key, as a tensor without dimensions."""
+    return key_of(new_number())
 
 
 def bits(key: Tensor, counter: Tensor) -> Tensor:
@@ -40,8 +50,12 @@ def bits(key: Tensor, counter: Tensor) -> Tensor:
     >>> bits(torch.tensor(0x548C9DECBCE65297), torch.arange(1, 3))
     tensor([-7762210281180045398, -3987668225389865793])
     """
+    return _hashed(counter * key, key)
+
+
+def _hashed(y: Tensor, key: Tensor) -> Tensor:
+    """Hash the product of a key and a counter."""
     # Inductor writes out an operand again for each of its uses, so x * x would double the kernel.
-    y = counter * key
     z = y + key
     x = _swapped(y.square() + y)
     x = _swapped(x.square() + z)
@@ -61,7 +75,10 @@ def _swapped(x: Tensor) -> Tensor:
 
 
 def _bits_by_formula(key: Tensor, first: int, number: int) -> Tensor:
-    return bits(key, torch.arange(number, device=key.device) + first)
+    counter = torch.arange(number, device=key.device)
+    if key.is_cuda:  # Inductor's index has 32 bits there, too few for its sum with a large number
+        return _hashed(counter * key + first * key, key)
+    return bits(key, counter + first)
 
 
 def _bits_in_place(key: Tensor, first: int, number: int) -> Tensor:

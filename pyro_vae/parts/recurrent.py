@@ -127,7 +127,8 @@ def recur(
     flat = inputs.reshape(-1, *inputs.shape[-2:])
     if state is None:
         state = (flat.new_zeros(lstm.hidden_size),) * 2
-    states = [s.expand(*leading, -1).reshape(1, len(flat), -1) for s in state]
+    # cuDNN wants its first state without gaps.
+    states = [s.expand(*leading, -1).reshape(1, len(flat), -1).contiguous() for s in state]
     # The module would use its own list of weights, which does not contain the inputs of a graph.
     outputs, *after = torch.lstm(
         flat, states, list(lstm.parameters()), True, 1, 0.0, True, False, True

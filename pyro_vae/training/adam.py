@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.compat import fused_adam_, fused_adamw_, has_step_hooks
+from pyro_vae.training.captured import on_gpu
 
 
 class FusedAdam:
@@ -32,6 +33,8 @@ class FusedAdam:
         """The state by name. A graph replaces these tensors by its inputs."""
         for i, pair in enumerate(zip(self.averages, self.squares, strict=True)):
             self.held[f"average {i}"], self.held[f"square {i}"] = pair
+        if on_gpu(self.count):
+            self.held["count"] = self.count
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> "FusedAdam | None":
@@ -56,14 +59,22 @@ class FusedAdam:
         return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor], norm: Tensor) -> None:
-        """Update with the kernel of torch's own step, unless the norm is not finite."""
-        group, unusable = self.group, None
+    def step(
+        self,
+        gradients: list[Tensor],
+        sound: Tensor | None = None,
+        rate: Tensor | None = None,
+    ) -> None:
+        """Update with the kernel of torch's own step.
+
+        Arguments:
+            sound: 0 on a GPU if nothing may be updated, else 1, as float32.
+            rate: the learning rate as a float32 tensor on the GPU, for a captured step. The default
+                is that of the optimizer.
+        """
+        group = self.group
         beta1, beta2 = group["betas"]
-        self.count += 1
-        if norm.is_cuda:
-            unusable = torch.isfinite(norm).logical_not().float()
-            self.count -= unusable
+        self.count += 1 if sound is None else sound
         kernel = fused_adamw_ if self.decoupled else fused_adam_
         kernel(
             self.params,
@@ -72,14 +83,14 @@ class FusedAdam:
             self.squares,
             [],
             self.steps,
-            lr=group["lr"],
+            lr=group["lr"] if rate is None else rate,
             beta1=beta1,
             beta2=beta2,
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             amsgrad=False,
             maximize=group["maximize"],
-            found_inf=unusable,
+            found_inf=None if sound is None else 1 - sound,
         )
 
     def numbers(self) -> list[float]:

@@ -169,6 +169,13 @@ def _tensors(pair: nn.Module, batch: Any) -> Batch:
     )
 
 
+def declare(pair: nn.Module, batch: Sequence[Tensor]) -> None:
+    """Run the programs of a pair, and adopt each ``pyro.param`` that they declare."""
+    with scope(pair), pyro.validation_enabled(False):
+        run_model(pair, batch, run_guide(pair, batch))
+        adopt(pair)
+
+
 def require(pair: nn.Module, batch: Sequence[Tensor], objective: ELBO | None = None) -> Report:
     """Run `check`, and raise `UsageError` with the first error."""
     report = _examine(pair, batch, objective)

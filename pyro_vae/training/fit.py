@@ -35,7 +35,7 @@ from pyro_vae.training.loop import train
 from pyro_vae.training.optimizer import NEEDED, name_of
 from pyro_vae.training.ownership import claimed, own_state, require_free
 from pyro_vae.training.processes import another_number, noise_seed, start_alike
-from pyro_vae.training.rows import TrainingData, training_data
+from pyro_vae.training.rows import TrainingData, place, training_data
 from pyro_vae.training.run import assembled, first_state, resumed
 from pyro_vae.training.schedules import Schedule
 from pyro_vae.training.settings import EngineName, OnNonfinite, Precision, Settings
@@ -185,10 +185,10 @@ def fit(
         state = team.from_first(lambda: _saved(folder) if folder and resume else None)
         if state is not None and chosen.precision == "auto":
             chosen = replace(chosen, precision=state.job["settings"]["precision"])
-        pair.to(local_device() or torch_device(chosen.device))
+        x, context = spread(pair, x, context)
+        place(pair, local_device() or torch_device(chosen.device), (x, context), chosen.seed)
         objective, beta = _with_recipe(pair, chosen.epochs, objective, beta)
         require_weighable(objective, beta)
-        x, context = spread(pair, x, context)
         data = team.together(
             lambda: training_data(pair, (x, context), validation, objective, binarize, chosen)
         )

@@ -17,6 +17,8 @@ class Graph(NamedTuple):
     operations: int
     """The number of operations that the trace has."""
     compiled: bool = False
+    uncaptured: Callable[[list[Tensor], Sequence[Tensor]], Named] | None = None
+    """The same run without a capture, from which a longer one can be captured."""
 
 
 class Found(NamedTuple):
@@ -30,14 +32,22 @@ class Found(NamedTuple):
         return self.graph.run(self.values, self.inputs)
 
 
-def named(run: Callable[..., Any], names: list[Any]) -> Callable[..., Named]:
+def named(
+    run: Callable[..., Any], names: list[Any], finish: Callable[..., Named] | None = None
+) -> Callable[[list[Tensor], Sequence[Tensor]], Named]:
+    """Return a run of a graph with results by name.
+
+    Arguments:
+        finish: takes these results and the inputs, and returns the results of the run.
+    """
     aliases = _Aliases()
 
     def run_named(values: list[Tensor], inputs: Sequence[Tensor]) -> Named:
         # The kernel of an LSTM keeps the values for its backward pass only if gradients are on.
         with torch.enable_grad():
             found = run(*aliases(values), *inputs)
-        return dict(zip(names, found, strict=True))
+        results = dict(zip(names, found, strict=True))
+        return results if finish is None else finish(results, *inputs)
 
     return run_named
 

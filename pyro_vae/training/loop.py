@@ -11,6 +11,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from pyro_vae.data.order import Place
+from pyro_vae.data.sources import Arrays
 from pyro_vae.errors import first_line
 from pyro_vae.pairs import fold_plan, rng, threads
 from pyro_vae.pairs.pair import Batch
@@ -29,7 +30,7 @@ from pyro_vae.training.processes import average_buffers, merged
 from pyro_vae.training.run import TrainingRun, exchange_of, write
 from pyro_vae.training.shared_step import shared_step
 from pyro_vae.training.state import TrainState, no_sums
-from pyro_vae.training.step import read, step
+from pyro_vae.training.step import at_once, read, take
 from pyro_vae.training.stopping import Interrupted, signals
 from pyro_vae.training.validation import Bound, bound
 
@@ -47,13 +48,13 @@ def train(run: TrainingRun, state: TrainState, own: ExitStack) -> History:
             write(run, state)
             pace.wrote(0)
         while not _is_over(run, state):
-            for batch in _remaining(run, state):
+            for batch, count in _remaining(run, state):
                 stopped: Any = stop
                 if exchange is None:
-                    step(run, state, batch)
+                    take(run, state, batch, count)
                 else:
                     stopped = shared_step(run, state, batch, exchange, bool(stop))
-                _show(run, state)
+                _show(run, state, count)
                 if stopped:
                     _interrupt(run, state)
                 if exchange is None and pace.is_due_within():
@@ -106,11 +107,15 @@ def _history(run: TrainingRun, state: TrainState) -> History:
     )
 
 
-def _remaining(run: TrainingRun, state: TrainState) -> Iterator[Batch]:
-    """Yield the remaining minibatches of this epoch, in the order of the epoch."""
+def _remaining(run: TrainingRun, state: TrainState) -> Iterator[tuple[Batch, int]]:
+    """Yield the remaining minibatches of this epoch, in its order, several joined on a GPU."""
     run.pair.train()
     place = Place(run.settings.seed, len(state.epochs), state.batches, run.team)
-    yield from run.data.rows.epoch(run.batch_size, place)
+    rows, count = run.data.rows, at_once(run)
+    if count > 1:
+        yield from cast(Arrays, rows).joined(run.batch_size, place, count)
+    else:
+        yield from ((batch, 1) for batch in rows.epoch(run.batch_size, place))
 
 
 def _end_epoch(run: TrainingRun, state: TrainState) -> None:
@@ -159,7 +164,9 @@ def _measured(run: TrainingRun, state: TrainState) -> Bound | None:
         return None
     try:
         at_once = min(500, 4 * run.batch_size)  # less memory than a step, which has gradients
-        return bound(run.pair, *run.data.held, run.data.objective, at_once, team=run.team)
+        graph = None if run.engine.engine == "eager" else run.graph
+        objective = run.data.objective
+        return bound(run.pair, *run.data.held, objective, at_once, team=run.team, graph=graph)
     except BadNumbers:
         return Bound(math.nan, math.nan, math.nan, dict.fromkeys(state.sums["kl"], math.nan))
 
@@ -208,15 +215,15 @@ def _warn_of_validation(state: TrainState) -> None:
         )
 
 
-def _show(run: TrainingRun, state: TrainState) -> None:
+def _show(run: TrainingRun, state: TrainState, count: int) -> None:
     last = state.epochs[-1] if state.epochs else None
-    if last is not None and state.batches == 1:
+    if last is not None and state.batches == count:
         what = "log joint" if fold_plan.known(run.pair).points else "elbo"
         words = f"epoch {last.epoch}, {what} {last.elbo:.2f}"
         if last.validation is not None:
             words += f", validation {last.validation.elbo:.2f}"
         run.shown.set_postfix_str(words, refresh=False)
-    run.shown.update()
+    run.shown.update(count)
 
 
 @contextmanager

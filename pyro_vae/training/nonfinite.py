@@ -163,9 +163,7 @@ def _cause(
 ) -> _Cause:
     """Find the site, the parameter and the rows that are not finite."""
     rows = _numbers(run, state, taken)
-    batch = taken.batch
-    if batch is None and rows is not None and isinstance(run.data.rows, Arrays):
-        batch = tuple(tensor[list(rows)] for tensor in run.data.rows.tensors)
+    batch = minibatch(run, state, taken)
     prepared = None if batch is None else run.data.prepare(batch)
     site, bad = (None, []) if prepared is None else nonfinite_rows(run.pair, prepared)
     site = _bad_sum(numbers) or site
@@ -204,6 +202,14 @@ def _numbers(run: TrainingRun, state: TrainState, taken: Taken) -> tuple[int, ..
         return None
     place = Place(run.settings.seed, len(state.epochs), taken.step - 1, run.team)
     return tuple(rows.numbers(run.batch_size, place).tolist())
+
+
+def minibatch(run: TrainingRun, state: TrainState, taken: Taken) -> Batch | None:
+    """Return the minibatch of a step; rows in memory are found again by their numbers."""
+    if taken.batch is not None or not isinstance(run.data.rows, Arrays):
+        return taken.batch
+    numbers = list(_numbers(run, state, taken) or ())
+    return tuple(tensor[numbers] for tensor in run.data.rows.tensors)
 
 
 def _rows_in_words(

@@ -101,7 +101,7 @@ class Optimizer(PyroOptim):
             for parameter, gradient in zip(present, gradients, strict=True):
                 parameter.grad = gradient
         if fused is not None:
-            fused.step(gradients, norm)
+            fused.step(gradients, norm.isfinite().float() if norm.is_cuda else None)
         else:
             self._step()
             self._adam = FusedAdam.of(self.torch_optimizer, present)

@@ -86,6 +86,11 @@ class ELBOParts:
         self.kl.clear()
         self.outside.clear()
 
+    def named(self) -> dict[Any, Tensor]:
+        """The sums by kind and site, and the counts of values outside their support."""
+        kinds = {"reconstruction": self.reconstruction, "kl": self.kl, "outside": self.outside}
+        return {(kind, name): value for kind, of in kinds.items() for name, value in of.items()}
+
     def per_example(self, n: int) -> tuple[float, dict[str, float]]:
         """Return reconstruction and the KL of each latent site, in nats per example.
 

@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pyro
+import torch
 from pyro.infer import ELBO
 from torch import nn
 
@@ -21,9 +23,10 @@ from pyro_vae.data.preparation import (
 from pyro_vae.data.sources import Arrays, Rows, Source, parts, source
 from pyro_vae.data.streams import Stream
 from pyro_vae.errors import UsageError
+from pyro_vae.pairs.pair import placement
 from pyro_vae.pairs.rng import seeded
 from pyro_vae.training import collapse
-from pyro_vae.training.check import require
+from pyro_vae.training.check import declare, require
 from pyro_vae.training.elbo import elbo
 from pyro_vae.training.precision import chosen_precision
 from pyro_vae.training.settings import Settings
@@ -49,6 +52,23 @@ class TrainingData:
     def steps(self) -> int:
         """Steps of an epoch."""
         return max(1, self.rows.steps(cast(int, self.settings.batch_size)))
+
+
+def place(
+    pair: nn.Module, device: torch.device, given: tuple[Rows, tuple[Any, ...]], seed: int
+) -> None:
+    """Move a pair to a device, together with the ``pyro.param``s that its programs declare.
+
+    The first value of a ``pyro.param`` is usually on the CPU, so the programs run there first.
+
+    Arguments:
+        given: x, and a tuple of the context.
+    """
+    if device.type != "cpu" and placement(pair)[0].type == "cpu":
+        with seeded(seed), suppress(Exception):  # the check on the device says what is wrong
+            raw = source(*given, pair).first(2)
+            declare(pair, plain_preparation(pair, raw)(raw))
+    pair.to(device)
 
 
 def training_data(
@@ -118,7 +138,7 @@ def _prepared(pair: nn.Module, rows: Source, binarize: str) -> tuple[Source, Pre
             "not log-likelihoods",
             stacklevel=5,
         )
-    return rows.to(prepare.device) if isinstance(rows, Arrays) else rows, prepare
+    return rows.near(prepare.device) if isinstance(rows, Arrays) else rows, prepare
 
 
 def _validation_rows(
@@ -134,6 +154,7 @@ def _validation_rows(
                 )
         prepare = preparation(pair, held, binarize)
         require_masks(pair, held, prepare)
-        return held_out(held, prepare)
+        held, prepare = held_out(held, prepare)
+        return held.near(prepare.device) if isinstance(held, Arrays) else held, prepare
     except UsageError as error:
         raise UsageError(f"validation: {error}") from error

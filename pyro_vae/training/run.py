@@ -28,6 +28,7 @@ from pyro_vae.training.rows import TrainingData
 from pyro_vae.training.schedules import Schedule
 from pyro_vae.training.settings import Settings
 from pyro_vae.training.state import Sums, TrainState, no_sums
+from pyro_vae.training.validation import BoundGraph
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class TrainingRun:
     """Functions that see each epoch."""
     team: Team = ALONE
     """The processes that share the run."""
+    graph: BoundGraph | None = None
+    """The bound of a minibatch of validation data, on a GPU."""
     unread: list[tuple[list[tuple[str, str]], Tensor, Any]] = field(default_factory=list)
     """Names and values of the numbers that still wait on the device, and their steps."""
 
@@ -98,6 +101,8 @@ def assembled(
     trained = {name: p for name, p in pair.named_parameters() if p.requires_grad}
     optimizer = Optimizer(constructor, trained, settings.learning_rate, settings.clip_norm)
     engine = _engine(pair, data, optimizer, shown.set_postfix_str, team)
+    device = data.prepare.device
+    graph = BoundGraph(pair, data.objective) if device.type == "cuda" else None
     return TrainingRun(
         pair=pair,
         data=data,
@@ -113,6 +118,7 @@ def assembled(
         shown=shown,
         on_epoch=tuple(on_epoch),
         team=team,
+        graph=graph,
     )
 
 

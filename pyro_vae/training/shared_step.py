@@ -61,7 +61,7 @@ def _stop_all(
 
     def explain() -> None:
         if isinstance(failure, (ValueError, IndexError)):
-            explain_error(run, state, batch, failure)
+            explain_error(run, state.where, batch, failure)
             meet(run, state, "loss", taken, {}, failure)
         if failure is not None:
             raise failure

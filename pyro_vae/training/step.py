@@ -10,13 +10,56 @@ from pyro_vae.compat import lacks_variance
 from pyro_vae.data.sources import Arrays
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs.pair import Batch
+from pyro_vae.training.captured import on_gpu
 from pyro_vae.training.check import nonfinite_rows
-from pyro_vae.training.nonfinite import Taken, meet
+from pyro_vae.training.nonfinite import Taken, meet, minibatch
 from pyro_vae.training.run import TrainingRun
 from pyro_vae.training.state import TrainState
 
 UNREAD = {"cpu": 1, "cuda": 50}
 """How many steps' numbers may wait on a device. Each reading waits for the GPU."""
+
+
+SEVERAL = 8
+"""How many steps with full minibatches a GPU takes at once, so that it does not wait for Python."""
+
+
+def at_once(run: TrainingRun) -> int:
+    """Return how many minibatches to gather at once."""
+    resident = isinstance(run.data.rows, Arrays) and on_gpu(run.data.rows.tensors[0])
+    left_out = run.settings.on_nonfinite == "skip" and any(True for _ in run.pair.buffers())
+    several = resident and run.team.count == 1 and not left_out and run.engine.engine != "eager"
+    return SEVERAL if several else 1
+
+
+def take(run: TrainingRun, state: TrainState, batch: Batch, count: int) -> None:
+    """Take ``count`` steps, with as many minibatches one after the other."""
+    if count > 1 and _several(run, state, batch, count):
+        return
+    for part in zip(*(tensor.chunk(count) for tensor in batch), strict=True):
+        step(run, state, part)
+
+
+def _several(run: TrainingRun, state: TrainState, batch: Batch, count: int) -> bool:
+    """Take several steps at once, and return whether that was possible."""
+    began, before = time.perf_counter(), (state.batches, state.examples)
+    plan, taken = [], []
+    for _ in range(count):
+        begin(run, state)
+        plan.append((float(run.engine.beta), run.optimizer.learning_rate))
+        taken.append(Taken(state.batches + 1, state.examples, None))
+        state.batches += 1
+        state.examples += len(batch[0]) // count
+    if not run.engine.several_steps(run.svi.model, run.svi.guide, batch, plan):
+        state.batches, state.examples = before
+        return False
+    numbers = run.engine.numbers.unbind()
+    names = run.engine.names
+    run.unread.extend((names, *each) for each in zip(numbers, taken, strict=True))
+    if len(run.unread) >= UNREAD["cuda"]:
+        read(run, state)
+    state.seconds += time.perf_counter() - began
+    return True
 
 
 def step(run: TrainingRun, state: TrainState, batch: Batch) -> None:
@@ -37,7 +80,7 @@ def step(run: TrainingRun, state: TrainState, batch: Batch) -> None:
     except FloatingPointError:
         wait = 1  # the gradient is not finite; the reading below names the site
     except (ValueError, IndexError) as error:  # IndexError: a label beyond the pair's classes
-        explain_error(run, state, batch, error)
+        explain_error(run, state.where, batch, error)
         meet(run, state, "loss", taken, {}, error)
         _restore(buffers)
         return
@@ -77,32 +120,42 @@ def read(run: TrainingRun, state: TrainState) -> bool:
     if not unread:
         return False
     waiting = [numbers for _, numbers, _ in unread]
-    rows = torch.stack(waiting).tolist() if len(waiting) > 1 else [waiting[0].tolist()]
+    values = iter((torch.cat(waiting) if len(waiting) > 1 else waiting[0]).tolist())
     left_out = False
-    for (names, _, taken), row in zip(unread, rows, strict=True):
-        numbers = dict(zip(names, row, strict=True))
+    for names, _, taken in unread:
+        numbers = {name: next(values) for name in names}
         loss, norm = numbers["loss", ""], numbers["norm", ""]
+        outside = [name for (kind, name), count in numbers.items() if kind == "outside" and count]
+        if outside:
+            error = ValueError(f"site '{outside[0]}' observes values outside its support")
+            where = f"epoch {len(state.epochs) + 1}, step {taken.step}"
+            explain_error(run, where, minibatch(run, state, taken), error)
+            meet(run, state, "loss", taken, {}, error)
+            left_out = True
+            continue
         if not math.isfinite(loss + norm):
             meet(run, state, "gradient" if math.isfinite(loss) else "loss", taken, numbers)
             left_out = True
             continue
         for (kind, name), value in numbers.items():
+            if kind == "outside":
+                continue
             state.sums[kind][name] = state.sums[kind].get(name, 0.0) + value
         greatest = state.sums["greatest"]
         greatest["norm"] = max(norm, greatest.get("norm", 0.0))
     return left_out
 
 
-def explain_error(run: TrainingRun, state: TrainState, batch: Batch, error: Exception) -> None:
+def explain_error(run: TrainingRun, where: str, batch: Batch | None, error: Exception) -> None:
     """Raise `UsageError` for an error of the pair's programs, unless its numbers are the cause."""
     if isinstance(error, UsageError):
         raise UsageError(first_line(error)) from None
-    if len(batch[0]) == 1 and lacks_variance(error):
+    if batch is not None and len(batch[0]) == 1 and lacks_variance(error):
         raise UsageError(
-            f"training stopped in {state.where}: batch normalization cannot compute the variance "
+            f"training stopped in {where}: batch normalization cannot compute the variance "
             "of a minibatch with one row; choose a `batch_size` that leaves no single row of "
             f"{len(run.data.rows)} at the end, or pass a DataLoader with drop_last=True"
         ) from error
-    if nonfinite_rows(run.pair, run.data.prepare(batch))[0] is None:
+    if batch is None or nonfinite_rows(run.pair, run.data.prepare(batch))[0] is None:
         said = " ".join(" ".join(str(error).splitlines()[:2]).split())[:300]
-        raise UsageError(f"training stopped in {state.where}: {said}") from error
+        raise UsageError(f"training stopped in {where}: {said}") from error

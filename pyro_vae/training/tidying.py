@@ -51,6 +51,43 @@ def tidy(graph: torch.fx.GraphModule) -> None:
     owning_source(graph)
 
 
+def hold_constants(graph: torch.fx.GraphModule) -> None:
+    """Keep constants of a program on the GPU that its graph copies from the CPU in each run.
+
+    CUDA cannot capture such a copy. ``torch.arange(3).to(x.device)`` has one, and so has
+    ``torch.tensor([1.0], device="cuda")``.
+    """
+    known: dict[torch.fx.Node, Tensor] = {}
+    written: set[torch.fx.Node] | None = None
+    for node in list(graph.graph.nodes):
+        value = value_in_graph(node)
+        if not isinstance(value, Tensor) or not all(
+            source in known for source in node.all_input_nodes
+        ):
+            continue
+        if node.op == "get_attr":
+            known[node] = getattr(graph, cast(str, node.target))
+        elif node.op == "call_function" and isinstance(node.target, OpOverload):
+            written = _written(graph.graph) if written is None else written
+            if _has_effect(node) or written & {node, *node.all_input_nodes}:
+                continue
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            if value.device.type == "cpu":
+                known[node] = node.target(*args, **kwargs)
+            elif node.all_input_nodes:
+                _hold(graph, node, node.target(*args, **kwargs))
+
+
+def _hold(graph: torch.fx.GraphModule, node: torch.fx.Node, value: Tensor) -> None:
+    """Replace a node by a constant."""
+    name = f"constant_{node.name}"
+    graph.register_buffer(name, value, persistent=False)
+    with graph.graph.inserting_before(node):
+        held = graph.graph.get_attr(name)
+    held.meta["val"] = value_in_graph(node)
+    node.replace_all_uses_with(held)
+
+
 def _has_effect(node: torch.fx.Node) -> bool:
     target = node.target
     return isinstance(target, OpOverload) and (

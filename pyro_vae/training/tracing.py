@@ -25,11 +25,11 @@ from pyro_vae.errors import NotTraceable, active_line, first_line, users_line, w
 from pyro_vae.pairs import noise, rng
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.scope import scope
-from pyro_vae.training.captured import runner
+from pyro_vae.training.captured import Run, captured
 from pyro_vae.training.decompositions import DECOMPOSITIONS
 from pyro_vae.training.graph import Found, Graph, Named, named
 from pyro_vae.training.products import IN_C, choose_products
-from pyro_vae.training.tidying import tidy
+from pyro_vae.training.tidying import hold_constants, tidy
 
 MOST_GRAPHS = 32
 """How many graphs are kept, one for each combination of shapes and settings. A pair that needs more
@@ -50,6 +50,9 @@ class Graphs:
         held: further tensors that the function uses and changes, by name.
         updates: whether the function updates the trained parameters. Then the comparison leaves
             them out, because an optimizer can enlarge differences of rounding.
+        finish: takes the results of the function, and its inputs, and returns the final results. It
+            is not part of the graph. On a GPU it is captured together with the graph.
+        fixed: the number of the first inputs that are the same tensors in each call.
 
     A new graph is made if a shape, a type, ``training``, or any number or flag of a module of the
     pair differs from those of the existing graphs. Before its first use, each graph is compared
@@ -68,9 +71,12 @@ class Graphs:
         say: Callable[[str], None] = lambda words: None,
         held: dict[str, Tensor] | None = None,
         updates: bool = False,
+        finish: Callable[..., Named] | None = None,
+        fixed: int = 0,
     ) -> None:
         self.pair, self.function, self.compiles = pair, function, compiles
         self.tolerance, self.say, self.updates = tolerance, say, updates
+        self.finish, self.fixed = finish, fixed
         self.graphs: dict[Any, Graph] = {}
         self.can_compile = True
         self._places: list[tuple[dict[str, Any], str]] = [(held or {}, name) for name in held or {}]
@@ -155,7 +161,7 @@ class Graphs:
             raise fault
 
     def _make(self, values: list[Tensor], inputs: Sequence[Tensor]) -> Graph:
-        eager = self._left(lambda: self.function(*inputs), values)
+        eager = self._left(lambda: self._eager(inputs), values)
         before, generators = _python_state(), rng.state()
         try:
             graph, names = self._trace(values, inputs)
@@ -164,13 +170,19 @@ class Graphs:
             rng.restore(generators)
         if drew:
             raise NotTraceable("it draws from Python's or NumPy's generators, not from torch's")
-        replay = named(runner(graph, values, inputs), names)
+        single = named(graph.forward, names, self.finish)
+        replay = captured(single, values, inputs, self.fixed)
         _require_same(eager, self._left(lambda: replay(values, inputs), values), self.tolerance)
         operations = sum(node.op == "call_function" for node in graph.graph.nodes)
-        run = None
         if self.can_compile and self.compiles(inputs, operations):
-            run = self._compiled(graph, names, values, inputs, eager)
-        return Graph(run or replay, operations, compiled=run is not None)
+            found = self._compiled(graph, names, values, inputs, eager)
+            if found is not None:
+                return Graph(found[0], operations, compiled=True, uncaptured=found[1])
+        return Graph(replay, operations, uncaptured=single)
+
+    def _eager(self, inputs: Sequence[Tensor]) -> Named:
+        found = self.function(*inputs)
+        return found if self.finish is None else self.finish(found, *inputs)
 
     def _compiled(
         self,
@@ -179,18 +191,22 @@ class Graphs:
         values: list[Tensor],
         inputs: Sequence[Tensor],
         eager: "list[tuple[Any, Tensor]]",
-    ) -> Callable[..., Named] | None:
-        """Return the compiled graph. If it is not usable, warn, and do not compile again."""
+    ) -> tuple[Run, Run] | None:
+        """Return the compiled graph, and the same without a capture.
+
+        If it is not usable, warn, and do not compile again.
+        """
         self.say("compiling the step")
         try:
-            compiled = named(_compile(graph, [*values, *inputs]), names)
+            single = named(_compile(graph, [*values, *inputs]), names, self.finish)
+            compiled = captured(single, values, inputs, self.fixed)
             # Fused kernels round differently, most of all in bfloat16. A wrong graph is far off.
             _require_same(eager, self._left(lambda: compiled(values, inputs), values), 0.1)
-            return compiled
+            return compiled, single
         except Exception as error:  # no compiler, or an operation that Inductor does not support
             self.can_compile = False
             why = f"{type(error).__name__}: {first_line(error)[:200]}"
-            if isinstance(error, NotTraceable):
+            if isinstance(error, NotTraceable) and error.__cause__ is None:
                 why = "its draws or values would differ from those of the pair"
             warn(f"the graph of {type(self.pair).__name__} is replayed, not compiled: {why}")
             return None
@@ -218,6 +234,8 @@ class Graphs:
         try:
             with pyro.validation_enabled(False), _quiet():
                 graph = compat.make_graph(flat, [*shared, *inputs])
+            if any(tensor.is_cuda for tensor in inputs):
+                hold_constants(graph)
             choose_products(graph)  # this and the next compare shapes, which may depend on values
             tidy(graph)
         except NotTraceable:

@@ -3,19 +3,22 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
+import torch
 from pyro.infer import ELBO
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_vae.data.preparation import Preparation
 from pyro_vae.data.sources import Source
-from pyro_vae.errors import first_line
+from pyro_vae.errors import NotTraceable, first_line
 from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.processes import ALONE, Team
 from pyro_vae.pairs.rng import derived
 from pyro_vae.pairs.scope import using
 from pyro_vae.pairs.traces import BadNumbers, require_numbers
+from pyro_vae.training.graph import Named
 from pyro_vae.training.kl_weight import KLWeight
-from pyro_vae.training.recording import ELBOParts, recorded
+from pyro_vae.training.recording import ELBOParts, recorded, surrogate
+from pyro_vae.training.tracing import Graphs
 
 
 class Bound(NamedTuple):
@@ -48,6 +51,7 @@ def bound(
     batch_size: int = 500,
     seed: int = 0,
     team: Team = ALONE,
+    graph: "BoundGraph | None" = None,
 ) -> Bound:
     """Compute an objective with full weight on the KL, and the ELBO, without training.
 
@@ -56,11 +60,17 @@ def bound(
 
     Arguments:
         team: the processes that share the minibatches. All of them get the same result.
+        graph: computes the bound of a minibatch, for a GPU.
     """
     seed = derived(seed, "process", team.rank)
 
     def measured() -> _Sums:
         try:
+            found = None
+            if graph is not None and graph.graphs is not None:
+                found = graph.sums(team.own(rows.batches(batch_size)), prepare, seed)
+            if found is not None:
+                return found
             return _sums(pair, team.own(rows.batches(batch_size)), prepare, objective, seed)
         except BadNumbers as error:
             if team.count == 1:
@@ -102,3 +112,49 @@ def _sums(
             count += len(prepared[0])
     reconstruction = {name: float(value) for name, value in sums.reconstruction.items()}
     return _Sums(total, count, reconstruction, {n: float(v) for n, v in sums.kl.items()})
+
+
+class BoundGraph:
+    """The bound of a minibatch as a graph, so that validation on a GPU is a few launches.
+
+    Arguments:
+        pair: the pair.
+        objective: the objective of `bound`.
+    """
+
+    def __init__(self, pair: nn.Module, objective: ELBO) -> None:
+        self.pair = pair
+        self.parts = ELBOParts(global_share=0.0, pair=pair)
+        measured, given = recorded(objective, self.parts), KLWeight(global_weight=0.0)
+        model, guide = given(cast(Pair, pair).model), given(cast(Pair, pair).guide)
+
+        @torch.no_grad()
+        def function(*batch: Tensor) -> Named:
+            self.parts.clear(0.0)
+            loss, _ = surrogate(measured, model, guide, batch)
+            return {("loss", ""): loss, **self.parts.named()}
+
+        self.graphs: Graphs | None = Graphs(pair, function, lambda *_: False)
+
+    def sums(self, batches: Iterable[Batch], prepare: Preparation, seed: int) -> "_Sums | None":
+        """Return the sums over minibatches; None if the eager `bound` must say what is wrong."""
+        total: Named = {}
+        count = 0
+        try:
+            with using(self.pair, seed):
+                for batch in batches:
+                    prepared = prepare(batch)
+                    for key, value in cast(Graphs, self.graphs)(*prepared).items():
+                        total[key] = total[key] + value if key in total else value
+                    count += len(prepared[0])
+        except NotTraceable:  # the engine has said why
+            self.graphs = None
+            return None
+        numbers = {key: value.item() for key, value in total.items()}
+        if any(kind == "outside" and number for (kind, _), number in numbers.items()):
+            return None
+        named = {
+            kind: {name: number for (own, name), number in numbers.items() if own == kind}
+            for kind in ("reconstruction", "kl")
+        }
+        return _Sums(numbers["loss", ""], count, named["reconstruction"], named["kl"])

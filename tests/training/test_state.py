@@ -102,7 +102,7 @@ def test_each_graph_names_its_own_numbers():
 
 def test_asking_whether_a_graph_compiles_decides_nothing():
     engine = Run("bernoulli", engine="auto", batch_size=12, steps=10**9).engine
-    inputs = (torch.ones(()), torch.ones(12, 6))
+    inputs = (torch.ones(()), torch.ones(()), torch.ones(12, 6))
     assert engine._compiles(inputs, 100)
     assert not engine._compiles(inputs, 0)
     assert engine.engine == "auto"
