@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from pyro_vae.data.preparation import Preparation, shared_rows
 from pyro_vae.data.sources import Rows, Source
-from pyro_vae.errors import UsageError
+from pyro_vae.errors import UsageError, warn
 from pyro_vae.inference.datum_weights import Weighed, weighed
 from pyro_vae.inference.pareto import LEAST, threshold, unreliable
 from pyro_vae.pairs import fold_plan, folding
 from pyro_vae.pairs.formatting import with_error
+from pyro_vae.pairs.given_globals import POOLED_ROWS, pooled_latents
 from pyro_vae.pairs.memory import smaller, told_smaller
 from pyro_vae.pairs.model import global_latents
 from pyro_vae.pairs.pair import Batch
@@ -213,7 +214,9 @@ def log_likelihood(
     Global latents w, such as the weights of a decoder, are drawn with z, and the weights are
     :math:`p(x, z|w)/q(z|x)`. The estimate is then that of the posterior predictive density
     :math:`\log E_{q(w)}[p(x|w)]`, given the training data of q(w). It is not a bound on log p(x)
-    under the prior of w. All data share draws of w, and ``standard_error`` is an upper bound.
+    under the prior of w. All data share draws of w, and ``standard_error`` is an upper bound. If
+    the guide computes w from the rows that it is given, the estimate depends on ``batch_size``. A
+    warning says so, unless all rows are given at once.
 
     Raises `UsageError` for a pair that observes data outside the data plate, because these weights
     then do not define log p(x) of a datum. Burda, Grosse & Salakhutdinov, 2016
@@ -255,9 +258,20 @@ def estimate(
         at_once: the greatest number of rows in one pass.
     """
     require_engine(engine)
+    with using(pair, seed=0):
+        pooled = pooled_latents(pair, prepare(rows.first(POOLED_ROWS)))
     parts = team.gather(
-        lambda: _weigh(pair, rows, prepare, num_samples, seed, engine, progress, team, at_once)
+        lambda: _weigh(
+            pair, rows, prepare, num_samples, seed, engine, progress, team, at_once, pooled
+        )
     )
+    if pooled and len(rows) > at_once and team.first:
+        names = ", ".join(map(repr, pooled))
+        warn(
+            f"the guide computes {names} from the rows that it is given, so the ELBO and log p(x) "
+            f"of a row depend on the {at_once} rows of its minibatch: `batch_size={len(rows)}` "
+            "gives it all rows"
+        )
     whole = Weighed(*map(torch.cat, zip(*in_order(parts), strict=True)))
     with using(pair, seed):
         first = prepare(next(iter(rows.batches(2))))
@@ -287,13 +301,16 @@ def _weigh(
     progress: bool,
     team: Team,
     at_once: int,
+    pooled: tuple[str, ...],
 ) -> list[Weighed]:
     """Compute the estimates of the minibatches of this process."""
     with using(pair, derived(seed, "process", team.rank)):
         first = prepare(next(iter(rows.batches(2))))
         nesting, vectorized, widest = structure(pair, first)
         cells = CELLS * min(at_once, 500) // 500
-        most = min(at_once, len(rows), cells // (widest * min(SAMPLES, num_samples)))
+        most = min(at_once, len(rows))
+        if not pooled:  # or else the result would depend on the number of rows
+            most = min(most, cells // (widest * min(SAMPLES, num_samples)))
         batch_size = max(1, most)
         chunk = max(1, cells // (widest * batch_size)) if vectorized else 1
         chunk = _divided(num_samples, min(chunk, num_samples))

@@ -133,6 +133,12 @@ def pools(pair: nn.Module, batch: Batch, names: Sequence[str] | None = None) -> 
     return False
 
 
+def pooled_latents(pair: nn.Module, batch: Batch) -> tuple[str, ...]:
+    """The global latents that the guide computes from the rows that it is given, see `pools`."""
+    names = tuple(global_latents(pair, batch))
+    return names if pools(pair, batch, names) else ()
+
+
 POOLED_ROWS = 64
 """Rows on which `pools` runs the guide; fewer could all be equal, as rows of zeros."""
 

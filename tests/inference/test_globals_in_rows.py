@@ -186,6 +186,22 @@ def test_pooling_is_seen_though_the_first_rows_are_equal(count):
     assert drawn == pytest.approx(x.mean().item(), abs=0.05)
 
 
+def test_log_likelihood_says_that_it_depends_on_the_minibatch():
+    """p(x_i) given q(w | all rows) is N(mean, 2 + 1 / n) if the guide gets all rows at once."""
+    x = 1 + torch.randn(400, 1)
+    pair = MeanOfRows(True)
+    exact = dist.Normal(x.mean(), (2 + 1 / 400) ** 0.5).log_prob(x[:, 0])
+    found = pv.log_likelihood(pair, x, num_samples=2000)
+    assert (found.per_datum - exact).abs().max().item() < 0.15
+    assert found.value == pytest.approx(exact.mean().item(), abs=0.01)
+    words = "depend on the 10 rows of its minibatch: `batch_size=400` gives it all rows"
+    with pytest.warns(UserWarning, match=words):
+        parts = pv.log_likelihood(pair, x, num_samples=2000, batch_size=10)
+    assert (parts.per_datum - exact).abs().max().item() > 0.5
+    with pytest.warns(UserWarning, match=words):
+        pv.evaluate(pair, x, num_samples=20, batch_size=10)
+
+
 @pytest.mark.parametrize("tool", [pv.score, pv.impute])
 def test_one_row_alone_is_refused_too_if_its_copies_would_count(tool):
     class Counted(Shared):
