@@ -93,6 +93,28 @@ def _union(states: Sequence[dict[str, dict[str, Any]]], kind: str) -> dict[str, 
     return {name: value for state in states for name, value in state[kind].items()}
 
 
+def make_contiguous(pair: nn.Module) -> str | None:
+    """Store each parameter row by row in memory; return what is wrong, if that is impossible.
+
+    Pyro copies a parameter with another layout, such as ``torch.channels_last``, and trains the
+    copy.
+    """
+    places: dict[int, list[str]] = {}
+    for name, parameter in pair.named_parameters():
+        places.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+    for parameter in pair.parameters():
+        if parameter.is_contiguous():
+            continue
+        one, *others = places[parameter.untyped_storage().data_ptr()]
+        if others:
+            return (
+                f"parameters '{one}' and '{others[0]}' are parts of one tensor: make each of them "
+                "a tensor of its own, by `nn.Parameter(part.clone())`"
+            )
+        parameter.data = parameter.detach().contiguous()
+    return None
+
+
 def adopt(pair: nn.Module) -> None:
     """Register each parameter that only the current store has as a parameter of the pair."""
     store = pyro.get_param_store()

@@ -137,6 +137,23 @@ class FusedAdam:
             p.copy_(torch.where(sound, new, p))
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills its memory without gaps and overlaps, in any order."""
+    return torch.empty_like(tensor).stride() == tensor.stride()
+
+
+def laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return a gradient with the layout of its parameter in memory.
+
+    The gradient of a transposed or expanded parameter has other strides. ``backward`` copies such a
+    gradient, and ``autograd.grad`` does not. The fused kernels of torch's optimizers on a CPU read
+    memory in order, so they would take the wrong numbers, without an error.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
 def _start(optimizer: torch.optim.Optimizer) -> None:
     """Give an optimizer the state that its first step would make."""
     saved = optimizer.state_dict()

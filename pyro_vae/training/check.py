@@ -33,7 +33,7 @@ from pyro_vae.pairs.given_globals import at_one_draw
 from pyro_vae.pairs.model import trace_model as run_model
 from pyro_vae.pairs.pair import Batch, Pair
 from pyro_vae.pairs.rng import seeded
-from pyro_vae.pairs.scope import adopt, evaluation_mode, keep_shapes, scope
+from pyro_vae.pairs.scope import adopt, evaluation_mode, keep_shapes, make_contiguous, scope
 from pyro_vae.pairs.showing import shown_html
 from pyro_vae.pairs.sites import by_datum, factors, latents, log_prob, sample_sites
 from pyro_vae.pairs.threads import alone
@@ -109,7 +109,7 @@ def _examine(
     objective: ELBO | None = None,
 ) -> Report:
     """`check`, with errors whose names are in backticks, as `UsageError` takes them."""
-    if fault := no_pair(pair):
+    if fault := no_pair(pair) or make_contiguous(pair):
         return Report((fault,))
     given = _tensors(pair, batch)
     if not given or any(part.dim() == 0 or len(part) == 0 for part in given):
@@ -171,6 +171,7 @@ def _tensors(pair: nn.Module, batch: Any) -> Batch:
 
 def declare(pair: nn.Module, batch: Sequence[Tensor]) -> None:
     """Run the programs of a pair, and adopt each ``pyro.param`` that they declare."""
+    make_contiguous(pair)
     with scope(pair), pyro.validation_enabled(False):
         run_model(pair, batch, run_guide(pair, batch))
         adopt(pair)

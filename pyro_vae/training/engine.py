@@ -17,7 +17,7 @@ from pyro_vae.compat import get_trace, zero_grads
 from pyro_vae.errors import NotTraceable, warn
 from pyro_vae.pairs import data_plate
 from pyro_vae.pairs.pair import Batch
-from pyro_vae.training.adam import FusedAdam
+from pyro_vae.training.adam import FusedAdam, laid_out
 from pyro_vae.training.captured import Run, captured, on_gpu, pinned, several
 from pyro_vae.training.graph import Found
 from pyro_vae.training.kl_weight import KLWeight
@@ -26,7 +26,7 @@ from pyro_vae.training.recording import ELBOParts, recorded, surrogate
 from pyro_vae.training.settings import require_engine
 from pyro_vae.training.step_noise import StepNoise
 from pyro_vae.training.tracing import Graphs, Named, fall_back
-from pyro_vae.training.updates import NUMBERS, before_update, laid_out, update_after, with_update
+from pyro_vae.training.updates import NUMBERS, before_update, update_after, with_update
 
 COMPILE_SECONDS = 20.0
 """About how long Inductor takes to compile a step."""

@@ -11,7 +11,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_vae.errors import UsageError, first_line
-from pyro_vae.training.adam import FusedAdam
+from pyro_vae.training.adam import FusedAdam, is_dense, laid_out
 
 
 class Optimizer(PyroOptim):
@@ -49,10 +49,11 @@ class Optimizer(PyroOptim):
         self.clip_norm = clip_norm
         options: dict[str, Any] = {"lr": learning_rate}
         if "fused" in inspect.signature(constructor).parameters and all(
-            p.is_floating_point() for p in self.parameters.values()
+            p.is_floating_point() and is_dense(p) for p in self.parameters.values()
         ):
             options["fused"] = True
         self.torch_optimizer = _made(constructor, list(self.parameters.values()), options)
+        self._strides = [p.stride() for p in self.parameters.values()]
         self._known = {id(p) for p in self.parameters.values()}
         self.norm: Tensor | float = 0.0
         self._adam: FusedAdam | None = None
@@ -78,16 +79,25 @@ class Optimizer(PyroOptim):
     ) -> None:
         """Take a step, as ``SVI`` requests it; pass the gradient ``norm`` if it is known."""
         if any(id(p) not in self._known for p in params):
+            if all(p.is_contiguous() for p in self.parameters.values()):
+                raise UsageError(
+                    "the pair declared a parameter after its first step; declare every pyro.param "
+                    "in each call of model and guide"
+                )
             raise UsageError(
-                "the pair declared a parameter after its first step; declare every pyro.param in "
-                "each call of model and guide"
+                "a parameter is not contiguous in memory, and Pyro would train a copy of it: make "
+                "it from `tensor.contiguous()`"
             )
         if self.exchange is not None:
             norm = self.exchange()
         for p in self.parameters.values():
             if not p.requires_grad:
                 p.grad = None  # a gradient of zero would still move it, by its average
+        self._follow_layouts()
         present = [p for p in self.parameters.values() if p.grad is not None]
+        for p in present:
+            if p.grad.stride() != p.stride():  # type: ignore[union-attr]
+                p.grad = laid_out(cast(Tensor, p.grad), p)
         gradients = cast(list[Tensor], [p.grad for p in present])
         if not gradients:
             return
@@ -111,9 +121,27 @@ class Optimizer(PyroOptim):
         frozen = any(not p.requires_grad for p in self.parameters.values())
         if frozen or self.exchange is not None:  # processes add up gradients outside of a graph
             return None
+        self._follow_layouts()
         if self._adam is None or not self._adam.serves(list(self.parameters.values())):
             self._adam = FusedAdam.of(self.torch_optimizer, list(self.parameters.values()))
         return self._adam
+
+    def _follow_layouts(self) -> None:
+        """Give the state of a parameter its layout, if the parameter was replaced by another one.
+
+        The fused kernels read parameters, gradients and state in the order of the memory.
+        """
+        strides = [p.stride() for p in self.parameters.values()]
+        if strides == self._strides:
+            return
+        self._strides, self._adam = strides, None
+        for p in self.parameters.values():
+            for name, value in self.torch_optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    self.torch_optimizer.state[p][name] = laid_out(value, p)
+        if not all(map(is_dense, self.parameters.values())):
+            for group in self.torch_optimizer.param_groups:
+                group["fused"] = False
 
     def stepped(self, norm: float) -> None:
         """Count a step that a compiled graph took, unless its gradient is not finite."""

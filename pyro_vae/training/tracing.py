@@ -106,6 +106,7 @@ class Graphs:
         key = (
             *((tensor.shape, tensor.dtype) for tensor in inputs),
             *(value.requires_grad for value in values),
+            *map(Tensor.stride, values),
             *settings,
         )
         graph = self.graphs.get(key)

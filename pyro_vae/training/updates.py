@@ -15,18 +15,6 @@ NUMBERS = ("loss", "norm", "reconstruction", "kl")
 """The kinds of the numbers of a step, see ``Engine.numbers``."""
 
 
-def laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Return a gradient with the layout of its parameter in memory.
-
-    The gradient of a transposed or expanded parameter has other strides. ``backward`` copies such a
-    gradient, and ``autograd.grad`` does not. The fused kernels of torch's optimizers on a CPU read
-    memory in order, so they would take the wrong numbers, without an error.
-    """
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
-
-
 def with_update(
     pair: nn.Module, function: Callable[..., Named], optimizer: Optimizer, adam: FusedAdam
 ) -> Callable[..., Named]:
