@@ -31,7 +31,9 @@ def as_tensor(
     holds values that are not finite, or if it does not hold numbers.
     """
     tensor = _numbers(value, name)
-    if tensor.dim() == 0 or len(tensor) == 0 or tensor.numel() == 0:
+    if tensor.dim() == 0:
+        raise UsageError(f"{name} must have a row for each datum, got the number {tensor.item():g}")
+    if tensor.numel() == 0:
         raise UsageError(f"{name} is empty: got an array of shape {tuple(tensor.shape)}")
     if finite:
         require_finite(tensor, name, dtype, missing=missing)

@@ -49,7 +49,7 @@ BAD = {
     "negative": (torch.tensor([0, -1, 1]), "context 1 numbers one of 2 groups, from 0, and holds"),
     "fraction": (torch.tensor([0.0, 1.5, 1.0]), r"must be of torch.int64, .* got 1.5 in row 1"),
     "new": (torch.tensor([0, 1, 2]), "index 2 is out of bounds"),
-    "number": (1, "context is empty"),
+    "number": (1, "context must have a row for each datum, got the number 1"),
     "None": (None, "context must be an array of numbers"),
 }
 
