@@ -1,6 +1,7 @@
 """A graph that can run, and its results by name."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -16,9 +17,25 @@ class Graph(NamedTuple):
     run: Callable[[list[Tensor], Sequence[Tensor]], Named]
     operations: int
     """The number of operations that the trace has."""
+    trace: Callable[[list[Tensor], Sequence[Tensor]], Named]
+    """The trace, neither compiled nor captured."""
     compiled: bool = False
     uncaptured: Callable[[list[Tensor], Sequence[Tensor]], Named] | None = None
     """The same run without a capture, from which a longer one can be captured."""
+
+
+MOST_TOLERANCE = 1e-4
+"""With a greater tolerance, as in bfloat16, a comparison could miss a change of the pair."""
+
+
+@dataclass
+class Made:
+    """A graph, and what the pair held when it was made or compared last."""
+
+    graph: Graph
+    plain: tuple[Any, ...]
+    kept: list[Any]
+    """The objects themselves, so that no new object has the identity of an old one."""
 
 
 class Found(NamedTuple):
