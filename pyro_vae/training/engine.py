@@ -80,7 +80,7 @@ class Engine(ELBO):
             all graphs. Only `Step` runs such graphs.
 
     The attribute ``beta`` is the weight on the KL, a number or a tensor. Set it between steps. The
-    engine assumes that everything else outside the pair which model and guide use stays constant.
+    engine assumes that variables of other modules, which model and guide use, stay constant.
     If a pair cannot be traced, the engine is eager from then on, and one warning gives the reason.
 
     After each step, ``numbers`` holds the loss, the global norm of its gradient, and the parts of

@@ -1,16 +1,21 @@
-"""What a pair holds besides modules, tensors and numbers: lists, dictionaries, functions, objects.
+"""What a pair uses besides its modules, tensors and numbers: lists, objects, functions, variables.
 
 A graph keeps their contents at the time of its trace. So other contents need another graph.
 """
 
-from collections.abc import Collection
+import dis
+from collections.abc import Collection, Iterable, Iterator
+from functools import cache
+from inspect import unwrap
 from itertools import chain
 from operator import is_
-from types import FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+
+from pyro_vae.errors import is_users
 
 DEPTH = 4
 """How deep containers within containers are watched."""
@@ -28,8 +33,10 @@ _BASE = frozenset(vars(nn.Module()))
 class PlainState:
     """Tells whether plain attributes of a pair, or the contents of its containers, have changed.
 
-    An object counts as another one if its attributes do. Numbers are compared by value, all else by
-    identity. What the programs of the pair themselves change while they run does not count.
+    The attributes of the user's own classes count, too, and so do the global variables and the
+    variables of enclosing functions that their methods use. An object counts as another one if its
+    attributes do. Numbers are compared by value, all else by identity. What the programs of the
+    pair themselves change while they run does not count.
 
     >>> pair = nn.Module()
     >>> pair.scales = [1.0, 2.0]
@@ -48,19 +55,33 @@ class PlainState:
     def find(self) -> None:
         """Find the attributes and the containers that the pair has now."""
         self._owners = [vars(module) for module in self.pair.modules()]
-        self._attributes: list[tuple[dict[str, Any], str]] = []
+        self._attributes: list[tuple[Any, str, int]] = []
         self._containers: list[Any] = []
         seen: set[int] = set()
+        functions: list[Any] = []
         for own in self._owners:
             for name, value in own.items():
-                known = (
-                    name in _BASE or name.startswith("_pyro") or (id(own), name) in self._ignored
-                )
-                if known or (isinstance(value, (Tensor, nn.Module, *_NUMBERS[:-1]))):
-                    continue
-                self._attributes.append((own, name))
-                self._add(value, DEPTH, seen)
+                if isinstance(value, FunctionType):
+                    functions.append(value)
+                known = name in _BASE or name.startswith("_pyro")
+                if not known and not isinstance(value, (Tensor, nn.Module, *_NUMBERS[:-1])):
+                    self._watch(own, name, id(own), seen)
+        for kind in {cls for module in self.pair.modules() for cls in type(module).__mro__}:
+            of_class: Any = vars(kind)
+            methods = [f for value in of_class.values() if (f := _function(value)) is not None]
+            functions += methods
+            if any(map(_is_users, methods)):
+                for name, value in of_class.items():
+                    if not name.startswith("__") and _function(value) is None:
+                        self._watch(of_class, name, id(kind), seen)
+        for own, name, place in _variables(functions):
+            self._watch(own, name, place, seen)
         self._see()
+
+    def _watch(self, own: Any, name: str, place: int, seen: set[int]) -> None:
+        if (place, name) not in self._ignored:
+            self._attributes.append((own, name, place))
+            self._add(own.get(name), DEPTH, seen)
 
     def _add(self, value: Any, depth: int, seen: set[int]) -> None:
         if isinstance(value, _WHOLE) or id(value) in seen or depth == 0:
@@ -88,7 +109,7 @@ class PlainState:
         """Whether all objects are the same ones as before. This needs a few microseconds."""
         if [*map(len, self._owners)] != self._sizes:
             return False
-        held = [own.get(name) for own, name in self._attributes]
+        held = [own.get(name) for own, name, _ in self._attributes]
         for values, seen in zip((held, *map(_contents, self._containers)), self._seen, strict=True):
             if len(values) != len(seen) or not all(map(is_, values, seen)):
                 return False
@@ -96,7 +117,7 @@ class PlainState:
 
     def _see(self) -> None:
         self._sizes = [*map(len, self._owners)]
-        held = [own.get(name) for own, name in self._attributes]
+        held = [own.get(name) for own, name, _ in self._attributes]
         self._seen = [held, *(list(_contents(one)) for one in self._containers)]
         small = (v for v in chain(*self._seen) if isinstance(v, np.ndarray) and v.nbytes <= SMALL)
         self._arrays = [(value, value.tobytes()) for value in small]
@@ -112,10 +133,66 @@ class PlainState:
         What their containers held before does not matter then.
         """
         was = before[len(self._owners)]
-        for (own, name), entry in zip(self._attributes, was, strict=True):
+        for (own, name, place), entry in zip(self._attributes, was, strict=True):
             if _entry(own.get(name)) != entry:
-                self._ignored.add((id(own), name))
+                self._ignored.add((place, name))
         self.find()
+
+
+class _Cell:
+    """A variable of an enclosing function."""
+
+    def __init__(self, cell: Any) -> None:
+        self.cell = cell
+
+    def get(self, name: str) -> Any:
+        try:
+            return self.cell.cell_contents
+        except ValueError:  # it has no value yet
+            return None
+
+
+def _function(value: Any) -> FunctionType | None:
+    """The function behind a method, a property or a decorated function."""
+    value = getattr(value, "fget", getattr(value, "__func__", value))
+    value = unwrap(value) if callable(value) and not isinstance(value, type) else value
+    return value if isinstance(value, FunctionType) else None
+
+
+def _is_users(function: FunctionType) -> bool:
+    return is_users(function.__code__.co_filename)
+
+
+def _variables(functions: Iterable[FunctionType]) -> Iterator[tuple[Any, str, int]]:
+    """Global variables, and those of enclosing functions, that functions of the user use."""
+    todo, seen = [f for f in functions if _is_users(f)], set[int]()
+    while todo:
+        function = todo.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        found: list[tuple[Any, str, int]] = [(_Cell(cell), name, id(cell)) for name, cell in cells]
+        names = _global_names(function.__code__)
+        used = function.__globals__
+        found += [(used, name, id(used)) for name in names if name in used]
+        for own, name, place in found:
+            value = own.get(name)
+            called = _function(value)
+            if called is not None and _is_users(called):
+                todo.append(called)
+            if not isinstance(value, (ModuleType, type)):
+                yield own, name, place
+
+
+@cache
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    """The names that code, and the functions within it, look up among the global variables."""
+    loads = ("LOAD_GLOBAL", "LOAD_NAME")
+    own = [str(one.argval) for one in dis.get_instructions(code) if one.opname in loads]
+    within = [one for one in code.co_consts if isinstance(one, CodeType)]
+    inner = [name for one in within for name in _global_names(one)]
+    return tuple(dict.fromkeys([*own, *inner]))
 
 
 def _contents(held: Any) -> Collection[Any]:

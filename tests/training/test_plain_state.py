@@ -104,6 +104,68 @@ def test_a_change_takes_effect_as_in_the_eager_engine(name):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
+WARMTH, SETTINGS, unused = 1.0, {"warmth": 1.0}, 0
+
+
+def warmed(z):
+    return z * WARMTH * SETTINGS["warmth"]
+
+
+def with_variable():
+    """A class whose model uses a variable of this function, and the function that changes it."""
+    warmth = 1.0
+
+    class Enclosed(Pair):
+        own = 1.0
+
+        def mean(self, z):
+            self.unused = None  # an attribute, and not the global variable of the same name
+            return super().mean(warmed(z)) * warmth * self.own
+
+    def change(value):
+        nonlocal warmth
+        warmth = value
+
+    return Enclosed, change
+
+
+VARIABLES = {
+    "a global variable": lambda patch, *_: patch.setitem(globals(), "WARMTH", 2.0),
+    "a global dictionary": lambda patch, *_: patch.setitem(SETTINGS, "warmth", 2.0),
+    "a variable of a function": lambda patch, kind, change: change(2.0),
+    "an attribute of a class": lambda patch, kind, change: patch.setattr(kind, "own", 2.0),
+}
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_a_variable_outside_of_the_pair_takes_effect(name):
+    ends = {}
+    for engine in ("eager", "traced"):
+        kind, change = with_variable()
+        with seeded(0):
+            pair, x = kind(), torch.randn(60, 6)
+        with pytest.MonkeyPatch.context() as patch:
+
+            def see(epoch, patch=patch, kind=kind, change=change):
+                if epoch.epoch == 1:
+                    VARIABLES[name](patch, kind, change)
+
+            ends[engine] = pv.fit(pair, x, engine=engine, on_epoch=[see], **FAST)["elbo"]
+    assert ends["traced"] == pytest.approx(ends["eager"], rel=1e-5)
+    assert abs(ends["traced"][1] - ends["traced"][0]) > 0.3
+
+
+def test_only_variables_that_the_programs_look_up_count(monkeypatch):
+    kind, _ = with_variable()
+    state = PlainState(kind())
+    before = state.now()
+    monkeypatch.setitem(globals(), "unused", 5)
+    monkeypatch.setitem(globals(), "FAST", {})
+    assert state.now() == before
+    monkeypatch.setitem(globals(), "WARMTH", 5.0)
+    assert state.now() != before
+
+
 def test_a_change_takes_effect_in_a_compiled_graph():
     change = CHANGES["a number of an object"]
     (_, told), (_, heard) = (trained(change, engine) for engine in ("eager", "compiled"))
