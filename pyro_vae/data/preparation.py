@@ -1,8 +1,9 @@
 """Prepare a minibatch for a pair: its device, its type, and the binarization of intensities."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -121,23 +122,34 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
     if not as_given or support.event_dim > 0:
         return plain
     batch = plain(raw)
-    # Only the first minibatch of a stream is checked here.
-    parts = map(plain, rows.batches(4096)) if isinstance(rows, Arrays) else [batch]
+    # Only the first rows of a stream are checked here, and the others when they arrive.
+    parts: Iterable[Batch] = [batch]
+    if isinstance(rows, Arrays):
+        parts = map(plain, rows.batches(4096))
+    elif support is constraints.boolean:  # nearly black images may come first
+        few = plain(rows.first(256))
+        within = ((few[0] >= 0) & (few[0] <= 1)) | few[0].isnan()
+        parts = [batch, few] if bool(within.all()) else parts
     own = any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in vars(support).values())
     gray = False
     for part in parts:
         x = part[0]
         hidden = (_hidden(pair, part) | x.isnan()) if masked else x.isnan()
         inside = (_inside(pair, part) if own else support.check(x)) | hidden
+        if not gray and not bool(inside.all()):
+            scored = _scored(pair, part)
+            if scored is None:  # unlike the first rows, these show that the pair transforms x
+                return plain
+            inside = inside | scored
         if support is constraints.boolean and not bool(inside.all()):
             gray, inside = True, ((x >= 0) & (x <= 1)) | hidden
         if not bool(inside.all()):
             whole = rows.tensors[0] if isinstance(rows, Arrays) else x
             raise UsageError(outside(x[~inside][0].item(), whole, site))
     if not isinstance(rows, Arrays) and not masked and not own and support is not constraints.real:
-        rows.allowed = Allowed(
-            site, support, plain.dtype, plain.integers, not (plain.whole or plain.integers), gray
-        )
+        eight_bit = not (plain.whole or plain.integers)
+        run = partial(_scored_raw, pair, plain)
+        rows.allowed = Allowed(site, support, plain.dtype, plain.integers, eight_bit, gray, run)
     return replace(plain, binarize=gray and binarize != "none")
 
 
@@ -176,6 +188,26 @@ def _inside(pair: nn.Module, batch: Batch) -> Tensor:
     """Which values of x are in the support, where its bounds differ from row to row."""
     site: Any = _observation(pair, batch)
     return cast(Tensor, _support(site).check(site["value"]).reshape(batch[0].shape))
+
+
+def _scored(pair: nn.Module, batch: Batch) -> Tensor | None:
+    """Which values of x are in the support, or hidden, in a run of the pair on these very rows.
+
+    None if the pair does not observe x itself.
+    """
+    try:
+        site: Any = _observation(pair, batch)
+    except UsageError:  # the pair fails on values outside
+        return torch.zeros_like(batch[0], dtype=torch.bool)
+    if site is None or not _observes(site, batch[0]):
+        return None
+    inside = _support(site).check(site["value"])
+    hidden = ~masks.scored(site) | site["value"].isnan()
+    return cast(Tensor, inside | hidden).reshape(batch[0].shape)
+
+
+def _scored_raw(pair: nn.Module, plain: Preparation, batch: Batch) -> Tensor | None:
+    return _scored(pair, plain(batch))
 
 
 def _support(site: Site) -> Any:

@@ -31,11 +31,14 @@ PART_BYTES = 2**22
 
 
 class _Portion(NamedTuple):
-    """Minibatches that have been read, and whether x has a missing entry in them."""
+    """Minibatches that have been read."""
 
     batches: list[Batch]
     holes: bool
+    """Whether x has a missing entry in them."""
     start: int
+    outside: bool = False
+    """Whether x has a value in them that the likelihood may be unable to score."""
 
 
 class Stored(Arriving):
@@ -170,22 +173,24 @@ class Stored(Arriving):
             for batch in read.batches:
                 if read.holes and self.pair is not None:
                     self.require_served(self.pair, batch, row)
+                if read.outside:
+                    self.require_inside(batch, row)
                 row += len(batch[0])
                 yield batch
 
     def _sound(self, found: Iterator[_Portion]) -> Iterator[_Portion]:
         for read in found:
-            row, holes = read.start, False
+            row, holes, outside, allowed = read.start, False, False, self.allowed
             for batch in read.batches:
+                outside = outside or not (allowed is None or allowed.holds(batch[0]))
                 for i, part in enumerate(batch):
-                    inside = i > 0 or self.allowed is None or bool(self.allowed(part).all())
-                    if inside and self._is_clean(part, i == 0):
+                    if self._is_clean(part, i == 0):
                         continue
-                    if i or not inside or not self._has_only_holes(part):
+                    if i or not self._has_only_holes(part):
                         self.require_sound(part, f"context {i}" if i else "x", row)
                     holes = holes or (i == 0 and bool(np.isnan(part.numpy()).any()))
                 row += len(batch[0])
-            yield read._replace(holes=holes)
+            yield read._replace(holes=holes, outside=outside)
 
     def _is_clean(self, part: Tensor, is_x: bool) -> bool:
         """Whether no value of an array is missing, infinite or too large; else look closer."""

@@ -36,7 +36,7 @@ class Arriving:
         self.greatest: int | None = None
         """The largest value that 8-bit data may have; None for an unlimited range."""
         self.allowed: Any = None
-        """Tells which values of x the likelihood can score (`preparation.Allowed`), if known."""
+        """Tells which values of x the likelihood can score (`supports.Allowed`), if known."""
         self.serves = False
         """Whether x had missing entries (NaN), which the pair leaves out."""
 
@@ -56,10 +56,16 @@ class Arriving:
         require_finite(item, name, self.dtype, row, of, missing=missing)
         if name == "x" and self.greatest is not None and int(item.max()) > self.greatest:
             raise UsageError(mixed_eight_bit(int(item.max())))
-        if name == "x" and self.allowed is not None:
-            inside = self.allowed(item)
-            if not bool(inside.all()):
-                raise UsageError(self.allowed.words(item, inside, row, of))
+
+    def require_inside(self, batch: Batch, row: int) -> None:
+        """Raise `UsageError` for values of x that the likelihood cannot score."""
+        if self.allowed is None or self.allowed.holds(batch[0]):
+            return
+        inside = self.allowed.closer(batch)
+        if inside is None or bool(inside.all()):
+            self.allowed = None  # the first rows did not show how the pair uses x
+            return
+        raise UsageError(self.allowed.words(batch[0], inside, row, " of the epoch"))
 
 
 class Stream(Arriving):
@@ -172,6 +178,7 @@ class Stream(Arriving):
                 self.require_sound(item, f"context {i}" if i else "x", row)
             if self.pair is not None:
                 self.require_served(self.pair, batch, row)
+            self.require_inside(batch, row)
             row += len(batch[0])
             yield batch
 

@@ -35,8 +35,8 @@ def captured(run: Run, values: list[Tensor], inputs: Sequence[Tensor], fixed: in
     return Captured(run, values, inputs, fixed) if there else run
 
 
-def several(run: Run, number: int) -> Run:
-    """Return a run that takes several steps, one after the other.
+def several(run: Run, number: int, values: list[Tensor], inputs: Sequence[Tensor]) -> Run | None:
+    """Return a captured run that takes several steps; None if CUDA cannot capture it.
 
     Its inputs are a row of numbers for each step, a row with the number behind the key of each
     step, and the minibatches one after the other. The rows have 16 bytes, because compiled kernels
@@ -52,7 +52,10 @@ def several(run: Run, number: int) -> Run:
             found.append(run(values, [plan[i, :2], keys[i, 0], *rows]))
         return {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
-    return steps
+    try:
+        return captured(steps, values, inputs)
+    except NotTraceable:
+        return None
 
 
 class Captured:

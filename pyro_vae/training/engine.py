@@ -18,7 +18,7 @@ from pyro_vae.errors import NotTraceable, warn
 from pyro_vae.pairs import data_plate
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.training.adam import FusedAdam, laid_out
-from pyro_vae.training.captured import Run, captured, on_gpu, pinned, several
+from pyro_vae.training.captured import Run, on_gpu, pinned, several
 from pyro_vae.training.graph import Found
 from pyro_vae.training.kl_weight import KLWeight
 from pyro_vae.training.optimizer import Optimizer
@@ -26,7 +26,13 @@ from pyro_vae.training.recording import ELBOParts, recorded, surrogate
 from pyro_vae.training.settings import require_engine
 from pyro_vae.training.step_noise import StepNoise
 from pyro_vae.training.tracing import Graphs, Named, fall_back
-from pyro_vae.training.updates import NUMBERS, before_update, update_after, with_update
+from pyro_vae.training.updates import (
+    NUMBERS,
+    all_numbers,
+    before_update,
+    update_after,
+    with_update,
+)
 
 COMPILE_SECONDS = 20.0
 """About how long Inductor takes to compile a step."""
@@ -130,8 +136,8 @@ class Engine(ELBO):
         self._update: FusedAdam | None = None
         self._refused = False
         """Whether a step together with its update cannot be a compiled graph."""
-        self._chains: dict[tuple[int, int], Run] = {}
-        """Several steps as one captured graph, by the graph of a step and their number."""
+        self._chains: dict[tuple[int, int], Run | None] = {}
+        """Several steps as one captured graph, by the graph of a step and their number, or None."""
         self._beta = torch.zeros(())
         self._inputs = torch.zeros(4)
         """The weight on the KL and the numbers of the update, for graphs that contain it."""
@@ -177,13 +183,14 @@ class Engine(ELBO):
 
         Raises ``FloatingPointError`` if loss or gradient are not finite. Then nothing was updated.
         """
-        found = self._whole_graph(model, guide, batch)
+        with self._noise.spent():
+            found = self._whole_graph(model, guide, batch)
         if found is None:
             return False
         if on_gpu(self._inputs):
             self._noise.draw()
-            (((_, names), self.numbers),) = found().items()
-            self.names, cast(Optimizer, self.optimizer).norm = list(names), self.numbers[1]
+            self.names, self.numbers = all_numbers(found())
+            cast(Optimizer, self.optimizer).norm = self.numbers[1]
             return True
         if not found.graph.compiled:
             cast(Graphs, self._graphs).can_compile = cast(Graphs, self._whole).can_compile
@@ -221,14 +228,12 @@ class Engine(ELBO):
         if key not in self._chains:
             trial = rows, self._noise.number.repeat(count, 2), *batch
             single = cast(Run, found.graph.uncaptured)
-            try:
-                self._chains[key] = captured(several(single, count), found.values, trial)
-            except NotTraceable:
-                return False
+            self._chains[key] = several(single, count, found.values, trial)
+        if (chain := self._chains[key]) is None:
+            return False
         (numbers,) = self._placed((pinned(self._noise.draw_several(count)),))
-        results = self._chains[key](found.values, (rows, numbers, *batch))
-        (((_, names), self.numbers),) = results.items()
-        self.names, cast(Optimizer, self.optimizer).norm = list(names), self.numbers[-1, 1]
+        self.names, self.numbers = all_numbers(chain(found.values, (rows, numbers, *batch)))
+        cast(Optimizer, self.optimizer).norm = self.numbers[-1, 1]
         return True
 
     def _whole_graph(
@@ -262,7 +267,8 @@ class Engine(ELBO):
             self._start(model, guide)
         graphs = cast(Graphs, self._graphs)
         self._beta.fill_(self.beta)
-        ready = graphs.found(self._beta, self._noise.number, *self._placed(batch))
+        with self._noise.spent():
+            ready = graphs.found(self._beta, self._noise.number, *self._placed(batch))
         self._noise.draw()
         found = ready()
         if self.engine == "auto":
@@ -298,8 +304,7 @@ class Engine(ELBO):
         self._given = [0.0, 0.0]
         self._chains = {}
         self._noise.place(like.device)
-        optimizer = self.optimizer
-        if optimizer is None or adam is None:
+        if (optimizer := self.optimizer) is None or adam is None:
             return
         settings: Any = {
             "tolerance": tolerance,
@@ -308,14 +313,9 @@ class Engine(ELBO):
             "updates": True,
         }
         if on_gpu(like):
-            self._whole = Graphs(
-                self.pair,
-                before_update(function, optimizer, adam),
-                self._repays,
-                finish=update_after(adam),
-                fixed=2,
-                **settings,
-            )
+            whole = before_update(function, optimizer, adam)
+            settings |= {"finish": update_after(adam), "fixed": 2}
+            self._whole = Graphs(self.pair, whole, self._repays, **settings)
         else:
             whole = with_update(self.pair, function, optimizer, adam)
             self._whole = Graphs(self.pair, whole, lambda *_: True, **settings)

@@ -17,6 +17,7 @@ from pyro_vae.data.ranges import CURE, extreme
 from pyro_vae.data.sources import Arrays
 from pyro_vae.data.streams import Stream
 from pyro_vae.errors import warn
+from pyro_vae.pairs import rng
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.runs.files import NONFINITE, atomic
 from pyro_vae.training.check import bad_parameter, nonfinite_rows
@@ -117,7 +118,7 @@ def meet(
     if left_out >= limit:
         told = f"more than {limit} minibatches of this epoch are not finite; in the last, "
         _stop(run, state, taken.step, cause, error, told)
-    size = len(taken.batch[0]) if taken.batch is not None else run.batch_size
+    size = len(cause.batch[0]) if cause.batch is not None else run.batch_size
     skipped["steps"] = left_out + 1
     skipped["examples"] = skipped.get("examples", 0) + size
     if left_out == 0:
@@ -164,8 +165,9 @@ def _cause(
     """Find the site, the parameter and the rows that are not finite."""
     rows = _numbers(run, state, taken)
     batch = minibatch(run, state, taken)
-    prepared = None if batch is None else run.data.prepare(batch)
-    site, bad = (None, []) if prepared is None else nonfinite_rows(run.pair, prepared)
+    with rng.kept():  # the draws of later steps do not depend on when the numbers were read
+        prepared = None if batch is None else run.data.prepare(batch)
+        site, bad = (None, []) if prepared is None else nonfinite_rows(run.pair, prepared)
     site = _bad_sum(numbers) or site
     words = f"the {what} is not finite"
     if site:

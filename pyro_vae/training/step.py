@@ -9,6 +9,7 @@ from torch import Tensor
 from pyro_vae.compat import lacks_variance
 from pyro_vae.data.sources import Arrays
 from pyro_vae.errors import UsageError, first_line
+from pyro_vae.pairs import rng
 from pyro_vae.pairs.pair import Batch
 from pyro_vae.training.captured import on_gpu
 from pyro_vae.training.check import nonfinite_rows
@@ -50,7 +51,11 @@ def _several(run: TrainingRun, state: TrainState, batch: Batch, count: int) -> b
         taken.append(Taken(state.batches + 1, state.examples, None))
         state.batches += 1
         state.examples += len(batch[0]) // count
-    if not run.engine.several_steps(run.svi.model, run.svi.guide, batch, plan):
+    try:
+        done = run.engine.several_steps(run.svi.model, run.svi.guide, batch, plan)
+    except (ValueError, IndexError):  # of the programs; the single step names the rows
+        done = False
+    if not done:
         state.batches, state.examples = before
         return False
     numbers = run.engine.numbers.unbind()
@@ -156,6 +161,8 @@ def explain_error(run: TrainingRun, where: str, batch: Batch | None, error: Exce
             "of a minibatch with one row; choose a `batch_size` that leaves no single row of "
             f"{len(run.data.rows)} at the end, or pass a DataLoader with drop_last=True"
         ) from error
-    if batch is None or nonfinite_rows(run.pair, run.data.prepare(batch))[0] is None:
+    with rng.kept():
+        found = batch is not None and nonfinite_rows(run.pair, run.data.prepare(batch))[0]
+    if not found:
         said = " ".join(" ".join(str(error).splitlines()[:2]).split())[:300]
         raise UsageError(f"training stopped in {where}: {said}") from error

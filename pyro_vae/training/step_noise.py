@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from pyro_vae.errors import NotTraceable
 from pyro_vae.pairs.noise import CounterDraws, SiteNoise, key_of, new_number
 from pyro_vae.pairs.pair import Batch
 
@@ -41,6 +42,17 @@ class StepNoise:
         if self.on:
             rows[:, 0] = torch.stack([new_number() for _ in range(count)])
         return rows
+
+    @contextmanager
+    def spent(self) -> Iterator[None]:
+        """Draw the number of a step if its programs raise an error, as in the eager engine."""
+        try:
+            yield
+        except NotTraceable:  # the eager engine takes this step
+            raise
+        except Exception:
+            self.draw()
+            raise
 
     @contextmanager
     def of(self, number: Tensor) -> Iterator[Callable[[Sequence[Tensor]], Batch]]:

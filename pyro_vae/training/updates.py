@@ -43,7 +43,7 @@ def before_update(
     """Return a function for a GPU, with all that `update_after` needs as results.
 
     The counts of values outside their support become numbers of the step, so that nothing waits for
-    the GPU.
+    the GPU. They have a name of their own, because an eager run has none: it raises an error.
     """
 
     def whole(numbers: Tensor, *given: Tensor) -> Named:
@@ -52,13 +52,15 @@ def before_update(
         kept = _numbers(found)
         loss, norm = kept["loss", ""], kept["norm", ""]
         sound = torch.isfinite(torch.stack([norm, *_zeros(kept, found, norm)])).all()
-        kept |= {key: count.to(loss.dtype) for key, count in found.items()}
+        counts = {key: count.to(loss.dtype) for key, count in found.items()}
         gradients = optimizer.clipped(gradients, norm)
+        outside = {("outside", tuple(counts)): torch.stack(list(counts.values()))} if counts else {}
         return {
             ("numbers", tuple(kept)): torch.stack(list(kept.values())),
             "sound": sound.float(),
             "rate": numbers[1].float(),
             **dict(enumerate(gradients)),
+            **outside,
         }
 
     return whole
@@ -68,11 +70,15 @@ def update_after(adam: FusedAdam) -> Callable[..., Named]:
     """Return what follows the graph of `before_update` on a GPU: torch's own fused kernel."""
 
     def finish(found: Named, *inputs: Tensor) -> Named:
-        (numbers, values), *_ = found.items()
         adam.step([found[i] for i in range(len(adam.params))], found["sound"], found["rate"])
-        return {numbers: values}
+        return {key: found[key] for key in found if isinstance(key, tuple)}
 
     return finish
+
+
+def all_numbers(results: Named) -> tuple[list[tuple[str, str]], Tensor]:
+    """Return the names of all numbers of captured steps, and the numbers."""
+    return [name for _, names in results for name in names], torch.cat(list(results.values()), -1)
 
 
 def _gradients(found: Named, adam: FusedAdam) -> list[Tensor]:

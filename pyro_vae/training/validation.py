@@ -1,6 +1,7 @@
 """The bound on held-out data, without training."""
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -150,7 +151,11 @@ class BoundGraph:
         except NotTraceable:  # the engine has said why
             self.graphs = None
             return None
+        except (ValueError, RuntimeError):  # of the programs
+            return None
         numbers = {key: value.item() for key, value in total.items()}
+        if not all(map(isfinite, numbers.values())):
+            return None
         if any(kind == "outside" and number for (kind, _), number in numbers.items()):
             return None
         named = {
