@@ -62,10 +62,10 @@ class Arriving:
         if self.allowed is None or self.allowed.holds(batch[0]):
             return
         inside = self.allowed.closer(batch)
-        if inside is None or bool(inside.all()):
+        if inside is None:
             self.allowed = None  # the first rows did not show how the pair uses x
-            return
-        raise UsageError(self.allowed.words(batch[0], inside, row, " of the epoch"))
+        elif not bool(inside.all()):
+            raise UsageError(self.allowed.words(batch[0], inside, row, " of the epoch"))
 
 
 class Stream(Arriving):
