@@ -198,6 +198,14 @@ def test_a_pair_that_changes_or_hides_only_later_values(name):
     pv.fit(pair, TensorDataset(x), **FAST)
 
 
+def test_a_mask_of_some_rows_does_not_end_the_check():
+    x = with_minus_one()
+    x[385, 0] = 3.0
+    pair = Changing(bernoulli, mask=lambda x: (x >= 0) if (x < 0).any() else None)
+    with pytest.raises(UsageError, match="holds 3 in row 385"):
+        pv.log_likelihood(pair, TensorDataset(x), num_samples=5, batch_size=1)
+
+
 def test_a_fast_check_agrees_with_the_full_one():
     """Also for values next to those of the support, and for positive whole numbers."""
     odd = [0.0, 1.0, -1.0, 2.0, 0.5, 1 + 2**-23, 1 - 2**-24, 1e-45, -0.0, torch.nan, -1e-45, 255.0]
