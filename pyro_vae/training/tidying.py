@@ -1,5 +1,6 @@
 """A shorter graph: without constants, copies and operations that change nothing."""
 
+import operator
 from typing import Any, cast
 
 import torch
@@ -33,14 +34,17 @@ def tidy(graph: torch.fx.GraphModule) -> None:
         if node.op != "call_function" or not isinstance(node.target, OpOverload):
             continue
         constant = _constant(node, constants)
-        if constant is not None:
+        if constant is not None and node not in written:
             constants[node] = constant
         if node.target is aten.mul.Tensor and -1.0 in map(constants.get, node.args):
             source = node.args[constants.get(node.args[0]) == -1.0]
             if isinstance(source, torch.fx.Node) and _alike(source, node):
                 node.target, node.args = aten.neg.default, (source,)
         same = _same(node, constants)
-        if same is None and not _has_effect(node) and not written & {node, *node.all_input_nodes}:
+        changes = bool(written & {node, *node.all_input_nodes, same})
+        if changes and not _is_view(node):
+            same = None  # it is a copy of values that change later, or that differ until then
+        if same is None and not _has_effect(node) and not changes:
             same = known.setdefault((node.target, str(node.args), str(node.kwargs)), node)
         if same is not None and same is not node:
             node.replace_all_uses_with(same)
@@ -102,14 +106,24 @@ def _written(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     found = {source for node in graph.nodes if _has_effect(node) for source in node.all_input_nodes}
     for nodes in (reversed(list(graph.nodes)), graph.nodes):
         for node in nodes:
-            target = node.target
-            if isinstance(target, OpOverload) and any(
-                returned.alias_info is not None for returned in schema(target).returns
-            ):
+            if _is_view(node):
                 shared = {node, *node.all_input_nodes}
                 if shared & found:
                     found |= shared
     return found
+
+
+def _is_view(node: torch.fx.Node) -> bool:
+    """Whether the result of a node may lie in the memory of its source.
+
+    ``chunk`` returns a list of views, so an element of such a list is a view too. The schema of an
+    "unsafe" view does not say that it is a view.
+    """
+    target = node.target
+    if not isinstance(target, OpOverload):
+        return target is operator.getitem
+    declared = any(returned.alias_info is not None for returned in schema(target).returns)
+    return declared or "unsafe_view" in schema(target).name
 
 
 def _constant(node: torch.fx.Node, constants: dict[torch.fx.Node, float]) -> float | None:
