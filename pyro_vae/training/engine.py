@@ -17,12 +17,12 @@ from pyro_vae.compat import get_trace, zero_grads
 from pyro_vae.errors import NotTraceable, warn
 from pyro_vae.pairs import data_plate
 from pyro_vae.pairs.pair import Batch
-from pyro_vae.training.adam import FusedAdam, laid_out
+from pyro_vae.training.adam import FusedAdam
 from pyro_vae.training.captured import Run, on_gpu, pinned, several
 from pyro_vae.training.graph import Found
 from pyro_vae.training.kl_weight import KLWeight
 from pyro_vae.training.optimizer import Optimizer
-from pyro_vae.training.recording import ELBOParts, recorded, surrogate
+from pyro_vae.training.recording import ELBOParts, recorded, sums, surrogate
 from pyro_vae.training.settings import require_engine
 from pyro_vae.training.step_noise import StepNoise
 from pyro_vae.training.tracing import Graphs, Named, fall_back
@@ -30,6 +30,9 @@ from pyro_vae.training.updates import (
     NUMBERS,
     all_numbers,
     before_update,
+    in_layout,
+    kept,
+    require_dense,
     update_after,
     with_update,
 )
@@ -166,16 +169,17 @@ class Engine(ELBO):
         with self._autocast(batch), self._noise.of(self._noise.number) as prepare:
             loss = self.objective.loss_and_grads(weight(model), weight(guide), *prepare(batch))
         gradients = [p.grad for p in self.pair.parameters() if p.grad is not None]
+        require_dense(gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
         total = torch.as_tensor(loss, dtype=torch.float64, device=norm.device)
-        found = _sums(total, norm, self.parts)
+        found = sums(total, norm, self.parts)
         self._keep({key: value for key, value in found.items() if key[0] in NUMBERS})
         return loss
 
     def _become_eager(self, error: NotTraceable) -> None:
         self.engine = "eager"
-        for parameter in self.pair.parameters():
-            parameter.grad = None  # eager gradients would be added to those of a graph
+        for parameter in self.pair.parameters():  # eager gradients are added to those of a graph
+            parameter.grad = kept(parameter, None, self.optimizer)
         warn(fall_back(self.pair, "trained", error))
 
     def whole_step(self, model: Any, guide: Any, batch: Batch) -> bool:
@@ -275,7 +279,7 @@ class Engine(ELBO):
             self.engine = self._choice(graphs.first_operations)
         self._require_inside(found)
         for i, parameter in enumerate(graphs.trained()):
-            parameter.grad = found.get(("gradient", i))
+            parameter.grad = kept(parameter, found.get(("gradient", i)), self.optimizer)
             if self.declare:
                 pyro.param(f"pair$$${i}", parameter)
         self._keep({key: value for key, value in found.items() if key[0] in NUMBERS})
@@ -344,14 +348,11 @@ class Engine(ELBO):
                     self.objective, weight(model), weight(guide), prepare(batch)
                 )
                 trained = [p for p in self.pair.parameters() if p.requires_grad]
-                found_gradients = torch.autograd.grad(differentiable, trained, allow_unused=True)
-            gradients = [
-                None if gradient is None else laid_out(gradient, parameter)
-                for gradient, parameter in zip(found_gradients, trained, strict=True)
-            ]
+                direct = torch.autograd.grad(differentiable, trained, allow_unused=True)
+            gradients = in_layout(direct, trained)
             present = [gradient for gradient in gradients if gradient is not None]
             norm = torch.nn.utils.get_total_norm(present, foreach=present[0].is_cuda)
-            found: Named = _sums(loss.detach(), norm, self.parts)
+            found: Named = sums(loss.detach(), norm, self.parts)
             found |= {("gradient", i): g for i, g in enumerate(gradients) if g is not None}
             return found
 
@@ -389,11 +390,3 @@ class Engine(ELBO):
     def _repays(self, inputs: Sequence[Tensor], operations: int) -> bool:
         """Whether to compile the graph of a minibatch."""
         return len(inputs[2]) >= self.batch_size and self._choice(operations) == "compiled"
-
-
-def _sums(loss: Tensor, norm: Tensor, parts: ELBOParts) -> dict[tuple[str, str], Tensor]:
-    """Return the numbers of a step by kind and site, of the loss's type, and counts."""
-    named = {("loss", ""): loss, ("norm", ""): norm, **parts.named()}
-    return {
-        key: value if key[0] == "outside" else value.to(loss.dtype) for key, value in named.items()
-    }

@@ -78,16 +78,7 @@ class Optimizer(PyroOptim):
         self, params: Iterable[Tensor], *args: Any, norm: Tensor | None = None, **kwargs: Any
     ) -> None:
         """Take a step, as ``SVI`` requests it; pass the gradient ``norm`` if it is known."""
-        if any(id(p) not in self._known for p in params):
-            if all(p.is_contiguous() for p in self.parameters.values()):
-                raise UsageError(
-                    "the pair declared a parameter after its first step; declare every pyro.param "
-                    "in each call of model and guide"
-                )
-            raise UsageError(
-                "a parameter is not contiguous in memory, and Pyro would train a copy of it: make "
-                "it from `tensor.contiguous()`"
-            )
+        self.require_known(params)
         if self.exchange is not None:
             norm = self.exchange()
         for p in self.parameters.values():
@@ -115,6 +106,26 @@ class Optimizer(PyroOptim):
         else:
             self._step()
             self._adam = FusedAdam.of(self.torch_optimizer, present)
+
+    def require_known(self, params: Iterable[Tensor]) -> None:
+        """Raise `UsageError` for a parameter that the optimizer does not have."""
+        if all(id(p) in self._known for p in params):
+            return
+        if all(p.is_contiguous() for p in self.parameters.values()):
+            raise UsageError(
+                "a parameter is trained that was not declared, or was frozen, at the first step; "
+                "declare every pyro.param in each call of model and guide, and freeze parameters "
+                "after the first epoch or before `fit`, but do not unfreeze others"
+            )
+        raise UsageError(
+            "a parameter is not contiguous in memory, and Pyro would train a copy of it: make "
+            "it from `tensor.contiguous()`"
+        )
+
+    def has_moved(self, parameter: Tensor) -> bool:
+        """Whether the state of the optimizer shows that a parameter has had a gradient."""
+        own = self.torch_optimizer.state.get(parameter, {})
+        return bool(own) and float(own.get("step", 1)) > 0
 
     def for_graphs(self) -> "FusedAdam | None":
         """Return the update of all parameters that a compiled step can contain, or None."""
@@ -176,6 +187,8 @@ class Optimizer(PyroOptim):
         _require_alike(state, self.torch_optimizer)
         self.torch_optimizer.load_state_dict(state)
         self._adam = None
+        for p in self.parameters.values():  # as a run that was not interrupted
+            p.grad = torch.zeros_like(p) if self.has_moved(p) else None
 
 
 def _require_alike(state: dict[str, Any], own: torch.optim.Optimizer) -> None:

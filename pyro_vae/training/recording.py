@@ -101,6 +101,14 @@ class ELBOParts:
         return reconstruction, {name: float(value) / n for name, value in self.kl.items()}
 
 
+def sums(loss: Tensor, norm: Tensor, parts: ELBOParts) -> dict[tuple[str, str], Tensor]:
+    """Return the numbers of a step by kind and site, of the loss's type, and counts."""
+    named = {("loss", ""): loss, ("norm", ""): norm, **parts.named()}
+    return {
+        key: value if key[0] == "outside" else value.to(loss.dtype) for key, value in named.items()
+    }
+
+
 def recorded(objective: ELBO, parts: ELBOParts) -> ELBO:
     """Return a copy of a Pyro ELBO that adds the parts of each of its traces to ``parts``.
 

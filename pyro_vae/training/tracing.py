@@ -132,8 +132,8 @@ class Graphs:
         """Whether a graph still gives the results of the function."""
         before = self._plain.now()
         with poutine.block():
-            eager = self._left(lambda: self._eager(inputs), values)
-            replayed = self._left(lambda: graph.trace(values, inputs), values)
+            eager = self._left(lambda: self._eager(inputs), values, inputs)
+            replayed = self._left(lambda: graph.trace(values, inputs), values, inputs)
         self._plain.ignore_changes(before)
         try:
             require_same(eager, replayed, self.tolerance)
@@ -146,7 +146,7 @@ class Graphs:
         try:
             return (
                 *((tensor.shape, tensor.dtype) for tensor in inputs),
-                *(value.requires_grad for value in values),
+                *((value.requires_grad, value.dtype, value.shape) for value in values),
                 *map(Tensor.stride, values),
                 *(own.get(name) for own, name in self._settings),
             )
@@ -194,7 +194,7 @@ class Graphs:
             raise fault
 
     def _make(self, values: list[Tensor], inputs: Sequence[Tensor]) -> Graph:
-        eager = self._left(lambda: self._eager(inputs), values)
+        eager = self._left(lambda: self._eager(inputs), values, inputs)
         before, generators = _python_state(), rng.state()
         try:
             graph, names = self._trace(values, inputs)
@@ -205,7 +205,9 @@ class Graphs:
             raise NotTraceable("it draws from Python's or NumPy's generators, not from torch's")
         single = named(graph.forward, names, self.finish)
         replay = captured(single, values, inputs, self.fixed)
-        require_same(eager, self._left(lambda: replay(values, inputs), values), self.tolerance)
+        require_same(
+            eager, self._left(lambda: replay(values, inputs), values, inputs), self.tolerance
+        )
         operations = sum(node.op == "call_function" for node in graph.graph.nodes)
         if self.can_compile and self.compiles(inputs, operations):
             found = self._compiled(graph, names, values, inputs, eager)
@@ -234,7 +236,7 @@ class Graphs:
             single = named(_compile(graph, [*values, *inputs]), names, self.finish)
             compiled = captured(single, values, inputs, self.fixed)
             # Fused kernels round differently, most of all in bfloat16. A wrong graph is far off.
-            require_same(eager, self._left(lambda: compiled(values, inputs), values), 0.1)
+            require_same(eager, self._left(lambda: compiled(values, inputs), values, inputs), 0.1)
             return compiled, single
         except Exception as error:  # no compiler, or an operation that Inductor does not support
             self.can_compile = False
@@ -291,10 +293,12 @@ class Graphs:
         for (held, name), tensor in zip(self._places, tensors, strict=True):
             held[name] = tensor
 
-    def _left(self, run: Callable[[], Named], values: list[Tensor]) -> Left:
+    def _left(
+        self, run: Callable[[], Named], values: list[Tensor], inputs: Sequence[Tensor]
+    ) -> Left:
         """Return the results of a run and the tensors that it leaves in the pair; then undo it."""
         generators = rng.state()
-        kept = [value.detach().clone() for value in values]
+        kept = [value.detach().clone() for value in (*values, *inputs)]
         try:
             with scope(self.pair):
                 found = run()
@@ -308,7 +312,7 @@ class Graphs:
             self._put(values)
             rng.restore(generators)
             with torch.no_grad():
-                for value, was in zip(values, kept, strict=True):
+                for value, was in zip((*values, *inputs), kept, strict=True):
                     if not torch.equal(value, was):
                         value.copy_(was)
         return [*found.items(), *left]

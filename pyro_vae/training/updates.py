@@ -1,18 +1,44 @@
 """The update of Adam as part of a training step's graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.errors import NotTraceable
-from pyro_vae.training.adam import FusedAdam
+from pyro_vae.errors import NotTraceable, UsageError
+from pyro_vae.training.adam import FusedAdam, laid_out
 from pyro_vae.training.graph import Named
 from pyro_vae.training.optimizer import Optimizer
 
 NUMBERS = ("loss", "norm", "reconstruction", "kl")
 """The kinds of the numbers of a step, see ``Engine.numbers``."""
+
+
+def in_layout(gradients: Sequence[Tensor | None], trained: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return gradients, or None, with the layouts of their parameters."""
+    require_dense(gradients)
+    both = zip(gradients, trained, strict=True)
+    return [None if gradient is None else laid_out(gradient, p) for gradient, p in both]
+
+
+def require_dense(gradients: Sequence[Tensor | None]) -> None:
+    """Raise `UsageError` for a sparse gradient: torch computes no norm of several such tensors."""
+    if any(gradient is not None and gradient.is_sparse for gradient in gradients):
+        raise UsageError("a parameter has a sparse gradient: use nn.Embedding with sparse=False")
+
+
+def kept(parameter: Tensor, gradient: Tensor | None, optimizer: Optimizer | None) -> Tensor | None:
+    """Return the gradient of a step; zeros in a step without a parameter that had one before.
+
+    Stock ``SVI`` keeps such zeros, and the averages of Adam still move the parameter.
+    """
+    if gradient is not None:
+        if optimizer is not None:
+            optimizer.require_known([parameter])
+        return gradient
+    had = parameter.grad is not None or (optimizer is not None and optimizer.has_moved(parameter))
+    return torch.zeros_like(parameter) if had else None
 
 
 def with_update(
