@@ -58,6 +58,13 @@ class FusedAdam:
         """Whether these are exactly the parameters that it steps."""
         return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
 
+    def is_even(self) -> bool:
+        """Whether all parameters have taken as many steps, as `update` assumes; `step` does not.
+
+        One that was frozen for a while has taken fewer.
+        """
+        return on_gpu(self.count) or bool((self.count == self.count[:1]).all())
+
     @torch.no_grad()
     def step(
         self,

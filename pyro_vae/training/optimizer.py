@@ -135,7 +135,7 @@ class Optimizer(PyroOptim):
         self._follow_layouts()
         if self._adam is None or not self._adam.serves(list(self.parameters.values())):
             self._adam = FusedAdam.of(self.torch_optimizer, list(self.parameters.values()))
-        return self._adam
+        return self._adam if self._adam is not None and self._adam.is_even() else None
 
     def _follow_layouts(self) -> None:
         """Give the state of a parameter its layout, if the parameter was replaced by another one.

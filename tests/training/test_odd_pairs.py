@@ -291,3 +291,11 @@ def test_draws_from_a_generator_of_the_pair_are_not_frozen_and_not_lost(library)
     }
     with pytest.warns(UserWarning, match="it draws from Python's or NumPy's generators"):
         assert_same(type("Draws", (Odd,), methods))
+
+
+@pytest.mark.parametrize("engine", ["traced", "compiled"])
+def test_a_parameter_that_is_frozen_for_an_epoch_keeps_its_own_count_of_steps(engine):
+    def freeze(pair, epoch):
+        pair.decoder.weight.requires_grad_(epoch.epoch != 1)
+
+    assert_same(Odd, freeze, engine=engine)
