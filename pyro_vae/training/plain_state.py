@@ -63,6 +63,8 @@ class PlainState:
             for name, value in own.items():
                 if isinstance(value, FunctionType):
                     functions.append(value)
+                if name in _BASE and any(part in name for part in ("modules", "forward_")):
+                    self._containers.append(value)  # its parts and hooks
                 known = name in _BASE or name.startswith("_pyro")
                 if not known and not isinstance(value, (Tensor, nn.Module, *_NUMBERS[:-1])):
                     self._watch(own, name, id(own), seen)

@@ -205,9 +205,8 @@ class Graphs:
             raise NotTraceable("it draws from Python's or NumPy's generators, not from torch's")
         single = named(graph.forward, names, self.finish)
         replay = captured(single, values, inputs, self.fixed)
-        require_same(
-            eager, self._left(lambda: replay(values, inputs), values, inputs), self.tolerance
-        )
+        replayed = self._left(lambda: replay(values, inputs), values, inputs)
+        require_same(eager, replayed, self.tolerance)
         operations = sum(node.op == "call_function" for node in graph.graph.nodes)
         if self.can_compile and self.compiles(inputs, operations):
             found = self._compiled(graph, names, values, inputs, eager)
@@ -293,12 +292,10 @@ class Graphs:
         for (held, name), tensor in zip(self._places, tensors, strict=True):
             held[name] = tensor
 
-    def _left(
-        self, run: Callable[[], Named], values: list[Tensor], inputs: Sequence[Tensor]
-    ) -> Left:
+    def _left(self, run: Callable[[], Named], values: list[Tensor], inputs: Any) -> Left:
         """Return the results of a run and the tensors that it leaves in the pair; then undo it."""
-        generators = rng.state()
-        kept = [value.detach().clone() for value in (*values, *inputs)]
+        generators, changeable = rng.state(), (*values, *inputs)
+        kept = [value.detach().clone() for value in changeable]
         try:
             with scope(self.pair):
                 found = run()
@@ -312,7 +309,7 @@ class Graphs:
             self._put(values)
             rng.restore(generators)
             with torch.no_grad():
-                for value, was in zip((*values, *inputs), kept, strict=True):
+                for value, was in zip(changeable, kept, strict=True):
                     if not torch.equal(value, was):
                         value.copy_(was)
         return [*found.items(), *left]
