@@ -29,6 +29,7 @@ class FusedAdam:
         self.steps = list(self.count.unbind())
         for state, step in zip(states, self.steps, strict=True):
             state["step"] = step
+        self._even: bool | None = None
         self.held: dict[str, Tensor] = {}
         """The state by name. A graph replaces these tensors by its inputs."""
         for i, pair in enumerate(zip(self.averages, self.squares, strict=True)):
@@ -63,7 +64,9 @@ class FusedAdam:
 
         One that was frozen for a while has taken fewer.
         """
-        return on_gpu(self.count) or bool((self.count == self.count[:1]).all())
+        if self._even is None:
+            self._even = on_gpu(self.count) or bool((self.count == self.count[:1]).all())
+        return self._even
 
     @torch.no_grad()
     def step(
@@ -79,7 +82,7 @@ class FusedAdam:
             rate: the learning rate as a float32 tensor on the GPU, for a captured step. The default
                 is that of the optimizer.
         """
-        group = self.group
+        group, self._even = self.group, None
         beta1, beta2 = group["betas"]
         self.count += 1 if sound is None else sound
         kernel = fused_adamw_ if self.decoupled else fused_adam_

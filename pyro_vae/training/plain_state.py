@@ -4,7 +4,10 @@ A graph keeps their contents at the time of its trace. So other contents need an
 """
 
 import dis
+import random
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from functools import cache
 from inspect import unwrap
 from itertools import chain
@@ -13,6 +16,7 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from pyro_vae.errors import is_users
@@ -24,8 +28,15 @@ SMALL = 512
 """The most bytes of a NumPy array whose numbers are compared in each step."""
 
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
-_WHOLE = (*_NUMBERS, Tensor, nn.Module, type, FunctionType, MethodType, ModuleType, np.ndarray)
+_GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+
+_KINDS = (type, FunctionType, MethodType, ModuleType)
+
+_WHOLE = (*_NUMBERS, *_KINDS, *_GENERATORS, Tensor, nn.Module, np.ndarray)
 """What has no contents that are watched."""
+
+MOST_KEPT = 1_000_000
+"""Greater tensors in containers are not copied before a trial."""
 
 _BASE = frozenset(vars(nn.Module()))
 
@@ -35,8 +46,7 @@ class PlainState:
 
     The attributes of the user's own classes count, too, and so do the global variables and the
     variables of enclosing functions that their methods use. An object counts as another one if its
-    attributes do. Numbers are compared by value, all else by identity. What the programs of the
-    pair themselves change while they run does not count.
+    attributes do. Numbers are compared by value, all else by identity.
 
     >>> pair = nn.Module()
     >>> pair.scales = [1.0, 2.0]
@@ -49,14 +59,19 @@ class PlainState:
 
     def __init__(self, pair: nn.Module) -> None:
         self.pair = pair
-        self._ignored: set[tuple[int, str]] = set()
+        self.changed: list[str] = []
+        """The names of attributes whose contents the programs themselves change while they run."""
+        self.drew = False
+        """Whether the programs have drawn from a generator of NumPy or Python that the pair has."""
         self.find()
 
     def find(self) -> None:
         """Find the attributes and the containers that the pair has now."""
         self._owners = [vars(module) for module in self.pair.modules()]
-        self._attributes: list[tuple[Any, str, int]] = []
+        self._attributes: list[tuple[Any, str]] = []
         self._containers: list[Any] = []
+        self._names: list[str] = []
+        """The attribute that each container belongs to."""
         seen: set[int] = set()
         functions: list[Any] = []
         for own in self._owners:
@@ -65,9 +80,10 @@ class PlainState:
                     functions.append(value)
                 if name in _BASE and any(part in name for part in ("modules", "forward_")):
                     self._containers.append(value)  # its parts and hooks
+                    self._names.append(name)
                 known = name in _BASE or name.startswith("_pyro")
                 if not known and not isinstance(value, (Tensor, nn.Module, *_NUMBERS[:-1])):
-                    self._watch(own, name, id(own), seen)
+                    self._watch(own, name, seen)
         for kind in {cls for module in self.pair.modules() for cls in type(module).__mro__}:
             of_class: Any = vars(kind)
             methods = [f for value in of_class.values() if (f := _function(value)) is not None]
@@ -75,31 +91,28 @@ class PlainState:
             if any(map(_is_users, methods)):
                 for name, value in of_class.items():
                     if not name.startswith("__") and _function(value) is None:
-                        self._watch(of_class, name, id(kind), seen)
-        for own, name, place in _variables(functions):
-            self._watch(own, name, place, seen)
+                        self._watch(of_class, name, seen)
+        for own, name in _variables(functions):
+            self._watch(own, name, seen)
         self._see()
 
-    def _watch(self, own: Any, name: str, place: int, seen: set[int]) -> None:
-        if (place, name) not in self._ignored:
-            self._attributes.append((own, name, place))
-            self._add(own.get(name), DEPTH, seen)
+    def _watch(self, own: Any, name: str, seen: set[int]) -> None:
+        self._attributes.append((own, name))
+        self._add(own.get(name), name, DEPTH, seen)
 
-    def _add(self, value: Any, depth: int, seen: set[int]) -> None:
+    def _add(self, value: Any, name: str, depth: int, seen: set[int]) -> None:
         if isinstance(value, _WHOLE) or id(value) in seen or depth == 0:
             return
         seen.add(id(value))
-        held = (
-            value
-            if isinstance(value, (list, tuple, dict, set))
-            else getattr(value, "__dict__", None)
-        )
+        plain = isinstance(value, (list, tuple, dict, set))
+        held = value if plain else getattr(value, "__dict__", None)
         if held is None:
             return
         if not isinstance(held, tuple):
             self._containers.append(held)
+            self._names.append(name if plain else "")
         for one in _contents(held):
-            self._add(one, depth - 1, seen)
+            self._add(one, name, depth - 1, seen)
 
     def now(self) -> tuple[Any, ...]:
         """The present state, to be compared with another one."""
@@ -111,7 +124,7 @@ class PlainState:
         """Whether all objects are the same ones as before. This needs a few microseconds."""
         if [*map(len, self._owners)] != self._sizes:
             return False
-        held = [own.get(name) for own, name, _ in self._attributes]
+        held = [own.get(name) for own, name in self._attributes]
         for values, seen in zip((held, *map(_contents, self._containers)), self._seen, strict=True):
             if len(values) != len(seen) or not all(map(is_, values, seen)):
                 return False
@@ -119,7 +132,7 @@ class PlainState:
 
     def _see(self) -> None:
         self._sizes = [*map(len, self._owners)]
-        held = [own.get(name) for own, name, _ in self._attributes]
+        held = [own.get(name) for own, name in self._attributes]
         self._seen = [held, *(list(_contents(one)) for one in self._containers)]
         small = (v for v in chain(*self._seen) if isinstance(v, np.ndarray) and v.nbytes <= SMALL)
         self._arrays = [(value, value.tobytes()) for value in small]
@@ -129,16 +142,49 @@ class PlainState:
         """The objects of the present state."""
         return list(self._seen)
 
-    def ignore_changes(self, before: tuple[Any, ...]) -> None:
-        """Ignore the attributes that have changed since ``before``, because a program changes them.
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Undo what a run of the programs changes, and note it in ``changed`` and ``drew``.
 
-        What their containers held before does not matter then.
+        Only what a later run would read is noted: numbers, and containers that grow or shrink. A
+        tensor that a program stores as an attribute is put back without a note.
         """
-        was = before[len(self._owners)]
-        for (own, name, place), entry in zip(self._attributes, was, strict=True):
-            if _entry(own.get(name)) != entry:
-                self._ignored.add((place, name))
-        self.find()
+        self._see()
+        held = [copy(one) for one in self._containers]
+        tensors = [one for one in chain(*self._seen) if isinstance(one, Tensor)]
+        few = [one for one in tensors if one.numel() <= MOST_KEPT]
+        values = [one.detach().clone() for one in few]
+        generators = [one for one in chain(*self._seen) if isinstance(one, _GENERATORS)]
+        states = [_state_of(one) for one in generators]
+        try:
+            yield
+        finally:
+            for (own, name), was in zip(self._attributes, self._seen[0], strict=True):
+                if (now := own.get(name)) is not was:
+                    self._note(name, [was], [now])
+                    _put(own, name, was)
+            for one, name, before in zip(self._containers, self._names, held, strict=True):
+                then, now = list(_contents(before)), list(_contents(one))
+                same = one == before if isinstance(one, set) else all(map(is_, then, now))
+                if len(then) != len(now) or not same:
+                    self._note(name or "", then, now)
+                    one.clear()
+                    (one.extend if isinstance(one, list) else one.update)(before)
+            with torch.no_grad():
+                for one, value in zip(few, values, strict=True):
+                    if not torch.equal(one, value):
+                        one.copy_(value)
+            for one, state in zip(generators, states, strict=True):
+                if not _alike(_state_of(one), state):
+                    self.drew = self.drew or not isinstance(one, torch.Generator)
+                    _restore(one, state)
+
+    def _note(self, name: str, then: list[Any], now: list[Any]) -> None:
+        grown = name != "" and len(then) != len(now)
+        both = zip(then, now, strict=False)
+        counted = any(_is_number(a) and _is_number(b) and a != b for a, b in both)
+        if grown or counted:
+            self.changed.append(name or "of an object")
 
 
 class _Cell:
@@ -154,6 +200,41 @@ class _Cell:
             return None
 
 
+def _put(own: Any, name: str, value: Any) -> None:
+    """Give an attribute or a variable its value back."""
+    if isinstance(own, _Cell):
+        own.cell.cell_contents = value
+    elif isinstance(own, dict):
+        own[name] = value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, _NUMBERS[:-1])
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state()
+    return generator.bit_generator.state
+
+
+def _restore(generator: Any, state: Any) -> None:
+    if isinstance(generator, (torch.Generator, np.random.RandomState)):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.bit_generator.state = state
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) else repr(a) == repr(b)
+
+
 def _function(value: Any) -> FunctionType | None:
     """The function behind a method, a property or a decorated function."""
     value = getattr(value, "fget", getattr(value, "__func__", value))
@@ -165,7 +246,7 @@ def _is_users(function: FunctionType) -> bool:
     return is_users(function.__code__.co_filename)
 
 
-def _variables(functions: Iterable[FunctionType]) -> Iterator[tuple[Any, str, int]]:
+def _variables(functions: Iterable[FunctionType]) -> Iterator[tuple[Any, str]]:
     """Global variables, and those of enclosing functions, that functions of the user use."""
     todo, seen = [f for f in functions if _is_users(f)], set[int]()
     while todo:
@@ -174,17 +255,16 @@ def _variables(functions: Iterable[FunctionType]) -> Iterator[tuple[Any, str, in
             continue
         seen.add(id(function))
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        found: list[tuple[Any, str, int]] = [(_Cell(cell), name, id(cell)) for name, cell in cells]
-        names = _global_names(function.__code__)
+        found: list[tuple[Any, str]] = [(_Cell(cell), name) for name, cell in cells]
         used = function.__globals__
-        found += [(used, name, id(used)) for name in names if name in used]
-        for own, name, place in found:
+        found += [(used, name) for name in _global_names(function.__code__) if name in used]
+        for own, name in found:
             value = own.get(name)
             called = _function(value)
             if called is not None and _is_users(called):
                 todo.append(called)
             if not isinstance(value, (ModuleType, type)):
-                yield own, name, place
+                yield own, name
 
 
 @cache

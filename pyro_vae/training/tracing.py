@@ -4,7 +4,6 @@ A Pyro program costs Python time: handlers, checks, and a message for each site.
 pair seldom changes from call to call. Therefore a flat graph can hold its tensor operations.
 """
 
-import copy
 import logging
 import random
 import warnings
@@ -120,21 +119,17 @@ class Graphs:
                 f"it needs more than {MOST_GRAPHS} graphs: a shape, or a number that a module "
                 "holds, keeps changing"
             )
-        before = self._plain.now()
         with poutine.block(), self._unchanged():  # trial runs must not change anything
             graph = self._make(values, inputs)
-        self._plain.ignore_changes(before)
         made = Made(graph, self._plain.now(), self._plain.contents())
         self.graphs.setdefault(key, []).append(made)
         return Found(graph, values, inputs)
 
     def _serves(self, graph: Graph, values: list[Tensor], inputs: Sequence[Tensor]) -> bool:
         """Whether a graph still gives the results of the function."""
-        before = self._plain.now()
         with poutine.block():
             eager = self._left(lambda: self._eager(inputs), values, inputs)
             replayed = self._left(lambda: graph.trace(values, inputs), values, inputs)
-        self._plain.ignore_changes(before)
         try:
             require_same(eager, replayed, self.tolerance)
         except NotTraceable:
@@ -146,8 +141,10 @@ class Graphs:
         try:
             return (
                 *((tensor.shape, tensor.dtype) for tensor in inputs),
-                *((value.requires_grad, value.dtype, value.shape) for value in values),
-                *map(Tensor.stride, values),
+                *(value.requires_grad for value in values),
+                *map(Tensor.stride, values),  # with the number of elements, this is the shape
+                *map(Tensor.numel, values),
+                *map(Tensor.element_size, values),
                 *(own.get(name) for own, name in self._settings),
             )
         except (AttributeError, TypeError) as error:
@@ -164,14 +161,9 @@ class Graphs:
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Restore numbers, flags and containers of the pair; reject a pair that changes them."""
+        """Restore numbers and flags of the pair; reject a pair that changes what it holds."""
         settings = [held.get(name) for held, name in self._settings]
-        containers = [
-            (name, value, copy.copy(value))
-            for module in self.pair.modules()
-            for name, value in vars(module).items()
-            if isinstance(value, (list, dict, set)) and name not in vars(nn.Module())
-        ]
+        self._plain.changed.clear()
         fault = None
         try:
             yield
@@ -183,11 +175,7 @@ class Graphs:
             if now is not was and now != was:
                 held[name] = was
                 changed.append(name)
-        for name, value, was in containers:
-            if len(value) != len(was):
-                value.clear()
-                (value.extend if isinstance(value, list) else value.update)(was)
-                changed.append(name)
+        changed += self._plain.changed
         if changed:
             raise NotTraceable(f"it changes its attribute '{changed[0]}' while it runs") from fault
         if fault is not None:
@@ -197,8 +185,9 @@ class Graphs:
         eager = self._left(lambda: self._eager(inputs), values, inputs)
         before, generators = _python_state(), rng.state()
         try:
-            graph, names = self._trace(values, inputs)
-            drew = _python_state() != before
+            with self._plain.unchanged():
+                graph, names = self._trace(values, inputs)
+            drew = _python_state() != before or self._plain.drew
         finally:
             rng.restore(generators)
         if drew:
@@ -297,7 +286,7 @@ class Graphs:
         generators, changeable = rng.state(), (*values, *inputs)
         kept = [value.detach().clone() for value in changeable]
         try:
-            with scope(self.pair):
+            with scope(self.pair), self._plain.unchanged():
                 found = run()
             updated = set(map(id, self.trained())) if self.updates else ()
             left = [

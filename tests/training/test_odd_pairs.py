@@ -1,5 +1,8 @@
 """Pairs that keep odd things, or change in odd ways, end the same under each engine."""
 
+import random
+
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -156,6 +159,54 @@ def test_a_change_after_an_epoch_takes_effect(change):
 class Scales(Odd):
     def seen(self, x):
         return x.mul_(0.5)
+
+
+class Keeps(Odd):
+    """Has a tensor in a list that it changes in place, and a generator of its own."""
+
+    def start(self):
+        self.sums, self.generator = [torch.zeros(6)], torch.Generator().manual_seed(3)
+
+    def seen(self, x):
+        self.sums[0] += x.mean(0)
+        return x - self.sums[0] + torch.randn(6, generator=self.generator)
+
+
+def test_the_trial_of_a_graph_does_not_change_what_the_pair_keeps():
+    assert_same(Keeps)
+
+
+class Counts(Odd):
+    def start(self):
+        self.state = {"calls": 0}
+
+    def seen(self, x):
+        self.state["calls"] += 1
+        return x * 1.0 if self.state["calls"] < 1000 else x
+
+
+def test_a_count_in_a_dictionary_is_not_frozen():
+    with pytest.warns(UserWarning, match="changes its attribute 'state' while it runs"):
+        pair, _ = ended(Counts, "traced")[:2]
+    assert pair.state == ended(Counts, "eager")[0].state
+
+
+OWN = {
+    "python": (lambda: random.Random(0), lambda generator: generator.random()),
+    "numpy": (lambda: np.random.default_rng(0), lambda generator: float(generator.random())),
+    "older numpy": (lambda: np.random.RandomState(0), lambda generator: float(generator.rand())),
+}
+
+
+@pytest.mark.parametrize("library", OWN)
+def test_draws_from_a_generator_of_the_pair_are_not_frozen_and_not_lost(library):
+    made, draw = OWN[library]
+    methods = {
+        "start": lambda self: setattr(self, "own", made()),
+        "seen": lambda self, x: x + draw(self.own),
+    }
+    with pytest.warns(UserWarning, match="it draws from Python's or NumPy's generators"):
+        assert_same(type("Draws", (Odd,), methods))
 
 
 def test_the_trial_of_a_graph_does_not_change_a_minibatch():

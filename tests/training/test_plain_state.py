@@ -199,16 +199,37 @@ def test_a_record_that_grows_needs_no_new_graph(monkeypatch):
     assert len(pair.seen) == 40
 
 
-def test_what_the_programs_write_does_not_count():
+def test_a_trial_leaves_no_trace():
+    pair = Pair()
+    pair.last, pair.own = None, torch.Generator().manual_seed(0)
+    state = PlainState(pair)
+    before, drawn = state.now(), pair.own.get_state()
+    with state.unchanged():
+        pair.last = torch.zeros(3)
+        pair.tensors[0] += 1.0
+        pair.named["shift"] = torch.ones(6)
+        torch.rand(2, generator=pair.own)
+    assert state.now() == before
+    assert pair.last is None
+    assert not pair.tensors[0].any()
+    assert not pair.named["shift"].any()
+    assert torch.equal(pair.own.get_state(), drawn)
+    assert state.changed == []
+    assert not state.drew
+
+
+@pytest.mark.parametrize("what", ["numbers", "named", "space", "seen"])
+def test_a_trial_notes_counts_and_lists_that_grow(what):
     pair = Pair()
     state = PlainState(pair)
     before = state.now()
-    pair.last = torch.zeros(3)
-    state.ignore_changes(before)
-    seen = state.now()
-    pair.last = torch.ones(3)
-    assert state.now() == seen
-    pair.numbers.append(2.0)
-    assert state.now() != seen
-    pair.numbers.pop()
-    assert state.now() == seen
+    with state.unchanged():
+        if what == "seen":
+            pair.seen.append(1)
+        elif what == "space":
+            pair.space.scale += 1
+        else:
+            held = getattr(pair, what)
+            held["scale" if what == "named" else 0] += 1
+    assert state.now() == before
+    assert state.changed == ["of an object" if what == "space" else what]
