@@ -5,7 +5,7 @@ results are conditional on these values.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -134,9 +134,14 @@ def pools(pair: nn.Module, batch: Batch, names: Sequence[str] | None = None) -> 
 
 
 def pooled_latents(pair: nn.Module, batch: Batch) -> tuple[str, ...]:
-    """The global latents that the guide computes from the rows that it is given, see `pools`."""
+    """The global latents that the guide computes from the rows that it is given, see `pools`.
+
+    None for a guide that knows its density only at its own draws.
+    """
     names = tuple(global_latents(pair, batch))
-    return names if pools(pair, batch, names) else ()
+    with suppress(UsageError):
+        return names if pools(pair, batch, names) else ()
+    return ()
 
 
 POOLED_ROWS = 64

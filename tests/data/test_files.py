@@ -100,7 +100,7 @@ REJECTED_NPY = {
     "rank 1": (np.zeros(20), ["(20,)", "expected"]),
     "rank 5": (np.zeros((20, 2, 2, 2, 2)), ["(20, 2, 2, 2, 2)", "expected"]),
     "five channels": (np.zeros((20, 5, 5, 5)), ["(20, 5, 5, 5)", "channels"]),
-    "a number": (np.float64(3.0), ["empty"]),
+    "a number": (np.float64(3.0), ["a row for each datum", "the number 3"]),
     "no rows": (np.zeros((0, 3)), ["empty", "(0, 3)"]),
     "no columns": (np.zeros((20, 0)), ["empty", "(20, 0)"]),
     "nine rows": (np.zeros((9, 3)), ["9 rows", "at least 10"]),

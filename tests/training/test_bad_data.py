@@ -92,7 +92,7 @@ REFUSED = {
     "one row": (given(binary(1)), ["at least 2 rows", "got 1"]),
     "fewer rows than a batch": (given(binary(3)), ["batch_size must be at most 3", "got 4"]),
     "wrong rank": (given(binary().reshape(8, 2, 2)), ["(8, 2, 2)", "(..., 4)"]),
-    "a number": (given(torch.tensor(1.0)), ["empty"]),
+    "a number": (given(torch.tensor(1.0)), ["a row for each datum", "the number 1"]),
     "other width": (given(torch.rand(8, 3)), ["(8, 3)", "(..., 4)"]),
     "words": (given(np.array([["a"] * 4] * 8)), ["numbers", "<U1"]),
     "objects": (given(np.array([[None] * 4] * 8)), ["numbers", "object"]),
