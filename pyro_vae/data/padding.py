@@ -68,7 +68,7 @@ def _faults(pair: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 def _site(pair: nn.Module, batch: Batch) -> Site:
     """The site that observes x, for a pair that takes floats or integers."""
     device, dtype = placement(pair)
-    x, *context = (part.to(device) for part in batch)
+    x, *context = (part.to(device).clone() for part in batch)  # a program may change them
     context = [as_context(part, dtype) for part in context]
 
     def site(x: Tensor) -> Site:

@@ -14,13 +14,14 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vae.compat import version
 from pyro_vae.data.sources import Arrays, Rows, Source, source
 from pyro_vae.data.streams import mixed_eight_bit
 from pyro_vae.data.supports import Allowed, outside
 from pyro_vae.errors import UsageError, first_line, nearest
 from pyro_vae.pairs import masks
 from pyro_vae.pairs.arrays import DIVISOR, as_context, recorded_divisor
-from pyro_vae.pairs.contract import faults_of_shapes
+from pyro_vae.pairs.contract import changed_in_place, faults_of_shapes
 from pyro_vae.pairs.data_plate_search import runs
 from pyro_vae.pairs.guide import trace_guide
 from pyro_vae.pairs.model import trace_model
@@ -87,7 +88,7 @@ def takes_integers(pair: nn.Module, raw: Sequence[Tensor]) -> bool:
         return not like.is_floating_point() and like.dtype not in (torch.bool, torch.uint8)
     if pair not in _TAKES_INTEGERS:
         floats = Preparation(*placement(pair))
-        few = [tensor[:2] for tensor in raw]
+        few = [tensor[:2].clone() for tensor in raw]
         ways = (floats, replace(floats, integers=True))
         _TAKES_INTEGERS[pair] = [runs(pair, way(few)) for way in ways] == [False, True]
     return _TAKES_INTEGERS[pair]
@@ -155,8 +156,11 @@ def preparation(pair: nn.Module, rows: Source, binarize: str = "dynamic") -> Pre
 
 def _observation(pair: nn.Module, batch: Batch) -> Site | None:
     """The site that observes x in a batch."""
+    versions = [version(part) for part in batch]
     with using(pair, seed=0), pyro.validation_enabled(False):
         guide, model = _run(pair, batch)
+        if fault := changed_in_place(batch, versions):
+            raise UsageError(fault)
         if fault := masks.too_wide(model, "model"):
             raise UsageError(fault)
         if faults := faults_of_shapes(model, guide, batch):

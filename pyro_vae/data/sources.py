@@ -56,7 +56,8 @@ class Arrays:
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Minibatches of unprepared rows, in their order."""
         for start in range(0, len(self), batch_size):
-            yield tuple(tensor[start : start + batch_size] for tensor in self.tensors)
+            # Copies, because a program may change them.
+            yield tuple(tensor[start : start + batch_size].clone() for tensor in self.tensors)
 
     def epoch(self, batch_size: int, place: Place) -> Iterator[Batch]:
         """This process's part of each remaining minibatch of an epoch, in a random order."""

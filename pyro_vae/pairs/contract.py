@@ -7,11 +7,11 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyro_vae.compat import full_size, leaf_of, plate_mismatch
+from pyro_vae.compat import full_size, leaf_of, plate_mismatch, version
 from pyro_vae.errors import UsageError, first_line
 from pyro_vae.pairs import enumeration, masks, summing
 from pyro_vae.pairs.data_plate import NO_SIZE, is_local
-from pyro_vae.pairs.pair import Site
+from pyro_vae.pairs.pair import Batch, Site
 from pyro_vae.pairs.sites import (
     is_auxiliary,
     latents,
@@ -298,3 +298,21 @@ def _leaves(loss: Tensor) -> list[Tensor]:
             found[id(leaf)] = leaf
         stack += [function for function, _ in node.next_functions]
     return list(found.values())
+
+
+def changed_in_place(batch: Batch, versions: Sequence[int]) -> str | None:
+    """What is wrong if programs have changed a batch, and so would change the user's data.
+
+    A tool runs the programs several times on the same rows, so its numbers would be wrong, too.
+
+    Arguments:
+        versions: `pyro_vae.compat.version` of each tensor before the programs ran.
+    """
+    for i, (part, before) in enumerate(zip(batch, versions, strict=True)):
+        if version(part) != before:
+            name = f"context {i}" if i else "x"
+            return (
+                f"the model or the guide changes {name} in place, and so your data: use an "
+                "operation that returns a new tensor, or a copy (`x = x.clone()`)"
+            )
+    return None

@@ -12,7 +12,7 @@ from pyro.infer import ELBO, RenyiELBO, ReweightedWakeSleep, TraceEnum_ELBO, Tra
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyro_vae.compat import site_is_subsample
+from pyro_vae.compat import site_is_subsample, version
 from pyro_vae.data.padding import without_padding
 from pyro_vae.data.preparation import plain_preparation
 from pyro_vae.data.streams import by_name
@@ -20,6 +20,7 @@ from pyro_vae.errors import UsageError, first_line, users_line
 from pyro_vae.pairs import enumeration, fold_plan, folding, masks
 from pyro_vae.pairs.arrays import as_tensor
 from pyro_vae.pairs.contract import (
+    changed_in_place,
     faults_of_enumeration,
     faults_of_parameters,
     faults_of_shapes,
@@ -117,7 +118,9 @@ def _examine(
         return Report((f"`x` and context must have rows in dimension 0, got {shapes}",))
     # As `fit` does: entries that a mask hides may have any value.
     given = tuple(without_padding(pair, given))
-    batch = plain_preparation(pair, given)(given)
+    # Copies, because a program may change them.
+    batch = tuple(part.clone() for part in plain_preparation(pair, given)(given))
+    versions = [version(part) for part in batch]
     with (
         evaluation_mode(pair),
         scope(pair),
@@ -140,6 +143,8 @@ def _examine(
                 return Report(tuple(found))
         except UsageError as error:
             return Report((error.template,))
+        if fault := changed_in_place(batch, versions):
+            return Report((fault,))
         adopt(pair)
         keep_shapes(pair, batch)
         # New traces contain the adopted parameters as parameters of the pair.

@@ -156,11 +156,6 @@ def test_a_change_after_an_epoch_takes_effect(change):
     assert_same(Held, lambda pair, epoch: epoch.epoch == 1 and CHANGES[change](pair))
 
 
-class Scales(Odd):
-    def seen(self, x):
-        return x.mul_(0.5)
-
-
 class Keeps(Odd):
     """Has a tensor in a list that it changes in place, and a generator of its own."""
 
@@ -207,10 +202,6 @@ def test_draws_from_a_generator_of_the_pair_are_not_frozen_and_not_lost(library)
     }
     with pytest.warns(UserWarning, match="it draws from Python's or NumPy's generators"):
         assert_same(type("Draws", (Odd,), methods))
-
-
-def test_the_trial_of_a_graph_does_not_change_a_minibatch():
-    assert_same(Scales)
 
 
 class Sometimes(Odd):
