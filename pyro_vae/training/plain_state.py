@@ -24,6 +24,9 @@ from pyro_vae.errors import is_users
 DEPTH = 4
 """How deep containers within containers are watched."""
 
+MOST_WATCHED = 1000
+"""The most entries of a container that is watched; a vocabulary would take long in each step."""
+
 SMALL = 512
 """The most bytes of a NumPy array whose numbers are compared in each step."""
 
@@ -106,7 +109,7 @@ class PlainState:
         seen.add(id(value))
         plain = isinstance(value, (list, tuple, dict, set))
         held = value if plain else getattr(value, "__dict__", None)
-        if held is None:
+        if held is None or len(held) > MOST_WATCHED:
             return
         if not isinstance(held, tuple):
             self._containers.append(held)

@@ -199,6 +199,17 @@ def test_a_record_that_grows_needs_no_new_graph(monkeypatch):
     assert len(pair.seen) == 40
 
 
+def test_a_long_list_costs_no_time_in_each_step():
+    """A vocabulary is not watched, but another one in its place is seen."""
+    pair = Pair()
+    pair.vocabulary = {str(i): i for i in range(100_000)}
+    state = PlainState(pair)
+    before = state.now()
+    assert sum(map(len, state.contents())) < 200
+    pair.vocabulary = {}
+    assert state.now() != before
+
+
 def test_a_trial_leaves_no_trace():
     pair = Pair()
     pair.last, pair.own = None, torch.Generator().manual_seed(0)
