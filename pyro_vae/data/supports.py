@@ -29,7 +29,7 @@ class Allowed:
     gray: bool
     """Whether values from 0 to 1 are intensities, which are binarized."""
     run: Callable[[Batch], Tensor | None]
-    """Runs the pair on unprepared rows, and tells which entries of x it can score."""
+    """Runs the pair on unprepared rows, and tells which entries of x it can score (`scored`)."""
 
     def holds(self, x: Tensor) -> bool:
         """Whether all entries of finite, unprepared rows of x are allowed, without a mask."""

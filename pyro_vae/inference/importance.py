@@ -309,7 +309,7 @@ def _weigh(
         nesting, vectorized, widest = structure(pair, first)
         cells = CELLS * min(at_once, 500) // 500
         most = min(at_once, len(rows))
-        if not pooled:  # a smaller minibatch would change the result
+        if not pooled:  # or else the result would depend on the number of rows
             most = min(most, cells // (widest * min(SAMPLES, num_samples)))
         batch_size = max(1, most)
         chunk = max(1, cells // (widest * batch_size)) if vectorized else 1

@@ -31,7 +31,7 @@ from pyro_vae.training.updates import (
     all_numbers,
     before_update,
     in_layout,
-    kept_gradient,
+    kept,
     require_dense,
     update_after,
     with_update,
@@ -179,7 +179,7 @@ class Engine(ELBO):
     def _become_eager(self, error: NotTraceable) -> None:
         self.engine = "eager"
         for parameter in self.pair.parameters():  # eager gradients are added to those of a graph
-            parameter.grad = kept_gradient(parameter, None, self.optimizer)
+            parameter.grad = kept(parameter, None, self.optimizer)
         warn(fall_back(self.pair, "trained", error))
 
     def whole_step(self, model: Any, guide: Any, batch: Batch) -> bool:
@@ -279,7 +279,7 @@ class Engine(ELBO):
             self.engine = self._choice(graphs.first_operations)
         self._require_inside(found)
         for i, parameter in enumerate(graphs.trained()):
-            parameter.grad = kept_gradient(parameter, found.get(("gradient", i)), self.optimizer)
+            parameter.grad = kept(parameter, found.get(("gradient", i)), self.optimizer)
             if self.declare:
                 pyro.param(f"pair$$${i}", parameter)
         self._keep({key: value for key, value in found.items() if key[0] in NUMBERS})

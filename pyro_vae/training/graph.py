@@ -11,22 +11,6 @@ Named: TypeAlias = dict[Any, Tensor]
 """The results of a graph, by name."""
 
 
-Program: TypeAlias = tuple[str, list[Tensor]]
-
-
-def program_of(graph: torch.fx.GraphModule) -> Program:
-    """Return the code of a graph, and its constants in the order of their use."""
-    names = [str(node.target) for node in graph.graph.nodes if node.op == "get_attr"]
-    return graph.code, [getattr(graph, name) for name in names]
-
-
-def same_program(a: Program, b: Program) -> bool:
-    """Whether two graphs compute the same function of their inputs."""
-    (code, constants), (other, others) = a, b
-    alike = (x is y or torch.equal(x, y) for x, y in zip(constants, others, strict=False))
-    return code == other and len(constants) == len(others) and all(alike)
-
-
 class Graph(NamedTuple):
     """A graph that can run."""
 
@@ -35,8 +19,6 @@ class Graph(NamedTuple):
     """The number of operations that the trace has."""
     trace: Callable[[list[Tensor], Sequence[Tensor]], Named]
     """The trace, neither compiled nor captured."""
-    program: Program
-    """The code of the trace, and the constants that it uses."""
     compiled: bool = False
     uncaptured: Callable[[list[Tensor], Sequence[Tensor]], Named] | None = None
     """The same run without a capture, from which a longer one can be captured."""

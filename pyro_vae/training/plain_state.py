@@ -73,8 +73,8 @@ class PlainState:
         self._owners = [vars(module) for module in self.pair.modules()]
         self._attributes: list[tuple[Any, str]] = []
         self._containers: list[Any] = []
-        self._names: list[tuple[str, bool]] = []
-        """The attribute of each container, and whether its length counts: not for an object."""
+        self._names: list[str] = []
+        """The attribute that each container belongs to."""
         seen: set[int] = set()
         functions: list[Any] = []
         for own in self._owners:
@@ -83,7 +83,7 @@ class PlainState:
                     functions.append(value)
                 if name in _BASE and any(part in name for part in ("modules", "forward_")):
                     self._containers.append(value)  # its parts and hooks
-                    self._names.append((name, True))
+                    self._names.append(name)
                 known = name in _BASE or name.startswith("_pyro")
                 if not known and not isinstance(value, (Tensor, nn.Module, *_NUMBERS[:-1])):
                     self._watch(own, name, seen)
@@ -113,7 +113,7 @@ class PlainState:
             return
         if not isinstance(held, tuple):
             self._containers.append(held)
-            self._names.append((name, plain))
+            self._names.append(name if plain else "")
         for one in _contents(held):
             self._add(one, name, depth - 1, seen)
 
@@ -164,13 +164,13 @@ class PlainState:
         finally:
             for (own, name), was in zip(self._attributes, self._seen[0], strict=True):
                 if (now := own.get(name)) is not was:
-                    self._note(name, False, [was], [now])
+                    self._note(name, [was], [now])
                     _put(own, name, was)
-            for one, (name, plain), before in zip(self._containers, self._names, held, strict=True):
+            for one, name, before in zip(self._containers, self._names, held, strict=True):
                 then, now = list(_contents(before)), list(_contents(one))
                 same = one == before if isinstance(one, set) else all(map(is_, then, now))
                 if len(then) != len(now) or not same:
-                    self._note(name, plain, then, now)
+                    self._note(name or "", then, now)
                     one.clear()
                     (one.extend if isinstance(one, list) else one.update)(before)
             with torch.no_grad():
@@ -182,12 +182,12 @@ class PlainState:
                     self.drew = self.drew or not isinstance(one, torch.Generator)
                     _restore(one, state)
 
-    def _note(self, name: str, plain: bool, then: list[Any], now: list[Any]) -> None:
-        grown = plain and len(then) != len(now)
+    def _note(self, name: str, then: list[Any], now: list[Any]) -> None:
+        grown = name != "" and len(then) != len(now)
         both = zip(then, now, strict=False)
         counted = any(_is_number(a) and _is_number(b) and a != b for a, b in both)
         if grown or counted:
-            self.changed.append(name)
+            self.changed.append(name or "of an object")
 
 
 class _Cell:

@@ -4,7 +4,9 @@ A Pyro program costs Python time: handlers, checks, and a message for each site.
 pair seldom changes from call to call. Therefore a flat graph can hold its tensor operations.
 """
 
+import logging
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,24 +20,15 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_vae import compat
 from pyro_vae.errors import NotTraceable, active_line, first_line, users_line, warn
-from pyro_vae.pairs import rng
+from pyro_vae.pairs import noise, rng
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.scope import scope
 from pyro_vae.training.captured import Run, captured
 from pyro_vae.training.comparing import Left, require_same
-from pyro_vae.training.compiling import compile_graph, quiet
-from pyro_vae.training.graph import (
-    MOST_TOLERANCE,
-    Found,
-    Graph,
-    Made,
-    Named,
-    named,
-    program_of,
-    same_program,
-)
+from pyro_vae.training.decompositions import DECOMPOSITIONS
+from pyro_vae.training.graph import MOST_TOLERANCE, Found, Graph, Made, Named, named
 from pyro_vae.training.plain_state import PlainState
-from pyro_vae.training.products import choose_products
+from pyro_vae.training.products import IN_C, choose_products
 from pyro_vae.training.tidying import hold_constants, tidy
 
 MOST_GRAPHS = 32
@@ -118,7 +111,7 @@ class Graphs:
                 return Found(made.graph, values, inputs)
         self._plain.find()
         for made in self.graphs.get(key, ()):
-            if self._serves(made.graph, values, inputs):
+            if self.tolerance <= MOST_TOLERANCE and self._serves(made.graph, values, inputs):
                 made.plain, made.kept = self._plain.now(), self._plain.contents()
                 return Found(made.graph, values, inputs)
         if sum(map(len, self.graphs.values())) == MOST_GRAPHS:
@@ -134,8 +127,6 @@ class Graphs:
 
     def _serves(self, graph: Graph, values: list[Tensor], inputs: Sequence[Tensor]) -> bool:
         """Whether a graph still gives the results of the function."""
-        if self.tolerance > MOST_TOLERANCE:
-            return self._is_program(graph, values, inputs)
         with poutine.block():
             eager = self._left(lambda: self._eager(inputs), values, inputs)
             replayed = self._left(lambda: graph.trace(values, inputs), values, inputs)
@@ -144,16 +135,6 @@ class Graphs:
         except NotTraceable:
             return False
         return True
-
-    def _is_program(self, graph: Graph, values: list[Tensor], inputs: Sequence[Tensor]) -> bool:
-        """Whether another trace has the same operations, numbers and constants as a graph."""
-        generators = rng.state()
-        try:
-            with poutine.block(), self._unchanged(), self._plain.unchanged():
-                other, _ = self._trace(values, inputs)
-        finally:
-            rng.restore(generators)
-        return same_program(program_of(other), graph.program)
 
     def _key(self, values: list[Tensor], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         """Everything but the numbers of tensors that a graph depends on."""
@@ -215,13 +196,12 @@ class Graphs:
         replay = captured(single, values, inputs, self.fixed)
         replayed = self._left(lambda: replay(values, inputs), values, inputs)
         require_same(eager, replayed, self.tolerance)
-        program = program_of(graph)
         operations = sum(node.op == "call_function" for node in graph.graph.nodes)
         if self.can_compile and self.compiles(inputs, operations):
             found = self._compiled(graph, names, values, inputs, eager)
             if found is not None:
-                return Graph(found[0], operations, single, program, True, found[1])
-        return Graph(replay, operations, single, program, uncaptured=single)
+                return Graph(found[0], operations, single, compiled=True, uncaptured=found[1])
+        return Graph(replay, operations, single, uncaptured=single)
 
     def _eager(self, inputs: Sequence[Tensor]) -> Named:
         found = self.function(*inputs)
@@ -241,7 +221,7 @@ class Graphs:
         """
         self.say("compiling the step")
         try:
-            single = named(compile_graph(graph, [*values, *inputs]), names, self.finish)
+            single = named(_compile(graph, [*values, *inputs]), names, self.finish)
             compiled = captured(single, values, inputs, self.fixed)
             # Fused kernels round differently, most of all in bfloat16. A wrong graph is far off.
             require_same(eager, self._left(lambda: compiled(values, inputs), values, inputs), 0.1)
@@ -275,7 +255,7 @@ class Graphs:
         leaves = {id(value): value.detach().requires_grad_(value.requires_grad) for value in values}
         shared = [leaves[id(value)] for value in values]
         try:
-            with pyro.validation_enabled(False), quiet():
+            with pyro.validation_enabled(False), _quiet():
                 graph = compat.make_graph(flat, [*shared, *inputs])
             if any(tensor.is_cuda for tensor in inputs):
                 hold_constants(graph)
@@ -384,3 +364,26 @@ class _Dynamic(TorchFunctionMode):
         if not self.at and any(isinstance(size, torch.SymInt) for size in shape):
             self.at = active_line(until="flat")
         return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide torch's own messages about tracing and compiling."""
+    loggers = [logging.getLogger(name) for name in ("torch.utils.cpp_extension", "torch._inductor")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _compile(graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Any]:
+    with torch.no_grad(), _quiet():
+        plain = [tensor.detach() for tensor in examples]
+        formulas = {**DECOMPOSITIONS, **noise.FORMULAS}
+        return compat.compile_graph(compat.with_formulas(graph, plain, formulas), plain, IN_C)

@@ -28,9 +28,7 @@ def require_dense(gradients: Sequence[Tensor | None]) -> None:
         raise UsageError("a parameter has a sparse gradient: use nn.Embedding with sparse=False")
 
 
-def kept_gradient(
-    parameter: Tensor, gradient: Tensor | None, optimizer: Optimizer | None
-) -> Tensor | None:
+def kept(parameter: Tensor, gradient: Tensor | None, optimizer: Optimizer | None) -> Tensor | None:
     """Return the gradient of a step; zeros in a step without a parameter that had one before.
 
     Stock ``SVI`` keeps such zeros, and the averages of Adam still move the parameter.

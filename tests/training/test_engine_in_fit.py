@@ -53,7 +53,7 @@ def test_without_a_compiler_the_graph_is_replayed(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no compiler was found")
 
-    monkeypatch.setattr("pyro_vae.training.tracing.compile_graph", broken)
+    monkeypatch.setattr("pyro_vae.training.tracing._compile", broken)
     stock, run = Run("bernoulli"), Run("bernoulli", engine="compiled")
     with pytest.warns(UserWarning, match="replayed, not compiled: RuntimeError: no compiler"):
         assert_same(stock.step(0), run.step(0))

@@ -287,22 +287,17 @@ def test_a_graph_leaves_bounds_that_are_not_finite_to_the_programs(first):
     assert found[0] == found[1]
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    """Whether each group of steps was possible."""
-    found, several = [], pv.training.engine.Engine.several_steps
+@pytest.mark.filterwarnings("ignore:.*value")
+def test_rows_that_are_not_finite_are_left_out_of_a_group(gpu, monkeypatch):
+    """A pair with buffers takes single steps then, so this pair has none."""
+    taken = []
+    several = pv.training.engine.Engine.several_steps
 
     def counted(self, *args):
-        found.append(several(self, *args))
-        return found[-1]
+        taken.append(several(self, *args))
+        return taken[-1]
 
     monkeypatch.setattr(pv.training.engine.Engine, "several_steps", counted)
-    return found
-
-
-@pytest.mark.filterwarnings("ignore:.*value")
-def test_rows_that_are_not_finite_are_left_out_of_a_group(gpu, taken):
-    """A pair with buffers takes single steps then, so this pair has none."""
     pair, settings = Validated(), {"epochs": 2, "batch_size": 16, "progress": False}
     with pytest.warns(UserWarning, match="left out the minibatch"):
         history = pv.fit(
@@ -328,9 +323,17 @@ class Shifted(Validated):
 
 
 @pytest.mark.parametrize("at", [3, 100, 200, 265])
-def test_a_value_outside_the_support_of_a_group(gpu, taken, at, monkeypatch):
+def test_a_value_outside_the_support_of_a_group(gpu, at, monkeypatch):
     """The step is named, whenever its numbers are read; a pair that validates has groups, too."""
     monkeypatch.setitem(steps.UNREAD, "cpu", 50)
+    taken = []
+    several = pv.training.engine.Engine.several_steps
+
+    def counted(self, *args):
+        taken.append(several(self, *args))
+        return taken[-1]
+
+    monkeypatch.setattr(pv.training.engine.Engine, "several_steps", counted)
     x, settings = with_bad(slice(0)), {"epochs": 1, "batch_size": 16, "progress": False}
     pv.fit(Shifted(), x, engine="traced", **settings)
     assert taken == [True, True]

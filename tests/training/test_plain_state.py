@@ -166,17 +166,6 @@ def test_only_variables_that_the_programs_look_up_count(monkeypatch):
     assert state.now() != before
 
 
-@pytest.mark.parametrize(
-    "name", ["a number of a list", "a tensor of a list", "a function", "a small array"]
-)
-def test_a_change_takes_effect_in_bfloat16(name):
-    half = {"precision": "bfloat16"}
-    (_, told), (_, heard) = (trained(CHANGES[name], e, **half) for e in ("eager", "traced"))
-    assert heard["elbo"] == pytest.approx(told["elbo"], rel=0.01)
-    _, unchanged = trained(lambda pair: None, "traced", **half)
-    assert abs(heard["elbo"][1] - unchanged["elbo"][1]) > 1e-3
-
-
 def test_a_change_takes_effect_in_a_compiled_graph():
     change = CHANGES["a number of an object"]
     (_, told), (_, heard) = (trained(change, engine) for engine in ("eager", "compiled"))
@@ -190,23 +179,22 @@ def test_a_tensor_that_is_replaced_by_none_leads_to_the_eager_engine():
     assert heard["elbo"] == pytest.approx(told["elbo"], rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_record_that_grows_needs_no_new_graph(monkeypatch, precision):
-    """A change without effect on the results is found by a comparison, or by a second trace."""
+def test_a_record_that_grows_needs_no_new_graph(monkeypatch):
+    """A change without effect on the results is found by a comparison."""
     made = []
-    make = tracing.Graphs._make
+    trace = tracing.Graphs._trace
 
     def counted(self, values, inputs):
         made.append(len(inputs[-1]))
-        return make(self, values, inputs)
+        return trace(self, values, inputs)
 
-    monkeypatch.setattr(tracing.Graphs, "_make", counted)
+    monkeypatch.setattr(tracing.Graphs, "_trace", counted)
     with seeded(0):
         pair, x = Pair(), torch.randn(60, 6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         options = FAST | {"epochs": 40, "on_epoch": [lambda epoch: pair.seen.append(epoch.elbo)]}
-        pv.fit(pair, x, engine="traced", precision=precision, **options)
+        pv.fit(pair, x, engine="traced", **options)
     assert made == [20]
     assert len(pair.seen) == 40
 
@@ -255,4 +243,4 @@ def test_a_trial_notes_counts_and_lists_that_grow(what):
             held = getattr(pair, what)
             held["scale" if what == "named" else 0] += 1
     assert state.now() == before
-    assert state.changed == [what]
+    assert state.changed == ["of an object" if what == "space" else what]
